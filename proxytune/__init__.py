@@ -1,0 +1,64 @@
+"""proxytune steers a large causal language model at decoding time with two small ones; no weight is changed.
+
+The table of contents. Names are imported on first use (PEP 562), so that `proxytune --help` never imports torch.
+
+========================== ======================================================================================
+`wrap`                     compose base, expert and antiexpert into one model for `generate()`
+`ProxyTunedModel`          that model: a `PreTrainedModel` whose logits are the combined ones
+`ProxyTuningLogitsProcessor` the same as a logits processor, for a pipeline of your own
+`ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
+`Recipe`                   the adapter as a small JSON file
+`errors`                   what can go wrong, drawn as a tree
+========================== ======================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from proxytune._version import __version__
+
+if TYPE_CHECKING:
+    from proxytune.formula import ProxyTuning
+    from proxytune.model import ProxyTunedConfig, ProxyTunedModel, wrap
+    from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
+    from proxytune.recipe import Recipe
+
+__all__ = [
+    "ProxyTunedConfig",
+    "ProxyTunedModel",
+    "ProxyTuning",
+    "ProxyTuningLogitsProcessor",
+    "Recipe",
+    "__version__",
+    "wrap",
+]
+
+_HOME = {
+    "ProxyTunedConfig": "proxytune.model",
+    "ProxyTunedModel": "proxytune.model",
+    "ProxyTuning": "proxytune.formula",
+    "ProxyTuningLogitsProcessor": "proxytune.processors.proxy_tuning",
+    "Recipe": "proxytune.recipe",
+    "wrap": "proxytune.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'proxytune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+@wrapt.when_imported("transformers.models.auto.modeling_auto")
+def _register(_module: Any) -> None:
+    # `import proxytune` must be enough for AutoModelForCausalLM to open a saved recipe, in either order of imports,
+    # and must not itself import transformers: the command line's --help would take seconds.
+    importlib.import_module("proxytune.model")

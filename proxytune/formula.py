@@ -1,0 +1,138 @@
+"""The logit algebra: how the members' logits become one row (`DEFINITIONS`: proxy-tuning and its relatives).
+
+Pure tensor functions and frozen descriptions of them; no model, no cache. A formula is a weighted sum of companions'
+logits that is added to the base's. Today there is one, `ProxyTuning`; DExperts, contrastive decoding, DeRa and the rest
+are further frozen classes with the same three members (`name`, `roles`, `weights()`), registered in `FORMULAS`, and use
+the same `shift()`.
+
+Rules that hold for all of them:
+
+- arithmetic is in float32 whatever the members compute in;
+- the base owns the support: a token at −inf in the base stays at −inf;
+- "no shift" where a companion has no opinion: its logit is −inf, its weight is 0, or the id is past its width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+
+from proxytune.errors import InputError
+
+__all__ = ["FORMULAS", "Formula", "ProxyTuning", "shift", "validate_alpha"]
+
+
+def validate_alpha(alpha: object) -> float:
+    """Check that α is a finite number.
+
+    Args:
+        alpha: The strength of the shift. Any finite real number; negative values steer away from the expert.
+
+    Returns:
+        α as a float.
+
+    Raises:
+        InputError: If α is NaN, infinite, or no real number.
+    """
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InputError.of(
+            "alpha",
+            expected="a finite number (0 is the base, 1 the full shift)",
+            got=repr(alpha),
+            remedy="Pass e.g. alpha=1.0.",
+        )
+    return float(alpha)
+
+
+class Formula(Protocol):
+    """What a formula is: a name for the recipe, the companions it needs, and a weight for each."""
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]]
+
+    @property
+    def alpha(self) -> float:
+        """The strength of the shift."""
+        ...
+
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each companion's logits, in the order of `roles`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProxyTuning:
+    """`z_base + α (z_expert − z_antiexpert)` (Liu et al. 2024, arXiv 2401.08565, eq. 1; α as in DExperts, 2105.03023).
+
+    Attributes:
+        alpha: The strength α of the shift. 0 is the base, 1 the paper's setting.
+
+    Raises:
+        InputError: If α is not a finite number.
+    """
+
+    name: ClassVar[str] = "proxy-tuning"
+    roles: ClassVar[tuple[str, ...]] = ("expert", "antiexpert")
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alpha", validate_alpha(self.alpha))
+
+    def weights(self) -> tuple[float, ...]:
+        """The weight of each companion's logits, in the order of `roles`.
+
+        Returns:
+            `(alpha, -alpha)`.
+        """
+        return (self.alpha, -self.alpha)
+
+
+FORMULAS: dict[str, type[ProxyTuning]] = {ProxyTuning.name: ProxyTuning}
+"""The formulas that a recipe can name."""
+
+
+def shift(base: torch.Tensor, companions: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+    """Add the companions' weighted logits to the base's.
+
+    Args:
+        base: Raw logits (or log-probabilities) of the base, `[..., V]`, any floating dtype.
+        companions: Raw logits of each companion, `[..., V_i]`; widths may differ from V.
+        weights: One weight per companion.
+
+    Returns:
+        The combined logits, `[..., V]`, float32, on the base's device. Ids that some companion with a weight does not
+        have, and tokens to which one gives −inf, keep the base's logit; tokens at −inf in the base stay there.
+
+    Raises:
+        InputError: If the numbers of companions and weights differ.
+    """
+    if len(companions) != len(weights):
+        raise InputError.of(
+            "formula",
+            expected=f"one weight for each of {len(companions)} companions",
+            got=f"{len(weights)} weights",
+            remedy="Give as many weights as companions.",
+        )
+    out = base.to(torch.float32, copy=True)
+    heard = [
+        (z.to(out.device, torch.float32, non_blocking=True), w)
+        for z, w in zip(companions, weights, strict=True)
+        if w != 0.0
+    ]
+    if not heard:
+        return out
+    width = min(out.shape[-1], *(z.shape[-1] for z, _ in heard))
+    # Companion minus companion first, then the base: with expert = antiexpert the shift is exactly 0, and with
+    # base = antiexpert, α = 1, the rounding is that of one subtraction.
+    delta = sum(w * z[..., :width] for z, w in heard)
+    assert isinstance(delta, torch.Tensor)
+    silent = torch.zeros_like(delta, dtype=torch.bool)
+    for z, _ in heard:
+        silent |= z[..., :width] == -torch.inf
+    # −inf + 0 is −inf, so masking the shift where the base is −inf also keeps a companion's +x from lifting it to NaN.
+    out[..., :width] += delta.masked_fill(silent, 0.0)
+    return out

@@ -1,0 +1,214 @@
+"""The four models of the lab: their shapes, how each is trained, and where the bundled weights are."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from proxytune.lab.corpus import CorpusRecipe, InstructionRecipe, instruction_set, pretraining_document, prompt_of
+from proxytune.lab.tokenizer import build_tokenizer
+from proxytune.lab.training import TrainingPlan, TrainingReport, instruction_batches, pretraining_batches, train
+from proxytune.lab.world import World, build_world
+
+MemberName = Literal["large-base", "tiny-base", "tiny-tuned", "large-tuned"]
+MEMBERS: tuple[MemberName, ...] = get_args(MemberName)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a Llama.
+
+    Attributes:
+        width: Size of the hidden state.
+        layers: Number of decoder layers.
+        heads: Attention heads, all with keys and values of their own.
+        feed_forward: Size of the gated feed-forward layer.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    feed_forward: int
+
+    def build(self, vocabulary: int, seed: int) -> LlamaForCausalLM:
+        """A randomly initialised model of this shape.
+
+        Args:
+            vocabulary: Number of token ids.
+            seed: Seed of the initial weights.
+
+        Returns:
+            The model in float32, with tied embeddings and a context of 512 tokens.
+        """
+        config = LlamaConfig(
+            vocab_size=vocabulary,
+            hidden_size=self.width,
+            num_hidden_layers=self.layers,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.heads,
+            intermediate_size=self.feed_forward,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+            rms_norm_eps=1e-5,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class FamilyRecipe:
+    """Everything that decides the four models, apart from the training seed.
+
+    Attributes:
+        large: Shape of the large pair.
+        tiny: Shape of the tiny pair.
+        corpus: Pre-training text.
+        instructions: Instruction set.
+        rows: Rows per pre-training batch.
+        length: Tokens per pre-training row.
+        tuning_rows: Examples per tuning batch.
+        plans: The training plan of each member; a tuned one starts from the base of its size.
+    """
+
+    large: Architecture = Architecture(128, 4, 4, 320)
+    tiny: Architecture = Architecture(48, 2, 4, 128)
+    corpus: CorpusRecipe = CorpusRecipe()
+    instructions: InstructionRecipe = InstructionRecipe()
+    rows: int = 12
+    length: int = 256
+    tuning_rows: int = 32
+    plans: dict[MemberName, TrainingPlan] = field(
+        default_factory=lambda: {
+            "large-base": TrainingPlan(1600, 1e-2),
+            "tiny-base": TrainingPlan(1500, 1e-2),
+            "tiny-tuned": TrainingPlan(200, 2e-3, optimizer="adamw", warmup=10, decay=0.7),
+            "large-tuned": TrainingPlan(200, 1e-3, optimizer="adamw", warmup=10, decay=0.7),
+        }
+    )
+
+
+def generation_defaults() -> GenerationConfig:
+    """Generation settings that are saved with every member: greedy, room for the longest answer, stop at the end of text."""
+    return GenerationConfig(eos_token_id=1, pad_token_id=0, max_new_tokens=64, do_sample=False)
+
+
+def train_family(
+    out: Path,
+    *,
+    seed: int = 0,
+    recipe: FamilyRecipe | None = None,
+    resume: bool = True,
+    processes: int = 2,
+    members: Iterable[MemberName] = MEMBERS,
+) -> dict[MemberName, TrainingReport]:
+    """Train the family from nothing.
+
+    Args:
+        out: Folder of the family; each member gets a sub-folder, in float32.
+        seed: Training seed: initial weights, text and order. The world and the hold-out do not depend on it.
+        recipe: What to train [the shipped recipe].
+        resume: Continue from the checkpoints in `out`; otherwise they are removed first.
+        processes: Number of processes that share every batch, one thread each.
+        members: Which members to train; a tuned one needs its base in `out` or in this list.
+
+    Returns:
+        The cost of every member.
+    """
+    recipe = recipe or FamilyRecipe()
+    wanted = [member for member in MEMBERS if member in set(members)]
+    if not resume:
+        for member in wanted:
+            _checkpoint(out, member).unlink(missing_ok=True)
+    if processes == 1:
+        _train_members(out, seed, recipe, wanted)
+    else:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
+            _worker, args=(processes, port, out, seed, recipe, wanted), nprocs=processes, join=True
+        )
+    return {member: TrainingReport(**json.loads(_report(out, member).read_text())) for member in wanted}
+
+
+def _worker(
+    rank: int, processes: int, port: int, out: Path, seed: int, recipe: FamilyRecipe, members: list[MemberName]
+) -> None:
+    """One of several training processes. `accelerate launch --cpu` would start a single one, so they are set up here."""
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(processes),
+        LOCAL_WORLD_SIZE=str(processes),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        TOKENIZERS_PARALLELISM="false",
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    _train_members(out, seed, recipe, members)
+    torch.distributed.destroy_process_group()
+
+
+def _train_members(out: Path, seed: int, recipe: FamilyRecipe, members: list[MemberName]) -> None:
+    """Train members one after the other in this process, or in step with its peers."""
+    accelerator = Accelerator(cpu=True)
+    world = build_world()
+    tokenizer = build_tokenizer(world)
+    for member in members:
+        plan = recipe.plans[member]
+        if member.endswith("-base"):
+            shape = recipe.large if member == "large-base" else recipe.tiny
+            model = shape.build(len(tokenizer), seed)
+            batches = pretraining_batches(
+                lambda rng: pretraining_document(world, rng, recipe.corpus),
+                tokenizer,
+                rows=recipe.rows,
+                length=recipe.length,
+                seed=seed,
+            )
+        else:
+            base = out / member.replace("tuned", "base")
+            model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+            examples = [
+                (prompt_of(problem.question), f" {problem.answer}")
+                for problem in instruction_set(world, recipe.instructions)
+            ]
+            batches = instruction_batches(examples, tokenizer, rows=recipe.tuning_rows, seed=seed)
+        report = train(
+            model, batches, plan, accelerator, checkpoint=_checkpoint(out, member), description=member
+        )
+        if accelerator.is_main_process:
+            save_member(out / member, model, tokenizer)
+            _report(out, member).write_text(json.dumps(asdict(report)))
+        accelerator.wait_for_everyone()
+
+
+def save_member(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write model, tokenizer and generation settings into one folder."""
+    model.generation_config = generation_defaults()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _checkpoint(out: Path, member: MemberName) -> Path:
+    return out / "checkpoints" / f"{member}.pt"
+
+
+def _report(out: Path, member: MemberName) -> Path:
+    return out / "checkpoints" / f"{member}.json"

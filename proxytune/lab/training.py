@@ -1,0 +1,281 @@
+"""One training loop for every model of the lab: data-parallel, resumable, with a progress bar.
+
+Batches are a pure function of the step, so a run that was killed and resumed sees the same text as one that was not, and
+the global batch does not depend on the number of processes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+IGNORED = -100
+"""Label of a position without loss, as in transformers."""
+
+BatchSource = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+"""Step -> the global batch: input ids [B, T] and next-token labels [B, T], both int64."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How a model is trained.
+
+    Attributes:
+        steps: Optimizer steps.
+        learning_rate: Peak rate, shared by both optimizers (Muon's update is scaled to the size of AdamW's).
+        optimizer: `"muon"` puts the hidden matrices under `torch.optim.Muon` and the rest under AdamW; `"adamw"` takes
+            AdamW for all.
+        warmup: Steps of linear warm-up.
+        decay: Share of the steps, at the end, over which the rate falls linearly to 0.
+        weight_decay: Decoupled weight decay of the hidden matrices.
+        clip: Largest gradient norm.
+        checkpoint_every: Steps between checkpoints.
+    """
+
+    steps: int
+    learning_rate: float
+    optimizer: Literal["muon", "adamw"] = "muon"
+    warmup: int = 40
+    decay: float = 0.5
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    checkpoint_every: int = 200
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        rise = min(1.0, (step + 1) / self.warmup)
+        fall = min(1.0, (self.steps - step) / (self.decay * self.steps))
+        return self.learning_rate * rise * fall
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What a finished run cost.
+
+    Attributes:
+        steps: Steps taken, those before a resume included.
+        seconds: Wall-clock time inside the loop, over all resumed parts.
+        tokens: Positions that were fed, padding included, over all processes.
+        loss: Moving average of the training loss on the first process, in nats per scored token.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+    loss: float
+
+
+def train(
+    model: PreTrainedModel,
+    batches: BatchSource,
+    plan: TrainingPlan,
+    accelerator: Accelerator,
+    *,
+    checkpoint: Path | None = None,
+    description: str = "training",
+) -> TrainingReport:
+    """Train `model` in place.
+
+    Args:
+        model: The model, on the CPU in float32; it is left in evaluation mode.
+        batches: The global batch of each step; every process takes its share of the rows.
+        plan: Steps, rates and optimizer.
+        accelerator: The processes that share the work.
+        checkpoint: A file to resume from when it exists and to write to every `plan.checkpoint_every` steps. A finished
+            run leaves its last state there, so resuming it is free.
+        description: Label of the progress bar.
+
+    Returns:
+        The cost of the run.
+    """
+    optimizers = _optimizers(model, plan)
+    start, tokens, seconds, loss_average = 0, 0, 0.0, math.nan
+    if checkpoint is not None and checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        start, tokens, seconds, loss_average = (state[key] for key in ("step", "tokens", "seconds", "loss"))
+    model.train()
+    runner = accelerator.prepare(model)
+    parameters = list(model.parameters())
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    began = time.perf_counter() - seconds
+    bar = tqdm(
+        total=plan.steps, initial=start, desc=description, unit="step", disable=not accelerator.is_main_process, smoothing=0.1
+    )
+    for step in range(start, plan.steps):
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = plan.rate_at(step)
+        input_ids, labels = batches(step)  # [B, T], [B, T]
+        # The processes' gradients are averaged, so each divides by its fair share of the *global* count of scored tokens.
+        share = max(1, int((labels != IGNORED).sum())) / processes
+        logits = runner(input_ids=input_ids[rank::processes], use_cache=False).logits  # [B/P, T, V]
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), labels[rank::processes].flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        loss = loss / share
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(parameters, plan.clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        tokens += input_ids.numel()
+        value = float(loss.detach())
+        loss_average = value if math.isnan(loss_average) else 0.95 * loss_average + 0.05 * value
+        bar.update()
+        bar.set_postfix(loss=f"{loss_average:.3f}", refresh=False)
+        done = step + 1
+        if checkpoint is not None and accelerator.is_main_process and (
+            done % plan.checkpoint_every == 0 or done == plan.steps
+        ):
+            _save_checkpoint(checkpoint, model, optimizers, done, tokens, time.perf_counter() - began, loss_average)
+    bar.close()
+    model.eval()
+    return TrainingReport(plan.steps, time.perf_counter() - began, tokens, loss_average)
+
+
+def pretraining_batches(
+    document: Callable[[random.Random], str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rows: int,
+    length: int,
+    seed: int,
+) -> BatchSource:
+    """Rows of packed documents, each followed by the end-of-text token.
+
+    Every row starts at the start of a document and cuts its last one off.
+
+    Args:
+        document: Draws one document.
+        tokenizer: Encodes it.
+        rows: Rows per global batch.
+        length: Tokens per row.
+        seed: Seed of the text.
+
+    Returns:
+        A pure function of the step.
+    """
+    end = _token_id(tokenizer)
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        packed = []
+        for row in range(rows):
+            rng = random.Random(f"pretraining:{seed}:{step}:{row}")
+            ids: list[int] = []
+            while len(ids) <= length:
+                for encoded in tokenizer([document(rng) for _ in range(8)], add_special_tokens=False)["input_ids"]:
+                    ids += [*encoded, end]
+            packed.append(ids[: length + 1])
+        rows_of_ids = torch.tensor(packed)  # [B, T+1]
+        return rows_of_ids[:, :-1], rows_of_ids[:, 1:]
+
+    return batch
+
+
+def instruction_batches(
+    examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, rows: int, seed: int
+) -> BatchSource:
+    """Prompt and answer pairs, shuffled anew every epoch, with loss on the answer and its end-of-text token only.
+
+    Args:
+        examples: Pairs of a prompt and the text that should follow it.
+        tokenizer: Encodes both.
+        rows: Rows per global batch.
+        seed: Seed of the order.
+
+    Returns:
+        A pure function of the step; rows are padded on the right, where a causal model cannot see the padding.
+    """
+    end = _token_id(tokenizer)
+    encoded = [
+        (
+            tokenizer(prompt, add_special_tokens=False)["input_ids"],
+            [*tokenizer(answer, add_special_tokens=False)["input_ids"], end],
+        )
+        for prompt, answer in examples
+    ]
+
+    def chosen(position: int) -> int:
+        epoch, offset = divmod(position, len(encoded))
+        return random.Random(f"instructions:{seed}:{epoch}").sample(range(len(encoded)), len(encoded))[offset]
+
+    def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        pairs = [encoded[chosen(step * rows + row)] for row in range(rows)]
+        length = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
+        input_ids = torch.zeros(rows, length, dtype=torch.long)
+        labels = torch.full((rows, length), IGNORED)
+        for row, (prompt, answer) in enumerate(pairs):
+            ids = torch.tensor(prompt + answer)
+            input_ids[row, : len(ids) - 1] = ids[:-1]
+            labels[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+        return input_ids, labels
+
+    return batch
+
+
+def _optimizers(model: nn.Module, plan: TrainingPlan) -> list[torch.optim.Optimizer]:
+    """The optimizers of a plan. Embeddings and gains stay under AdamW, as Muon's authors advise."""
+    hidden = [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim == 2 and "embed" not in name and "lm_head" not in name
+    ]
+    taken = {id(parameter) for parameter in hidden}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    if plan.optimizer == "muon":
+        return [
+            torch.optim.Muon(
+                hidden, lr=plan.learning_rate, weight_decay=plan.weight_decay, adjust_lr_fn="match_rms_adamw"
+            ),
+            torch.optim.AdamW(rest, lr=plan.learning_rate, betas=(0.9, 0.97), weight_decay=0.0),
+        ]
+    groups = [{"params": hidden, "weight_decay": plan.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.98))]
+
+
+def _save_checkpoint(
+    path: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    tokens: int,
+    seconds: float,
+    loss: float,
+) -> None:
+    """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(
+        {
+            "model": model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "step": step,
+            "tokens": tokens,
+            "seconds": seconds,
+            "loss": loss,
+        },
+        partial,
+    )
+    os.replace(partial, path)
+
+
+def _token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    end = tokenizer.eos_token_id
+    assert isinstance(end, int)
+    return end
