@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -63,6 +63,10 @@ class Formula(Protocol):
         """The weight of each companion's logits, in the order of `roles`."""
         ...
 
+    def with_alpha(self, alpha: float) -> Formula:
+        """The same formula at another α."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProxyTuning:
@@ -89,6 +93,20 @@ class ProxyTuning:
             `(alpha, -alpha)`.
         """
         return (self.alpha, -self.alpha)
+
+    def with_alpha(self, alpha: float) -> ProxyTuning:
+        """The same formula at another α.
+
+        Args:
+            alpha: The new α.
+
+        Returns:
+            A new formula.
+
+        Raises:
+            InputError: If α is not a finite number.
+        """
+        return replace(self, alpha=alpha)
 
 
 FORMULAS: dict[str, type[ProxyTuning]] = {ProxyTuning.name: ProxyTuning}

@@ -1,0 +1,80 @@
+"""The composite cache: one transformers `Cache` that holds the layers of all members, one after the other.
+
+Any cache that `generate()` or the caller makes for the composed model (dynamic, static, offloaded) is given the layers
+that the members' own configs ask for, while it is still empty. Reordering, cropping or resetting it then needs no code
+here. A member sees a view: a cache of the same class over its slice of the *shared* layer objects.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
+
+from proxytune.errors import CacheError
+
+__all__ = ["adopt", "view"]
+
+_OWNER = "_proxytune_owner"
+
+
+def view(cache: Cache, start: int, stop: int) -> Cache:
+    """A cache over the layers `start` to `stop` of a composite cache.
+
+    Args:
+        cache: The composite cache.
+        start: First layer of the member.
+        stop: One past its last layer.
+
+    Returns:
+        A cache of the same class that shares the layer objects, so that updates through it are updates of `cache`.
+    """
+    part = copy.copy(cache)
+    part.layers = cache.layers[start:stop]
+    return part
+
+
+def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str) -> None:
+    """Make a cache this model's, or refuse it.
+
+    Args:
+        cache: A cache that `generate()` or the caller made. While it is empty it gets the members' layers, in place.
+        configs: The members' text configs, in the order of their layers.
+        owner: A name for the composed model; written on the cache, and kept by copies of it.
+
+    Raises:
+        CacheError: If the cache holds tokens that another model put there, or is of a class that cannot be rebuilt and
+            has another number of layers.
+    """
+    if getattr(cache, _OWNER, None) == owner:
+        return
+    if _filled(cache):
+        raise CacheError.of(
+            "past_key_values",
+            expected="an empty cache, or one that this composed model filled",
+            got=f"a {type(cache).__name__} of {len(cache.layers)} layers filled by another model",
+            remedy="The companions have not seen its tokens. Start without it, or pass the past_key_values that this "
+            "model's generate(..., return_dict_in_generate=True) returned.",
+        )
+    layers = sum(c.num_hidden_layers for c in configs)
+    # From each member's own config: transformers before 5.20 gives all layers of one config the same window.
+    if type(cache) is DynamicCache:
+        cache.layers = [layer for c in configs for layer in DynamicCache(config=c).layers]
+        cache.layer_class_to_replicate = None
+    elif type(cache) is StaticCache:
+        length = max(layer.max_cache_len for layer in cache.layers)
+        cache.layers = [layer for c in configs for layer in StaticCache(config=c, max_cache_len=length).layers]
+    elif len(cache.layers) != layers:
+        raise CacheError.of(
+            "past_key_values",
+            expected=f"a {type(cache).__name__} with the {layers} layers of all members",
+            got=f"{len(cache.layers)} layers",
+            remedy=f"Build it as {type(cache).__name__}(config=model.config, …).",
+        )
+    setattr(cache, _OWNER, owner)
+
+
+def _filled(cache: Cache) -> bool:
+    return any(getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0 for layer in cache.layers)

@@ -1,0 +1,174 @@
+"""A small model that follows whatever prefix it is asked about, in as few token-forwards as possible.
+
+`generate()` reorders beams and rolls back drafts behind a logits processor's back; all that the processor gets is the
+whole prefix. So the companion compares the prefix with the rows in its cache, keeps what they share, and forwards only
+the rest. It knows nothing of formulas, and holds one batch at a time.
+
+The comparison makes the host wait for the device once per step. The composed model has no such wait.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from proxytune.errors import InputError
+from proxytune.member import Member, check_ids
+
+__all__ = ["Companion"]
+
+_PADDING = -1  # no token id: a padded position equals a padded position and nothing else
+
+
+class Companion:
+    """A causal LM and a KV cache that follows any prefix.
+
+    Attributes:
+        member: The model, with its role and the count of tokens it was run on.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32) -> None:
+        """Wrap a model.
+
+        Args:
+            model: A decoder-only causal LM with attention layers. It is put in evaluation mode.
+            role: What to call it in messages.
+            memo: For how many of the last positions of a single row logits are kept, so that a draft's question and
+                the verification's repetition of it cost one forward. Batches keep one position.
+
+        Raises:
+            UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`.
+        """
+        self.member = Member(model.eval(), role)
+        self._memo = memo
+        # Sliding-window layers forget what fell out of the window, and then cannot be rolled back. They are used as
+        # long as nobody rolls back (sampling, beams); the first rollback they cannot do switches to full layers.
+        self._keep_all = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the cached prefix; the next question starts with a prefill."""
+        self._cache: DynamicCache | None = None
+        self._ids: torch.Tensor | None = None  # [B, L]: what the cache holds, padding as _PADDING
+        self._logits: list[torch.Tensor] = []  # [B, V] each: after the last cached positions, in order
+
+    @torch.no_grad()
+    def logits_for(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, last: int = 1
+    ) -> torch.Tensor:
+        """The model's raw logits after a prefix, and after the `last − 1` prefixes before it.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; what it does not cover counts as tokens. None if
+                nothing is padded.
+            last: How many of the last positions to return.
+
+        Returns:
+            `[B, last, V]`, float32, on the model's device.
+
+        Raises:
+            InputError: If the prefix is shorter than `last`, longer than the model's context, or has ids that the model
+                cannot embed.
+        """
+        n = input_ids.shape[1]
+        if n < last or last < 1:
+            raise InputError.of(
+                "input_ids",
+                expected=f"a prefix of at least {max(last, 1)} tokens",
+                got=f"{n}",
+                remedy="A companion needs the whole prefix, not only the new ids.",
+            )
+        ids = input_ids.to(self.member.device)
+        mask = _full_mask(ids, attention_mask)  # [B, T] or None
+        key = ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
+        keep = self._match(key)
+        if keep > n - last and self._remembered(keep) < keep - (n - last):
+            keep = n - last  # the cache holds these positions, but their logits have to be computed again
+        if keep == n:
+            known = self._remembered(n)
+            return torch.stack(self._logits[known - last : known], 1)
+        keep = self._rollback(keep)
+        if self._cache is None or n - keep > 1:
+            check_ids(ids[:, keep:], [self.member])
+        if self._cache is None:
+            self._cache = DynamicCache() if self._keep_all else DynamicCache(config=self.member.model.config)
+        # An interrupted forward leaves some layers longer than others. Without its ids the cache counts for nothing.
+        self._ids = None
+        logits = self.member.forward(
+            ids[:, keep:],
+            attention_mask=mask,
+            position_ids=None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, keep:],  # [B, N]
+            cache=self._cache,
+            logits_to_keep=min(last, n - keep),
+        ).float()  # [B, K, V]
+        self._ids = key
+        memo = max(last, self._memo if ids.shape[0] == 1 else 1)
+        unbroken = self._logits if n - keep <= last else []  # logits are remembered without gaps
+        self._logits = [*unbroken, *logits.unbind(1)][-memo:]
+        return torch.stack(self._logits[-last:], 1)
+
+    def _remembered(self, length: int) -> int:
+        """How many positions up to `length`, which the cache covers, have remembered logits."""
+        return 0 if self._ids is None else len(self._logits) - (self._ids.shape[1] - length)
+
+    def _match(self, key: torch.Tensor) -> int:
+        """Rearrange the cached rows to share as much as possible with the prefixes; return the length they share."""
+        if self._ids is None or self._cache is None:
+            self.reset()
+            return 0
+        length = min(key.shape[1], self._ids.shape[1])
+        if key.shape[0] == self._ids.shape[0] and torch.equal(key[:, :length], self._ids[:, :length]):
+            return length
+        same = key[:, None, :length] == self._ids[None, :, :length]  # [B, cached B, L]
+        shared = same.long().cumprod(-1).sum(-1)  # [B, cached B]
+        # On a tie the row stays where it is: that spares a reordering.
+        stay = torch.eye(key.shape[0], self._ids.shape[0], device=key.device, dtype=torch.long)
+        rows = (2 * shared + stay).argmax(1)  # [B]
+        keep = int(shared.gather(1, rows[:, None]).min())
+        if keep == 0:
+            self.reset()
+            return 0
+        self._cache.reorder_cache(rows)
+        self._ids = self._ids[rows]
+        self._logits = [z[rows] for z in self._logits]
+        return keep
+
+    def _rollback(self, keep: int) -> int:
+        """Shorten the cache to `keep` positions; return the length it really has now (0 after starting over)."""
+        if self._ids is None or self._cache is None:
+            return 0
+        surplus = self._ids.shape[1] - keep
+        if surplus == 0:
+            return keep
+        if keep == 0:
+            self.reset()
+            return 0
+        try:
+            self._cache.crop(-surplus)
+        except RuntimeError:  # what a sliding layer says when the positions to go back to have left its window
+            self._keep_all = True
+            self.reset()
+            return 0
+        self._ids = self._ids[:, :keep]
+        self._logits = self._logits[:-surplus]
+        return keep
+
+
+def _full_mask(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask over the whole prefix, or None if nothing is padded."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask.to(ids.device, torch.long)
+    missing = ids.shape[1] - mask.shape[1]
+    if mask.shape[0] != ids.shape[0] or missing < 0:
+        raise InputError.of(
+            "attention_mask",
+            expected=f"{ids.shape[0]} rows of at most {ids.shape[1]} positions, as input_ids",
+            got=f"shape {list(mask.shape)}",
+            remedy="Pass the mask of this very prompt.",
+        )
+    if bool((mask == 1).all()):
+        return None
+    return torch.nn.functional.pad(mask, (0, missing), value=1)

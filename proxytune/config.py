@@ -1,0 +1,138 @@
+"""The composed model's config: it looks like one model that has the layers of all its members."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.utils import cached_file
+
+from proxytune.errors import RecipeError
+from proxytune.recipe import RECIPE_FILE, Recipe
+
+__all__ = ["ProxyTunedConfig"]
+
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+class ProxyTunedConfig(PreTrainedConfig):
+    """The config of a `ProxyTunedModel`.
+
+    On disk it only points at the recipe beside it (`proxytune_config.json`). After `bind` it also answers what
+    `generate()` asks a config; its number of layers is that of all members together.
+
+    Attributes:
+        recipe: Members, formula and α; None for a composition of models that were not loaded from anywhere.
+    """
+
+    model_type = "proxytune"
+    has_no_defaults_at_init = True
+
+    def __init__(self, recipe: Recipe | None = None, **kwargs: Any) -> None:
+        """Make an unbound config.
+
+        Args:
+            recipe: The recipe.
+            **kwargs: Attributes of `PreTrainedConfig`.
+        """
+        super().__init__(**kwargs)
+        self.__dict__["recipe"] = recipe
+        self.__dict__["_member_configs"] = []
+
+    def bind(self, member_configs: Sequence[PreTrainedConfig]) -> ProxyTunedConfig:
+        """Take over from the members what `generate()` asks a config.
+
+        Args:
+            member_configs: The members' configs, the base's first.
+
+        Returns:
+            Itself.
+        """
+        texts = [c.get_text_config(decoder=True) for c in member_configs]
+        self.__dict__["_member_configs"] = texts
+        for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id"):
+            if hasattr(texts[0], name):
+                setattr(self, name, getattr(texts[0], name))
+        contexts = [n for c in texts if (n := getattr(c, "max_position_embeddings", None)) is not None]
+        if contexts:
+            self.max_position_embeddings = min(contexts)
+        self.num_hidden_layers = sum(c.num_hidden_layers for c in texts)
+        return self
+
+    @property
+    def member_configs(self) -> list[PreTrainedConfig]:
+        """The members' text configs, the base's first; empty before `bind`."""
+        configs: list[PreTrainedConfig] = self.__dict__.get("_member_configs", [])
+        return configs
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Of each member, the first layer in the composite cache and one past the last."""
+        spans, start = [], 0
+        for config in self.member_configs:
+            spans.append((start, start + config.num_hidden_layers))
+            start += config.num_hidden_layers
+        return spans
+
+    @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: Any, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Read `config.json` and the recipe beside it.
+
+        Args:
+            pretrained_model_name_or_path: A folder or hub id.
+            **kwargs: As in transformers.
+
+        Returns:
+            The config's dictionary with the recipe in it, and the unused keyword arguments.
+
+        Raises:
+            RecipeError: If the recipe is missing or refused.
+        """
+        hub = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
+        config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        config["recipe"] = load_recipe(pretrained_model_name_or_path, **hub)
+        return config, unused
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` holds: everything but the recipe, which has a file of its own.
+
+        Returns:
+            A dictionary of JSON values.
+        """
+        held: dict[str, Any] = {k: self.__dict__.pop(k) for k in ("recipe", "_member_configs") if k in self.__dict__}
+        try:
+            return super().to_dict()
+        finally:
+            self.__dict__.update(held)
+
+
+def load_recipe(source: str | Path, **hub: Any) -> Recipe:
+    """Read a recipe from a folder, a file or the hub.
+
+    Args:
+        source: A folder, a JSON file, or a hub id.
+        **hub: `revision`, `token` and the like, for a hub id.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        RecipeError: If there is none, or it is refused.
+    """
+    if Path(source).exists():
+        return Recipe.load(source)
+    try:
+        file = cached_file(str(source), RECIPE_FILE, **hub)
+    except OSError as error:
+        raise RecipeError.of(
+            "recipe",
+            expected=f"a folder or hub id with a {RECIPE_FILE}",
+            got=repr(str(source)),
+            remedy=f"transformers says: {str(error).strip().splitlines()[0]}",
+        ) from error
+    return Recipe.from_json(json.loads(Path(str(file)).read_text(encoding="utf-8")))

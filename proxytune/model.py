@@ -1,0 +1,403 @@
+"""The composed model: a `PreTrainedModel` whose logits are the combined logits of its members.
+
+A decode step reads top to bottom in `ProxyTunedModel.forward`: members → logits → shift. Everything else here makes
+`generate()`, pipelines and scoring see an ordinary causal LM, and refuses what could only go wrong silently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from proxytune.cache import adopt, view
+from proxytune.config import ProxyTunedConfig, load_recipe
+from proxytune.errors import InputError, RecipeError, UnsupportedModeError
+from proxytune.formula import FORMULAS, Formula, ProxyTuning, shift
+from proxytune.generating import ComposedGeneration, refuse_arguments
+from proxytune.member import Member, check_ids
+from proxytune.opening import open_members
+from proxytune.recipe import Recipe
+from proxytune.saving import save_adapter
+
+__all__ = ["ProxyTunedConfig", "ProxyTunedModel", "wrap"]
+
+
+class ProxyTunedModel(ComposedGeneration, PreTrainedModel):
+    """Base, expert and antiexpert as one causal LM, made by `proxytune.wrap` or `from_pretrained`.
+
+    `forward` returns `z_base + α (z_expert − z_antiexpert)` in float32 (arXiv 2401.08565), so every mode of
+    `generate()`, pipelines and log-likelihood scoring work as with any model. One cache holds all members' layers.
+    Ids that some member cannot embed (at the tail of a padded head) get −inf: once sampled, no member could go on.
+
+    Attributes:
+        base: The frozen large model.
+        expert: The small tuned model.
+        antiexpert: The small model that the expert was tuned from.
+        formula: The formula with its α.
+    """
+
+    base: PreTrainedModel
+    expert: PreTrainedModel
+    antiexpert: PreTrainedModel
+    formula: Formula
+
+    config_class = ProxyTunedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    # The members check these for themselves when they are loaded; here they only must not be refused.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    # Keeps generate() from compiling this forward by itself on static caches; members may be compiled by their owner.
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: ProxyTunedConfig, members: Mapping[str, PreTrainedModel], formula: Formula) -> None:
+        """Compose the members; `wrap` and `from_pretrained` are the doors.
+
+        Args:
+            config: A config; it is bound to the members here.
+            members: Role → model, the base first, then `formula.roles` in order. They are put in evaluation mode.
+            formula: The formula.
+
+        Raises:
+            UnsupportedModelError: If a member has no attention cache (see `Member`).
+        """
+        wrapped = [Member(model, role) for role, model in members.items()]
+        config.bind([model.config for model in members.values()])
+        config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)
+        super().__init__(config)
+        for role, model in members.items():
+            setattr(self, role, model.eval())
+        self.formula = formula
+        self._members = wrapped
+        # Written on the caches that this model fills, and kept by copies of them.
+        self.cache_owner = uuid.uuid4().hex
+        self.generation_config = GenerationConfig.from_dict(self.base.generation_config.to_dict())
+        self.eval()
+
+    # --- what the composition is ---------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float:
+        """The strength α of the shift; may be set to any finite number."""
+        return self.formula.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.formula = self.formula.with_alpha(value)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The adapter as it stands; None if some member was not loaded from anywhere."""
+        recipe: Recipe | None = self.config.recipe
+        return None if recipe is None else replace(recipe, formula=self.formula.name, alpha=self.alpha)
+
+    @property
+    def usable_ids(self) -> int:
+        """How many ids every member can embed; those from there on have −inf."""
+        return min(m.rows for m in self._members)
+
+    @property
+    def token_forwards(self) -> dict[str, int]:
+        """Role → tokens × rows that went through that member so far."""
+        return {m.role: m.token_forwards for m in self._members}
+
+    # --- the decode step -----------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run all members over the tokens and combine their logits.
+
+        Args:
+            input_ids: `[B, N]`, int64: the tokens that the cache has not seen.
+            attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding.
+            position_ids: `[B, N]` or `[1, N]`; None for each member's default.
+            past_key_values: An empty cache, or one that this model filled.
+            use_cache: Whether to return a cache [True].
+            logits_to_keep: The last that many positions [0: all], or a tensor of positions.
+            labels: `[B, N]`, −100 where there is none: adds the mean next-token loss, in nats.
+            inputs_embeds: Refused; members do not share an embedding space.
+            is_first_iteration: Set by `generate()` for a prompt.
+            **kwargs: Refused, if not None or False.
+
+        Returns:
+            Logits `[B, K, V]`, float32, V the base's width; the loss; the cache.
+
+        Raises:
+            InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; or an
+                argument is not supported.
+            CacheError: If the cache was filled by another model.
+        """
+        refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
+        if input_ids is None:
+            raise InputError.of("input_ids", expected="a tensor [B, T]", got="None", remedy="Pass input_ids.")
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise InputError.of(
+                "attention_mask",
+                expected="two dimensions [B, T]: the members build their own masks from it",
+                got=f"shape {list(attention_mask.shape)}",
+                remedy="Pass the tokenizer's mask.",
+            )
+        use_cache = True if use_cache is None else use_cache
+        cache = past_key_values if use_cache else None
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            adopt(cache, self.config.member_configs, self.cache_owner)
+        # Waits for the device, so for prompts only: what is sampled afterwards is within every member's reach.
+        if (is_first_iteration or cache is None or input_ids.shape[1] != 1) and not torch.compiler.is_compiling():
+            check_ids(input_ids, self._members)
+
+        members = [
+            member.forward(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=None if cache is None else view(cache, *span),
+                logits_to_keep=logits_to_keep,
+            )
+            for member, span in zip(self._members, self.config.spans, strict=True)
+        ]  # [B, K, V_i] each
+        logits = shift(members[0], members[1:], self.formula.weights())  # [B, K, V]
+        logits[..., self.usable_ids :] = -torch.inf
+
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(logits.device).flatten()
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    @torch.no_grad()
+    def member_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What each member says for itself, without a cache: to see what the shift changed.
+
+        Args:
+            input_ids: `[B, T]`, int64.
+            attention_mask: `[B, T]`; None if nothing is padded.
+
+        Returns:
+            Role → raw logits `[B, T, V_role]`, float32.
+
+        Raises:
+            InputError: As `forward`.
+        """
+        check_ids(input_ids, self._members)
+        position_ids = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return {
+            m.role: m.forward(input_ids, attention_mask=attention_mask, position_ids=position_ids).float()
+            for m in self._members
+        }
+
+    # --- PreTrainedModel -----------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The base's device; logits are returned there."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype; logits are float32 all the same."""
+        return self.base.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's input embedding.
+
+        Returns:
+            The module.
+        """
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's output embedding; its logits alone are not this model's.
+
+        Returns:
+            The module.
+        """
+        return self.base.get_output_embeddings()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: each member has tied its own weights.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+        """
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the attention implementation of all members.
+
+        Args:
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
+        for member in self._members:
+            member.model.set_attn_implementation(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: ids added to one member mean nothing to the others.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Raises:
+            UnsupportedModeError: Always.
+        """
+        raise UnsupportedModeError.of(
+            "resize_token_embeddings",
+            expected="members whose vocabularies agree",
+            got="a request to change the base's alone",
+            remedy="Resize every member before wrapping them.",
+        )
+
+    # --- saving and opening --------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save the adapter: the recipe and what opens it; no weights.
+
+        Args:
+            save_directory: A folder. Nothing half-written stays in it when saving fails.
+            **kwargs: Accepted for `push_to_hub`, which calls this; there are no weights to shard.
+
+        Raises:
+            RecipeError: If a member has no folder or hub id, or expert and antiexpert have the same one, or the folder
+                cannot be written.
+        """
+        del kwargs
+        recipe = self.recipe
+        if recipe is None:
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="members that were loaded from a folder or the hub",
+                got="a member that exists only in memory, or carries an adapter",
+                remedy="Save that member with its own save_pretrained, and wrap the folder.",
+            )
+        if recipe.expert == recipe.antiexpert and self.expert is not self.antiexpert:
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="an expert and an antiexpert from different places",
+                got=f"{recipe.expert.id!r} for both, though they are two models; one was probably tuned in memory",
+                remedy="Save the tuned one with its own save_pretrained, and wrap the folder.",
+            )
+        save_adapter(save_directory, recipe, self.generation_config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> ProxyTunedModel:
+        """Open a saved adapter and load its members.
+
+        Args:
+            pretrained_model_name_or_path: A folder or hub id with a `proxytune_config.json`.
+            *args: None are taken.
+            **kwargs: Handed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
+
+        Returns:
+            The composed model.
+
+        Raises:
+            RecipeError: If there is no recipe, or it is refused.
+            MemberError: If a member cannot be opened or does not fit.
+        """
+        config = kwargs.pop("config", None)
+        hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
+        for_all = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
+        # What transformers' Auto classes add for the class they call; none of it is meant for the members.
+        for key in ("_from_auto", "_commit_hash", "adapter_kwargs", "adapter_name", "name_or_path", "weights_only"):
+            kwargs.pop(key, None)
+        recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
+        model = wrap(
+            recipe.base.id,
+            expert=recipe.expert.id,
+            antiexpert=recipe.antiexpert.id,
+            revisions={role: ref.revision for role, ref in recipe.members.items() if ref.revision},
+            formula=FORMULAS[recipe.formula](alpha=recipe.alpha),
+            **kwargs,
+        )
+        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)
+        return model
+
+
+def wrap(
+    base: Any,
+    *,
+    expert: Any,
+    antiexpert: Any = None,
+    alpha: float | None = None,
+    formula: Formula | None = None,
+    revisions: Mapping[str, str] | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
+    check_vocabulary: bool = True,
+    **from_pretrained: Any,
+) -> ProxyTunedModel:
+    """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
+
+    Args:
+        base: The large model: a model object, a hub id or a folder. Its weights are not changed.
+        expert: The small tuned model, likewise.
+        antiexpert: The small model that the expert was tuned from, likewise.
+        alpha: The strength α of the shift [1.0].
+        formula: A formula instead of α.
+        revisions: Role → branch, tag or commit, for hub ids.
+        tokenizers: Role → tokenizer, for members that have none beside their weights.
+        check_vocabulary: Whether to compare the members' token ids.
+        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
+
+    Returns:
+        A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
+
+    Raises:
+        InputError: If α is no finite number, the antiexpert is missing, or arguments contradict each other.
+        MemberError: If a member cannot be opened, is not supported, or means other tokens by its ids.
+
+    Warns:
+        VocabularyWarning: If there was no tokenizer to compare by.
+    """
+    if formula is None:
+        formula = ProxyTuning(alpha=1.0 if alpha is None else alpha)
+    elif alpha is not None:
+        raise InputError.of(
+            "wrap",
+            expected="alpha or formula",
+            got="both",
+            remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
+        )
+    members, references = open_members(
+        {"base": base, "expert": expert, "antiexpert": antiexpert},
+        revisions=revisions,
+        tokenizers=tokenizers,
+        check_vocabulary=check_vocabulary,
+        **from_pretrained,
+    )
+    known = {role: reference for role, reference in references.items() if reference is not None}
+    recipe = None
+    if len(known) == len(references):
+        recipe = Recipe(**known, formula=formula.name, alpha=formula.alpha)
+    return ProxyTunedModel(ProxyTunedConfig(recipe=recipe), members, formula)
+
+
+AutoConfig.register(ProxyTunedConfig.model_type, ProxyTunedConfig, exist_ok=True)
+AutoModelForCausalLM.register(ProxyTunedConfig, ProxyTunedModel, exist_ok=True)

@@ -1,0 +1,184 @@
+"""Opening the members: from a model object, a hub id or a folder, with a check that their ids mean the same tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from proxytune.errors import InputError, MemberNotFoundError, VocabularyWarning
+from proxytune.recipe import ROLES, MemberRef
+from proxytune.vocabulary import check_same_tokens
+
+__all__ = ["check_vocabularies", "open_member", "open_members", "reference_of"]
+
+
+def open_members(
+    sources: Mapping[str, Any],
+    *,
+    revisions: Mapping[str, str] | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
+    check_vocabulary: bool = True,
+    **from_pretrained: Any,
+) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None]]:
+    """Open all members of a composition.
+
+    Args:
+        sources: Role → model object, hub id or folder; the one that owns the ids (the base) first.
+        revisions: Role → branch, tag or commit, for hub ids.
+        tokenizers: Role → tokenizer, for members that have none beside their weights.
+        check_vocabulary: Whether to compare the members' token ids.
+        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
+
+    Returns:
+        Role → model, and role → where it can be had again (None for one that exists only in memory).
+
+    Raises:
+        InputError: If a member is missing, or arguments contradict each other.
+        MemberError: If a member cannot be opened, or means other tokens by its ids.
+
+    Warns:
+        VocabularyWarning: If there was no tokenizer to compare by.
+    """
+    for role, source in sources.items():
+        if source is None:
+            raise InputError.of(
+                f"the {role}",
+                expected="a model, a hub id or a folder",
+                got="None",
+                remedy="Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from.",
+            )
+    revisions = revisions or {}
+    for name, given in (("revisions", revisions), ("tokenizers", tokenizers or {})):
+        if strange := sorted(set(given) - set(ROLES)):
+            raise InputError.of(
+                name, expected=f"roles out of {', '.join(ROLES)}", got=", ".join(strange), remedy="Correct the role."
+            )
+    if from_pretrained and all(isinstance(s, nn.Module) for s in sources.values()):
+        raise InputError.of(
+            "members",
+            expected="no further arguments when all of them are model objects",
+            got=", ".join(sorted(from_pretrained)),
+            remedy="They are for from_pretrained: pass them where you load the models.",
+        )
+    references = {role: reference_of(source, revisions.get(role)) for role, source in sources.items()}
+    members = {
+        role: open_member(source if isinstance(source, nn.Module) else references[role], role, **from_pretrained)
+        for role, source in sources.items()
+    }
+    if check_vocabulary:
+        check_vocabularies(references, tokenizers)
+    return members, references
+
+
+def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
+    """Get a member's model.
+
+    Args:
+        source: A model, which is taken as it is, or a `MemberRef` to load with `AutoModelForCausalLM`.
+        role: Its role, for messages.
+        **from_pretrained: Handed to `from_pretrained`, e.g. `dtype`, `device_map`; only with a `MemberRef`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: If the source is neither a model, nor a reference.
+        MemberNotFoundError: If the folder or hub id cannot be opened.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    if not isinstance(source, MemberRef):
+        raise InputError.of(
+            f"the {role}",
+            expected="a model, a hub id or a folder",
+            got=repr(source),
+            remedy=f"Pass e.g. {role}='org/model'.",
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
+    except OSError as error:
+        raise MemberNotFoundError.of(
+            f"the {role}",
+            expected="a hub id, or a folder with a config.json and weights",
+            got=f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else ""),
+            remedy=f"transformers says: {_first_line(error)}",
+        ) from error
+
+
+def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
+    """Where a member can be had again.
+
+    Args:
+        source: A hub id, a folder, or a model.
+        revision: The revision asked for, if any.
+
+    Returns:
+        The reference, with folders made absolute; None for a model that was not loaded from anywhere, or that carries
+        an adapter, whose weights its name does not tell of.
+    """
+    if isinstance(source, nn.Module):
+        config = getattr(source, "config", None)
+        if hasattr(source, "peft_config") or getattr(source, "_hf_peft_config_loaded", False):
+            return None
+        name, revision = getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None)
+    else:
+        name = str(source)
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    return MemberRef(str(folder.resolve())) if folder.is_dir() else MemberRef(name, revision)
+
+
+def check_vocabularies(references: Mapping[str, MemberRef | None], tokenizers: Mapping[str, Any] | None = None) -> None:
+    """Compare every companion's token ids with the base's; the first entry is the base.
+
+    Args:
+        references: Role → where the member came from.
+        tokenizers: Role → tokenizer, for members whose folder has none.
+
+    Raises:
+        VocabularyMismatchError: If the ids of some companion mean other tokens than the base's.
+
+    Warns:
+        VocabularyWarning: If some member's tokenizer is not to be found, so that nothing could be compared.
+    """
+    vocabularies: dict[str, Mapping[str, int]] = {}
+    seen: dict[MemberRef, Mapping[str, int]] = {}
+    unknown = []
+    for role, reference in references.items():
+        tokenizer = (tokenizers or {}).get(role)
+        if tokenizer is None and reference is not None:
+            if reference not in seen:
+                try:
+                    found = AutoTokenizer.from_pretrained(reference.id, revision=reference.revision or "main")
+                except (OSError, ValueError):
+                    unknown.append(role)
+                    continue
+                seen[reference] = found.get_vocab()
+            vocabularies[role] = seen[reference]
+        elif tokenizer is not None:
+            vocabularies[role] = tokenizer.get_vocab()
+        else:
+            unknown.append(role)
+    base, *companions = references
+    if base in vocabularies:
+        for role in companions:
+            if role in vocabularies:
+                check_same_tokens(vocabularies[base], vocabularies[role], role=role)
+    if unknown:
+        warnings.warn(
+            f"the vocabularies were not compared: no tokenizer is at hand for {', '.join(unknown)}. If ids mean "
+            "different tokens there, the output is noise. Pass tokenizers={role: tokenizer}, or check_vocabulary=False "
+            "if you know that they agree.",
+            VocabularyWarning,
+            stacklevel=3,
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,233 @@
+"""The adapter as a small JSON file: which models, which formula, which α. It never holds weights.
+
+```json
+{
+  "format_version": 1,
+  "base": {"id": "org/large", "revision": null},
+  "expert": {"id": "org/small-tuned", "revision": "v2"},
+  "antiexpert": {"id": "org/small", "revision": null},
+  "formula": "proxy-tuning",
+  "alpha": 0.5
+}
+```
+
+An `id` is a hub id or a folder. A relative folder is looked for next to the recipe first, so that a folder that holds a
+recipe and its models can be moved as one. Unknown keys are refused by name: a misspelt knob must not be ignored.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from proxytune.errors import InputError, RecipeError
+
+__all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe"]
+
+FORMAT_VERSION = 1
+RECIPE_FILE = "proxytune_config.json"
+ROLES = ("base", "expert", "antiexpert")
+_KEYS = ("format_version", *ROLES, "formula", "alpha")
+
+
+def _refuse_unknown(keys: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    unknown = [k for k in keys if k not in known]
+    if unknown:
+        raise RecipeError.of(
+            where,
+            expected=f"only the keys {', '.join(known)}",
+            got=f"unknown {', '.join(map(repr, unknown))}",
+            remedy="Remove or correct them, or install the version of proxytune that knows them.",
+        )
+
+
+@dataclass(frozen=True)
+class MemberRef:
+    """Where one member is to be had.
+
+    Attributes:
+        id: A hub id or a folder.
+        revision: A branch, tag or commit on the hub; None for the default one, and for folders.
+    """
+
+    id: str
+    revision: str | None = None
+
+    @classmethod
+    def from_json(cls, value: Any, role: str) -> MemberRef:
+        """Read a member from a recipe.
+
+        Args:
+            value: A string, or `{"id": …, "revision": …}`.
+            role: The member's role, for the message.
+
+        Returns:
+            The reference.
+
+        Raises:
+            RecipeError: If the value has another form or unknown keys.
+        """
+        if isinstance(value, str):
+            value = {"id": value}
+        if not isinstance(value, Mapping):
+            raise RecipeError.of(
+                f"recipe key {role!r}",
+                expected="a string or an object with an id",
+                got=type(value).__name__,
+                remedy='Write e.g. {"id": "org/model", "revision": null}.',
+            )
+        _refuse_unknown(value, ("id", "revision"), f"recipe key {role!r}")
+        name, revision = value.get("id"), value.get("revision")
+        if not isinstance(name, str) or not name or not (revision is None or isinstance(revision, str)):
+            raise RecipeError.of(
+                f"recipe key {role!r}",
+                expected="a non-empty string as id, and a string or null as revision",
+                got=f"id={name!r}, revision={revision!r}",
+                remedy="Name a hub id or a folder.",
+            )
+        return cls(name, revision)
+
+    def beside(self, folder: Path | None) -> MemberRef:
+        """Resolve a relative folder against the folder of the recipe.
+
+        Args:
+            folder: The folder that holds the recipe; None if the recipe came from the hub.
+
+        Returns:
+            The reference with an absolute folder if there is one beside the recipe, else itself.
+        """
+        if folder is not None and (folder / self.id).is_dir():
+            return MemberRef(str((folder / self.id).resolve()), None)
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An adapter: members, formula and α.
+
+    Attributes:
+        base: The frozen large model.
+        expert: The small tuned model.
+        antiexpert: The small model that the expert was tuned from.
+        formula: The name of the formula (`proxytune.formula.FORMULAS`).
+        alpha: The strength α of the shift; finite.
+    """
+
+    base: MemberRef
+    expert: MemberRef
+    antiexpert: MemberRef
+    formula: str = "proxy-tuning"
+    alpha: float = 1.0
+
+    @property
+    def members(self) -> dict[str, MemberRef]:
+        """The members by role, base first."""
+        return {role: getattr(self, role) for role in ROLES}
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as the object that `from_json` reads.
+
+        Returns:
+            A dictionary of JSON values, with the format version.
+        """
+        members = {role: {"id": ref.id, "revision": ref.revision} for role, ref in self.members.items()}
+        return {"format_version": FORMAT_VERSION, **members, "formula": self.formula, "alpha": self.alpha}
+
+    @classmethod
+    def from_json(cls, data: Any, *, folder: Path | None = None) -> Recipe:
+        """Read a recipe from parsed JSON.
+
+        Args:
+            data: The parsed file.
+            folder: The folder it lay in; relative member folders are resolved against it.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            RecipeError: If keys are missing or unknown, the format is newer than this version reads, or a value has
+                the wrong form.
+        """
+        from proxytune.formula import FORMULAS, validate_alpha
+
+        if not isinstance(data, Mapping):
+            raise RecipeError.of(
+                "recipe", expected="a JSON object", got=type(data).__name__, remedy="See proxytune.recipe for the form."
+            )
+        version = data.get("format_version")
+        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+            raise RecipeError.of(
+                "recipe format_version",
+                expected=f"a whole number from 1 to {FORMAT_VERSION}",
+                got=repr(version),
+                remedy=f'Write "format_version": {FORMAT_VERSION}.',
+            )
+        if version > FORMAT_VERSION:
+            # Before the keys: a newer format may well have new ones, and the version is the better explanation.
+            raise RecipeError.of(
+                "recipe format_version",
+                expected=f"at most {FORMAT_VERSION}, the newest that this version of proxytune reads",
+                got=str(version),
+                remedy="Upgrade proxytune.",
+            )
+        _refuse_unknown(data, _KEYS, "recipe")
+        missing = [key for key in _KEYS if key not in data]
+        if missing:
+            raise RecipeError.of(
+                "recipe", expected=f"the keys {', '.join(_KEYS)}", got=f"no {', '.join(missing)}", remedy="Add them."
+            )
+        if data["formula"] not in FORMULAS:
+            raise RecipeError.of(
+                "recipe key 'formula'",
+                expected=f"one of {', '.join(FORMULAS)}",
+                got=repr(data["formula"]),
+                remedy="Correct the name, or upgrade proxytune.",
+            )
+        try:
+            alpha = validate_alpha(data["alpha"])
+        except InputError as error:
+            raise RecipeError(f"recipe key 'alpha': {error}") from None
+        refs = {role: MemberRef.from_json(data[role], role).beside(folder) for role in ROLES}
+        return cls(**refs, formula=data["formula"], alpha=alpha)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a recipe from disk.
+
+        Args:
+            path: The JSON file, or the folder that holds `proxytune_config.json`.
+
+        Returns:
+            The recipe.
+
+        Raises:
+            RecipeError: If there is no such file, it is no JSON, or its content is refused (see `from_json`).
+        """
+        file = Path(path)
+        if file.is_dir():
+            file = file / RECIPE_FILE
+        try:
+            data = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RecipeError.of(
+                "recipe",
+                expected=f"a {RECIPE_FILE}",
+                got=f"no file at {file}",
+                remedy="Give the file or the folder that model.save_pretrained(folder) wrote.",
+            ) from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError.of(
+                f"recipe {file}", expected="JSON", got=str(error), remedy="Repair the file, or save it again."
+            ) from None
+        return cls.from_json(data, folder=file.parent)
+
+    def dumps(self) -> str:
+        """The file's text.
+
+        Returns:
+            Indented JSON with a final newline.
+        """
+        return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -1,0 +1,98 @@
+"""Writing an adapter folder: all of it or nothing.
+
+The folder holds the recipe and what lets `AutoModelForCausalLM.from_pretrained(folder)` open it; no weights.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import transformers
+from transformers import GenerationConfig
+
+from proxytune.errors import RecipeError
+from proxytune.recipe import RECIPE_FILE, Recipe
+
+__all__ = ["save_adapter"]
+
+_CODE_FILE = "modeling_proxytune.py"
+# What transformers runs, with trust_remote_code=True, in a process that has not imported proxytune.
+_CODE = '''"""Opens a proxytune recipe with transformers' Auto classes. Needs `pip install proxytune`."""
+
+from proxytune.model import ProxyTunedConfig, ProxyTunedModel
+
+__all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
+'''
+
+
+def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_config: GenerationConfig | None) -> None:
+    """Write the recipe, a `config.json` that points at it, and the generation defaults.
+
+    Everything is first written beside the folder, and then moved into it; when anything fails, the folder is as it was.
+
+    Args:
+        folder: Where to; made if it does not exist. Other files in it stay.
+        recipe: The recipe.
+        generation_config: The generation defaults; None for none.
+
+    Raises:
+        RecipeError: If the place is a file, or cannot be written to.
+    """
+    target = Path(folder).expanduser().resolve()
+    if target.exists() and not target.is_dir():
+        raise RecipeError.of("save_pretrained", expected="a folder", got=f"the file {target}", remedy="Name a folder.")
+    config = {
+        "model_type": "proxytune",
+        # Not a class of ours: this is what lets programs that look the class up in transformers open the folder.
+        "architectures": ["AutoModelForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{Path(_CODE_FILE).stem}.ProxyTunedConfig",
+            "AutoModelForCausalLM": f"{Path(_CODE_FILE).stem}.ProxyTunedModel",
+        },
+        "transformers_version": transformers.__version__,
+    }
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
+            staged = Path(staging) / "new"
+            staged.mkdir()
+            (staged / RECIPE_FILE).write_text(recipe.dumps(), encoding="utf-8")
+            (staged / _CODE_FILE).write_text(_CODE, encoding="utf-8")
+            if generation_config is not None:
+                generation_config.save_pretrained(staged)
+            # config.json is written and moved last: without it the folder does not open.
+            (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _move_in(staged, target, Path(staging) / "old")
+    except (OSError, ValueError) as error:
+        raise RecipeError.of(
+            "save_pretrained",
+            expected="a folder that can be written",
+            got=f"{target} ({error})",
+            remedy="Nothing was left behind. Choose another folder, or mend what the message says.",
+        ) from error
+
+
+def _move_in(staged: Path, target: Path, backup: Path) -> None:
+    """Move the staged files into the folder; undo all of it if one fails."""
+    existed = target.exists()
+    target.mkdir(exist_ok=True)
+    backup.mkdir()
+    moved: list[str] = []
+    try:
+        for file in sorted(staged.iterdir(), key=lambda f: f.name == "config.json"):
+            if (target / file.name).exists():
+                shutil.copy2(target / file.name, backup / file.name)
+            moved.append(file.name)
+            os.replace(file, target / file.name)
+    except OSError:
+        for name in moved:
+            (target / name).unlink(missing_ok=True)
+            if (backup / name).exists():
+                os.replace(backup / name, target / name)
+        if not existed:
+            target.rmdir()
+        raise
