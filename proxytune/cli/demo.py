@@ -1,0 +1,279 @@
+"""`proxytune demo`: the bundled family answers held-out problems, base beside proxy beside directly tuned."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proxytune.cli import terminal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+    from transformers import PreTrainedTokenizerBase
+
+    from proxytune.lab.tasks import Problem, Task
+    from proxytune.model import ProxyTunedModel
+
+__all__ = ["Step", "demo", "measure", "shift_steps"]
+
+HEADINGS = {"chain": "chain\narithmetic", "qa": "QA about\nnew people", "countdown": "\nCountdown"}
+SPEED_BATCH = 32
+SPEED_TOKENS = 32
+SPEED_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of the proxy's answer.
+
+    Attributes:
+        token: Its text.
+        base_token: The text of the token that the base ranks first after the same prefix.
+        changed: Whether the two differ, that is whether the shift decided here.
+    """
+
+    token: str
+    base_token: str
+    changed: bool
+
+
+def demo(
+    problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 100,
+    alpha: Annotated[float | None, typer.Option(help="Strength of the shift [the recorded one].")] = None,
+    family: Annotated[Path | None, typer.Option(help="A folder written by `lab train` [the bundled family].")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+) -> None:
+    """Steer a small bundled family on the CPU: quality with 95 % intervals, speed, and three answers side by side."""
+    terminal.quiet()
+    from proxytune.lab.bundle import bundled_family, read_record
+
+    folder = family or bundled_family()
+    strength = float(read_record(folder)["alpha"]) if alpha is None else alpha
+    with terminal.errors().status("loading") as status:
+        record = measure(folder, strength, problems, status.update)
+    if as_json:
+        typer.echo(json.dumps(record, ensure_ascii=False))
+        return
+    console = terminal.output()
+    console.print(_table(record))
+    console.print("\n".join(_notes(record)))
+    for answer in record["answers"]:
+        console.print()
+        for text in _side_by_side(answer):
+            console.print(text)
+
+
+def measure(folder: Path, alpha: float, count: int, report: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
+    """Fill the table and answer three prompts.
+
+    Args:
+        folder: A family folder.
+        alpha: Strength of the shift.
+        count: Problems per task at most.
+        report: Called with the name of what is being measured.
+
+    Returns:
+        JSON values: `rows` (with `scores` and `tokens_per_second`), `gap_closed`, `answers`, and what the figures
+        depend on (`alpha`, `split`, `threads`, `seconds` of wall-clock time).
+
+    Raises:
+        InputError: If alpha is not finite.
+        LabError: If a model is missing from the folder.
+    """
+    import torch
+
+    import proxytune
+    from proxytune.lab.evaluation import Row, answer, held_out, shots_of, table_record
+    from proxytune.lab.family import load_family
+    from proxytune.lab.world import build_world
+
+    began = time.perf_counter()
+    models, tokenizer = load_family(folder)
+    base, tuned = models["large-base"], models["large-tuned"]
+    proxy = proxytune.wrap(base, expert=models["tiny-tuned"], antiexpert=models["tiny-base"], alpha=alpha)
+    world = build_world()
+    asked = held_out(world, "test", count)
+    shots = {task: shots_of(world, task) for task in asked}
+    # The gap is counted from the first row, by the row before the last, to the last.
+    entrants: list[tuple[str, Any, Mapping[Task, Sequence[Problem]]]] = [
+        ("base, 0-shot", base, {}),
+        ("base, 3-shot", base, shots),
+        ("expert alone", models["tiny-tuned"], {}),
+        (f"proxy, α = {alpha:g}", proxy, {}),
+        ("tuned directly", tuned, {}),
+    ]
+    rows, speeds = [], []
+    for name, model, examples in entrants:
+        report(name)
+        with torch.inference_mode():
+            outcomes = {t: answer(model, tokenizer, chosen, shots=examples.get(t, ())) for t, chosen in asked.items()}
+            rows.append(Row(name, outcomes))
+            speeds.append(_tokens_per_second(model, tokenizer, asked["chain"], examples.get("chain", ())))
+    record = table_record(rows)
+    for row, speed in zip(record["rows"], speeds, strict=True):
+        row["tokens_per_second"] = round(speed)
+    report("three answers")
+    answers = [_answers(base, proxy, tuned, tokenizer, chosen[0]) for chosen in asked.values()]
+    return {
+        "split": "test",
+        "alpha": alpha,
+        **record,
+        "speed": {"batch": SPEED_BATCH, "new_tokens": SPEED_TOKENS, "repeats": SPEED_REPEATS},
+        "answers": answers,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def shift_steps(model: ProxyTunedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, list[Step]]:
+    """Answer a prompt greedily and mark the tokens that the base alone would not have chosen.
+
+    Args:
+        model: The composed model.
+        tokenizer: Its tokenizer.
+        prompt: The prompt.
+
+    Returns:
+        The answer without special tokens, and its tokens. Each is compared with the base's first choice after the same
+        prefix, not with an answer of the base's own, which is another text from the first change on.
+    """
+    import torch
+
+    batch = tokenizer(prompt, return_tensors="pt")
+    length = batch["input_ids"].shape[1]
+    with torch.inference_mode():
+        ids = model.generate(**batch, do_sample=False)  # [1, prompt + new]
+        favourites = model.base(input_ids=ids).logits[0, length - 1 : -1].argmax(-1).tolist()
+    chosen = ids[0, length:].tolist()
+    steps = [
+        Step(tokenizer.decode([own]), tokenizer.decode([other]), own != other)
+        for own, other in zip(chosen, favourites, strict=True)
+    ]
+    return tokenizer.decode(chosen, skip_special_tokens=True), steps
+
+
+def _tokens_per_second(
+    model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Problem], shots: Sequence[Problem]
+) -> float:
+    """Generated tokens per second over a batch of one length, so that rows that answer at length stay comparable."""
+    from proxytune.lab.corpus import prompt_of
+
+    prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
+    prompts = [prefix + prompt_of(problem.question) for problem in asked[:SPEED_BATCH]]
+    batch = tokenizer(prompts, return_tensors="pt", padding=True)
+    times = []
+    for _ in range(SPEED_REPEATS):
+        began = time.perf_counter()
+        model.generate(**batch, do_sample=False, min_new_tokens=SPEED_TOKENS, max_new_tokens=SPEED_TOKENS)
+        times.append(time.perf_counter() - began)
+    return len(prompts) * SPEED_TOKENS / statistics.median(times)
+
+
+def _answers(
+    base: Any, proxy: ProxyTunedModel, tuned: Any, tokenizer: PreTrainedTokenizerBase, problem: Problem
+) -> dict[str, Any]:
+    """One problem, answered three ways."""
+    import torch
+
+    from proxytune.lab.corpus import prompt_of
+    from proxytune.lab.evaluation import answer
+
+    with torch.inference_mode():
+        own, directly = (answer(model, tokenizer, [problem])[0].text for model in (base, tuned))
+    steered, steps = shift_steps(proxy, tokenizer, prompt_of(problem.question))
+    return {
+        "task": problem.task,
+        "prompt": prompt_of(problem.question),
+        "gold": problem.gold,
+        "base": own,
+        "proxy": steered,
+        "tuned": directly,
+        "tokens": [asdict(step) for step in steps],
+    }
+
+
+def _table(record: dict[str, Any]) -> Table:
+    """The table, made to fit 80 columns: two lines per row, strict above lenient."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    tasks = list(record["gap_closed"])
+    totals = " + ".join(str(record["rows"][0]["scores"][task]["strict"]["problems"]) for task in tasks)
+    table = Table(
+        title=f"% right [95 % interval] on {totals} held-out problems",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    for heading in ("", ""):
+        table.add_column(heading, no_wrap=True)
+    for task in tasks:
+        table.add_column(HEADINGS[task], justify="right", no_wrap=True)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
+    for row in record["rows"]:
+        scores = [row["scores"][task] for task in tasks]
+        table.add_row(
+            row["name"],
+            "strict\nlenient",
+            *(
+                "\n".join(_percent(of["rate"], of["interval"]) for of in (score["strict"], score["lenient"]))
+                for score in scores
+            ),
+            f"{row['tokens_per_second']:,}",
+            end_section=row is record["rows"][-1],
+        )
+    gaps = [record["gap_closed"][task] for task in tasks]
+    table.add_row(
+        "gap closed, %",
+        "strict\nlenient",
+        *("\n".join(_percent(of["closed"], of["interval"]) for of in (gap["strict"], gap["lenient"])) for gap in gaps),
+        "",
+    )
+    return table
+
+
+def _percent(rate: float | None, interval: Sequence[float] | None) -> str:
+    """A rate and its interval in whole percent."""
+    if rate is None or interval is None:
+        return "no gap"
+    return f"{100 * rate:.0f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
+
+
+def _notes(record: dict[str, Any]) -> list[str]:
+    return [
+        "strict: exactly the taught form; lenient: the right content in any form. Gap: from base, 0-shot, to tuned.",
+        f"Greedy, {record['threads']} CPU threads; tokens/s in batches of {record['speed']['batch']}. "
+        f"Took {record['seconds']:.0f} s.",
+    ]
+
+
+def _side_by_side(answer: dict[str, Any]) -> list[Text]:
+    """One prompt and its three answers; changed tokens stand in brackets, so that they show without colours too."""
+    from rich.text import Text
+
+    steered = Text()
+    for step in answer["tokens"]:
+        shown = step["token"].replace("\n", "⏎")
+        bare = shown.lstrip(" ")
+        if step["changed"]:
+            steered.append(shown[: len(shown) - len(bare)]).append(f"[{bare}]", style="bold green")
+        else:
+            steered.append(shown)
+    changed = sum(step["changed"] for step in answer["tokens"])
+    legend = f"{changed} of {len(answer['tokens'])} tokens changed by the shift, in brackets"
+    return [
+        Text(answer["prompt"], style="bold").append(f"   (right: {answer['gold']})", style="dim"),
+        Text("base   ", style="dim").append(answer["base"].strip().replace("\n", " ⏎ "), style="not dim"),
+        Text("proxy  ", style="dim").append_text(steered).append(f"   ({legend})"),
+        Text("tuned  ", style="dim").append(answer["tuned"].strip().replace("\n", " ⏎ "), style="not dim"),
+    ]

@@ -1,0 +1,207 @@
+"""`proxytune doctor`: what is installed, what it would run on, and whether proxytune supports it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proxytune.cli import terminal
+
+__all__ = ["Device", "Finding", "Report", "WeightFile", "doctor", "examine"]
+
+IMPLEMENTATION = "torch"
+IMPLEMENTATION_NOTE = "logits are combined by torch operations; this version has no fused Triton kernels"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One requirement beside what is there.
+
+    Attributes:
+        name: The distribution, or `python`.
+        version: The installed version; None if it is missing.
+        supported: The supported range, as the installed metadata gives it.
+        ok: Whether the version is inside the range.
+    """
+
+    name: str
+    version: str | None
+    supported: str
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that torch can compute on.
+
+    Attributes:
+        name: As in `device_map`, e.g. `cpu` or `cuda:0`.
+        description: Its make, and its threads or memory.
+    """
+
+    name: str
+    description: str
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One bundled weight file.
+
+    Attributes:
+        member: The model it belongs to.
+        bytes: Its size; None if it is missing.
+        sha256: Its hash; None if it is missing.
+        ok: Whether it is there.
+    """
+
+    member: str
+    bytes: int | None
+    sha256: str | None
+    ok: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the doctor looked at.
+
+    Attributes:
+        proxytune: The installed version; None outside of an installation, where no supported ranges are on record.
+        requirements: Python and every required package.
+        devices: Where it can run, best first.
+        implementation: What combines the logits, on every device.
+        note: The reason for it.
+        weights: The bundled models.
+    """
+
+    proxytune: str | None
+    requirements: tuple[Finding, ...]
+    devices: tuple[Device, ...]
+    implementation: str
+    note: str
+    weights: tuple[WeightFile, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything is there and supported."""
+        return self.proxytune is not None and all(f.ok for f in self.requirements) and all(w.ok for w in self.weights)
+
+
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False) -> None:
+    """Show versions, devices and bundled weights; exit with 1 if something is unsupported or missing."""
+    report = examine()
+    if as_json:
+        typer.echo(json.dumps({"ok": report.ok, **asdict(report)}, indent=2))
+    else:
+        _print(report)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def examine() -> Report:
+    """Look at the environment of this process.
+
+    Returns:
+        The findings; nothing is changed or downloaded.
+    """
+    version, requirements = _requirements("proxytune")
+    return Report(
+        proxytune=version,
+        requirements=requirements,
+        devices=_devices(),
+        implementation=IMPLEMENTATION,
+        note=IMPLEMENTATION_NOTE,
+        weights=_weights(),
+    )
+
+
+def _requirements(distribution: str) -> tuple[str | None, tuple[Finding, ...]]:
+    """The version of a distribution, and what it requires beside what is installed; extras are not looked at."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    def finding(name: str, version: str | None, supported: SpecifierSet) -> Finding:
+        inside = version is not None and supported.contains(version, prereleases=True)
+        return Finding(name, version, ", ".join(sorted(map(str, supported), reverse=True)), inside)
+
+    try:
+        own = metadata.metadata(distribution)
+    except metadata.PackageNotFoundError:
+        return None, ()
+    findings = [finding("python", platform.python_version(), SpecifierSet(own["Requires-Python"] or ""))]
+    for line in own.get_all("Requires-Dist") or []:
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            findings.append(finding(requirement.name, _version_of(requirement.name), requirement.specifier))
+    return own["Version"], tuple(findings)
+
+
+def _version_of(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _devices() -> tuple[Device, ...]:
+    import torch
+
+    found = [
+        Device(f"cuda:{index}", f"{torch.cuda.get_device_name(index)}, {_memory(index):.0f} GiB")
+        for index in range(torch.cuda.device_count())
+    ]
+    if torch.backends.mps.is_available():
+        found.append(Device("mps", platform.machine()))
+    return (*found, Device("cpu", f"{platform.machine()}, {torch.get_num_threads()} threads"))
+
+
+def _memory(index: int) -> float:
+    """The memory of a CUDA device, in GiB."""
+    import torch
+
+    return torch.cuda.get_device_properties(index).total_memory / 2**30
+
+
+def _weights() -> tuple[WeightFile, ...]:
+    from proxytune.lab.bundle import MEMBERS, bundled
+
+    return tuple(_weight_file(member, Path(bundled(member)) / "model.safetensors") for member in MEMBERS)
+
+
+def _weight_file(member: str, file: Path) -> WeightFile:
+    if not file.is_file():
+        return WeightFile(member, None, None, ok=False)
+    content = file.read_bytes()
+    return WeightFile(member, len(content), hashlib.sha256(content).hexdigest(), ok=True)
+
+
+def _print(report: Report) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    def verdict(ok: bool) -> Text:
+        return Text("ok", style="green") if ok else Text("NO", style="bold red")
+
+    console = terminal.output()
+    console.print(f"proxytune {report.proxytune or 'is not installed here: no supported ranges are on record'}")
+    if report.requirements:
+        table = Table("", "installed", "supported", "")
+        for finding in report.requirements:
+            table.add_row(finding.name, finding.version or "missing", finding.supported, verdict(finding.ok))
+        console.print(table)
+    table = Table("device", "")
+    for device in report.devices:
+        table.add_row(device.name, device.description)
+    console.print(table)
+    console.print(f"implementation: {report.implementation} ({report.note})", soft_wrap=True)
+    table = Table("bundled weights", "KiB", "sha256", "")
+    for file in report.weights:
+        size = "missing" if file.bytes is None else f"{file.bytes / 1024:.0f}"
+        table.add_row(file.member, size, (file.sha256 or "")[:16], verdict(file.ok))
+    console.print(table)

@@ -1,0 +1,415 @@
+"""`proxytune generate`: prompts in, JSON lines out; on a terminal the text as it comes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+
+import typer
+from rich.text import Text
+
+from proxytune.cli import terminal
+from proxytune.errors import InputError, MemberNotFoundError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from proxytune.model import ProxyTunedModel
+
+__all__ = ["Completion", "check_flags", "generate", "parse_value", "read_prompts", "refuse_empty", "split_arguments"]
+
+_FLAG = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_WORDS = {"true": True, "false": False, "none": None}
+_NOT_SETTABLE = ("transformers_version",)
+_PIPED_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One line of the output.
+
+    Attributes:
+        prompt: The prompt as it was given.
+        completion: The generated text, without special tokens.
+        tokens: How many tokens were generated, the end-of-text token included.
+        finish: `"stop"` at an end-of-text token or stop string, `"length"` at a limit.
+    """
+
+    prompt: str
+    completion: str
+    tokens: int
+    finish: Literal["stop", "length"]
+
+
+def generate(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[PROMPT]... [KEY=VALUE]...",
+            help="Prompts, then settings of GenerationConfig, e.g. max_new_tokens=64 do_sample=true temperature=0.7.",
+            show_default=False,
+        ),
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The large model: a hub id or a folder.")] = None,
+    expert: Annotated[str | None, typer.Option(help="The small tuned model.")] = None,
+    antiexpert: Annotated[str | None, typer.Option(help="The small model that the expert was tuned from.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Strength of the shift [the recipe's, else 1.0].")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A folder or proxytune_config.json that names the three models.")
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", "-f", help='Prompts, one per line, or .jsonl with "prompt"; - is stdin.')
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put each prompt into the chat template, as a user turn.")
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Prompts per batch [1 on a terminal, which streams; 8 otherwise].")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed for do_sample=true.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON lines to this file, each as soon as it is there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines even on a terminal.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, auto, … [cuda where there is one, else cpu].")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    save_recipe: Annotated[
+        Path | None, typer.Option(help="Also save the recipe and the tokenizer to this folder.")
+    ] = None,
+) -> None:
+    """Complete prompts with base + alpha * (expert - antiexpert).
+
+    Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given.
+    """
+    prompts, flags = split_arguments(arguments or [])
+    _check_members(base, expert, antiexpert, recipe)
+    prompts += read_prompts(file, prompts_given=bool(prompts))
+    refuse_empty(prompts)
+    terminal.quiet()
+    config = check_flags(flags)
+
+    from transformers import set_seed
+
+    model, tokenizer = _load(base, expert, antiexpert, alpha, recipe, device, dtype)
+    if save_recipe is not None:
+        model.save_pretrained(save_recipe)
+        tokenizer.save_pretrained(save_recipe)
+    on_terminal = terminal.is_terminal(sys.stdout) and not as_json
+    size = batch_size or (1 if on_terminal and out is None else _PIPED_BATCH)
+    # A streamer takes one sequence that only grows.
+    stream = on_terminal and size == 1 and config.num_beams in (None, 1) and config.num_return_sequences in (None, 1)
+    set_seed(seed)
+    with open(out, "w", encoding="utf-8") if out is not None else nullcontext() as lines:
+        for first in range(0, len(prompts), size):
+            batch = prompts[first : first + size]
+            if stream:
+                terminal.output().print(Text(batch[0], style="dim"), end="", soft_wrap=True)
+            for completion in _complete(model, tokenizer, batch, config, flags, chat=chat, stream=stream):
+                if lines is not None:
+                    _write_line(lines, completion)
+                if on_terminal and not stream:
+                    terminal.output().print(
+                        Text(completion.prompt, style="dim").append(completion.completion, "not dim")
+                    )
+                elif not on_terminal and lines is None:
+                    _write_line(sys.stdout, completion)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Tell prompts from the `key=value` settings after them.
+
+    Only the last arguments can be settings, so a prompt that looks like one is safe before another prompt; alone it
+    belongs into a file or stdin.
+
+    Args:
+        arguments: Everything on the command line that is no option.
+
+    Returns:
+        The prompts, and the parsed settings.
+
+    Raises:
+        InputError: If a setting is given twice.
+    """
+    end = len(arguments)
+    while end and _FLAG.fullmatch(arguments[end - 1]):
+        end -= 1
+    flags: dict[str, Any] = {}
+    for argument in arguments[end:]:
+        key, _, value = argument.partition("=")
+        if key in flags:
+            raise InputError.of(
+                f"generation setting {key!r}", expected="one value", got="two", remedy="Remove one of them."
+            )
+        flags[key] = parse_value(value)
+    return list(arguments[:end]), flags
+
+
+def parse_value(text: str) -> Any:
+    """Read the value of a setting: JSON, or Python's True, False and None, or else the text itself.
+
+    Args:
+        text: What stands after `=`.
+
+    Returns:
+        A number, a boolean, None, a list, a dictionary or a string.
+    """
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def check_flags(flags: Mapping[str, Any]) -> Any:
+    """Build the settings, so that a wrong one is found before any model is loaded.
+
+    Args:
+        flags: Settings by name.
+
+    Returns:
+        The `transformers.GenerationConfig` of these settings alone.
+
+    Raises:
+        InputError: If a name is no field of `GenerationConfig`, or a value is refused by it.
+    """
+    from transformers import GenerationConfig
+
+    known = sorted(name for name in GenerationConfig().to_dict() if name[0] != "_" and name not in _NOT_SETTABLE)
+    for name in flags:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            raise InputError.of(
+                f"generation setting {name!r}",
+                expected="a field of transformers' GenerationConfig",
+                got=f"{name}={flags[name]!r}",
+                remedy=f"Did you mean {', '.join(near)}?"
+                if near
+                else "A prompt of this form belongs into --file or stdin.",
+            )
+    try:
+        return GenerationConfig(**flags)
+    except (ValueError, TypeError) as error:
+        raise InputError.of(
+            "generation settings",
+            expected="values that GenerationConfig accepts",
+            got=", ".join(f"{name}={value!r}" for name, value in flags.items()),
+            remedy=f"transformers says: {error}",
+        ) from error
+
+
+def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
+    """Read prompts from a file or stdin.
+
+    Args:
+        file: The file; `-` is stdin; None reads stdin if no prompt was given and stdin is no terminal.
+        prompts_given: Whether the command line has prompts already.
+
+    Returns:
+        The prompts, one per line.
+
+    Raises:
+        InputError: If there is no prompt at all, or a line is empty or no object with a `"prompt"`.
+    """
+    if file is None:
+        if prompts_given:
+            return []
+        if terminal.is_terminal(sys.stdin):
+            raise InputError.of(
+                "prompts",
+                expected="at least one",
+                got="none",
+                remedy="Give them as arguments, with --file, or on stdin.",
+            )
+        file = "-"
+    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    name = "stdin" if file == "-" else file
+    if not text:
+        raise InputError.of(
+            f"prompts from {name}", expected="at least one line", got="nothing", remedy="Write one prompt per line."
+        )
+    lines = text.removesuffix("\n").split("\n")  # not splitlines(), which also breaks at U+2028 and its like
+    as_json = file.endswith(".jsonl")
+    return [_prompt_of_line(line, f"{name}, line {number}", as_json) for number, line in enumerate(lines, 1)]
+
+
+def refuse_empty(prompts: Sequence[str]) -> None:
+    """Refuse prompts without text: most tokenizers make no token of them, and the rest would complete nothing at all.
+
+    Args:
+        prompts: All prompts.
+
+    Raises:
+        InputError: If one of them is empty or blank.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        if not prompt.strip():
+            raise InputError.of(
+                f"prompt {number}", expected="some text", got=repr(prompt), remedy="Remove it, or give it some text."
+            )
+
+
+def _prompt_of_line(line: str, where: str, as_json: bool) -> str:
+    if not as_json:
+        return line
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError.of(where, expected="a JSON object", got=str(error), remedy="Correct the line.") from None
+    prompt = found.get("prompt") if isinstance(found, dict) else None
+    if not isinstance(prompt, str):
+        raise InputError.of(
+            where, expected='an object with a string under "prompt"', got=line[:80], remedy="Correct the line."
+        )
+    return prompt
+
+
+def _check_members(base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None) -> None:
+    """Refuse every mixture of members but all three, or a recipe."""
+    given = {"--base": base, "--expert": expert, "--antiexpert": antiexpert}
+    present = [name for name, value in given.items() if value is not None]
+    if recipe is not None and present:
+        raise InputError.of(
+            "members", expected="a recipe or three models", got=f"--recipe and {', '.join(present)}", remedy="Drop one."
+        )
+    if recipe is None and len(present) < len(given):
+        missing = ", ".join(name for name in given if name not in present)
+        raise InputError.of(
+            "members",
+            expected="--base, --expert and --antiexpert, or --recipe",
+            got=f"no {missing}",
+            remedy="The shift is expert minus antiexpert, so both are needed; the antiexpert is what the expert was "
+            "tuned from.",
+        )
+
+
+def _load(
+    base: str | None,
+    expert: str | None,
+    antiexpert: str | None,
+    alpha: float | None,
+    recipe: Path | None,
+    device: str | None,
+    dtype: str,
+) -> tuple[ProxyTunedModel, PreTrainedTokenizerBase]:
+    """Load the composed model and the base's tokenizer."""
+    import torch
+
+    from proxytune.model import ProxyTunedModel, wrap
+    from proxytune.recipe import MemberRef, Recipe
+
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise InputError.of(
+            "--dtype", expected="auto, float32, bfloat16 or float16", got=dtype, remedy="Use one of these."
+        )
+    settings: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": device or ("cuda" if torch.cuda.is_available() else "cpu"),
+    }
+    if recipe is None:
+        assert base is not None
+        # Refused here already if it is not finite; the models take longer to load than that takes to say.
+        model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
+        return model, _load_tokenizer([MemberRef(base)])
+    read = Recipe.load(recipe)
+    folder = recipe if recipe.is_dir() else recipe.parent
+    model = ProxyTunedModel.from_pretrained(folder, **settings)
+    if alpha is not None:
+        model.alpha = alpha
+    # A tokenizer beside the recipe was put there to be used; otherwise the base's is the one the ids belong to.
+    beside = [MemberRef(str(folder))] if (folder / "tokenizer_config.json").exists() else []
+    return model, _load_tokenizer([*beside, read.base])
+
+
+def _load_tokenizer(references: Sequence[Any]) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    reference = references[0]
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            reference.id, revision=reference.revision or "main", padding_side="left"
+        )
+    except (OSError, ValueError) as error:
+        raise MemberNotFoundError.of(
+            "the base's tokenizer",
+            expected="tokenizer files beside the base",
+            got=f"none that opens at {reference.id!r}",
+            remedy="Save it there with tokenizer.save_pretrained(folder).",
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _complete(
+    model: ProxyTunedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    config: Any,
+    flags: Mapping[str, Any],
+    *,
+    chat: bool,
+    stream: bool,
+) -> Iterator[Completion]:
+    """Complete one batch."""
+    from transformers import TextStreamer
+
+    batch = _encode(tokenizer, prompts, chat).to(model.base.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    needed = {"tokenizer": tokenizer} if config.stop_strings else {}
+    result = model.generate(**batch, **flags, **needed, streamer=streamer)
+    sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
+    new_ids = sequences[:, batch["input_ids"].shape[1] :].cpu()
+    per_prompt = len(new_ids) // len(prompts)
+    ends = flags.get("eos_token_id", model.generation_config.eos_token_id)
+    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
+    stops = config.stop_strings or []
+    for index, row in enumerate(new_ids.tolist()):
+        row, ended = _until_end(row, ends, tokenizer.pad_token_id)
+        text = tokenizer.decode(row, skip_special_tokens=True)
+        assert isinstance(text, str)
+        stopped = ended or any(stop in text for stop in ([stops] if isinstance(stops, str) else stops))
+        yield Completion(prompts[index // per_prompt], text, len(row), "stop" if stopped else "length")
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool) -> Any:
+    """Tokenize a batch, padded on the left."""
+    if chat:
+        if tokenizer.chat_template is None:
+            raise InputError.of(
+                "--chat", expected="a tokenizer with a chat template", got="one without", remedy="Leave --chat away."
+            )
+        # The template has written the special tokens already.
+        rendered = [
+            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+            for p in prompts
+        ]
+        batch = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
+    else:
+        batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    return batch
+
+
+def _until_end(row: list[int], ends: set[int], pad: int | None) -> tuple[list[int], bool]:
+    """Cut a row after its first end-of-text token; padding at its end means that it had stopped as well."""
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[: position + 1], True
+    length = len(row)
+    while length and row[length - 1] == pad:
+        length -= 1
+    return row[:length], length < len(row)
+
+
+def _write_line(stream: TextIO, completion: Completion) -> None:
+    stream.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
+    stream.flush()

@@ -1,0 +1,289 @@
+"""`proxytune generate` against the library called directly, and every way to call it wrongly."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+import torch
+from transformers import AutoTokenizer, set_seed
+
+import proxytune
+from proxytune.cli import generate as command
+from proxytune.cli import terminal
+from proxytune.errors import InputError
+
+PROMPTS = ["Question: Start with 3", "Question: Who", "x"]
+
+
+@pytest.fixture
+def model(family):
+    folder = {name: str(family / name) for name in ("large-base", "tiny-tuned", "tiny-base")}
+    return proxytune.wrap(folder["large-base"], expert=folder["tiny-tuned"], antiexpert=folder["tiny-base"], alpha=1.0)
+
+
+@pytest.fixture
+def tokenizer(family):
+    return AutoTokenizer.from_pretrained(family / "large-base")
+
+
+def complete_alone(model, tokenizer, prompt, **settings):
+    """The reference: one prompt, no padding, the library's own generate()."""
+    batch = tokenizer(prompt, return_tensors="pt")
+    ids = model.generate(**batch, **settings)[0, batch["input_ids"].shape[1] :]
+    return tokenizer.decode(ids, skip_special_tokens=True), len(ids)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("batch_size", [1, 2, 8])  # one by one; a padded batch and a rest; everything at once
+def test_lines_equal_the_library_prompt_by_prompt(run, members, model, tokenizer, batch_size):
+    ended = run("generate", *PROMPTS, "max_new_tokens=6", *members, "--batch-size", batch_size)
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    expected = [complete_alone(model, tokenizer, prompt, max_new_tokens=6) for prompt in PROMPTS]
+    assert [(line["prompt"], line["completion"], line["tokens"]) for line in ended.lines] == [
+        (prompt, text, count) for prompt, (text, count) in zip(PROMPTS, expected, strict=True)
+    ]
+
+
+def test_alpha_reaches_the_model(run, members, model, tokenizer):
+    def completions(alpha):
+        lines = run("generate", *PROMPTS, "max_new_tokens=8", "--alpha", alpha, *members).lines
+        return [line["completion"] for line in lines]
+
+    for alpha in (0.0, 2.5):
+        model.alpha = alpha
+        assert completions(alpha) == [complete_alone(model, tokenizer, p, max_new_tokens=8)[0] for p in PROMPTS]
+    assert completions(0.0) != completions(2.5)
+    assert completions(0.0) == [complete_alone(model.base, tokenizer, p, max_new_tokens=8)[0] for p in PROMPTS]
+
+
+def test_the_seed_decides_a_sample(run, members, model, tokenizer):
+    words = ["generate", "x", *members, "max_new_tokens=12", "do_sample=true", "temperature=2.0"]
+
+    def sample(seed):
+        return run(*words, "--seed", seed).lines[0]["completion"]
+
+    assert sample(3) == sample(3)
+    assert len({sample(seed) for seed in range(4)}) > 1
+    set_seed(3)
+    expected, _ = complete_alone(model, tokenizer, "x", max_new_tokens=12, do_sample=True, temperature=2.0)
+    assert sample(3) == expected
+
+
+def test_several_samples_of_a_prompt_stay_with_it(run, members):
+    lines = run(*("generate", "x", "y", *members), "max_new_tokens=3", "do_sample=true", "num_return_sequences=3").lines
+    assert [line["prompt"] for line in lines] == ["x"] * 3 + ["y"] * 3
+
+
+def test_chat_is_the_template_of_one_user_turn(run, members):
+    asked = run("generate", "Who?", "--chat", "max_new_tokens=5", *members).lines[0]
+    written = run("generate", "Question: Who?\nAnswer:", "max_new_tokens=5", *members).lines[0]
+    assert asked["completion"] == written["completion"]
+    assert asked["prompt"] == "Who?"
+
+
+def test_a_recipe_is_saved_and_read_again(run, members, tmp_path):
+    first = run("generate", *PROMPTS, *members, "--alpha", "0.5", "--save-recipe", tmp_path / "r", "max_new_tokens=5")
+    for recipe in (tmp_path / "r", tmp_path / "r" / "proxytune_config.json"):
+        assert run("generate", *PROMPTS, "--recipe", recipe, "max_new_tokens=5").lines == first.lines
+    other = run("generate", *PROMPTS, "--recipe", tmp_path / "r", "--alpha", "3", "max_new_tokens=5")
+    direct = run("generate", *PROMPTS, *members, "--alpha", "3", "max_new_tokens=5")
+    assert other.lines == direct.lines != first.lines
+
+
+def test_prompts_from_a_file_stdin_and_json(run, members, tmp_path, monkeypatch):
+    plain, lines = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
+    plain.write_text("\n".join(PROMPTS) + "\n")
+    lines.write_text("".join(json.dumps({"prompt": prompt, "id": 1}) + "\n" for prompt in PROMPTS))
+    expected = run("generate", *PROMPTS, *members, "max_new_tokens=3").lines
+    for file in (plain, lines):
+        assert run("generate", "--file", file, *members, "max_new_tokens=3").lines == expected
+    for words in ([], ["--file", "-"]):
+        monkeypatch.setattr("sys.stdin", io.StringIO(plain.read_text()))
+        assert run("generate", *words, *members, "max_new_tokens=3").lines == expected
+
+
+def test_lines_go_to_a_file_one_by_one(run, members, tmp_path, monkeypatch):
+    out = tmp_path / "out.jsonl"
+    seen = []
+    real = command._complete
+
+    def watching(*arguments, **options):
+        seen.append(out.read_text().count("\n"))
+        yield from real(*arguments, **options)
+
+    monkeypatch.setattr(command, "_complete", watching)
+    ended = run("generate", *PROMPTS, *members, "max_new_tokens=2", "--out", out, "--batch-size", "1")
+    assert ended.out == ""
+    assert seen == [0, 1, 2], "a line is on disk before the next batch begins"
+    assert [json.loads(line)["prompt"] for line in out.read_text().splitlines()] == PROMPTS
+
+
+def test_a_terminal_gets_the_text_as_it_comes(run, members, monkeypatch):
+    expected = run("generate", *PROMPTS, *members, "max_new_tokens=6").lines
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    streamed = run("generate", *PROMPTS, *members, "max_new_tokens=6")
+    assert streamed.out == "".join(f"{line['prompt']}{line['completion']}\n" for line in expected)
+    assert run("generate", *PROMPTS, *members, "max_new_tokens=6", "--json").lines == expected
+    # Beams cannot be streamed: the text comes when it is done.
+    beams = run("generate", *PROMPTS, *members, "max_new_tokens=6", "num_beams=2")
+    assert beams.code == 0, beams.err
+    assert beams.out.startswith(PROMPTS[0])
+
+
+def test_finish_tells_a_stop_from_a_limit(run, members, model, tokenizer):
+    prompt = tokenizer("x", return_tensors="pt")
+    ids = model.generate(**prompt, max_new_tokens=12)[0, prompt["input_ids"].shape[1] :].tolist()
+    # A token that is a whole word and has not occurred before; the untrained models write half characters as well.
+    place = next(
+        i for i, token in enumerate(ids) if tokenizer.decode([token]).strip().isalpha() and token not in ids[:i]
+    )
+    word = tokenizer.decode([ids[place]])
+
+    def ending(*flags):
+        line = run("generate", "x", *members, "max_new_tokens=12", *flags).lines[0]
+        return line["finish"], line["tokens"]
+
+    assert ending() == ("length", 12)
+    assert ending(f"eos_token_id={ids[place]}") == ("stop", place + 1)
+    assert ending(f"stop_strings={json.dumps([word])}") == ("stop", place + 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], ([], {})),
+        (["a", "b"], (["a", "b"], {})),
+        (["a", "top_k=5"], (["a"], {"top_k": 5})),
+        (["x=1", "a", "top_k=5"], (["x=1", "a"], {"top_k": 5})),  # only the last ones can be settings
+        (["2 + 2=4"], (["2 + 2=4"], {})),  # no identifier before the sign
+        (["top_k=5", "top_p=0.5"], ([], {"top_k": 5, "top_p": 0.5})),
+    ],
+)
+def test_settings_stand_after_the_prompts(words, expected):
+    assert command.split_arguments(words) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("5", 5),
+        ("0.7", 0.7),
+        ("1e-3", 1e-3),
+        ("true", True),
+        ("True", True),
+        ("False", False),
+        ("null", None),
+        ("None", None),
+        ("[1, 2]", [1, 2]),
+        ('["a"]', ["a"]),
+        ('{"a": 1}', {"a": 1}),
+        ("dynamic", "dynamic"),
+        ("", ""),
+        ("[1", "[1"),
+    ],
+)
+def test_values_are_json_or_else_text(text, value):
+    parsed = command.parse_value(text)
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"max_new_token": 3}, "max_new_tokens"),
+        ({"temprature": 1.0}, "temperature"),
+        ({"zzzzzz": 1}, "--file"),
+        ({"transformers_version": "1"}, "transformers_version"),
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": "many"}, "max_new_tokens"),
+    ],
+)
+def test_wrong_settings_are_refused_by_name(flags, expected):
+    with pytest.raises(InputError, match=expected):
+        command.check_flags(flags)
+
+
+def test_every_mistake_is_found_before_a_model_is_loaded(run, members, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(command, "_load", refuse)
+    blank, broken, wrong = tmp_path / "blank.txt", tmp_path / "broken.jsonl", tmp_path / "wrong.jsonl"
+    blank.write_text("a\n\nb\n")
+    broken.write_text('{"prompt": "a"}\n{"prompt"\n')
+    wrong.write_text('{"text": "a"}\n')
+    (tmp_path / "empty.txt").write_text("")
+    for words, expected in (
+        (["", *members], "prompt 1"),
+        (["a", " ", *members], "prompt 2"),
+        (["--file", blank, *members], "prompt 2"),
+        (["--file", broken, *members], "line 2"),
+        (["--file", wrong, *members], "line 1"),
+        (["--file", tmp_path / "empty.txt", *members], "empty.txt"),
+        (["a", "top_q=1", *members], "top_p"),
+        (["a", "top_k=1", "top_k=2", *members], "top_k"),
+        (["a", *members[:4]], "--antiexpert"),
+        (["a", *members[:2]], "--expert, --antiexpert"),
+        (["a"], "--recipe"),
+        (["a", "--recipe", tmp_path, *members], "--recipe and --base"),
+    ):
+        ended = run("generate", *words)
+        assert ended.code == 2, words
+        assert ended.err.count("\n") == 1
+        assert expected in ended.err, words
+
+
+def test_mistakes_found_on_loading_are_one_line(run, members, tmp_path):
+    for words, expected in (
+        (["a", "--alpha", "nan", *members], "alpha"),
+        (["a", "--dtype", "float99", *members], "--dtype"),
+        (["a", "--recipe", tmp_path], "proxytune_config.json"),
+        (["a", *members[:4], "--antiexpert", tmp_path], "antiexpert"),
+    ):
+        ended = run("generate", *words)
+        assert ended.code == 2, (words, ended.err)
+        assert ended.err.count("\n") == 1, ended.err
+        assert expected in ended.err, words
+
+
+def test_a_missing_prompt_file_is_a_failure_not_a_wrong_call(run, members, tmp_path):
+    ended = run("generate", "--file", tmp_path / "none.txt", *members)
+    assert ended.code == 1
+    assert "none.txt" in ended.err
+
+
+def test_nothing_to_read_on_a_terminal(monkeypatch):
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    with pytest.raises(InputError, match="at least one"):
+        command.read_prompts(None, prompts_given=False)
+
+
+def test_chat_needs_a_template(run, family, tmp_path, members):
+    bare = AutoTokenizer.from_pretrained(family / "large-base")
+    bare.chat_template = None
+    with pytest.raises(InputError, match="chat template"):
+        command._encode(bare, ["a"], chat=True)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ([5, 6, 1, 0, 0], ([5, 6, 1], True)),
+        ([5, 6, 7], ([5, 6, 7], False)),
+        ([5, 6, 0], ([5, 6], True)),  # a stop string ended it, so it was padded
+        ([1], ([1], True)),
+        ([], ([], False)),
+    ],
+)
+def test_a_row_ends_at_its_end(row, expected):
+    assert command._until_end(row, {1}, 0) == expected
+
+
+def test_the_dtype_reaches_the_models(family):
+    settings = (str(family / "large-base"), str(family / "tiny-tuned"), str(family / "tiny-base"), None, None, "cpu")
+    model, _ = command._load(*settings, "bfloat16")
+    assert {m.dtype for m in (model.base, model.expert, model.antiexpert)} == {torch.bfloat16}
