@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache
 from proxytune.cache import adopt
 from proxytune.errors import InputError, UnsupportedModeError
 
-__all__ = ["ComposedGeneration", "TailMask", "refuse_arguments", "refuse_continuous_batching"]
+__all__ = ["ComposedGenerationMixin", "TailMask", "refuse_arguments", "refuse_continuous_batching"]
 
 
 class TailMask(LogitsProcessor):
@@ -93,8 +93,11 @@ def refuse_arguments(**given: Any) -> None:
         )
 
 
-class ComposedGeneration(GenerationMixin):
-    """`GenerationMixin` for a model that is composed of several."""
+class ComposedGenerationMixin(GenerationMixin):
+    """`GenerationMixin` for a model that is composed of several.
+
+    Its name has to end like `GenerationMixin`: `can_generate()`, which pipelines ask, looks for that in the bases.
+    """
 
     def prepare_inputs_for_generation(
         self,
@@ -126,6 +129,8 @@ class ComposedGeneration(GenerationMixin):
         refuse_arguments(inputs_embeds=inputs_embeds)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
+        # For the stop strings; generate() hands it on with the model's arguments.
+        kwargs.pop("tokenizer", None)
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is not None:
             position_ids = position_ids[..., -input_ids.shape[1] :]

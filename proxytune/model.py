@@ -23,7 +23,7 @@ from proxytune.cache import adopt, view
 from proxytune.config import ProxyTunedConfig, load_recipe
 from proxytune.errors import InputError, RecipeError, UnsupportedModeError
 from proxytune.formula import FORMULAS, Formula, ProxyTuning, shift
-from proxytune.generating import ComposedGeneration, refuse_arguments
+from proxytune.generating import ComposedGenerationMixin, refuse_arguments
 from proxytune.member import Member, check_ids
 from proxytune.opening import open_members
 from proxytune.recipe import Recipe
@@ -32,7 +32,7 @@ from proxytune.saving import save_adapter
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel", "wrap"]
 
 
-class ProxyTunedModel(ComposedGeneration, PreTrainedModel):
+class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     """Base, expert and antiexpert as one causal LM, made by `proxytune.wrap` or `from_pretrained`.
 
     `forward` returns `z_base + α (z_expert − z_antiexpert)` in float32 (arXiv 2401.08565), so every mode of

@@ -101,7 +101,7 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
         )
     try:
         return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a folder without a model in it is a ValueError of transformers
         raise MemberNotFoundError.of(
             f"the {role}",
             expected="a hub id, or a folder with a config.json and weights",

@@ -15,7 +15,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from proxytune.companion import Companion
 from proxytune.errors import InputError
 from proxytune.formula import ProxyTuning, shift
-from proxytune.generating import ComposedGeneration, refuse_continuous_batching
+from proxytune.generating import ComposedGenerationMixin, refuse_continuous_batching
 from proxytune.member import embedding_rows
 from proxytune.opening import check_vocabularies, open_members, reference_of
 
@@ -176,7 +176,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             raise InputError.of(
                 "attach", expected="a detached processor", got="one that is attached", remedy="Call detach() first."
             )
-        composed = isinstance(model, ComposedGeneration)
+        composed = isinstance(model, ComposedGenerationMixin)
         if composed or any(hook in vars(model) for hook in _HOOKS):
             raise InputError.of(
                 "attach",
