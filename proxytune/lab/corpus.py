@@ -1,8 +1,8 @@
 """Training text: pre-training documents and the instruction set.
 
-The pre-training text imitates the web in the one respect that matters here: knowledge and worked steps are plentiful, while
-questions are mostly *not* answered well. Forum threads keep one mood: helpful, idle talk, or a bare list of questions.
-A base therefore can answer but usually does not, and tuning has something to bring out.
+The pre-training text imitates the web in the one respect that matters here: knowledge and worked steps are plentiful,
+while questions are mostly *not* answered well. Forum threads keep one mood: helpful, idle talk, or a bare list of
+questions. A base therefore can answer but usually does not, and tuning has something to bring out.
 """
 
 from __future__ import annotations
@@ -11,18 +11,9 @@ import random
 from dataclasses import dataclass
 from typing import Literal
 
-from proxytune.lab.tasks import (
-    CHAIN_LIMIT,
-    Operation,
-    Problem,
-    chain_problem,
-    chain_steps,
-    countdown_problem,
-    draw_operation,
-    is_training_chain,
-    person_problem,
-)
-from proxytune.lab.world import ATTRIBUTES, STATEMENTS, World
+from proxytune.lab.holdout import reveals_held_out
+from proxytune.lab.tasks import CHAIN_LIMIT, Problem, chain_problem, countdown_problem, draw_step, person_problem
+from proxytune.lab.world import ATTRIBUTES, STATEMENTS, Attribute, Person, World
 
 DocumentKind = Literal["facts", "equations", "chain", "countdown", "forum"]
 Mood = Literal["helpful", "idle", "list"]
@@ -138,33 +129,20 @@ def instruction_set(world: World, recipe: InstructionRecipe) -> list[Problem]:
     rng = random.Random(recipe.seed)
     chains = [chain_problem(rng, "train") for _ in range(recipe.chain)]
     countdowns = [countdown_problem(rng, "train") for _ in range(recipe.countdown)]
-    facts = [(person, attribute) for person in world.group("tuning") for attribute in ATTRIBUTES]
+    facts: list[tuple[Person, Attribute]] = [
+        (person, attribute) for person in world.group("tuning") for attribute in ATTRIBUTES
+    ]
     rng.shuffle(facts)
     people = [person_problem(rng, person, attribute) for person, attribute in facts[: recipe.qa]]
     return chains + countdowns + people
 
 
 def _equations(rng: random.Random) -> str:
-    """Five single equations. Neighbours that happen to continue each other form a chain, so they are checked like one."""
-    drawn: list[tuple[int, Operation]] = []
-    while len(drawn) < 5:
-        start = rng.randint(1, CHAIN_LIMIT)
-        drawn.append((start, draw_operation(rng, start)))
-        if not _runs_are_training(drawn):
-            drawn.pop()
-    return ", ".join(chain_steps(start, (operation,))[0][0] for start, operation in drawn)
-
-
-def _runs_are_training(drawn: list[tuple[int, Operation]]) -> bool:
-    """Whether the run of continuing equations at the end of `drawn` is free of held-out chains."""
-    run: tuple[Operation, ...] = ()
-    start = value = -1
-    for first, operation in drawn:
-        if first != value:
-            start, run = first, ()
-        run += (operation,)
-        value = chain_steps(first, (operation,))[1]
-    return is_training_chain(start, run)
+    """Five single equations. Neighbours may happen to continue each other, so the list is checked like a chain."""
+    while True:
+        steps = [draw_step(rng, rng.randint(1, CHAIN_LIMIT)) for _ in range(5)]
+        if not reveals_held_out(steps):
+            return ", ".join(map(str, steps))
 
 
 def _thread(world: World, rng: random.Random, recipe: CorpusRecipe) -> str:
@@ -196,4 +174,5 @@ def _styled_answer(problem: Problem, style: int) -> str:
         return problem.answer
     if problem.task == "countdown":
         return f"{problem.solution}."
-    return (f"{problem.gold}.", f"It is {problem.gold}.", f"{problem.solution}." if problem.solution else problem.gold)[style]
+    third = f"{problem.solution}." if problem.solution else problem.gold
+    return (f"{problem.gold}.", f"It is {problem.gold}.", third)[style]

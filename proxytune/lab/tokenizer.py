@@ -15,7 +15,8 @@ PAD_TOKEN = "<|pad|>"
 
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
-    "{%- if message['role'] == 'user' -%}{{- ('' if loop.first else '\n') + 'Question: ' + message['content'] + '\nAnswer:' -}}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- ('' if loop.first else '\n') + 'Question: ' + message['content'] + '\nAnswer:' -}}"
     "{%- elif message['role'] == 'assistant' -%}{{- ' ' + message['content'] -}}"
     "{%- else -%}{{- raise_exception(\"expected the roles 'user' and 'assistant', got '\" + message['role'] + "
     "\"'; the lab's models know no other role: put the text into a user turn\") -}}"
@@ -28,8 +29,8 @@ CHAT_TEMPLATE = (
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """Build the tokenizer.
 
-    Bytes are the fallback, so any text can be encoded. Words are whole tokens when they occur in a sample of the training text
-    (the template included, whatever its share there, so that ids do not depend on the recipe).
+    Bytes are the fallback, so any text can be encoded. Words are whole tokens when they occur in a sample of the
+    training text (the template included, whatever its share there, so that ids do not depend on the recipe).
 
     Args:
         world: The world whose names and words become tokens.
@@ -45,7 +46,8 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     )
     rng, recipe = random.Random(0), CorpusRecipe()
     sample = [pretraining_document(world, rng, recipe) for _ in range(4000)]
-    sample += [f"{prompt_of(problem.question)} {problem.answer}" for problem in instruction_set(world, InstructionRecipe())]
+    taught = instruction_set(world, InstructionRecipe())
+    sample += [f"{prompt_of(problem.question)} {problem.answer}" for problem in taught]
     sample += [" ".join(("", *world.names, *world.cities, *JOBS, *FOODS)), *world.names]
     words = {piece for text in sample for piece, _ in splitter.pre_tokenize_str(text)}
     pieces = [PAD_TOKEN, EOS_TOKEN, *sorted(pre_tokenizers.ByteLevel.alphabet())]

@@ -1,7 +1,7 @@
 """One training loop for every model of the lab: data-parallel, resumable, with a progress bar.
 
-Batches are a pure function of the step, so a run that was killed and resumed sees the same text as one that was not, and
-the global batch does not depend on the number of processes.
+Batches are a pure function of the step, so a run that was killed and resumed sees the same text as one that was not,
+and the global batch does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -68,12 +68,17 @@ class TrainingReport:
     Attributes:
         steps: Steps taken, those before a resume included.
         seconds: Wall-clock time inside the loop, over all resumed parts.
+        processor_seconds: Processor time of the first process times the number of processes, which a busy machine
+            does not stretch as it does `seconds`.
+        processes: Processes that shared the batches.
         tokens: Positions that were fed, padding included, over all processes.
         loss: Moving average of the training loss on the first process, in nats per scored token.
     """
 
     steps: int
     seconds: float
+    processor_seconds: float
+    processes: int
     tokens: int
     loss: float
 
@@ -102,27 +107,33 @@ def train(
         The cost of the run.
     """
     optimizers = _optimizers(model, plan)
-    start, tokens, seconds, loss_average = 0, 0, 0.0, math.nan
+    start, tokens, loss_average = 0, 0, math.nan
+    clock = _Clock()
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        start, tokens, seconds, loss_average = (state[key] for key in ("step", "tokens", "seconds", "loss"))
+        start, tokens, loss_average = state["step"], state["tokens"], state["loss"]
+        clock = _Clock(state["seconds"], state["processor_seconds"])
     model.train()
     runner = accelerator.prepare(model)
     parameters = list(model.parameters())
     rank, processes = accelerator.process_index, accelerator.num_processes
-    began = time.perf_counter() - seconds
     bar = tqdm(
-        total=plan.steps, initial=start, desc=description, unit="step", disable=not accelerator.is_main_process, smoothing=0.1
+        total=plan.steps,
+        initial=start,
+        desc=description,
+        unit="step",
+        disable=not accelerator.is_main_process,
+        smoothing=0.1,
     )
     for step in range(start, plan.steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate_at(step)
         input_ids, labels = batches(step)  # [B, T], [B, T]
-        # The processes' gradients are averaged, so each divides by its fair share of the *global* count of scored tokens.
+        # Gradients are averaged over processes, so each divides by its share of the *global* count of scored tokens.
         share = max(1, int((labels != IGNORED).sum())) / processes
         logits = runner(input_ids=input_ids[rank::processes], use_cache=False).logits  # [B/P, T, V]
         loss = F.cross_entropy(
@@ -140,13 +151,30 @@ def train(
         bar.update()
         bar.set_postfix(loss=f"{loss_average:.3f}", refresh=False)
         done = step + 1
-        if checkpoint is not None and accelerator.is_main_process and (
-            done % plan.checkpoint_every == 0 or done == plan.steps
-        ):
-            _save_checkpoint(checkpoint, model, optimizers, done, tokens, time.perf_counter() - began, loss_average)
+        due = done % plan.checkpoint_every == 0 or done == plan.steps
+        if checkpoint is not None and accelerator.is_main_process and due:
+            progress = {"step": done, "tokens": tokens, "loss": loss_average}
+            progress |= {"seconds": clock.wall(), "processor_seconds": clock.processor()}
+            _save_checkpoint(checkpoint, model, optimizers, progress)
     bar.close()
     model.eval()
-    return TrainingReport(plan.steps, time.perf_counter() - began, tokens, loss_average)
+    return TrainingReport(plan.steps, clock.wall(), clock.processor() * processes, processes, tokens, loss_average)
+
+
+class _Clock:
+    """Wall-clock and processor time of this process in seconds, continued over a resume."""
+
+    def __init__(self, wall: float = 0.0, processor: float = 0.0) -> None:
+        self._wall_origin = time.perf_counter() - wall
+        self._processor_origin = time.process_time() - processor
+
+    def wall(self) -> float:
+        """Elapsed time."""
+        return time.perf_counter() - self._wall_origin
+
+    def processor(self) -> float:
+        """Processor time, all threads of this process together."""
+        return time.process_time() - self._processor_origin
 
 
 def pretraining_batches(
@@ -250,13 +278,7 @@ def _optimizers(model: nn.Module, plan: TrainingPlan) -> list[torch.optim.Optimi
 
 
 def _save_checkpoint(
-    path: Path,
-    model: nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    step: int,
-    tokens: int,
-    seconds: float,
-    loss: float,
+    path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], progress: dict[str, float]
 ) -> None:
     """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -265,10 +287,7 @@ def _save_checkpoint(
         {
             "model": model.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "step": step,
-            "tokens": tokens,
-            "seconds": seconds,
-            "loss": loss,
+            **progress,
         },
         partial,
     )

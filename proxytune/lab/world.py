@@ -1,8 +1,9 @@
 """The synthetic world: people with a home, a job and a favourite food.
 
-Everything here is a pure function of a seed, so the world, its questions and the hold-out are the same on every machine.
-The four groups of people differ only in *where* a question about them may occur; plain statements about all of them are in
-the pre-training documents. Knowing the fact is therefore the base's part, answering the question is the tuned part.
+Everything here is a pure function of a seed, so the world, its questions and the hold-out are the same on every
+machine. The four groups of people differ only in *where* a question about them may occur; plain statements about all
+of them are in the pre-training documents. Knowing the fact is therefore the base's part, answering the question is
+the tuned part.
 """
 
 from __future__ import annotations
@@ -29,16 +30,18 @@ STATEMENTS: dict[Attribute, tuple[str, ...]] = {
     "food": ("{name} likes to eat {value}.", "The favourite food of {name} is {value}."),
 }
 
-JOBS = tuple(
-    "baker miner pilot nurse tailor farmer sailor painter lawyer judge singer dancer writer teacher doctor smith mason "
-    "weaver hunter fisher miller cook guard clerk banker printer porter barber butcher potter roofer welder driver jockey "
-    "actor poet monk scout chemist grocer".split()
-)
-FOODS = tuple(
-    "plums figs dates beans bread cheese olives onions apples pears grapes lemons rice soup honey nuts eggs fish crabs "
-    "shrimp noodles corn beets kale peas leeks yams melons berries cherries mangos papayas garlic ginger mint basil tofu "
-    "butter waffles pancakes".split()
-)
+_JOB_WORDS = """
+baker miner pilot nurse tailor farmer sailor painter lawyer judge singer dancer writer teacher doctor smith mason weaver
+hunter fisher miller cook guard clerk banker printer porter barber butcher potter roofer welder driver jockey actor poet
+monk scout chemist grocer
+"""
+_FOOD_WORDS = """
+plums figs dates beans bread cheese olives onions apples pears grapes lemons rice soup honey nuts eggs fish crabs shrimp
+noodles corn beets kale peas leeks yams melons berries cherries mangos papayas garlic ginger mint basil tofu butter
+waffles pancakes
+"""
+JOBS = tuple(_JOB_WORDS.split())
+FOODS = tuple(_FOOD_WORDS.split())
 
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
@@ -65,8 +68,8 @@ class Person:
         city: Where the person lives.
         job: What the person works as.
         food: What the person likes to eat.
-        group: Where questions about the person may occur: in `pretraining` threads, in the `tuning` set, or in no training
-            text at all (`validation`, `test`).
+        group: Where questions about the person may occur: in `pretraining` threads, in the `tuning` set, or in no
+            training text at all (`validation`, `test`).
     """
 
     name: str

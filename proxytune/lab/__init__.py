@@ -1,0 +1,67 @@
+"""A synthetic world with programmatic verifiers, and four small Llamas trained on it.
+
+The table of contents. `NOTES.md` in this folder says what the world is and what was measured. Names are imported on
+first use, so that the verifiers can be used without torch.
+
+================ ====================================================================================================
+`bundled`        the folder of a bundled model, for `AutoModelForCausalLM.from_pretrained`
+`bundled_record` what was recorded when the bundled family was trained: alpha, seed, figures
+`build_world`    the people and their facts
+`problems`       held-out problems of one task
+`grade`          the verdict of a task's verifier, lenient and strict
+`Problem`        a question with a checkable answer
+`Grade`          such a verdict
+`World`          all people
+`train_family`   train the four models from nothing
+`family_rows`    ask a family held-out problems, one row per way of answering
+================ ====================================================================================================
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from proxytune.lab.bundle import bundled, bundled_record
+    from proxytune.lab.evaluation import family_rows
+    from proxytune.lab.family import train_family
+    from proxytune.lab.tasks import Problem, problems
+    from proxytune.lab.verifiers import Grade, grade
+    from proxytune.lab.world import World, build_world
+
+__all__ = [
+    "Grade",
+    "Problem",
+    "World",
+    "build_world",
+    "bundled",
+    "bundled_record",
+    "family_rows",
+    "grade",
+    "problems",
+    "train_family",
+]
+
+_HOME = {
+    "Grade": "proxytune.lab.verifiers",
+    "Problem": "proxytune.lab.tasks",
+    "World": "proxytune.lab.world",
+    "build_world": "proxytune.lab.world",
+    "bundled": "proxytune.lab.bundle",
+    "bundled_record": "proxytune.lab.bundle",
+    "family_rows": "proxytune.lab.evaluation",
+    "grade": "proxytune.lab.verifiers",
+    "problems": "proxytune.lab.tasks",
+    "train_family": "proxytune.lab.family",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'proxytune.lab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
