@@ -27,6 +27,7 @@ class Reference(PreTrainedModel, GenerationMixin):
     """A model for transformers' loops whose every logit comes from `next_logits`."""
 
     config_class = None
+    _supports_sdpa = True  # not used: the members compute, each with what it was loaded with
     main_input_name = "input_ids"
 
     def __init__(self, members: list[PreTrainedModel], alpha: float) -> None:

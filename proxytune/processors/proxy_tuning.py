@@ -117,13 +117,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             InputError: If the prefix is empty (`inputs_embeds` only), too long for a companion, has ids that it cannot
                 embed, or may be padded in a way that cannot be told.
         """
-        if input_ids.shape[1] == 0:
-            raise InputError.of(
-                "input_ids",
-                expected="the prompt's token ids, which the companions read",
-                got="none: generate() was given inputs_embeds only, or an empty prompt",
-                remedy="Pass input_ids.",
-            )
+        _refuse_no_ids(input_ids.shape[1])
         mask = self._mask_for(input_ids)
         companions = [c.logits_for(input_ids, mask)[:, -1] for c in self._companions]  # [B, V_i] each
         combined = shift(scores, companions, self.formula.weights())  # [B, V]
@@ -232,6 +226,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
                 got="the attached processor itself",
                 remedy="Leave it out of logits_processor, or detach() it.",
             )
+        _refuse_no_ids(input_ids_seq_length)
         model_kwargs = model_kwargs or {}
         self._mask = model_kwargs.get("attention_mask")
         self._logsoftmaxed = generation_config.num_beams > 1
@@ -246,6 +241,16 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
                 got=f"only the {seen} new ids",
                 remedy="Pass all ids; generate() forwards through the base only those that the cache has not seen.",
             )
+
+
+def _refuse_no_ids(length: int | None) -> None:
+    if length == 0:
+        raise InputError.of(
+            "input_ids",
+            expected="the prompt's token ids, which the companions read",
+            got="none: generate() was given inputs_embeds only, or an empty prompt",
+            remedy="Pass input_ids.",
+        )
 
 
 def _spread(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
