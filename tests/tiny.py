@@ -3,6 +3,7 @@
 import functools
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -19,6 +20,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
@@ -117,3 +119,23 @@ def build(kind: str, seed: int, vocab: int = 256, *, context: int = CONTEXT, hid
 def shared(kind: str, seed: int, vocab: int = 256) -> PreTrainedModel:
     """A model that several tests share; they must not change it."""
     return build(kind, seed, vocab)
+
+
+VOCABULARY = 3 + 256
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of 259 tokens, padded at the left, with a chat template."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<pad>": PAD, "<s>": BOS, "</s>": EOS} | {letter: i for i, letter in enumerate(letters, 3)}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", padding_side="left"
+    )
+    fast.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    return fast
