@@ -81,8 +81,8 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
         report: Called with the name of what is being measured.
 
     Returns:
-        JSON values: `rows` (with `scores` and `tokens_per_second`), `gap_closed`, `answers`, and what the figures
-        depend on (`alpha`, `split`, `threads`, `seconds` of wall-clock time).
+        JSON values: `rows` (with `scores`, `tokens_per_second` and `parameters`), `gap_closed`, `answers`, and what the
+        figures depend on (`alpha`, `split`, `speed`, `threads`, `torch`); `seconds` is the wall-clock time of it all.
 
     Raises:
         InputError: If alpha is not finite.
@@ -110,16 +110,17 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
         (f"proxy, α = {alpha:g}", proxy, {}),
         ("tuned directly", tuned, {}),
     ]
-    rows, speeds = [], []
+    rows, costs = [], []
     for name, model, examples in entrants:
         report(name)
         with torch.inference_mode():
             outcomes = {t: answer(model, tokenizer, chosen, shots=examples.get(t, ())) for t, chosen in asked.items()}
             rows.append(Row(name, outcomes))
-            speeds.append(_tokens_per_second(model, tokenizer, asked["chain"], examples.get("chain", ())))
+            speed = _tokens_per_second(model, tokenizer, asked["chain"], examples.get("chain", ()))
+        costs.append({"tokens_per_second": round(speed), "parameters": model.num_parameters()})
     record = table_record(rows)
-    for row, speed in zip(record["rows"], speeds, strict=True):
-        row["tokens_per_second"] = round(speed)
+    for row, cost in zip(record["rows"], costs, strict=True):
+        row.update(cost)
     report("three answers")
     answers = [_answers(base, proxy, tuned, tokenizer, chosen[0]) for chosen in asked.values()]
     return {
@@ -257,13 +258,17 @@ def _notes(record: dict[str, Any]) -> list[str]:
     ]
 
 
+def _one_line(text: str) -> str:
+    return terminal.safe(text).replace("\n", "⏎")
+
+
 def _side_by_side(answer: dict[str, Any]) -> list[Text]:
     """One prompt and its three answers; changed tokens stand in brackets, so that they show without colours too."""
     from rich.text import Text
 
     steered = Text()
     for step in answer["tokens"]:
-        shown = step["token"].replace("\n", "⏎")
+        shown = _one_line(step["token"])
         bare = shown.lstrip(" ")
         if step["changed"]:
             steered.append(shown[: len(shown) - len(bare)]).append(f"[{bare}]", style="bold green")
@@ -273,7 +278,7 @@ def _side_by_side(answer: dict[str, Any]) -> list[Text]:
     legend = f"{changed} of {len(answer['tokens'])} tokens changed by the shift, in brackets"
     return [
         Text(answer["prompt"], style="bold").append(f"   (right: {answer['gold']})", style="dim"),
-        Text("base   ", style="dim").append(answer["base"].strip().replace("\n", " ⏎ "), style="not dim"),
+        Text("base   ", style="dim").append(_one_line(answer["base"].strip()), style="not dim"),
         Text("proxy  ", style="dim").append_text(steered).append(f"   ({legend})"),
-        Text("tuned  ", style="dim").append(answer["tuned"].strip().replace("\n", " ⏎ "), style="not dim"),
+        Text("tuned  ", style="dim").append(_one_line(answer["tuned"].strip()), style="not dim"),
     ]

@@ -111,7 +111,7 @@ def generate(
         for first in range(0, len(prompts), size):
             batch = prompts[first : first + size]
             if stream:
-                terminal.output().print(Text(batch[0], style="dim"), end="", soft_wrap=True)
+                terminal.output().print(_shown(batch[0], ""), end="", soft_wrap=True)
             for completion in _complete(model, tokenizer, batch, config, flags, chat=chat, stream=stream):
                 if lines is not None:
                     _write_line(lines, completion)
@@ -360,10 +360,8 @@ def _complete(
     stream: bool,
 ) -> Iterator[Completion]:
     """Complete one batch."""
-    from transformers import TextStreamer
-
     batch = _encode(tokenizer, prompts, chat).to(model.base.device)
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True) if stream else None
+    streamer = _streamer(tokenizer) if stream else None
     needed = {"tokenizer": tokenizer} if config.stop_strings else {}
     result = model.generate(**batch, **flags, **needed, streamer=streamer)
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
@@ -378,6 +376,21 @@ def _complete(
         assert isinstance(text, str)
         stopped = ended or any(stop in text for stop in ([stops] if isinstance(stops, str) else stops))
         yield Completion(prompts[index // per_prompt], text, len(row), "stop" if stopped else "length")
+
+
+def _shown(prompt: str, completion: str) -> Text:
+    return Text(terminal.safe(prompt), style="dim").append(terminal.safe(completion), "not dim")
+
+
+def _streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A streamer that prints words as they are completed."""
+    from transformers import TextStreamer
+
+    class SafeStreamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            super().on_finalized_text(terminal.safe(text), stream_end)
+
+    return SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool) -> Any:

@@ -7,7 +7,11 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["errors", "is_terminal", "output", "quiet", "show_error", "show_warning"]
+__all__ = ["errors", "is_terminal", "output", "quiet", "safe", "show_error", "show_warning"]
+
+# Control characters but tab and line feed, as the pictures that Unicode has for them; C1 controls become one sign.
+_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 
 def output() -> Console:
@@ -31,6 +35,18 @@ def errors() -> Console:
 def is_terminal(stream: TextIO) -> bool:
     """Whether a person reads this stream."""
     return stream.isatty()
+
+
+def safe(text: str) -> str:
+    """Make a model's text harmless to print: a byte-level model can write the sequences that command a terminal.
+
+    Args:
+        text: Any text.
+
+    Returns:
+        The text with a visible sign in the place of each control character.
+    """
+    return text.translate(_PICTURES)
 
 
 def show_error(message: str) -> None:

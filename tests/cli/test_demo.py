@@ -109,7 +109,7 @@ def test_brackets_stand_around_changed_tokens_only():
     }
     question, base, proxy, _ = (text.plain for text in command._side_by_side(answer))
     assert question.startswith("Q?")
-    assert base == "base   a ⏎ b"
+    assert base == "base   a⏎b"
     assert proxy.startswith("proxy   The [answer][⏎][<|end|>]")
     assert "3 of 4 tokens changed" in proxy
 

@@ -125,12 +125,18 @@ def test_a_terminal_gets_the_text_as_it_comes(run, members, monkeypatch):
     expected = run("generate", *PROMPTS, *members, "max_new_tokens=6").lines
     monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
     streamed = run("generate", *PROMPTS, *members, "max_new_tokens=6")
-    assert streamed.out == "".join(f"{line['prompt']}{line['completion']}\n" for line in expected)
+    # Untrained models write control characters too; a terminal gets pictures of them.
+    assert streamed.out == "".join(f"{line['prompt']}{terminal.safe(line['completion'])}\n" for line in expected)
     assert run("generate", *PROMPTS, *members, "max_new_tokens=6", "--json").lines == expected
     # Beams cannot be streamed: the text comes when it is done.
     beams = run("generate", *PROMPTS, *members, "max_new_tokens=6", "num_beams=2")
     assert beams.code == 0, beams.err
     assert beams.out.startswith(PROMPTS[0])
+
+
+def test_a_model_cannot_command_the_terminal():
+    assert terminal.safe("a\x1b[2Jb\r\x07\x7f\x9b") == "a␛[2Jb␍␇␡\ufffd"
+    assert terminal.safe("tab\tline\nπ 漢") == "tab\tline\nπ 漢"
 
 
 def test_finish_tells_a_stop_from_a_limit(run, members, model, tokenizer):
