@@ -14,9 +14,11 @@ Rules that hold for all of them:
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import ClassVar, Protocol
 
 import torch
@@ -38,14 +40,18 @@ def validate_alpha(alpha: object) -> float:
     Raises:
         InputError: If α is NaN, infinite, or no real number.
     """
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    value = math.nan
+    if isinstance(alpha, Real) and not isinstance(alpha, bool):  # NumPy's scalars are Real too
+        with contextlib.suppress(OverflowError):  # an int beyond the range of floats
+            value = float(alpha)
+    if not math.isfinite(value):
         raise InputError.of(
             "alpha",
             expected="a finite number (0 is the base, 1 the full shift)",
             got=repr(alpha),
             remedy="Pass e.g. alpha=1.0.",
         )
-    return float(alpha)
+    return value
 
 
 class Formula(Protocol):
@@ -136,8 +142,10 @@ def shift(base: torch.Tensor, companions: Sequence[torch.Tensor], weights: Seque
             remedy="Give as many weights as companions.",
         )
     out = base.to(torch.float32, copy=True)
+    # Not waiting is safe only towards a GPU: the host could read a copy to its own memory before it has arrived.
+    unwaited = out.device.type != "cpu"
     heard = [
-        (z.to(out.device, torch.float32, non_blocking=True), w)
+        (z.to(out.device, torch.float32, non_blocking=unwaited), w)
         for z, w in zip(companions, weights, strict=True)
         if w != 0.0
     ]
@@ -148,9 +156,9 @@ def shift(base: torch.Tensor, companions: Sequence[torch.Tensor], weights: Seque
     # base = antiexpert, α = 1, the rounding is that of one subtraction.
     delta = sum(w * z[..., :width] for z, w in heard)
     assert isinstance(delta, torch.Tensor)
-    silent = torch.zeros_like(delta, dtype=torch.bool)
+    # −inf + 0 is −inf, so masking the shift where the base is −inf keeps an overflowing one from making it NaN.
+    silent = out[..., :width] == -torch.inf
     for z, _ in heard:
-        silent |= z[..., :width] == -torch.inf
-    # −inf + 0 is −inf, so masking the shift where the base is −inf also keeps a companion's +x from lifting it to NaN.
+        silent = silent | (z[..., :width] == -torch.inf)
     out[..., :width] += delta.masked_fill(silent, 0.0)
     return out

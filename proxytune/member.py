@@ -144,7 +144,8 @@ class Member:
         device = self.device
 
         def here(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.to(device, non_blocking=True)
+            # Not waiting is safe only towards a GPU, see `proxytune.formula.shift`.
+            return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
         kwargs: dict[str, Any] = {"attention_mask": here(attention_mask), "use_cache": cache is not None}
         if cache is not None:
