@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from proxytune.errors import RecipeError
-from proxytune.recipe import RECIPE_FILE, Recipe
+from proxytune.recipe import RECIPE_FILE, Recipe, read_json
 
 __all__ = ["ProxyTunedConfig"]
 
@@ -125,7 +124,7 @@ def load_recipe(source: str | Path, **hub: Any) -> Recipe:
         RecipeError: If there is none, or it is refused.
     """
     if Path(source).exists():
-        return Recipe.load(source)
+        return Recipe.load(Path(source) / (hub.get("subfolder") or ""))
     try:
         file = cached_file(str(source), RECIPE_FILE, **hub)
     except OSError as error:
@@ -135,4 +134,4 @@ def load_recipe(source: str | Path, **hub: Any) -> Recipe:
             got=repr(str(source)),
             remedy=f"transformers says: {str(error).strip().splitlines()[0]}",
         ) from error
-    return Recipe.from_json(json.loads(Path(str(file)).read_text(encoding="utf-8")))
+    return Recipe.from_json(read_json(Path(str(file))))

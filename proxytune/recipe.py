@@ -18,6 +18,7 @@ recipe and its models can be moved as one. Unknown keys are refused by name: a m
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from typing import Any
 
 from proxytune.errors import InputError, RecipeError
 
-__all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe"]
+__all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe", "read_json"]
 
 FORMAT_VERSION = 1
 RECIPE_FILE = "proxytune_config.json"
@@ -99,7 +100,8 @@ class MemberRef:
         Returns:
             The reference with an absolute folder if there is one beside the recipe, else itself.
         """
-        if folder is not None and (folder / self.id).is_dir():
+        # os.path.isdir is False for what cannot be a path, such as a name too long, where Path.is_dir raises.
+        if folder is not None and os.path.isdir(folder / self.id):
             return MemberRef(str((folder / self.id).resolve()), None)
         return self
 
@@ -179,7 +181,7 @@ class Recipe:
             raise RecipeError.of(
                 "recipe", expected=f"the keys {', '.join(_KEYS)}", got=f"no {', '.join(missing)}", remedy="Add them."
             )
-        if data["formula"] not in FORMULAS:
+        if not isinstance(data["formula"], str) or data["formula"] not in FORMULAS:
             raise RecipeError.of(
                 "recipe key 'formula'",
                 expected=f"one of {', '.join(FORMULAS)}",
@@ -191,6 +193,14 @@ class Recipe:
         except InputError as error:
             raise RecipeError(f"recipe key 'alpha': {error}") from None
         refs = {role: MemberRef.from_json(data[role], role).beside(folder) for role in ROLES}
+        for role, ref in refs.items():
+            if folder is not None and ref.id == str(folder.resolve()):
+                raise RecipeError.of(
+                    f"recipe key {role!r}",
+                    expected="the folder of a model",
+                    got=f"the folder of the recipe itself, {ref.id}",
+                    remedy="Opening it would never end. Name the model.",
+                )
         return cls(**refs, formula=data["formula"], alpha=alpha)
 
     @classmethod
@@ -209,20 +219,7 @@ class Recipe:
         file = Path(path)
         if file.is_dir():
             file = file / RECIPE_FILE
-        try:
-            data = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise RecipeError.of(
-                "recipe",
-                expected=f"a {RECIPE_FILE}",
-                got=f"no file at {file}",
-                remedy="Give the file or the folder that model.save_pretrained(folder) wrote.",
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError.of(
-                f"recipe {file}", expected="JSON", got=str(error), remedy="Repair the file, or save it again."
-            ) from None
-        return cls.from_json(data, folder=file.parent)
+        return cls.from_json(read_json(file), folder=file.parent)
 
     def dumps(self) -> str:
         """The file's text.
@@ -231,3 +228,34 @@ class Recipe:
             Indented JSON with a final newline.
         """
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def read_json(file: Path) -> Any:
+    """Read the JSON of a recipe, without looking at what it says.
+
+    Args:
+        file: The file.
+
+    Returns:
+        The parsed JSON.
+
+    Raises:
+        RecipeError: If there is no such file, it cannot be read, or it is no JSON.
+    """
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError.of(
+            "recipe",
+            expected=f"a {RECIPE_FILE}",
+            got=f"no file at {file}",
+            remedy="Give the file or the folder that model.save_pretrained(folder) wrote.",
+        ) from None
+    except OSError as error:
+        raise RecipeError.of(
+            "recipe", expected="a file that can be read", got=str(error), remedy="Give the file or its folder."
+        ) from None
+    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of too many digits, nested too deep
+        raise RecipeError.of(
+            f"recipe {file}", expected="JSON", got=str(error), remedy="Repair the file, or save it again."
+        ) from None
