@@ -9,12 +9,16 @@ from typing import Any
 
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
 
 from proxytune.errors import InputError, MemberNotFoundError, VocabularyWarning
 from proxytune.recipe import ROLES, MemberRef
 from proxytune.vocabulary import check_same_tokens
 
 __all__ = ["check_vocabularies", "open_member", "open_members", "reference_of"]
+
+# What of `from_pretrained`'s arguments says where files are found, and so concerns the tokenizer's too.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
 
 
 def open_members(
@@ -71,7 +75,8 @@ def open_members(
         for role, source in sources.items()
     }
     if check_vocabulary:
-        check_vocabularies(references, tokenizers)
+        hub = {k: v for k, v in from_pretrained.items() if k in (*_HUB_ARGUMENTS, "trust_remote_code")}
+        check_vocabularies(references, tokenizers, **hub)
     return members, references
 
 
@@ -134,15 +139,18 @@ def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
     return MemberRef(str(folder.resolve())) if folder.is_dir() else MemberRef(name, revision)
 
 
-def check_vocabularies(references: Mapping[str, MemberRef | None], tokenizers: Mapping[str, Any] | None = None) -> None:
-    """Compare every companion's token ids with the base's; the first entry is the base.
+def check_vocabularies(
+    references: Mapping[str, MemberRef | None], tokenizers: Mapping[str, Any] | None = None, **hub: Any
+) -> None:
+    """Compare all members' token ids with those of the first whose tokenizer is known.
 
     Args:
-        references: Role → where the member came from.
+        references: Role → where the member came from, the base first.
         tokenizers: Role → tokenizer, for members whose folder has none.
+        **hub: `token`, `cache_dir` and the like, for finding tokenizers.
 
     Raises:
-        VocabularyMismatchError: If the ids of some companion mean other tokens than the base's.
+        VocabularyMismatchError: If the ids of two members mean different tokens.
 
     Warns:
         VocabularyWarning: If some member's tokenizer is not to be found, so that nothing could be compared.
@@ -154,9 +162,8 @@ def check_vocabularies(references: Mapping[str, MemberRef | None], tokenizers: M
         tokenizer = (tokenizers or {}).get(role)
         if tokenizer is None and reference is not None:
             if reference not in seen:
-                try:
-                    found = AutoTokenizer.from_pretrained(reference.id, revision=reference.revision or "main")
-                except (OSError, ValueError):
+                found = _find_tokenizer(reference, **hub)
+                if found is None:
                     unknown.append(role)
                     continue
                 seen[reference] = found.get_vocab()
@@ -165,11 +172,11 @@ def check_vocabularies(references: Mapping[str, MemberRef | None], tokenizers: M
             vocabularies[role] = tokenizer.get_vocab()
         else:
             unknown.append(role)
-    base, *companions = references
-    if base in vocabularies:
-        for role in companions:
-            if role in vocabularies:
-                check_same_tokens(vocabularies[base], vocabularies[role], role=role)
+    if vocabularies:
+        # With an unknown base, companions can still contradict each other.
+        against, *others = vocabularies
+        for role in others:
+            check_same_tokens(vocabularies[against], vocabularies[role], role=role, against=against)
     if unknown:
         warnings.warn(
             f"the vocabularies were not compared: no tokenizer is at hand for {', '.join(unknown)}. If ids mean "
@@ -178,6 +185,26 @@ def check_vocabularies(references: Mapping[str, MemberRef | None], tokenizers: M
             VocabularyWarning,
             stacklevel=3,
         )
+
+
+def _find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
+    """A member's tokenizer; None if it has none, where transformers may make up an empty one of the model's family."""
+    where: dict[str, Any] = {"revision": reference.revision or "main", **hub}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reference.id, **where)
+    except (OSError, ValueError):
+        return None
+    names = set(tokenizer.vocab_files_names.values())
+    where.pop("trust_remote_code", None)
+
+    def exists(name: str) -> bool:
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        return cached_file(reference.id, name, **where, **quiet) is not None
+
+    # A tokenizer of bytes or characters has no vocabulary file at all.
+    if not names or any(exists(name) for name in ("tokenizer.json", *sorted(names), "tekken.json")):
+        return tokenizer
+    return None
 
 
 def _first_line(error: Exception) -> str:

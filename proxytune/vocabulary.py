@@ -36,13 +36,14 @@ def differing_tokens(base: Mapping[str, int], other: Mapping[str, int]) -> list[
     return [(i, of_base.get(i), of_other.get(i)) for i in sorted(ids)]
 
 
-def check_same_tokens(base: Mapping[str, int], other: Mapping[str, int], *, role: str) -> None:
+def check_same_tokens(base: Mapping[str, int], other: Mapping[str, int], *, role: str, against: str = "base") -> None:
     """Refuse a companion whose ids mean other tokens than the base's.
 
     Args:
         base: The base's vocabulary, token → id.
         other: The companion's vocabulary, token → id.
         role: What the companion is called in the message, e.g. `"expert"`.
+        against: What the other side is called; another companion, where the base is not known.
 
     Raises:
         VocabularyMismatchError: If some id stands for two different tokens, or some token has two different ids. The
@@ -55,11 +56,11 @@ def check_same_tokens(base: Mapping[str, int], other: Mapping[str, int], *, role
     def show(token: str | None) -> str:
         return "nothing" if token is None else repr(token)
 
-    first = "; ".join(f"id {i}: {show(b)} in the base, {show(o)} in the {role}" for i, b, o in differing[:_SHOWN])
+    first = "; ".join(f"id {i}: {show(b)} in the {against}, {show(o)} in the {role}" for i, b, o in differing[:_SHOWN])
     more = f"; and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
     raise VocabularyMismatchError.of(
         f"vocabulary of the {role}",
-        expected="the base's token ids (only the padding of the head may differ)",
+        expected=f"the {against}'s token ids (only the padding of the head may differ)",
         got=f"{len(differing)} ids that mean different tokens ({first}{more})",
-        remedy=f"Adding logits id by id would mix unrelated tokens. Use a {role} with the base's tokenizer.",
+        remedy=f"Adding logits id by id would mix unrelated tokens. Use an {role} with the {against}'s tokenizer.",
     )
