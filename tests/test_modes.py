@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reference import Reference, next_logits
-from tiny import BOS, EOS, PAD, build, shared
+from tiny import BOS, EOS, PAD, build, shared, tokenizer
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
@@ -273,3 +273,28 @@ def test_ids_that_a_member_cannot_embed_are_never_sampled() -> None:
     out = run(setup.model, ids, None, do_sample=True, output_logits=True, return_dict_in_generate=True)
     assert all((z[:, 250:] == float("-inf")).all() and torch.isfinite(z[:, :250]).all() for z in out.logits)
     assert BOS < int(out.sequences.max()) < 250
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])  # mistral's window has to be recorded to be rolled back
+def test_the_composed_model_as_a_draft(family: str) -> None:
+    setup, target = Setup(family), build("qwen3", 21)
+    ids = prompts(1)
+    want = run(target, ids, None, do_sample=False)
+    setup.model.generation_config.num_assistant_tokens = 4
+    setup.model.generation_config.assistant_confidence_threshold = 0.0
+    assert torch.equal(run(target, ids, None, do_sample=False, assistant_model=setup.model), want)
+    assert setup.model.token_forwards["expert"] > 12, "the draft was asked"
+
+
+def test_stop_strings(setup: Setup) -> None:
+    ids = prompts(1)
+    want = expected(setup, ids, torch.ones_like(ids), {"do_sample": False})
+    # A random model's bytes are seldom text: the first new token that is a letter or a sign of its own.
+    letters = [tokenizer().decode(t) for t in want[0]]
+    first = next(t for t in range(12, 26) if letters[t].isascii() and letters[t].isprintable())
+    stop = letters[first]
+    got = run(setup.model, ids, None, do_sample=False, stop_strings=[stop], tokenizer=tokenizer())
+    assert torch.equal(got, want[:, : first + 1])
+    with setup.processor().attach(setup.base):
+        got = run(setup.base, ids, None, do_sample=False, stop_strings=[stop], tokenizer=tokenizer())
+    assert torch.equal(got, want[:, : first + 1])
