@@ -68,35 +68,28 @@ def table(
 
 
 def _print_table(record: dict[str, Any], title: str) -> None:
-    """Print the rows, and below them the gap closed, in a terminal of any width."""
+    """Print one column per task: the lenient share above the strict one, and below all rows the gap closed."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     tasks = list(record["gap_closed"])
-    grid = Table(title=f"{title}; greedy; share right with 95 % interval, lenient and strict", title_justify="left")
-    grid.add_column("")
+    grid = Table(title=f"{title}, greedy decoding", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    grid.add_column("share right, 95 % interval\n[dim]lenient above, strict below[/dim]")
     for task in tasks:
-        count = record["rows"][0]["scores"][task]["lenient"]["problems"]
-        grid.add_column(f"{_HEADINGS[task]}\n{count}, lenient")
-        grid.add_column("strict")
+        problems = record["rows"][0]["scores"][task]["lenient"]["problems"]
+        grid.add_column(f"{_HEADINGS[task]}\n[dim]{problems} problems[/dim]", no_wrap=True)
     for row in record["rows"]:
-        grid.add_row(
-            row["name"],
-            *(_cell(row["scores"][task][criterion]) for task in tasks for criterion in ("lenient", "strict")),
-        )
+        grid.add_row(row["name"], *(_cells(row["scores"][task], "rate") for task in tasks))
     grid.add_section()
-    gaps = [record["gap_closed"][task][criterion] for task in tasks for criterion in ("lenient", "strict")]
-    grid.add_row("gap closed", *map(_gap_cell, gaps))
+    grid.add_row("gap closed", *(_cells(record["gap_closed"][task], "closed") for task in tasks))
     Console().print(grid)
 
 
-def _cell(score: dict[str, Any]) -> str:
-    low, high = score["interval"]
-    return f"{score['rate']:.3f}\n[dim]{low:.2f}–{high:.2f}[/dim]"
-
-
-def _gap_cell(gap: dict[str, Any]) -> str:
-    if gap["closed"] is None:
-        return "none to close"
-    low, high = gap["interval"]
-    return f"{gap['closed']:.3f}\n[dim]{low:.2f}–{high:.2f}[/dim]"
+def _cells(pair: dict[str, dict[str, Any]], key: str) -> str:
+    """A lenient and a strict figure with their intervals, on two lines."""
+    lines = []
+    for criterion in ("lenient", "strict"):
+        value, interval = pair[criterion][key], pair[criterion]["interval"]
+        lines.append("no gap" if value is None else f"{value:.3f} [dim]{interval[0]:.2f}–{interval[1]:.2f}[/dim]")
+    return "\n".join(lines)

@@ -95,7 +95,7 @@ class Gap:
     """How much of the way from the base to the directly tuned model the proxy goes.
 
     Attributes:
-        closed: `(proxy - base) / (tuned - base)`; NaN when tuning gained nothing.
+        closed: `(proxy - base) / (tuned - base)`; NaN when the gain of tuning cannot be told from 0.
         low: Lower end of the 95 % interval, by bootstrap over problems.
         high: Upper end.
     """
@@ -205,18 +205,18 @@ def gap_closed(base: Row, proxy: Row, tuned: Row, task: Task, criterion: Criteri
         criterion: Lenient or strict grading.
 
     Returns:
-        The share of the gap and its 95 % interval. Resamples in which tuning gains nothing are left out of the
-        interval.
+        The share of the gap and its 95 % interval. All three are NaN when the 95 % interval of `tuned - base` reaches
+        down to 0: the share of a gap that may not exist is a number without meaning.
     """
     verdicts = [[outcome.correct(criterion) for outcome in row.outcomes[task]] for row in (base, proxy, tuned)]
     right = np.array(verdicts, dtype=np.float64)  # [3, N]
     means = right.mean(axis=1)
-    if means[2] <= means[0]:
-        return Gap(math.nan, math.nan, math.nan)
     count = right.shape[1]
     draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=10_000) / count  # [R, N]
     resampled = draws @ right.T  # [R, 3]
     gains = resampled[:, 2] - resampled[:, 0]
+    if np.quantile(gains, 0.025) <= 0.0:
+        return Gap(math.nan, math.nan, math.nan)
     shares = (resampled[:, 1] - resampled[:, 0])[gains > 0] / gains[gains > 0]
     low, high = np.quantile(shares, (0.025, 0.975))
     return Gap(float((means[1] - means[0]) / (means[2] - means[0])), float(low), float(high))
