@@ -8,6 +8,7 @@ here. A member sees a view: a cache of the same class over its slice of the *sha
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Sequence
 
 from transformers import PreTrainedConfig
@@ -45,10 +46,18 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str) -> None
         owner: A name for the composed model; written on the cache, and kept by copies of it.
 
     Raises:
-        CacheError: If the cache holds tokens that another model put there, or is of a class that cannot be rebuilt and
-            has another number of layers.
+        CacheError: If the cache holds tokens that another model put there, or that only some members have seen; or it
+            does not tell the length or the layers that it should have for all members.
     """
+    if not hasattr(cache, "layers"):  # tuples of tensors, as they once were, or the pair of an encoder-decoder
+        raise CacheError.of(
+            "past_key_values",
+            expected="a cache of a decoder, such as DynamicCache()",
+            got=f"a {type(cache).__name__}",
+            remedy="Pass the past_key_values that this model returned, or none.",
+        )
     if getattr(cache, _OWNER, None) == owner:
+        _refuse_torn(cache)
         return
     if _filled(cache):
         raise CacheError.of(
@@ -64,7 +73,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str) -> None
         cache.layers = [layer for c in configs for layer in DynamicCache(config=c).layers]
         cache.layer_class_to_replicate = None
     elif type(cache) is StaticCache:
-        length = max(layer.max_cache_len for layer in cache.layers)
+        length = _static_length(cache, configs)
         cache.layers = [layer for c in configs for layer in StaticCache(config=c, max_cache_len=length).layers]
     elif len(cache.layers) != layers:
         raise CacheError.of(
@@ -78,3 +87,32 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str) -> None
 
 def _filled(cache: Cache) -> bool:
     return any(getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0 for layer in cache.layers)
+
+
+def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> int:
+    """The length a static cache was made for. Sliding layers are no longer than their window, and do not tell."""
+    length = max(layer.max_cache_len for layer in cache.layers)
+    unbounded = [StaticCache(config=c, max_cache_len=sys.maxsize) for c in configs]
+    wanted = [layer.max_cache_len for one in unbounded for layer in one.layers]  # the window, or without bound
+    # Shorter than every window, it is the length itself; as long as the longest, the length does not matter.
+    if all(layer.is_sliding for layer in cache.layers) and min(wanted) <= length < max(wanted):
+        raise CacheError.of(
+            "past_key_values",
+            expected="a StaticCache that tells its length: some member's layers are not bound to a window of it",
+            got=f"one of sliding layers only, which end at {length}",
+            remedy="Build it as StaticCache(config=model.config, max_cache_len=…).",
+        )
+    return length
+
+
+def _refuse_torn(cache: Cache) -> None:
+    # Static layers know their length only on the device; reading it would make the host wait in every step.
+    lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
+    if len(lengths) > 1:
+        raise CacheError.of(
+            "past_key_values",
+            expected="layers that have all seen the same tokens",
+            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as an interrupted forward leaves them (or reset() of "
+            "an older transformers)",
+            remedy="Start without the cache, or from a copy that was made before.",
+        )

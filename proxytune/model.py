@@ -158,9 +158,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 got=f"shape {list(attention_mask.shape)}",
                 remedy="Pass the tokenizer's mask.",
             )
-        use_cache = True if use_cache is None else use_cache
-        cache = past_key_values if use_cache else None
-        if use_cache and cache is None:
+        # A cache that is given is used, as in transformers: without it, its tokens would be missing from the prefix.
+        cache = past_key_values
+        if cache is None and use_cache in (None, True):
             cache = DynamicCache(config=self.config)
         if cache is not None:
             adopt(cache, self.config.member_configs, self.cache_owner)
