@@ -14,6 +14,7 @@ import json
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benches" / "results"
-PROMPT = "Question: Start with 12, add 30, take away 5. What is the result?\\nAnswer:"
-QUICKSTART = f"""\
+QUICKSTART = """\
 import proxytune
 from proxytune.lab.bundle import bundled
 from transformers import pipeline
 
 model = proxytune.wrap(bundled("large-base"), expert=bundled("tiny-tuned"), antiexpert=bundled("tiny-base"), alpha=0.5)
-for lm in (model.base, model):
-    print(pipeline("text-generation", lm, tokenizer=bundled("large-base"))("{PROMPT}")[0]["generated_text"])
+ask = pipeline("text-generation", model, tokenizer=bundled("large-base"))
+print(ask("Question: Start with 24, plus 5, plus 9, minus 33. What is the result?\\nAnswer:")[0]["generated_text"])
 """
 BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+WIDTH = 118
 HEADINGS = {"chain": "chain arithmetic", "qa": "QA about new people", "countdown": "Countdown"}
 
 
@@ -41,12 +42,16 @@ def load(name: str) -> Any:
 
 def percent(rate: float | None, interval: Sequence[float] | None) -> str:
     if rate is None or interval is None:
-        return "–"
+        return "no gap"
     return f"{100 * rate:.0f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
 def quickstart() -> str:
-    return f"```python\n{QUICKSTART}```\n\n```text\n{load('quickstart.json')['output'].strip()}\n```"
+    said = load("quickstart.json")
+    return (
+        f"```python\n{QUICKSTART}```\n\n```text\n{said['proxy']}\n```\n\n"
+        f"At `alpha=0.0` it is the base, which says:\n\n```text\n{said['base']}\n```"
+    )
 
 
 def table() -> str:
@@ -56,7 +61,7 @@ def table() -> str:
     lines = [
         "| % right, strict · lenient | "
         + " | ".join(f"{HEADINGS[task]} ({count[task]})" for task in tasks)
-        + " | tokens/s | weights |",
+        + " | tokens/s | parameters |",
         "|---|" + "---|" * len(tasks) + "--:|--:|",
     ]
     for row in record["rows"]:
@@ -72,30 +77,39 @@ def table() -> str:
         for gap in gaps
     )
     lines.append(f"| gap closed, % | {cells} | | |")
-    lines += [
-        "",
+    caption = (
         f"Held-out problems, greedy decoding, α = {record['alpha']:g} (chosen on other problems), 95 % intervals in "
-        f"brackets. Strict: exactly the taught form; lenient: the right content in any form. Gap: from base, 0-shot, "
-        f"to tuned directly. Tokens/s: batches of {record['speed']['batch']} on {record['threads']} CPU threads, "
-        f"torch {record['torch']}; the demo took {record['seconds']:.0f} s.",
-    ]
-    return "\n".join(lines)
+        "brackets. Strict: exactly the taught form; lenient: the right content in any form. Gap closed: from base, "
+        "0-shot, to tuned directly; *no gap* where tuning gained nothing measurable: a null, and the strict figure "
+        f"beside it is one of form. Tokens/s: batches of {record['speed']['batch']}, CPU threads: {record['threads']}, "
+        f"torch {record['torch']}. The demo took {record['seconds']:.0f} s."
+    )
+    return "\n".join([*lines, "", textwrap.fill(caption, WIDTH, break_on_hyphens=False)])
 
 
 def losses() -> str:
     """What the table shows to the method's disadvantage, in words."""
     record = load("demo.json")
-    base, proxy, tuned = (record["rows"][index] for index in (0, 3, 4))
+    base, shots, _, proxy, tuned = record["rows"]
 
     def rate(row: dict[str, Any], task: str) -> str:
-        return percent(row["scores"][task]["strict"]["rate"], row["scores"][task]["strict"]["interval"])
+        score = row["scores"][task]["lenient"]
+        return f"{percent(score['rate'], score['interval'])} %"
 
-    return (
-        f"- **It costs a pass through three models per token**: {proxy['tokens_per_second']:,} tokens/s here, against "
-        f"{base['tokens_per_second']:,} of the base alone.\n"
-        f"- **It brings out what the base knows; it does not add skill.** On Countdown, a search problem, the base "
-        f"solves {rate(base, 'countdown')} %, the proxy {rate(proxy, 'countdown')} %, the directly tuned model "
-        f"{rate(tuned, 'countdown')} % (strict)."
+    points = (
+        f"**Speed matters most.** Every token is a pass through three models: {proxy['tokens_per_second']:,} tokens/s "
+        f"here, against {base['tokens_per_second']:,} of the base alone.",
+        "**The base cannot do it either.** The shift brings out what the base has in it. On Countdown, a search "
+        f"problem, whatever the form of the answer, the base solves {rate(base, 'countdown')} "
+        f"({rate(shots, 'countdown')} with 3 shots), the proxy {rate(proxy, 'countdown')}, the tuned model "
+        f"{rate(tuned, 'countdown')}: tuning taught the form here and not the search, and the shift can bring over no "
+        "more than that.",
+        "**A prompt of a few solved examples is enough.** Where the form does not matter, the base with 3 shots has "
+        f"{rate(shots, 'chain')} of the chains and {rate(shots, 'qa')} of the questions right, without a second model.",
+    )
+    return "\n".join(
+        textwrap.fill(point, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+        for point in points
     )
 
 
@@ -116,14 +130,13 @@ def filled(text: str) -> str:
 def measure() -> None:
     demo = subprocess.run([sys.executable, "-m", "proxytune", "demo", "--json"], stdout=subprocess.PIPE, check=True)
     (RESULTS / "demo.json").write_text(json.dumps(json.loads(demo.stdout), indent=1, ensure_ascii=False) + "\n")
-    output = run_quickstart()
-    (RESULTS / "quickstart.json").write_text(json.dumps({"output": output}, indent=1, ensure_ascii=False) + "\n")
+    said = {"proxy": run(QUICKSTART), "base": run(QUICKSTART.replace("alpha=0.5", "alpha=0.0"))}
+    (RESULTS / "quickstart.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
 
 
-def run_quickstart() -> str:
-    """What the README's code prints."""
-    ran = subprocess.run([sys.executable, "-c", QUICKSTART], stdout=subprocess.PIPE, check=True, text=True)
-    return ran.stdout
+def run(code: str) -> str:
+    """What a program prints."""
+    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
 
 
 def main() -> None:

@@ -46,15 +46,19 @@ class Step:
 
 
 def demo(
-    problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 100,
+    problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 150,
     alpha: Annotated[float | None, typer.Option(help="Strength of the shift [the recorded one].")] = None,
     family: Annotated[Path | None, typer.Option(help="A folder written by `lab train` [the bundled family].")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Steer a small bundled family on the CPU: quality with 95 % intervals, speed, and three answers side by side."""
     terminal.quiet()
+    import torch
+
     from proxytune.lab.bundle import bundled_family, read_record
 
+    # Models this small gain nothing from a second thread, and lose a lot to it where the cores are busy.
+    torch.set_num_threads(1)
     folder = family or bundled_family()
     strength = float(read_record(folder)["alpha"]) if alpha is None else alpha
     with terminal.errors().status("loading") as status:
@@ -253,7 +257,7 @@ def _percent(rate: float | None, interval: Sequence[float] | None) -> str:
 def _notes(record: dict[str, Any]) -> list[str]:
     return [
         "strict: exactly the taught form; lenient: the right content in any form. Gap: from base, 0-shot, to tuned.",
-        f"Greedy, {record['threads']} CPU threads; tokens/s in batches of {record['speed']['batch']}. "
+        f"Greedy, CPU threads: {record['threads']}; tokens/s in batches of {record['speed']['batch']}. "
         f"Took {record['seconds']:.0f} s.",
     ]
 
@@ -271,14 +275,14 @@ def _side_by_side(answer: dict[str, Any]) -> list[Text]:
         shown = _one_line(step["token"])
         bare = shown.lstrip(" ")
         if step["changed"]:
-            steered.append(shown[: len(shown) - len(bare)]).append(f"[{bare}]", style="bold green")
+            steered.append(shown[: len(shown) - len(bare)]).append(f"[{bare or '␣'}]", style="bold green")
         else:
             steered.append(shown)
     changed = sum(step["changed"] for step in answer["tokens"])
     legend = f"{changed} of {len(answer['tokens'])} tokens changed by the shift, in brackets"
     return [
-        Text(answer["prompt"], style="bold").append(f"   (right: {answer['gold']})", style="dim"),
-        Text("base   ", style="dim").append(_one_line(answer["base"].strip()), style="not dim"),
-        Text("proxy  ", style="dim").append_text(steered).append(f"   ({legend})"),
-        Text("tuned  ", style="dim").append(_one_line(answer["tuned"].strip()), style="not dim"),
+        Text.assemble((answer["prompt"], "bold"), (f"   (right: {answer['gold']})", "dim")),
+        Text.assemble(("base   ", "dim"), _one_line(answer["base"].strip())),
+        Text.assemble(("proxy  ", "dim"), steered, (f"   ({legend})", "dim")),
+        Text.assemble(("tuned  ", "dim"), _one_line(answer["tuned"].strip())),
     ]

@@ -98,7 +98,7 @@ def test_the_table_fits_80_columns_and_marks_changes_without_colour(run, family,
 
 
 def test_brackets_stand_around_changed_tokens_only():
-    steps = [(" The", False), (" answer", True), ("\n", True), ("<|end|>", True)]
+    steps = [(" The", False), (" answer", True), (" ", True), ("\n", True), ("<|end|>", True)]
     answer = {
         "prompt": "Q?",
         "gold": "7",
@@ -110,8 +110,8 @@ def test_brackets_stand_around_changed_tokens_only():
     question, base, proxy, _ = (text.plain for text in command._side_by_side(answer))
     assert question.startswith("Q?")
     assert base == "base   a⏎b"
-    assert proxy.startswith("proxy   The [answer][⏎][<|end|>]")
-    assert "3 of 4 tokens changed" in proxy
+    assert proxy.startswith("proxy   The [answer] [␣][⏎][<|end|>]")
+    assert "4 of 5 tokens changed" in proxy
 
 
 def test_a_family_without_a_record_is_a_clear_error(run, tmp_path):

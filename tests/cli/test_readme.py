@@ -27,13 +27,16 @@ def bench():
     return module
 
 
-def test_the_first_code_prints_what_stands_below_it():
-    (_, code), (_, shown) = BLOCKS[1], BLOCKS[2]
-    assert "proxytune.wrap" in code
+@pytest.mark.parametrize("alpha", ["0.5", "0.0"])
+def test_the_first_code_prints_what_stands_below_it(alpha):
+    (_, code), (_, proxy), (_, base) = BLOCKS[1:4]
     assert len([line for line in code.splitlines() if line.strip()]) == 6
+    assert code.count("alpha=0.5") == 1
+    code = code.replace("alpha=0.5", f"alpha={alpha}")
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == shown.strip()
+    assert ran.stdout.strip() == (proxy if alpha == "0.5" else base).strip()
+    assert proxy != base
 
 
 def test_the_figures_are_those_on_record(bench):
