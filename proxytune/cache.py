@@ -112,7 +112,7 @@ def _refuse_torn(cache: Cache) -> None:
         raise CacheError.of(
             "past_key_values",
             expected="layers that have all seen the same tokens",
-            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as an interrupted forward leaves them (or reset() of "
-            "an older transformers)",
+            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as an interrupted forward leaves them, or in "
+            "older versions of transformers reset()",
             remedy="Start without the cache, or from a copy that was made before.",
         )
