@@ -81,7 +81,9 @@ def _run(words: list[str], debug: bool) -> int:
             # Outside of standalone mode `typer.Exit` comes back as its code, and a command's own None means success.
             return app(words, prog_name="proxytune", standalone_mode=False) or 0
         except typer.TyperException as error:
-            terminal.show_error(f"{error.format_message()} (see proxytune --help)")
+            # Without any words the help has been printed already, and there is nothing left to say.
+            if message := error.format_message():
+                terminal.show_error(f"{message} (see proxytune --help)")
             return error.exit_code
         except typer.Abort:
             return INTERRUPTED

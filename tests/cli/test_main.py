@@ -66,6 +66,14 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(run, words, expected):
     assert expected in ended.err
 
 
+@pytest.mark.parametrize("words", [[], ["lab"]])
+def test_no_command_prints_the_help(run, words):
+    ended = run(*words)
+    assert ended.code == 2
+    assert "Usage: proxytune" in ended.out
+    assert ended.err == ""
+
+
 def _raises(error):
     def examine():
         raise error
