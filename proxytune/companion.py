@@ -121,8 +121,8 @@ class Companion:
         length = min(key.shape[1], self._ids.shape[1])
         if key.shape[0] == self._ids.shape[0] and torch.equal(key[:, :length], self._ids[:, :length]):
             return length
-        same = key[:, None, :length] == self._ids[None, :, :length]  # [B, cached B, L]
-        shared = same.long().cumprod(-1).sum(-1)  # [B, cached B]
+        # Row by row: all pairs at once would be B² copies of the text.
+        shared = torch.stack([_shared_length(self._ids[:, :length], row) for row in key[:, :length]])  # [B, cached B]
         # On a tie the row stays where it is: that spares a reordering.
         stay = torch.eye(key.shape[0], self._ids.shape[0], device=key.device, dtype=torch.long)
         rows = (2 * shared + stay).argmax(1)  # [B]
@@ -154,6 +154,12 @@ class Companion:
         self._ids = self._ids[:, :keep]
         self._logits = self._logits[:-surplus]
         return keep
+
+
+def _shared_length(cached: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """How many leading positions `[L]` of a row each cached row `[C, L]` shares with it: `[C]`."""
+    differs = cached != row
+    return torch.where(differs.any(-1), differs.byte().argmax(-1), row.shape[0])
 
 
 def _full_mask(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
