@@ -280,13 +280,19 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
         Args:
             save_directory: A folder. Nothing half-written stays in it when saving fails.
-            **kwargs: Accepted for `push_to_hub`, which calls this; there are no weights to shard.
+            **kwargs: Accepted for `push_to_hub()`, which calls this; there are no weights to shard.
 
         Raises:
-            RecipeError: If a member has no folder or hub id, or expert and antiexpert have the same one, or the folder
-                cannot be written.
+            RecipeError: If it is asked to upload as well; if a member has no folder or hub id, or expert and antiexpert
+                have the same one; if the folder is a member's, or cannot be written.
         """
-        del kwargs
+        if kwargs.get("push_to_hub"):
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="a folder to save to",
+                got="push_to_hub=True",
+                remedy="Call model.push_to_hub(repo_id).",
+            )
         recipe = self.recipe
         if recipe is None:
             raise RecipeError.of(
@@ -326,6 +332,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         # What transformers' Auto classes add for the class they call; none of it is meant for the members.
         for key in ("_from_auto", "_commit_hash", "adapter_kwargs", "adapter_name", "name_or_path", "weights_only"):
             kwargs.pop(key, None)
+        for key in ("attn_implementation", "experts_implementation"):  # the Auto classes move these to the config
+            if (value := getattr(config, f"_{key}", None)) is not None:
+                kwargs.setdefault(key, value)
         recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
         model = wrap(
             recipe.base.id,

@@ -5,6 +5,7 @@ The folder holds the recipe and what lets `AutoModelForCausalLM.from_pretrained(
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -32,7 +33,7 @@ __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_config: GenerationConfig | None) -> None:
     """Write the recipe, a `config.json` that points at it, and the generation defaults.
 
-    Everything is first written beside the folder, and then moved into it; when anything fails, the folder is as it was.
+    Everything is first written to a folder of its own, and then moved; when anything fails, all is as it was.
 
     Args:
         folder: Where to; made if it does not exist. Other files in it stay.
@@ -40,11 +41,19 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
         generation_config: The generation defaults; None for none.
 
     Raises:
-        RecipeError: If the place is a file, or cannot be written to.
+        RecipeError: If the place is a file or the folder of a member, or cannot be written to.
     """
     target = Path(folder).expanduser().resolve()
-    if target.exists() and not target.is_dir():
+    if os.path.exists(target) and not target.is_dir():
         raise RecipeError.of("save_pretrained", expected="a folder", got=f"the file {target}", remedy="Name a folder.")
+    for role, ref in recipe.members.items():
+        if str(target) == ref.id:
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="a folder that is none of the members'",
+                got=f"{target}, the {role}'s, whose config.json would be overwritten",
+                remedy="Name another folder.",
+            )
     config = {
         "model_type": "proxytune",
         # Not a class of ours: this is what lets programs that look the class up in transformers open the folder.
@@ -55,9 +64,11 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
         },
         "transformers_version": transformers.__version__,
     }
+    made = [place for place in (target, *target.parents) if not os.path.exists(place)]  # the deepest first
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as staging:
+        target.mkdir(parents=True, exist_ok=True)
+        # Inside of it: its parent may be on another disk, or not be ours to write to.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
             staged = Path(staging) / "new"
             staged.mkdir()
             (staged / RECIPE_FILE).write_text(recipe.dumps(), encoding="utf-8")
@@ -67,32 +78,34 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
             # config.json is written and moved last: without it the folder does not open.
             (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _move_in(staged, target, Path(staging) / "old")
-    except (OSError, ValueError) as error:
+        made = []
+    except (OSError, ValueError, TypeError) as error:  # of the generation settings: invalid ones, or no JSON values
         raise RecipeError.of(
             "save_pretrained",
             expected="a folder that can be written",
             got=f"{target} ({error})",
             remedy="Nothing was left behind. Choose another folder, or mend what the message says.",
         ) from error
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # it was not made after all, or somebody else has written there
+                place.rmdir()
 
 
 def _move_in(staged: Path, target: Path, backup: Path) -> None:
     """Move the staged files into the folder; undo all of it if one fails."""
-    existed = target.exists()
-    target.mkdir(exist_ok=True)
     backup.mkdir()
     moved: list[str] = []
     try:
         for file in sorted(staged.iterdir(), key=lambda f: f.name == "config.json"):
             if (target / file.name).exists():
                 shutil.copy2(target / file.name, backup / file.name)
-            moved.append(file.name)
             os.replace(file, target / file.name)
-    except OSError:
+            moved.append(file.name)
+    except BaseException:
         for name in moved:
-            (target / name).unlink(missing_ok=True)
             if (backup / name).exists():
                 os.replace(backup / name, target / name)
-        if not existed:
-            target.rmdir()
+            else:
+                (target / name).unlink()
         raise
