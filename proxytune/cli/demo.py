@@ -256,7 +256,8 @@ def _percent(rate: float | None, interval: Sequence[float] | None) -> str:
 
 def _notes(record: dict[str, Any]) -> list[str]:
     return [
-        "strict: exactly the taught form; lenient: the right content in any form. Gap: from base, 0-shot, to tuned.",
+        "strict: exactly the taught form; lenient: the right content in any form. Gap: from base, 0-shot, to tuned; "
+        "no gap: tuning gained nothing measurable.",
         f"Greedy, CPU threads: {record['threads']}; tokens/s in batches of {record['speed']['batch']}. "
         f"Took {record['seconds']:.0f} s.",
     ]
