@@ -23,9 +23,10 @@ from proxytune._version import __version__
 
 if TYPE_CHECKING:
     from proxytune.formula import ProxyTuning
-    from proxytune.model import ProxyTunedConfig, ProxyTunedModel, wrap
+    from proxytune.model import ProxyTunedConfig, ProxyTunedModel
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
     from proxytune.recipe import Recipe
+    from proxytune.wrapping import wrap
 
 __all__ = [
     "ProxyTunedConfig",
@@ -43,7 +44,7 @@ _HOME = {
     "ProxyTuning": "proxytune.formula",
     "ProxyTuningLogitsProcessor": "proxytune.processors.proxy_tuning",
     "Recipe": "proxytune.recipe",
-    "wrap": "proxytune.model",
+    "wrap": "proxytune.wrapping",
 }
 
 

@@ -1,10 +1,15 @@
-"""What `generate()` asks of the composed model, beside its logits: inputs of a step, masks, and what it must refuse."""
+"""What transformers asks of the composed model beside its logits.
+
+The inputs of a step, masks and caches for `generate()`; the parts that `PreTrainedModel` takes one model to have; and
+the refusal of what could only go wrong silently.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
@@ -94,7 +99,7 @@ def refuse_arguments(**given: Any) -> None:
 
 
 class ComposedGenerationMixin(GenerationMixin):
-    """`GenerationMixin` for a model that is composed of several.
+    """`GenerationMixin` for a model that is composed of several, the base among them.
 
     Its name has to end like `GenerationMixin`: `can_generate()`, which pipelines ask, looks for that in the bases.
     """
@@ -186,3 +191,66 @@ class ComposedGenerationMixin(GenerationMixin):
         return None
 
     init_continuous_batching = staticmethod(refuse_continuous_batching)
+
+    # --- what PreTrainedModel takes one model to have -----------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The base's device; logits are returned there."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype; logits are float32 all the same."""
+        return self.base.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's input embedding.
+
+        Returns:
+            The module.
+        """
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's output embedding; its logits alone are not this model's.
+
+        Returns:
+            The module.
+        """
+        return self.base.get_output_embeddings()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: each member has tied its own weights.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+        """
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the attention implementation of all members.
+
+        Args:
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
+        for member in self._members:
+            member.model.set_attn_implementation(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: ids added to one member mean nothing to the others.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Raises:
+            UnsupportedModeError: Always.
+        """
+        raise UnsupportedModeError.of(
+            "resize_token_embeddings",
+            expected="members whose vocabularies agree",
+            got="a request to change the base's alone",
+            remedy="Resize every member before wrapping them.",
+        )

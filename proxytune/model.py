@@ -1,7 +1,7 @@
 """The composed model: a `PreTrainedModel` whose logits are the combined logits of its members.
 
-A decode step reads top to bottom in `ProxyTunedModel.forward`: members → logits → shift. Everything else here makes
-`generate()`, pipelines and scoring see an ordinary causal LM, and refuses what could only go wrong silently.
+A decode step reads top to bottom in `ProxyTunedModel.forward`: members → logits → shift. What else transformers asks
+of a model is in `proxytune.generating`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 import uuid
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,15 +21,15 @@ from transformers.utils import can_return_tuple
 
 from proxytune.cache import adopt, view
 from proxytune.config import ProxyTunedConfig, load_recipe
-from proxytune.errors import InputError, RecipeError, UnsupportedModeError
-from proxytune.formula import FORMULAS, Formula, ProxyTuning, shift
+from proxytune.errors import InputError, RecipeError
+from proxytune.formula import FORMULAS, Formula, shift
 from proxytune.generating import ComposedGenerationMixin, refuse_arguments
 from proxytune.member import Member, check_ids
 from proxytune.opening import open_members
 from proxytune.recipe import Recipe
 from proxytune.saving import save_adapter
 
-__all__ = ["ProxyTunedConfig", "ProxyTunedModel", "wrap"]
+__all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 
 
 class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
@@ -210,69 +210,6 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             for m in self._members
         }
 
-    # --- PreTrainedModel -----------------------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        """The base's device; logits are returned there."""
-        return self.base.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The base's dtype; logits are float32 all the same."""
-        return self.base.dtype
-
-    def get_input_embeddings(self) -> nn.Module:
-        """The base's input embedding.
-
-        Returns:
-            The module.
-        """
-        return self.base.get_input_embeddings()
-
-    def get_output_embeddings(self) -> nn.Module | None:
-        """The base's output embedding; its logits alone are not this model's.
-
-        Returns:
-            The module.
-        """
-        return self.base.get_output_embeddings()
-
-    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: each member has tied its own weights.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-        """
-
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Switch the attention implementation of all members.
-
-        Args:
-            *args: As in transformers.
-            **kwargs: As in transformers.
-        """
-        for member in self._members:
-            member.model.set_attn_implementation(*args, **kwargs)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: ids added to one member mean nothing to the others.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-
-        Raises:
-            UnsupportedModeError: Always.
-        """
-        raise UnsupportedModeError.of(
-            "resize_token_embeddings",
-            expected="members whose vocabularies agree",
-            got="a request to change the base's alone",
-            remedy="Resize every member before wrapping them.",
-        )
-
     # --- saving and opening --------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -336,76 +273,18 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             if (value := getattr(config, f"_{key}", None)) is not None:
                 kwargs.setdefault(key, value)
         recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
-        model = wrap(
-            recipe.base.id,
-            expert=recipe.expert.id,
-            antiexpert=recipe.antiexpert.id,
+        members, references = open_members(
+            {role: ref.id for role, ref in recipe.members.items()},
             revisions={role: ref.revision for role, ref in recipe.members.items() if ref.revision},
-            formula=FORMULAS[recipe.formula](alpha=recipe.alpha),
             **kwargs,
         )
+        found = {role: reference for role, reference in references.items() if reference is not None}
+        formula = FORMULAS[recipe.formula](alpha=recipe.alpha)
+        model = cls(ProxyTunedConfig(recipe=replace(recipe, **found)), members, formula)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)
         return model
-
-
-def wrap(
-    base: Any,
-    *,
-    expert: Any,
-    antiexpert: Any = None,
-    alpha: float | None = None,
-    formula: Formula | None = None,
-    revisions: Mapping[str, str] | None = None,
-    tokenizers: Mapping[str, Any] | None = None,
-    check_vocabulary: bool = True,
-    **from_pretrained: Any,
-) -> ProxyTunedModel:
-    """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
-
-    Args:
-        base: The large model: a model object, a hub id or a folder. Its weights are not changed.
-        expert: The small tuned model, likewise.
-        antiexpert: The small model that the expert was tuned from, likewise.
-        alpha: The strength α of the shift [1.0].
-        formula: A formula instead of α.
-        revisions: Role → branch, tag or commit, for hub ids.
-        tokenizers: Role → tokenizer, for members that have none beside their weights.
-        check_vocabulary: Whether to compare the members' token ids.
-        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
-
-    Returns:
-        A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
-
-    Raises:
-        InputError: If α is no finite number, the antiexpert is missing, or arguments contradict each other.
-        MemberError: If a member cannot be opened, is not supported, or means other tokens by its ids.
-
-    Warns:
-        VocabularyWarning: If there was no tokenizer to compare by.
-    """
-    if formula is None:
-        formula = ProxyTuning(alpha=1.0 if alpha is None else alpha)
-    elif alpha is not None:
-        raise InputError.of(
-            "wrap",
-            expected="alpha or formula",
-            got="both",
-            remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
-        )
-    members, references = open_members(
-        {"base": base, "expert": expert, "antiexpert": antiexpert},
-        revisions=revisions,
-        tokenizers=tokenizers,
-        check_vocabulary=check_vocabulary,
-        **from_pretrained,
-    )
-    known = {role: reference for role, reference in references.items() if reference is not None}
-    recipe = None
-    if len(known) == len(references):
-        recipe = Recipe(**known, formula=formula.name, alpha=formula.alpha)
-    return ProxyTunedModel(ProxyTunedConfig(recipe=recipe), members, formula)
 
 
 AutoConfig.register(ProxyTunedConfig.model_type, ProxyTunedConfig, exist_ok=True)

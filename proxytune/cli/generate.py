@@ -303,8 +303,9 @@ def _load(
     """Load the composed model and the base's tokenizer."""
     import torch
 
-    from proxytune.model import ProxyTunedModel, wrap
+    from proxytune.model import ProxyTunedModel
     from proxytune.recipe import MemberRef, Recipe
+    from proxytune.wrapping import wrap
 
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise InputError.of(
