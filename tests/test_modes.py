@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from reference import Reference, next_logits
 from tiny import BOS, EOS, PAD, build, shared, tokenizer
 from transformers import PreTrainedModel
@@ -139,6 +140,12 @@ def test_raw_logits_equal_the_reference(setup: Setup, mode: str) -> None:
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
 @pytest.mark.parametrize("draft", ["third-model", "wider-draft-proposals", "prompt-lookup"])
 def test_assisted_decoding(setup: Setup, draft: str, do_sample: bool) -> None:
+    if (
+        draft == "wider-draft-proposals"
+        and setup.base.config.model_type.startswith("gemma3")
+        and transformers.__version__.startswith("5.17.")
+    ):
+        pytest.skip("transformers 5.17 itself fails with a Gemma 3 as the draft, also of another Gemma 3")
     # The text repeats, so that prompt lookup has something to find.
     ids = prompts(1, 6).repeat(1, 3)
     mask = torch.ones_like(ids)
