@@ -98,16 +98,18 @@ def generate(
 
     from transformers import set_seed
 
-    model, tokenizer = _load(base, expert, antiexpert, alpha, recipe, device, dtype)
-    if save_recipe is not None:
-        model.save_pretrained(save_recipe)
-        tokenizer.save_pretrained(save_recipe)
     on_terminal = terminal.is_terminal(sys.stdout) and not as_json
     size = batch_size or (1 if on_terminal and out is None else _PIPED_BATCH)
-    # A streamer takes one sequence that only grows.
-    stream = on_terminal and size == 1 and config.num_beams in (None, 1) and config.num_return_sequences in (None, 1)
-    set_seed(seed)
+    # Opened before the models are: a path that cannot be written should not cost their loading first.
     with open(out, "w", encoding="utf-8") if out is not None else nullcontext() as lines:
+        model, tokenizer = _load(base, expert, antiexpert, alpha, recipe, device, dtype)
+        if save_recipe is not None:
+            model.save_pretrained(save_recipe)
+            tokenizer.save_pretrained(save_recipe)
+        # A streamer takes one sequence that only grows.
+        several = any(_setting(name, config, model) not in (None, 1) for name in ("num_beams", "num_return_sequences"))
+        stream = on_terminal and size == 1 and not several
+        set_seed(seed)
         for first in range(0, len(prompts), size):
             batch = prompts[first : first + size]
             if stream:
@@ -116,9 +118,7 @@ def generate(
                 if lines is not None:
                     _write_line(lines, completion)
                 if on_terminal and not stream:
-                    terminal.output().print(
-                        Text(completion.prompt, style="dim").append(completion.completion, "not dim")
-                    )
+                    terminal.output().print(_shown(completion.prompt, completion.completion), soft_wrap=True)
                 elif not on_terminal and lines is None:
                     _write_line(sys.stdout, completion)
 
@@ -363,20 +363,29 @@ def _complete(
     """Complete one batch."""
     batch = _encode(tokenizer, prompts, chat).to(model.base.device)
     streamer = _streamer(tokenizer) if stream else None
-    needed = {"tokenizer": tokenizer} if config.stop_strings else {}
-    result = model.generate(**batch, **flags, **needed, streamer=streamer)
+    result = model.generate(**batch, **flags, tokenizer=tokenizer, streamer=streamer)  # stop strings need a tokenizer
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
     new_ids = sequences[:, batch["input_ids"].shape[1] :].cpu()
     per_prompt = len(new_ids) // len(prompts)
-    ends = flags.get("eos_token_id", model.generation_config.eos_token_id)
-    ends = set(ends if isinstance(ends, list) else [ends]) - {None}
-    stops = config.stop_strings or []
+    ends = set(_listed(_setting("eos_token_id", config, model)))
+    stops = _listed(_setting("stop_strings", config, model))
     for index, row in enumerate(new_ids.tolist()):
         row, ended = _until_end(row, ends, tokenizer.pad_token_id)
         text = tokenizer.decode(row, skip_special_tokens=True)
         assert isinstance(text, str)
-        stopped = ended or any(stop in text for stop in ([stops] if isinstance(stops, str) else stops))
+        stopped = ended or any(stop in text for stop in stops)
         yield Completion(prompts[index // per_prompt], text, len(row), "stop" if stopped else "length")
+
+
+def _setting(name: str, config: Any, model: ProxyTunedModel) -> Any:
+    """A setting of this call, or else the one that the model was saved with."""
+    given = getattr(config, name)
+    return getattr(model.generation_config, name) if given is None else given
+
+
+def _listed(value: Any) -> list[Any]:
+    """A setting that may be nothing, one value or several, as a list."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _shown(prompt: str, completion: str) -> Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 
 import pytest
 import torch
@@ -131,7 +132,31 @@ def test_a_terminal_gets_the_text_as_it_comes(run, members, monkeypatch):
     # Beams cannot be streamed: the text comes when it is done.
     beams = run("generate", *PROMPTS, *members, "max_new_tokens=6", "num_beams=2")
     assert beams.code == 0, beams.err
-    assert beams.out.startswith(PROMPTS[0])
+    expected = run("generate", *PROMPTS, *members, "max_new_tokens=6", "num_beams=2", "--json").lines
+    assert beams.out == "".join(f"{line['prompt']}{terminal.safe(line['completion'])}\n" for line in expected)
+
+
+def test_a_model_s_own_settings_count(run, family, tmp_path, monkeypatch):
+    words = []
+    for role, member in (("--base", "large-base"), ("--expert", "tiny-tuned"), ("--antiexpert", "tiny-base")):
+        shutil.copytree(family / member, tmp_path / member)
+        words += [role, str(tmp_path / member)]
+    plain = run("generate", "x", *words, "max_new_tokens=12").lines[0]
+    letter = next(sign for sign in plain["completion"] if sign.isalpha())
+    saved = tmp_path / "large-base" / "generation_config.json"
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"num_beams": 2, "stop_strings": [letter]}))
+    own = run("generate", "x", *words, "max_new_tokens=12").lines[0]
+    assert own["finish"] == "stop"
+    assert letter in own["completion"]
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    assert run("generate", "x", *words, "max_new_tokens=12").code == 0, "beams cannot be streamed"
+
+
+def test_a_path_that_cannot_be_written_is_found_before_loading(run, members, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("a model was loaded"))
+    ended = run("generate", "x", *members, "--out", tmp_path / "none" / "out.jsonl")
+    assert ended.code == 1
+    assert "out.jsonl" in ended.err
 
 
 def test_a_model_cannot_command_the_terminal():
