@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -27,7 +28,7 @@ import proxytune
 from proxytune.lab.bundle import bundled
 from transformers import pipeline
 
-model = proxytune.wrap(bundled("large-base"), expert=bundled("tiny-tuned"), antiexpert=bundled("tiny-base"), alpha=0.5)
+model = proxytune.wrap(bundled("large-base"), expert=bundled("tiny-tuned"), antiexpert=bundled("tiny-base"), alpha=@)
 ask = pipeline("text-generation", model, tokenizer=bundled("large-base"))
 print(ask("Question: Start with 24, plus 5, plus 9, minus 33. What is the result?\\nAnswer:")[0]["generated_text"])
 """
@@ -46,10 +47,14 @@ def percent(rate: float | None, interval: Sequence[float] | None) -> str:
     return f"{100 * rate:.0f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
+def code(alpha: float) -> str:
+    return QUICKSTART.replace("@", str(alpha))
+
+
 def quickstart() -> str:
     said = load("quickstart.json")
     return (
-        f"```python\n{QUICKSTART}```\n\n```text\n{said['proxy']}\n```\n\n"
+        f"```python\n{code(load('demo.json')['alpha'])}```\n\n```text\n{said['proxy']}\n```\n\n"
         f"At `alpha=0.0` it is the base, which says:\n\n```text\n{said['base']}\n```"
     )
 
@@ -147,14 +152,24 @@ def filled(text: str) -> str:
 
 def measure() -> None:
     demo = subprocess.run([sys.executable, "-m", "proxytune", "demo", "--json"], stdout=subprocess.PIPE, check=True)
-    (RESULTS / "demo.json").write_text(json.dumps(json.loads(demo.stdout), indent=1, ensure_ascii=False) + "\n")
-    said = {"proxy": run(QUICKSTART), "base": run(QUICKSTART.replace("alpha=0.5", "alpha=0.0"))}
-    (RESULTS / "quickstart.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n")
+    record = {**json.loads(demo.stdout), "weights": weights()}
+    (RESULTS / "demo.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    said = {"proxy": run(code(record["alpha"])), "base": run(code(0.0))}
+    (RESULTS / "quickstart.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def run(code: str) -> str:
+def weights() -> dict[str, str]:
+    """The bundled weights' hashes: figures of other weights are not this README's."""
+    folder = ROOT / "proxytune" / "lab" / "weights"
+    return {
+        file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.glob("*/model.safetensors"))
+    }
+
+
+def run(program: str) -> str:
     """What a program prints."""
-    return subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
+    return subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -170,6 +185,8 @@ def main() -> None:
         README.write_text(new, encoding="utf-8")
     elif wanted.check and new != text:
         sys.exit("README.md is stale: run `python benches/readme.py --write` and commit it")
+    elif wanted.check and load("demo.json")["weights"] != weights():
+        sys.exit("the figures are of other weights: run `python benches/readme.py --measure --write` and commit them")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from proxytune.lab.bundle import bundled_record
+
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -27,16 +29,22 @@ def bench():
     return module
 
 
-@pytest.mark.parametrize("alpha", ["0.5", "0.0"])
-def test_the_first_code_prints_what_stands_below_it(alpha):
+@pytest.mark.parametrize("which", ["proxy", "base"])
+def test_the_first_code_prints_what_stands_below_it(which):
     (_, code), (_, proxy), (_, base) = BLOCKS[1:4]
     assert len([line for line in code.splitlines() if line.strip()]) == 6
-    assert code.count("alpha=0.5") == 1
-    code = code.replace("alpha=0.5", f"alpha={alpha}")
+    assert f"alpha={bundled_record()['alpha']})" in code
+    if which == "base":
+        code = re.sub(r"alpha=[\d.]+", "alpha=0.0", code)
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.strip() == (proxy if alpha == "0.5" else base).strip()
+    assert ran.stdout.strip() == (proxy if which == "proxy" else base).strip()
     assert proxy != base
+
+
+def test_the_figures_are_of_the_bundled_weights(bench):
+    assert len(bench.weights()) == 4
+    assert bench.load("demo.json")["weights"] == bench.weights()
 
 
 def test_the_figures_are_those_on_record(bench):
