@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from proxytune.errors import CacheError
 
-__all__ = ["adopt", "view"]
+__all__ = ["adopt", "refuse_short_cache", "view"]
 
 _OWNER = "_proxytune_owner"
 
@@ -83,6 +83,26 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str) -> None
             remedy=f"Build it as {type(cache).__name__}(config=model.config, …).",
         )
     setattr(cache, _OWNER, owner)
+
+
+def refuse_short_cache(cache: StaticCache, length: int) -> None:
+    """Refuse a static cache that a generation would overrun.
+
+    Args:
+        cache: The cache.
+        length: How many tokens it has to hold at most.
+
+    Raises:
+        CacheError: If it is shorter. Sliding layers need not hold more than their window.
+    """
+    held = max((layer.max_cache_len for layer in cache.layers if not layer.is_sliding), default=length)
+    if held < length:
+        raise CacheError.of(
+            "past_key_values",
+            expected=f"a StaticCache for at least {length} tokens",
+            got=f"one for {held}",
+            remedy="Make it longer, or lower max_new_tokens.",
+        )
 
 
 def _filled(cache: Cache) -> bool:

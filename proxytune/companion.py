@@ -2,12 +2,16 @@
 
 `generate()` reorders beams and rolls back drafts behind a logits processor's back; all that the processor gets is the
 whole prefix. So the companion compares the prefix with the rows in its cache, keeps what they share, and forwards only
-the rest. It knows nothing of formulas, and holds one batch at a time.
+the rest. It knows nothing of formulas, and holds one batch at a time; threads take turns, each finding the cache as the
+other left it.
 
 The comparison makes the host wait for the device once per step. The composed model has no such wait.
 """
 
 from __future__ import annotations
+
+import threading
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -45,13 +49,28 @@ class Companion:
         # Sliding-window layers forget what fell out of the window, and then cannot be rolled back. They are used as
         # long as nobody rolls back (sampling, beams); the first rollback they cannot do switches to full layers.
         self._keep_all = False
+        self._turn = threading.RLock()
         self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts without a prefix; a lock cannot be copied.
+        return {k: v for k, v in self.__dict__.items() if k != "_turn"} | {
+            "_cache": None,
+            "_ids": None,
+            "_logits": [],
+            "_weights": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._turn = threading.RLock()
 
     def reset(self) -> None:
         """Forget the cached prefix; the next question starts with a prefill."""
         self._cache: DynamicCache | None = None
         self._ids: torch.Tensor | None = None  # [B, L]: what the cache holds, padding as _PADDING
         self._logits: list[torch.Tensor] = []  # [B, V] each: after the last cached positions, in order
+        self._weights: object = None  # what the cache was computed with
 
     @torch.no_grad()
     def logits_for(
@@ -83,7 +102,22 @@ class Companion:
         ids = input_ids.to(self.member.device)
         mask = _full_mask(ids, attention_mask)  # [B, T] or None
         key = ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
+        with self._turn:
+            return self._advance(ids, mask, key, last)
+
+    def _advance(self, ids: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor, last: int) -> torch.Tensor:
+        """Bring the cache to the prefixes `key` and return their last logits; see `logits_for`."""
+        n = ids.shape[1]
+        held = 0 if self._ids is None else self._ids.shape[1]
         keep = self._match(key)
+        if not keep == held == n - 1:
+            # Not the next step of the same text: the moment to see that the model has been trained, or switched to
+            # another adapter, since.
+            weights = _weights_of(self.member.model)
+            if weights != self._weights:
+                self.reset()
+                keep = 0
+            self._weights = weights
         if keep > n - last and self._remembered(keep) < keep - (n - last):
             keep = n - last  # the cache holds these positions, but their logits have to be computed again
         if keep == n:
@@ -154,6 +188,16 @@ class Companion:
         self._ids = self._ids[:, :keep]
         self._logits = self._logits[:-surplus]
         return keep
+
+
+def _weights_of(model: Any) -> object:
+    """Something that changes when the model's weights are changed in place, or its adapters are switched."""
+    versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
+    if not getattr(model, "peft_config", None):
+        return versions
+    # PEFT's layers; on models of transformers themselves these names are methods.
+    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    return versions, repr([(m.active_adapters, m.disable_adapters) for m in layers])
 
 
 def _shared_length(cached: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

@@ -10,47 +10,17 @@ from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import Cache
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import Cache, StaticCache
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from proxytune.cache import adopt
+from proxytune.cache import adopt, refuse_short_cache
+from proxytune.drafting import FittedDraft, TailMask, refuse_self_speculation
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.padding import refuse_ambiguous_padding
 
-__all__ = ["ComposedGenerationMixin", "TailMask", "refuse_arguments", "refuse_continuous_batching"]
-
-
-class TailMask(LogitsProcessor):
-    """Gives −inf to the ids past a width.
-
-    The composed logits have −inf there anyway. This is for the drafts of assisted decoding, to which `generate()` hands
-    the same processors: a draft must not propose an id that some member cannot embed.
-    """
-
-    supports_continuous_batching = False
-
-    def __init__(self, width: int) -> None:
-        """Set the width.
-
-        Args:
-            width: The number of ids that stay.
-        """
-        self.width = width
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask the tail.
-
-        Args:
-            input_ids: `[B, T]`; not looked at.
-            scores: `[B, V]`.
-
-        Returns:
-            `[B, V]`, a new tensor if there is a tail.
-        """
-        if scores.shape[-1] <= self.width:
-            return scores
-        masked = scores.clone()
-        masked[:, self.width :] = -torch.inf
-        return masked
+__all__ = ["ComposedGenerationMixin", "refuse_arguments", "refuse_continuous_batching", "refuse_shapes"]
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
@@ -95,6 +65,36 @@ def refuse_arguments(**given: Any) -> None:
             expected="no such argument: logits are combined, hidden states and attentions are not",
             got=f"{name}={value!r}" if isinstance(value, str | int | float) else f"a {type(value).__name__}",
             remedy="Ask the member itself, e.g. model.base(...).",
+        )
+
+
+def refuse_shapes(input_ids: Any, attention_mask: Any) -> None:
+    """Refuse ids and masks of another form than `[B, T]`.
+
+    Args:
+        input_ids: What was given as the ids.
+        attention_mask: What was given as their mask; it may cover cached tokens before them. None if there is none.
+
+    Raises:
+        InputError: If the ids are no tensor of whole numbers `[B, T]`, or the mask has other rows or fewer positions.
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
+        raise InputError.of(
+            "input_ids",
+            expected="a tensor of token ids with two dimensions [B, T]",
+            got=f"a {type(input_ids).__name__}" if shape is None else f"shape {shape}, {input_ids.dtype}",
+            remedy='Pass what tokenizer(prompts, return_tensors="pt", padding=True) returns.',
+        )
+    if attention_mask is None:
+        return
+    rows, length = input_ids.shape
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+        raise InputError.of(
+            "attention_mask",
+            expected=f"[B, T] for {rows} rows of {length} ids: the members build their own masks from it",
+            got=f"shape {list(attention_mask.shape)}",
+            remedy="Pass the tokenizer's mask.",
         )
 
 
@@ -148,47 +148,82 @@ class ComposedGenerationMixin(GenerationMixin):
             **kwargs,
         }
 
+    def _prepare_model_inputs(
+        self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
+        given = inputs if inputs is not None else model_kwargs.get("input_ids")
+        if given is not None:
+            refuse_shapes(given, model_kwargs.get("attention_mask"))
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
         # Called only if the caller gave no mask. transformers then takes padding that is also EOS for text.
-        pad, eos = generation_config._pad_token_tensor, generation_config._eos_token_tensor
-        if (
-            inputs_tensor.ndim == 2
-            and inputs_tensor.shape[0] > 1
-            and pad is not None
-            and eos is not None
-            and bool(torch.isin(pad, eos))
-            and bool((inputs_tensor[:, 0] == pad).any())
-        ):
-            raise InputError.of(
-                "attention_mask",
-                expected="a mask with a batch in which some prompt starts with the padding token",
-                got=f"none, and the padding token ({int(pad)}) is also an EOS token, so that padding cannot be told "
-                "from text",
-                remedy="Pass the attention_mask that the tokenizer returns.",
-            )
+        ends = generation_config._eos_token_tensor
+        if ends is not None and inputs_tensor.ndim == 2:
+            refuse_ambiguous_padding(inputs_tensor, ends.tolist(), remedy="Pass the tokenizer's attention_mask.")
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
-    def _get_logits_processor(self, *args: Any, **kwargs: Any) -> LogitsProcessorList:
-        processors = super()._get_logits_processor(*args, **kwargs)
-        if self.usable_ids < self.config.vocab_size:
-            processors.insert(0, TailMask(self.usable_ids))
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        tail = TailMask(self.usable_ids)
+        processors = LogitsProcessorList([tail])
+        for processor in super()._get_logits_processor(generation_config, *args, **kwargs):
+            # As somebody's draft, it is handed that one's processors, and may be steered on top: drafts only propose.
+            if getattr(processor, "shifts_logits", False) and not generation_config.is_assistant:
+                raise InputError.of(
+                    "logits_processor",
+                    expected="no ProxyTuningLogitsProcessor on a composed model",
+                    got="one: the shifts would add up",
+                    remedy="Leave it out, or use it on the base alone.",
+                )
+            processors.append(processor)
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processors.append(tail)  # it subtracts −inf from −inf there
         return processors
 
     def _prepare_cache_for_generation(
-        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
     ) -> None:
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
         # Before anything else sees the cache: assisted decoding asks its layers to record their past.
-        if (cache := model_kwargs.get("past_key_values")) is not None:
-            adopt(cache, self.config.member_configs, self.cache_owner)
-            if generation_config.is_assistant:
-                cache.activate_past_recording()
+        adopt(cache, self.config.member_configs, self.cache_owner)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        if isinstance(cache, StaticCache):
+            # Its length is known to the device only, so this is the one moment to see that it would be overrun.
+            for member in self.members:
+                member.refuse_length(max_cache_length)
+            refuse_short_cache(cache, max_cache_length)
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes, so each layer initialises itself at its first update.
         return None
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        refuse_self_speculation(generation_config)
+        if not generation_mode_kwargs.get("assistant_tokenizer"):
+            # transformers takes another head width for another tokenizer; here the rows are fitted instead.
+            generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        inner = super()._get_candidate_generator(*args, **kwargs)
+        return FittedDraft(inner, self.config.vocab_size) if type(inner) is AssistedCandidateGenerator else inner
 
     init_continuous_batching = staticmethod(refuse_continuous_batching)
 
@@ -235,7 +270,7 @@ class ComposedGenerationMixin(GenerationMixin):
             *args: As in transformers.
             **kwargs: As in transformers.
         """
-        for member in self._members:
+        for member in self.members:
             member.model.set_attn_implementation(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:

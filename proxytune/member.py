@@ -15,7 +15,7 @@ from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from proxytune.errors import InputError, UnsupportedModelError
 
-__all__ = ["Member", "check_ids", "embedding_rows"]
+__all__ = ["Member", "check_ids", "embedding_rows", "positions_of"]
 
 _SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -48,6 +48,13 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             expected="a decoder-only model",
             got=f"{type(model).__name__} ({family}), an encoder-decoder",
             remedy="Encoder-decoders are not supported.",
+        )
+    if any(getattr(c, "is_prompt_learning", False) for c in dict(getattr(model, "peft_config", None) or {}).values()):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="an adapter in the weights, such as LoRA",
+            got="a PEFT model that learns a prompt or prefix, which puts tokens of its own into the cache",
+            remedy="Use another kind of adapter, or a merged model.",
         )
     kinds = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
     strange = sorted(kinds - _SUPPORTED_LAYERS)
@@ -107,6 +114,23 @@ class Member:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
+    def refuse_length(self, length: int) -> None:
+        """Refuse a text that is longer than the model's context.
+
+        Args:
+            length: Its number of tokens.
+
+        Raises:
+            InputError: If it is too long.
+        """
+        if self.context is not None and length > self.context:
+            raise InputError.of(
+                f"length for the {self.role}",
+                expected=f"at most {self.context} tokens (max_position_embeddings of {type(self.model).__name__})",
+                got=f"{length}",
+                remedy="Shorten the prompt, lower max_new_tokens, or use a member with a longer context.",
+            )
+
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -134,13 +158,7 @@ class Member:
         n = input_ids.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
         # A static cache knows its length only on the device; reading it would make the host wait in every step.
-        if self.context is not None and isinstance(past, int) and past + n > self.context:
-            raise InputError.of(
-                f"length for the {self.role}",
-                expected=f"at most {self.context} tokens (max_position_embeddings of {type(self.model).__name__})",
-                got=f"{past + n}",
-                remedy="Shorten the prompt, lower max_new_tokens, or use a member with a longer context.",
-            )
+        self.refuse_length(n + (past if isinstance(past, int) else 0))
         device = self.device
 
         def here(t: torch.Tensor | None) -> torch.Tensor | None:
@@ -163,6 +181,18 @@ class Member:
             elif logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
         return logits
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The position of each token in its row, not counting padding.
+
+    Args:
+        attention_mask: `[B, T]`, 1 for tokens and 0 for padding.
+
+    Returns:
+        `[B, T]`, int64; 0 on padding, where it does not matter.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:

@@ -23,10 +23,10 @@ from proxytune.cache import adopt, view
 from proxytune.config import ProxyTunedConfig, load_recipe
 from proxytune.errors import InputError, RecipeError
 from proxytune.formula import FORMULAS, Formula, shift
-from proxytune.generating import ComposedGenerationMixin, refuse_arguments
-from proxytune.member import Member, check_ids
-from proxytune.opening import open_members
-from proxytune.recipe import Recipe
+from proxytune.generating import ComposedGenerationMixin, refuse_arguments, refuse_shapes
+from proxytune.member import Member, check_ids, positions_of
+from proxytune.opening import adapters_of, open_members
+from proxytune.recipe import ROLES, Recipe
 from proxytune.saving import save_adapter
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
@@ -77,7 +77,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         for role, model in members.items():
             setattr(self, role, model.eval())
         self.formula = formula
-        self._members = wrapped
+        self.members = wrapped
+        self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
         # Written on the caches that this model fills, and kept by copies of them.
         self.cache_owner = uuid.uuid4().hex
         self.generation_config = GenerationConfig.from_dict(self.base.generation_config.to_dict())
@@ -94,21 +95,33 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     def alpha(self, value: float) -> None:
         self.formula = self.formula.with_alpha(value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ROLES and "members" in self.__dict__:
+            raise InputError.of(
+                name,
+                expected="the member that the model was composed with",
+                got="another one",
+                remedy="Caches and checks belong to the members: call proxytune.wrap again.",
+            )
+        super().__setattr__(name, value)
+
     @property
     def recipe(self) -> Recipe | None:
-        """The adapter as it stands; None if some member was not loaded from anywhere."""
+        """The adapter as it stands; None if some member was not loaded from anywhere, or got an adapter since."""
         recipe: Recipe | None = self.config.recipe
+        if any(adapters_of(m.model) != self._adapters[m.role] for m in self.members):
+            return None
         return None if recipe is None else replace(recipe, formula=self.formula.name, alpha=self.alpha)
 
     @property
     def usable_ids(self) -> int:
         """How many ids every member can embed; those from there on have −inf."""
-        return min(m.rows for m in self._members)
+        return min(m.rows for m in self.members)
 
     @property
     def token_forwards(self) -> dict[str, int]:
         """Role → tokens × rows that went through that member so far."""
-        return {m.role: m.token_forwards for m in self._members}
+        return {m.role: m.token_forwards for m in self.members}
 
     # --- the decode step -----------------------------------------------------------------------------------------
 
@@ -131,7 +144,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         Args:
             input_ids: `[B, N]`, int64: the tokens that the cache has not seen.
             attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding.
-            position_ids: `[B, N]` or `[1, N]`; None for each member's default.
+            position_ids: `[B, N]` or `[1, N]`; None to count by the mask.
             past_key_values: An empty cache, or one that this model filled.
             use_cache: Whether to return a cache [True].
             logits_to_keep: The last that many positions [0: all], or a tensor of positions.
@@ -149,24 +162,20 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             CacheError: If the cache was filled by another model.
         """
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
-        if input_ids is None:
-            raise InputError.of("input_ids", expected="a tensor [B, T]", got="None", remedy="Pass input_ids.")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise InputError.of(
-                "attention_mask",
-                expected="two dimensions [B, T]: the members build their own masks from it",
-                got=f"shape {list(attention_mask.shape)}",
-                remedy="Pass the tokenizer's mask.",
-            )
+        refuse_shapes(input_ids, attention_mask)
+        assert input_ids is not None
         # A cache that is given is used, as in transformers: without it, its tokens would be missing from the prefix.
         cache = past_key_values
         if cache is None and use_cache in (None, True):
             cache = DynamicCache(config=self.config)
         if cache is not None:
             adopt(cache, self.config.member_configs, self.cache_owner)
+            self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
+        if attention_mask is not None and position_ids is None:
+            position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: what is sampled afterwards is within every member's reach.
         if (is_first_iteration or cache is None or input_ids.shape[1] != 1) and not torch.compiler.is_compiling():
-            check_ids(input_ids, self._members)
+            check_ids(input_ids, self.members)
 
         members = [
             member.forward(
@@ -176,7 +185,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 cache=None if cache is None else view(cache, *span),
                 logits_to_keep=logits_to_keep,
             )
-            for member, span in zip(self._members, self.config.spans, strict=True)
+            for member, span in zip(self.members, self.config.spans, strict=True)
         ]  # [B, K, V_i] each
         logits = shift(members[0], members[1:], self.formula.weights())  # [B, K, V]
         logits[..., self.usable_ids :] = -torch.inf
@@ -186,6 +195,17 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             targets = labels[:, 1:].to(logits.device).flatten()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    @staticmethod
+    def _refuse_mask_of_other_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> None:
+        past = cache.get_seq_length()
+        if mask is not None and isinstance(past, int) and mask.shape[1] != past + ids.shape[1]:
+            raise InputError.of(
+                "attention_mask",
+                expected=f"{past + ids.shape[1]} positions: {past} in the cache and {ids.shape[1]} new",
+                got=f"{mask.shape[1]}",
+                remedy="The mask covers the cached tokens too.",
+            )
 
     @torch.no_grad()
     def member_logits(
@@ -203,11 +223,11 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         Raises:
             InputError: As `forward`.
         """
-        check_ids(input_ids, self._members)
-        position_ids = None if attention_mask is None else (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        check_ids(input_ids, self.members)
+        position_ids = None if attention_mask is None else positions_of(attention_mask)
         return {
             m.role: m.forward(input_ids, attention_mask=attention_mask, position_ids=position_ids).float()
-            for m in self._members
+            for m in self.members
         }
 
     # --- saving and opening --------------------------------------------------------------------------------------
@@ -235,7 +255,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             raise RecipeError.of(
                 "save_pretrained",
                 expected="members that were loaded from a folder or the hub",
-                got="a member that exists only in memory, or carries an adapter",
+                got="a member that exists only in memory, or carries an adapter that its name does not tell of",
                 remedy="Save that member with its own save_pretrained, and wrap the folder.",
             )
         if recipe.expert == recipe.antiexpert and self.expert is not self.antiexpert:

@@ -15,7 +15,7 @@ from proxytune.errors import InputError, MemberNotFoundError, VocabularyWarning
 from proxytune.recipe import ROLES, MemberRef
 from proxytune.vocabulary import check_same_tokens
 
-__all__ = ["check_vocabularies", "open_member", "open_members", "reference_of"]
+__all__ = ["adapters_of", "check_vocabularies", "find_tokenizer", "open_member", "open_members", "reference_of"]
 
 # What of `from_pretrained`'s arguments says where files are found, and so concerns the tokenizer's too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
@@ -128,7 +128,7 @@ def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
     """
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
-        if hasattr(source, "peft_config") or getattr(source, "_hf_peft_config_loaded", False):
+        if adapters_of(source):
             return None
         name, revision = getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None)
     else:
@@ -137,6 +137,18 @@ def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
         return None
     folder = Path(name).expanduser()
     return MemberRef(str(folder.resolve())) if folder.is_dir() else MemberRef(name, revision)
+
+
+def adapters_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that a model carries.
+
+    Args:
+        model: A model of transformers, or of PEFT around one.
+
+    Returns:
+        The names, sorted; empty for a plain model.
+    """
+    return tuple(sorted(dict(getattr(model, "peft_config", None) or {})))
 
 
 def check_vocabularies(
@@ -162,7 +174,7 @@ def check_vocabularies(
         tokenizer = (tokenizers or {}).get(role)
         if tokenizer is None and reference is not None:
             if reference not in seen:
-                found = _find_tokenizer(reference, **hub)
+                found = find_tokenizer(reference, **hub)
                 if found is None:
                     unknown.append(role)
                     continue
@@ -187,8 +199,16 @@ def check_vocabularies(
         )
 
 
-def _find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
-    """A member's tokenizer; None if it has none, where transformers may make up an empty one of the model's family."""
+def find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
+    """A member's tokenizer; None if it has none, where transformers may make up an empty one of the model's family.
+
+    Args:
+        reference: Where the member is to be had.
+        **hub: `token`, `cache_dir` and the like; also what the tokenizer's `from_pretrained` takes.
+
+    Returns:
+        The tokenizer, or None.
+    """
     where: dict[str, Any] = {"revision": reference.revision or "main", **hub}
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference.id, **where)

@@ -137,8 +137,12 @@ def test_a_prompt_longer_than_a_context(members: str) -> None:
     model = compose(**{members: short})
     with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 17"):
         model.generate(prompt(length=17), **GREEDY)
+    # The length of a static cache is known to the device only: it is the settings that are looked at, before the start.
+    for chunk in (None, 4):
+        with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 20"):
+            model.generate(prompt(length=17), cache_implementation="static", prefill_chunk_size=chunk, **GREEDY)
     with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 17"):
-        model.generate(prompt(length=17), cache_implementation="static", **GREEDY)
+        model.generate(prompt(length=14), cache_implementation="static", eos_token_id=None, **GREEDY)
     # 14 and 4 more: the last one is sampled, not forwarded.
     with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 17"):
         model.generate(prompt(length=14), eos_token_id=None, **GREEDY)
@@ -183,10 +187,18 @@ def test_forward_refuses_what_it_cannot_serve() -> None:
         model(prompt(), output_hidden_states=True)
     with pytest.raises(InputError, match="inputs_embeds: expected input_ids"):
         model(inputs_embeds=torch.zeros(1, 2, 32))
-    with pytest.raises(InputError, match="input_ids: expected a tensor"):
+    with pytest.raises(InputError, match="input_ids: expected a tensor of token ids .*; got a NoneType"):
         model()
-    with pytest.raises(InputError, match=r"attention_mask: expected two dimensions .*; got shape \[1, 1, 6, 6\]"):
-        model(prompt(), attention_mask=torch.ones(1, 1, 6, 6))
+    for shape in ((1, 1, 6, 6), (2, 6), (1, 5)):
+        with pytest.raises(InputError, match=r"attention_mask: expected \[B, T\] for 1 rows of 6 ids.*; got shape"):
+            model(prompt(), attention_mask=torch.ones(*shape))
+        with pytest.raises(InputError, match=r"attention_mask: expected \[B, T\] for 1 rows of 6 ids.*; got shape"):
+            model.generate(prompt(), attention_mask=torch.ones(*shape), **GREEDY)
+    with pytest.raises(InputError, match="attention_mask: expected 6 positions: 0 in the cache and 6 new; got 7"):
+        model(prompt(), attention_mask=torch.ones(1, 7))
+    for ids in (prompt()[0], [[3, 4, 5]], prompt().float()):
+        with pytest.raises(InputError, match="input_ids: expected a tensor of token ids with two dimensions"):
+            model.generate(ids, **GREEDY)
     with pytest.raises(InputError, match="output_attentions"):
         model.generate(prompt(), output_attentions=True, return_dict_in_generate=True, **GREEDY)
     with pytest.raises(ValueError, match="not_an_argument"):
@@ -202,15 +214,36 @@ def padded(pad: int) -> torch.Tensor:
     return ids
 
 
-def test_a_batch_padded_with_eos_but_no_mask() -> None:
-    match = "attention_mask: expected a mask with a batch .*also an EOS.*Pass the attention_mask"
+# The configured padding token is another one in the second case, as after `tokenizer.pad_token = tokenizer.eos_token`.
+@pytest.mark.parametrize("settings", [{"pad_token_id": EOS}, {}])
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 2)])
+def test_eos_tokens_at_the_start_but_no_mask(settings: dict[str, int], rows: slice) -> None:
+    ids = padded(EOS)[rows]
+    match = f"attention_mask: expected a mask, .*row {len(ids) - 1} starts with 3 × token 2, an EOS.*Pass"
     with pytest.raises(InputError, match=match):
+        compose().generate(ids, **settings, **GREEDY)
+    base = shared("llama", 1)
+    with pytest.raises(InputError, match=match.replace("Pass", "Call processor.attach")):
+        base.generate(ids, logits_processor=[processor()], **settings, **GREEDY)
+
+
+def test_one_eos_at_the_start_of_every_prompt_is_text() -> None:
+    # Models whose BOS is their EOS start so.
+    ids = prompt(2, 8)
+    ids[:, 0] = EOS
+    want = compose().generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+    assert torch.equal(compose().generate(ids, **GREEDY), want)
+    assert torch.equal(shared("llama", 1).generate(ids, logits_processor=[processor()], **GREEDY), want)
+
+
+def test_a_batch_padded_with_eos_but_no_mask() -> None:
+    with pytest.raises(InputError, match="attention_mask: expected a mask"):
         compose().generate(padded(EOS), pad_token_id=EOS, **GREEDY)
     companions = [build("gpt2", s) for s in (2, 3)]
     for companion in companions:
         companion.config.pad_token_id = EOS
     base = shared("llama", 1)
-    with pytest.raises(InputError, match=r"attention_mask: expected a mask .* padding token is 2, also an EOS"):
+    with pytest.raises(InputError, match=r"attention_mask: expected a mask, since some prompts start like padding"):
         base.generate(
             padded(EOS),
             attention_mask=(padded(EOS) != EOS).long(),
@@ -331,15 +364,42 @@ def test_attaching_twice_is_refused_and_detaching_leaves_no_trace() -> None:
             one.attach(base)
         with pytest.raises(InputError, match="attach: expected a model that is not steered yet; got one with another"):
             two.attach(base)
-        with pytest.raises(
-            InputError, match="logits_processor: expected no other .*; got the attached processor itself"
-        ):
-            base.generate(ids, logits_processor=[one], **GREEDY)
+        for dropped_in in (one, two):
+            with pytest.raises(InputError, match="logits_processor: expected no other .*; got one: the shifts would"):
+                base.generate(ids, logits_processor=[dropped_in], **GREEDY)
+    with pytest.raises(InputError, match="logits_processor: expected no ProxyTuningLogitsProcessor on a composed"):
+        compose().generate(ids, logits_processor=[one], **GREEDY)
     assert vars(base).keys() == before.keys()
     assert torch.equal(base.generate(ids, **GREEDY), alone)
     one.detach()  # without effect
     with pytest.raises(InputError, match="attach: .*; got a composed model"):
         one.attach(compose())
+
+
+def test_guidance_and_self_speculation() -> None:
+    base, ids = shared("llama", 1), prompt()
+    with processor().attach(base):
+        with pytest.raises(UnsupportedModeError, match="guidance_scale: expected none .*; got 1.5"):
+            base.generate(ids, guidance_scale=1.5, **GREEDY)
+        with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a draft of its own"):
+            base.generate(ids, assistant_early_exit=1, **GREEDY)
+    with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a draft of its own"):
+        compose().generate(ids, assistant_early_exit=1, **GREEDY)
+
+
+def test_members_cannot_be_exchanged_behind_the_models_back() -> None:
+    model = compose()
+    with pytest.raises(InputError, match="expert: expected the member that the model was composed with"):
+        model.expert = shared("gpt2", 3)
+
+
+def test_a_static_cache_that_is_too_short() -> None:
+    model, ids = compose(), prompt()
+    short = StaticCache(config=model.config, max_cache_len=8)
+    with pytest.raises(
+        CacheError, match="past_key_values: expected a StaticCache for at least 9 tokens; got one for 8"
+    ):
+        model.generate(ids, past_key_values=short, **GREEDY)
 
 
 def test_every_message_says_expected_got_and_remedy() -> None:

@@ -282,6 +282,44 @@ def test_ids_that_a_member_cannot_embed_are_never_sampled() -> None:
     assert BOS < int(out.sequences.max()) < 250
 
 
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+@pytest.mark.parametrize("width", [200, 250, 300])  # narrower than all, as the companions, wider than the base's 256
+def test_a_draft_of_another_width(setup: Setup, width: int, do_sample: bool) -> None:
+    draft, ids = build("llama", 9, width), prompts(1) % 200
+    draft.generation_config.num_assistant_tokens = 4
+    show = {"output_logits": True, "return_dict_in_generate": True}
+    out = run(setup.model, ids, None, do_sample=do_sample, assistant_model=draft, **show)
+    assert_logits(setup, out, torch.ones_like(ids))
+    if not do_sample:
+        assert torch.equal(out.sequences, expected(setup, ids, torch.ones_like(ids), {"do_sample": False}))
+
+
+def test_classifier_free_guidance_steers_both_branches(setup: Setup) -> None:
+    ids, scale = prompts(1), 1.7
+    got = run(setup.model, ids, None, do_sample=False, guidance_scale=scale)
+    # 2306.17806: the unconditional branch starts from the last prompt token.
+    want = ids
+    for _ in range(NEW):
+        conditional = next_logits(setup.members, ALPHA, want[0]).log_softmax(-1)
+        unconditional = next_logits(setup.members, ALPHA, want[0, ids.shape[1] - 1 :]).log_softmax(-1)
+        scores = (scale * (conditional - unconditional) + unconditional).nan_to_num(nan=float("-inf"))
+        want = torch.cat([want, scores.argmax()[None, None]], 1)
+        if int(want[0, -1]) == EOS:
+            break
+    assert torch.equal(got, want)
+
+
+def test_forward_counts_positions_by_the_mask(setup: Setup) -> None:
+    """A left-padded forward without position_ids: learned positions would otherwise count the padding."""
+    ids, mask = padded(PAD)
+    with torch.no_grad():
+        first = setup.model(ids[:, :9], attention_mask=mask[:, :9])
+        rest = setup.model(ids[:, 9:], attention_mask=mask, past_key_values=first.past_key_values)
+    for row in range(3):
+        want = next_logits(setup.members, ALPHA, ids[row][mask[row].bool()])
+        torch.testing.assert_close(rest.logits[row, -1], want, atol=2e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral"])  # mistral's window has to be recorded to be rolled back
 def test_the_composed_model_as_a_draft(family: str) -> None:
     setup, target = Setup(family), build("qwen3", 21)

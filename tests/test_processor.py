@@ -1,5 +1,7 @@
 """The processor door's own business: whose mask counts, what it returns, one processor for many calls."""
 
+import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor
+from proxytune.errors import InputError
 
 ALPHA = 0.7
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
@@ -26,6 +29,12 @@ def processor(**kwargs: Any) -> ProxyTuningLogitsProcessor:
 def composed() -> proxytune.ProxyTunedModel:
     base, expert, antiexpert = members()
     return proxytune.wrap(base, expert=expert, antiexpert=antiexpert, alpha=ALPHA, check_vocabulary=False)
+
+
+def composed_at(alpha: float) -> proxytune.ProxyTunedModel:
+    model = composed()
+    model.alpha = alpha
+    return model
 
 
 def padded(pad: int = PAD, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,6 +118,95 @@ def test_one_processor_serves_many_calls(attached: bool) -> None:
             assert torch.equal(base.generate(ids, attention_mask=mask, **steer, **GREEDY, **mode), want)
     finally:
         one.detach()
+
+
+def test_an_explicit_mask_serves_its_own_prompts_only() -> None:
+    (ids, mask), base = padded(), members()[0]
+    one = processor(attention_mask=mask)
+    for _ in range(2):
+        base.generate(ids, attention_mask=mask, logits_processor=[one], **GREEDY)
+    base.generate(ids, attention_mask=mask, logits_processor=[one], num_beams=3, **GREEDY)
+    others, _ = padded(seed=5)
+    with pytest.raises(
+        InputError, match="attention_mask: expected the prompts that the processor's mask was given for"
+    ):
+        base.generate(others, attention_mask=mask, logits_processor=[one], **GREEDY)
+
+
+def test_attached_to_one_model_and_dropped_into_another() -> None:
+    """What the attached model's generate() was told must not leak: neither its mask nor its mode."""
+    (ids, mask), base, other = padded(), members()[0], shared("llama", 5)
+    one = processor()
+    longer = torch.randint(3, 240, (2, 11))
+    model = proxytune.wrap(other, expert=members()[1], antiexpert=members()[2], alpha=ALPHA, check_vocabulary=False)
+    run = {**GREEDY, "num_beams": 3, "return_dict_in_generate": True, "output_scores": True}
+    want = model.generate(longer, attention_mask=torch.ones_like(longer), **run)
+    with one.attach(base):
+        base.generate(ids, attention_mask=mask, **GREEDY)
+        got = other.generate(longer, attention_mask=torch.ones_like(longer), logits_processor=[one], **run)
+    assert torch.equal(got.sequences, want.sequences)
+    torch.testing.assert_close(got.sequences_scores, want.sequences_scores, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("attached", [True, False])
+def test_threads_take_turns(attached: bool) -> None:
+    base, one = members()[0], processor()
+    prompts = [padded(seed=seed) for seed in range(8)]
+    want = [composed().generate(ids, attention_mask=mask, **GREEDY) for ids, mask in prompts]
+    steer: dict[str, Any] = {} if attached else {"logits_processor": [one]}
+    if attached:
+        one.attach(base)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            runs = [pool.submit(base.generate, ids, attention_mask=mask, **steer, **GREEDY) for ids, mask in prompts]
+            got = [run.result() for run in runs]
+    finally:
+        one.detach()
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_companion_that_is_trained_between_calls_is_not_answered_from_memory() -> None:
+    base, expert, antiexpert = build("llama", 1), build("gpt2", 2), build("gpt2", 3)
+    one = ProxyTuningLogitsProcessor(expert, antiexpert, ALPHA, check_vocabulary=False)
+    ids = torch.randint(3, 240, (1, 9))
+    scores = base(ids).logits[:, -1].detach().float()
+    before = one(ids, scores)
+    with torch.no_grad():
+        expert.transformer.h[0].attn.c_attn.weight.mul_(0.5)
+    after = one(ids, scores)
+    fresh = ProxyTuningLogitsProcessor(expert, antiexpert, ALPHA, check_vocabulary=False)(ids, scores)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, fresh, atol=1e-5, rtol=1e-5)
+
+
+def test_alpha_can_be_changed_between_calls() -> None:
+    ids, base, one = torch.randint(3, 240, (1, 9)), members()[0], processor()
+    with one.attach(base):
+        base.generate(ids, **GREEDY)
+        one.alpha = 0.0
+        assert torch.equal(base.generate(ids, **GREEDY), composed_at(0.0).generate(ids, **GREEDY))
+        one.alpha = 2.0
+        assert torch.equal(base.generate(ids, **GREEDY), composed_at(2.0).generate(ids, **GREEDY))
+
+
+def test_a_copy_of_an_attached_model_is_the_model_alone() -> None:
+    base, ids = build("llama", 1), torch.randint(3, 240, (1, 9))
+    alone = base.generate(ids, **GREEDY)
+    with processor().attach(base):
+        twin = copy.deepcopy(base)
+        assert torch.equal(twin.generate(ids, **GREEDY), alone)
+        assert not torch.equal(base.generate(ids, **GREEDY), alone)
+    with processor().attach(twin):
+        assert not torch.equal(twin.generate(ids, **GREEDY), alone)
+
+
+def test_a_model_that_drafts_for_itself() -> None:
+    ids = torch.randint(3, 240, (1, 9))
+    base = build("llama", 1)
+    base.generation_config.num_assistant_tokens = 3
+    with processor().attach(base):
+        got = base.generate(ids, assistant_model=base, **GREEDY)
+    assert torch.equal(got, composed().generate(ids, **GREEDY))
 
 
 class Recorder(LogitsProcessor):

@@ -10,14 +10,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from proxytune.companion import Companion
 from proxytune.errors import InputError
 from proxytune.formula import ProxyTuning, shift
 from proxytune.generating import ComposedGenerationMixin, refuse_continuous_batching
-from proxytune.member import embedding_rows
 from proxytune.opening import check_vocabularies, open_members, reference_of
+from proxytune.padding import mask_of_padding, refuse_ambiguous_padding, spread
+from proxytune.processors.attaching import Hook, refuse_no_ids
 
 __all__ = ["ProxyTuningLogitsProcessor"]
 
@@ -32,16 +33,24 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
     - `processor.attach(model)`, then `model.generate(...)` or a pipeline as ever: the shift comes before every other
       processor, as in the composed model, and the padding mask is `generate()`'s own. `detach()` ends it; also a
       context manager.
-    - `generate(logits_processor=[processor])`: the shift comes after the repetition-type penalties and before
-      temperature, top-k and top-p. There it returns log-probabilities, because beam search adds scores up without
-      renormalising them. The mask is, in this order: `attention_mask`; else the run of padding tokens at the left, if
-      the experts' padding token is no EOS; else an error for a batch.
+    - `generate(logits_processor=[processor])`: the shift comes after generate()'s own penalties and masks
+      (`repetition_penalty`, `bad_words_ids`, `suppress_tokens`, `prefix_allowed_tokens_fn`, …) and before temperature,
+      top-k and top-p. That is another law than attached wherever one of them is in play. It returns log-probabilities
+      there, because beam search adds scores up without renormalising them; so with beams, what such a mask took away
+      is spread over the rest. The padding mask is, in this order: `attention_mask`; else the run of padding tokens at
+      the left, if the experts' padding token is no EOS; else an error where padding cannot be told from text.
 
-    Assisted decoding hands the processor to the draft as well; that is right, and only makes the draft better.
-    `generate_batch` and paged caches drop processors without a word; only an attached one can refuse.
+    What a dropped-in processor cannot see, it cannot refuse: a second one beside it, new ids only on a filled cache
+    (its companions then read only those), `generate_batch` and paged caches (which drop processors without a word).
+    Attached, all of these are errors. Assisted decoding hands the processor to the draft as well; that is right, and
+    only makes the draft better.
+
+    One processor may serve several threads and several `generate()` calls; they take turns at its companions.
     """
 
     supports_continuous_batching = False
+    # By this the composed model knows what must not be added to it.
+    shifts_logits = True
 
     def __init__(
         self,
@@ -86,15 +95,17 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             check_vocabularies({"base": None, **self._references}, self._tokenizers)
         self._companions = [Companion(models[role], role) for role in self.formula.roles]
         self._explicit_mask = attention_mask
+        self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
         self._attached: PreTrainedModel | None = None
-        # Of the generate() call that is running on the attached model:
-        self._mask: torch.Tensor | None = None
-        self._logsoftmaxed = True
 
     @property
     def alpha(self) -> float:
-        """The strength α of the shift."""
+        """The strength α of the shift; may be set to any finite number."""
         return self.formula.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.formula = self.formula.with_alpha(value)
 
     @property
     def token_forwards(self) -> dict[str, int]:
@@ -111,42 +122,81 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             scores: `[B, V]`, float32: raw logits, or log-probabilities in beam search.
 
         Returns:
-            `[B, V]`, float32: log-probabilities; attached and outside of beam search, raw combined logits.
+            `[B, V]`, float32: normalised log-probabilities.
 
         Raises:
             InputError: If the prefix is empty (`inputs_embeds` only), too long for a companion, has ids that it cannot
                 embed, or may be padded in a way that cannot be told.
         """
-        _refuse_no_ids(input_ids.shape[1])
-        mask = self._mask_for(input_ids)
-        companions = [c.logits_for(input_ids, mask)[:, -1] for c in self._companions]  # [B, V_i] each
-        combined = shift(scores, companions, self.formula.weights())  # [B, V]
-        # Once sampled, an id that a companion cannot embed would end the generation in an index error.
-        combined[:, min(c.member.rows for c in self._companions) :] = -torch.inf
-        return combined.log_softmax(-1) if self._logsoftmaxed else combined
+        refuse_no_ids(input_ids.shape[1])
+        mask = self._inferred_mask(input_ids) if self._explicit_mask is None else self.explicit_mask(input_ids)
+        return self.shifted(input_ids, scores, mask).log_softmax(-1)
 
-    def _mask_for(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        if self._explicit_mask is not None:
-            return _spread(self._explicit_mask, input_ids)
-        if self._attached is not None:
-            return None if self._mask is None else _spread(self._mask, input_ids)
-        return self._inferred_mask(input_ids)
+    def shifted(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The combined scores of one step, not normalised.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            scores: `[B, V]`, float32.
+            attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; None if nothing is padded.
+
+        Returns:
+            `[B, V]`, float32; −inf for ids that a companion cannot embed: once sampled, they would end the generation
+            in an index error.
+
+        Raises:
+            InputError: If the prefix is too long for a companion, or has ids that it cannot embed.
+        """
+        companions = [c.logits_for(input_ids, attention_mask)[:, -1] for c in self._companions]  # [B, V_i] each
+        combined = shift(scores, companions, self.formula.weights())  # [B, V]
+        combined[:, min(c.member.rows for c in self._companions) :] = -torch.inf
+        return combined
+
+    def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """The mask that was given to the processor, for these rows.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+
+        Returns:
+            `[B, ≤ T]`; None if none was given.
+
+        Raises:
+            InputError: If it was given for other prompts.
+        """
+        if self._explicit_mask is None:
+            return None
+        mask = spread(self._explicit_mask, input_ids)
+        prompts = input_ids[:, : mask.shape[1]]
+        if self._explicit_prompts is None:
+            self._explicit_prompts = prompts[:: len(mask) // len(self._explicit_mask)].clone()
+        if not torch.equal(spread(self._explicit_prompts, input_ids), prompts):
+            raise InputError.of(
+                "attention_mask",
+                expected="the prompts that the processor's mask was given for",
+                got="other ones",
+                remedy="Make another processor for other prompts, or attach(model) one for all.",
+            )
+        return mask
 
     def _inferred_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        config = self._companions[0].member.model.config
+        config = self._companions[0].member.model.config.get_text_config(decoder=True)
         pad, eos = config.pad_token_id, config.eos_token_id
         ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        if pad is None or pad in ends:
-            if input_ids.shape[0] == 1 or (pad is not None and not bool((input_ids[:, 0] == pad).any())):
-                return None
+        remedy = "Call processor.attach(model) before generate(), or pass attention_mask= to the processor."
+        refuse_ambiguous_padding(input_ids, ends, remedy=remedy)
+        if pad is not None and pad not in ends:
+            return mask_of_padding(input_ids, pad)
+        if pad is None and input_ids.shape[0] > 1:
             raise InputError.of(
                 "attention_mask",
                 expected="a mask for a batch whose padding cannot be told from text",
-                got="none; the experts' padding token is " + ("not set" if pad is None else f"{pad}, also an EOS"),
-                remedy="Call processor.attach(model) before generate(), or pass attention_mask= to the processor.",
+                got="none; the experts' padding token is not set",
+                remedy=remedy,
             )
-        # The run of padding at the left only: a padding token inside the text is text to the companions.
-        return (input_ids != pad).long().cummax(-1).values
+        return None
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -170,8 +220,10 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             raise InputError.of(
                 "attach", expected="a detached processor", got="one that is attached", remedy="Call detach() first."
             )
-        composed = isinstance(model, ComposedGenerationMixin)
-        if composed or any(hook in vars(model) for hook in _HOOKS):
+        # PEFT's generate() calls that of the model inside.
+        target = model.get_base_model() if hasattr(model, "get_base_model") else model
+        composed = isinstance(target, ComposedGenerationMixin)
+        if composed or isinstance(vars(target).get("_get_logits_processor"), Hook):
             raise InputError.of(
                 "attach",
                 expected="a model that is not steered yet",
@@ -180,19 +232,10 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             )
         if self._check_vocabulary:
             check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
-        original = model._get_logits_processor
-        rows = embedding_rows(model)
-
-        def with_shift(*args: Any, **kwargs: Any) -> LogitsProcessorList:
-            processors = original(*args, **kwargs)
-            self._begin(*args, processors=processors, rows=rows, **kwargs)
-            processors.insert(0, self)
-            return processors
-
         # On the instance: other models of the class are not touched, and detaching is deleting.
-        model._get_logits_processor = with_shift
-        model.init_continuous_batching = refuse_continuous_batching
-        self._attached = model
+        target._get_logits_processor = Hook(self, target._get_logits_processor)
+        target.init_continuous_batching = refuse_continuous_batching
+        self._attached = target
         return self
 
     def detach(self) -> None:
@@ -200,67 +243,10 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         if self._attached is not None:
             for hook in _HOOKS:
                 delattr(self._attached, hook)
-        self._attached, self._mask, self._logsoftmaxed = None, None, True
+        self._attached = None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.detach()
-
-    def _begin(
-        self,
-        generation_config: Any,
-        input_ids_seq_length: int | None = None,
-        *,
-        processors: LogitsProcessorList,
-        rows: int,
-        model_kwargs: dict[str, Any] | None = None,
-        **_: Any,
-    ) -> None:
-        """Take from a `generate()` that starts what its steps will not tell."""
-        if any(p is self for p in processors):
-            raise InputError.of(
-                "logits_processor",
-                expected="no other processor of this kind on a model that it is attached to",
-                got="the attached processor itself",
-                remedy="Leave it out of logits_processor, or detach() it.",
-            )
-        _refuse_no_ids(input_ids_seq_length)
-        model_kwargs = model_kwargs or {}
-        self._mask = model_kwargs.get("attention_mask")
-        self._logsoftmaxed = generation_config.num_beams > 1
-        seen = input_ids_seq_length or 0
-        # generate() drops a mask of ones, but remembers how long it was.
-        covered = getattr(generation_config, "_mask_length", seen) if self._mask is None else self._mask.shape[1]
-        past = model_kwargs.get("past_key_values")
-        if covered != seen or (past is not None and seen <= int(past.get_seq_length())):
-            raise InputError.of(
-                "input_ids",
-                expected="the whole prefix, with a cache too: the companions read it from the ids",
-                got=f"only the {seen} new ids",
-                remedy="Pass all ids; generate() forwards through the base only those that the cache has not seen.",
-            )
-
-
-def _refuse_no_ids(length: int | None) -> None:
-    if length == 0:
-        raise InputError.of(
-            "input_ids",
-            expected="the prompt's token ids, which the companions read",
-            got="none: generate() was given inputs_embeds only, or an empty prompt",
-            remedy="Pass input_ids.",
-        )
-
-
-def _spread(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Repeat the prompts' mask for beams and several sequences per prompt."""
-    rows, prompts = input_ids.shape[0], mask.shape[0]
-    if mask.ndim != 2 or rows % prompts or mask.shape[1] > input_ids.shape[1]:
-        raise InputError.of(
-            "attention_mask",
-            expected=f"[B, T] for {rows} rows (beams included) of {input_ids.shape[1]} ids",
-            got=f"shape {list(mask.shape)}",
-            remedy="Pass the mask of this very batch of prompts; for other prompts, make another processor.",
-        )
-    return mask.repeat_interleave(rows // prompts, 0)
