@@ -233,7 +233,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     # --- saving and opening --------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save the adapter: the recipe and what opens it; no weights.
+        """Save the adapter: the recipe, what opens it, and the base's tokenizer; no weights.
 
         Args:
             save_directory: A folder. Nothing half-written stays in it when saving fails.

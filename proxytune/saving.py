@@ -16,6 +16,7 @@ import transformers
 from transformers import GenerationConfig
 
 from proxytune.errors import RecipeError
+from proxytune.opening import find_tokenizer
 from proxytune.recipe import RECIPE_FILE, Recipe
 
 __all__ = ["save_adapter"]
@@ -31,8 +32,9 @@ __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 
 
 def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_config: GenerationConfig | None) -> None:
-    """Write the recipe, a `config.json` that points at it, and the generation defaults.
+    """Write the recipe, a `config.json` that points at it, the generation defaults, and the base's tokenizer.
 
+    The tokenizer is what pipelines and scorers look for beside a model. One that is in the folder already stays.
     Everything is first written to a folder of its own, and then moved; when anything fails, all is as it was.
 
     Args:
@@ -75,6 +77,8 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
             (staged / _CODE_FILE).write_text(_CODE, encoding="utf-8")
             if generation_config is not None:
                 generation_config.save_pretrained(staged)
+            if not (target / "tokenizer_config.json").exists() and (tokenizer := find_tokenizer(recipe.base)):
+                tokenizer.save_pretrained(staged)
             # config.json is written and moved last: without it the folder does not open.
             (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _move_in(staged, target, Path(staging) / "old")
@@ -94,18 +98,24 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
 
 def _move_in(staged: Path, target: Path, backup: Path) -> None:
     """Move the staged files into the folder; undo all of it if one fails."""
-    backup.mkdir()
-    moved: list[str] = []
+    files = [file.relative_to(staged) for file in staged.rglob("*") if file.is_file()]
+    moved: list[Path] = []
+    done = False
     try:
-        for file in sorted(staged.iterdir(), key=lambda f: f.name == "config.json"):
-            if (target / file.name).exists():
-                shutil.copy2(target / file.name, backup / file.name)
-            os.replace(file, target / file.name)
-            moved.append(file.name)
-    except BaseException:
-        for name in moved:
+        for name in sorted(files, key=lambda f: f.name == "config.json"):
+            for place in (target / name, backup / name):
+                place.parent.mkdir(parents=True, exist_ok=True)
+            if (target / name).exists():
+                shutil.copy2(target / name, backup / name)
+            os.replace(staged / name, target / name)
+            moved.append(name)
+        done = True
+    finally:
+        for name in () if done else moved:
             if (backup / name).exists():
                 os.replace(backup / name, target / name)
             else:
                 (target / name).unlink()
-        raise
+                if name.parent != Path():
+                    with contextlib.suppress(OSError):  # not empty: it was there before
+                        (target / name).parent.rmdir()

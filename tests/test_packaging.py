@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from importlib import metadata
@@ -127,15 +128,38 @@ def _pins(file: str) -> dict[str, str]:
     return {_normal(n): v for n, _, v in (line.partition("==") for line in lines if line and not line.startswith("#"))}
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> zipfile.ZipFile:
-    """A wheel built from this checkout, by the build backend alone: no environment is made and nothing downloaded."""
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder)]
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+def _build(kind: str, source: Path, folder: Path) -> Path:
+    """Build by the build backend alone: no environment is made and nothing downloaded."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)]
+    ran = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    (built,) = folder.glob("*.whl")
-    return zipfile.ZipFile(built)
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution of this checkout, unpacked."""
+    built = _build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(built) as archive:
+        archive.extractall(unpacked, filter="data")
+    return unpacked / f"proxytune-{proxytune.__version__}"
+
+
+@pytest.fixture(scope="module", params=["checkout", "sdist"])
+def wheel(request, tmp_path_factory) -> zipfile.ZipFile:
+    """A wheel from this checkout, and one from its source distribution, as an index would build it."""
+    source = ROOT if request.param == "checkout" else request.getfixturevalue("sdist")
+    return zipfile.ZipFile(_build("wheel", source, tmp_path_factory.mktemp("wheel")))
+
+
+def test_the_source_distribution_can_be_tested(sdist):
+    for name in ("README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
+        assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
+    for folder in ("tests", "benches", "kernels/proxytune_kernels"):
+        for source in (ROOT / folder).rglob("*.py"):
+            assert (sdist / source.relative_to(ROOT)).is_file(), source
 
 
 def test_the_wheel_holds_every_module_and_no_tests(wheel):

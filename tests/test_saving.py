@@ -17,14 +17,15 @@ import pytest
 import torch
 from tiny import build
 from tokenizers import Tokenizer, models
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
 import proxytune
 from proxytune import ProxyTunedConfig, ProxyTunedModel
 from proxytune.errors import RecipeError
 from proxytune.recipe import RECIPE_FILE, Recipe
 
-FILES = {"config.json", "generation_config.json", "modeling_proxytune.py", RECIPE_FILE}
+TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
+FILES = {"config.json", "generation_config.json", "modeling_proxytune.py", RECIPE_FILE} | TOKENIZER
 WORDS = {"<unk>": 0} | {f"w{i}": i for i in range(1, 240)}
 PROMPT = torch.arange(20, 28)[None]
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
@@ -79,8 +80,9 @@ def test_only_small_text_files_are_written(model: ProxyTunedModel, tmp_path: Pat
     model.save_pretrained(tmp_path / "kit")
     written = snapshot(tmp_path / "kit")
     assert set(written) == FILES
-    assert sum(len(content or b"") for content in written.values()) < 2500
-    assert all((content or b"").decode("ascii").endswith(("}\n", "}", "\n")) for content in written.values())
+    own = {name: content or b"" for name, content in written.items() if name not in TOKENIZER}
+    assert sum(len(content) for content in own.values()) < 2500
+    assert all(content.decode("ascii").endswith(("}\n", "}", "\n")) for content in own.values())
     assert os.listdir(tmp_path) == ["kit"]
     config = json.loads((tmp_path / "kit" / "config.json").read_text())
     # The class that programs look up in transformers, and no trace of one member's shape.
@@ -130,6 +132,48 @@ def test_saving_again_replaces_the_adapter_and_keeps_other_files(model: ProxyTun
     assert set(snapshot(tmp_path)) == FILES | {"README.md"}
     assert (tmp_path / "README.md").read_text() == "mine"
     assert Recipe.load(tmp_path).alpha == 0.1
+
+
+def test_a_tokenizer_that_is_there_already_stays(model: ProxyTunedModel, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "tokenizer_config.json").read_text() == "{}"
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+def test_a_folder_inside_the_tokenizer_is_saved_and_undone(
+    model: ProxyTunedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tokenizers with several chat templates save them to a folder.
+    def save(self: Any, folder: Path) -> None:
+        (Path(folder) / "templates").mkdir()
+        for name in ("templates/one", "tokenizer_config.json"):
+            (Path(folder) / name).write_text("{}")
+
+    monkeypatch.setattr("transformers.PreTrainedTokenizerFast.save_pretrained", save)
+    replace = os.replace
+
+    def fail_at_config(source: Any, target: Any) -> None:
+        if Path(target).name == "config.json":
+            raise OSError("full")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail_at_config)
+        with pytest.raises(RecipeError, match="full"):
+            model.save_pretrained(tmp_path / "kit")
+    assert os.listdir(tmp_path) == []
+    model.save_pretrained(tmp_path / "kit")
+    assert (tmp_path / "kit" / "templates" / "one").read_text() == "{}"
+
+
+def test_a_pipeline_opens_from_the_folder_alone(model: ProxyTunedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    ask = pipeline("text-generation", str(tmp_path))
+    assert isinstance(ask.model, ProxyTunedModel)
+    got = ask("w5 w9", max_new_tokens=4, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    ids = ask.tokenizer("w5 w9", return_tensors="pt")
+    assert got == model.generate(**ids, max_new_tokens=4, do_sample=False)[0].tolist()
 
 
 # --- opening again -------------------------------------------------------------------------------------------------
@@ -231,9 +275,9 @@ def of_memory(members: Path) -> ProxyTunedModel:
     return compose(members, expert=build("gpt2", 9), check_vocabulary=False)
 
 
-def with_adapter(members: Path, mark: str) -> ProxyTunedModel:
+def with_adapter(members: Path) -> ProxyTunedModel:
     expert = AutoModelForCausalLM.from_pretrained(members / "expert")
-    setattr(expert, mark, True)  # what PEFT, and transformers' own adapters, leave on a model
+    expert.peft_config = {"default": None}  # what PEFT, and transformers' own adapters, leave on a model
     return compose(members, expert=expert, check_vocabulary=False)
 
 
@@ -249,11 +293,10 @@ NOWHERE = "expected members that were loaded from a folder or the hub; got a mem
     ("make", "message"),
     [
         (of_memory, NOWHERE),
-        (lambda members: with_adapter(members, "peft_config"), NOWHERE),
-        (lambda members: with_adapter(members, "_hf_peft_config_loaded"), NOWHERE),
+        (with_adapter, NOWHERE),
         (tuned_in_memory, "expected an expert and an antiexpert from different places; got '.*/antiexpert' for both"),
     ],
-    ids=["in memory", "PEFT", "transformers' adapter", "same place"],
+    ids=["in memory", "adapter", "same place"],
 )
 def test_what_its_name_does_not_tell_of_is_refused(
     members: Path, tmp_path: Path, make: Callable[[Path], ProxyTunedModel], message: str
@@ -295,7 +338,9 @@ def test_when_a_move_fails_everything_is_as_it_was(
     model: ProxyTunedModel, target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
     before, replace = snapshot(tmp_path), os.replace
-    for failing in range(1, len(FILES) + 1):
+    # A tokenizer that is there already is not written again.
+    moves = len(FILES - TOKENIZER if (target / "tokenizer_config.json").exists() else FILES)
+    for failing in range(1, moves + 1):
         calls = 0
 
         def fail(*args: Any, failing: int = failing) -> None:
