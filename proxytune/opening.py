@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import cached_file
 
-from proxytune.errors import InputError, MemberNotFoundError, VocabularyWarning
+from proxytune.errors import InputError, MemberError, MemberNotFoundError, VocabularyWarning
 from proxytune.recipe import ROLES, MemberRef
 from proxytune.vocabulary import check_same_tokens
 
@@ -94,6 +94,7 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
     Raises:
         InputError: If the source is neither a model, nor a reference.
         MemberNotFoundError: If the folder or hub id cannot be opened.
+        MemberError: If transformers refuses the arguments.
     """
     if isinstance(source, nn.Module):
         return source
@@ -106,11 +107,20 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
         )
     try:
         return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
-    except (OSError, ValueError) as error:  # a folder without a model in it is a ValueError of transformers
-        raise MemberNotFoundError.of(
+    except (OSError, ValueError) as error:
+        place = f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else "")
+        # A folder without a model in it is a ValueError of transformers; others are about the arguments.
+        if isinstance(error, OSError) or not (Path(source.id) / "config.json").exists():
+            raise MemberNotFoundError.of(
+                f"the {role}",
+                expected="a hub id, or a folder with a config.json and weights",
+                got=place,
+                remedy=f"transformers says: {_first_line(error)}",
+            ) from error
+        raise MemberError.of(
             f"the {role}",
-            expected="a hub id, or a folder with a config.json and weights",
-            got=f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else ""),
+            expected="a model that loads with these arguments",
+            got=f"{place} with {', '.join(f'{k}={v!r}' for k, v in from_pretrained.items()) or 'none'}",
             remedy=f"transformers says: {_first_line(error)}",
         ) from error
 

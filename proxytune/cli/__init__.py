@@ -92,7 +92,7 @@ def _run(words: list[str], debug: bool) -> int:
                 raise
             terminal.show_error(str(error))
             return WRONG_CALL
-        except (OSError, RuntimeError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
             # What torch, transformers and the file system raise for a call that parsed but cannot be carried out.
             if debug:
                 raise

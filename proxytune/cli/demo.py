@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Step", "demo", "measure", "shift_steps"]
 
 HEADINGS = {"chain": "chain\narithmetic", "qa": "QA about\nnew people", "countdown": "\nCountdown"}
+TABLE_WIDTH = 80
 SPEED_BATCH = 32
 SPEED_TOKENS = 32
 SPEED_REPEATS = 3
@@ -67,7 +68,8 @@ def demo(
         typer.echo(json.dumps(record, ensure_ascii=False))
         return
     console = terminal.output()
-    console.print(_table(record))
+    # On a narrow terminal lines wrap; cut columns would show other numbers.
+    console.print(_table(record), width=max(console.width, TABLE_WIDTH), crop=False)
     console.print("\n".join(_notes(record)))
     for answer in record["answers"]:
         console.print()

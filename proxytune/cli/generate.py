@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,19 +14,19 @@ import typer
 from rich.text import Text
 
 from proxytune.cli import terminal
+from proxytune.cli.inputs import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
 from proxytune.errors import InputError, MemberNotFoundError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from proxytune.model import ProxyTunedModel
+    from proxytune.recipe import MemberRef
 
-__all__ = ["Completion", "check_flags", "generate", "parse_value", "read_prompts", "refuse_empty", "split_arguments"]
+__all__ = ["Completion", "generate"]
 
-_FLAG = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_WORDS = {"true": True, "false": False, "none": None}
-_NOT_SETTABLE = ("transformers_version",)
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _PIPED_BATCH = 8
 
 
@@ -94,7 +92,7 @@ def generate(
     prompts += read_prompts(file, prompts_given=bool(prompts))
     refuse_empty(prompts)
     terminal.quiet()
-    config = check_flags(flags)
+    check_names(flags)
 
     from transformers import set_seed
 
@@ -106,170 +104,22 @@ def generate(
         if save_recipe is not None:
             model.save_pretrained(save_recipe)
             tokenizer.save_pretrained(save_recipe)
+        config = merged_settings(model.generation_config, flags)
         # A streamer takes one sequence that only grows.
-        several = any(_setting(name, config, model) not in (None, 1) for name in ("num_beams", "num_return_sequences"))
+        several = any(n not in (None, 1) for n in (config.num_beams, config.num_return_sequences))
         stream = on_terminal and size == 1 and not several
         set_seed(seed)
         for first in range(0, len(prompts), size):
             batch = prompts[first : first + size]
             if stream:
                 terminal.output().print(_shown(batch[0], ""), end="", soft_wrap=True)
-            for completion in _complete(model, tokenizer, batch, config, flags, chat=chat, stream=stream):
+            for completion in _complete(model, tokenizer, batch, config, chat=chat, stream=stream):
                 if lines is not None:
                     _write_line(lines, completion)
                 if on_terminal and not stream:
                     terminal.output().print(_shown(completion.prompt, completion.completion), soft_wrap=True)
                 elif not on_terminal and lines is None:
                     _write_line(sys.stdout, completion)
-
-
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Tell prompts from the `key=value` settings after them.
-
-    Only the last arguments can be settings, so a prompt that looks like one is safe before another prompt; alone it
-    belongs into a file or stdin.
-
-    Args:
-        arguments: Everything on the command line that is no option.
-
-    Returns:
-        The prompts, and the parsed settings.
-
-    Raises:
-        InputError: If a setting is given twice.
-    """
-    end = len(arguments)
-    while end and _FLAG.fullmatch(arguments[end - 1]):
-        end -= 1
-    flags: dict[str, Any] = {}
-    for argument in arguments[end:]:
-        key, _, value = argument.partition("=")
-        if key in flags:
-            raise InputError.of(
-                f"generation setting {key!r}", expected="one value", got="two", remedy="Remove one of them."
-            )
-        flags[key] = parse_value(value)
-    return list(arguments[:end]), flags
-
-
-def parse_value(text: str) -> Any:
-    """Read the value of a setting: JSON, or Python's True, False and None, or else the text itself.
-
-    Args:
-        text: What stands after `=`.
-
-    Returns:
-        A number, a boolean, None, a list, a dictionary or a string.
-    """
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def check_flags(flags: Mapping[str, Any]) -> Any:
-    """Build the settings, so that a wrong one is found before any model is loaded.
-
-    Args:
-        flags: Settings by name.
-
-    Returns:
-        The `transformers.GenerationConfig` of these settings alone.
-
-    Raises:
-        InputError: If a name is no field of `GenerationConfig`, or a value is refused by it.
-    """
-    from transformers import GenerationConfig
-
-    known = sorted(name for name in GenerationConfig().to_dict() if name[0] != "_" and name not in _NOT_SETTABLE)
-    for name in flags:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            raise InputError.of(
-                f"generation setting {name!r}",
-                expected="a field of transformers' GenerationConfig",
-                got=f"{name}={flags[name]!r}",
-                remedy=f"Did you mean {', '.join(near)}?"
-                if near
-                else "A prompt of this form belongs into --file or stdin.",
-            )
-    try:
-        return GenerationConfig(**flags)
-    except (ValueError, TypeError) as error:
-        raise InputError.of(
-            "generation settings",
-            expected="values that GenerationConfig accepts",
-            got=", ".join(f"{name}={value!r}" for name, value in flags.items()),
-            remedy=f"transformers says: {error}",
-        ) from error
-
-
-def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
-    """Read prompts from a file or stdin.
-
-    Args:
-        file: The file; `-` is stdin; None reads stdin if no prompt was given and stdin is no terminal.
-        prompts_given: Whether the command line has prompts already.
-
-    Returns:
-        The prompts, one per line.
-
-    Raises:
-        InputError: If there is no prompt at all, or a line is empty or no object with a `"prompt"`.
-    """
-    if file is None:
-        if prompts_given:
-            return []
-        if terminal.is_terminal(sys.stdin):
-            raise InputError.of(
-                "prompts",
-                expected="at least one",
-                got="none",
-                remedy="Give them as arguments, with --file, or on stdin.",
-            )
-        file = "-"
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    name = "stdin" if file == "-" else file
-    if not text:
-        raise InputError.of(
-            f"prompts from {name}", expected="at least one line", got="nothing", remedy="Write one prompt per line."
-        )
-    lines = text.removesuffix("\n").split("\n")  # not splitlines(), which also breaks at U+2028 and its like
-    as_json = file.endswith(".jsonl")
-    return [_prompt_of_line(line, f"{name}, line {number}", as_json) for number, line in enumerate(lines, 1)]
-
-
-def refuse_empty(prompts: Sequence[str]) -> None:
-    """Refuse prompts without text: most tokenizers make no token of them, and the rest would complete nothing at all.
-
-    Args:
-        prompts: All prompts.
-
-    Raises:
-        InputError: If one of them is empty or blank.
-    """
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise InputError.of(
-                f"prompt {number}", expected="some text", got=repr(prompt), remedy="Remove it, or give it some text."
-            )
-
-
-def _prompt_of_line(line: str, where: str, as_json: bool) -> str:
-    if not as_json:
-        return line
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError.of(where, expected="a JSON object", got=str(error), remedy="Correct the line.") from None
-    prompt = found.get("prompt") if isinstance(found, dict) else None
-    if not isinstance(prompt, str):
-        raise InputError.of(
-            where, expected='an object with a string under "prompt"', got=line[:80], remedy="Correct the line."
-        )
-    return prompt
 
 
 def _check_members(base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None) -> None:
@@ -307,14 +157,11 @@ def _load(
     from proxytune.recipe import MemberRef, Recipe
     from proxytune.wrapping import wrap
 
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise InputError.of(
-            "--dtype", expected="auto, float32, bfloat16 or float16", got=dtype, remedy="Use one of these."
-        )
-    settings: dict[str, Any] = {
-        "dtype": dtype,
-        "device_map": device or ("cuda" if torch.cuda.is_available() else "cpu"),
-    }
+    if dtype not in _DTYPES:
+        raise InputError.of("--dtype", expected=", ".join(_DTYPES), got=dtype, remedy="Use one of these.")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_device(device)
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
     if recipe is None:
         assert base is not None
         # Refused here already if it is not finite; the models take longer to load than that takes to say.
@@ -330,21 +177,32 @@ def _load(
     return model, _load_tokenizer([*beside, read.base])
 
 
-def _load_tokenizer(references: Sequence[Any]) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
+def _check_device(device: str) -> None:
+    """Refuse a device that is not there: found while loading, it would look like a fault of the model."""
+    import torch
+
+    there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if device not in there:
+        raise InputError.of("--device", expected=", ".join(there), got=device, remedy="Use one that is there.")
+
+
+def _load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
+    from proxytune.opening import find_tokenizer
 
     reference = references[0]
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            reference.id, revision=reference.revision or "main", padding_side="left"
-        )
-    except (OSError, ValueError) as error:
+    tokenizer: PreTrainedTokenizerBase | None = find_tokenizer(reference)
+    if tokenizer is None:
         raise MemberNotFoundError.of(
             "the base's tokenizer",
             expected="tokenizer files beside the base",
             got=f"none that opens at {reference.id!r}",
             remedy="Save it there with tokenizer.save_pretrained(folder).",
-        ) from error
+        )
+    tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -354,8 +212,7 @@ def _complete(
     model: ProxyTunedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    config: Any,
-    flags: Mapping[str, Any],
+    config: GenerationConfig,
     *,
     chat: bool,
     stream: bool,
@@ -363,24 +220,19 @@ def _complete(
     """Complete one batch."""
     batch = _encode(tokenizer, prompts, chat).to(model.base.device)
     streamer = _streamer(tokenizer) if stream else None
-    result = model.generate(**batch, **flags, tokenizer=tokenizer, streamer=streamer)  # stop strings need a tokenizer
+    # Stop strings need a tokenizer.
+    result = model.generate(**batch, generation_config=config, tokenizer=tokenizer, streamer=streamer)
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
     new_ids = sequences[:, batch["input_ids"].shape[1] :].cpu()
     per_prompt = len(new_ids) // len(prompts)
-    ends = set(_listed(_setting("eos_token_id", config, model)))
-    stops = _listed(_setting("stop_strings", config, model))
+    ends = set(_listed(config.eos_token_id))
+    stops = _listed(config.stop_strings)
     for index, row in enumerate(new_ids.tolist()):
         row, ended = _until_end(row, ends, tokenizer.pad_token_id)
         text = tokenizer.decode(row, skip_special_tokens=True)
         assert isinstance(text, str)
         stopped = ended or any(stop in text for stop in stops)
         yield Completion(prompts[index // per_prompt], text, len(row), "stop" if stopped else "length")
-
-
-def _setting(name: str, config: Any, model: ProxyTunedModel) -> Any:
-    """A setting of this call, or else the one that the model was saved with."""
-    given = getattr(config, name)
-    return getattr(model.generation_config, name) if given is None else given
 
 
 def _listed(value: Any) -> list[Any]:

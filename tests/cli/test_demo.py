@@ -83,8 +83,9 @@ def test_json_is_one_object_and_nothing_else(run, family):
     assert json.loads(ended.out)["alpha"] == 0.75
 
 
-def test_the_table_fits_80_columns_and_marks_changes_without_colour(run, family, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
+@pytest.mark.parametrize("columns", ["80", "60"])  # below 80, lines wrap in the terminal; figures are never cut
+def test_the_table_fits_80_columns_and_marks_changes_without_colour(run, family, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("NO_COLOR", "1")
     ended = run("demo", "--family", family, "--problems", "2", "--alpha", "1.5")
     assert ended.code == 0, ended.err

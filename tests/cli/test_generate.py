@@ -8,11 +8,11 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, set_seed
+from transformers import AutoTokenizer, GenerationConfig, set_seed
 
 import proxytune
 from proxytune.cli import generate as command
-from proxytune.cli import terminal
+from proxytune.cli import inputs, terminal
 from proxytune.errors import InputError
 
 PROMPTS = ["Question: Start with 3", "Question: Who", "x"]
@@ -194,7 +194,7 @@ def test_finish_tells_a_stop_from_a_limit(run, members, model, tokenizer):
     ],
 )
 def test_settings_stand_after_the_prompts(words, expected):
-    assert command.split_arguments(words) == expected
+    assert inputs.split_arguments(words) == expected
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def test_settings_stand_after_the_prompts(words, expected):
     ],
 )
 def test_values_are_json_or_else_text(text, value):
-    parsed = command.parse_value(text)
+    parsed = inputs.parse_value(text)
     assert parsed == value
     assert type(parsed) is type(value)
 
@@ -229,13 +229,34 @@ def test_values_are_json_or_else_text(text, value):
         ({"temprature": 1.0}, "temperature"),
         ({"zzzzzz": 1}, "--file"),
         ({"transformers_version": "1"}, "transformers_version"),
-        ({"max_new_tokens": -1}, "max_new_tokens"),
-        ({"max_new_tokens": "many"}, "max_new_tokens"),
     ],
 )
-def test_wrong_settings_are_refused_by_name(flags, expected):
+def test_unknown_settings_are_refused_by_name(flags, expected):
     with pytest.raises(InputError, match=expected):
-        command.check_flags(flags)
+        inputs.check_names(flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"max_new_tokens": -1}, "max_new_tokens"),
+        ({"max_new_tokens": "many"}, "max_new_tokens"),
+        ({"num_return_sequences": 2}, "num_return_sequences"),
+        ({"temperature": 5, "top_k": 3}, "Greedy decoding would ignore temperature, top_k. Add do_sample=true"),
+        ({"do_sample": False, "top_p": 0.9}, "Greedy decoding would ignore top_p"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(flags, expected):
+    with pytest.raises(InputError, match=expected):
+        inputs.merged_settings(GenerationConfig(), flags)
+
+
+def test_a_models_own_settings_count():
+    own = GenerationConfig(do_sample=True, temperature=0.3, max_new_tokens=7)
+    merged = inputs.merged_settings(own, {"num_return_sequences": 2, "top_k": 3})
+    assert (merged.do_sample, merged.temperature, merged.max_new_tokens) == (True, 0.3, 7)
+    assert (merged.num_return_sequences, merged.top_k) == (2, 3)
+    assert own.num_return_sequences != 2, "the model's are not changed"
 
 
 def test_every_mistake_is_found_before_a_model_is_loaded(run, members, tmp_path, monkeypatch):
@@ -272,6 +293,10 @@ def test_mistakes_found_on_loading_are_one_line(run, members, tmp_path):
     for words, expected in (
         (["a", "--alpha", "nan", *members], "alpha"),
         (["a", "--dtype", "float99", *members], "--dtype"),
+        (["a", "--dtype", "int8", *members], "--dtype: expected auto, float32"),
+        (["a", "--device", "toaster", *members], "--device: expected"),
+        (["a", "--device", "cuda:99", *members], "--device: expected"),
+        (["a", "temperature=5", *members], "Add do_sample=true"),
         (["a", "--recipe", tmp_path], "proxytune_config.json"),
         (["a", *members[:4], "--antiexpert", tmp_path], "antiexpert"),
     ):
@@ -290,7 +315,7 @@ def test_a_missing_prompt_file_is_a_failure_not_a_wrong_call(run, members, tmp_p
 def test_nothing_to_read_on_a_terminal(monkeypatch):
     monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
     with pytest.raises(InputError, match="at least one"):
-        command.read_prompts(None, prompts_given=False)
+        inputs.read_prompts(None, prompts_given=False)
 
 
 def test_chat_needs_a_template(run, family, tmp_path, members):
