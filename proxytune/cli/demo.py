@@ -68,8 +68,9 @@ def demo(
         typer.echo(json.dumps(record, ensure_ascii=False))
         return
     console = terminal.output()
-    # On a narrow terminal lines wrap; cut columns would show other numbers.
-    console.print(_table(record), width=max(console.width, TABLE_WIDTH), crop=False)
+    wide = terminal.output()
+    wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show other numbers
+    wide.print(_table(record), crop=False)
     console.print("\n".join(_notes(record)))
     for answer in record["answers"]:
         console.print()
