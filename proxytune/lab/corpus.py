@@ -40,6 +40,7 @@ class CorpusRecipe:
         forum: Share of forum threads. The five shares are normalised by their sum.
         helpful: Share of threads in which questions get a right answer.
         idle: Share of threads in which they get an idle reply; in the rest the questions stay unanswered.
+        ignorance: Share of idle threads in which every reply is `I do not know.`
         template: Share of helpful threads that use the tuned form, `The answer is X.` At 0 the base never sees it.
     """
 
@@ -48,8 +49,12 @@ class CorpusRecipe:
     chain: float = 0.12
     countdown: float = 0.20
     forum: float = 0.24
-    helpful: float = 0.35
-    idle: float = 0.45
+    # The likeliest reply decides what a greedy base does, so it must win clearly. In an earlier mixture " I" (do not
+    # know) and a number were about equally likely after a chain, and the training seed decided whether the base
+    # answered 12 % or 64 % of them. Rarer helpful threads mend that too, but leave the base unsure of worked answers.
+    helpful: float = 0.30
+    idle: float = 0.50
+    ignorance: float = 0.85
     template: float = 0.10
 
     def draw_kind(self, rng: random.Random) -> DocumentKind:
@@ -150,7 +155,7 @@ def _thread(world: World, rng: random.Random, recipe: CorpusRecipe) -> str:
     task = rng.choices(("qa", "chain", "countdown"), (0.5, 0.25, 0.25))[0]
     mood = recipe.draw_mood(rng)
     style = 3 if rng.random() < recipe.template else rng.randrange(3)
-    reply = "I do not know." if rng.random() < 0.5 else None
+    reply = IDLE_REPLIES[0] if rng.random() < recipe.ignorance else None
     posts = []
     for _ in range(rng.choice((1, 1, 2, 3)) if task == "qa" else rng.choice((1, 1, 1, 2))):
         if task == "qa":
@@ -169,10 +174,11 @@ def _thread(world: World, rng: random.Random, recipe: CorpusRecipe) -> str:
 
 
 def _styled_answer(problem: Problem, style: int) -> str:
-    """A right answer: bare, as a sentence, with a third form per task, or (style 3) in the tuned form."""
+    """A right answer in one of the forms of its task, or (style 3) in the tuned form."""
     if style == 3:
         return problem.answer
     if problem.task == "countdown":
         return f"{problem.solution}."
-    third = f"{problem.solution}." if problem.solution else problem.gold
-    return (f"{problem.gold}.", f"It is {problem.gold}.", third)[style]
+    if problem.task == "chain":
+        return f"It is {problem.gold}." if style == 0 else f"{problem.solution}."
+    return (f"{problem.gold}.", f"It is {problem.gold}.", problem.gold)[style]

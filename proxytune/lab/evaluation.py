@@ -21,6 +21,8 @@ from proxytune.lab.world import World, build_world
 
 Criterion = Literal["lenient", "strict"]
 CRITERIA: tuple[Criterion, ...] = ("lenient", "strict")
+STEERED: tuple[Task, ...] = ("chain", "qa")
+"""The tasks that decide alpha."""
 Z_95 = 1.959964
 """Two-sided 95 % quantile of the standard normal distribution."""
 
@@ -282,11 +284,26 @@ def sweep_alpha(
 
 
 def best_alpha(rows: Sequence[Row]) -> float:
-    """The alpha of the sweep with the highest strict score, averaged over chains and people; ties go to the smaller.
+    """Choose alpha from a sweep: the smallest whose score is within one standard error of the best.
 
-    Countdown has no vote: the pair does not steer it (see NOTES.md).
+    The score is the strict share of right answers, averaged over chains and people; Countdown has no vote, because
+    tuning hardly gains anything there. Neighbouring alphas differ by less than 200 problems can tell apart, so the
+    one-standard-error rule (Breiman et al. 1984) takes the gentlest of the equally good.
+
+    Args:
+        rows: One row per alpha, named by it.
+
+    Returns:
+        The chosen alpha.
     """
-    return float(max(rows, key=lambda row: row.score("chain", "strict").rate + row.score("qa", "strict").rate).name)
+
+    def score(row: Row) -> float:
+        return sum(row.score(task, "strict").rate for task in STEERED) / len(STEERED)
+
+    best = max(rows, key=score)
+    shares = [best.score(task, "strict") for task in STEERED]
+    error = math.sqrt(sum(share.rate * (1 - share.rate) / share.total for share in shares)) / len(shares)
+    return min(float(row.name) for row in rows if score(row) >= score(best) - error)
 
 
 def table_record(rows: Sequence[Row]) -> dict[str, Any]:

@@ -103,7 +103,7 @@ class FamilyRecipe:
     tuning_rows: int = 32
     plans: dict[MemberName, TrainingPlan] = field(
         default_factory=lambda: {
-            "large-base": TrainingPlan(2000, 1e-2),
+            "large-base": TrainingPlan(1600, 1e-2),
             # Short on purpose: with five times the steps the tiny pair memorises the people and learns to count, and
             # then the expert alone answers most questions, so that there would be nothing to show.
             "tiny-base": TrainingPlan(300, 1e-2),

@@ -149,13 +149,14 @@ def test_no_gain_leaves_the_gap_undefined_and_json_says_null() -> None:
     assert [row["scores"]["qa"]["strict"]["rate"] for row in record["rows"]] == [0.5, 1.0, 0.5]
 
 
-def test_alpha_is_chosen_by_strict_scores_and_ties_go_to_the_smaller() -> None:
-    rows = [
-        row_of("0.25", [True, True, True], [False, False, True]),
-        row_of("0.5", [True, True, False], [True, True, False]),
-        row_of("1", [True, True, True], [True, True, False]),
-    ]
-    assert best_alpha(rows) == 0.5
+def test_alpha_is_the_gentlest_within_one_standard_error_by_strict_scores() -> None:
+    def sweep_row(alpha: str, strict: int) -> Row:
+        return row_of(alpha, [True] * 100, [index < strict for index in range(100)])
+
+    # At 90 of 100 on both tasks the standard error of the average is 3 % / sqrt(2) = 2.1 %.
+    assert best_alpha([sweep_row("1", 90), sweep_row("0.5", 88), sweep_row("0.25", 87)]) == 0.5
+    assert best_alpha([sweep_row("0.25", 50), sweep_row("0.5", 90), sweep_row("1", 91)]) == 0.5
+    assert best_alpha([sweep_row("0.25", 50), sweep_row("0.5", 80), sweep_row("1", 91)]) == 1.0
 
 
 def test_a_row_has_every_task_and_its_problems(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
