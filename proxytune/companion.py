@@ -110,14 +110,11 @@ class Companion:
         n = ids.shape[1]
         held = 0 if self._ids is None else self._ids.shape[1]
         keep = self._match(key)
-        if not keep == held == n - 1:
-            # Not the next step of the same text: the moment to see that the model has been trained, or switched to
-            # another adapter, since.
-            weights = _weights_of(self.member.model)
-            if weights != self._weights:
-                self.reset()
-                keep = 0
-            self._weights = weights
+        # Not the next step of the same text: the moment to see that the model has been trained, or switched to another
+        # adapter, since.
+        if keep and not keep == held == n - 1 and self._weights != _weights_of(self.member.model):
+            self.reset()
+            keep = 0
         if keep > n - last and self._remembered(keep) < keep - (n - last):
             keep = n - last  # the cache holds these positions, but their logits have to be computed again
         if keep == n:
@@ -128,6 +125,7 @@ class Companion:
             check_ids(ids[:, keep:], [self.member])
         if self._cache is None:
             self._cache = DynamicCache() if self._keep_all else DynamicCache(config=self.member.model.config)
+            self._weights = _weights_of(self.member.model)
         # An interrupted forward leaves some layers longer than others. Without its ids the cache counts for nothing.
         self._ids = None
         logits = self.member.forward(
