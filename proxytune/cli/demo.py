@@ -28,7 +28,7 @@ HEADINGS = {"chain": "chain\narithmetic", "qa": "QA about\nnew people", "countdo
 TABLE_WIDTH = 80
 SPEED_BATCH = 32
 SPEED_TOKENS = 32
-SPEED_REPEATS = 3
+SPEED_REPEATS = 5
 
 
 @dataclass(frozen=True)
@@ -117,17 +117,19 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
         (f"proxy, α = {alpha:g}", proxy, {}),
         ("tuned directly", tuned, {}),
     ]
-    rows, costs = [], []
+    rows = []
     for name, model, examples in entrants:
         report(name)
         with torch.inference_mode():
             outcomes = {t: answer(model, tokenizer, chosen, shots=examples.get(t, ())) for t, chosen in asked.items()}
             rows.append(Row(name, outcomes))
-            speed = _tokens_per_second(model, tokenizer, asked["chain"], examples.get("chain", ()))
-        costs.append({"tokens_per_second": round(speed), "parameters": model.num_parameters()})
+    report("speed")
+    speeds = _tokens_per_second(
+        [(model, examples.get("chain", ())) for _, model, examples in entrants], tokenizer, asked["chain"]
+    )
     record = table_record(rows)
-    for row, cost in zip(record["rows"], costs, strict=True):
-        row.update(cost)
+    for row, (_, model, _), speed in zip(record["rows"], entrants, speeds, strict=True):
+        row.update({"tokens_per_second": round(speed), "parameters": model.num_parameters()})
     report("three answers")
     answers = [_answers(base, proxy, tuned, tokenizer, chosen[0]) for chosen in asked.values()]
     return {
@@ -170,20 +172,29 @@ def shift_steps(model: ProxyTunedModel, tokenizer: PreTrainedTokenizerBase, prom
 
 
 def _tokens_per_second(
-    model: Any, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Problem], shots: Sequence[Problem]
-) -> float:
-    """Generated tokens per second over a batch of one length, so that rows that answer at length stay comparable."""
+    entrants: Sequence[tuple[Any, Sequence[Problem]]], tokenizer: PreTrainedTokenizerBase, asked: Sequence[Problem]
+) -> list[float]:
+    """Generated tokens per second over a batch of one length, so that rows that answer at length stay comparable.
+
+    All models take turns, so that what else the machine does in the meantime falls on all of them.
+    """
+    import torch
+
     from proxytune.lab.corpus import prompt_of
 
-    prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
-    prompts = [prefix + prompt_of(problem.question) for problem in asked[:SPEED_BATCH]]
-    batch = tokenizer(prompts, return_tensors="pt", padding=True)
-    times = []
-    for _ in range(SPEED_REPEATS):
-        began = time.perf_counter()
-        model.generate(**batch, do_sample=False, min_new_tokens=SPEED_TOKENS, max_new_tokens=SPEED_TOKENS)
-        times.append(time.perf_counter() - began)
-    return len(prompts) * SPEED_TOKENS / statistics.median(times)
+    batches = []
+    for _, shots in entrants:
+        prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
+        prompts = [prefix + prompt_of(problem.question) for problem in asked[:SPEED_BATCH]]
+        batches.append(tokenizer(prompts, return_tensors="pt", padding=True))
+    times: list[list[float]] = [[] for _ in entrants]
+    with torch.inference_mode():
+        for _ in range(SPEED_REPEATS):
+            for (model, _), batch, spent in zip(entrants, batches, times, strict=True):
+                began = time.perf_counter()
+                model.generate(**batch, do_sample=False, min_new_tokens=SPEED_TOKENS, max_new_tokens=SPEED_TOKENS)
+                spent.append(time.perf_counter() - began)
+    return [len(asked[:SPEED_BATCH]) * SPEED_TOKENS / statistics.median(spent) for spent in times]
 
 
 def _answers(

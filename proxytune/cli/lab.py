@@ -68,14 +68,14 @@ def table(
 
 
 def _print_table(record: dict[str, Any], title: str) -> None:
-    """Print one column per task: the lenient share above the strict one, and below all rows the gap closed."""
+    """Print one column per task: the strict share above the lenient one, and below all rows the gap closed."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     tasks = list(record["gap_closed"])
     grid = Table(title=f"{title}, greedy decoding", title_justify="left", box=box.SIMPLE, pad_edge=False)
-    grid.add_column("share right, 95 % interval\n[dim]lenient above, strict below[/dim]")
+    grid.add_column("share right, 95 % interval\n[dim]strict above, lenient below[/dim]")
     for task in tasks:
         problems = record["rows"][0]["scores"][task]["lenient"]["problems"]
         grid.add_column(f"{_HEADINGS[task]}\n[dim]{problems} problems[/dim]", no_wrap=True)
@@ -83,13 +83,15 @@ def _print_table(record: dict[str, Any], title: str) -> None:
         grid.add_row(row["name"], *(_cells(row["scores"][task], "rate") for task in tasks))
     grid.add_section()
     grid.add_row("gap closed", *(_cells(record["gap_closed"][task], "closed") for task in tasks))
-    Console().print(grid)
+    console = Console()
+    console.width = max(console.width, 80)  # a narrow terminal wraps the lines; cut columns would show other numbers
+    console.print(grid)
 
 
 def _cells(pair: dict[str, dict[str, Any]], key: str) -> str:
-    """A lenient and a strict figure with their intervals, on two lines."""
+    """A strict and a lenient figure with their intervals, on two lines."""
     lines = []
-    for criterion in ("lenient", "strict"):
+    for criterion in ("strict", "lenient"):
         value, interval = pair[criterion][key], pair[criterion]["interval"]
         lines.append("no gap" if value is None else f"{value:.3f} [dim]{interval[0]:.2f}–{interval[1]:.2f}[/dim]")
     return "\n".join(lines)
