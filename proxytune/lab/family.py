@@ -149,14 +149,23 @@ def train_family(
     if not resume:
         for member in wanted:
             _checkpoint(out, member).unlink(missing_ok=True)
+            _report(out, member).unlink(missing_ok=True)
     _claim(out, seed, recipe, resume=resume)
-    if processes == 1:
-        _train_members(out, seed, recipe, wanted)
-    else:
+    # The report is written last, so a member that has one is complete.
+    unfinished = [member for member in wanted if not _report(out, member).exists()]
+    if unfinished and processes == 1:
+        # One thread here as well: sums in another order would train another model.
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            _train_members(out, seed, recipe, unfinished)
+        finally:
+            torch.set_num_threads(threads)
+    elif unfinished:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        spawn(_worker, args=(processes, port, out, seed, recipe, wanted), nprocs=processes, join=True)
+        spawn(_worker, args=(processes, port, out, seed, recipe, unfinished), nprocs=processes, join=True)
     return {member: TrainingReport(**json.loads(_report(out, member).read_text())) for member in wanted}
 
 

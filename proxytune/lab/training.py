@@ -108,18 +108,18 @@ def train(
     """
     optimizers = _optimizers(model, plan)
     start, tokens, loss_average = 0, 0, math.nan
-    clock = _Clock()
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    clock = _Clock(processes)
     if checkpoint is not None and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         start, tokens, loss_average = state["step"], state["tokens"], state["loss"]
-        clock = _Clock(state["seconds"], state["processor_seconds"])
+        clock = _Clock(processes, state["seconds"], state["processor_seconds"])
     model.train()
     runner = accelerator.prepare(model)
     parameters = list(model.parameters())
-    rank, processes = accelerator.process_index, accelerator.num_processes
     bar = tqdm(
         total=plan.steps,
         initial=start,
@@ -158,23 +158,24 @@ def train(
             _save_checkpoint(checkpoint, model, optimizers, progress)
     bar.close()
     model.eval()
-    return TrainingReport(plan.steps, clock.wall(), clock.processor() * processes, processes, tokens, loss_average)
+    return TrainingReport(plan.steps, clock.wall(), clock.processor(), processes, tokens, loss_average)
 
 
 class _Clock:
-    """Wall-clock and processor time of this process in seconds, continued over a resume."""
+    """Wall-clock time, and processor time of all processes, in seconds, continued over a resume."""
 
-    def __init__(self, wall: float = 0.0, processor: float = 0.0) -> None:
+    def __init__(self, processes: int, wall: float = 0.0, processor: float = 0.0) -> None:
+        self._processes, self._processor_before = processes, processor
         self._wall_origin = time.perf_counter() - wall
-        self._processor_origin = time.process_time() - processor
+        self._processor_origin = time.process_time()
 
     def wall(self) -> float:
         """Elapsed time."""
         return time.perf_counter() - self._wall_origin
 
     def processor(self) -> float:
-        """Processor time, all threads of this process together."""
-        return time.process_time() - self._processor_origin
+        """Processor time; the other processes do the same work and are taken to need the same."""
+        return self._processor_before + (time.process_time() - self._processor_origin) * self._processes
 
 
 def pretraining_batches(

@@ -18,7 +18,14 @@ from proxytune.lab.bundle import MEMBERS, MemberName
 from proxytune.lab.corpus import CorpusRecipe, InstructionRecipe
 from proxytune.lab.family import Architecture, FamilyRecipe, load_family, train_family
 from proxytune.lab.tokenizer import build_tokenizer
-from proxytune.lab.training import IGNORED, TrainingPlan, instruction_batches, pretraining_batches, train
+from proxytune.lab.training import (
+    IGNORED,
+    TrainingPlan,
+    TrainingReport,
+    instruction_batches,
+    pretraining_batches,
+    train,
+)
 from proxytune.lab.world import build_world
 
 MINIATURE = FamilyRecipe(
@@ -186,10 +193,21 @@ def test_resuming_with_another_seed_or_recipe_is_refused(miniature_family: Path)
 
 def test_resuming_a_finished_family_is_free(miniature_family: Path) -> None:
     members: list[MemberName] = ["large-base"]
-    before = (miniature_family / "large-base" / "model.safetensors").read_bytes()
-    report = train_family(miniature_family, seed=1, recipe=MINIATURE, processes=1, members=members)
-    assert report["large-base"].steps == 6
-    assert (miniature_family / "large-base" / "model.safetensors").read_bytes() == before
+    weights = miniature_family / "large-base" / "model.safetensors"
+    cost = json.loads((miniature_family / "checkpoints" / "large-base.json").read_text())
+    written = weights.stat().st_mtime_ns
+    # Two processes are asked for, but none is started, and the recorded cost stays that of the one that trained.
+    report = train_family(miniature_family, seed=1, recipe=MINIATURE, processes=2, members=members)
+    assert report == {"large-base": TrainingReport(**cost)}
+    assert (report["large-base"].steps, report["large-base"].processes) == (6, 1)
+    assert weights.stat().st_mtime_ns == written
+
+
+def test_training_from_nothing_forgets_the_checkpoints(tmp_path: Path) -> None:
+    first = train_family(tmp_path, seed=1, recipe=MINIATURE, processes=1, members=["tiny-base"])
+    again = train_family(tmp_path, seed=2, recipe=MINIATURE, processes=1, members=["tiny-base"], resume=False)
+    assert again["tiny-base"].steps == first["tiny-base"].steps
+    assert again["tiny-base"].loss != first["tiny-base"].loss
 
 
 def test_a_missing_member_is_named(tmp_path: Path) -> None:
