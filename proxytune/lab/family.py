@@ -152,7 +152,7 @@ def train_family(
             _report(out, member).unlink(missing_ok=True)
     _claim(out, seed, recipe, resume=resume)
     # The report is written last, so a member that has one is complete.
-    unfinished = [member for member in wanted if not _report(out, member).exists()]
+    unfinished: list[MemberName] = [member for member in wanted if not _report(out, member).exists()]
     if unfinished and processes == 1:
         # One thread here as well: sums in another order would train another model.
         threads = torch.get_num_threads()
