@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +186,21 @@ def _worker(
         OMP_NUM_THREADS="1",
     )
     torch.set_num_threads(1)
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
     _train_members(out, seed, recipe, members)
     torch.distributed.destroy_process_group()
+
+
+def _leave_with_parent() -> None:
+    """End this process when the one that started it is gone.
+
+    A parent that was killed outright cannot stop its workers, and orphans that go on writing checkpoints would meet the
+    resumed run's.
+    """
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _train_members(out: Path, seed: int, recipe: FamilyRecipe, members: list[MemberName]) -> None:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import random
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +186,50 @@ def test_two_processes_train_the_same_family_as_one(miniature_family: Path, tmp_
     for name, parameter in one["model"].items():
         # Muon's bfloat16 iteration amplifies last-bit differences of the gradient, hence no tighter tolerance.
         torch.testing.assert_close(two["model"][name], parameter, rtol=0.05, atol=5e-3, msg=name)
+
+
+KILLED_RUN = """
+import sys
+from pathlib import Path
+from proxytune.lab.family import Architecture, FamilyRecipe, train_family
+from proxytune.lab.training import TrainingPlan
+
+recipe = FamilyRecipe(large=Architecture(16, 1, 2, 32), rows=2, length=32)
+recipe.plans["large-base"] = TrainingPlan(int(sys.argv[2]), 1e-2, checkpoint_every=10)
+if __name__ == "__main__":
+    train_family(Path(sys.argv[1]), seed=0, recipe=recipe, processes=2, members=["large-base"])
+"""
+
+
+@pytest.mark.slow
+def test_workers_of_a_killed_run_end_with_it(tmp_path: Path) -> None:
+    # Orphans would go on writing the checkpoints that a resumed run reads and writes as well.
+    script = tmp_path / "run.py"
+    script.write_text(KILLED_RUN)
+    checkpoint = tmp_path / "family" / "checkpoints" / "large-base.pt"
+    # Like a run that a shell put into the background: with SIGINT ignored, torch's own signal to orphans does nothing.
+    run = subprocess.Popen(
+        ["sh", "-c", 'trap "" INT; exec "$@"', "sh", sys.executable, str(script), str(tmp_path / "family"), "1000000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_until(checkpoint.exists, seconds=120)
+        run.send_signal(signal.SIGKILL)
+    finally:
+        run.kill()
+        run.wait()
+    time.sleep(5.0)  # ample for a worker to notice
+    last = checkpoint.stat().st_mtime_ns
+    time.sleep(3.0)  # ten steps, the way to the next checkpoint, take a fifth of a second
+    assert checkpoint.stat().st_mtime_ns == last
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened in time"
+        time.sleep(0.1)
 
 
 def test_resuming_with_another_seed_or_recipe_is_refused(miniature_family: Path) -> None:
