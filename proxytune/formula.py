@@ -119,46 +119,70 @@ FORMULAS: dict[str, type[ProxyTuning]] = {ProxyTuning.name: ProxyTuning}
 """The formulas that a recipe can name."""
 
 
-def shift(base: torch.Tensor, companions: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+def shift(
+    base: torch.Tensor,
+    companions: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    base_weight: float | torch.Tensor = 1.0,
+) -> torch.Tensor:
     """Add the companions' weighted logits to the base's.
 
     Args:
         base: Raw logits (or log-probabilities) of the base, `[..., V]`, any floating dtype.
         companions: Raw logits of each companion, `[..., V_i]`; widths may differ from V.
-        weights: One weight per companion.
+        weights: One weight per companion, or for rows `[B, V]` a tensor `[B, companions]` of them.
+        base_weight: The base's own weight; a tensor `[B]` for one per row.
 
     Returns:
         The combined logits, `[..., V]`, float32, on the base's device. Ids that some companion with a weight does not
-        have, and tokens to which one gives −inf, keep the base's logit; tokens at −inf in the base stay there.
+        have, and tokens to which one gives −inf, keep the base's (weighted) logit; tokens at −inf in the base stay
+        there. NaN or +inf in the base, or in a companion with a weight, comes out as NaN or +inf, whatever the weight.
 
     Raises:
         InputError: If the numbers of companions and weights differ.
     """
-    if len(companions) != len(weights):
+    # One number each, or a column `[B]` each.
+    each: Sequence[float | torch.Tensor] = weights.unbind(-1) if isinstance(weights, torch.Tensor) else weights
+    if len(companions) != len(each):
         raise InputError.of(
             "formula",
             expected=f"one weight for each of {len(companions)} companions",
-            got=f"{len(weights)} weights",
+            got=f"{len(each)} weights",
             remedy="Give as many weights as companions.",
         )
     out = base.to(torch.float32, copy=True)
+    if isinstance(base_weight, torch.Tensor) or base_weight != 1.0:
+        w = base_weight[:, None] if isinstance(base_weight, torch.Tensor) else base_weight
+        scaled = (w * out).masked_fill(out == -torch.inf, -torch.inf)  # whatever the sign of the weight
+        out = scaled.masked_fill(~(out < torch.inf), torch.nan)
     # Not waiting is safe only towards a GPU: the host could read a copy to its own memory before it has arrived.
     unwaited = out.device.type != "cpu"
     heard = [
         (z.to(out.device, torch.float32, non_blocking=unwaited), w)
-        for z, w in zip(companions, weights, strict=True)
-        if w != 0.0
+        for z, w in zip(companions, each, strict=True)
+        if isinstance(w, torch.Tensor) or w != 0.0
     ]
     if not heard:
         return out
     width = min(out.shape[-1], *(z.shape[-1] for z, _ in heard))
     # Companion minus companion first, then the base: with expert = antiexpert the shift is exactly 0, and with
     # base = antiexpert, α = 1, the rounding is that of one subtraction.
-    delta = sum(w * z[..., :width] for z, w in heard)
+    delta = sum(_weighted(z[..., :width], w) for z, w in heard)
     assert isinstance(delta, torch.Tensor)
-    # −inf + 0 is −inf, so masking the shift where the base is −inf keeps an overflowing one from making it NaN.
-    silent = out[..., :width] == -torch.inf
-    for z, _ in heard:
-        silent = silent | (z[..., :width] == -torch.inf)
-    out[..., :width] += delta.masked_fill(silent, 0.0)
+    # On the CPU one sum tells that nothing is infinite, and saves the masks; elsewhere reading it would be a wait.
+    if out.device.type != "cpu" or torch.compiler.is_compiling() or not math.isfinite(float(delta.detach().sum())):
+        silent = out[..., :width] == -torch.inf
+        for z, w in heard:
+            minus = z[..., :width] == -torch.inf
+            silent = silent | (minus & (w != 0.0)[:, None] if isinstance(w, torch.Tensor) else minus)
+        # −inf here is a companion's +inf under a negative weight: it must not pass for "forbidden".
+        delta = delta.masked_fill(delta == -torch.inf, torch.nan).masked_fill(silent, 0.0)
+    out[..., :width] += delta
     return out
+
+
+def _weighted(z: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    if not isinstance(weight, torch.Tensor):
+        return weight * z
+    w = weight[:, None]
+    return torch.where(w == 0.0, 0.0, w * z)  # 0 · ∞ is no opinion, not NaN

@@ -177,6 +177,7 @@ MAX = float(np.finfo(np.float32).max)
         (NAN, -INF, 0.0, (1.0, -1.0), NAN),
         (2.0, INF, 1.0, (1.0, -1.0), INF),
         (2.0, INF, INF, (1.0, -1.0), NAN),
+        (2.0, 1.0, INF, (1.0, -1.0), NAN),
     ],
 )
 def test_infinities_and_nan(base: float, expert: float, antiexpert: float, weights: Any, want: float) -> None:

@@ -1,0 +1,188 @@
+"""Noise that is keyed, never drawn: the same (seed, row, position, branch, index) always gives the same number.
+
+`generate()` asks again, undoes positions and reorders rows, and a request must not depend on the batch around it, so no
+generator keeps a state here. Every draw is a function of its key, by Philox-4x32-10 (Salmon et al. 2011, "Parallel
+random numbers: as easy as 1, 2, 3"). The Triton kernels compute the same words, bit for bit; the Gumbel variates made
+of them agree to rounding.
+
+Counter of a word: `(index, position, row, branch · 4 + stream)`, key: the 64 bits of the seed. `index` is a token id in
+the stream `TOKENS`, and the number of a tile of the vocabulary in the stream `TILES`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from proxytune.errors import InputError
+
+__all__ = ["TILES", "TOKENS", "Noise", "gumbel", "philox"]
+
+TOKENS, TILES = 0, 1
+"""Streams of words: per token, and per tile of the vocabulary."""
+
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_BRANCHES = 1 << 30
+
+
+def philox(
+    seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Philox-4x32-10 on int64 tensors that hold 32-bit words.
+
+    Args:
+        seed: The key, int64, all 64 bits of it; broadcasts with the counters.
+        c0: First word of the counter, int64 in [0, 2³²); so the others. Shapes broadcast.
+        c1: Second word.
+        c2: Third word.
+        c3: Fourth word.
+
+    Returns:
+        Four words in [0, 2³²), int64.
+    """
+    k0, k1 = seed & _MASK, (seed >> 32) & _MASK
+    for _ in range(_ROUNDS):
+        high0, low0 = _multiply(_MULTIPLIERS[0], c0)
+        high1, low1 = _multiply(_MULTIPLIERS[1], c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(a: int, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low word of a 32 × 32 bit product; int64 has no room for the product itself."""
+    lower = a * (b & 0xFFFF)
+    upper = a * (b >> 16) + (lower >> 16)
+    return upper >> 16, ((upper << 16) & _MASK) | (lower & 0xFFFF)
+
+
+def gumbel(words: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel variates `−log E`, with E ~ Exp(1) made of all 32 bits.
+
+    A word r stands for u = (r + ½)/2³², and E = −log(1 − u). Large variates come from small u, where 1 − u has lost
+    them: there E is its series. Elsewhere 1 − u is made from the complement of r, so that E stays finite.
+
+    Args:
+        words: Words of `philox`, int64 in [0, 2³²).
+
+    Returns:
+        float32, of the same shape; between −3.2 and 22.9.
+    """
+    u, v = _unit(words), _unit(_MASK - words)
+    series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
+    return -torch.log(torch.where(u < 0.00390625, series, -torch.log(v)))
+
+
+def _unit(words: torch.Tensor) -> torch.Tensor:
+    # In two parts, since float32 has no room for 32 bits; the second part matters where the first is small.
+    high = ((words >> 8).float() + 0.5) * 5.9604644775390625e-08  # 2⁻²⁴
+    low = ((words & 255).float() - 127.5) * 2.3283064365386963e-10  # 2⁻³²
+    return high + low
+
+
+@dataclass(frozen=True, eq=False)
+class Noise:
+    """The keys of one step's noise, one per row. Tensors, so that a captured graph can be replayed with others.
+
+    Attributes:
+        seed: `[B]`, int64: all 64 bits count.
+        row: `[B]`, int64 in [0, 2³²): which stream of that seed.
+        position: `[B]`, int64 in [0, 2³²): the position of the token to be drawn, not counting padding.
+        branch: `[B]`, int64 in [0, 2³⁰): which of several continuations of that row.
+    """
+
+    seed: torch.Tensor
+    row: torch.Tensor
+    position: torch.Tensor
+    branch: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        rows: int,
+        *,
+        seed: int | torch.Tensor = 0,
+        row: torch.Tensor | None = None,
+        position: int | torch.Tensor = 0,
+        branch: int | torch.Tensor = 0,
+        device: torch.device | str | None = None,
+    ) -> Noise:
+        """Keys for a batch. Values are checked here, which waits for the device; `at` does not check again.
+
+        Args:
+            rows: The number of rows B.
+            seed: One for all rows, or `[B]`; from −2⁶³ to 2⁶³ − 1.
+            row: `[B]`; None for 0, 1, 2, …
+            position: One for all rows, or `[B]`.
+            branch: One for all rows, or `[B]`.
+            device: Where the logits are.
+
+        Returns:
+            The keys.
+
+        Raises:
+            InputError: If a tensor is not `[B]` of whole numbers, or a value is out of its range.
+        """
+        row = torch.arange(rows) if row is None else row
+        return cls(
+            _keys("seed", seed, rows, device, -(1 << 63), (1 << 63) - 1),
+            _keys("row", row, rows, device, 0, _MASK),
+            _keys("position", position, rows, device, 0, _MASK),
+            _keys("branch", branch, rows, device, 0, _BRANCHES - 1),
+        )
+
+    def at(self, position: torch.Tensor) -> Noise:
+        """The same streams at other positions; does not wait for the device.
+
+        Args:
+            position: `[B]`, int64.
+
+        Returns:
+            New keys that share the other tensors.
+        """
+        return Noise(self.seed, self.row, position, self.branch)
+
+    def gumbel(self, index: torch.Tensor, stream: int) -> torch.Tensor:
+        """A Gumbel variate for each index.
+
+        Args:
+            index: `[B, N]` or `[1, N]`, int64: token ids or tile numbers.
+            stream: `TOKENS` or `TILES`.
+
+        Returns:
+            `[B, N]`, float32.
+        """
+        last = self.branch * 4 + stream
+        words, _, _, _ = philox(
+            self.seed[:, None], index, self.position[:, None], self.row[:, None], last[:, None]
+        )  # [B, N]
+        return gumbel(words)
+
+
+def _keys(
+    name: str, value: int | torch.Tensor, rows: int, device: torch.device | str | None, low: int, high: int
+) -> torch.Tensor:
+    given = value if isinstance(value, torch.Tensor) else None
+    whole = given is None and isinstance(value, int) and not isinstance(value, bool)
+    if given is not None and (given.shape != (rows,) or given.is_floating_point() or given.dtype == torch.bool):
+        got = f"shape {list(given.shape)}, {given.dtype}"
+    elif given is None and not whole:
+        got = repr(value)
+    else:
+        values = [int(value)] if given is None else given.tolist()
+        outside = [v for v in values if not low <= v <= high]
+        if not outside:
+            if given is None:
+                return torch.full((rows,), values[0], dtype=torch.int64, device=device)
+            return given.to(device=device, dtype=torch.int64)
+        got = str(outside[0])
+    raise InputError.of(
+        f"noise: {name}",
+        expected=f"a whole number from {low} to {high}, or a tensor of them for each of {rows} rows",
+        got=got,
+        remedy="Pass e.g. Noise.of(rows, seed=0, position=7).",
+    )

@@ -1,0 +1,303 @@
+"""The one place that chooses: a decoding decision by the Triton kernels, or by torch where there are none.
+
+`step` combines the members' rows, measures the distribution and draws, in one pass over the rows. Both
+implementations keep the same contract and use the same noise, so that the same seed gives the same tokens:
+
+- the base owns the support; a companion's −inf, a weight of 0, or an id past its width is no shift;
+- arithmetic in float32 from bfloat16, float16 or float32 rows; entropies in nats;
+- a row with NaN or +inf: token −1 and NaN statistics; a row that is −inf throughout: token −1, log-sum-exp −inf;
+- a row's result does not depend on the rows around it, bit for bit, and nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+import torch
+
+from proxytune.errors import InputError
+from proxytune.formula import shift
+from proxytune.noise import Noise
+from proxytune.rows import Rows
+from proxytune.sampling import Sampling
+from proxytune.torch_step import decide
+
+__all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "step"]
+
+Impl = Literal["auto", "triton", "torch"]
+
+MAX_MEMBERS = 5
+"""Base and companions together."""
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What `step` found; None for what was not asked for. B rows, N draws; float32 where no dtype is given.
+
+    Attributes:
+        tokens: `[B, N]`, int64: the draws in the order of their keys; the argmax without `sampling`. −1 in a row that
+            has no distribution, and where fewer than N tokens are left.
+        logprobs: `[B, N]`, nats: log-probability of the token under the combined distribution itself (temperature 1,
+            nothing truncated). −inf beside a draw that found no token.
+        draw_logprobs: `[B, N]`, nats: under the distribution drawn from.
+        keys: `[B, N]`: `draw_logprobs` + Gumbel; descending. The (k+1)-th is the κ of Kool et al. 2019
+            (arXiv 1903.06059), from which the weights of k draws without replacement follow.
+        lse: `[B]`: log Σ exp(combined logits).
+        entropy: `[B]`, nats, at temperature 1 over all tokens.
+        varentropy: `[B]`, nats²: Σ p (log p + H)².
+        argmax: `[B]`, int64: the first of the largest.
+        kl: `[B]`, nats: KL(combined ‖ base).
+        temperature: `[B]`: the one used.
+        fork: `[B]`, bool: entropy above the fork threshold.
+        confidence: `[B]`, nats: −mean log p of the 20 most probable tokens (DeepConf, arXiv 2508.15260), of those that
+            are not masked where fewer are left; larger is more confident.
+        kept: `[B]`, int64: how many tokens could have been drawn.
+        scores: `[B, V]`: the combined logits.
+    """
+
+    tokens: torch.Tensor | None = None
+    logprobs: torch.Tensor | None = None
+    draw_logprobs: torch.Tensor | None = None
+    keys: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+    varentropy: torch.Tensor | None = None
+    argmax: torch.Tensor | None = None
+    kl: torch.Tensor | None = None
+    temperature: torch.Tensor | None = None
+    fork: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+
+
+OUTPUTS: tuple[str, ...] = tuple(Step.__dataclass_fields__)
+"""The names that `want` can hold."""
+
+_OF_DRAWS = frozenset({"draw_logprobs", "keys", "temperature", "fork", "kept"})
+
+
+def step(
+    members: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor = (1.0,),
+    *,
+    sampling: Sampling | None = None,
+    noise: Noise | None = None,
+    draws: int = 1,
+    want: Collection[str] = ("tokens",),
+    impl: Impl = "auto",
+) -> Step:
+    """Combine, measure and decide.
+
+    Args:
+        members: Logits of the base and up to four companions, `[B, V_i]` each, float32, float16 or bfloat16 in any mix,
+            on one device, the columns next to each other; V is the base's width.
+        weights: One finite weight per member, the base's first, or a float32 tensor `[B, M]`.
+        sampling: The settings of the draw; None for the argmax.
+        noise: The keys of the noise; needed with `sampling`.
+        draws: How many tokens to draw without replacement.
+        want: Which outputs to compute, names of `OUTPUTS`.
+        impl: "triton", "torch", or "auto": Triton for tensors on a GPU, where it is installed.
+
+    Returns:
+        The outputs asked for.
+
+    Raises:
+        InputError: If shapes, dtypes, devices or strides do not fit, k > V, or draws are asked for without settings and
+            noise. Nothing has been launched then.
+    """
+    _refuse_members(members, weights)
+    _refuse_request(members[0], sampling, noise, draws, want)
+    if choose(impl, members[0].device) == "triton":
+        return Step(**_kernels().step(members, _as_tensor(weights, members[0]), sampling, noise, draws, tuple(want)))
+    return Step(**decide(Rows(members, weights), sampling, noise, draws, want))
+
+
+def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Impl = "auto") -> torch.Tensor:
+    """The combined logits alone, for those who go on with them (a logits processor, a model's forward).
+
+    Args:
+        members: Logits of the base and the companions, `[..., V_i]`; companions may be on other devices.
+        weights: One finite weight per companion; the base's is 1.
+        impl: As in `step`.
+
+    Returns:
+        `[..., V]`, float32, on the base's device; −inf where the base is.
+
+    Raises:
+        InputError: If the number of weights is wrong.
+    """
+    base = members[0]
+    graph = torch.is_grad_enabled() and any(x.requires_grad for x in members)  # the kernels have no derivative
+    together = all(x.device == base.device and x.shape[:-1] == base.shape[:-1] for x in members)
+    known = 1 <= len(members) <= MAX_MEMBERS and len(weights) == len(members) - 1
+    if graph or not together or not known or base.numel() == 0 or choose(impl, base.device) == "torch":
+        return shift(base, members[1:], weights)
+    flat = [x.reshape(-1, x.shape[-1]) for x in members]
+    scores = step(flat, (1.0, *weights), want=("scores",), impl=impl).scores
+    assert scores is not None
+    return scores.view(base.shape)
+
+
+def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
+    """Which implementation runs.
+
+    Args:
+        impl: "auto", "triton" or "torch".
+        device: Where the logits are.
+
+    Returns:
+        "triton" or "torch".
+
+    Raises:
+        InputError: If `impl` is another word, or Triton was asked for where it cannot run.
+    """
+    if impl not in ("auto", "triton", "torch"):
+        raise InputError.of(
+            "impl", expected="'auto', 'triton' or 'torch'", got=repr(impl), remedy="Leave it out for 'auto'."
+        )
+    if impl == "torch":
+        return "torch"
+    reason = _why_not_triton(device.type)
+    if impl == "triton" and reason:
+        raise InputError.of(
+            "impl='triton'", expected="a GPU, and Triton installed", got=reason, remedy="Use impl='auto' or 'torch'."
+        )
+    # The interpreter is for tests: it runs only where it is asked for.
+    return "torch" if reason or (impl == "auto" and device.type != "cuda") else "triton"
+
+
+def _why_not_triton(device: str) -> str | None:
+    if not _has_triton():
+        return "no Triton in this environment"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"tensors on {device}"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _kernels() -> Any:
+    # Only here: importing Triton takes seconds, and there are systems without it.
+    return importlib.import_module("proxytune_kernels")
+
+
+# --- wrong use, before anything is launched -------------------------------------------------------------------------
+
+
+def _refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        raise InputError.of(
+            "members",
+            expected=f"1 to {MAX_MEMBERS} tensors of logits, the base first",
+            got=f"{len(members)}",
+            remedy="Pass step([base, expert, antiexpert], (1.0, alpha, -alpha)).",
+        )
+    base = members[0]
+    for i, x in enumerate(members):
+        if not isinstance(x, torch.Tensor):
+            raise InputError.of(f"member {i}", expected="a tensor [B, V]", got=f"a {type(x).__name__}", remedy=_FIT)
+        if x.ndim != 2 or x.shape[0] != base.shape[0] or 0 in x.shape:
+            shape = f"[{base.shape[0]}, V]" if i and base.ndim == 2 else "[B, V], neither of them 0"
+            raise InputError.of(f"member {i}", expected=f"a tensor {shape}", got=f"shape {list(x.shape)}", remedy=_FIT)
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError.of(
+                f"member {i}", expected="float32, float16 or bfloat16", got=str(x.dtype), remedy="Convert it first."
+            )
+        if x.device != base.device:
+            raise InputError.of(
+                f"member {i}", expected=f"logits on {base.device}, where the base's are", got=str(x.device), remedy=_FIT
+            )
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            raise InputError.of(
+                f"member {i}",
+                expected="columns next to each other (an inner stride of 1)",
+                got=f"strides {list(x.stride())}",
+                remedy="Call .contiguous() on it.",
+            )
+    if isinstance(weights, torch.Tensor):
+        if weights.shape != (base.shape[0], len(members)) or weights.dtype != torch.float32:
+            got = f"shape {list(weights.shape)}, {weights.dtype}"
+        elif weights.device != base.device:
+            got = f"a tensor on {weights.device}"
+        else:
+            return
+    elif len(weights) != len(members):
+        got = f"{len(weights)} numbers"
+    else:
+        wrong = [w for w in weights if not isinstance(w, int | float) or not abs(w) < float("inf")]
+        if not wrong:
+            return
+        got = repr(wrong[0])
+    raise InputError.of(
+        "weights",
+        expected=f"{len(members)} finite numbers, or float32 [{base.shape[0]}, {len(members)}] on {base.device}",
+        got=got,
+        remedy="The base's weight comes first: (1.0, alpha, -alpha).",
+    )
+
+
+_FIT = "All members' logits are of the same rows: pass e.g. outputs.logits[:, -1]."
+
+
+def _refuse_request(
+    base: torch.Tensor, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
+) -> None:
+    rows, width = base.shape
+    unknown = [name for name in want if name not in OUTPUTS]
+    if unknown or isinstance(want, str):
+        raise InputError.of(
+            "want",
+            expected=f"names of {', '.join(OUTPUTS)}",
+            got=repr(want if isinstance(want, str) else unknown[0]),
+            remedy='Pass e.g. want=("tokens", "entropy").',
+        )
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= width:
+        raise InputError.of("draws", expected=f"from 1 to {width} draws", got=repr(draws), remedy="Lower it.")
+    if sampling is None:
+        if noise is not None or draws != 1 or _OF_DRAWS & set(want):
+            what = "noise" if noise is not None else f"draws={draws}" if draws != 1 else min(_OF_DRAWS & set(want))
+            raise InputError.of(
+                "sampling", expected=f"settings to draw with, beside {what}", got="None", remedy="Pass Sampling.of(B)."
+            )
+        return
+    if noise is None:
+        raise InputError.of(
+            "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
+        )
+    for name, t in (("sampling", sampling.temperature), ("noise", noise.seed), ("noise", noise.position)):
+        if t.shape != (rows,) or t.device != base.device:
+            raise InputError.of(
+                name,
+                expected=f"keys and settings for {rows} rows on {base.device}",
+                got=f"shape {list(t.shape)} on {t.device}",
+                remedy=f"Pass {name.title()}.of({rows}, …, device=logits.device).",
+            )
+    if sampling.largest_k > width:
+        raise InputError.of(
+            "top_k",
+            expected=f"at most {width}, the width of the logits",
+            got=f"{sampling.largest_k}",
+            remedy="Lower it.",
+        )
+
+
+def _as_tensor(weights: Sequence[float] | torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    if isinstance(weights, torch.Tensor):
+        return weights
+    return _weights_on(tuple(float(w) for w in weights), base.shape[0], base.device)
+
+
+@cache
+def _weights_on(weights: tuple[float, ...], rows: int, device: torch.device) -> torch.Tensor:
+    # Kept, so that a step copies nothing to the device, which could not be captured in a graph.
+    return torch.tensor(weights, dtype=torch.float32, device=device).expand(rows, -1).contiguous()

@@ -1,0 +1,100 @@
+"""One decoding decision in torch: what `proxytune.ops.step` does where there is no Triton, and what it means.
+
+The same plan as the kernels', and the same noise: one pass over the members' rows leaves a few numbers per tile of 1024
+columns and the maximum of every 128; all that follows reads these, and goes back to the rows only for the tiles or
+groups that matter. On the CPU the pass goes chunk by chunk, so that no `[B, V]` temporary is made, and only a few
+hundred candidates are ever sorted. Elsewhere the sizes have to be known without waiting for the device, so all tokens
+are candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from proxytune.noise import Noise
+from proxytune.rows import CLAMP, FINITE, Rows, argmax, measure
+from proxytune.sampling import Sampling
+from proxytune.torch_draws import draw, largest_logits
+
+__all__ = ["CONFIDENCE_TOKENS", "decide"]
+
+CONFIDENCE_TOKENS = 20
+"""How many of the most probable tokens the confidence looks at (DeepConf, arXiv 2508.15260)."""
+
+
+def decide(
+    rows: Rows, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Measure the rows and draw.
+
+    Args:
+        rows: The members' rows.
+        sampling: The settings; None for the argmax.
+        noise: The keys of the noise; None only without `sampling`.
+        draws: How many draws without replacement.
+        want: Names of the outputs, see `proxytune.ops.Step`.
+
+    Returns:
+        The outputs by name.
+    """
+    tiles = measure(rows, sampling, want)
+    top = tiles["max"].amax(1)  # [B]
+    bad, dead = top == torch.inf, top == FINITE
+    undecided = bad | dead
+    out = _statistics(tiles, top)
+    if "lse" in out:
+        # Nothing but −inf has a sum of 0; what is no number has none.
+        lse, out["lse"] = out["lse"], out["lse"].masked_fill(dead, -torch.inf).masked_fill(bad, torch.nan)
+        if "confidence" in want:
+            out["confidence"] = lse - largest_logits(rows, tiles["groups"], CONFIDENCE_TOKENS)
+    if "argmax" in want or sampling is None:
+        out["argmax"] = argmax(rows, tiles["max"], top)
+    if sampling is None:
+        out["tokens"] = out["argmax"][:, None]
+        out["relative"] = torch.zeros_like(top)[:, None]
+    else:
+        assert noise is not None
+        out |= draw(rows, tiles, out.get("entropy"), top, sampling, noise, draws)
+        out["fork"] = out["fork"] & ~undecided
+        out["kept"] = out["kept"].masked_fill(undecided, 0)
+    if "logprobs" in want:
+        out["logprobs"] = out["relative"] - out["log_total"][:, None]
+    for name in out.keys() & {"tokens", "argmax"}:
+        out[name] = _masked(out[name], undecided, -1)
+    measured = {"entropy", "varentropy", "kl", "confidence", "temperature", "logprobs", "draw_logprobs", "keys"}
+    for name in out.keys() & measured:
+        out[name] = _masked(out[name], undecided, torch.nan)
+    if "scores" in want:
+        out["scores"] = tiles["scores"]
+    return {name: out[name] for name in want}
+
+
+def _masked(x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:
+    return x.masked_fill(rows[:, None] if x.ndim == 2 else rows, value)
+
+
+def _statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Merge the tiles' sums, each relative to its own maximum, into those of the row: at temperature 1, in nats."""
+    out: dict[str, torch.Tensor] = {}
+    if "s" not in tiles:
+        return out
+    s = tiles["s"]
+    relative = (tiles["max"] - top[:, None]).clamp(min=CLAMP)  # [B, tiles]
+    weight = relative.exp()
+    total = (s * weight).sum(1)
+    out["log_total"] = log_total = total.log()
+    out["lse"] = top + log_total
+    if "t1" in tiles:
+        mean = ((tiles["t1"] + relative * s) * weight).sum(1) / total
+        square = ((tiles["t2"] + 2 * relative * tiles["t1"] + relative * relative * s) * weight).sum(1) / total
+        out["entropy"] = (log_total - mean).clamp(min=0.0)
+        out["varentropy"] = (square - mean * mean).clamp(min=0.0)
+    if "shift" in tiles:
+        base_top = tiles["base max"].amax(1)
+        base_weight = (tiles["base max"] - base_top[:, None]).clamp(min=CLAMP).exp()
+        base_log_total = (tiles["base s"] * base_weight).sum(1).log()
+        mean_shift = (tiles["shift"] * weight).sum(1) / total
+        out["kl"] = (mean_shift - (top - base_top) - (log_total - base_log_total)).clamp(min=0.0)
+    return out
