@@ -194,7 +194,7 @@ def _draw_truncated(
             break
         # Whether the candidates are enough is seen afterwards; if not, more groups.
         found = real.sum(1)
-        nothing_below = (floor - top) * inverse[:, 0] <= sampling.log_min_p
+        nothing_below = (floor - top) * inverse[:, 0] < sampling.log_min_p
         enough = torch.where(
             sampling.top_k > 0,
             (found >= sampling.top_k) | (nothing_below & (sampling.top_p == 1)),

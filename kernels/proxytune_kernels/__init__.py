@@ -1,4 +1,13 @@
 """Triton kernels of proxytune: a leaf package that imports torch and triton and nothing of proxytune.
 
-Empty until the fused kernels land; the folder above is deliberately not a package (see `tests/test_packaging.py`).
+The folder above is deliberately not a package: it would shadow the `kernels` package that transformers imports.
+
+`step` runs K1 (`tiles.steer_tiles`: one pass over the members' rows) and K2 (`resolve.resolve`: from its sums to
+statistics and draws); with the combined logits as the only output, K1 alone (K3).
 """
+
+from __future__ import annotations
+
+from proxytune_kernels.launch import GROUP, TILE, step
+
+__all__ = ["GROUP", "TILE", "step"]

@@ -1,0 +1,271 @@
+"""Candidates for a truncated draw: a bound that leaves few tokens, found from the groups' maxima, certified afterwards.
+
+The tokens above the j-th largest group maximum lie in the groups whose maximum is above it. They are gathered, and
+only then is it asked whether they are enough for the k largest, the mass p, or the top 20; if not, j is made larger.
+Thresholds are found by bisection on the ordered bits of float32, so they are exact.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from proxytune_kernels.rows import CLAMP, combined, key_of, value_of
+
+__all__ = ["count_from", "gather", "group_bound", "read_block", "threshold_by_count", "threshold_by_mass"]
+
+
+@triton.jit
+def group_bound(g, present, wanted, n_groups):
+    """A number that about `wanted` group maxima reach, at least as many.
+
+    Args:
+        g: Block of group maxima, float32.
+        present: Block of bool: which are above −inf.
+        wanted: How many at least.
+        n_groups: How many groups there are.
+
+    Returns:
+        float32; −inf where that is all of them.
+    """
+    key = key_of(g)
+    count = tl.sum(present.to(tl.int32), axis=0)
+    lo = tl.min(tl.where(present, key, 2147483647), axis=0).to(tl.int64)
+    hi = tl.max(tl.where(present, key, -2147483648), axis=0).to(tl.int64) + 1
+    everything = (wanted >= n_groups) | (count <= wanted)
+    # A few more than wanted do no harm, so the search may stop early.
+    while (hi - lo > 1) & (count > wanted + (wanted >> 2)):
+        mid = lo + (hi - lo) // 2
+        reached = tl.sum((present & (key >= mid.to(tl.int32))).to(tl.int32), axis=0)
+        if reached >= wanted:
+            lo = mid
+            count = reached
+        else:
+            hi = mid
+    return tl.where(everything, float("-inf"), value_of(lo.to(tl.int32)))
+
+
+@triton.jit
+def read_block(
+    members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s, temperature,
+    in_block, count, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
+):  # fmt: skip
+    """Some of the candidates: those that were stored, or those of a few live groups, read again.
+
+    Args:
+        members: As in `combined`.
+        strides: As in `combined`.
+        widths: As in `combined`.
+        weights: As in `combined`.
+        live_groups: The row's list of live groups.
+        block_z: The row's stored candidates.
+        block_ids: Their columns.
+        row: The row.
+        number: Which part; only 0 if they are stored.
+        live: Number of live groups.
+        floor_s: The bound, divided by the temperature.
+        temperature: Scalar.
+        in_block: Whether the candidates are stored.
+        count: How many are.
+        M: Number of members.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+
+    Returns:
+        Blocks of `PER_READ · GROUP`: combined logits, the same divided by the temperature, columns, which are candidates.
+    """
+    BLOCK: tl.constexpr = PER_READ * GROUP
+    at = tl.arange(0, BLOCK)
+    if in_block:
+        there = at < count
+        z = tl.load(block_z + at, mask=there, other=float("-inf"))
+        ids = tl.load(block_ids + at, mask=there, other=2147483647)
+    else:
+        slot = number * PER_READ + at // GROUP
+        group = tl.load(live_groups + slot, mask=slot < live, other=0)
+        ids = group * GROUP + at % GROUP
+        z, _ = combined(members, strides, widths, weights, row, ids, M, False)
+        z = tl.where(slot < live, z, float("-inf"))
+    # The order of transformers: ties are those of the logits divided by T, as rounded.
+    s = tl.div_rn(z, temperature)
+    return z, s, ids, (z > float("-inf")) & (s >= floor_s)
+
+
+@triton.jit
+def gather(
+    members, strides, widths, weights, live_groups, block_z, block_ids, row, g, present, floor, temperature, top,
+    M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """List the live groups, count the candidates in them and store the first ones.
+
+    Args:
+        members: As in `combined`.
+        strides: As in `combined`.
+        widths: As in `combined`.
+        weights: As in `combined`.
+        live_groups: Out: the numbers of the live groups.
+        block_z: Out: the logits of the first `PER_READ · GROUP` candidates.
+        block_ids: Out: their columns.
+        row: The row.
+        g: Block of group maxima.
+        present: Which are above −inf.
+        floor: The bound of the logits.
+        temperature: Scalar.
+        top: The row's largest logit.
+        M: Number of members.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+        GROUPS_PADDED: Length of `g`.
+
+    Returns:
+        Number of live groups, of candidates, and their mass Σ exp((z − top)/T).
+    """
+    inverse = tl.div_rn(1.0, temperature)
+    floor_s = tl.div_rn(floor, temperature)
+    is_live = present & (tl.div_rn(g, temperature) >= floor_s)
+    place = tl.cumsum(is_live.to(tl.int32), axis=0) - 1
+    live = tl.sum(is_live.to(tl.int32), axis=0)
+    # Other threads read what is written here, and may still be reading what was there before.
+    tl.debug_barrier()
+    tl.store(live_groups + place, tl.arange(0, GROUPS_PADDED), mask=is_live)
+    tl.debug_barrier()
+    BLOCK: tl.constexpr = PER_READ * GROUP
+    count = 0
+    mass = 0.0
+    for number in range(0, tl.cdiv(live, PER_READ)):
+        z, _, ids, ok = read_block(
+            members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s, temperature,
+            False, 0, M, GROUP, PER_READ,
+        )  # fmt: skip
+        to = tl.cumsum(ok.to(tl.int32), axis=0) - 1 + count
+        tl.store(block_z + to, z, mask=ok & (to < BLOCK))
+        tl.store(block_ids + to, ids, mask=ok & (to < BLOCK))
+        count += tl.sum(ok.to(tl.int32), axis=0)
+        mass += tl.sum(tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
+    tl.debug_barrier()
+    return live, count, mass
+
+
+@triton.jit
+def count_from(key, ok, least):
+    """How many of a block are at or above a threshold.
+
+    Args:
+        key: Block of int32, see `key_of`.
+        ok: Block of bool, which count at all.
+        least: int32.
+
+    Returns:
+        int32.
+    """
+    return tl.sum((ok & (key >= least)).to(tl.int32), axis=0)
+
+
+@triton.jit
+def threshold_by_count(
+    members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature, in_block, count,
+    lo, hi, wanted, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
+):  # fmt: skip
+    """The largest threshold that `wanted` candidates reach, by bisection.
+
+    Args:
+        members: As in `combined`.
+        strides: As in `combined`.
+        widths: As in `combined`.
+        weights: As in `combined`.
+        live_groups: As in `read_block`.
+        block_z: As in `read_block`.
+        block_ids: As in `read_block`.
+        row: The row.
+        live: Number of live groups.
+        floor_s: The bound, divided by the temperature.
+        temperature: Scalar.
+        in_block: Whether all candidates are stored.
+        count: Number of candidates.
+        lo: int64, a key that all candidates reach.
+        hi: int64, a key that none reaches.
+        wanted: How many.
+        M: Number of members.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+
+    Returns:
+        int64, the key; `lo` where there are fewer candidates.
+    """
+    parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
+    _, s, _, ok = read_block(
+        members, strides, widths, weights, live_groups, block_z, block_ids, row, 0, live, floor_s, temperature,
+        in_block, count, M, GROUP, PER_READ,
+    )  # fmt: skip
+    key = key_of(s)
+    while hi - lo > 1:
+        mid = lo + (hi - lo) // 2
+        reached = count_from(key, ok, mid.to(tl.int32))
+        for number in range(1, parts):
+            _, s, _, more = read_block(
+                members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+                temperature, in_block, count, M, GROUP, PER_READ,
+            )  # fmt: skip
+            reached += count_from(key_of(s), more, mid.to(tl.int32))
+        if reached >= wanted:
+            lo = mid
+        else:
+            hi = mid
+    return lo
+
+
+@triton.jit
+def threshold_by_mass(
+    members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature, in_block, count,
+    lo, hi, wanted, top, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
+):  # fmt: skip
+    """The largest threshold whose candidates hold the mass `wanted`, by bisection.
+
+    Args:
+        members: As in `combined`.
+        strides: As in `combined`.
+        widths: As in `combined`.
+        weights: As in `combined`.
+        live_groups: As in `read_block`.
+        block_z: As in `read_block`.
+        block_ids: As in `read_block`.
+        row: The row.
+        live: Number of live groups.
+        floor_s: The bound, divided by the temperature.
+        temperature: Scalar.
+        in_block: Whether all candidates are stored.
+        count: Number of candidates.
+        lo: int64, the key from which on candidates count.
+        hi: int64, a key that none reaches.
+        wanted: Mass, Σ exp((z − top)/T).
+        top: The row's largest logit.
+        M: Number of members.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+
+    Returns:
+        int64, the key; `lo` where the mass is not reached.
+    """
+    inverse = tl.div_rn(1.0, temperature)
+    parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
+    z, s, _, ok = read_block(
+        members, strides, widths, weights, live_groups, block_z, block_ids, row, 0, live, floor_s, temperature,
+        in_block, count, M, GROUP, PER_READ,
+    )  # fmt: skip
+    key = key_of(s)
+    e = tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0)
+    while hi - lo > 1:
+        mid = lo + (hi - lo) // 2
+        mass = tl.sum(tl.where(key >= mid.to(tl.int32), e, 0.0), axis=0)
+        for number in range(1, parts):
+            z, s, _, more = read_block(
+                members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+                temperature, in_block, count, M, GROUP, PER_READ,
+            )  # fmt: skip
+            inside = more & (key_of(s) >= mid.to(tl.int32))
+            mass += tl.sum(tl.where(inside, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
+        if mass >= wanted:
+            lo = mid
+        else:
+            hi = mid
+    return lo

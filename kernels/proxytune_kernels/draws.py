@@ -1,0 +1,305 @@
+"""The draw of one row, inside K2: in two levels where nothing is truncated, else among candidates."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from proxytune_kernels.candidates import gather, group_bound, read_block, threshold_by_count, threshold_by_mass
+from proxytune_kernels.rows import CLAMP, combined, conditioned, gumbel, key_of
+
+__all__ = ["confidence", "draw_plain", "draw_truncated"]
+
+# Streams of noise, as in `proxytune.noise`.
+TOKENS = tl.constexpr(0)
+TILES = tl.constexpr(1)
+ROUNDS = tl.constexpr(10)
+NOWHERE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def _first_after(key, ids, previous_key, previous_id):
+    """The largest key after another one in the order (key falling, id rising), and its id."""
+    left = (key < previous_key) | ((key == previous_key) & (ids > previous_id))
+    best = tl.max(tl.where(left, key, float("-inf")), axis=0)
+    return best, tl.min(tl.where(left & (key == best), ids, NOWHERE), axis=0)
+
+
+@triton.jit
+def _store(tokens, logprobs, draw_logprobs, keys, at, token, logprob, draw_logprob, key):
+    found = key > float("-inf")
+    tl.store(tokens + at, tl.where(found, token, -1).to(tl.int64))
+    tl.store(logprobs + at, tl.where(found, logprob, float("-inf")))
+    tl.store(draw_logprobs + at, tl.where(found, draw_logprob, float("-inf")))
+    tl.store(keys + at, tl.where(found, key, float("-inf")))
+
+
+@triton.jit
+def draw_plain(
+    members, strides, widths, weights, seed, position, stream, branch, tokens, logprobs, draw_logprobs, keys,
+    row, t, mass, relative, top, log_total_raw, inverse, log_total, draws,
+    M: tl.constexpr, TILE: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Gumbel-top-k in two levels: tiles by their perturbed mass, then tokens inside the best ones only.
+
+    Args:
+        members: As in `combined`.
+        strides: As in `combined`.
+        widths: As in `combined`.
+        weights: As in `combined`.
+        seed: Key of the noise, int64.
+        position: uint32.
+        stream: uint32.
+        branch: uint32.
+        tokens: Out, `[B, draws]`, int64.
+        logprobs: Out, `[B, draws]`.
+        draw_logprobs: Out, `[B, draws]`.
+        keys: Out, `[B, draws]`.
+        row: The row.
+        t: Block of tile numbers.
+        mass: Block of tile masses at the temperature, relative to the tile's maximum; 0 for none.
+        relative: Block, (tile's maximum − top) / T.
+        top: The row's largest logit.
+        log_total_raw: log Σ exp(z − top).
+        inverse: 1/T.
+        log_total: log Σ exp((z − top)/T).
+        draws: How many.
+        M: Number of members.
+        TILE: Columns per tile.
+        ONE: Whether `draws` is 1.
+    """
+    log_mass = tl.where(mass > 0.0, tl.log(tl.where(mass > 0.0, mass, 1.0)) + relative, float("-inf")) - log_total
+    tile_key = log_mass + gumbel(seed, t.to(tl.uint32), position, stream, branch * 4 + TILES, ROUNDS)
+    columns = tl.arange(0, TILE)
+    if ONE:
+        key, tile = _first_after(tile_key, t, float("inf"), -1)
+        ids = tile * TILE + columns
+        z, _ = combined(members, strides, widths, weights, row, ids, M, False)
+        logp = (z - top) * inverse - log_total
+        perturbed = logp + gumbel(seed, ids.to(tl.uint32), position, stream, branch * 4 + TOKENS, ROUNDS)
+        _, token = _first_after(perturbed, ids, float("inf"), -1)
+        rel = tl.max(tl.where(ids == token, z - top, float("-inf")), axis=0)
+        _store(tokens, logprobs, draw_logprobs, keys, row, token, rel - log_total_raw, rel * inverse - log_total, key)
+    else:
+        last_key = tl.full((), float("inf"), tl.float32)
+        last = tl.full((), -1, tl.int32)
+        for draw in range(0, draws):
+            key = tl.full((), float("-inf"), tl.float32)
+            token = tl.full((), NOWHERE, tl.int32)
+            rel = tl.full((), 0.0, tl.float32)
+            above = tl.full((), float("inf"), tl.float32)
+            tile = tl.full((), -1, tl.int32)
+            # The n-th best token lies in one of the n best tiles.
+            for _ in range(0, draw + 1):
+                above, tile = _first_after(tile_key, t, above, tile)
+                if above > float("-inf"):
+                    ids = tile * TILE + columns
+                    z, _ = combined(members, strides, widths, weights, row, ids, M, False)
+                    logp = (z - top) * inverse - log_total
+                    noise = gumbel(seed, ids.to(tl.uint32), position, stream, branch * 4 + TOKENS, ROUNDS)
+                    within = conditioned(logp + noise, above)
+                    best, at = _first_after(within, ids, last_key, last)
+                    if (best > key) | ((best == key) & (at < token)):
+                        key = best
+                        token = at
+                        rel = tl.max(tl.where(ids == at, z - top, float("-inf")), axis=0)
+            _store(
+                tokens, logprobs, draw_logprobs, keys, row * draws + draw,
+                token, rel - log_total_raw, rel * inverse - log_total, key,
+            )  # fmt: skip
+            last_key = key
+            last = token
+
+
+@triton.jit
+def draw_truncated(
+    members, strides, widths, weights, groups, live_groups, block_z, block_ids, seed, position, stream, branch,
+    tokens, logprobs, draw_logprobs, keys, row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups,
+    draws, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Top-k, top-p and min-p in the order of transformers, ties kept, and Gumbel-top-k among what is kept.
+
+    Args:
+        members: As in `combined`.
+        strides: As in `combined`.
+        widths: As in `combined`.
+        weights: As in `combined`.
+        groups: The row's group maxima.
+        live_groups: Workspace of the row.
+        block_z: Workspace of the row.
+        block_ids: Workspace of the row.
+        seed: As in `draw_plain`; so the noise's other keys.
+        position: uint32.
+        stream: uint32.
+        branch: uint32.
+        tokens: Out, as in `draw_plain`.
+        logprobs: Out.
+        draw_logprobs: Out.
+        keys: Out.
+        row: The row.
+        top: The row's largest logit.
+        temperature: Scalar.
+        total: Σ exp((z − top)/T) over all tokens.
+        log_total_raw: log Σ exp(z − top).
+        top_k: 0 for off.
+        top_p: 1 for off.
+        log_min_p: −inf for off.
+        n_groups: Number of groups.
+        draws: How many.
+        M: Number of members.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
+
+    Returns:
+        How many tokens were kept, int32.
+    """
+    inverse = tl.div_rn(1.0, temperature)
+    at = tl.arange(0, GROUPS_PADDED)
+    g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
+    present = g > float("-inf")
+    wanted = tl.where(top_k > 0, top_k, 32)
+    floor = tl.full((), 0.0, tl.float32)
+    live = tl.full((), 0, tl.int32)
+    count = tl.full((), 0, tl.int32)
+    enough = tl.full((), 0, tl.int32)
+    while enough == 0:
+        floor = group_bound(g, present, wanted, n_groups)
+        live, count, mass = gather(
+            members, strides, widths, weights, live_groups, block_z, block_ids, row, g, present, floor, temperature, top,
+            M, GROUP, PER_READ, GROUPS_PADDED,
+        )  # fmt: skip
+        nothing_below = (floor - top) * inverse < log_min_p
+        by_k = (count >= top_k) | (nothing_below & (top_p == 1.0))
+        by_p = nothing_below | ((mass >= top_p * total) & (top_p < 1.0))
+        certain = ((top_k > 0) & by_k) | ((top_k == 0) & by_p) | (floor == float("-inf"))
+        enough = certain.to(tl.int32)
+        wanted = tl.minimum(wanted, 536870911) * 4
+
+    floor_s = tl.div_rn(floor, temperature)
+    in_block = count <= PER_READ * GROUP
+    hi = key_of(tl.div_rn(top, temperature)).to(tl.int64) + 1
+    least = key_of(tl.maximum(floor_s, -3.4028234663852886e38)).to(tl.int64)
+    total_inside = total
+    if top_k > 0:
+        least = threshold_by_count(
+            members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature,
+            in_block, count, least, hi, top_k, M, GROUP, PER_READ,
+        )  # fmt: skip
+    parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
+    if top_p < 1.0:
+        if top_k > 0:
+            total_inside = 0.0
+            for number in range(0, parts):
+                z, s, ids, ok = read_block(
+                    members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+                    temperature, in_block, count, M, GROUP, PER_READ,
+                )  # fmt: skip
+                ok = ok & (key_of(s) >= least.to(tl.int32))
+                total_inside += tl.sum(tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
+        least = threshold_by_mass(
+            members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature,
+            in_block, count, least, hi, top_p * total_inside, top, M, GROUP, PER_READ,
+        )  # fmt: skip
+    kept = tl.full((), 0, tl.int32)
+    mass_kept = tl.full((), 0.0, tl.float32)
+    for number in range(0, parts):
+        z, s, ids, ok = read_block(
+            members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+            temperature, in_block, count, M, GROUP, PER_READ,
+        )  # fmt: skip
+        rel = (z - top) * inverse
+        ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
+        kept += tl.sum(ok.to(tl.int32), axis=0)
+        mass_kept += tl.sum(tl.where(ok, tl.exp(tl.maximum(rel, CLAMP)), 0.0), axis=0)
+    log_kept = tl.log(mass_kept)
+    last_key = tl.full((), float("inf"), tl.float32)
+    last = tl.full((), -1, tl.int32)
+    for draw in range(0, draws):
+        key = tl.full((), float("-inf"), tl.float32)
+        token = tl.full((), NOWHERE, tl.int32)
+        drawn = tl.full((), 0.0, tl.float32)
+        for number in range(0, parts):
+            z, s, ids, ok = read_block(
+                members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+                temperature, in_block, count, M, GROUP, PER_READ,
+            )  # fmt: skip
+            rel = (z - top) * inverse
+            ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
+            noise = gumbel(seed, ids.to(tl.uint32), position, stream, branch * 4 + TOKENS, ROUNDS)
+            best, best_id = _first_after(tl.where(ok, rel - log_kept + noise, float("-inf")), ids, last_key, last)
+            if (best > key) | ((best == key) & (best_id < token)):
+                key = best
+                token = best_id
+                drawn = tl.max(tl.where(ok & (ids == best_id), z - top, float("-inf")), axis=0)
+        _store(
+            tokens, logprobs, draw_logprobs, keys, row * draws + draw,
+            token, drawn - log_total_raw, drawn * inverse - log_kept, key,
+        )  # fmt: skip
+        last_key = key
+        last = token
+    return kept
+
+
+@triton.jit
+def confidence(
+    members, strides, widths, weights, groups, live_groups, block_z, block_ids, row, top, log_total, n_groups,
+    M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr, TOKENS_SEEN: tl.constexpr,
+):  # fmt: skip
+    """−mean log p of the most probable tokens (DeepConf, arXiv 2508.15260), at temperature 1.
+
+    Args:
+        members: As in `combined`.
+        strides: As in `combined`.
+        widths: As in `combined`.
+        weights: As in `combined`.
+        groups: The row's group maxima.
+        live_groups: Workspace of the row.
+        block_z: Workspace of the row.
+        block_ids: Workspace of the row.
+        row: The row.
+        top: The row's largest logit.
+        log_total: log Σ exp(z − top).
+        n_groups: Number of groups.
+        M: Number of members.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
+        TOKENS_SEEN: How many tokens.
+
+    Returns:
+        float32, nats.
+    """
+    at = tl.arange(0, GROUPS_PADDED)
+    g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
+    present = g > float("-inf")
+    floor = group_bound(g, present, TOKENS_SEEN, n_groups)
+    live, count, _ = gather(
+        members, strides, widths, weights, live_groups, block_z, block_ids, row, g, present, floor, 1.0, top,
+        M, GROUP, PER_READ, GROUPS_PADDED,
+    )  # fmt: skip
+    in_block = count <= PER_READ * GROUP
+    least = key_of(tl.maximum(floor, -3.4028234663852886e38)).to(tl.int64)
+    hi = key_of(top).to(tl.int64) + 1
+    least = threshold_by_count(
+        members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor, 1.0, in_block, count,
+        least, hi, TOKENS_SEEN, M, GROUP, PER_READ,
+    )  # fmt: skip
+    above = tl.full((), 0, tl.int32)
+    summed = tl.full((), 0.0, tl.float32)
+    lowest = top
+    for number in range(0, tl.where(in_block, 1, tl.cdiv(live, PER_READ))):
+        z, _, _, ok = read_block(
+            members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor, 1.0,
+            in_block, count, M, GROUP, PER_READ,
+        )  # fmt: skip
+        ok = ok & (key_of(z) >= least.to(tl.int32))
+        lowest = tl.minimum(lowest, tl.min(tl.where(ok, z, top), axis=0))
+        # Relative to the top, so that the sum keeps its digits.
+        over = ok & (key_of(z) > least.to(tl.int32))
+        above += tl.sum(over.to(tl.int32), axis=0)
+        summed += tl.sum(tl.where(over, z - top, 0.0), axis=0)
+    seen = tl.minimum(count, TOKENS_SEEN)
+    # What ties at the threshold fills up the number.
+    summed += (seen - above).to(tl.float32) * (lowest - top)
+    return log_total - tl.div_rn(summed, seen.to(tl.float32))

@@ -1,0 +1,118 @@
+"""K1: one pass over the members' rows. A program takes one tile of one row and leaves a few sums of it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from proxytune_kernels.rows import CLAMP, FINITE, combined
+
+__all__ = ["FIELDS", "steer_tiles"]
+
+FIELDS = ("max", "s", "t1", "t2", "mass", "fork mass", "base max", "base s", "shift", "live")
+"""What a tile leaves, in the order of the workspace `[B, FIELDS, tiles]`."""
+
+
+@triton.jit
+def _tile(
+    members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+    row, tile, V, tiles, scores_stride,
+    M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
+    RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
+    GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    cols = tile * TILE + tl.arange(0, TILE)
+    z, base = combined(members, strides, widths, weights, row, cols, M, FULL)
+    if SCORES:
+        if FULL:
+            tl.store(scores + row * scores_stride + cols, z)
+        else:
+            tl.store(scores + row * scores_stride + cols, z, mask=cols < V)
+    out = part + row * FIELDS * tiles + tile
+    # What is no number counts as +inf, so that a maximum of +inf tells of both; reductions treat NaN in several ways.
+    z = tl.where(z == z, z, float("inf"))
+    if GROUPS:
+        PER_TILE: tl.constexpr = TILE // GROUP
+        g = tl.max(tl.reshape(z, (PER_TILE, GROUP)), axis=1)
+        tl.store(groups + (row * tiles + tile) * PER_TILE + tl.arange(0, PER_TILE), g)
+        top = tl.maximum(tl.max(g, axis=0), FINITE)
+    else:
+        top = tl.maximum(tl.max(z, axis=0), FINITE)
+    tl.store(out, top)
+    if LIVE:
+        tl.store(out + 9 * tiles, tl.sum((z > float("-inf")).to(tl.float32), axis=0))
+    d = z - top
+    if MASS:
+        inverse = tl.div_rn(1.0, tl.load(temperature + row))
+        # Clamped after the division: masked tokens have no mass at any temperature.
+        tl.store(out + 4 * tiles, tl.sum(tl.exp(tl.maximum(d * inverse, CLAMP)), axis=0))
+    if FORK:
+        inverse = tl.div_rn(1.0, tl.load(fork_temperature + row))
+        tl.store(out + 5 * tiles, tl.sum(tl.exp(tl.maximum(d * inverse, CLAMP)), axis=0))
+    if RAW:
+        d = tl.maximum(d, CLAMP)
+        e = tl.exp(d)
+        tl.store(out + 1 * tiles, tl.sum(e, axis=0))
+        if MOMENTS:
+            de = d * e
+            tl.store(out + 2 * tiles, tl.sum(de, axis=0))
+            tl.store(out + 3 * tiles, tl.sum(de * d, axis=0))
+        if KL:
+            tl.store(out + 8 * tiles, tl.sum(tl.where(base == float("-inf"), 0.0, (z - base) * e), axis=0))
+    if KL:
+        base_top = tl.maximum(tl.max(base, axis=0), FINITE)
+        tl.store(out + 6 * tiles, base_top)
+        tl.store(out + 7 * tiles, tl.sum(tl.exp(tl.maximum(base - base_top, CLAMP)), axis=0))
+
+
+@triton.jit
+def steer_tiles(
+    members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+    V, inside, tiles, scores_stride,
+    M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
+    RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
+    GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr,
+):  # fmt: skip
+    """Combine a tile and reduce it. Grid (tiles, B), one warp: a row's result cannot depend on the batch.
+
+    Args:
+        members: Tuple of M pointers to rows of logits, the base first.
+        strides: Tuple of M row strides.
+        widths: Tuple of M widths.
+        weights: `[B, M]`, float32.
+        temperature: `[B]`, float32.
+        fork_temperature: `[B]`, float32.
+        part: Out, `[B, FIELDS, tiles]`, float32, see `FIELDS`.
+        groups: Out, `[B, tiles · TILE / GROUP]`, float32, the maximum of every group.
+        scores: Out, `[B, V]`, float32, the combined logits.
+        V: The base's width.
+        inside: Columns that every member has.
+        tiles: Number of tiles.
+        scores_stride: Row stride of `scores`.
+        M: Number of members.
+        TILE: Columns per tile.
+        GROUP: Columns per group.
+        FIELDS: Number of fields.
+        RAW: Whether "s" is wanted; so the others for theirs.
+        MOMENTS: "t1" and "t2".
+        MASS: "mass".
+        FORK: "fork mass".
+        KL: "base max", "base s", "shift".
+        GROUPS: The groups' maxima.
+        LIVE: "live".
+        SCORES: The combined logits.
+    """
+    tile = tl.program_id(0)
+    row = tl.program_id(1).to(tl.int64)
+    if tile * TILE + TILE <= inside:
+        _tile(
+            members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+            row, tile, V, tiles, scores_stride, M, TILE, GROUP, FIELDS,
+            RAW, MOMENTS, MASS, FORK, KL, GROUPS, LIVE, SCORES, True,
+        )  # fmt: skip
+    else:
+        _tile(
+            members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+            row, tile, V, tiles, scores_stride, M, TILE, GROUP, FIELDS,
+            RAW, MOMENTS, MASS, FORK, KL, GROUPS, LIVE, SCORES, False,
+        )  # fmt: skip
