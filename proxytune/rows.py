@@ -71,6 +71,9 @@ class Rows:
             `[B, stop − start]`, float32.
         """
         base, *companions = (x[:, start:stop] for x in self._members)
+        if isinstance(self._weights, torch.Tensor):
+            # A companion's end is the end of the shift only in the rows in which it has a weight: as −inf it is.
+            companions = [_filled(x, base.shape[1]) for x in companions]
         return shift(base, companions, self._weights, self._base_weight)
 
     def at(self, ids: torch.Tensor) -> torch.Tensor:
@@ -161,6 +164,12 @@ def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dic
             add("t1", e.sum(-1))
             add("t2", e.mul_(d).sum(-1))
     return {name: torch.cat(values, 1) if len(values) > 1 else values[0] for name, values in parts.items()}
+
+
+def _filled(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`[B, C]` → `[B, width]` at least, −inf where it has ended."""
+    missing = width - x.shape[1]
+    return torch.nn.functional.pad(x, (0, missing), value=-torch.inf) if missing > 0 else x
 
 
 def _tiled(x: torch.Tensor, fill: float) -> torch.Tensor:
