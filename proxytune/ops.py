@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 
+from proxytune.checks import MAX_MEMBERS, OUTPUTS, refuse_members, refuse_request
 from proxytune.errors import InputError
 from proxytune.formula import shift
 from proxytune.noise import Noise
@@ -30,9 +31,6 @@ from proxytune.torch_step import decide
 __all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "step"]
 
 Impl = Literal["auto", "triton", "torch"]
-
-MAX_MEMBERS = 5
-"""Base and companions together."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,12 +74,6 @@ class Step:
     scores: torch.Tensor | None = None
 
 
-OUTPUTS: tuple[str, ...] = tuple(Step.__dataclass_fields__)
-"""The names that `want` can hold."""
-
-_OF_DRAWS = frozenset({"draw_logprobs", "keys", "temperature", "fork", "kept"})
-
-
 def step(
     members: Sequence[torch.Tensor],
     weights: Sequence[float] | torch.Tensor = (1.0,),
@@ -111,11 +103,28 @@ def step(
         InputError: If shapes, dtypes, devices or strides do not fit, k > V, or draws are asked for without settings and
             noise. Nothing has been launched then.
     """
-    _refuse_members(members, weights)
-    _refuse_request(members[0], sampling, noise, draws, want)
+    refuse_members(members, weights)
+    refuse_request(members[0], sampling, noise, draws, want)
+    names = tuple(dict.fromkeys(want))
+    if torch.compiler.is_compiling():
+        # One node of the graph; plain calls do without, since the dispatcher costs more than the launch.
+        given = weights if isinstance(weights, torch.Tensor) else _constant(weights, members[0])
+        return Step(**dict(zip(names, _in_graph(members, given, sampling, noise, draws, names, impl), strict=True)))
+    return Step(**_run(members, weights, sampling, noise, draws, names, impl))
+
+
+def _run(
+    members: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    sampling: Sampling | None,
+    noise: Noise | None,
+    draws: int,
+    names: tuple[str, ...],
+    impl: str,
+) -> dict[str, torch.Tensor]:
     if choose(impl, members[0].device) == "triton":
-        return Step(**_kernels().step(members, _as_tensor(weights, members[0]), sampling, noise, draws, tuple(want)))
-    return Step(**decide(Rows(members, weights), sampling, noise, draws, want))
+        return _kernels().step(members, _as_tensor(weights, members[0]), sampling, noise, draws, names)
+    return decide(Rows(members, weights), sampling, noise, draws, names)
 
 
 def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Impl = "auto") -> torch.Tensor:
@@ -191,106 +200,6 @@ def _kernels() -> Any:
     return importlib.import_module("proxytune_kernels")
 
 
-# --- wrong use, before anything is launched -------------------------------------------------------------------------
-
-
-def _refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
-    if not 1 <= len(members) <= MAX_MEMBERS:
-        raise InputError.of(
-            "members",
-            expected=f"1 to {MAX_MEMBERS} tensors of logits, the base first",
-            got=f"{len(members)}",
-            remedy="Pass step([base, expert, antiexpert], (1.0, alpha, -alpha)).",
-        )
-    base = members[0]
-    for i, x in enumerate(members):
-        if not isinstance(x, torch.Tensor):
-            raise InputError.of(f"member {i}", expected="a tensor [B, V]", got=f"a {type(x).__name__}", remedy=_FIT)
-        if x.ndim != 2 or x.shape[0] != base.shape[0] or 0 in x.shape:
-            shape = f"[{base.shape[0]}, V]" if i and base.ndim == 2 else "[B, V], neither of them 0"
-            raise InputError.of(f"member {i}", expected=f"a tensor {shape}", got=f"shape {list(x.shape)}", remedy=_FIT)
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise InputError.of(
-                f"member {i}", expected="float32, float16 or bfloat16", got=str(x.dtype), remedy="Convert it first."
-            )
-        if x.device != base.device:
-            raise InputError.of(
-                f"member {i}", expected=f"logits on {base.device}, where the base's are", got=str(x.device), remedy=_FIT
-            )
-        if x.shape[1] > 1 and x.stride(1) != 1:
-            raise InputError.of(
-                f"member {i}",
-                expected="columns next to each other (an inner stride of 1)",
-                got=f"strides {list(x.stride())}",
-                remedy="Call .contiguous() on it.",
-            )
-    if isinstance(weights, torch.Tensor):
-        if weights.shape != (base.shape[0], len(members)) or weights.dtype != torch.float32:
-            got = f"shape {list(weights.shape)}, {weights.dtype}"
-        elif weights.device != base.device:
-            got = f"a tensor on {weights.device}"
-        else:
-            return
-    elif len(weights) != len(members):
-        got = f"{len(weights)} numbers"
-    else:
-        wrong = [w for w in weights if not isinstance(w, int | float) or not abs(w) < float("inf")]
-        if not wrong:
-            return
-        got = repr(wrong[0])
-    raise InputError.of(
-        "weights",
-        expected=f"{len(members)} finite numbers, or float32 [{base.shape[0]}, {len(members)}] on {base.device}",
-        got=got,
-        remedy="The base's weight comes first: (1.0, alpha, -alpha).",
-    )
-
-
-_FIT = "All members' logits are of the same rows: pass e.g. outputs.logits[:, -1]."
-
-
-def _refuse_request(
-    base: torch.Tensor, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
-) -> None:
-    rows, width = base.shape
-    unknown = [name for name in want if name not in OUTPUTS]
-    if unknown or isinstance(want, str):
-        raise InputError.of(
-            "want",
-            expected=f"names of {', '.join(OUTPUTS)}",
-            got=repr(want if isinstance(want, str) else unknown[0]),
-            remedy='Pass e.g. want=("tokens", "entropy").',
-        )
-    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= width:
-        raise InputError.of("draws", expected=f"from 1 to {width} draws", got=repr(draws), remedy="Lower it.")
-    if sampling is None:
-        if noise is not None or draws != 1 or _OF_DRAWS & set(want):
-            what = "noise" if noise is not None else f"draws={draws}" if draws != 1 else min(_OF_DRAWS & set(want))
-            raise InputError.of(
-                "sampling", expected=f"settings to draw with, beside {what}", got="None", remedy="Pass Sampling.of(B)."
-            )
-        return
-    if noise is None:
-        raise InputError.of(
-            "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
-        )
-    for name, t in (("sampling", sampling.temperature), ("noise", noise.seed), ("noise", noise.position)):
-        if t.shape != (rows,) or t.device != base.device:
-            raise InputError.of(
-                name,
-                expected=f"keys and settings for {rows} rows on {base.device}",
-                got=f"shape {list(t.shape)} on {t.device}",
-                remedy=f"Pass {name.title()}.of({rows}, …, device=logits.device).",
-            )
-    if sampling.largest_k > width:
-        raise InputError.of(
-            "top_k",
-            expected=f"at most {width}, the width of the logits",
-            got=f"{sampling.largest_k}",
-            remedy="Lower it.",
-        )
-
-
 def _as_tensor(weights: Sequence[float] | torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     if isinstance(weights, torch.Tensor):
         return weights
@@ -301,3 +210,88 @@ def _as_tensor(weights: Sequence[float] | torch.Tensor, base: torch.Tensor) -> t
 def _weights_on(weights: tuple[float, ...], rows: int, device: torch.device) -> torch.Tensor:
     # Kept, so that a step copies nothing to the device, which could not be captured in a graph.
     return torch.tensor(weights, dtype=torch.float32, device=device).expand(rows, -1).contiguous()
+
+
+# --- inside torch.compile -------------------------------------------------------------------------------------------
+
+
+def _constant(weights: Sequence[float], base: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(list(weights), dtype=torch.float32, device=base.device).expand(base.shape[0], -1).contiguous()
+
+
+def _in_graph(
+    members: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    sampling: Sampling | None,
+    noise: Noise | None,
+    draws: int,
+    names: tuple[str, ...],
+    impl: str,
+) -> list[torch.Tensor]:
+    settings: list[torch.Tensor] = []
+    known = [0, 0, 0]
+    if sampling is not None:
+        s = sampling
+        settings = [s.temperature, s.top_k, s.top_p, s.log_min_p, s.truncated]
+        if s.fork_threshold is not None and s.fork_temperature is not None:
+            settings += [s.fork_threshold, s.fork_temperature]
+        known = [int(s.some_truncated), int(s.all_truncated), s.largest_k]
+    keys = [] if noise is None else [noise.seed, noise.row, noise.position, noise.branch]
+    return _step_op(list(members), weights, settings, known, keys, draws, ",".join(names), impl)
+
+
+@torch.library.custom_op("proxytune::step", mutates_args=())
+def _step_op(
+    members: list[torch.Tensor],
+    weights: torch.Tensor,
+    settings: list[torch.Tensor],
+    known: list[int],
+    keys: list[torch.Tensor],
+    draws: int,
+    names: str,
+    impl: str,
+) -> list[torch.Tensor]:
+    sampling = None
+    if settings:
+        temperature, top_k, top_p, log_min_p, truncated, *fork = settings
+        threshold, fork_temperature = fork or (None, None)
+        some, all_, largest = known
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            log_min_p,
+            threshold,
+            fork_temperature,
+            truncated,
+            bool(some),
+            bool(all_),
+            largest,
+        )
+    noise = Noise(*keys) if keys else None
+    wanted = tuple(names.split(","))
+    out = _run(members, weights, sampling, noise, draws, wanted, impl)
+    # Outputs of an operator may not share storage; all but the scores are small.
+    return [out[name] if name == "scores" else out[name].clone() for name in wanted]
+
+
+@_step_op.register_fake
+def _(
+    members: list[torch.Tensor],
+    weights: torch.Tensor,
+    settings: list[torch.Tensor],
+    known: list[int],
+    keys: list[torch.Tensor],
+    draws: int,
+    names: str,
+    impl: str,
+) -> list[torch.Tensor]:
+    base = members[0]
+    shapes = {"scores": tuple(base.shape)} | dict.fromkeys(
+        ("tokens", "logprobs", "draw_logprobs", "keys"), (base.shape[0], draws)
+    )
+    dtypes = dict.fromkeys(("tokens", "argmax", "kept"), torch.int64) | {"fork": torch.bool}
+    return [
+        base.new_empty(shapes.get(name, (base.shape[0],)), dtype=dtypes.get(name, torch.float32))
+        for name in names.split(",")
+    ]

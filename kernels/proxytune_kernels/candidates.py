@@ -47,19 +47,15 @@ def group_bound(g, present, wanted, n_groups):
 
 @triton.jit
 def read_block(
-    members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s, temperature,
+    logits, work, row, number, live, floor_s, temperature,
     in_block, count, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
     """Some of the candidates: those that were stored, or those of a few live groups, read again.
 
     Args:
-        members: As in `combined`.
-        strides: As in `combined`.
-        widths: As in `combined`.
-        weights: As in `combined`.
-        live_groups: The row's list of live groups.
-        block_z: The row's stored candidates.
-        block_ids: Their columns.
+        logits: As in `combined`.
+        work: Tuple of pointers to the row's workspaces: the list of live groups, the logits of the stored candidates,
+            and their columns.
         row: The row.
         number: Which part; only 0 if they are stored.
         live: Number of live groups.
@@ -72,19 +68,19 @@ def read_block(
         PER_READ: Groups per part.
 
     Returns:
-        Blocks of `PER_READ · GROUP`: combined logits, the same divided by the temperature, columns, which are candidates.
+        Blocks of `PER_READ · GROUP`: combined logits, these divided by the temperature, columns, which are candidates.
     """
     BLOCK: tl.constexpr = PER_READ * GROUP
     at = tl.arange(0, BLOCK)
     if in_block:
         there = at < count
-        z = tl.load(block_z + at, mask=there, other=float("-inf"))
-        ids = tl.load(block_ids + at, mask=there, other=2147483647)
+        z = tl.load(work[1] + at, mask=there, other=float("-inf"))
+        ids = tl.load(work[2] + at, mask=there, other=2147483647)
     else:
         slot = number * PER_READ + at // GROUP
-        group = tl.load(live_groups + slot, mask=slot < live, other=0)
+        group = tl.load(work[0] + slot, mask=slot < live, other=0)
         ids = group * GROUP + at % GROUP
-        z, _ = combined(members, strides, widths, weights, row, ids, M, False)
+        z, base = combined(logits, row, ids, M, False)
         z = tl.where(slot < live, z, float("-inf"))
     # The order of transformers: ties are those of the logits divided by T, as rounded.
     s = tl.div_rn(z, temperature)
@@ -93,19 +89,14 @@ def read_block(
 
 @triton.jit
 def gather(
-    members, strides, widths, weights, live_groups, block_z, block_ids, row, g, present, floor, temperature, top,
+    logits, work, row, g, present, floor, temperature, top,
     M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """List the live groups, count the candidates in them and store the first ones.
 
     Args:
-        members: As in `combined`.
-        strides: As in `combined`.
-        widths: As in `combined`.
-        weights: As in `combined`.
-        live_groups: Out: the numbers of the live groups.
-        block_z: Out: the logits of the first `PER_READ · GROUP` candidates.
-        block_ids: Out: their columns.
+        logits: As in `combined`.
+        work: Out, as in `read_block`; of the candidates only the first `PER_READ · GROUP` are stored.
         row: The row.
         g: Block of group maxima.
         present: Which are above −inf.
@@ -127,19 +118,19 @@ def gather(
     live = tl.sum(is_live.to(tl.int32), axis=0)
     # Other threads read what is written here, and may still be reading what was there before.
     tl.debug_barrier()
-    tl.store(live_groups + place, tl.arange(0, GROUPS_PADDED), mask=is_live)
+    tl.store(work[0] + place, tl.arange(0, GROUPS_PADDED), mask=is_live)
     tl.debug_barrier()
     BLOCK: tl.constexpr = PER_READ * GROUP
     count = 0
     mass = 0.0
-    for number in range(0, tl.cdiv(live, PER_READ)):
-        z, _, ids, ok = read_block(
-            members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s, temperature,
+    for number in range(tl.cdiv(live, PER_READ)):
+        z, s, ids, ok = read_block(
+            logits, work, row, number, live, floor_s, temperature,
             False, 0, M, GROUP, PER_READ,
         )  # fmt: skip
         to = tl.cumsum(ok.to(tl.int32), axis=0) - 1 + count
-        tl.store(block_z + to, z, mask=ok & (to < BLOCK))
-        tl.store(block_ids + to, ids, mask=ok & (to < BLOCK))
+        tl.store(work[1] + to, z, mask=ok & (to < BLOCK))
+        tl.store(work[2] + to, ids, mask=ok & (to < BLOCK))
         count += tl.sum(ok.to(tl.int32), axis=0)
         mass += tl.sum(tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
     tl.debug_barrier()
@@ -163,19 +154,14 @@ def count_from(key, ok, least):
 
 @triton.jit
 def threshold_by_count(
-    members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature, in_block, count,
+    logits, work, row, live, floor_s, temperature, in_block, count,
     lo, hi, wanted, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
     """The largest threshold that `wanted` candidates reach, by bisection.
 
     Args:
-        members: As in `combined`.
-        strides: As in `combined`.
-        widths: As in `combined`.
-        weights: As in `combined`.
-        live_groups: As in `read_block`.
-        block_z: As in `read_block`.
-        block_ids: As in `read_block`.
+        logits: As in `combined`.
+        work: As in `read_block`.
         row: The row.
         live: Number of live groups.
         floor_s: The bound, divided by the temperature.
@@ -193,8 +179,8 @@ def threshold_by_count(
         int64, the key; `lo` where there are fewer candidates.
     """
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
-    _, s, _, ok = read_block(
-        members, strides, widths, weights, live_groups, block_z, block_ids, row, 0, live, floor_s, temperature,
+    z, s, ids, ok = read_block(
+        logits, work, row, 0, live, floor_s, temperature,
         in_block, count, M, GROUP, PER_READ,
     )  # fmt: skip
     key = key_of(s)
@@ -202,8 +188,8 @@ def threshold_by_count(
         mid = lo + (hi - lo) // 2
         reached = count_from(key, ok, mid.to(tl.int32))
         for number in range(1, parts):
-            _, s, _, more = read_block(
-                members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+            z, s, ids, more = read_block(
+                logits, work, row, number, live, floor_s,
                 temperature, in_block, count, M, GROUP, PER_READ,
             )  # fmt: skip
             reached += count_from(key_of(s), more, mid.to(tl.int32))
@@ -216,19 +202,14 @@ def threshold_by_count(
 
 @triton.jit
 def threshold_by_mass(
-    members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature, in_block, count,
+    logits, work, row, live, floor_s, temperature, in_block, count,
     lo, hi, wanted, top, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
     """The largest threshold whose candidates hold the mass `wanted`, by bisection.
 
     Args:
-        members: As in `combined`.
-        strides: As in `combined`.
-        widths: As in `combined`.
-        weights: As in `combined`.
-        live_groups: As in `read_block`.
-        block_z: As in `read_block`.
-        block_ids: As in `read_block`.
+        logits: As in `combined`.
+        work: As in `read_block`.
         row: The row.
         live: Number of live groups.
         floor_s: The bound, divided by the temperature.
@@ -248,8 +229,8 @@ def threshold_by_mass(
     """
     inverse = tl.div_rn(1.0, temperature)
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
-    z, s, _, ok = read_block(
-        members, strides, widths, weights, live_groups, block_z, block_ids, row, 0, live, floor_s, temperature,
+    z, s, ids, ok = read_block(
+        logits, work, row, 0, live, floor_s, temperature,
         in_block, count, M, GROUP, PER_READ,
     )  # fmt: skip
     key = key_of(s)
@@ -258,8 +239,8 @@ def threshold_by_mass(
         mid = lo + (hi - lo) // 2
         mass = tl.sum(tl.where(key >= mid.to(tl.int32), e, 0.0), axis=0)
         for number in range(1, parts):
-            z, s, _, more = read_block(
-                members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+            z, s, ids, more = read_block(
+                logits, work, row, number, live, floor_s,
                 temperature, in_block, count, M, GROUP, PER_READ,
             )  # fmt: skip
             inside = more & (key_of(s) >= mid.to(tl.int32))

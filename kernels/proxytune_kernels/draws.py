@@ -26,35 +26,26 @@ def _first_after(key, ids, previous_key, previous_id):
 
 
 @triton.jit
-def _store(tokens, logprobs, draw_logprobs, keys, at, token, logprob, draw_logprob, key):
+def _store(out, at, token, logprob, draw_logprob, key):
     found = key > float("-inf")
-    tl.store(tokens + at, tl.where(found, token, -1).to(tl.int64))
-    tl.store(logprobs + at, tl.where(found, logprob, float("-inf")))
-    tl.store(draw_logprobs + at, tl.where(found, draw_logprob, float("-inf")))
-    tl.store(keys + at, tl.where(found, key, float("-inf")))
+    tl.store(out[0] + at, tl.where(found, token, -1).to(tl.int64))
+    tl.store(out[1] + at, tl.where(found, logprob, float("-inf")))
+    tl.store(out[2] + at, tl.where(found, draw_logprob, float("-inf")))
+    tl.store(out[3] + at, tl.where(found, key, float("-inf")))
 
 
 @triton.jit
 def draw_plain(
-    members, strides, widths, weights, seed, position, stream, branch, tokens, logprobs, draw_logprobs, keys,
+    logits, noise, out,
     row, t, mass, relative, top, log_total_raw, inverse, log_total, draws,
     M: tl.constexpr, TILE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Gumbel-top-k in two levels: tiles by their perturbed mass, then tokens inside the best ones only.
 
     Args:
-        members: As in `combined`.
-        strides: As in `combined`.
-        widths: As in `combined`.
-        weights: As in `combined`.
-        seed: Key of the noise, int64.
-        position: uint32.
-        stream: uint32.
-        branch: uint32.
-        tokens: Out, `[B, draws]`, int64.
-        logprobs: Out, `[B, draws]`.
-        draw_logprobs: Out, `[B, draws]`.
-        keys: Out, `[B, draws]`.
+        logits: As in `combined`.
+        noise: Tuple of the noise's keys: seed (int64), position, row and branch (uint32).
+        out: Tuple of pointers to `[B, draws]`: tokens (int64), logprobs, draw_logprobs, keys.
         row: The row.
         t: Block of tile numbers.
         mass: Block of tile masses at the temperature, relative to the tile's maximum; 0 for none.
@@ -69,42 +60,42 @@ def draw_plain(
         ONE: Whether `draws` is 1.
     """
     log_mass = tl.where(mass > 0.0, tl.log(tl.where(mass > 0.0, mass, 1.0)) + relative, float("-inf")) - log_total
-    tile_key = log_mass + gumbel(seed, t.to(tl.uint32), position, stream, branch * 4 + TILES, ROUNDS)
+    tile_key = log_mass + gumbel(noise, t, TILES, ROUNDS)
     columns = tl.arange(0, TILE)
     if ONE:
         key, tile = _first_after(tile_key, t, float("inf"), -1)
         ids = tile * TILE + columns
-        z, _ = combined(members, strides, widths, weights, row, ids, M, False)
+        z, base = combined(logits, row, ids, M, False)
         logp = (z - top) * inverse - log_total
-        perturbed = logp + gumbel(seed, ids.to(tl.uint32), position, stream, branch * 4 + TOKENS, ROUNDS)
-        _, token = _first_after(perturbed, ids, float("inf"), -1)
+        perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
+        unused, token = _first_after(perturbed, ids, float("inf"), -1)
         rel = tl.max(tl.where(ids == token, z - top, float("-inf")), axis=0)
-        _store(tokens, logprobs, draw_logprobs, keys, row, token, rel - log_total_raw, rel * inverse - log_total, key)
+        _store(out, row, token, rel - log_total_raw, rel * inverse - log_total, key)
     else:
         last_key = tl.full((), float("inf"), tl.float32)
         last = tl.full((), -1, tl.int32)
-        for draw in range(0, draws):
+        for draw in range(draws):
             key = tl.full((), float("-inf"), tl.float32)
             token = tl.full((), NOWHERE, tl.int32)
             rel = tl.full((), 0.0, tl.float32)
             above = tl.full((), float("inf"), tl.float32)
             tile = tl.full((), -1, tl.int32)
             # The n-th best token lies in one of the n best tiles.
-            for _ in range(0, draw + 1):
+            for rank in range(draw + 1):  # noqa: B007, a name that nothing else has
                 above, tile = _first_after(tile_key, t, above, tile)
                 if above > float("-inf"):
                     ids = tile * TILE + columns
-                    z, _ = combined(members, strides, widths, weights, row, ids, M, False)
+                    z, base = combined(logits, row, ids, M, False)
                     logp = (z - top) * inverse - log_total
-                    noise = gumbel(seed, ids.to(tl.uint32), position, stream, branch * 4 + TOKENS, ROUNDS)
-                    within = conditioned(logp + noise, above)
+                    perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
+                    within = conditioned(perturbed, above)
                     best, at = _first_after(within, ids, last_key, last)
                     if (best > key) | ((best == key) & (at < token)):
                         key = best
                         token = at
                         rel = tl.max(tl.where(ids == at, z - top, float("-inf")), axis=0)
             _store(
-                tokens, logprobs, draw_logprobs, keys, row * draws + draw,
+                out, row * draws + draw,
                 token, rel - log_total_raw, rel * inverse - log_total, key,
             )  # fmt: skip
             last_key = key
@@ -113,29 +104,18 @@ def draw_plain(
 
 @triton.jit
 def draw_truncated(
-    members, strides, widths, weights, groups, live_groups, block_z, block_ids, seed, position, stream, branch,
-    tokens, logprobs, draw_logprobs, keys, row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups,
+    logits, work, groups, noise, out,
+    row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups,
     draws, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Top-k, top-p and min-p in the order of transformers, ties kept, and Gumbel-top-k among what is kept.
 
     Args:
-        members: As in `combined`.
-        strides: As in `combined`.
-        widths: As in `combined`.
-        weights: As in `combined`.
+        logits: As in `combined`.
         groups: The row's group maxima.
-        live_groups: Workspace of the row.
-        block_z: Workspace of the row.
-        block_ids: Workspace of the row.
-        seed: As in `draw_plain`; so the noise's other keys.
-        position: uint32.
-        stream: uint32.
-        branch: uint32.
-        tokens: Out, as in `draw_plain`.
-        logprobs: Out.
-        draw_logprobs: Out.
-        keys: Out.
+        work: As in `read_block`.
+        noise: As in `draw_plain`.
+        out: As in `draw_plain`.
         row: The row.
         top: The row's largest logit.
         temperature: Scalar.
@@ -166,7 +146,7 @@ def draw_truncated(
     while enough == 0:
         floor = group_bound(g, present, wanted, n_groups)
         live, count, mass = gather(
-            members, strides, widths, weights, live_groups, block_z, block_ids, row, g, present, floor, temperature, top,
+            logits, work, row, g, present, floor, temperature, top,
             M, GROUP, PER_READ, GROUPS_PADDED,
         )  # fmt: skip
         nothing_below = (floor - top) * inverse < log_min_p
@@ -183,29 +163,29 @@ def draw_truncated(
     total_inside = total
     if top_k > 0:
         least = threshold_by_count(
-            members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature,
+            logits, work, row, live, floor_s, temperature,
             in_block, count, least, hi, top_k, M, GROUP, PER_READ,
         )  # fmt: skip
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
     if top_p < 1.0:
         if top_k > 0:
             total_inside = 0.0
-            for number in range(0, parts):
+            for number in range(parts):
                 z, s, ids, ok = read_block(
-                    members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+                    logits, work, row, number, live, floor_s,
                     temperature, in_block, count, M, GROUP, PER_READ,
                 )  # fmt: skip
                 ok = ok & (key_of(s) >= least.to(tl.int32))
                 total_inside += tl.sum(tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
         least = threshold_by_mass(
-            members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor_s, temperature,
+            logits, work, row, live, floor_s, temperature,
             in_block, count, least, hi, top_p * total_inside, top, M, GROUP, PER_READ,
         )  # fmt: skip
     kept = tl.full((), 0, tl.int32)
     mass_kept = tl.full((), 0.0, tl.float32)
-    for number in range(0, parts):
+    for number in range(parts):
         z, s, ids, ok = read_block(
-            members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+            logits, work, row, number, live, floor_s,
             temperature, in_block, count, M, GROUP, PER_READ,
         )  # fmt: skip
         rel = (z - top) * inverse
@@ -215,25 +195,25 @@ def draw_truncated(
     log_kept = tl.log(mass_kept)
     last_key = tl.full((), float("inf"), tl.float32)
     last = tl.full((), -1, tl.int32)
-    for draw in range(0, draws):
+    for draw in range(draws):
         key = tl.full((), float("-inf"), tl.float32)
         token = tl.full((), NOWHERE, tl.int32)
         drawn = tl.full((), 0.0, tl.float32)
-        for number in range(0, parts):
+        for number in range(parts):
             z, s, ids, ok = read_block(
-                members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor_s,
+                logits, work, row, number, live, floor_s,
                 temperature, in_block, count, M, GROUP, PER_READ,
             )  # fmt: skip
             rel = (z - top) * inverse
             ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
-            noise = gumbel(seed, ids.to(tl.uint32), position, stream, branch * 4 + TOKENS, ROUNDS)
-            best, best_id = _first_after(tl.where(ok, rel - log_kept + noise, float("-inf")), ids, last_key, last)
+            added = gumbel(noise, ids, TOKENS, ROUNDS)
+            best, best_id = _first_after(tl.where(ok, rel - log_kept + added, float("-inf")), ids, last_key, last)
             if (best > key) | ((best == key) & (best_id < token)):
                 key = best
                 token = best_id
                 drawn = tl.max(tl.where(ok & (ids == best_id), z - top, float("-inf")), axis=0)
         _store(
-            tokens, logprobs, draw_logprobs, keys, row * draws + draw,
+            out, row * draws + draw,
             token, drawn - log_total_raw, drawn * inverse - log_kept, key,
         )  # fmt: skip
         last_key = key
@@ -243,20 +223,16 @@ def draw_truncated(
 
 @triton.jit
 def confidence(
-    members, strides, widths, weights, groups, live_groups, block_z, block_ids, row, top, log_total, n_groups,
-    M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr, TOKENS_SEEN: tl.constexpr,
+    logits, work, groups, row, top, log_total, n_groups,
+    M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    TOKENS_SEEN: tl.constexpr,
 ):  # fmt: skip
     """−mean log p of the most probable tokens (DeepConf, arXiv 2508.15260), at temperature 1.
 
     Args:
-        members: As in `combined`.
-        strides: As in `combined`.
-        widths: As in `combined`.
-        weights: As in `combined`.
+        logits: As in `combined`.
         groups: The row's group maxima.
-        live_groups: Workspace of the row.
-        block_z: Workspace of the row.
-        block_ids: Workspace of the row.
+        work: As in `read_block`.
         row: The row.
         top: The row's largest logit.
         log_total: log Σ exp(z − top).
@@ -274,23 +250,23 @@ def confidence(
     g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
     present = g > float("-inf")
     floor = group_bound(g, present, TOKENS_SEEN, n_groups)
-    live, count, _ = gather(
-        members, strides, widths, weights, live_groups, block_z, block_ids, row, g, present, floor, 1.0, top,
+    live, count, mass = gather(
+        logits, work, row, g, present, floor, 1.0, top,
         M, GROUP, PER_READ, GROUPS_PADDED,
     )  # fmt: skip
     in_block = count <= PER_READ * GROUP
     least = key_of(tl.maximum(floor, -3.4028234663852886e38)).to(tl.int64)
     hi = key_of(top).to(tl.int64) + 1
     least = threshold_by_count(
-        members, strides, widths, weights, live_groups, block_z, block_ids, row, live, floor, 1.0, in_block, count,
+        logits, work, row, live, floor, 1.0, in_block, count,
         least, hi, TOKENS_SEEN, M, GROUP, PER_READ,
     )  # fmt: skip
     above = tl.full((), 0, tl.int32)
     summed = tl.full((), 0.0, tl.float32)
     lowest = top
-    for number in range(0, tl.where(in_block, 1, tl.cdiv(live, PER_READ))):
-        z, _, _, ok = read_block(
-            members, strides, widths, weights, live_groups, block_z, block_ids, row, number, live, floor, 1.0,
+    for number in range(tl.where(in_block, 1, tl.cdiv(live, PER_READ))):
+        z, s, ids, ok = read_block(
+            logits, work, row, number, live, floor, 1.0,
             in_block, count, M, GROUP, PER_READ,
         )  # fmt: skip
         ok = ok & (key_of(z) >= least.to(tl.int32))

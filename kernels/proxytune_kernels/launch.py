@@ -17,7 +17,7 @@ TILE = 1024
 """Columns per tile of K1. It keys the noise, so it is part of the contract and never tuned."""
 GROUP = 128
 """Columns per group maximum."""
-PER_READ = 16
+PER_READ = 8
 """Groups that K2 reads at once; up to PER_READ · GROUP candidates stay in registers."""
 
 _STATISTICS = ("lse", "entropy", "varentropy", "kl", "confidence", "temperature")

@@ -78,6 +78,9 @@ def resolve(
         LIVE: Whether the number of kept tokens is.
     """
     row = tl.program_id(0).to(tl.int64)
+    logits = (members, strides, widths, weights)
+    BLOCK: tl.constexpr = PER_READ * GROUP
+    work = (live_groups + row * n_groups, block_z + row * BLOCK, block_ids + row * BLOCK)
     t = tl.arange(0, TILES_PADDED)
     there = t < tiles
     part += row * FIELDS * tiles
@@ -91,7 +94,7 @@ def resolve(
         tl.store(argmax + row, tl.full((), -1, tl.int64))
         tl.store(kept + row, tl.full((), 0, tl.int64))
         tl.store(fork + row, top != top)  # False; never a number
-        for draw in range(0, draws):
+        for draw in range(draws):
             tl.store(tokens + row * draws + draw, tl.full((), -1, tl.int64))
             tl.store(logprobs + row * draws + draw, NAN)
             tl.store(draw_logprobs + row * draws + draw, NAN)
@@ -127,8 +130,7 @@ def resolve(
                 tl.store(statistics + 3 * rows + row, tl.maximum(kl, 0.0))
         if CONFIDENCE:
             c = confidence(
-                members, strides, widths, weights, groups + row * n_groups, live_groups + row * n_groups,
-                block_z + row * PER_READ * GROUP, block_ids + row * PER_READ * GROUP, row, top, log_total_raw, n_groups,
+                logits, work, groups + row * n_groups, row, top, log_total_raw, n_groups,
                 M, GROUP, PER_READ, GROUPS_PADDED, 20,
             )  # fmt: skip
             tl.store(statistics + 4 * rows + row, c)
@@ -136,7 +138,7 @@ def resolve(
             # The first tile that holds the maximum, and the first column in it.
             tile = tl.min(tl.where(there & (tile_top == top), t, 2147483647), axis=0)
             cols = tile * TILE + tl.arange(0, TILE)
-            z, _ = combined(members, strides, widths, weights, row, cols, M, False)
+            z, base = combined(logits, row, cols, M, False)
             best = tl.min(tl.where(z == top, cols, 2147483647), axis=0).to(tl.int64)
             tl.store(argmax + row, best)
             if not SAMPLE:
@@ -156,10 +158,13 @@ def resolve(
             inverse = tl.div_rn(1.0, chosen)
             relative = relative * inverse
             total_at_t = tl.sum(mass * tl.exp(tl.maximum(relative, CLAMP)), axis=0)
-            noise_seed = tl.load(seed + row)
-            noise_stream = tl.load(stream + row).to(tl.uint32)
-            noise_position = tl.load(position + row).to(tl.uint32)
-            noise_branch = tl.load(branch + row).to(tl.uint32)
+            noise = (
+                tl.load(seed + row),
+                tl.load(position + row).to(tl.uint32),
+                tl.load(stream + row).to(tl.uint32),
+                tl.load(branch + row).to(tl.uint32),
+            )
+            out = (tokens, logprobs, draw_logprobs, keys)
             plain = True
             if TRUNCATED:
                 k = tl.load(top_k + row)
@@ -168,17 +173,14 @@ def resolve(
                 plain = (k == 0) & (p == 1.0) & (m == float("-inf"))
                 if not plain:
                     n = draw_truncated(
-                        members, strides, widths, weights, groups + row * n_groups, live_groups + row * n_groups,
-                        block_z + row * PER_READ * GROUP, block_ids + row * PER_READ * GROUP,
-                        noise_seed, noise_position, noise_stream, noise_branch,
-                        tokens, logprobs, draw_logprobs, keys, row, top, chosen, total_at_t, log_total_raw, k, p, m,
+                        logits, work, groups + row * n_groups, noise, out,
+                        row, top, chosen, total_at_t, log_total_raw, k, p, m,
                         n_groups, draws, M, GROUP, PER_READ, GROUPS_PADDED,
                     )  # fmt: skip
                     tl.store(kept + row, n.to(tl.int64))
             if plain:
                 draw_plain(
-                    members, strides, widths, weights, noise_seed, noise_position, noise_stream, noise_branch,
-                    tokens, logprobs, draw_logprobs, keys, row, t, mass, relative, top, log_total_raw, inverse,
+                    logits, noise, out, row, t, mass, relative, top, log_total_raw, inverse,
                     tl.log(total_at_t), draws, M, TILE, ONE,
                 )  # fmt: skip
                 if LIVE:

@@ -1,11 +1,11 @@
-"""The members' rows as one: what every kernel that reads logits shares, so that a token has the same bits everywhere."""
+"""The members' rows as one: what every kernel that reads logits shares, so that a token has the same bits in all."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["CLAMP", "FINITE", "combined", "gumbel", "key_of", "conditioned", "value_of"]
+__all__ = ["CLAMP", "FINITE", "combined", "conditioned", "gumbel", "key_of", "value_of"]
 
 # A maximum that can be subtracted where all is −inf, and exponents from where exp() is 0: with both, −inf never meets
 # −inf or 0, and a masked row gives 0, not NaN.
@@ -24,14 +24,12 @@ def _read(member, cols, width, FULL: tl.constexpr):
 
 
 @triton.jit
-def combined(members, strides, widths, weights, row, cols, M: tl.constexpr, FULL: tl.constexpr):
+def combined(logits, row, cols, M: tl.constexpr, FULL: tl.constexpr):
     """The combined logits and the base's own, float32, at some columns of a row.
 
     Args:
-        members: Tuple of M pointers to rows of logits, the base first.
-        strides: Tuple of M row strides, in elements.
-        widths: Tuple of M numbers of columns; past the base's the result is −inf.
-        weights: Pointer to `[B, M]`, float32.
+        logits: Tuple of four: M pointers to rows of logits, the base first; M row strides, in elements; M numbers of
+            columns, past the base's the result is −inf; pointer to the weights `[B, M]`, float32.
         row: The row, int64.
         cols: Block of columns, int32.
         M: Number of members.
@@ -40,6 +38,7 @@ def combined(members, strides, widths, weights, row, cols, M: tl.constexpr, FULL
     Returns:
         Two blocks: combined and base. NaN or +inf of the base, or of a companion with a weight, comes out as such.
     """
+    members, strides, widths, weights = logits
     base = _read(members[0] + row * strides[0], cols, widths[0], FULL)
     silent = base == float("-inf")
     # Companions first, one after the other, then the base: as in `proxytune.formula.shift`, to the bit.
@@ -59,22 +58,22 @@ def combined(members, strides, widths, weights, row, cols, M: tl.constexpr, FULL
 
 
 @triton.jit
-def gumbel(seed, index, position, row, last, ROUNDS: tl.constexpr):
+def gumbel(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
     """Standard Gumbel variates `−log E` of one Philox word each; see `proxytune.noise` for the counter and the series.
 
     Args:
-        seed: int64.
-        index: Block of uint32: token ids or tile numbers.
-        position: uint32.
-        row: uint32, the stream.
-        last: uint32, `branch · 4 + stream`.
+        noise: Tuple of the keys: seed (int64), position, row and branch (uint32).
+        index: Block of int32: token ids or tile numbers.
+        STREAM: Which of them.
         ROUNDS: Rounds of Philox.
 
     Returns:
         Block of float32.
     """
+    seed, position, row, branch = noise
+    index = index.to(tl.uint32)
     zero = index * 0
-    r, _, _, _ = tl.philox(seed, index, zero + position, zero + row, zero + last, ROUNDS)
+    r, _, _, _ = tl.philox(seed, index, zero + position, zero + row, zero + (branch * 4 + STREAM), ROUNDS)
     u = _unit(r)
     v = _unit(r ^ 0xFFFFFFFF)
     series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))

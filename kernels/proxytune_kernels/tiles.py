@@ -15,14 +15,14 @@ FIELDS = ("max", "s", "t1", "t2", "mass", "fork mass", "base max", "base s", "sh
 
 @triton.jit
 def _tile(
-    members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+    logits, temperature, fork_temperature, part, groups, scores,
     row, tile, V, tiles, scores_stride,
     M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
     RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
     GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     cols = tile * TILE + tl.arange(0, TILE)
-    z, base = combined(members, strides, widths, weights, row, cols, M, FULL)
+    z, base = combined(logits, row, cols, M, FULL)
     if SCORES:
         if FULL:
             tl.store(scores + row * scores_stride + cols, z)
@@ -104,15 +104,16 @@ def steer_tiles(
     """
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
+    logits = (members, strides, widths, weights)
     if tile * TILE + TILE <= inside:
         _tile(
-            members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+            logits, temperature, fork_temperature, part, groups, scores,
             row, tile, V, tiles, scores_stride, M, TILE, GROUP, FIELDS,
             RAW, MOMENTS, MASS, FORK, KL, GROUPS, LIVE, SCORES, True,
         )  # fmt: skip
     else:
         _tile(
-            members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+            logits, temperature, fork_temperature, part, groups, scores,
             row, tile, V, tiles, scores_stride, M, TILE, GROUP, FIELDS,
             RAW, MOMENTS, MASS, FORK, KL, GROUPS, LIVE, SCORES, False,
         )  # fmt: skip

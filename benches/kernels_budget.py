@@ -1,0 +1,224 @@
+"""Compile the Triton kernels for GPUs that are not here, and hold what came out against a committed budget.
+
+No GPU is needed: `triton.compile` takes a target. Counted are registers, spills and 16-byte loads of each variant, from
+the machine code; what they cost in time only a GPU can tell. More registers or spills than the budget, or fewer wide
+loads, is a failure.
+
+    python benches/kernels_budget.py            # print
+    python benches/kernels_budget.py --check    # compare with benches/results/kernels_budget.json
+    python benches/kernels_budget.py --write    # record this version of Triton
+
+The interpreter must be off (`TRITON_INTERPRET` unset). Other versions of Triton: put them on PYTHONPATH.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from proxytune_kernels.launch import GROUP, PER_READ, TILE
+from proxytune_kernels.resolve import resolve
+from proxytune_kernels.tiles import FIELDS, steer_tiles
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+RESULTS = Path(__file__).parent / "results" / "kernels_budget.json"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# What the variants of the kernels are; flags that are not named are off.
+TILES_VARIANTS: dict[str, dict[str, Any]] = {
+    "statistics": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "KL": True},
+    "draw": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True},
+    "fork": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True, "FORK": True},
+    "truncated": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True, "GROUPS": True},
+    "scores": {"dtypes": ("bf16",) * 3, "SCORES": True},
+    "plain model": {"dtypes": ("bf16",), "RAW": True, "MASS": True},
+    "mixed": {"dtypes": ("fp32", "bf16", "fp16"), "RAW": True, "MOMENTS": True, "MASS": True},
+    "five": {"dtypes": ("bf16",) * 5, "RAW": True, "MOMENTS": True, "MASS": True},
+}
+RESOLVE_VARIANTS: dict[str, dict[str, Any]] = {
+    "argmax": {"num_warps": 4, "RAW": True, "MOMENTS": True, "KL": True, "ARGMAX": True, "ONE": True},
+    "draw": {"num_warps": 4, "RAW": True, "MOMENTS": True, "SAMPLE": True, "ONE": True},
+    "fork, n draws": {"num_warps": 4, "RAW": True, "MOMENTS": True, "SAMPLE": True, "FORK": True},
+    "truncated": {"num_warps": 8, "RAW": True, "MOMENTS": True, "SAMPLE": True, "TRUNCATED": True, "ONE": True},
+    "truncated, confidence": {
+        "num_warps": 8, "RAW": True, "MOMENTS": True, "SAMPLE": True, "TRUNCATED": True, "CONFIDENCE": True,
+    },
+}  # fmt: skip
+_POINTERS = {
+    "top_k": "i32", "seed": "i64", "stream": "i64", "position": "i64", "branch": "i64", "live_groups": "i32",
+    "block_ids": "i32", "argmax": "i64", "kept": "i64", "fork": "i1", "tokens": "i64",
+}  # fmt: skip
+_SIZES = {"V", "inside", "tiles", "scores_stride", "rows", "n_groups", "draws"}
+
+
+def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
+    """Compile one variant as a launch with a vocabulary divisible by 16 would specialise it.
+
+    Args:
+        fn: The kernel.
+        variant: Dtypes of the members, `num_warps` and flags.
+        target: The GPU.
+
+    Returns:
+        The compiled kernel.
+    """
+    variant = dict(variant)
+    dtypes = variant.pop("dtypes", ("bf16",) * 3)
+    warps = variant.pop("num_warps", 1)
+    fixed = {
+        "M": len(dtypes), "TILE": TILE, "GROUP": GROUP, "FIELDS": len(FIELDS), "PER_READ": PER_READ,
+        "TILES_PADDED": 128, "GROUPS_PADDED": 1024,
+    }  # fmt: skip
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    multiple = [["tt.divisibility", 16]]
+    for i, (name, parameter) in enumerate(inspect.signature(fn.fn).parameters.items()):
+        if "constexpr" in str(parameter.annotation):
+            signature[name] = "constexpr"
+            constants[name] = fixed.get(name, variant.get(name, False))
+        elif name == "members":
+            signature[name] = tuple(f"*{d}" for d in dtypes)
+            aligned |= {(i, j): multiple for j in range(len(dtypes))}
+        elif name in ("strides", "widths"):
+            signature[name] = ("i32",) * len(dtypes)
+            aligned |= {(i, j): multiple for j in range(len(dtypes))}
+        elif name in _SIZES:
+            signature[name] = "i32"
+            if name in ("V", "inside", "scores_stride"):
+                aligned[(i,)] = multiple
+        else:
+            signature[name] = f"*{_POINTERS.get(name, 'fp32')}"
+            aligned[(i,)] = multiple
+    source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+
+
+def count(kernel: Any) -> dict[str, int]:
+    """Count what matters in the machine code.
+
+    Args:
+        kernel: A compiled kernel.
+
+    Returns:
+        "registers" per thread, "spills" (instructions that move registers to local memory and back; for AMD the
+        vector registers spilled, and "scalar_spills" for the scalar ones, which go to vector registers), "wide_loads"
+        of 16 bytes, and "fused" multiply-adds of float32.
+    """
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+
+        def field(name: str) -> int:
+            return int(re.search(rf"\.{name}:\s+(\d+)", text)[1])  # type: ignore[index]
+
+        return {
+            "registers": field("vgpr_count"),
+            "spills": field("vgpr_spill_count"),
+            "scalar_spills": field("sgpr_spill_count"),
+            "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
+            "fused": len(re.findall(r"v_(?:pk_)?fma(?:c|ak|mk)?_f32", text)),
+        }
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def dump(what: str) -> str:
+            return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("-res-usage"), dump("-sass")
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", code)
+    short = collections.Counter(name.split(".")[0] for name in names)
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),  # type: ignore[index]
+        "spills": short["STL"] + short["LDL"],
+        "wide_loads": sum(name.startswith("LDG") and ".128" in name for name in names),
+        "fused": short["FFMA"],
+    }
+
+
+def measure() -> dict[str, dict[str, dict[str, int]]]:
+    """Compile everything.
+
+    Returns:
+        Target → kernel and variant → counts.
+    """
+    return {
+        name: {
+            f"{kernel}: {variant}": count(compile_kernel(fn, settings, target))
+            for kernel, fn, variants in (
+                ("steer_tiles", steer_tiles, TILES_VARIANTS),
+                ("resolve", resolve, RESOLVE_VARIANTS),
+            )
+            for variant, settings in variants.items()
+        }
+        for name, target in TARGETS.items()
+    }
+
+
+def excesses(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:
+    """Where the budget is exceeded.
+
+    Args:
+        found: What `measure` gave.
+        budget: The committed figures, in the same form.
+
+    Returns:
+        A line for each excess.
+    """
+    lines = []
+    for target, variants in found.items():
+        for variant, counts in variants.items():
+            allowed = budget.get(target, {}).get(variant)
+            if allowed is None:
+                lines.append(f"{target}, {variant}: not in the budget; run with --write")
+                continue
+            for name, value in counts.items():
+                worse = value < allowed[name] if name == "wide_loads" else value > allowed[name]
+                if worse:
+                    lines.append(f"{target}, {variant}: {value} {name}, the budget is {allowed[name]}")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail where the committed budget is exceeded")
+    parser.add_argument("--write", action="store_true", help="record the figures of this version of Triton")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it", file=sys.stderr)
+        return 2
+    recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    found = measure()
+    for target, variants in found.items():
+        for variant, counts in variants.items():
+            print(f"{triton.__version__:8} {target:7} {variant:34} {counts}")
+    if arguments.write:
+        recorded[triton.__version__] = found
+        RESULTS.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n")
+    if arguments.check:
+        if triton.__version__ not in recorded:
+            print(f"no budget for Triton {triton.__version__}; run with --write", file=sys.stderr)
+            return 2
+        lines = excesses(found, recorded[triton.__version__])
+        print("\n".join(lines) or f"Triton {triton.__version__}: within the budget")
+        return bool(lines)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,143 @@
+"""Wrong use of a decoding step, refused before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from proxytune.errors import InputError
+from proxytune.noise import Noise
+from proxytune.sampling import Sampling
+
+__all__ = ["MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_members", "refuse_request"]
+
+MAX_MEMBERS = 5
+"""Base and companions together."""
+
+OF_DRAWS = ("draw_logprobs", "keys", "temperature", "fork", "kept")
+"""Outputs that only a draw has."""
+
+OUTPUTS = (
+    "tokens", "logprobs", *OF_DRAWS, "lse", "entropy", "varentropy", "argmax", "kl", "confidence", "scores",
+)  # fmt: skip
+"""The names that `want` can hold."""
+
+
+def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
+    """Refuse logits and weights that do not fit each other. Looks at shapes and strides only, never waits.
+
+    Args:
+        members: What was given as the members' logits.
+        weights: What was given as their weights.
+
+    Raises:
+        InputError: If the number, a shape, dtype, device or stride is not as `proxytune.ops.step` says.
+    """
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        raise InputError.of(
+            "members",
+            expected=f"1 to {MAX_MEMBERS} tensors of logits, the base first",
+            got=f"{len(members)}",
+            remedy="Pass step([base, expert, antiexpert], (1.0, alpha, -alpha)).",
+        )
+    base = members[0]
+    for i, x in enumerate(members):
+        if not isinstance(x, torch.Tensor):
+            raise InputError.of(f"member {i}", expected="a tensor [B, V]", got=f"a {type(x).__name__}", remedy=_FIT)
+        if x.ndim != 2 or x.shape[0] != base.shape[0] or 0 in x.shape:
+            shape = f"[{base.shape[0]}, V]" if i and base.ndim == 2 else "[B, V], neither of them 0"
+            raise InputError.of(f"member {i}", expected=f"a tensor {shape}", got=f"shape {list(x.shape)}", remedy=_FIT)
+        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise InputError.of(
+                f"member {i}", expected="float32, float16 or bfloat16", got=str(x.dtype), remedy="Convert it first."
+            )
+        if x.device != base.device:
+            raise InputError.of(
+                f"member {i}", expected=f"logits on {base.device}, where the base's are", got=str(x.device), remedy=_FIT
+            )
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            raise InputError.of(
+                f"member {i}",
+                expected="columns next to each other (an inner stride of 1)",
+                got=f"strides {list(x.stride())}",
+                remedy="Call .contiguous() on it.",
+            )
+    if isinstance(weights, torch.Tensor):
+        if weights.shape != (base.shape[0], len(members)) or weights.dtype != torch.float32:
+            got = f"shape {list(weights.shape)}, {weights.dtype}"
+        elif weights.device != base.device:
+            got = f"a tensor on {weights.device}"
+        else:
+            return
+    elif len(weights) != len(members):
+        got = f"{len(weights)} numbers"
+    else:
+        wrong = [w for w in weights if not isinstance(w, int | float) or not abs(w) < float("inf")]
+        if not wrong:
+            return
+        got = repr(wrong[0])
+    raise InputError.of(
+        "weights",
+        expected=f"{len(members)} finite numbers, or float32 [{base.shape[0]}, {len(members)}] on {base.device}",
+        got=got,
+        remedy="The base's weight comes first: (1.0, alpha, -alpha).",
+    )
+
+
+_FIT = "All members' logits are of the same rows: pass e.g. outputs.logits[:, -1]."
+
+
+def refuse_request(
+    base: torch.Tensor, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
+) -> None:
+    """Refuse a request that cannot be answered for these logits.
+
+    Args:
+        base: The base's logits, `[B, V]`.
+        sampling: The settings, or None.
+        noise: The keys of the noise, or None.
+        draws: The number of draws.
+        want: The names of the outputs.
+
+    Raises:
+        InputError: If a name is unknown, k or `draws` is larger than V, a draw lacks settings or noise or has them for
+            other rows, or something is asked of the argmax that only a draw has.
+    """
+    rows, width = base.shape
+    unknown = [name for name in want if name not in OUTPUTS]
+    if unknown or isinstance(want, str):
+        raise InputError.of(
+            "want",
+            expected=f"names of {', '.join(OUTPUTS)}",
+            got=repr(want if isinstance(want, str) else unknown[0]),
+            remedy='Pass e.g. want=("tokens", "entropy").',
+        )
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= width:
+        raise InputError.of("draws", expected=f"from 1 to {width} draws", got=repr(draws), remedy="Lower it.")
+    if sampling is None:
+        if noise is not None or draws != 1 or set(OF_DRAWS) & set(want):
+            what = "noise" if noise is not None else f"draws={draws}" if draws != 1 else min(set(OF_DRAWS) & set(want))
+            raise InputError.of(
+                "sampling", expected=f"settings to draw with, beside {what}", got="None", remedy="Pass Sampling.of(B)."
+            )
+        return
+    if noise is None:
+        raise InputError.of(
+            "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
+        )
+    for name, t in (("sampling", sampling.temperature), ("noise", noise.seed), ("noise", noise.position)):
+        if t.shape != (rows,) or t.device != base.device:
+            raise InputError.of(
+                name,
+                expected=f"keys and settings for {rows} rows on {base.device}",
+                got=f"shape {list(t.shape)} on {t.device}",
+                remedy=f"Pass {name.title()}.of({rows}, …, device=logits.device).",
+            )
+    if sampling.largest_k > width:
+        raise InputError.of(
+            "top_k",
+            expected=f"at most {width}, the width of the logits",
+            got=f"{sampling.largest_k}",
+            remedy="Lower it.",
+        )
