@@ -10,10 +10,13 @@ from proxytune.errors import InputError
 from proxytune.noise import Noise
 from proxytune.sampling import Sampling
 
-__all__ = ["MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_members", "refuse_request"]
+__all__ = ["DTYPES", "MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_members", "refuse_request"]
 
 MAX_MEMBERS = 5
 """Base and companions together."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What logits can be in."""
 
 OF_DRAWS = ("draw_logprobs", "keys", "temperature", "fork", "kept")
 """Outputs that only a draw has."""
@@ -48,7 +51,7 @@ def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | t
         if x.ndim != 2 or x.shape[0] != base.shape[0] or 0 in x.shape:
             shape = f"[{base.shape[0]}, V]" if i and base.ndim == 2 else "[B, V], neither of them 0"
             raise InputError.of(f"member {i}", expected=f"a tensor {shape}", got=f"shape {list(x.shape)}", remedy=_FIT)
-        if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        if x.dtype not in DTYPES:
             raise InputError.of(
                 f"member {i}", expected="float32, float16 or bfloat16", got=str(x.dtype), remedy="Convert it first."
             )

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune.checks import MAX_MEMBERS, OUTPUTS, refuse_members, refuse_request
+from proxytune.checks import DTYPES, MAX_MEMBERS, OUTPUTS, refuse_members, refuse_request
 from proxytune.errors import InputError
 from proxytune.formula import shift
 from proxytune.noise import Noise
@@ -28,7 +28,7 @@ from proxytune.rows import Rows
 from proxytune.sampling import Sampling
 from proxytune.torch_step import decide
 
-__all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "step"]
+__all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "step", "why_not_triton"]
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -142,10 +142,12 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
         InputError: If the number of weights is wrong.
     """
     base = members[0]
-    graph = torch.is_grad_enabled() and any(x.requires_grad for x in members)  # the kernels have no derivative
+    # The kernels have no derivative, and what compiles the model fuses these few operations by itself.
+    graph = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in members))
     together = all(x.device == base.device and x.shape[:-1] == base.shape[:-1] for x in members)
-    known = 1 <= len(members) <= MAX_MEMBERS and len(weights) == len(members) - 1
-    if graph or not together or not known or base.numel() == 0 or choose(impl, base.device) == "torch":
+    known = 1 <= len(members) <= MAX_MEMBERS and len(weights) == len(members) - 1 and base.numel() > 0
+    plain = all(x.dtype in DTYPES and (x.shape[-1] == 1 or x.stride(-1) == 1) for x in members)
+    if graph or not (together and known and plain) or choose(impl, base.device) == "torch":
         return shift(base, members[1:], weights)
     flat = [x.reshape(-1, x.shape[-1]) for x in members]
     scores = step(flat, (1.0, *weights), want=("scores",), impl=impl).scores
@@ -172,7 +174,7 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
         )
     if impl == "torch":
         return "torch"
-    reason = _why_not_triton(device.type)
+    reason = why_not_triton(device.type)
     if impl == "triton" and reason:
         raise InputError.of(
             "impl='triton'", expected="a GPU, and Triton installed", got=reason, remedy="Use impl='auto' or 'torch'."
@@ -181,7 +183,15 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
     return "torch" if reason or (impl == "auto" and device.type != "cuda") else "triton"
 
 
-def _why_not_triton(device: str) -> str | None:
+def why_not_triton(device: str) -> str | None:
+    """What keeps the kernels from running.
+
+    Args:
+        device: The type of a device, such as "cuda".
+
+    Returns:
+        The reason in a few words; None if they can run, were it in Triton's interpreter.
+    """
     if not _has_triton():
         return "no Triton in this environment"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

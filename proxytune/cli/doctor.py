@@ -16,9 +16,6 @@ from proxytune.cli import terminal
 
 __all__ = ["Device", "Finding", "Report", "WeightFile", "doctor", "examine"]
 
-IMPLEMENTATION = "torch"
-IMPLEMENTATION_NOTE = "logits are combined by torch operations; this version has no fused Triton kernels"
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -111,14 +108,29 @@ def examine() -> Report:
         The findings; nothing is changed or downloaded.
     """
     version, requirements = _requirements("proxytune")
+    implementation, note = _implementation()
     return Report(
         proxytune=version,
         requirements=requirements,
         devices=_devices(),
-        implementation=IMPLEMENTATION,
-        note=IMPLEMENTATION_NOTE,
+        implementation=implementation,
+        note=note,
         weights=_weights(),
     )
+
+
+def _implementation() -> tuple[str, str]:
+    """Which implementation a decoding step takes by itself, and why."""
+    import torch
+
+    from proxytune import ops
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = ops.choose("auto", device)
+    if chosen == "triton":
+        return chosen, f"decoding steps run in fused Triton kernels on {device}"
+    reason = "no GPU that torch can use" if device.type == "cpu" else ops.why_not_triton(device.type)
+    return chosen, f"decoding steps run as torch operations: {reason}"
 
 
 def _requirements(distribution: str) -> tuple[str | None, tuple[Finding, ...]]:

@@ -14,9 +14,10 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from proxytune.companion import Companion
 from proxytune.errors import InputError
-from proxytune.formula import ProxyTuning, shift
+from proxytune.formula import ProxyTuning
 from proxytune.generating import ComposedGenerationMixin, refuse_continuous_batching
 from proxytune.opening import check_vocabularies, open_members, reference_of
+from proxytune.ops import combine
 from proxytune.padding import mask_of_padding, refuse_ambiguous_padding, spread
 from proxytune.processors.attaching import Hook, refuse_no_ids
 
@@ -150,7 +151,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             InputError: If the prefix is too long for a companion, or has ids that it cannot embed.
         """
         companions = [c.logits_for(input_ids, attention_mask)[:, -1] for c in self._companions]  # [B, V_i] each
-        combined = shift(scores, companions, self.formula.weights())  # [B, V]
+        combined = combine([scores, *companions], self.formula.weights())  # [B, V]
         combined[:, min(c.member.rows for c in self._companions) :] = -torch.inf
         return combined
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from proxytune import ops
 from proxytune.cli import doctor
 from proxytune.lab import bundle
 
@@ -29,7 +30,7 @@ def test_this_environment_is_supported(run):
     assert found["python"]["supported"] == ">=3.11, <3.13"
     assert "pytest" not in found, "extras are not required"
     assert report["devices"][-1]["name"] == "cpu"
-    assert report["implementation"] == "torch"
+    assert report["implementation"] == ("triton" if torch.cuda.is_available() else "torch")
 
 
 def test_the_tables_show_what_the_json_says(run):
@@ -38,6 +39,22 @@ def test_the_tables_show_what_the_json_says(run):
     for finding in report["requirements"]:
         assert finding["version"] in printed
     assert report["note"] in printed
+
+
+@pytest.mark.parametrize(
+    ("cuda", "reason", "implementation", "says"),
+    [
+        (False, "tensors on cpu", "torch", "no GPU that torch can use"),
+        (True, None, "triton", "fused Triton kernels on cuda"),
+        (True, "no Triton in this environment", "torch", "no Triton in this environment"),
+    ],
+)
+def test_it_says_which_implementation_would_run_and_why(monkeypatch, cuda, reason, implementation, says):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(ops, "why_not_triton", lambda device: reason)
+    found, note = doctor._implementation()
+    assert found == implementation
+    assert says in note
 
 
 def test_weights_are_hashed(family, run, monkeypatch):
