@@ -15,7 +15,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -216,7 +216,7 @@ def _as_tensor(weights: Sequence[float] | torch.Tensor, base: torch.Tensor) -> t
     return _weights_on(tuple(float(w) for w in weights), base.shape[0], base.device)
 
 
-@cache
+@lru_cache(maxsize=64)
 def _weights_on(weights: tuple[float, ...], rows: int, device: torch.device) -> torch.Tensor:
     # Kept, so that a step copies nothing to the device, which could not be captured in a graph.
     return torch.tensor(weights, dtype=torch.float32, device=device).expand(rows, -1).contiguous()

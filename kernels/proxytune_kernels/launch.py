@@ -70,7 +70,7 @@ def step(
     one = weights
     temperature = sampling.temperature if sample else one
     fork_temperature = sampling.fork_temperature if forks else one
-    steer_tiles[(tiles, rows)](
+    steer_tiles[(tiles * rows,)](
         *read, temperature, fork_temperature, part, groups, scores,
         width, min(x.shape[1] for x in members), tiles, width,
         **shared, **flags, MASS=sample, FORK=forks, GROUPS=in_groups, SCORES="scores" in want,

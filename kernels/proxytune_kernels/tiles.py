@@ -73,7 +73,7 @@ def steer_tiles(
     RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
     GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Combine a tile and reduce it. Grid (tiles, B), one warp: a row's result cannot depend on the batch.
+    """Combine a tile and reduce it. Grid (B · tiles), one warp: a row's result cannot depend on the batch.
 
     Args:
         members: Tuple of M pointers to rows of logits, the base first.
@@ -102,8 +102,9 @@ def steer_tiles(
         LIVE: "live".
         SCORES: The combined logits.
     """
-    tile = tl.program_id(0)
-    row = tl.program_id(1).to(tl.int64)
+    # In one dimension: the others end at 65,535, and a prompt may have more rows than that.
+    tile = tl.program_id(0) % tiles
+    row = (tl.program_id(0) // tiles).to(tl.int64)
     logits = (members, strides, widths, weights)
     if tile * TILE + TILE <= inside:
         _tile(
