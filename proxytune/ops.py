@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Any, Literal
 
@@ -123,7 +123,8 @@ def _run(
     impl: str,
 ) -> dict[str, torch.Tensor]:
     if choose(impl, members[0].device) == "triton":
-        return _kernels().step(members, _as_tensor(weights, members[0]), sampling, noise, draws, names)
+        of_rows = _as_tensor(weights, members[0]).contiguous()
+        return _kernels().step(members, of_rows, _packed(sampling), _packed(noise), draws, names)
     return decide(Rows(members, weights), sampling, noise, draws, names)
 
 
@@ -214,6 +215,13 @@ def _as_tensor(weights: Sequence[float] | torch.Tensor, base: torch.Tensor) -> t
     if isinstance(weights, torch.Tensor):
         return weights
     return _weights_on(tuple(float(w) for w in weights), base.shape[0], base.device)
+
+
+def _packed(values: Any) -> Any:
+    # The kernels read settings and keys without strides; a loop may well pass a column of a table of positions.
+    given = {} if values is None else vars(values)
+    apart = {k: x.contiguous() for k, x in given.items() if isinstance(x, torch.Tensor) and not x.is_contiguous()}
+    return replace(values, **apart) if apart else values
 
 
 @lru_cache(maxsize=64)
