@@ -124,6 +124,7 @@ def shift(
     companions: Sequence[torch.Tensor],
     weights: Sequence[float] | torch.Tensor,
     base_weight: float | torch.Tensor = 1.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Add the companions' weighted logits to the base's.
 
@@ -132,6 +133,8 @@ def shift(
         companions: Raw logits of each companion, `[..., V_i]`; widths may differ from V.
         weights: One weight per companion, or for rows `[B, V]` a tensor `[B, companions]` of them.
         base_weight: The base's own weight; a tensor `[B]` for one per row.
+        out: Where the result goes, `[..., V]`, float32, on the base's device; may be `base` itself. None for a new
+            tensor.
 
     Returns:
         The combined logits, `[..., V]`, float32, on the base's device. Ids that some companion with a weight does not
@@ -150,39 +153,77 @@ def shift(
             got=f"{len(each)} weights",
             remedy="Give as many weights as companions.",
         )
-    out = base.to(torch.float32, copy=True)
+    if out is None:
+        out = base.to(torch.float32, copy=True)
+    elif out is not base:
+        out.copy_(base)
+    # On the CPU values may be looked at, to do without masks, which cost more there than all the rest; elsewhere that
+    # would be a wait.
+    seen = out.device.type == "cpu" and not torch.compiler.is_compiling()
     if isinstance(base_weight, torch.Tensor) or base_weight != 1.0:
-        w = base_weight[:, None] if isinstance(base_weight, torch.Tensor) else base_weight
-        scaled = (w * out).masked_fill(out == -torch.inf, -torch.inf)  # whatever the sign of the weight
-        out = scaled.masked_fill(~(out < torch.inf), torch.nan)
+        _weigh(out, base_weight, seen)
     # Not waiting is safe only towards a GPU: the host could read a copy to its own memory before it has arrived.
     unwaited = out.device.type != "cpu"
     heard = [
-        (z.to(out.device, torch.float32, non_blocking=unwaited), w)
+        (z.to(out.device, non_blocking=unwaited), w)
         for z, w in zip(companions, each, strict=True)
         if isinstance(w, torch.Tensor) or w != 0.0
     ]
     if not heard:
         return out
     width = min(out.shape[-1], *(z.shape[-1] for z, _ in heard))
-    # Companion minus companion first, then the base: with expert = antiexpert the shift is exactly 0, and with
-    # base = antiexpert, α = 1, the rounding is that of one subtraction.
-    delta = sum(_weighted(z[..., :width], w) for z, w in heard)
-    assert isinstance(delta, torch.Tensor)
-    # On the CPU one sum tells that nothing is infinite, and saves the masks; elsewhere reading it would be a wait.
-    if out.device.type != "cpu" or torch.compiler.is_compiling() or not math.isfinite(float(delta.detach().sum())):
+    heard = [(z[..., :width], w) for z, w in heard]
+    delta = _weighted_sum(heard, masked=not seen)
+    if not seen or not math.isfinite(float(delta.detach().sum())):  # the sum tells that nothing is infinite
+        if seen:
+            delta = _weighted_sum(heard, masked=True)
         silent = out[..., :width] == -torch.inf
         for z, w in heard:
-            minus = z[..., :width] == -torch.inf
+            minus = z == -torch.inf
             silent = silent | (minus & (w != 0.0)[:, None] if isinstance(w, torch.Tensor) else minus)
         # −inf here is a companion's +inf under a negative weight: it must not pass for "forbidden".
         delta = delta.masked_fill(delta == -torch.inf, torch.nan).masked_fill(silent, 0.0)
-    out[..., :width] += delta
+    out[..., :width].add_(delta)
     return out
 
 
-def _weighted(z: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
-    if not isinstance(weight, torch.Tensor):
-        return weight * z
-    w = weight[:, None]
-    return torch.where(w == 0.0, 0.0, w * z)  # 0 · ∞ is no opinion, not NaN
+def _weigh(base: torch.Tensor, weight: float | torch.Tensor, seen: bool) -> None:
+    """Multiply in place; −inf stays, whatever the sign of the weight, and NaN and +inf stay bad."""
+    w = weight[:, None] if isinstance(weight, torch.Tensor) else weight
+    if seen and (bool((w > 0.0).all()) if isinstance(w, torch.Tensor) else w > 0.0):
+        base.mul_(w)
+        return
+    forbidden, bad = base == -torch.inf, ~(base < torch.inf)
+    base.mul_(w).masked_fill_(forbidden, -torch.inf).masked_fill_(bad, torch.nan)
+
+
+def _weighted_sum(terms: Sequence[tuple[torch.Tensor, float | torch.Tensor]], masked: bool) -> torch.Tensor:
+    """`w₁z₁ + w₂z₂ + …`, each product and each sum rounded to float32; a new tensor, or the only term as it is.
+
+    Companion minus companion first, then the base: with expert = antiexpert the shift is exactly 0, and with
+    base = antiexpert, α = 1, the rounding is that of one subtraction. No fused multiply-add (`torch.add` with an alpha
+    has one): the kernels round each step, and equal logits have to stay equal.
+
+    Args:
+        terms: Logits and weights.
+        masked: Whether a row's weight of 0 has to silence NaN and infinities.
+    """
+    total: torch.Tensor | None = None
+    own = False  # whether the total may be written to
+    for z, weight in terms:
+        w = weight[:, None] if isinstance(weight, torch.Tensor) else weight
+        x = z.to(torch.float32)
+        fresh = x is not z
+        minus = isinstance(w, float | int) and w == -1.0 and total is not None  # x − y has the bits of x + (−1)y
+        if not minus and (isinstance(w, torch.Tensor) or w != 1.0):
+            x, fresh = x.mul_(w) if fresh else x * w, True
+        if masked and isinstance(w, torch.Tensor):
+            x = torch.where(w == 0.0, 0.0, x)  # 0 · ∞ is no opinion, not NaN
+        if total is None:
+            total, own = x, fresh
+        elif own:
+            total = total.sub_(x) if minus else total.add_(x)
+        else:
+            total, own = total - x if minus else total + x, True
+    assert total is not None
+    return total

@@ -35,22 +35,26 @@ def draw(
         "fork" `[B]` bool, "temperature" `[B]`, "kept" `[B]` int64; `[B, draws]`: "tokens" int64 (−1 where no more
         tokens are left), their logits "relative" to `top`, "draw_logprobs", "keys".
     """
-    temperature, mass = sampling.temperature, tiles["mass"]
+    temperature, mass = sampling.temperature, tiles.get("mass")
     fork = torch.zeros_like(top, dtype=torch.bool)
     if sampling.fork_threshold is not None:
         assert entropy is not None
         assert sampling.fork_temperature is not None
         fork = entropy > sampling.fork_threshold  # NaN is no fork
         temperature = torch.where(fork, sampling.fork_temperature, temperature)
-        mass = torch.where(fork[:, None], tiles["fork mass"], mass)
-    relative = (tiles["max"] - top[:, None]) * temperature.reciprocal()[:, None]  # [B, tiles]
-    total = (mass * relative.clamp(min=CLAMP).exp()).sum(1)
+        if mass is not None:
+            mass = torch.where(fork[:, None], tiles["fork mass"], mass)
+    total = torch.zeros_like(top)  # where no row's draw depends on it, it was not measured
+    if mass is not None:
+        relative = (tiles["max"] - top[:, None]) * temperature.reciprocal()[:, None]  # [B, tiles]
+        total = (mass * relative.clamp(min=CLAMP).exp()).sum(1)
 
     # A row goes its own way, whatever the others in its batch do.
     choices = []
     if sampling.some_truncated:
         choices.append(_draw_truncated(rows, tiles["groups"], top, temperature, total, sampling, noise, draws))
     if not sampling.all_truncated:
+        assert mass is not None
         plain = _draw_plain(rows, mass, relative, top, temperature.reciprocal(), total, noise, draws)
         choices.append(plain | {"kept": tiles["live"].sum(1)} if "live" in tiles else plain)
     out = choices[0]
@@ -58,7 +62,7 @@ def draw(
         own = sampling.truncated
         out = {k: torch.where(own[:, None] if x.ndim == 2 else own, out[k], x) for k, x in choices[1].items()}
     out.setdefault("kept", torch.zeros_like(fork, dtype=torch.int64))  # not asked for
-    return out | {"fork": fork, "temperature": temperature}
+    return out | {"fork": fork, "temperature": temperature.clone()}
 
 
 def _draw_plain(

@@ -14,7 +14,7 @@ from collections.abc import Collection
 import torch
 
 from proxytune.noise import Noise
-from proxytune.rows import CLAMP, FINITE, Rows, argmax, measure
+from proxytune.rows import CLAMP, FINITE, Rows, first_largest, measure
 from proxytune.sampling import Sampling
 from proxytune.torch_draws import draw, largest_logits
 
@@ -24,6 +24,7 @@ CONFIDENCE_TOKENS = 20
 """How many of the most probable tokens the confidence looks at (DeepConf, arXiv 2508.15260)."""
 
 
+@torch.no_grad()
 def decide(
     rows: Rows, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
 ) -> dict[str, torch.Tensor]:
@@ -39,33 +40,39 @@ def decide(
     Returns:
         The outputs by name.
     """
+    if sampling is None and rows.device.type == "cpu" and set(want) <= {"tokens", "argmax"}:
+        token, top = first_largest(rows)  # [B, 1]
+        token = token.masked_fill(~((top > FINITE) & (top < torch.inf)), -1)
+        return {name: token if name == "tokens" else token[:, 0].clone() for name in want}
     tiles = measure(rows, sampling, want)
     top = tiles["max"].amax(1)  # [B]
     bad, dead = top == torch.inf, top == FINITE
     undecided = bad | dead
     out = _statistics(tiles, top)
-    if "lse" in out:
-        # Nothing but −inf has a sum of 0; what is no number has none.
-        lse, out["lse"] = out["lse"], out["lse"].masked_fill(dead, -torch.inf).masked_fill(bad, torch.nan)
-        if "confidence" in want:
-            out["confidence"] = lse - largest_logits(rows, tiles["groups"], CONFIDENCE_TOKENS)
-    if "argmax" in want or sampling is None:
-        out["argmax"] = argmax(rows, tiles["max"], top)
+    if "confidence" in want:
+        out["confidence"] = out["lse"] - largest_logits(rows, tiles["groups"], CONFIDENCE_TOKENS)
+    if "argmax" in tiles:
+        out["argmax"] = tiles["argmax"]
     if sampling is None:
-        out["tokens"] = out["argmax"][:, None]
+        out["tokens"] = out["argmax"][:, None].clone()  # two outputs do not share their memory
         out["relative"] = torch.zeros_like(top)[:, None]
     else:
         assert noise is not None
         out |= draw(rows, tiles, out.get("entropy"), top, sampling, noise, draws)
-        out["fork"] = out["fork"] & ~undecided
-        out["kept"] = out["kept"].masked_fill(undecided, 0)
     if "logprobs" in want:
         out["logprobs"] = out["relative"] - out["log_total"][:, None]
-    for name in out.keys() & {"tokens", "argmax"}:
-        out[name] = _masked(out[name], undecided, -1)
-    measured = {"entropy", "varentropy", "kl", "confidence", "temperature", "logprobs", "draw_logprobs", "keys"}
-    for name in out.keys() & measured:
-        out[name] = _masked(out[name], undecided, torch.nan)
+    # Where it can be seen that all rows are well, nothing has to be masked.
+    if rows.device.type != "cpu" or bool(undecided.any()):
+        if "lse" in out:
+            out["lse"] = out["lse"].masked_fill(dead, -torch.inf).masked_fill(bad, torch.nan)
+        for name, value in (("fork", False), ("kept", 0)):
+            if name in out:
+                out[name] = _masked(out[name], undecided, value)
+        for name in out.keys() & {"tokens", "argmax"}:
+            out[name] = _masked(out[name], undecided, -1)
+        measured = {"entropy", "varentropy", "kl", "confidence", "temperature", "logprobs", "draw_logprobs", "keys"}
+        for name in out.keys() & measured:
+            out[name] = _masked(out[name], undecided, torch.nan)
     if "scores" in want:
         out["scores"] = tiles["scores"]
     return {name: out[name] for name in want}
@@ -87,9 +94,11 @@ def _statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, 
     out["log_total"] = log_total = total.log()
     out["lse"] = top + log_total
     if "t1" in tiles:
-        mean = ((tiles["t1"] + relative * s) * weight).sum(1) / total
-        square = ((tiles["t2"] + 2 * relative * tiles["t1"] + relative * relative * s) * weight).sum(1) / total
+        t1 = tiles["t1"]
+        mean = ((t1 + relative * s) * weight).sum(1) / total
         out["entropy"] = (log_total - mean).clamp(min=0.0)
+    if "t2" in tiles:
+        square = ((tiles["t2"] + 2 * relative * t1 + relative * relative * s) * weight).sum(1) / total
         out["varentropy"] = (square - mean * mean).clamp(min=0.0)
     if "shift" in tiles:
         base_top = tiles["base max"].amax(1)
