@@ -6,6 +6,7 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 `wrap`                     compose base, expert and antiexpert into one model for `generate()`
 `ProxyTunedModel`          that model: a `PreTrainedModel` whose logits are the combined ones
 `ProxyTuningLogitsProcessor` the same as a logits processor, for a pipeline of your own
+`FusedDecoding`            a loop for `generate(custom_generate=…)`: one step on the members' logits per token
 `ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
 `Recipe`                   the adapter as a small JSON file
 `errors`                   what can go wrong, drawn as a tree
@@ -22,6 +23,7 @@ import wrapt
 from proxytune._version import __version__
 
 if TYPE_CHECKING:
+    from proxytune.decoding.fused import FusedDecoding
     from proxytune.formula import ProxyTuning
     from proxytune.model import ProxyTunedConfig, ProxyTunedModel
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from proxytune.wrapping import wrap
 
 __all__ = [
+    "FusedDecoding",
     "ProxyTunedConfig",
     "ProxyTunedModel",
     "ProxyTuning",
@@ -39,6 +42,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "FusedDecoding": "proxytune.decoding.fused",
     "ProxyTunedConfig": "proxytune.model",
     "ProxyTunedModel": "proxytune.model",
     "ProxyTuning": "proxytune.formula",

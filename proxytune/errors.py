@@ -11,6 +11,7 @@
     │   └── VocabularyMismatchError          its token ids mean other tokens than the base's
     ├── RecipeError                          a `proxytune_config.json` that cannot be read or written
     ├── UnsupportedModeError                 a way of generating in which the result would be silently wrong
+    ├── NumericalError                       logits of which no token can be drawn: NaN, +inf, or all −inf
     └── LabError                             the synthetic lab: a training run or a family folder that does not fit
 
     VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
@@ -24,6 +25,7 @@ __all__ = [
     "LabError",
     "MemberError",
     "MemberNotFoundError",
+    "NumericalError",
     "ProxytuneError",
     "RecipeError",
     "UnsupportedModeError",
@@ -82,6 +84,10 @@ class RecipeError(ProxytuneError):
 
 class UnsupportedModeError(ProxytuneError):
     """A way of generating in which the result would be silently wrong."""
+
+
+class NumericalError(ProxytuneError):
+    """A row of logits of which no token can be drawn: NaN or +inf in it, or −inf throughout."""
 
 
 class LabError(ProxytuneError):

@@ -6,6 +6,8 @@ the refusal of what could only go wrong silently.
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
@@ -14,13 +16,25 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.cache import adopt, refuse_short_cache
 from proxytune.drafting import FittedDraft, TailMask, refuse_self_speculation
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.padding import refuse_ambiguous_padding
 
-__all__ = ["ComposedGenerationMixin", "refuse_arguments", "refuse_continuous_batching", "refuse_shapes"]
+__all__ = ["ComposedGenerationMixin", "MemberOutput", "refuse_arguments", "refuse_continuous_batching", "refuse_shapes"]
+
+
+@dataclass
+class MemberOutput(CausalLMOutputWithPast):
+    """What `forward(combine=False)` returns: each member's own logits, for a loop that combines them itself.
+
+    Attributes:
+        member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first.
+    """
+
+    member_logits: tuple[torch.Tensor, ...] | None = None
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
@@ -220,6 +234,17 @@ class ComposedGenerationMixin(GenerationMixin):
             # transformers takes another head width for another tokenizer; here the rows are fitted instead.
             generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **named: Any
+    ) -> dict[str, Any]:
+        given = super()._extract_generation_mode_kwargs(None, kwargs.copy(), *args, **named)
+        found: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
+        if not callable(custom_generate):
+            return found
+        # transformers keeps the streamer, the tokenizer and the draft from a callable; here it gets what it names.
+        names = inspect.signature(custom_generate).parameters
+        return {name: value for name, value in given.items() if name in names} | found
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         inner = super()._get_candidate_generator(*args, **kwargs)

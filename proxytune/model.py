@@ -23,7 +23,7 @@ from proxytune.cache import adopt, view
 from proxytune.config import ProxyTunedConfig, load_recipe
 from proxytune.errors import InputError, RecipeError
 from proxytune.formula import FORMULAS, Formula, shift
-from proxytune.generating import ComposedGenerationMixin, refuse_arguments, refuse_shapes
+from proxytune.generating import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
 from proxytune.member import Member, check_ids, positions_of
 from proxytune.opening import adapters_of, open_members
 from proxytune.recipe import ROLES, Recipe
@@ -151,16 +151,18 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             labels: `[B, N]`, −100 where there is none: adds the mean next-token loss, in nats.
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
-            **kwargs: Refused, if not None or False.
+            **kwargs: `combine=False` for the members' own logits; all else is refused, if not None or False.
 
         Returns:
-            Logits `[B, K, V]`, float32, V the base's width; the loss; the cache.
+            Logits `[B, K, V]`, float32, V the base's width; the loss; the cache. With `combine=False` a `MemberOutput`.
 
         Raises:
             InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; or an
                 argument is not supported.
             CacheError: If the cache was filled by another model.
         """
+        # Not in the signature, so that generate() refuses it from a user: its own loops need combined logits.
+        combine = kwargs.pop("combine", None) is not False
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         refuse_shapes(input_ids, attention_mask)
         assert input_ids is not None
@@ -187,6 +189,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             )
             for member, span in zip(self.members, self.config.spans, strict=True)
         ]  # [B, K, V_i] each
+        if not combine and labels is None:  # a loss needs combined logits
+            return MemberOutput(past_key_values=cache, member_logits=tuple(members))
         logits = shift(members[0], members[1:], self.formula.weights())  # [B, K, V]
         logits[..., self.usable_ids :] = -torch.inf
 

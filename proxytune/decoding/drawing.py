@@ -1,0 +1,187 @@
+"""One decision of the fused loop, and the record of what `generate()` was asked to report.
+
+Everything that a decision needs is on the device before the loop starts; a decision itself copies nothing there, and
+reads nothing back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from proxytune import ops
+from proxytune.decoding.translation import Translation
+from proxytune.errors import NumericalError
+from proxytune.noise import Noise
+from proxytune.sampling import Sampling
+
+__all__ = ["Drawing", "Record"]
+
+Rows = tuple[list[torch.Tensor], Sequence[float]]
+"""Members' rows, `[B, V_i]` each, on one device, and their weights."""
+
+_TAKEN = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Record:
+    """The scores, logits and states of each step, as far as they were asked for.
+
+    Attributes:
+        scores: `[B, V]` for each step, float32, after all processors; None if not asked for.
+        logits: `[B, V]` for each step, float32, before any; None if not asked for.
+    """
+
+    def __init__(self, generation_config: Any) -> None:
+        """See what is asked for.
+
+        Args:
+            generation_config: The settings.
+        """
+        asked = generation_config.return_dict_in_generate
+
+        def empty(wanted: bool | None) -> tuple[Any, ...] | None:
+            return () if asked and wanted else None
+
+        self.scores = empty(generation_config.output_scores)
+        self.logits = empty(generation_config.output_logits)
+        self._attentions = empty(generation_config.output_attentions)
+        self._hidden_states = empty(generation_config.output_hidden_states)
+
+    def add(self, outputs: Any) -> None:
+        """Keep the states of a forward pass.
+
+        Args:
+            outputs: What the model returned.
+        """
+        if self._attentions is not None:
+            self._attentions += (outputs.attentions,)
+        if self._hidden_states is not None:
+            self._hidden_states += (outputs.hidden_states,)
+
+    def output(self, sequences: torch.Tensor, cache: Any) -> GenerateDecoderOnlyOutput:
+        """What `generate()` returns.
+
+        Args:
+            sequences: `[B, T + new]`, int64.
+            cache: The cache; None if there is none.
+
+        Returns:
+            The output of transformers' own loop.
+        """
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=self.scores,
+            logits=self.logits,
+            attentions=self._attentions,
+            hidden_states=self._hidden_states,
+            past_key_values=cache,
+        )
+
+
+class Drawing:
+    """From the members' rows to tokens: processors that have to run, then one `ops.step`."""
+
+    def __init__(
+        self,
+        translation: Translation,
+        sampling: Sampling | None,
+        noise: Noise | None,
+        *,
+        width: int,
+        usable: int,
+        place: torch.device,
+        impl: ops.Impl,
+    ) -> None:
+        """Keep what all steps share.
+
+        Args:
+            translation: Which processors run, and which are settings.
+            sampling: The settings; None for greedy decoding.
+            noise: The keys of the noise at the next position; None with `sampling`.
+            width: The base's width V.
+            usable: How many ids may be drawn; the others are −inf to the processors, and no columns to the step.
+            place: Where the draws are made.
+            impl: As in `ops.step`.
+        """
+        self._translation = translation
+        self._sampling = sampling
+        self._noise = noise
+        self._width = width
+        self._usable = usable
+        self._place = place
+        self._impl: ops.Impl = impl
+
+    def __call__(
+        self, members: Sequence[torch.Tensor], weights: Sequence[float], input_ids: torch.Tensor, record: Record
+    ) -> tuple[torch.Tensor, Rows]:
+        """Draw a token for each row, and go on to the next position.
+
+        Args:
+            members: Raw logits of the base and its companions, `[B, V_i]`; companions may be on other devices.
+            weights: One per member, the base's first.
+            input_ids: `[B, T]`, for the processors.
+            record: Gets this step's scores and logits, if they were asked for. The tokens do not depend on it.
+
+        Returns:
+            The tokens `[B]`, int64, on the device of `input_ids`, −1 in a row that has no distribution; and the rows
+            they were drawn from. These may be the forward pass's own memory: let go of them before the next.
+        """
+        rows = [self._row(x) for x in members]
+        rows[0] = rows[0][:, : self._usable]  # a view: ids beyond are not masked but absent
+        logits = scores = rows[0]
+        if self._translation.before or record.scores is not None or record.logits is not None:
+            logits = self._combined(rows, weights).to(input_ids.device)  # [B, V]
+            scores = self._translation.before(input_ids, logits)  # [B, V]
+        if self._translation.before:
+            rows, weights = [self._row(scores)], (1.0,)
+        tokens = ops.step(rows, weights, sampling=self._sampling, noise=self._noise, impl=self._impl).tokens
+        assert tokens is not None
+        if self._noise is not None:
+            self._noise.position.add_(1)  # in place: a captured graph would go on by itself
+        if record.scores is not None:
+            record.scores += (self._translation.warpers(input_ids, scores),)
+        if record.logits is not None:
+            record.logits += (logits,)
+        return tokens[:, 0].to(input_ids.device), (rows, weights)
+
+    def failure(self, rows: Rows, bad: torch.Tensor, step: int) -> NumericalError:
+        """Say which row of a step had no distribution, and why. Waits for the device.
+
+        Args:
+            rows: What was drawn from.
+            bad: `[B]`, bool; some row is.
+            step: How many tokens were generated before.
+
+        Returns:
+            The error to raise.
+        """
+        row = int(bad.int().argmax())
+        lse = ops.step(*rows, want=("lse",), impl=self._impl).lse
+        assert lse is not None
+        masked = float(lse[row]) == -torch.inf
+        who = "after the logits processors" if self._translation.before else "of the members"
+        error = NumericalError.of(
+            f"row {row} of {len(bad)}, step {step} (new tokens counted from 0)",
+            expected="logits of which a token can be drawn",
+            got=f"−inf for every token, {who}" if masked else f"NaN or +inf among the logits {who}",
+            remedy="See which constraints leave no token, or relax them."
+            if masked
+            else "Run the members in bfloat16 or float32 rather than float16, look at model.member_logits(...) on this "
+            "row's prefix, or pass remove_invalid_values=True to go on with finite values in their place.",
+        )
+        assert isinstance(error, NumericalError)
+        return error
+
+    def _row(self, x: torch.Tensor) -> torch.Tensor:
+        # Not waiting is safe only towards a GPU, see `proxytune.formula.shift`.
+        x = x.to(self._place, x.dtype if x.dtype in _TAKEN else torch.float32, non_blocking=self._place.type != "cpu")
+        return x if x.stride(1) == 1 else x.contiguous()
+
+    def _combined(self, rows: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
+        scores = ops.step(rows, weights, want=("scores",), impl=self._impl).scores
+        assert scores is not None
+        missing = self._width - self._usable
+        return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores

@@ -1,0 +1,283 @@
+"""The fused loop: greedy decoding and sampling in which one step on the members' logits does all that can be fused.
+
+A decode step reads top to bottom in `FusedDecoding.__call__`: forward → members' rows → one `ops.step` → tokens.
+Prefill, caches, masks and stopping criteria are transformers' own, through the hooks of `generate()`; nothing here
+knows how members run or how their logits are combined.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+from transformers.generation.utils import ALL_CACHE_NAMES
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from proxytune import ops
+from proxytune.decoding.drawing import Drawing, Record
+from proxytune.decoding.translation import Translation, translate
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.model import ProxyTunedModel
+from proxytune.noise import Noise
+
+__all__ = ["FusedDecoding"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class FusedDecoding:
+    """A loop for `model.generate(..., custom_generate=FusedDecoding(seed=0))`, for composed and for plain causal LMs.
+
+    The tokens are those of transformers' own loop in greedy decoding, and of the same law in sampling. Temperature,
+    top-k, top-p and min-p at the end of the list of processors become part of the step; what stands before them runs
+    as it is, on the combined logits. Per step, the host waits for the device once: for whether to stop.
+
+    A draw depends on (seed, row, position) alone: neither on padding nor on the batch around the row. `row` is the
+    number of the row in the batch, with `num_return_sequences` counted in; `position` the number of tokens before the
+    one that is drawn, not counting padding.
+
+    On a plain model transformers hands a callable neither `streamer=`, `tokenizer=` nor `assistant_model=` of
+    `generate()`: give the streamer here, stop strings as a `StopStringCriteria`; an assistant is ignored, which is a
+    matter of speed only. `generate_batch` and `cache_implementation="paged"` never call it. A composed model hands
+    them over, and refuses what cannot be.
+
+    Attributes:
+        seed: The key of all draws; None for another one in each call, from torch's default generator.
+        impl: "triton", "torch", or "auto" for Triton where it runs.
+        rows: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …]. With it, a row of a
+            batch can be drawn again alone.
+        streamer: A streamer for plain models; it gets the prompt too.
+
+    Raises:
+        InputError: If a setting is out of its range.
+    """
+
+    seed: int | None = None
+    impl: ops.Impl = "auto"
+    rows: Sequence[int] | torch.Tensor | None = None
+    streamer: BaseStreamer | None = None
+
+    def __post_init__(self) -> None:
+        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
+        if self.seed is not None and not (whole and -(1 << 63) <= self.seed < 1 << 63):
+            raise InputError.of(
+                "seed",
+                expected="a whole number of 64 bits, or None",
+                got=repr(self.seed),
+                remedy="Pass e.g. FusedDecoding(seed=0).",
+            )
+        if self.impl not in get_args(ops.Impl):
+            raise InputError.of(
+                "impl",
+                expected="'auto', 'triton' or 'torch'",
+                got=repr(self.impl),
+                remedy="Leave it out for 'auto'.",
+            )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool | None = None,
+        streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
+        assistant_model: Any = None,
+        **model_kwargs: Any,
+    ) -> GenerateDecoderOnlyOutput | torch.Tensor:
+        """Decode; `generate()` calls this with what it has prepared.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+            input_ids: `[B, T]`, int64, expanded by `num_return_sequences`.
+            logits_processor: The processors, the user's among them.
+            stopping_criteria: The criteria.
+            generation_config: The settings.
+            synced_gpus: Whether to go on until the other processes have finished; None to find out.
+            streamer: Gets each step's tokens `[B]`.
+            tokenizer: The stop strings' criterion has taken it.
+            assistant_model: Refused.
+            **model_kwargs: What the forward passes need; the cache among them.
+
+        Returns:
+            `[B, T + new]`, int64; with `return_dict_in_generate` the same output as that of transformers' loop.
+
+        Raises:
+            UnsupportedModeError: For encoder-decoders and for every mode but greedy decoding and sampling.
+            InputError: If `rows` does not fit the batch, or there is an EOS but no padding token.
+            NumericalError: If an unfinished row has no distribution, with the row and the step.
+        """
+        _refuse_modes(model, generation_config, assistant_model)
+        batch = input_ids.shape[0]
+        streams = self._streams(batch)
+        pads = _padding(stopping_criteria, generation_config, input_ids.device)
+        synced = _synced(model) if synced_gpus is None else synced_gpus
+        streamer = self._streamer(streamer, input_ids)
+        composed = isinstance(model, ProxyTunedModel)
+        if composed:
+            model_kwargs["combine"] = False
+        usable = model.usable_ids if composed else sys.maxsize
+        record = Record(generation_config)
+        position = _positions(input_ids, generation_config, model_kwargs)  # [B]
+        translation = translate(logits_processor, bool(generation_config.do_sample))
+        forward = (
+            model.get_compiled_call(generation_config.compile_config)
+            if model._valid_auto_compile_criteria(model_kwargs, generation_config)
+            else model
+        )
+
+        drawing: Drawing | None = None
+        unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        finished, step = False, 0
+        first = not generation_config.is_assistant
+        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
+        with model._optimize_model_for_decode():
+            while model._has_unfinished_sequences(finished, synced, device=input_ids.device):
+                if outputs is None:
+                    new = 1 if model_kwargs["use_cache"] else None
+                    inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+                    outputs = forward(**inputs, return_dict=True)
+                model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+                if synced and finished:
+                    outputs = None
+                    continue
+                members, weights = _members(model, outputs)  # [B, V_i] each
+                record.add(outputs)
+                outputs = None  # the logits of a whole prompt may hang on it
+
+                if drawing is None:  # only now are the rows' width and device known
+                    drawing = self._prepare(translation, members[0], usable, position, streams)
+                tokens, rows = drawing(members, weights, input_ids, record)  # [B]
+                bad = (tokens < 0) & unfinished
+                tokens = tokens.clamp(min=0)  # in a row that is finished it does not matter, but it is embedded
+                if pads is not None:
+                    tokens = torch.where(unfinished, tokens, pads)
+                input_ids = torch.cat([input_ids, tokens[:, None]], -1)
+                unfinished = unfinished & ~stopping_criteria(input_ids, record.scores)
+                # The one place where the host waits for the device.
+                going, failed = torch.stack((unfinished.any(), bad.any())).tolist()
+                if failed:
+                    raise drawing.failure(rows, bad, step)
+                del members, rows
+                if streamer is not None:
+                    streamer.put(tokens.cpu())
+                finished, step = not going, step + 1
+
+        if streamer is not None:
+            streamer.end()
+        if not generation_config.return_dict_in_generate:
+            return input_ids
+        cache = next((model_kwargs[name] for name in ALL_CACHE_NAMES if name in model_kwargs), None)
+        return record.output(input_ids, cache)
+
+    def _prepare(
+        self,
+        translation: Translation,
+        base: torch.Tensor,
+        usable: int,
+        position: torch.Tensor,
+        streams: torch.Tensor,
+    ) -> Drawing:
+        batch, width = base.shape
+        usable = min(width, usable, width if translation.usable is None else translation.usable)
+        # Processors were made for the device of the ids, and expect all V columns.
+        place = position.device if translation.before else base.device
+        sampling = noise = None
+        if translation.do_sample:
+            sampling = translation.sampling(batch, width if translation.before else usable, place)
+            noise = Noise.of(batch, seed=self._seed(), row=streams, device=place).at(position.to(place))
+        return Drawing(translation, sampling, noise, width=width, usable=usable, place=place, impl=self.impl)
+
+    def _seed(self) -> int:
+        if self.seed is not None:
+            return self.seed
+        return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64))
+
+    def _streams(self, batch: int) -> torch.Tensor:
+        if self.rows is None:
+            return torch.arange(batch)
+        rows = torch.as_tensor(self.rows)
+        whole = not rows.is_floating_point() and rows.dtype != torch.bool
+        if rows.shape != (batch,) or not whole or int(rows.min()) < 0 or int(rows.max()) >= 1 << 32:
+            raise InputError.of(
+                "rows",
+                expected=f"whole numbers from 0 to {(1 << 32) - 1}, one for each of {batch} rows",
+                got=f"shape {list(rows.shape)}, {rows.dtype}: {rows.flatten()[:8].tolist()}",
+                remedy="Give one per row of the batch, num_return_sequences counted in, or leave it out.",
+            )
+        return rows.to(torch.int64)
+
+    def _streamer(self, given: BaseStreamer | None, input_ids: torch.Tensor) -> BaseStreamer | None:
+        if given is None and self.streamer is not None:
+            self.streamer.put(input_ids.cpu())  # to its own, generate() has given it
+        return self.streamer if given is None else given
+
+
+def _refuse_modes(model: Any, generation_config: Any, assistant_model: Any) -> None:
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModeError.of(
+            "FusedDecoding",
+            expected="a decoder-only model",
+            got=f"{type(model).__name__}, an encoder-decoder",
+            remedy="Leave custom_generate out.",
+        )
+    mode = generation_config.get_generation_mode(assistant_model)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UnsupportedModeError.of(
+            "FusedDecoding",
+            expected="greedy decoding or sampling",
+            got=f"settings for {mode.value.replace('_', ' ')}",
+            remedy="Leave custom_generate out, or the settings that ask for it (num_beams, assistant_model, "
+            "prompt_lookup_num_tokens, penalty_alpha, …).",
+        )
+
+
+def _padding(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
+    """The padding token, where finished rows get one: as in transformers, only if there is an EOS."""
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+        return None
+    pad: torch.Tensor | None = generation_config._pad_token_tensor
+    if pad is None:
+        raise InputError.of(
+            "pad_token_id",
+            expected="a padding token for rows that have finished",
+            got="None, beside a stopping criterion with an EOS token",
+            remedy="Pass pad_token_id= to generate().",
+        )
+    return pad.to(device)
+
+
+def _synced(model: Any) -> bool:
+    # transformers finds this out too, but hands it to no callable.
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def _positions(input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
+    """How many tokens each row has, `[B]`, int64; padding does not count, what only the cache holds does."""
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.to(input_ids.device).long().sum(-1)
+    # From 5.20 on, a mask without padding is dropped, and its length kept.
+    length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
+    return torch.full((input_ids.shape[0],), length, dtype=torch.int64, device=input_ids.device)
+
+
+def _members(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
+    """The last position's raw logits, `[B, V_i]` each, and their weights; a plain model is its own only member."""
+    composed = isinstance(model, ProxyTunedModel)
+    logits = outputs.member_logits if composed else (outputs.logits,)
+    weights = (1.0, *model.formula.weights()) if composed else (1.0,)
+    # A view of one position; of the logits of a whole prompt a copy, so that they can go.
+    return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in logits], weights
