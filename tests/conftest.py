@@ -9,6 +9,11 @@ import pytest
 import torch
 import transformers
 
+# Triton reads this when it is imported, which torch and transformers leave to the first kernel. Without a GPU the
+# kernels run in its interpreter; nothing takes that path unless it asks for impl="triton".
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The models are tiny: a second thread only makes the workers of pytest-xdist fight for cores.
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
