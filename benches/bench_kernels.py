@@ -1,0 +1,303 @@
+"""Time a decoding decision, `proxytune.ops.step`, against what one would write instead, and keep the figures.
+
+::
+
+    python benches/bench_kernels.py --write          measure the CPU part, and the GPU part where there is a GPU
+    python benches/bench_kernels.py --write --gpu    the GPU part alone, under ten minutes; the CPU part is kept
+    python benches/bench_kernels.py --markdown       the README's table, from the JSON
+    pytest benches/bench_kernels.py --benchmark-only the CPU part once more, by pytest-benchmark
+
+Writes benches/results/kernels.json. On the CPU the implementations take turns within one run, and the ratios are those
+of each round. On a GPU correctness comes first, see `kernels_gpu.py` and
+`kernels_cuda.py`. What was not run says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # pytest imports this file by its path
+
+import kernels_cases as cases
+import kernels_cuda
+import kernels_gpu as gpu
+import pytest
+import torch
+import transformers
+from kernels_cases import CASES, GREEDY, TRUNCATED, Case, Members
+from torch.profiler import ProfilerActivity, profile
+
+RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
+WIDTHS = (32_000, 128_256, 151_936)
+ROWS = (1, 8)
+DTYPES = (torch.float32, torch.bfloat16)
+ROUNDS = 15
+OURS, PLAIN = "proxytune", "plain"
+CANDIDATES, CHAIN = "plain, top-k first", "transformers"
+Implementations = dict[str, Callable[[Members], Any]]
+
+
+def implementations(case: Case, rows: int) -> Implementations:
+    """What is compared on the CPU; transformers' chain gives the tokens alone."""
+    out: Implementations = {OURS: cases.decision(case, rows, "cpu", "torch"), PLAIN: cases.plain(case)}
+    if case is TRUNCATED:
+        out[CANDIDATES] = cases.plain_candidates(case)
+    if case.temperature is not None:
+        out[CHAIN] = cases.transformers_chain(case)
+    return out
+
+
+# --- the CPU part ---------------------------------------------------------------------------------------------------
+
+
+def measure_cpu(
+    widths: Sequence[int] = WIDTHS,
+    rows: Sequence[int] = ROWS,
+    dtypes: Sequence[torch.dtype] = DTYPES,
+    rounds: int = ROUNDS,
+    target_ms: float = 8.0,
+) -> dict[str, Any]:
+    """Time every case at every shape, and find the memory that each takes.
+
+    Args:
+        widths: V.
+        rows: B.
+        dtypes: Of the members' rows.
+        rounds: How many times each implementation has its turn.
+        target_ms: About how long a turn is.
+
+    Returns:
+        What goes into the JSON.
+    """
+    cells = []
+    for width in widths:
+        for count in rows:
+            for dtype in dtypes:
+                logits = cases.members(count, width, dtype, "cpu")
+                for case in (*CASES, GREEDY):
+                    found = implementations(case, count)
+                    cells.append(
+                        {
+                            "case": case.name,
+                            "rows": count,
+                            "width": width,
+                            "dtype": str(dtype).removeprefix("torch."),
+                            **_timed(found, logits, rounds, target_ms),
+                            # In units of one float32 number per logit of the base.
+                            "peak_extra": {
+                                name: round(peak_bytes(f, logits) / (4 * count * width), 3) for name, f in found.items()
+                            },
+                        }
+                    )
+    return {
+        "status": "run",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "cells": cells,
+    }
+
+
+def _timed(found: Implementations, logits: Members, rounds: int, target_ms: float) -> dict[str, Any]:
+    """Median milliseconds, and how many times as long the others take: median and quartiles over the rounds."""
+    for f in found.values():
+        f(logits)
+    once = min(_seconds(found[OURS], logits, 1) for _ in range(3))
+    repeats = max(1, min(50, round(target_ms / 1000 / once)))
+    took: dict[str, list[float]] = {name: [] for name in found}
+    with _no_collection():
+        for turn in range(rounds):
+            for name in sorted(found, reverse=bool(turn % 2)):  # no one always comes after the same one
+                took[name].append(_seconds(found[name], logits, repeats))
+    ratios = {
+        name: [theirs / ours for theirs, ours in zip(took[name], took[OURS], strict=True)]
+        for name in found
+        if name != OURS
+    }
+    return {
+        "ms": {name: round(1000 * statistics.median(t), 4) for name, t in took.items()},
+        "times_ours": {
+            name: dict(zip(("q1", "median", "q3"), (round(q, 3) for q in _quartiles(r)), strict=True))
+            for name, r in ratios.items()
+        },
+    }
+
+
+def _seconds(f: Callable[[Members], Any], logits: Members, repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        f(logits)
+    return (time.perf_counter() - start) / repeats
+
+
+def _quartiles(x: Sequence[float]) -> Sequence[float]:
+    return statistics.quantiles(x, n=4, method="inclusive") if len(x) > 1 else [x[0]] * 3
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def peak_bytes(call: Callable[[Members], Any], logits: Members) -> int:
+    """The most memory that a call holds at once beside what was there, by torch's allocator; its results count."""
+    call(logits)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        out = call(logits)
+    del out
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiled.export_chrome_trace(str(file))  # the one public way to the single allocations
+        events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
+    memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
+    held = peak = 0
+    for event in memory:
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+# --- by pytest-benchmark --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("case", [*CASES, GREEDY], ids=lambda case: case.name)
+@pytest.mark.parametrize("what", [OURS, PLAIN, CANDIDATES, CHAIN])
+def test_decision(benchmark: Any, what: str, case: Case, dtype: torch.dtype, rows: int, width: int) -> None:
+    """One decision on the CPU."""
+    found = implementations(case, rows)
+    if what not in found:
+        pytest.skip("another decision")
+    torch.set_num_threads(1)
+    benchmark.group = f"{case.name}, B={rows}, V={width}, {dtype}"
+    benchmark.pedantic(found[what], (cases.members(rows, width, dtype, "cpu"),), rounds=5, warmup_rounds=1)
+
+
+# --- what is shown --------------------------------------------------------------------------------------------------
+
+
+def kernels_table(record: dict[str, Any] | None = None) -> str:
+    """The README's table of decisions, in Markdown.
+
+    Args:
+        record: The JSON; None to read it.
+
+    Returns:
+        A table for the CPU, one for the GPU or the reason why there is none, and what the columns say.
+    """
+    record = json.loads(RESULTS.read_text(encoding="utf-8")) if record is None else record
+    return "\n\n".join([_cpu_table(record["cpu"]), _gpu_table(record["gpu"])])
+
+
+def _cpu_table(part: dict[str, Any]) -> str:
+    if part["status"] != "run":
+        return f"On a CPU: not run ({part['reason']})."
+    lines = [
+        "| CPU, bfloat16 | V | B | ms | plain torch | top-k first | transformers | memory, plain |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for cell in part["cells"]:
+        if cell["dtype"] != "bfloat16":
+            continue
+        ratios = (_interval(cell["times_ours"].get(name)) for name in (PLAIN, CANDIDATES, CHAIN))
+        memory = f"{cell['peak_extra'][OURS]:.2f}, {cell['peak_extra'][PLAIN]:.2f}"
+        lines.append(
+            f"| {cell['case']} | {cell['width']:,} | {cell['rows']} | {cell['ms'][OURS]:.2f} | "
+            + " | ".join([*ratios, memory])
+            + " |"
+        )
+    said = (
+        f"CPU threads: {part['threads']}, torch {part['torch']}; medians and quartiles of {part['rounds']} rounds in "
+        "turns. How many times as long the others take; memory: the most held at once, in float32 rows `[B, V]`."
+    )
+    return "\n".join([*lines, "", said])
+
+
+def _interval(ratio: dict[str, float] | None) -> str:
+    return f"{ratio['median']:.1f}× [{ratio['q1']:.1f}, {ratio['q3']:.1f}]" if ratio else ""
+
+
+def _gpu_table(part: dict[str, Any]) -> str:
+    if part["status"] != "run":
+        return f"On a GPU: not run ({part['reason']})."
+    others = (gpu.EAGER, gpu.EAGER_CANDIDATES, gpu.COMPILE, gpu.AUTOTUNE, *gpu.PEERS)
+    lines = [
+        f"| {part['device']} | V | B | µs cold, warm | of the copy floor | " + " | ".join(others) + " |",
+        "|---|--:|--:|--:|--:|" + "--:|" * len(others),
+    ]
+    for cell in part["cells"]:
+        if (cell["rows"], cell["width"]) not in gpu.COMPILED:
+            continue
+        ours = cell["times"][gpu.OURS]
+        name = cell["case"] + (", flat" if cell["rows_like"] == "flat" else "")
+        shown = f"| {name} | {cell['width']:,} | {cell['rows']} |"
+        if isinstance(ours, str):
+            lines.append(f"{shown} {ours} | |" + " |" * len(others))
+            continue
+        ratios = (_ratio(cell, other) for other in others)
+        lines.append(
+            f"{shown} {ours['cold']:.1f}, {ours['warm']:.1f} | {100 * cell['share_of_floor']['cold']:.0f} % | "
+            + " | ".join(ratios)
+            + " |"
+        )
+    said = (
+        f"torch {part['torch']}, Triton {part['triton']}; all under CUDA graphs. How many times as long the others "
+        f"take, L2-cold; the floor is reading the rows once at a copy's {part['copy_gb_per_s']:,.0f} GB/s."
+    )
+    return "\n".join([*lines, "", said])
+
+
+def _ratio(cell: dict[str, Any], other: str) -> str:
+    if other in cell["times_ours"]:
+        return f"{cell['times_ours'][other]['cold']:.1f}×"
+    return str(cell["times"].get(other, ""))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="keep the figures")
+    parser.add_argument("--gpu", action="store_true", help="only the GPU part; the CPU part is the one that was kept")
+    parser.add_argument("--markdown", action="store_true", help="print the table of the figures that were kept")
+    parser.add_argument("--deadline", type=float, default=540.0, help="seconds for the GPU part")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    wanted = parser.parse_args(arguments)
+    if not wanted.markdown:
+        torch.set_num_threads(wanted.threads)
+        # First what has a deadline.
+        record = {"command": "python benches/bench_kernels.py --write", "gpu": kernels_cuda.run(wanted.deadline)}
+        if not wanted.gpu:
+            record["cpu"] = measure_cpu()
+        elif RESULTS.exists():
+            record["cpu"] = json.loads(RESULTS.read_text(encoding="utf-8"))["cpu"]
+        else:
+            record["cpu"] = {"status": "not run", "reason": "only the GPU part was asked for"}
+        if wanted.write:
+            RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(kernels_table(record))
+    else:
+        print(kernels_table())
+
+
+if __name__ == "__main__":
+    main()
