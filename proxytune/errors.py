@@ -12,6 +12,7 @@
     ├── RecipeError                          a `proxytune_config.json` that cannot be read or written
     ├── UnsupportedModeError                 a way of generating in which the result would be silently wrong
     ├── NumericalError                       logits of which no token can be drawn: NaN, +inf, or all −inf
+    ├── BudgetError                          a token budget that would be exceeded; nothing was charged
     └── LabError                             the synthetic lab: a training run or a family folder that does not fit
 
     VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
@@ -20,6 +21,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BudgetError",
     "CacheError",
     "InputError",
     "LabError",
@@ -88,6 +90,10 @@ class UnsupportedModeError(ProxytuneError):
 
 class NumericalError(ProxytuneError):
     """A row of logits of which no token can be drawn: NaN or +inf in it, or −inf throughout."""
+
+
+class BudgetError(ProxytuneError):
+    """A token budget that would be exceeded; nothing was charged."""
 
 
 class LabError(ProxytuneError):
