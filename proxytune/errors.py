@@ -16,6 +16,8 @@
     └── LabError                             the synthetic lab: a training run or a family folder that does not fit
 
     VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
+    CalibrationWarning (a UserWarning)       no entropy threshold comes near the wanted share of forks
+    DriftWarning (a UserWarning)             the share of forks has left its band: the threshold no longer fits
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from __future__ import annotations
 __all__ = [
     "BudgetError",
     "CacheError",
+    "CalibrationWarning",
+    "DriftWarning",
     "InputError",
     "LabError",
     "MemberError",
@@ -102,3 +106,11 @@ class LabError(ProxytuneError):
 
 class VocabularyWarning(UserWarning):
     """Token ids could not be compared, because a member has no tokenizer at hand."""
+
+
+class CalibrationWarning(UserWarning):
+    """No entropy threshold comes near the wanted share of forks, because too many tokens have the same entropy."""
+
+
+class DriftWarning(UserWarning):
+    """The share of forks has left its band: the entropy threshold no longer fits model, temperature or text."""

@@ -11,6 +11,9 @@
 }
 ```
 
+A `fork_threshold` may stand beside them, which is what `proxytune calibrate` found (`proxytune.calibration`):
+`{"share": 0.2, "nats": 0.41, "tokens": 20000, "temperature": 1.0, "measure": "raw", "alpha": 0.5}`.
+
 An `id` is a hub id or a folder. A relative folder is looked for next to the recipe first, so that a folder that holds a
 recipe and its models can be moved as one. Unknown keys are refused by name: a misspelt knob must not be ignored.
 """
@@ -19,19 +22,22 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from proxytune.calibration import ForkCalibration
 from proxytune.errors import InputError, RecipeError
 
-__all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe", "read_json"]
+__all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe", "read_json", "write_fork_threshold"]
 
 FORMAT_VERSION = 1
 RECIPE_FILE = "proxytune_config.json"
 ROLES = ("base", "expert", "antiexpert")
 _KEYS = ("format_version", *ROLES, "formula", "alpha")
+_OPTIONAL = ("fork_threshold",)
 
 
 def _refuse_unknown(keys: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
@@ -116,6 +122,7 @@ class Recipe:
         antiexpert: The small model that the expert was tuned from.
         formula: The name of the formula (`proxytune.formula.FORMULAS`).
         alpha: The strength α of the shift; finite.
+        fork_threshold: From which entropy on a token of this adapter is a fork; None if it was not calibrated.
     """
 
     base: MemberRef
@@ -123,6 +130,7 @@ class Recipe:
     antiexpert: MemberRef
     formula: str = "proxy-tuning"
     alpha: float = 1.0
+    fork_threshold: ForkCalibration | None = None
 
     @property
     def members(self) -> dict[str, MemberRef]:
@@ -136,7 +144,8 @@ class Recipe:
             A dictionary of JSON values, with the format version.
         """
         members = {role: {"id": ref.id, "revision": ref.revision} for role, ref in self.members.items()}
-        return {"format_version": FORMAT_VERSION, **members, "formula": self.formula, "alpha": self.alpha}
+        threshold = {} if self.fork_threshold is None else {"fork_threshold": asdict(self.fork_threshold)}
+        return {"format_version": FORMAT_VERSION, **members, "formula": self.formula, "alpha": self.alpha, **threshold}
 
     @classmethod
     def from_json(cls, data: Any, *, folder: Path | None = None) -> Recipe:
@@ -175,7 +184,7 @@ class Recipe:
                 got=str(version),
                 remedy="Upgrade proxytune.",
             )
-        _refuse_unknown(data, _KEYS, "recipe")
+        _refuse_unknown(data, (*_KEYS, *_OPTIONAL), "recipe")
         missing = [key for key in _KEYS if key not in data]
         if missing:
             raise RecipeError.of(
@@ -201,7 +210,9 @@ class Recipe:
                     got=f"the folder of the recipe itself, {ref.id}",
                     remedy="Opening it would never end. Name the model.",
                 )
-        return cls(**refs, formula=data["formula"], alpha=alpha)
+        return cls(
+            **refs, formula=data["formula"], alpha=alpha, fork_threshold=_fork_threshold(data.get("fork_threshold"))
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -228,6 +239,60 @@ class Recipe:
             Indented JSON with a final newline.
         """
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _fork_threshold(value: Any) -> ForkCalibration | None:
+    """Read the calibration in a recipe; null is as good as none."""
+    if value is None:
+        return None
+    where, known = "recipe key 'fork_threshold'", tuple(field.name for field in fields(ForkCalibration))
+    missing = [key for key in ("share", "nats", "tokens") if key not in value] if isinstance(value, Mapping) else None
+    if missing is None or missing:
+        raise RecipeError.of(
+            where,
+            expected="an object with share, nats and tokens",
+            got=type(value).__name__ if missing is None else f"no {', '.join(missing)}",
+            remedy="Run proxytune calibrate --recipe … --write, or remove the key.",
+        )
+    _refuse_unknown(value, known, where)
+    try:
+        return ForkCalibration(**value)
+    except InputError as error:
+        raise RecipeError(f"{where}: {error}") from None
+
+
+def write_fork_threshold(path: str | Path, calibration: ForkCalibration) -> Path:
+    """Write a calibration into a recipe on disk, and change nothing else in it.
+
+    Member folders stay as they were written, relative ones too. The file is exchanged as a whole, or left as it was.
+
+    Args:
+        path: The JSON file, or the folder that holds `proxytune_config.json`.
+        calibration: What the run found.
+
+    Returns:
+        The file.
+
+    Raises:
+        RecipeError: If there is no such recipe, it is refused (see `Recipe.from_json`), or it cannot be written.
+    """
+    file = Path(path) / RECIPE_FILE if Path(path).is_dir() else Path(path)
+    data = read_json(file)
+    Recipe.from_json(data)
+    text = json.dumps(data | {"fork_threshold": asdict(calibration)}, indent=2, ensure_ascii=False, allow_nan=False)
+    staged = None
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as staged:
+            staged.write(text + "\n")
+        os.chmod(staged.name, file.stat().st_mode)  # a temporary file is its owner's alone
+        os.replace(staged.name, file)
+    except OSError as error:
+        if staged is not None:
+            Path(staged.name).unlink(missing_ok=True)
+        raise RecipeError.of(
+            "recipe", expected="a file that can be written", got=str(error), remedy="It was left as it was."
+        ) from None
+    return file
 
 
 def read_json(file: Path) -> Any:

@@ -69,5 +69,5 @@ def wrap(
     known = {role: reference for role, reference in references.items() if reference is not None}
     recipe = None
     if len(known) == len(references):
-        recipe = Recipe(**known, formula=formula.name, alpha=formula.alpha)
+        recipe = Recipe(**known, formula=formula.name, alpha=formula.alpha, fork_threshold=None)
     return ProxyTunedModel(ProxyTunedConfig(recipe=recipe), members, formula)
