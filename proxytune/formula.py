@@ -171,6 +171,9 @@ def shift(
     ]
     if not heard:
         return out
+    if isinstance(weights, torch.Tensor):
+        # A companion's end is the end of the shift only in the rows in which it has a weight: as −inf it is.
+        heard = [(_filled(z, out.shape[-1]), w) for z, w in heard]
     width = min(out.shape[-1], *(z.shape[-1] for z, _ in heard))
     heard = [(z[..., :width], w) for z, w in heard]
     delta = _weighted_sum(heard, masked=not seen)
@@ -185,6 +188,12 @@ def shift(
         delta = delta.masked_fill(delta == -torch.inf, torch.nan).masked_fill(silent, 0.0)
     out[..., :width].add_(delta)
     return out
+
+
+def _filled(x: torch.Tensor, width: int) -> torch.Tensor:
+    """`[B, C]` → `[B, width]` at least, −inf where it has ended."""
+    missing = width - x.shape[1]
+    return torch.nn.functional.pad(x, (0, missing), value=-torch.inf) if missing > 0 else x
 
 
 def _weigh(base: torch.Tensor, weight: float | torch.Tensor, seen: bool) -> None:

@@ -74,7 +74,7 @@ def gumbel(words: torch.Tensor) -> torch.Tensor:
     """
     u, v = _unit(words), _unit(_MASK - words)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
-    return -torch.log(torch.where(u < 0.00390625, series, -torch.log(v)))
+    return -torch.log(torch.where(u < 0.015625, series, -torch.log(v)))
 
 
 def _unit(words: torch.Tensor) -> torch.Tensor:

@@ -214,7 +214,11 @@ def _kernels() -> Any:
 def _as_tensor(weights: Sequence[float] | torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     if isinstance(weights, torch.Tensor):
         return weights
-    return _weights_on(tuple(float(w) for w in weights), base.shape[0], base.device)
+    given = tuple(float(w) for w in weights)
+    if base.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Nothing can be copied to the device then, and a graph has to own what it reads.
+        return torch.stack([torch.full((base.shape[0],), w, device=base.device) for w in given], 1)
+    return _weights_on(given, base.shape[0], base.device)
 
 
 def _packed(values: Any) -> Any:
@@ -226,7 +230,7 @@ def _packed(values: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _weights_on(weights: tuple[float, ...], rows: int, device: torch.device) -> torch.Tensor:
-    # Kept, so that a step copies nothing to the device, which could not be captured in a graph.
+    # Kept, so that a step copies nothing to the device.
     return torch.tensor(weights, dtype=torch.float32, device=device).expand(rows, -1).contiguous()
 
 

@@ -78,8 +78,6 @@ class Rows:
         base, *companions = (x[rows, columns] for x in self._members)
         weights, base_weight = self._weights, self._base_weight
         if isinstance(weights, torch.Tensor):
-            # A companion's end is the end of the shift only in the rows in which it has a weight: as −inf it is.
-            companions = [_filled(x, base.shape[1]) for x in companions]
             weights = weights[rows]
         if isinstance(base_weight, torch.Tensor):
             base_weight = base_weight[rows]
@@ -323,9 +321,3 @@ def _joined(parts: list[dict[str, torch.Tensor]], dim: int) -> dict[str, torch.T
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
-
-
-def _filled(x: torch.Tensor, width: int) -> torch.Tensor:
-    """`[B, C]` → `[B, width]` at least, −inf where it has ended."""
-    missing = width - x.shape[1]
-    return torch.nn.functional.pad(x, (0, missing), value=-torch.inf) if missing > 0 else x

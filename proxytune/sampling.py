@@ -89,7 +89,8 @@ class Sampling:
                 got=f"fork_threshold={fork_threshold!r}, fork_temperature={fork_temperature!r}",
                 remedy="Give both: rows whose entropy is above the threshold get the fork temperature.",
             )
-        positive, positive_says = (lambda v: v > 0 and math.isfinite(v)), "a finite number > 0"
+        # Smaller ones have no reciprocal in float32.
+        positive, positive_says = (lambda v: 9.99e-39 <= v < math.inf), "a finite number ≥ 1e-38"
         k = _setting("top_k", top_k, rows, 0, lambda v: 0 <= v < 2**31 and v == int(v), "a whole number ≥ 0", device)
         p = _setting("top_p", top_p, rows, 1.0, lambda v: 0 < v <= 1, "a number in (0, 1]", device)
         m = _setting("min_p", min_p, rows, 0.0, lambda v: 0 <= v <= 1, "a number in [0, 1]", device)

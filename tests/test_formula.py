@@ -314,3 +314,12 @@ def test_a_formula_is_a_value() -> None:
     assert FORMULAS[formula.name] is ProxyTuning
     with pytest.raises(TypeError):
         ProxyTuning(0.5)  # type: ignore[misc]  # which number it is has to be said
+
+
+def test_a_narrow_companion_ends_the_shift_only_where_it_has_a_weight() -> None:
+    base = torch.zeros(2, 4)
+    wide, narrow = torch.ones(2, 4), torch.full((2, 2), 5.0)
+    weights = torch.tensor([[2.0, 0.0], [2.0, 1.0]])
+    want = [[2.0, 2.0, 2.0, 2.0], [7.0, 7.0, 0.0, 0.0]]
+    assert shift(base, [wide, narrow], weights).tolist() == want
+    assert [shift(base[:1], [wide[:1], narrow[:1]], row.tolist())[0].tolist() for row in weights] == want

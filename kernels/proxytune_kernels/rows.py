@@ -77,7 +77,7 @@ def gumbel(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
     u = _unit(r)
     v = _unit(r ^ 0xFFFFFFFF)
     series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
-    return -tl.log(tl.where(u < 0.00390625, series, -tl.log(v)))
+    return -tl.log(tl.where(u < 0.015625, series, -tl.log(v)))
 
 
 @triton.jit

@@ -57,9 +57,9 @@ def gumbel(words: Array) -> Array:
 def blur(variates: Array) -> Array:
     """How far a float32 variate may be off: its own rounding, and that of 1 − u relative to E = e^−g.
 
-    Below u = 1/256 the series in u takes over, which loses nothing: hence the bound.
+    Below u = 1/64 the series in u takes over, which loses nothing: hence the bound.
     """
-    return UNIT * (8 + 2 * abs(variates) + 2 * np.exp(np.minimum(variates, np.log(256.0))))
+    return UNIT * (8 + 2 * abs(variates) + 2 * np.exp(np.minimum(variates, np.log(64.0))))
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,7 @@ def _many(words: int) -> torch.Tensor:
 def test_variates_are_within_rounding_of_float64() -> None:
     words = torch.cat([_many(1 << 20), torch.arange(4096), 2**32 - 1 - torch.arange(4096)])
     # And all around the word where the series gives way to the logarithm.
-    words = torch.cat([words, 2**24 + torch.arange(-2000, 2000)])
+    words = torch.cat([words, 2**26 + torch.arange(-2000, 2000)])
     expected = oracle.gumbel(words.numpy().astype(np.uint64))
     assert (abs(gumbel(words).numpy() - expected) <= oracle.blur(expected)).all()
 
@@ -126,8 +126,8 @@ def test_variates_are_within_rounding_of_float64() -> None:
 def test_variates_never_fall_with_the_rank_of_their_word() -> None:
     words = _many(1 << 20).sort().values
     g = gumbel(words)
-    # Float32's logarithm is not monotone to the last bit, and around u = 1/256 two formulas meet.
-    assert (g[1:] - g[:-1]).max() <= 0 + 2e-5
+    # Float32's logarithm is not monotone to the last bit, and around u = 1/64 two formulas meet.
+    assert (g[1:] - g[:-1]).max() <= 5e-6
 
 
 def test_moments_and_tails() -> None:

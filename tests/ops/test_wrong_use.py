@@ -139,14 +139,14 @@ def test_a_control_what_fits_would_be_launched() -> None:
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"rows": 0}, r"sampling: expected at least one row; got 0"),
-    ({"temperature": 0.0}, r"temperature: expected a finite number > 0; got 0\.0\. Settings are those"),
+    ({"temperature": 0.0}, r"temperature: expected a finite number ≥ 1e-38; got 0\.0\. Settings are those"),
     ({"temperature": -1.0}, r"temperature: .* got -1\.0"),
     ({"temperature": NAN}, r"temperature: .* got nan"),
     ({"temperature": INF}, r"temperature: .* got inf"),
     ({"temperature": True}, r"temperature: .* got True"),
     ({"temperature": "1"}, r"temperature: .* got '1'"),
-    ({"temperature": 1e-50}, r"temperature: expected a finite number > 0 in float32; got 1e-50"),
-    ({"temperature": 1e300}, r"temperature: expected a finite number > 0 in float32; got 1e\+300"),
+    ({"temperature": 1e-50}, r"temperature: expected a finite number ≥ 1e-38; got 1e-50"),
+    ({"temperature": 1e300}, r"temperature: expected a finite number ≥ 1e-38 in float32; got 1e\+300"),
     ({"temperature": torch.tensor([1.0, NAN])}, r"temperature: .* got nan"),
     ({"temperature": torch.ones(3)}, r"temperature: .* or a tensor \[B\] for 2 rows; got shape \[3\]"),
     ({"temperature": torch.ones(2, 1)}, r"temperature: .* got shape \[2, 1\]"),
@@ -169,7 +169,7 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"fork_temperature": 1.0}, r"fork_threshold: .* got fork_threshold=None, fork_temperature=1\.0"),
     ({"fork_threshold": NAN, "fork_temperature": 1.0}, r"fork_threshold: expected finite nats; got nan"),
     ({"fork_threshold": INF, "fork_temperature": 1.0}, r"fork_threshold: expected finite nats; got inf"),
-    ({"fork_threshold": 1.0, "fork_temperature": 0.0}, r"fork_temperature: expected a finite number > 0; got 0\.0"),
+    ({"fork_threshold": 1.0, "fork_temperature": 0.0}, r"fork_temperature: expected a finite number ≥ 1e-38; got 0\.0"),
     ({"fork_threshold": 1.0, "fork_temperature": NAN}, r"fork_temperature: .* got nan"),
 ]  # fmt: skip
 
