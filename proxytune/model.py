@@ -19,10 +19,11 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from proxytune import ops
 from proxytune.cache import adopt, view
 from proxytune.config import ProxyTunedConfig, load_recipe
 from proxytune.errors import InputError, RecipeError
-from proxytune.formula import FORMULAS, Formula, shift
+from proxytune.formula import FORMULAS, Formula
 from proxytune.generating import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
 from proxytune.member import Member, check_ids, positions_of
 from proxytune.opening import adapters_of, open_members
@@ -191,7 +192,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         ]  # [B, K, V_i] each
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(past_key_values=cache, member_logits=tuple(members))
-        logits = shift(members[0], members[1:], self.formula.weights())  # [B, K, V]
+        logits = ops.combine(members, self.formula.weights())  # [B, K, V]
         logits[..., self.usable_ids :] = -torch.inf
 
         loss = None
