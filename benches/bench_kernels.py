@@ -214,7 +214,7 @@ def _cpu_table(part: dict[str, Any]) -> str:
     if part["status"] != "run":
         return f"On a CPU: not run ({part['reason']})."
     lines = [
-        "| CPU, bfloat16 | V | B | ms | plain torch | top-k first | transformers | memory, plain |",
+        "| CPU, bfloat16 | V | B | ms | plain torch | top-k first | transformers | memory: ours, plain |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for cell in part["cells"]:

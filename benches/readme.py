@@ -135,7 +135,28 @@ def seeds() -> str:
     return "\n".join(lines)
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"quickstart": quickstart, "table": table, "losses": losses, "seeds": seeds}
+def kernels() -> str:
+    """What a decision costs, at one vocabulary; all cells are in the JSON."""
+    if str(ROOT / "benches") not in sys.path:
+        sys.path.insert(0, str(ROOT / "benches"))
+    from bench_kernels import kernels_table
+
+    record = load("kernels.json")
+    if record["cpu"]["status"] == "run":
+        record["cpu"]["cells"] = [cell for cell in record["cpu"]["cells"] if cell["width"] == 128256]
+    return "\n".join(
+        textwrap.fill(line, WIDTH, break_on_hyphens=False) if line and not line.startswith("|") else line
+        for line in kernels_table(record).split("\n")
+    )
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quickstart": quickstart,
+    "table": table,
+    "losses": losses,
+    "seeds": seeds,
+    "kernels": kernels,
+}
 
 
 def filled(text: str) -> str:

@@ -7,6 +7,7 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 `ProxyTunedModel`          that model: a `PreTrainedModel` whose logits are the combined ones
 `ProxyTuningLogitsProcessor` the same as a logits processor, for a pipeline of your own
 `FusedDecoding`            a loop for `generate(custom_generate=…)`: one step on the members' logits per token
+`step`                     one decision on members' logits: combine, measure, draw; with `Sampling` and `Noise`
 `ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
 `Recipe`                   the adapter as a small JSON file
 `errors`                   what can go wrong, drawn as a tree
@@ -26,28 +27,37 @@ if TYPE_CHECKING:
     from proxytune.decoding.fused import FusedDecoding
     from proxytune.formula import ProxyTuning
     from proxytune.model import ProxyTunedConfig, ProxyTunedModel
+    from proxytune.noise import Noise
+    from proxytune.ops import step
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
     from proxytune.recipe import Recipe
+    from proxytune.sampling import Sampling
     from proxytune.wrapping import wrap
 
 __all__ = [
     "FusedDecoding",
+    "Noise",
     "ProxyTunedConfig",
     "ProxyTunedModel",
     "ProxyTuning",
     "ProxyTuningLogitsProcessor",
     "Recipe",
+    "Sampling",
     "__version__",
+    "step",
     "wrap",
 ]
 
 _HOME = {
     "FusedDecoding": "proxytune.decoding.fused",
+    "Noise": "proxytune.noise",
     "ProxyTunedConfig": "proxytune.model",
     "ProxyTunedModel": "proxytune.model",
     "ProxyTuning": "proxytune.formula",
     "ProxyTuningLogitsProcessor": "proxytune.processors.proxy_tuning",
     "Recipe": "proxytune.recipe",
+    "Sampling": "proxytune.sampling",
+    "step": "proxytune.ops",
     "wrap": "proxytune.wrapping",
 }
 

@@ -24,7 +24,7 @@ __all__ = ["TILES", "TOKENS", "Noise", "gumbel", "philox"]
 TOKENS, TILES = 0, 1
 """Streams of words: per token, and per tile of the vocabulary."""
 
-_Words = TypeVar("_Words", torch.Tensor, np.ndarray[Any, np.dtype[np.uint64]])
+_Words = TypeVar("_Words", torch.Tensor, np.ndarray[Any, np.dtype[Any]])
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
