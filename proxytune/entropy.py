@@ -335,7 +335,7 @@ class ForkThreshold:
                 f"{self.band[0]:.1%} to {self.band[1]:.1%}): the threshold, {self.nats:.4g} nats, does not fit this "
                 "model, temperature or kind of text. Calibrate again (`proxytune calibrate`), or take a streaming one.",
                 DriftWarning,
-                stacklevel=3,
+                stacklevel=2,
             )
 
     def reset(self) -> None:

@@ -16,7 +16,7 @@
     └── LabError                             the synthetic lab: a training run or a family folder that does not fit
 
     VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
-    CalibrationWarning (a UserWarning)       no entropy threshold comes near the wanted share of forks
+    CalibrationWarning (a UserWarning)       an entropy threshold may not give the wanted share of forks
     DriftWarning (a UserWarning)             the share of forks has left its band: the threshold no longer fits
 """
 
@@ -109,7 +109,7 @@ class VocabularyWarning(UserWarning):
 
 
 class CalibrationWarning(UserWarning):
-    """No entropy threshold comes near the wanted share of forks, because too many tokens have the same entropy."""
+    """An entropy threshold may not give the wanted share of forks: tied entropies, or too little text."""
 
 
 class DriftWarning(UserWarning):

@@ -75,8 +75,8 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
     the last one's text looks the same: call `reset()` before.)
 
     Wrong use is found where it can be seen: in the list that calls the processor, in the loop that calls the list, and
-    by `check` wherever a caller has the generation settings. A loop of another package that does beam search under a
-    name of its own is not seen. `generate_batch` drops processors without a word.
+    by `check_settings` wherever a caller has the generation settings. A loop of another package that does beam search
+    under a name of its own is not seen. `generate_batch` drops processors without a word.
 
     One processor serves many generations, one at a time.
 
@@ -194,7 +194,7 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
         """Take the next call as the start of a generation. The threshold keeps its counts: see its own `reset`."""
         self._following.reset()
 
-    def check(self, generation_config: GenerationConfig) -> None:
+    def check_settings(self, generation_config: GenerationConfig) -> None:
         """Compare with the settings of a `generate()`, for callers that see them; takes its end-of-text tokens over.
 
         Args:
