@@ -6,7 +6,7 @@ reads nothing back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -115,19 +115,28 @@ class Drawing:
         self._impl: ops.Impl = impl
 
     def __call__(
-        self, members: Sequence[torch.Tensor], weights: Sequence[float], input_ids: torch.Tensor, record: Record
-    ) -> tuple[torch.Tensor, Rows]:
-        """Draw a token for each row, and go on to the next position.
+        self,
+        members: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        input_ids: torch.Tensor,
+        record: Record,
+        *,
+        draws: int = 1,
+        want: Collection[str] = ("tokens",),
+    ) -> tuple[ops.Step, Rows]:
+        """Measure and draw for each row, and go on to the next position.
 
         Args:
             members: Raw logits of the base and its companions, `[B, V_i]`; companions may be on other devices.
             weights: One per member, the base's first.
             input_ids: `[B, T]`, for the processors.
             record: Gets this step's scores and logits, if they were asked for. The tokens do not depend on it.
+            draws: How many tokens, without replacement.
+            want: As in `ops.step`. What is measured is the distribution after the processors that had to run.
 
         Returns:
-            The tokens `[B]`, int64, on the device of `input_ids`, −1 in a row that has no distribution; and the rows
-            they were drawn from. These may be the forward pass's own memory: let go of them before the next.
+            What was asked for, with a token of −1 in a row that has no distribution; and the rows it was drawn from.
+            These may be the forward pass's own memory: let go of them before the next.
         """
         rows = [self._row(x) for x in members]
         rows[0] = rows[0][:, : self._usable]  # a view: ids beyond are not masked but absent
@@ -137,15 +146,16 @@ class Drawing:
             scores = self._translation.before(input_ids, logits)  # [B, V]
         if self._translation.before:
             rows, weights = [self._row(scores)], (1.0,)
-        tokens = ops.step(rows, weights, sampling=self._sampling, noise=self._noise, impl=self._impl).tokens
-        assert tokens is not None
+        found = ops.step(
+            rows, weights, sampling=self._sampling, noise=self._noise, draws=draws, want=want, impl=self._impl
+        )
         if self._noise is not None:
             self._noise.position.add_(1)  # in place: a captured graph would go on by itself
         if record.scores is not None:
             record.scores += (self._translation.warpers(input_ids, scores),)
         if record.logits is not None:
             record.logits += (logits,)
-        return tokens[:, 0].to(input_ids.device), (rows, weights)
+        return found, (rows, weights)
 
     def failure(self, rows: Rows, bad: torch.Tensor, step: int) -> NumericalError:
         """Say which row of a step had no distribution, and why. Waits for the device.

@@ -13,19 +13,16 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import torch
-import torch.distributed as dist
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import ALL_CACHE_NAMES
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from proxytune import ops
 from proxytune.decoding.drawing import Drawing, Record
+from proxytune.decoding.stepping import is_synced, last_logits, lengths_of, padding_of, refuse_modes
 from proxytune.decoding.translation import Translation, translate
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
 from proxytune.noise import Noise
 
@@ -118,18 +115,18 @@ class FusedDecoding:
             InputError: If `rows` does not fit the batch, or there is an EOS but no padding token.
             NumericalError: If an unfinished row has no distribution, with the row and the step.
         """
-        _refuse_modes(model, generation_config, assistant_model)
+        refuse_modes("FusedDecoding", model, generation_config, assistant_model)
         batch = input_ids.shape[0]
         streams = self._streams(batch)
-        pads = _padding(stopping_criteria, generation_config, input_ids.device)
-        synced = _synced(model) if synced_gpus is None else synced_gpus
+        pads = padding_of(stopping_criteria, generation_config, input_ids.device)
+        synced = is_synced(model) if synced_gpus is None else synced_gpus
         streamer = self._streamer(streamer, input_ids)
         composed = isinstance(model, ProxyTunedModel)
         if composed:
             model_kwargs["combine"] = False
         usable = model.usable_ids if composed else sys.maxsize
         record = Record(generation_config)
-        position = _positions(input_ids, generation_config, model_kwargs)  # [B]
+        position = lengths_of(input_ids, generation_config, model_kwargs)  # [B]
         translation = translate(logits_processor, bool(generation_config.do_sample))
         forward = (
             model.get_compiled_call(generation_config.compile_config)
@@ -152,13 +149,15 @@ class FusedDecoding:
                 if synced and finished:
                     outputs = None
                     continue
-                members, weights = _members(model, outputs)  # [B, V_i] each
+                members, weights = last_logits(model, outputs)  # [B, V_i] each
                 record.add(outputs)
                 outputs = None  # the logits of a whole prompt may hang on it
 
                 if drawing is None:  # only now are the rows' width and device known
                     drawing = self._prepare(translation, members[0], usable, position, streams)
-                tokens, rows = drawing(members, weights, input_ids, record)  # [B]
+                found, rows = drawing(members, weights, input_ids, record)
+                assert found.tokens is not None
+                tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
                 bad = (tokens < 0) & unfinished
                 tokens = tokens.clamp(min=0)  # in a row that is finished it does not matter, but it is embedded
                 if pads is not None:
@@ -222,62 +221,3 @@ class FusedDecoding:
         if given is None and self.streamer is not None:
             self.streamer.put(input_ids.cpu())  # to its own, generate() has given it
         return self.streamer if given is None else given
-
-
-def _refuse_modes(model: Any, generation_config: Any, assistant_model: Any) -> None:
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModeError.of(
-            "FusedDecoding",
-            expected="a decoder-only model",
-            got=f"{type(model).__name__}, an encoder-decoder",
-            remedy="Leave custom_generate out.",
-        )
-    mode = generation_config.get_generation_mode(assistant_model)
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-        raise UnsupportedModeError.of(
-            "FusedDecoding",
-            expected="greedy decoding or sampling",
-            got=f"settings for {mode.value.replace('_', ' ')}",
-            remedy="Leave custom_generate out, or the settings that ask for it (num_beams, assistant_model, "
-            "prompt_lookup_num_tokens, penalty_alpha, …).",
-        )
-
-
-def _padding(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
-    """The padding token, where finished rows get one: as in transformers, only if there is an EOS."""
-    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
-        return None
-    pad: torch.Tensor | None = generation_config._pad_token_tensor
-    if pad is None:
-        raise InputError.of(
-            "pad_token_id",
-            expected="a padding token for rows that have finished",
-            got="None, beside a stopping criterion with an EOS token",
-            remedy="Pass pad_token_id= to generate().",
-        )
-    return pad.to(device)
-
-
-def _synced(model: Any) -> bool:
-    # transformers finds this out too, but hands it to no callable.
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-
-
-def _positions(input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
-    """How many tokens each row has, `[B]`, int64; padding does not count, what only the cache holds does."""
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        return mask.to(input_ids.device).long().sum(-1)
-    # From 5.20 on, a mask without padding is dropped, and its length kept.
-    length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
-    return torch.full((input_ids.shape[0],), length, dtype=torch.int64, device=input_ids.device)
-
-
-def _members(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
-    """The last position's raw logits, `[B, V_i]` each, and their weights; a plain model is its own only member."""
-    composed = isinstance(model, ProxyTunedModel)
-    logits = outputs.member_logits if composed else (outputs.logits,)
-    weights = (1.0, *model.formula.weights()) if composed else (1.0,)
-    # A view of one position; of the logits of a whole prompt a copy, so that they can go.
-    return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in logits], weights

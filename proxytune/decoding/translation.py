@@ -51,13 +51,14 @@ class Translation:
     warpers: LogitsProcessorList
     do_sample: bool
 
-    def sampling(self, rows: int, width: int, device: torch.device) -> Sampling:
+    def sampling(self, rows: int, width: int, device: torch.device, **more: Any) -> Sampling:
         """The settings that the warpers became; waits for the device, so this is for before the loop.
 
         Args:
             rows: The number of rows B.
             width: How many columns the rows have that are drawn from.
             device: Where they are.
+            **more: Further settings of `Sampling.of`.
 
         Returns:
             The settings, the same for all rows.
@@ -65,7 +66,7 @@ class Translation:
         settings: dict[str, Any] = {_SETTINGS[type(w)]: _value(w) for w in self.warpers}
         if "top_k" in settings:
             settings["top_k"] = min(settings["top_k"], width)  # as the warper does
-        return Sampling.of(rows, **settings, device=device)
+        return Sampling.of(rows, **settings, **more, device=device)
 
 
 def translate(processors: Sequence[LogitsProcessor], do_sample: bool) -> Translation:

@@ -1,0 +1,124 @@
+"""What a loop of `custom_generate` needs around its forward passes: refusals, padding, positions, last logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import StoppingCriteriaList
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.model import ProxyTunedModel
+
+__all__ = ["is_synced", "last_logits", "lengths_of", "padding_of", "refuse_modes"]
+
+
+def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any) -> None:
+    """Refuse what a loop of greedy decoding and sampling cannot do.
+
+    Args:
+        loop: Its name, for the message.
+        model: The model.
+        generation_config: The settings of the call.
+        assistant_model: What was given as the assistant.
+
+    Raises:
+        UnsupportedModeError: For encoder-decoders and for every mode but greedy decoding and sampling.
+    """
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModeError.of(
+            loop,
+            expected="a decoder-only model",
+            got=f"{type(model).__name__}, an encoder-decoder",
+            remedy="Leave custom_generate out.",
+        )
+    mode = generation_config.get_generation_mode(assistant_model)
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise UnsupportedModeError.of(
+            loop,
+            expected="greedy decoding or sampling",
+            got=f"settings for {mode.value.replace('_', ' ')}",
+            remedy="Leave custom_generate out, or the settings that ask for it (num_beams, assistant_model, "
+            "prompt_lookup_num_tokens, penalty_alpha, …).",
+        )
+
+
+def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
+    """The padding token, where finished rows get one: as in transformers, only if there is an EOS.
+
+    Args:
+        criteria: The stopping criteria.
+        generation_config: The settings of the call.
+        device: Where the ids are.
+
+    Returns:
+        The token, int64 without dimensions; None if finished rows go on.
+
+    Raises:
+        InputError: If there is an EOS but no padding token.
+    """
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+        return None
+    pad: torch.Tensor | None = generation_config._pad_token_tensor
+    if pad is None:
+        raise InputError.of(
+            "pad_token_id",
+            expected="a padding token for rows that have finished",
+            got="None, beside a stopping criterion with an EOS token",
+            remedy="Pass pad_token_id= to generate().",
+        )
+    return pad.to(device)
+
+
+def is_synced(model: Any) -> bool:
+    """Whether this process has to go on until all have finished (ZeRO-3, FSDP).
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether.
+    """
+    # transformers finds this out too, but hands it to no callable.
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def lengths_of(input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
+    """How many tokens each row has; padding does not count, what only the cache holds does.
+
+    Args:
+        input_ids: `[B, T]`, int64.
+        generation_config: The settings of the call.
+        model_kwargs: What the model is called with; the mask among them.
+
+    Returns:
+        `[B]`, int64.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.to(input_ids.device).long().sum(-1)
+    # From 5.20 on, a mask without padding is dropped, and its length kept.
+    length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
+    return torch.full((input_ids.shape[0],), length, dtype=torch.int64, device=input_ids.device)
+
+
+def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
+    """The last position's raw logits of all members; a plain model is its own only one.
+
+    Args:
+        model: The model.
+        outputs: What it returned; a composed one with `combine=False`.
+
+    Returns:
+        `[B, V_i]` of each member, and their weights, the base's first.
+    """
+    composed = isinstance(model, ProxyTunedModel)
+    logits = outputs.member_logits if composed else (outputs.logits,)
+    weights = (1.0, *model.formula.weights()) if composed else (1.0,)
+    # A view of one position; of the logits of a whole prompt a copy, so that they can go.
+    return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in logits], weights
