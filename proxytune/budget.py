@@ -6,30 +6,25 @@ of a prompt or generated, counted once however often it is read again: the ledge
 A tree that forks asks first and spends later: `reserve(n)` sets tokens aside that nobody else can take, so that
 children which were started can also be finished.
 
-Prefixes are kept in a trie of token ids: one dictionary from (node, token) to node. A prefix then costs what it adds to
-those already paid for. Hashes of prefixes would take a collision for text that was paid for, and the limit would no
-longer be hard; a set of all prefixes is quadratic in the length. Each node of the trie is a token that was charged, so
-its size is bounded by the budget.
+A prefix costs what it adds to those already paid for. They are kept in a trie of token ids, which is exact: were they
+kept as hashes, a collision would pass for text that was paid for, and the limit would not be hard. Each node of the
+trie is a token that was charged, so its size is bounded by the budget.
 """
 
 from __future__ import annotations
 
-import operator
-import sys
 import threading
 from collections import Counter
 from collections.abc import Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from proxytune.errors import BudgetError, InputError, ProxytuneError
+from proxytune.prefixes import Ids, Prefixes, token_ids, whole
 
 __all__ = ["Reservation", "TokenLedger"]
 
-_ROOT = 0
-_WIDTHS = (1, 2, 4, 8)
-
-Key = Sequence[int] | bytes | str | int
+Key = Ids | str | int
 
 
 class TokenLedger:
@@ -50,12 +45,12 @@ class TokenLedger:
         Raises:
             InputError: If it is no whole number of at least 1.
         """
-        self.max_total_tokens = _whole("max_total_tokens", max_total_tokens, least=1)
+        self.max_total_tokens = whole("max_total_tokens", max_total_tokens, least=1)
         self._lock = threading.Lock()
         self._by: Counter[str] = Counter()
         self._spent = 0
         self._held = 0
-        self._trie: dict[tuple[int, int], int] = {}  # (node, token id) → node
+        self._paid = Prefixes()
         self._named: dict[str | int, int] = {}  # tree node → tokens charged for it
 
     @property
@@ -94,9 +89,9 @@ class TokenLedger:
         Raises:
             InputError: If it is no whole number of at least 0.
         """
-        return _whole("tokens", tokens) <= self.left
+        return whole("tokens", tokens) <= self.left
 
-    def charge(self, tokens: int, *, label: str = "generated", text: Sequence[int] | bytes | None = None) -> None:
+    def charge(self, tokens: int, *, label: str = "generated", text: Sequence[int] | None = None) -> None:
         """Charge tokens, or raise and charge nothing.
 
         Args:
@@ -109,7 +104,7 @@ class TokenLedger:
             BudgetError: If fewer tokens are left.
             InputError: If `tokens` is no whole number of at least 0, or `text` has more unpaid tokens than are charged.
         """
-        tokens = _whole("tokens", tokens)
+        tokens = whole("tokens", tokens)
         with self._lock:
             if tokens > self._left():
                 raise self._refusal(f"{label!r}", tokens)
@@ -140,7 +135,7 @@ class TokenLedger:
                 raise self._refusal(f"{label!r} of {length} tokens, {length - new} of them already paid for,", new)
             self._book(new, label)
             if name is None:
-                self._grow(ids)
+                self._paid.add(ids)
             elif new:
                 self._named[name] = length
             return new
@@ -176,7 +171,7 @@ class TokenLedger:
             BudgetError: If fewer tokens are left.
             InputError: If it is no whole number of at least 0.
         """
-        tokens = _whole("tokens", tokens)
+        tokens = whole("tokens", tokens)
         with self._lock:
             if tokens > self._left():
                 raise self._refusal(f"a reservation for {label!r}", tokens)
@@ -188,11 +183,11 @@ class TokenLedger:
     def _left(self) -> int:
         return self.max_total_tokens - self._spent - self._held
 
-    def _spend(self, tokens: int, label: str, text: Sequence[int] | bytes | None) -> None:
+    def _spend(self, tokens: int, label: str, text: Sequence[int] | None) -> None:
         """Charge tokens for which there is room."""
         if text is not None:
-            ids = _ids(text)
-            unpaid = len(ids) - self._walk(ids)[1]
+            ids = token_ids(text)
+            unpaid = len(ids) - self._paid.covered(ids)
             if unpaid > tokens:
                 raise InputError.of(
                     "text",
@@ -200,7 +195,7 @@ class TokenLedger:
                     got=f"{unpaid} unpaid tokens of {len(ids)}",
                     remedy="Charge the prompt first with charge_prefix(), or leave text out.",
                 )
-            self._grow(ids)
+            self._paid.add(ids)
         self._book(tokens, label)
 
     def _book(self, tokens: int, label: str) -> None:
@@ -209,24 +204,7 @@ class TokenLedger:
             self._by[label] += tokens
 
     def _unpaid(self, name: str | int | None, ids: Sequence[int], length: int) -> int:
-        return max(0, length - (self._walk(ids)[1] if name is None else self._named.get(name, 0)))
-
-    def _walk(self, ids: Sequence[int]) -> tuple[int, int]:
-        """The deepest node on the way of some ids, and its depth."""
-        node = _ROOT
-        for depth, token in enumerate(ids):
-            child = self._trie.get((node, token))
-            if child is None:
-                return node, depth
-            node = child
-        return node, len(ids)
-
-    def _grow(self, ids: Sequence[int]) -> None:
-        node, depth = self._walk(ids)
-        for token in ids[depth:]:
-            child = len(self._trie) + 1
-            self._trie[node, token] = child
-            node = child
+        return max(0, length - (self._paid.covered(ids) if name is None else self._named.get(name, 0)))
 
     def _refusal(self, what: str, tokens: int) -> ProxytuneError:
         if tokens > self.max_total_tokens:
@@ -259,7 +237,7 @@ class Reservation:
         with self._ledger._lock:
             return self._left
 
-    def spend(self, tokens: int, *, text: Sequence[int] | bytes | None = None) -> None:
+    def spend(self, tokens: int, *, text: Sequence[int] | None = None) -> None:
         """Charge some of the reserved tokens, or raise and charge nothing.
 
         Args:
@@ -270,7 +248,7 @@ class Reservation:
             BudgetError: If fewer are still set aside; a released reservation has none.
             InputError: As `TokenLedger.charge`.
         """
-        tokens = _whole("tokens", tokens)
+        tokens = whole("tokens", tokens)
         ledger = self._ledger
         with ledger._lock:
             if tokens > self._left:
@@ -297,49 +275,10 @@ class Reservation:
         self.release()
 
 
-def _whole(name: str, value: Any, *, least: int = 0) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    # True is an int to Python, and no number of tokens.
-    if number is None or isinstance(value, bool) or number < least:
-        raise InputError.of(
-            name, expected=f"a whole number of tokens, at least {least}", got=repr(value), remedy="Pass an int."
-        )
-    return number
-
-
-def _ids(key: Sequence[int] | bytes, length: int | None = None) -> list[int]:
-    """Token ids as Python's own ints: NumPy's hash alike, but a tensor's elements would not."""
-    if isinstance(key, bytes):
-        if length is None or (length and len(key) / length not in _WIDTHS) or (not length and key):
-            raise InputError.of(
-                "prefix",
-                expected="bytes of `length` ints, each 1, 2, 4 or 8 bytes wide",
-                got=f"{len(key)} bytes and length={length}",
-                remedy="Pass the ids as a sequence of ints, or the number of tokens with their bytes.",
-            )
-        width = len(key) // length if length else 1
-        return [int.from_bytes(key[i : i + width], sys.byteorder) for i in range(0, len(key), width)]
-    try:
-        ids = [operator.index(token) for token in key]
-    except TypeError:
-        ids = [-1]
-    if any(token < 0 for token in ids):
-        raise InputError.of(
-            "prefix",
-            expected="token ids (ints, at least 0), or the name of a tree node (a str or an int)",
-            got=repr(key)[:80],
-            remedy="Pass e.g. input_ids[0].tolist(), without padding.",
-        )
-    return ids if length is None else ids[:length]
-
-
 def _prefix(key: Key, length: int | None) -> tuple[str | int | None, list[int], int]:
     """A prefix as (name, no ids, length) or (None, ids, length)."""
     if length is not None:
-        length = _whole("length", length)
+        length = whole("length", length)
     if isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool)):
         if length is None:
             raise InputError.of(
@@ -349,7 +288,7 @@ def _prefix(key: Key, length: int | None) -> tuple[str | int | None, list[int], 
                 remedy="Pass length=…, or the token ids instead of a name.",
             )
         return key, [], length
-    ids = _ids(key, length)  # type: ignore[arg-type]
+    ids = token_ids(key, length)  # type: ignore[arg-type]
     if length is not None and len(ids) < length:
         raise InputError.of(
             "length",

@@ -54,7 +54,7 @@ def assert_sound(ledger: TokenLedger) -> None:
         assert ledger._held >= 0
         assert ledger._left() >= 0
         assert sum(ledger._by.values()) == ledger._spent
-        assert len(ledger._trie) <= ledger._spent
+        assert len(ledger._paid) <= ledger._spent
 
 
 @settings(max_examples=150, deadline=None)

@@ -178,18 +178,20 @@ def test_the_law_of_a_step_is_the_old_one_with_the_end_read_as_the_continuation(
     assert float(got[list(ends)].sum()) == 0
 
 
-@pytest.mark.parametrize("cap", [8, 30])
-def test_beams_keep_both_budgets_and_are_scored_by_what_the_processor_says(cap: int) -> None:
+@pytest.mark.parametrize("caps", [(3, 30), (8, 4), (30, 30)])
+def test_beams_keep_both_budgets_and_are_scored_by_what_the_processor_says(caps: tuple[int, int]) -> None:
     ids, extra = prompts(2, rows=2), 2
-    one = budget(6, extra=extra, max_thinking_tokens=[cap, cap + 1], eos_token_id=None)
+    one = budget(6, extra=extra, max_thinking_tokens=caps, eos_token_id=None)
     run = {**GREEDY, "num_beams": 4, "num_return_sequences": 4, "eos_token_id": None, "length_penalty": 0.0}
     got = model().generate(ids, logits_processor=[one], output_scores=True, return_dict_in_generate=True, **run)
-    assert_within(got.sequences[:4, 6:], extra=extra, cap=cap)
-    assert_within(got.sequences[4:, 6:], extra=extra, cap=cap + 1)
+    for rows, cap in zip(got.sequences[:, 6:].split(4), caps, strict=True):
+        assert_within(rows, extra=extra, cap=cap)
+        lengths = [len(thinking_of(row) or []) for row in rows.tolist()]
+        assert (max(lengths) == cap) == (cap < 10), "short caps are reached, long ones are not"
     # Each sequence's score, teacher-forced: a state that beams had mixed up would give another one.
     for row, score in enumerate(got.sequences_scores.tolist()):
         sequence, total = got.sequences[row : row + 1], 0.0
-        alone = budget(6, extra=extra, max_thinking_tokens=cap + row // 4, eos_token_id=None)
+        alone = budget(6, extra=extra, max_thinking_tokens=caps[row // 4], eos_token_id=None)
         logits = model()(sequence).logits.detach()[0]
         for t in range(6, sequence.shape[1]):
             step = logits[t - 1 : t].log_softmax(-1)
@@ -280,6 +282,14 @@ def test_thinking_that_begins_with_a_tag() -> None:
     one = budget(4, begin_ids=[BEGIN], extra=1, max_thinking_tokens=4)
     assert due(BEGIN, WAIT, 31, 32, 33) == "exchange"
     assert due(BEGIN, WAIT, 31, 32, 33, 34, 35, 36) == f"force {END}"
+
+
+def test_the_prompt_s_last_token_is_not_the_first_of_a_continuation() -> None:
+    scores = torch.zeros(1, 64)
+    ids = torch.tensor([[30, WAIT]])
+    for start, free in ((1, 1), (2, 63)):
+        one = budget(start, extra=1, continuation_ids=[WAIT, AND], eos_token_id=None)
+        assert one(ids, scores).isfinite().sum() == free
 
 
 def test_a_prefix_that_is_beyond_the_cap_already_is_ended_at_once() -> None:
