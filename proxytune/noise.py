@@ -19,10 +19,10 @@ import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["TILES", "TOKENS", "Noise", "gumbel", "philox"]
+__all__ = ["DECISIONS", "TILES", "TOKENS", "Noise", "gumbel", "philox"]
 
-TOKENS, TILES = 0, 1
-"""Streams of words: per token, and per tile of the vocabulary."""
+TOKENS, TILES, DECISIONS = 0, 1, 2
+"""Streams of words: per token, per tile of the vocabulary, and for what is decided about a position."""
 
 _Words = TypeVar("_Words", torch.Tensor, np.ndarray[Any, np.dtype[Any]])
 
@@ -151,6 +151,18 @@ class Noise:
             New keys that share the other tensors.
         """
         return Noise(self.seed, self.row, position, self.branch)
+
+    def uniform(self, stream: int) -> torch.Tensor:
+        """One uniform variate for each row.
+
+        Args:
+            stream: `DECISIONS`.
+
+        Returns:
+            `[B]`, float32, in (0, 1].
+        """
+        nothing = torch.zeros_like(self.row)
+        return _unit(philox(self.seed, nothing, self.position, self.row, self.branch * 4 + stream)[0])
 
     def gumbel(self, index: torch.Tensor, stream: int) -> torch.Tensor:
         """A Gumbel variate for each index.

@@ -50,6 +50,11 @@ class Record:
         self._attentions = empty(generation_config.output_attentions)
         self._hidden_states = empty(generation_config.output_hidden_states)
 
+    @property
+    def asked(self) -> bool:
+        """Whether scores or logits were asked for."""
+        return self.scores is not None or self.logits is not None
+
     def add(self, outputs: Any) -> None:
         """Keep the states of a forward pass.
 
@@ -110,7 +115,7 @@ class Drawing:
         self._sampling = sampling
         self._noise = noise
         self._width = width
-        self._usable = usable
+        self.usable = usable
         self._place = place
         self._impl: ops.Impl = impl
 
@@ -119,7 +124,7 @@ class Drawing:
         members: Sequence[torch.Tensor],
         weights: Sequence[float],
         input_ids: torch.Tensor,
-        record: Record,
+        record: Record | None = None,
         *,
         draws: int = 1,
         want: Collection[str] = ("tokens",),
@@ -130,7 +135,8 @@ class Drawing:
             members: Raw logits of the base and its companions, `[B, V_i]`; companions may be on other devices.
             weights: One per member, the base's first.
             input_ids: `[B, T]`, for the processors.
-            record: Gets this step's scores and logits, if they were asked for. The tokens do not depend on it.
+            record: Gets this step's scores and logits, if they were asked for. The tokens do not depend on it. None for
+                no record.
             draws: How many tokens, without replacement.
             want: As in `ops.step`. What is measured is the distribution after the processors that had to run.
 
@@ -139,9 +145,9 @@ class Drawing:
             These may be the forward pass's own memory: let go of them before the next.
         """
         rows = [self._row(x) for x in members]
-        rows[0] = rows[0][:, : self._usable]  # a view: ids beyond are not masked but absent
+        rows[0] = rows[0][:, : self.usable]  # a view: ids beyond are not masked but absent
         logits = scores = rows[0]
-        if self._translation.before or record.scores is not None or record.logits is not None:
+        if self._translation.before or (record is not None and record.asked):
             logits = self._combined(rows, weights).to(input_ids.device)  # [B, V]
             scores = self._translation.before(input_ids, logits)  # [B, V]
         if self._translation.before:
@@ -151,11 +157,16 @@ class Drawing:
         )
         if self._noise is not None:
             self._noise.position.add_(1)  # in place: a captured graph would go on by itself
-        if record.scores is not None:
+        if record is not None and record.scores is not None:
             record.scores += (self._translation.warpers(input_ids, scores),)
-        if record.logits is not None:
+        if record is not None and record.logits is not None:
             record.logits += (logits,)
         return found, (rows, weights)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it draws; else it takes the argmax."""
+        return self._sampling is not None
 
     def failure(self, rows: Rows, bad: torch.Tensor, step: int) -> NumericalError:
         """Say which row of a step had no distribution, and why. Waits for the device.
@@ -193,5 +204,5 @@ class Drawing:
     def _combined(self, rows: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
         scores = ops.step(rows, weights, want=("scores",), impl=self._impl).scores
         assert scores is not None
-        missing = self._width - self._usable
+        missing = self._width - self.usable
         return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores

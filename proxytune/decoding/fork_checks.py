@@ -1,0 +1,112 @@
+"""Wrong use of a fork tree, refused before the first forward pass."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from transformers import StaticCache
+
+from proxytune.budget import TokenLedger
+from proxytune.entropy import ForkThreshold
+from proxytune.errors import InputError, UnsupportedModeError
+
+if TYPE_CHECKING:
+    from proxytune.decoding.forks import ForkDecoding
+
+__all__ = ["refuse_extras", "refuse_settings"]
+
+_PLACES = ("forks", "random", "start")
+
+
+def refuse_settings(loop: ForkDecoding) -> None:
+    """Refuse settings of a tree that are out of their ranges.
+
+    Args:
+        loop: The settings.
+
+    Raises:
+        InputError: If one is.
+    """
+
+    def refuse(what: str, expected: str, got: object, remedy: str) -> None:
+        raise InputError.of(what, expected=expected, got=repr(got), remedy=remedy)
+
+    def is_number(x: object) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < float("inf")
+
+    if loop.where not in _PLACES:
+        refuse("where", "'forks', 'random' or 'start'", loop.where, "Leave it out for 'forks'.")
+    for name, least in (("branches", 1), ("children", 2), ("min_gap", 1)):
+        value = getattr(loop, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            refuse(
+                name, f"a whole number of at least {least}", value, "Pass e.g. ForkDecoding(threshold=0.7, branches=8)."
+            )
+    threshold = loop.threshold
+    if isinstance(threshold, ForkThreshold):
+        if threshold.is_streaming:
+            refuse(
+                "threshold",
+                "a fixed or calibrated one: a tree must not depend on the batch",
+                "a streaming one",
+                _CALIBRATE,
+            )
+    elif threshold is None:
+        if loop.where == "forks" or loop.fork_temperature is not None:
+            refuse("threshold", "an entropy in nats", None, _CALIBRATE)
+    elif not is_number(threshold):
+        refuse("threshold", "a finite entropy in nats", threshold, _CALIBRATE)
+    if not is_number(loop.share) or not 0 < loop.share < 1:
+        refuse("share", "a share in (0, 1)", loop.share, "Pass e.g. share=0.2.")
+    if loop.fork_temperature is not None and (not is_number(loop.fork_temperature) or loop.fork_temperature <= 0):
+        refuse(
+            "fork_temperature", "a finite number > 0, or None", loop.fork_temperature, "Pass e.g. fork_temperature=1.0."
+        )
+    if loop.max_total_tokens is not None:
+        TokenLedger(loop.max_total_tokens)
+
+
+_CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one of a run."
+
+
+def refuse_extras(
+    generation_config: Any, streamer: Any, synced_gpus: bool | None, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse what `generate()` may be asked for but a tree cannot give.
+
+    Args:
+        generation_config: The settings of the call.
+        streamer: A streamer, or None.
+        synced_gpus: Whether processes have to go on together.
+        model_kwargs: What the model is called with; the cache among them.
+
+    Raises:
+        UnsupportedModeError: If something else is given.
+        InputError: If there is no padding token.
+    """
+    asked = [
+        name
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if getattr(generation_config, name, False)
+    ]
+    refused = {
+        "streamer": streamer is not None,
+        "synced_gpus": bool(synced_gpus),
+        asked[0] if asked else "outputs": bool(asked),
+        "a static cache": isinstance(model_kwargs.get("past_key_values"), StaticCache),
+    }
+    for what, given in refused.items():
+        if given:
+            raise UnsupportedModeError.of(
+                what,
+                expected="none with ForkDecoding: the number of rows changes as branches come and go",
+                got="one",
+                remedy="Leave it out; the trees hold each token's log-probability, entropy and confidence.",
+            )
+    if generation_config._pad_token_tensor is None:
+        raise InputError.of(
+            "pad_token_id",
+            expected="a padding token, since leaves differ in length",
+            got="None",
+            remedy="Pass pad_token_id= to generate().",
+        )
