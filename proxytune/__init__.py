@@ -7,6 +7,9 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 `ProxyTunedModel`          that model: a `PreTrainedModel` whose logits are the combined ones
 `ProxyTuningLogitsProcessor` the same as a logits processor, for a pipeline of your own
 `FusedDecoding`            a loop for `generate(custom_generate=…)`: one step on the members' logits per token
+`ForkThreshold`            the entropy above which a token is a fork: fixed, calibrated or streaming
+`ForkSamplingLogitsProcessor` two temperatures (or a soft form): calm on most tokens, lively at forks
+`ForkDecoding`             a loop that grows a tree: branches part at forks, with exact weights and a hard budget
 `step`                     one decision on members' logits: combine, measure, draw; with `Sampling` and `Noise`
 `ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
 `Recipe`                   the adapter as a small JSON file
@@ -24,17 +27,23 @@ import wrapt
 from proxytune._version import __version__
 
 if TYPE_CHECKING:
+    from proxytune.decoding.forks import ForkDecoding
     from proxytune.decoding.fused import FusedDecoding
+    from proxytune.entropy import ForkThreshold
     from proxytune.formula import ProxyTuning
     from proxytune.model import ProxyTunedConfig, ProxyTunedModel
     from proxytune.noise import Noise
     from proxytune.ops import step
+    from proxytune.processors.forks import ForkSamplingLogitsProcessor
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
     from proxytune.recipe import Recipe
     from proxytune.sampling import Sampling
     from proxytune.wrapping import wrap
 
 __all__ = [
+    "ForkDecoding",
+    "ForkSamplingLogitsProcessor",
+    "ForkThreshold",
     "FusedDecoding",
     "Noise",
     "ProxyTunedConfig",
@@ -49,6 +58,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "ForkDecoding": "proxytune.decoding.forks",
+    "ForkSamplingLogitsProcessor": "proxytune.processors.forks",
+    "ForkThreshold": "proxytune.entropy",
     "FusedDecoding": "proxytune.decoding.fused",
     "Noise": "proxytune.noise",
     "ProxyTunedConfig": "proxytune.model",

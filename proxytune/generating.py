@@ -193,6 +193,8 @@ class ComposedGenerationMixin(GenerationMixin):
                     got="one: the shifts would add up",
                     remedy="Leave it out, or use it on the base alone.",
                 )
+            if hasattr(processor, "check_settings") and not generation_config.is_assistant:
+                processor.check_settings(generation_config)  # what a step will not tell it
             processors.append(processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 processors.append(tail)  # it subtracts −inf from −inf there

@@ -81,6 +81,9 @@ class Hook:
                 got="one: the shifts would add up",
                 remedy="Leave it out of logits_processor, or detach() the attached one.",
             )
+        for processor in processors:
+            if hasattr(processor, "check_settings") and not generation_config.is_assistant:
+                processor.check_settings(generation_config)
         processors.insert(0, self._steering(generation_config, input_ids_seq_length, model_kwargs or {}))
         return processors
 

@@ -12,7 +12,15 @@ import proxytune
 from proxytune.cli import doctor
 from proxytune.errors import InputError
 
-HELPS = (["--help"], ["-h"], ["demo", "--help"], ["generate", "--help"], ["doctor", "--help"], ["lab", "--help"])
+HELPS = (
+    ["--help"],
+    ["-h"],
+    ["demo", "--help"],
+    ["generate", "--help"],
+    ["doctor", "--help"],
+    ["lab", "--help"],
+    ["calibrate", "--help"],
+)
 
 
 @pytest.mark.smoke
