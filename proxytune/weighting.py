@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from proxytune.confidence import numbers
+from proxytune.decoding.growing import log_importance
 from proxytune.errors import InputError
 
 __all__ = ["borda_points", "kool_log_weights", "weighted_mean"]
@@ -67,11 +68,8 @@ def kool_log_weights(log_p: ArrayLike, kappa: ArrayLike) -> NDArray[np.float64]:
             got=repr(kappa)[:80],
             remedy="Pass the (k+1)-th perturbed log-probability.",
         )
-    gap = values - limit
-    # q = 1 − exp(−e^gap) = e^gap (1 − e^gap/2 + …): below, log q is the gap itself. Above, e^gap is 1e13 and q is 1.
-    small = gap < -36.0
-    q = -np.expm1(-np.exp(np.clip(gap, -36.0, 30.0)))
-    return values - np.where(small, gap, np.log(q))
+    pairs = zip(values.tolist(), np.broadcast_to(limit, values.shape).tolist(), strict=True)
+    return np.array([log_importance(p, k) for p, k in pairs])
 
 
 def weighted_mean(values: ArrayLike, log_weights: ArrayLike, *, normalised: bool = True) -> float:

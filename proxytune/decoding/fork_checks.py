@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from transformers import StaticCache
 
 from proxytune.budget import TokenLedger
 from proxytune.entropy import ForkThreshold
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.ops import Impl
 
 if TYPE_CHECKING:
     from proxytune.decoding.forks import ForkDecoding
@@ -51,6 +52,8 @@ def refuse_settings(loop: ForkDecoding) -> None:
                 "a streaming one",
                 _CALIBRATE,
             )
+        if threshold.measure not in (None, "raw"):
+            refuse("threshold", "one of the raw entropy", f"one of the {threshold.measure} entropy", _CALIBRATE)
     elif threshold is None:
         if loop.where == "forks" or loop.fork_temperature is not None:
             refuse("threshold", "an entropy in nats", None, _CALIBRATE)
@@ -64,6 +67,12 @@ def refuse_settings(loop: ForkDecoding) -> None:
         )
     if loop.max_total_tokens is not None:
         TokenLedger(loop.max_total_tokens)
+    seed = loop.seed
+    whole = isinstance(seed, int) and not isinstance(seed, bool)
+    if seed is not None and not (whole and -(1 << 63) <= seed < 1 << 63):
+        refuse("seed", "a whole number of 64 bits, or None", seed, "Pass e.g. seed=0.")
+    if loop.impl not in get_args(Impl):
+        refuse("impl", "'auto', 'triton' or 'torch'", loop.impl, "Leave it out for 'auto'.")
 
 
 _CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one of a run."

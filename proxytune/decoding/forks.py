@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation.stopping_criteria import MaxLengthCriteria
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
 from transformers.utils import ModelOutput
 
 from proxytune import ops
@@ -27,6 +27,7 @@ from proxytune.decoding.stepping import last_logits, lengths_of, refuse_modes
 from proxytune.decoding.translation import Translation, translate
 from proxytune.decoding.tree import ForkTree
 from proxytune.entropy import ForkThreshold
+from proxytune.errors import BudgetError, NumericalError
 from proxytune.model import ProxyTunedModel
 from proxytune.noise import DECISIONS, Noise
 
@@ -109,6 +110,7 @@ class ForkDecoding:
         generation_config: Any,
         synced_gpus: bool | None = None,
         streamer: Any = None,
+        tokenizer: Any = None,
         assistant_model: Any = None,
         **model_kwargs: Any,
     ) -> ForkOutput | torch.Tensor:
@@ -122,6 +124,7 @@ class ForkDecoding:
             generation_config: The settings.
             synced_gpus: Refused.
             streamer: Refused.
+            tokenizer: The stop strings' criterion has taken it.
             assistant_model: Refused.
             **model_kwargs: What the forward passes need; the cache among them.
 
@@ -131,14 +134,14 @@ class ForkDecoding:
         Raises:
             UnsupportedModeError: For what a tree cannot do.
             InputError: If there is no padding token, or the threshold is still being learnt.
-            BudgetError: If the budget is smaller than a prompt.
+            BudgetError: If the budget leaves no token to generate after a prompt.
             NumericalError: If a row has no distribution.
         """
         refuse_modes("ForkDecoding", model, generation_config, assistant_model)
         refuse_extras(generation_config, streamer, synced_gpus, model_kwargs)
         prompts, length = input_ids.shape
         lengths = lengths_of(input_ids, generation_config, model_kwargs)  # [B]
-        ledgers = self._ledgers(lengths)
+        ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, lengths.tolist())
         limit = int(stopping_criteria.max_length) - length
         grove = Grove(
             prompts,
@@ -148,7 +151,9 @@ class ForkDecoding:
             length=limit,
             ledgers=ledgers,
         )
-        criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, MaxLengthCriteria))
+        cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself
+        criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
+        clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
         translation = translate(logits_processor, bool(generation_config.do_sample))
         streams = Noise.of(prompts, row=None if self.rows is None else torch.as_tensor(self.rows)).row
         seed = int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if self.seed is None else self.seed
@@ -167,19 +172,19 @@ class ForkDecoding:
                 chances = _noise(grove, lengths, streams, seed)
                 drawing = self._prepare(model, translation, members[0], chances.at(chances.position + step))
             wishes = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
-            drawn = self._draw(drawing, members, weights, input_ids, grove.most_draws(), wishes, step)
+            drawn = self._draw(drawing, members, weights, input_ids, grove, wishes, step)
             parents, tokens = grove.grow(drawn)
             here = torch.tensor([parents, tokens], device=input_ids.device)
             input_ids = torch.cat([input_ids.index_select(0, here[0]), here[1][:, None]], -1)
             done = criteria(input_ids, None).tolist() if len(criteria) else [False] * len(parents)
-            keep = grove.prune(done)
+            keep = grove.prune(done, halt=bool(clocks) and bool(clocks(input_ids, None).any()))
             step += 1
             if not keep:
                 break
-            select = [parents[row] for row in keep]
-            if select != list(range(len(drawn))):
+            # Not by the parents alone: where a row has ended, its child may stand in its place.
+            if keep != list(range(len(drawn))) or len(parents) > len(drawn):
                 input_ids = input_ids.index_select(0, torch.tensor(keep, device=input_ids.device))
-                model_kwargs = _selected(model_kwargs, select, len(drawn))
+                model_kwargs = _selected(model_kwargs, [parents[row] for row in keep], len(drawn))
                 drawing = None
             new = 1 if model_kwargs["use_cache"] else None
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
@@ -187,16 +192,6 @@ class ForkDecoding:
         out = _output(grove.trees, texts, generation_config._pad_token_tensor, ledgers)
         assert out.sequences is not None
         return out if generation_config.return_dict_in_generate else out.sequences
-
-    def _ledgers(self, lengths: torch.Tensor) -> list[TokenLedger] | None:
-        if self.max_total_tokens is None:
-            return None
-        ledgers = []
-        for length in lengths.tolist():
-            ledger = TokenLedger(self.max_total_tokens)
-            ledger.charge(length, label="prompt")
-            ledgers.append(ledger)
-        return ledgers
 
     def _prepare(self, model: Any, translation: Translation, base: torch.Tensor, noise: Noise) -> Drawing:
         width = base.shape[1]
@@ -219,12 +214,12 @@ class ForkDecoding:
         members: Sequence[torch.Tensor],
         weights: Sequence[float],
         input_ids: torch.Tensor,
-        draws: int,
+        grove: Grove,
         wishes: torch.Tensor | None,
         step: int,
     ) -> list[Drawn]:
         """Draw for every live row, and say which of them are at a place to fork."""
-        draws = min(draws, drawing.usable)
+        draws = min(grove.most_draws(), drawing.usable)
         want = ["tokens", "logprobs", "entropy", "confidence"]
         want += ["draw_logprobs", "keys"] if drawing.samples else ["scores"]
         found, rows = drawing(members, weights, input_ids, draws=draws if drawing.samples else 1, want=want)
@@ -243,7 +238,9 @@ class ForkDecoding:
         packed = torch.cat(parts, 1).tolist()  # the one read of a step
         failed = [row[0] < 0 for row in packed]
         if any(failed):
-            raise drawing.failure(rows, torch.tensor(failed), step)
+            prompt, branch = grove.rows[failed.index(True)]
+            failure = drawing.failure(rows, torch.tensor(failed), step)
+            raise NumericalError(f"prompt {prompt}, branch {branch}: {failure}")
         return [
             Drawn(
                 tokens=[int(t) for t in row[:draws]],
@@ -267,6 +264,23 @@ class ForkDecoding:
         return self.threshold.nats if isinstance(self.threshold, ForkThreshold) else self.threshold
 
 
+def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
+    """A ledger for each prompt, which has paid for it."""
+    ledgers = []
+    for prompt, length in enumerate(lengths):
+        ledger = TokenLedger(budget)
+        if length >= budget:
+            raise BudgetError.of(
+                "max_total_tokens",
+                expected=f"at least {length + 1}: prompt {prompt} has {length} tokens, and one has to be generated",
+                got=f"{budget}",
+                remedy="Raise max_total_tokens, or shorten the prompt.",
+            )
+        ledger.charge(length, label="prompt")
+        ledgers.append(ledger)
+    return ledgers
+
+
 def _noise(grove: Grove, lengths: torch.Tensor, streams: torch.Tensor, seed: int) -> Noise:
     """The keys of the live rows at the first generated position."""
     device = lengths.device
@@ -276,11 +290,12 @@ def _noise(grove: Grove, lengths: torch.Tensor, streams: torch.Tensor, seed: int
 
 
 def _most_probable(scores: torch.Tensor, first: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The most probable tokens and their log-probabilities, `[B, count]`, the argmax at the front."""
+    """The most probable tokens and their log-probabilities, `[B, count]`, the argmax first; −1 for masked ones."""
     best = scores.log_softmax(-1).topk(count, -1)
     # Of equal ones topk may have put another before the first.
     tokens = torch.where(best.indices == first, best.indices[:, :1], best.indices)
-    return torch.cat([first, tokens[:, 1:]], 1), best.values
+    masked = best.values[:, 1:] == -torch.inf
+    return torch.cat([first, tokens[:, 1:].masked_fill(masked, -1)], 1), best.values
 
 
 def _selected(model_kwargs: dict[str, Any], select: list[int], rows: int) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def log_importance(logprob: float, kappa: float) -> float:
     rate = logprob - kappa  # log of the mean number of arrivals before the threshold
     if rate > 4.0:  # certain to be drawn: exp(−exp(4)) is 2e-24
         return logprob
+    if rate < -36.0:  # log(1 − exp(−e^rate)) = rate − e^rate/2 + …; also where e^rate underflows
+        return kappa
     return logprob - math.log(-math.expm1(-math.exp(rate)))
 
 
@@ -130,7 +132,8 @@ class Grove:
         for row, (live, one, may) in enumerate(zip(list(self._live), drawn, allowed, strict=True)):
             # Counted anew for each row: an earlier row of the same prompt may have taken the last place.
             room = self._branches - len(live.tree) + 1
-            most = min(self._children, room, len(one.tokens))
+            # How many tokens there are to draw does not depend on the draws, so it may decide.
+            most = min(self._children, room, sum(token >= 0 for token in one.tokens))
             reserved = self._reserve_children(live, most) if may and one.wants else []
             start, before = len(live.branch), live.branch.log_weight
             parents.append(row)
@@ -142,10 +145,6 @@ class Grove:
                 live.branch.log_weight = before + log_importance(one.draw_logprobs[0], kappa)
             _append(live, one, 0)
             for i, reservation in enumerate(reserved, 1):
-                if one.tokens[i] < 0:  # fewer tokens than children
-                    if reservation is not None:
-                        reservation.release()
-                    continue
                 branch = Branch(len(live.tree), live.branch, start)
                 branch.log_weight = before + log_importance(one.draw_logprobs[i], kappa)
                 live.tree.branches.append(branch)
@@ -155,11 +154,12 @@ class Grove:
         self._live += [child for _, _, child in born]
         return parents + [row for row, _, _ in born], tokens + [token for _, token, _ in born]
 
-    def prune(self, done: Sequence[bool]) -> list[int]:
+    def prune(self, done: Sequence[bool], *, halt: bool = False) -> list[int]:
         """Let finished rows go, and those whose tokens are spent.
 
         Args:
             done: Of each live row, whether a stopping criterion holds.
+            halt: Whether the others are cut here, since the time is up.
 
         Returns:
             The rows that stay.
@@ -167,7 +167,7 @@ class Grove:
         keep, live_on = [], []
         for row, (live, ended) in enumerate(zip(self._live, done, strict=True)):
             spent = live.reservation is not None and live.reservation.left == 0
-            if ended or spent or len(live.branch) >= self._length:
+            if ended or spent or halt or len(live.branch) >= self._length:
                 live.branch.finished = bool(ended)
                 if live.reservation is not None:
                     live.reservation.release()
