@@ -1,0 +1,292 @@
+"""`proxytune sample` against the loop it calls, its budgets, answers and votes, and every way to call it wrongly."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import proxytune
+from proxytune import FusedDecoding
+from proxytune.calibration import ForkCalibration
+from proxytune.cli import sample as command
+from proxytune.cli import terminal
+from proxytune.decoding.forks import ForkDecoding
+from proxytune.recipe import RECIPE_FILE, write_fork_threshold
+from proxytune.voting import Sample, vote
+
+PROMPTS = ["Question: Start with 3", "Question: Who"]
+NEW = 12
+WORDS = [f"max_new_tokens={NEW}", "temperature=1.2", "top_k=0"]
+TREE = ["--threshold", 1.0, "--branches", 5, "--seed", 3, "--dtype", "float32", "--alpha", 0.5]
+
+
+@pytest.fixture
+def model(family):
+    folder = {name: str(family / name) for name in ("large-base", "tiny-tuned", "tiny-base")}
+    return proxytune.wrap(
+        folder["large-base"], expert=folder["tiny-tuned"], antiexpert=folder["tiny-base"], alpha=0.5, dtype="float32"
+    )
+
+
+@pytest.fixture
+def tokenizer(family):
+    return AutoTokenizer.from_pretrained(family / "large-base", padding_side="left")
+
+
+@pytest.fixture
+def kit(family, model, tmp_path):
+    """A saved recipe whose members are named by absolute folders."""
+    model.save_pretrained(tmp_path / "kit")
+    return tmp_path / "kit"
+
+
+def encoded(tokenizer):
+    return tokenizer(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+
+
+DRAW = {"do_sample": True, "max_new_tokens": NEW, "temperature": 1.2, "top_k": 0, "return_dict_in_generate": True}
+
+
+def drawn(run, members, *words):
+    ended = run("sample", *PROMPTS, *WORDS, *TREE, *members, "--json", *words)
+    assert ended.code == 0, ended.err
+    assert ended.err == ""
+    return ended.lines
+
+
+def test_help_names_its_options_without_importing_torch():
+    program = (
+        "import sys\n"
+        "from proxytune.cli import main\n"
+        "try: main(['sample', '--help'])\n"
+        "except SystemExit as ended: assert ended.code == 0, ended.code\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'accelerate'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    for option in ("--no-forks", "--branches", "--budget", "--vote", "--threshold", "--answer", "--seed"):
+        assert option in ran.stdout
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("batch", [1, 4])
+def test_trees_are_those_of_the_library(run, members, model, tokenizer, batch):
+    lines = drawn(run, members, "--budget", 70, "--batch-size", batch)
+    loop = ForkDecoding(threshold=1.0, branches=5, seed=3, max_total_tokens=70)
+    out = model.generate(**encoded(tokenizer), custom_generate=loop, **DRAW)
+    for line, tree, ledger, prompt in zip(lines, out.trees, out.ledgers, PROMPTS, strict=True):
+        assert line["prompt"] == prompt
+        assert line["spent"] == ledger.spent <= line["budget"] == 70
+        assert line["prompt_tokens"] == ledger.by["prompt"]
+        assert [leaf["text"] for leaf in line["leaves"]] == [
+            tokenizer.decode(b.along("tokens"), skip_special_tokens=True) for b in tree
+        ]
+        assert [leaf["weight"] for leaf in line["leaves"]] == pytest.approx(tree.weights(), abs=1e-4)
+        assert [leaf["start"] for leaf in line["leaves"]] == [b.start for b in tree]
+        assert [leaf["finished"] for leaf in line["leaves"]] == [b.finished for b in tree]
+    assert max(len(tree) for tree in out.trees) > 1
+
+
+def test_samples_are_those_of_the_fused_loop(run, members, model, tokenizer):
+    lines = drawn(run, members, "--no-forks", "--branches", 3)
+    batch = encoded(tokenizer)
+    start = batch["input_ids"].shape[1]
+    out = model.generate(**batch, custom_generate=FusedDecoding(seed=3), num_return_sequences=3, **DRAW).sequences
+    texts = [tokenizer.decode(row[start:], skip_special_tokens=True) for row in out]
+    assert [leaf["text"] for line in lines for leaf in line["leaves"]] == texts
+    for line in lines:
+        assert [leaf["weight"] for leaf in line["leaves"]] == pytest.approx([1 / 3] * 3)
+        assert line["spent"] == line["prompt_tokens"] + sum(leaf["tokens"] for leaf in line["leaves"])
+        assert line["budget"] is None
+
+
+@pytest.mark.parametrize(("room", "leaves", "longest"), [(5, 1, 5), (12, 1, 12), (23, 1, 12), (24, 2, 12), (99, 4, 12)])
+def test_samples_stay_in_the_budget(run, members, tokenizer, room, leaves, longest):
+    # No end-of-text: every sample is as long as it may be.
+    length = len(tokenizer(PROMPTS[0])["input_ids"])
+    words = ["--no-forks", "--branches", 4, "--budget", length + room, "--json", *members, *WORDS]
+    (line,) = run("sample", PROMPTS[0], *words, "eos_token_id=none").lines
+    assert [leaf["tokens"] for leaf in line["leaves"]] == [longest] * leaves
+    assert line["spent"] == length + leaves * longest <= length + room
+
+
+@pytest.mark.parametrize("how", ["majority", "weighted", "confidence", "deepconf"])
+def test_votes(run, members, model, tokenizer, how):
+    pattern = r"[a-zA-Z]"
+    lines = drawn(run, members, "--vote", how, "--answer", pattern, "--eta", 60)
+    out = model.generate(**encoded(tokenizer), custom_generate=ForkDecoding(threshold=1.0, branches=5, seed=3), **DRAW)
+    extract = command.extractor(pattern)
+    for line, tree in zip(lines, out.trees, strict=True):
+        answers = [extract(tokenizer.decode(b.along("tokens"), skip_special_tokens=True)) for b in tree]
+        weights = [1.0] * len(tree) if how == "majority" else tree.weights()
+        tally = vote(
+            [Sample(a, b.along("confidences"), w) for a, b, w in zip(answers, tree, weights, strict=True)],
+            "majority" if how == "weighted" else how,
+            eta=60,
+        )
+        assert line["answer"] == tally.winner
+        assert line["vote"] == how
+        assert line["share"] == pytest.approx(tally.share, abs=1e-3)
+        assert {s["answer"]: s["leaves"] for s in line["shares"]} == tally.counts
+        assert [leaf["answer"] for leaf in line["leaves"]] == answers
+
+
+def test_the_drawing(run, members):
+    lines = drawn(run, members, "--budget", 70, "--answer", "zzz")
+    ended = run("sample", *PROMPTS, *WORDS, *TREE, *members, "--budget", 70, "--answer", "zzz")
+    assert ended.code == 0
+    for line in lines:
+        assert line["prompt"] in ended.out
+        assert f"tokens  {line['spent']} of 70 ({line['prompt_tokens']} of the prompt)" in ended.out
+        assert line["answer"] is None
+        for leaf in line["leaves"]:
+            assert f"weight {leaf['weight']:.3f}  " in ended.out
+            assert leaf["entropy"] is None or f"at token {leaf['start']}, H {leaf['entropy']:.2f} nats" in ended.out
+    assert ended.out.count("answer  no answer") == 2
+    assert "note    no sample has an answer" in ended.out
+    assert "└─ " in ended.out
+
+
+def test_a_person_sees_the_tokens_that_are_left(run, members, monkeypatch):
+    said = []
+    real = command._Meter.spend
+    monkeypatch.setattr(command._Meter, "spend", lambda self, n: (real(self, n), said.append(self._said())))
+    lines = drawn(run, members, "--budget", 70)
+    assert said[-1] == f"{140 - sum(line['spent'] for line in lines)} tokens left"
+    said.clear()
+    lines = drawn(run, members, "--no-forks", "--branches", 1)
+    assert said[-1] == f"{sum(line['spent'] for line in lines)} tokens"
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    shown = run("sample", *PROMPTS, *WORDS, *TREE, *members, "--json")
+    assert shown.code == 0
+    assert [line["prompt"] for line in shown.lines] == PROMPTS
+
+
+@pytest.mark.parametrize("mode", [[], ["--no-forks"]])
+def test_a_prompt_larger_than_the_budget_does_not_stop_the_others(run, members, tokenizer, mode):
+    longer = "Question: Start with 3, add 4, take away 2, add 9."
+    few, many = (len(tokenizer(p)["input_ids"]) for p in (PROMPTS[0], longer))
+    assert few < many
+    words = ["sample", longer, PROMPTS[0], *WORDS, *TREE, *members, *mode, "--budget", many]
+    ended = run(*words, "--json")
+    assert ended.code == 1
+    message = f"prompt 1: expected --budget of at least {many + 1}: it has {many} tokens itself; got {many}."
+    assert ended.err.count("\n") == 1
+    assert message in ended.err
+    refused, other = ended.lines
+    assert refused["prompt"] == longer
+    assert message in refused["error"]
+    assert other["spent"] <= many
+    alone = run("sample", PROMPTS[0], "--budget", few, *WORDS, *TREE, *members, *mode)
+    assert (alone.code, alone.out) == (1, "")
+
+
+def test_the_recipe_s_threshold(run, kit, model, tokenizer):
+    words = ["sample", *PROMPTS, *WORDS, "--recipe", kit, "--branches", 5, "--seed", 3, "--json", "--dtype", "float32"]
+    ended = run(*words)
+    assert ended.code == 2
+    assert "--threshold: expected an entropy in nats, or a recipe that was calibrated; got neither" in ended.err
+    write_fork_threshold(kit, ForkCalibration(share=0.2, nats=1.0, tokens=100, alpha=0.5))
+    assert json.loads((kit / RECIPE_FILE).read_text())["alpha"] == 0.5
+    out = model.generate(**encoded(tokenizer), custom_generate=ForkDecoding(threshold=1.0, branches=5, seed=3), **DRAW)
+    assert [len(line["leaves"]) for line in run(*words).lines] == [len(tree) for tree in out.trees]
+    other = run(*words, "--alpha", 2)
+    assert other.code == 2
+    assert "--alpha: expected 0.5, at which the recipe's threshold was calibrated; got 2" in other.err
+    assert run(*words, "--alpha", 2, "--threshold", 1).code == 0
+    assert run(*words, "--alpha", 2, "--no-forks").code == 0
+
+
+@pytest.mark.parametrize("where", ["random", "start"])
+def test_the_controls_need_no_threshold(run, members, where):
+    ended = run("sample", *PROMPTS, *WORDS, *members, "--where", where, "--json")
+    assert ended.code == 0, ended.err
+    for line in ended.lines:
+        starts = {leaf["start"] for leaf in line["leaves"]}
+        assert len(line["leaves"]) > 1
+        assert starts == {0} or where == "random"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3+4=7. The answer is 7.", "7"),
+        ("The answer is 5. No: the sum is 8. The answer is 3.5.\nQuestion: 9", "3.5"),
+        ("The answer is: garlic", "garlic"),
+        ("The answer is\nnothing 4", "nothing 4"),
+        ("45-33=12, so 1,234.5", "1234.5"),
+        ("from 3 to -4", "-4"),
+        ("45-33", "33"),
+        ("x2", None),
+        ("That is a good question.", None),
+        ("", None),
+    ],
+)
+def test_usual_answers(text, answer):
+    assert command.extractor(None)(text) == answer
+
+
+def test_answers_by_pattern():
+    assert command.extractor(r"#(\w+)")("#a #b c") == "b"
+    assert command.extractor(r"\d")("1 2") == "2"
+    assert command.extractor(r"x(\d)?")("x") is None
+    assert command.extractor(r"\s*")("abc") is None
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "--threshold: expected an entropy in nats, or a recipe that was calibrated; got neither"),
+        (["--threshold", "nan"], "threshold: expected a finite entropy in nats; got nan"),
+        (["--threshold", 1, "--answer", "("], "--answer: expected a regular expression; got '('"),
+        (["--threshold", 1, "--eta", 0], "--eta: expected a percentage in (0, 100]; got 0"),
+        (["--threshold", 1, "--vote", "loudest"], "--vote"),
+        (["--threshold", 1, "--branches", 0], "--branches"),
+        (["--threshold", 1, "--children", 1], "--children"),
+        (["--threshold", 1, "--budget", 0], "--budget"),
+        (["--threshold", 1, "--where", "end"], "--where"),
+        (["--threshold", 1, "--seed", 1 << 63], "seed: expected a whole number of 64 bits"),
+        (["--threshold", 1, "--dtype", "int8"], "--dtype: expected"),
+        (["--threshold", 1, "--device", "tpu"], "--device: expected"),
+        (["--threshold", 1, "max_newtokens=3"], "Did you mean max_new_tokens"),
+    ],
+)
+def test_wrong_settings_are_told_before_a_model_is_loaded(run, members, monkeypatch, words, message):
+    monkeypatch.setattr(proxytune.opening, "open_member", None)  # it would be a TypeError, exit code 1
+    # Settings come last among the arguments.
+    ended = run("sample", *members, "x", *words)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["num_return_sequences=2"], "num_return_sequences: expected --branches; got 2"),
+        (["do_sample=false", "--no-forks"], "--no-forks: expected sampling"),
+        (["num_beams=2"], "ForkDecoding: expected greedy decoding or sampling"),
+    ],
+)
+def test_wrong_draws_are_told(run, members, words, message):
+    ended = run("sample", "x", "--threshold", 1, *members, *words)
+    assert ended.code == 2, ended.err
+    assert message in ended.err
+
+
+def test_chain_of_thought_decoding(run, members, model, tokenizer):
+    words = [f"max_new_tokens={NEW}", "do_sample=false", "--where", "start", "--branches", 3, "--alpha", 0.5]
+    (line,) = run("sample", PROMPTS[0], *words, *members, "--dtype", "float32", "--json").lines
+    batch = tokenizer(PROMPTS[:1], return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        best = model(**batch).logits[0, -1].topk(3).indices
+    for leaf, token in zip(line["leaves"], best, strict=True):
+        text = torch.cat([batch["input_ids"], token[None, None]], 1)
+        out = model.generate(text, do_sample=False, max_new_tokens=NEW - 1)
+        start = batch["input_ids"].shape[1]
+        assert leaf["text"] == tokenizer.decode(out[0, start:], skip_special_tokens=True)
