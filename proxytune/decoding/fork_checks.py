@@ -9,12 +9,13 @@ from transformers import StaticCache
 from proxytune.budget import TokenLedger
 from proxytune.entropy import ForkThreshold
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.model import ProxyTunedModel
 from proxytune.ops import Impl
 
 if TYPE_CHECKING:
     from proxytune.decoding.forks import ForkDecoding
 
-__all__ = ["refuse_extras", "refuse_settings"]
+__all__ = ["refuse_extras", "refuse_settings", "refuse_threshold"]
 
 _PLACES = ("forks", "random", "start")
 
@@ -76,6 +77,23 @@ def refuse_settings(loop: ForkDecoding) -> None:
 
 
 _CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one of a run."
+
+
+def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> None:
+    """Refuse a threshold that was calibrated at another α than the model's.
+
+    Args:
+        threshold: In nats; a number of the caller's own has no α.
+        model: The model; a plain one has no α either.
+
+    Raises:
+        InputError: If it was.
+    """
+    calibrated = threshold.alpha if isinstance(threshold, ForkThreshold) else None
+    if isinstance(model, ProxyTunedModel) and calibrated not in (None, model.alpha):
+        raise InputError.of(
+            "threshold", expected=f"one calibrated at α = {model.alpha}", got=f"at α = {calibrated}", remedy=_CALIBRATE
+        )
 
 
 def refuse_extras(

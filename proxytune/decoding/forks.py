@@ -21,7 +21,7 @@ from transformers.utils import ModelOutput
 from proxytune import ops
 from proxytune.budget import TokenLedger
 from proxytune.decoding.drawing import Drawing
-from proxytune.decoding.fork_checks import refuse_extras, refuse_settings
+from proxytune.decoding.fork_checks import refuse_extras, refuse_settings, refuse_threshold
 from proxytune.decoding.growing import Drawn, Grove
 from proxytune.decoding.stepping import last_logits, lengths_of, refuse_modes
 from proxytune.decoding.translation import Translation, translate
@@ -133,12 +133,13 @@ class ForkDecoding:
 
         Raises:
             UnsupportedModeError: For what a tree cannot do.
-            InputError: If there is no padding token, or the threshold is still being learnt.
+            InputError: If there is no padding token, or the threshold belongs to another α.
             BudgetError: If the budget leaves no token to generate after a prompt.
             NumericalError: If a row has no distribution.
         """
         refuse_modes("ForkDecoding", model, generation_config, assistant_model)
         refuse_extras(generation_config, streamer, synced_gpus, model_kwargs)
+        refuse_threshold(self.threshold, model)
         prompts, length = input_ids.shape
         lengths = lengths_of(input_ids, generation_config, model_kwargs)  # [B]
         ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, lengths.tolist())

@@ -701,6 +701,18 @@ def test_other_modes_and_batches_are_refused(model: Any) -> None:
         grow(model, ForkDecoding(threshold=1.0, rows=[0, 1]), ids, mask)
 
 
+def test_a_calibrated_threshold_belongs_to_its_alpha(model: Any) -> None:
+    ids, mask = padded()
+    want = grow(model, ForkDecoding(threshold=MIDDLE, seed=3), ids, mask).trees
+    for alpha in (None, ALPHA):
+        threshold = ForkThreshold(MIDDLE, share=0.2, measure="raw", alpha=alpha)
+        got = grow(model, ForkDecoding(threshold=threshold, seed=3), ids, mask).trees
+        assert list(map(described, got)) == list(map(described, want))
+    if hasattr(model, "members"):
+        with pytest.raises(InputError, match="threshold: expected one calibrated at α = 0.7; got at α = 2.0"):
+            grow(model, ForkDecoding(threshold=ForkThreshold(MIDDLE, alpha=2.0)), ids, mask)
+
+
 def test_leaves_need_a_padding_token() -> None:
     plain = copy.deepcopy(shared("llama", 1))
     plain.config.pad_token_id = plain.generation_config.pad_token_id = None
