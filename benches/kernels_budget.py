@@ -47,6 +47,7 @@ TILES_VARIANTS: dict[str, dict[str, Any]] = {
     "scores": {"dtypes": ("bf16",) * 3, "SCORES": True},
     "plain model": {"dtypes": ("bf16",), "RAW": True, "MASS": True},
     "mixed": {"dtypes": ("fp32", "bf16", "fp16"), "RAW": True, "MOMENTS": True, "MASS": True},
+    "per row": {"dtypes": ("bf16",) * 3, "PER_ROW": True, "RAW": True, "MOMENTS": True, "MASS": True},
     "five": {"dtypes": ("bf16",) * 5, "RAW": True, "MOMENTS": True, "MASS": True},
 }
 RESOLVE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -97,6 +98,8 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
         elif name in ("strides", "widths"):
             signature[name] = ("i32",) * len(dtypes)
             aligned |= {(i, j): multiple for j in range(len(dtypes))}
+        elif name == "weights" and not variant.get("PER_ROW"):
+            signature[name] = ("fp32",) * len(dtypes)
         elif name in _SIZES:
             signature[name] = "i32"
             if name in ("V", "inside", "scores_stride"):

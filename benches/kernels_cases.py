@@ -102,11 +102,12 @@ def plain(case: Case) -> Callable[[Members], Outputs]:
         logp, p, surprise = _distribution(z)
         entropy = (p * surprise).sum(1)
         base = logits[0].float().log_softmax(1)
+        best = z.argmax(1, keepdim=True)
         return {
-            "lse": z.logsumexp(1),
+            "lse": (z.gather(1, best) - logp.gather(1, best))[:, 0],
             "entropy": entropy,
             "varentropy": (p * (surprise - entropy[:, None]).square()).sum(1),
-            "argmax": z.argmax(1),
+            "argmax": best[:, 0],
             "kl": (p * torch.where(p > 0, logp - base, 0.0)).sum(1),
         }
 

@@ -18,6 +18,8 @@ MAX_MEMBERS = 5
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What logits can be in."""
 
+_LARGEST = torch.finfo(torch.float32).max
+
 OF_DRAWS = ("draw_logprobs", "keys", "temperature", "fork", "kept")
 """Outputs that only a draw has."""
 
@@ -76,7 +78,7 @@ def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | t
     elif len(weights) != len(members):
         got = f"{len(weights)} numbers"
     else:
-        wrong = [w for w in weights if not isinstance(w, int | float) or not abs(w) < float("inf")]
+        wrong = [w for w in weights if not isinstance(w, int | float) or not abs(w) <= _LARGEST]
         if not wrong:
             return
         got = repr(wrong[0])
@@ -129,14 +131,23 @@ def refuse_request(
         raise InputError.of(
             "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
         )
-    for name, t in (("sampling", sampling.temperature), ("noise", noise.seed), ("noise", noise.position)):
-        if t.shape != (rows,) or t.device != base.device:
-            raise InputError.of(
-                name,
-                expected=f"keys and settings for {rows} rows on {base.device}",
-                got=f"shape {list(t.shape)} on {t.device}",
-                remedy=f"Pass {name.title()}.of({rows}, …, device=logits.device).",
-            )
+    s = sampling
+    whole, real = torch.int64, torch.float32
+    given = {
+        "sampling": [(s.temperature, real), (s.top_k, torch.int32), (s.top_p, real), (s.log_min_p, real)],
+        "noise": [(noise.seed, whole), (noise.row, whole), (noise.position, whole), (noise.branch, whole)],
+    }
+    if s.fork_threshold is not None and s.fork_temperature is not None:
+        given["sampling"] += [(s.fork_threshold, real), (s.fork_temperature, real)]
+    for name, tensors in given.items():
+        for t, dtype in tensors:
+            if t.shape != (rows,) or t.device != base.device or t.dtype != dtype:
+                raise InputError.of(
+                    name,
+                    expected=f"keys and settings for {rows} rows on {base.device}, these as {dtype}",
+                    got=f"shape {list(t.shape)} on {t.device}, {t.dtype}",
+                    remedy=f"Pass {name.title()}.of({rows}, …, device=logits.device).",
+                )
     if sampling.largest_k > width:
         raise InputError.of(
             "top_k",

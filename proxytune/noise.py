@@ -175,9 +175,9 @@ class Noise:
             `[B, N]`, float32.
         """
         last = self.branch * 4 + stream
-        words, _, _, _ = philox(
-            self.seed[:, None], index, self.position[:, None], self.row[:, None], last[:, None]
-        )  # [B, N]
+        # Positions are not checked when they are counted up: the counter takes their lower 32 bits, as in the kernels.
+        position, row = self.position[:, None] & _MASK, self.row[:, None] & _MASK
+        words, _, _, _ = philox(self.seed[:, None], index, position, row, last[:, None] & _MASK)  # [B, N]
         return gumbel(words)
 
 

@@ -6,7 +6,8 @@ implementations keep the same contract and use the same noise, so that the same 
 - the base owns the support; a companion's −inf, a weight of 0, or an id past its width is no shift;
 - arithmetic in float32 from bfloat16, float16 or float32 rows; entropies in nats;
 - a row with NaN or +inf: token −1 and NaN statistics; a row that is −inf throughout: token −1, log-sum-exp −inf;
-- a row's result does not depend on the rows around it, bit for bit, and nothing waits for the device.
+- a row's result does not depend on the rows around it, bit for bit (the kernels, and torch on the CPU; elsewhere
+  torch adds up in an order that depends on the batch), and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Collection, Sequence
+from ctypes import c_float
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -108,8 +110,7 @@ def step(
     names = tuple(dict.fromkeys(want))
     if torch.compiler.is_compiling():
         # One node of the graph; plain calls do without, since the dispatcher costs more than the launch.
-        given = weights if isinstance(weights, torch.Tensor) else _constant(weights, members[0])
-        return Step(**dict(zip(names, _in_graph(members, given, sampling, noise, draws, names, impl), strict=True)))
+        return Step(**dict(zip(names, _in_graph(members, weights, sampling, noise, draws, names, impl), strict=True)))
     return Step(**_run(members, weights, sampling, noise, draws, names, impl))
 
 
@@ -122,9 +123,10 @@ def _run(
     names: tuple[str, ...],
     impl: str,
 ) -> dict[str, torch.Tensor]:
+    # As float32, in which 1e-50 is no weight at all.
+    weights = weights.contiguous() if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
     if choose(impl, members[0].device) == "triton":
-        of_rows = _as_tensor(weights, members[0]).contiguous()
-        return _kernels().step(members, of_rows, _packed(sampling), _packed(noise), draws, names)
+        return _kernels().step(members, weights, _packed(sampling), _packed(noise), draws, names)
     return decide(Rows(members, weights), sampling, noise, draws, names)
 
 
@@ -211,16 +213,6 @@ def _kernels() -> Any:
     return importlib.import_module("proxytune_kernels")
 
 
-def _as_tensor(weights: Sequence[float] | torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    if isinstance(weights, torch.Tensor):
-        return weights
-    given = tuple(float(w) for w in weights)
-    if base.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Nothing can be copied to the device then, and a graph has to own what it reads.
-        return torch.stack([torch.full((base.shape[0],), w, device=base.device) for w in given], 1)
-    return _weights_on(given, base.shape[0], base.device)
-
-
 def _packed(values: Any) -> Any:
     # The kernels read settings and keys without strides; a loop may well pass a column of a table of positions.
     given = {} if values is None else vars(values)
@@ -228,22 +220,12 @@ def _packed(values: Any) -> Any:
     return replace(values, **apart) if apart else values
 
 
-@lru_cache(maxsize=64)
-def _weights_on(weights: tuple[float, ...], rows: int, device: torch.device) -> torch.Tensor:
-    # Kept, so that a step copies nothing to the device.
-    return torch.tensor(weights, dtype=torch.float32, device=device).expand(rows, -1).contiguous()
-
-
 # --- inside torch.compile -------------------------------------------------------------------------------------------
-
-
-def _constant(weights: Sequence[float], base: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(list(weights), dtype=torch.float32, device=base.device).expand(base.shape[0], -1).contiguous()
 
 
 def _in_graph(
     members: Sequence[torch.Tensor],
-    weights: torch.Tensor,
+    weights: Sequence[float] | torch.Tensor,
     sampling: Sampling | None,
     noise: Noise | None,
     draws: int,
@@ -259,13 +241,15 @@ def _in_graph(
             settings += [s.fork_threshold, s.fork_temperature]
         known = [int(s.some_truncated), int(s.all_truncated), s.largest_k]
     keys = [] if noise is None else [noise.seed, noise.row, noise.position, noise.branch]
-    return _step_op(list(members), weights, settings, known, keys, draws, ",".join(names), impl)
+    per_row, numbers = (weights, []) if isinstance(weights, torch.Tensor) else (None, [float(w) for w in weights])
+    return _step_op(list(members), per_row, numbers, settings, known, keys, draws, ",".join(names), impl)
 
 
 @torch.library.custom_op("proxytune::step", mutates_args=())
 def _step_op(
     members: list[torch.Tensor],
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
+    numbers: list[float],
     settings: list[torch.Tensor],
     known: list[int],
     keys: list[torch.Tensor],
@@ -292,7 +276,7 @@ def _step_op(
         )
     noise = Noise(*keys) if keys else None
     wanted = tuple(names.split(","))
-    out = _run(members, weights, sampling, noise, draws, wanted, impl)
+    out = _run(members, numbers if weights is None else weights, sampling, noise, draws, wanted, impl)
     # Outputs of an operator may not share storage; all but the scores are small.
     return [out[name] if name == "scores" else out[name].clone() for name in wanted]
 
@@ -300,7 +284,8 @@ def _step_op(
 @_step_op.register_fake
 def _(
     members: list[torch.Tensor],
-    weights: torch.Tensor,
+    weights: torch.Tensor | None,
+    numbers: list[float],
     settings: list[torch.Tensor],
     known: list[int],
     keys: list[torch.Tensor],

@@ -117,10 +117,10 @@ def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dic
 
     Returns:
         By name, float32. `[B, tiles]`: "max"; the sums "s", "t1", "t2" of e^d, d·e^d, d²·e^d with d = z − max; "mass"
-        and "fork mass" of e^(d/T); for the divergence "base max", "base s" and "shift" (e^d · (z − base)); "live", how
-        many are above −inf. `[B, groups]`: "groups", the maxima of the groups. `[B, V]`: "scores", the combined logits.
-        `[B]`, int64: "argmax", the first column that holds the maximum, of no meaning in rows that have none. What
-        nothing asked for depends on is missing.
+        and "fork mass" of e^(d/T); for the divergence "base max", "base s" and "shift" (e^d · (d − d of the base));
+        "live", how many are above −inf. `[B, groups]`: "groups", the maxima of the groups. `[B, V]`: "scores", the
+        combined logits. `[B]`, int64: "argmax", the first column that holds the maximum, of no meaning in rows that
+        have none. What nothing asked for depends on is missing.
     """
     plan = _Plan.of(rows, sampling, want)
     blocks: list[dict[str, torch.Tensor]] = []  # one per block of rows
@@ -287,17 +287,18 @@ def _reduce(
         out["live"] = (z > -torch.inf).sum(-1)
     if not plan.raw and not plan.scales:
         return out
+    d = z.sub_(top[..., None])
     if plan.kl:
         b, difference = more
         b.flatten(1)[:, :width] = base
         if width < padded:
             b.flatten(1)[:, width:] = -torch.inf
         base_top = b.amax(-1).clamp_(min=FINITE)
-        # Where the base is −inf the difference is as good as −inf, and has no weight.
-        torch.sub(z, b.clamp_(min=FINITE), out=difference).clamp_(min=FINITE)
+        b.sub_(base_top[..., None]).clamp_(min=FINITE)
+        # Each relative to its own top, so that large logits lose no digits. Where d is −inf it has no weight.
+        torch.clamp(d, min=FINITE, out=difference).sub_(b)
         out["base max"] = base_top
-        out["base s"] = b.sub_(base_top[..., None]).mul_(_LOG2E).exp2_().sum(-1)
-    d = z.sub_(top[..., None])
+        out["base s"] = b.mul_(_LOG2E).exp2_().sum(-1)
     todo = list(plan.scales.items())
     for i, (name, scale) in enumerate(todo):
         last = not plan.raw and i == len(todo) - 1

@@ -14,7 +14,10 @@ import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["Sampling"]
+__all__ = ["LEAST_TEMPERATURE", "Sampling"]
+
+LEAST_TEMPERATURE = 9.99e-31
+"""1e-30, as rounded to float32; far below it, logits divided by the temperature overflow."""
 
 Setting = float | torch.Tensor | None
 
@@ -89,8 +92,8 @@ class Sampling:
                 got=f"fork_threshold={fork_threshold!r}, fork_temperature={fork_temperature!r}",
                 remedy="Give both: rows whose entropy is above the threshold get the fork temperature.",
             )
-        # Smaller ones have no reciprocal in float32.
-        positive, positive_says = (lambda v: 9.99e-39 <= v < math.inf), "a finite number ≥ 1e-38"
+        # With smaller ones, logits of a usual size divided by them would be infinite.
+        positive, positive_says = (lambda v: LEAST_TEMPERATURE <= v < math.inf), "a finite number ≥ 1e-30"
         k = _setting("top_k", top_k, rows, 0, lambda v: 0 <= v < 2**31 and v == int(v), "a whole number ≥ 0", device)
         p = _setting("top_p", top_p, rows, 1.0, lambda v: 0 < v <= 1, "a number in (0, 1]", device)
         m = _setting("min_p", min_p, rows, 0.0, lambda v: 0 <= v <= 1, "a number in [0, 1]", device)

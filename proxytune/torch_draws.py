@@ -8,7 +8,7 @@ from proxytune.noise import TILES, TOKENS, Noise
 from proxytune.rows import CLAMP, GROUP, TILE, Rows
 from proxytune.sampling import Sampling
 
-__all__ = ["draw", "largest_logits"]
+__all__ = ["draw", "mean_of_largest"]
 
 
 def draw(
@@ -139,12 +139,13 @@ def _largest(keys: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor
 # --- truncation: only candidates are looked at ----------------------------------------------------------------------
 
 
-def largest_logits(rows: Rows, groups: torch.Tensor, count: int) -> torch.Tensor:
-    """The mean of the largest logits of each row.
+def mean_of_largest(rows: Rows, groups: torch.Tensor, top: torch.Tensor, count: int) -> torch.Tensor:
+    """The mean of the largest logits of each row, relative to the largest.
 
     Args:
         rows: The members' rows.
         groups: `[B, groups]`, the maxima of the groups.
+        top: `[B]`, the largest logit.
         count: How many; where fewer are above −inf, these.
 
     Returns:
@@ -154,7 +155,7 @@ def largest_logits(rows: Rows, groups: torch.Tensor, count: int) -> torch.Tensor
     best = groups.topk(min(count, groups.shape[1]), dim=1).indices.sort(1).values
     z, _ = _largest(rows.at(_members_of(best)), count)
     real = z > -torch.inf
-    return z.masked_fill(~real, 0.0).sum(1) / real.sum(1)
+    return (z - top[:, None]).masked_fill(~real, 0.0).sum(1) / real.sum(1)
 
 
 def _members_of(groups: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch
 from proxytune.noise import Noise
 from proxytune.rows import CLAMP, FINITE, Rows, first_largest, measure
 from proxytune.sampling import Sampling
-from proxytune.torch_draws import draw, largest_logits
+from proxytune.torch_draws import draw, mean_of_largest
 
 __all__ = ["CONFIDENCE_TOKENS", "decide"]
 
@@ -50,7 +50,7 @@ def decide(
     undecided = bad | dead
     out = _statistics(tiles, top)
     if "confidence" in want:
-        out["confidence"] = out["lse"] - largest_logits(rows, tiles["groups"], CONFIDENCE_TOKENS)
+        out["confidence"] = out["log_total"] - mean_of_largest(rows, tiles["groups"], top, CONFIDENCE_TOKENS)
     if "argmax" in tiles:
         out["argmax"] = tiles["argmax"]
     if sampling is None:
@@ -101,9 +101,8 @@ def _statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, 
         square = ((tiles["t2"] + 2 * relative * t1 + relative * relative * s) * weight).sum(1) / total
         out["varentropy"] = (square - mean * mean).clamp(min=0.0)
     if "shift" in tiles:
-        base_top = tiles["base max"].amax(1)
-        base_weight = (tiles["base max"] - base_top[:, None]).clamp(min=CLAMP).exp()
-        base_log_total = (tiles["base s"] * base_weight).sum(1).log()
-        mean_shift = (tiles["shift"] * weight).sum(1) / total
-        out["kl"] = (mean_shift - (top - base_top) - (log_total - base_log_total)).clamp(min=0.0)
+        base_relative = tiles["base max"] - tiles["base max"].amax(1, keepdim=True)
+        base_log_total = (tiles["base s"] * base_relative.clamp(min=CLAMP).exp()).sum(1).log()
+        mean_shift = ((tiles["shift"] + (relative - base_relative) * s) * weight).sum(1) / total
+        out["kl"] = (mean_shift - (log_total - base_log_total)).clamp(min=0.0)
     return out

@@ -48,7 +48,7 @@ def group_bound(g, present, wanted, n_groups):
 @triton.jit
 def read_block(
     logits, work, row, number, live, floor_s, temperature,
-    in_block, count, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
+    in_block, count, M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
     """Some of the candidates: those that were stored, or those of a few live groups, read again.
 
@@ -64,6 +64,7 @@ def read_block(
         in_block: Whether the candidates are stored.
         count: How many are.
         M: Number of members.
+        PER_ROW: As in `combined`.
         GROUP: Columns per group.
         PER_READ: Groups per part.
 
@@ -80,7 +81,7 @@ def read_block(
         slot = number * PER_READ + at // GROUP
         group = tl.load(work[0] + slot, mask=slot < live, other=0)
         ids = group * GROUP + at % GROUP
-        z, base = combined(logits, row, ids, M, False)
+        z, base = combined(logits, row, ids, M, PER_ROW, False)
         z = tl.where(slot < live, z, float("-inf"))
     # The order of transformers: ties are those of the logits divided by T, as rounded.
     s = tl.div_rn(z, temperature)
@@ -90,7 +91,7 @@ def read_block(
 @triton.jit
 def gather(
     logits, work, row, g, present, floor, temperature, top,
-    M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """List the live groups, count the candidates in them and store the first ones.
 
@@ -104,6 +105,7 @@ def gather(
         temperature: Scalar.
         top: The row's largest logit.
         M: Number of members.
+        PER_ROW: As in `combined`.
         GROUP: Columns per group.
         PER_READ: Groups per part.
         GROUPS_PADDED: Length of `g`.
@@ -126,7 +128,7 @@ def gather(
     for number in range(tl.cdiv(live, PER_READ)):
         z, s, ids, ok = read_block(
             logits, work, row, number, live, floor_s, temperature,
-            False, 0, M, GROUP, PER_READ,
+            False, 0, M, PER_ROW, GROUP, PER_READ,
         )  # fmt: skip
         to = tl.cumsum(ok.to(tl.int32), axis=0) - 1 + count
         tl.store(work[1] + to, z, mask=ok & (to < BLOCK))
@@ -155,7 +157,7 @@ def count_from(key, ok, least):
 @triton.jit
 def threshold_by_count(
     logits, work, row, live, floor_s, temperature, in_block, count,
-    lo, hi, wanted, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
+    lo, hi, wanted, M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
     """The largest threshold that `wanted` candidates reach, by bisection.
 
@@ -172,6 +174,7 @@ def threshold_by_count(
         hi: int64, a key that none reaches.
         wanted: How many.
         M: Number of members.
+        PER_ROW: As in `combined`.
         GROUP: Columns per group.
         PER_READ: Groups per part.
 
@@ -181,7 +184,7 @@ def threshold_by_count(
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
     z, s, ids, ok = read_block(
         logits, work, row, 0, live, floor_s, temperature,
-        in_block, count, M, GROUP, PER_READ,
+        in_block, count, M, PER_ROW, GROUP, PER_READ,
     )  # fmt: skip
     key = key_of(s)
     while hi - lo > 1:
@@ -190,7 +193,7 @@ def threshold_by_count(
         for number in range(1, parts):
             z, s, ids, more = read_block(
                 logits, work, row, number, live, floor_s,
-                temperature, in_block, count, M, GROUP, PER_READ,
+                temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
             )  # fmt: skip
             reached += count_from(key_of(s), more, mid.to(tl.int32))
         if reached >= wanted:
@@ -203,7 +206,7 @@ def threshold_by_count(
 @triton.jit
 def threshold_by_mass(
     logits, work, row, live, floor_s, temperature, in_block, count,
-    lo, hi, wanted, top, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
+    lo, hi, wanted, top, M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
     """The largest threshold whose candidates hold the mass `wanted`, by bisection.
 
@@ -221,6 +224,7 @@ def threshold_by_mass(
         wanted: Mass, Σ exp((z − top)/T).
         top: The row's largest logit.
         M: Number of members.
+        PER_ROW: As in `combined`.
         GROUP: Columns per group.
         PER_READ: Groups per part.
 
@@ -231,7 +235,7 @@ def threshold_by_mass(
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
     z, s, ids, ok = read_block(
         logits, work, row, 0, live, floor_s, temperature,
-        in_block, count, M, GROUP, PER_READ,
+        in_block, count, M, PER_ROW, GROUP, PER_READ,
     )  # fmt: skip
     key = key_of(s)
     e = tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0)
@@ -241,7 +245,7 @@ def threshold_by_mass(
         for number in range(1, parts):
             z, s, ids, more = read_block(
                 logits, work, row, number, live, floor_s,
-                temperature, in_block, count, M, GROUP, PER_READ,
+                temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
             )  # fmt: skip
             inside = more & (key_of(s) >= mid.to(tl.int32))
             mass += tl.sum(tl.where(inside, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)

@@ -38,7 +38,7 @@ def _store(out, at, token, logprob, draw_logprob, key):
 def draw_plain(
     logits, noise, out,
     row, t, mass, relative, top, log_total_raw, inverse, log_total, draws,
-    M: tl.constexpr, TILE: tl.constexpr, ONE: tl.constexpr,
+    M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
     """Gumbel-top-k in two levels: tiles by their perturbed mass, then tokens inside the best ones only.
 
@@ -56,6 +56,7 @@ def draw_plain(
         log_total: log Σ exp((z − top)/T).
         draws: How many.
         M: Number of members.
+        PER_ROW: As in `combined`.
         TILE: Columns per tile.
         ONE: Whether `draws` is 1.
     """
@@ -65,7 +66,7 @@ def draw_plain(
     if ONE:
         key, tile = _first_after(tile_key, t, float("inf"), -1)
         ids = tile * TILE + columns
-        z, base = combined(logits, row, ids, M, False)
+        z, base = combined(logits, row, ids, M, PER_ROW, False)
         logp = (z - top) * inverse - log_total
         perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
         unused, token = _first_after(perturbed, ids, float("inf"), -1)
@@ -85,7 +86,7 @@ def draw_plain(
                 above, tile = _first_after(tile_key, t, above, tile)
                 if above > float("-inf"):
                     ids = tile * TILE + columns
-                    z, base = combined(logits, row, ids, M, False)
+                    z, base = combined(logits, row, ids, M, PER_ROW, False)
                     logp = (z - top) * inverse - log_total
                     perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
                     within = conditioned(perturbed, above)
@@ -106,7 +107,8 @@ def draw_plain(
 def draw_truncated(
     logits, work, groups, noise, out,
     row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups,
-    draws, M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    draws,
+    M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Top-k, top-p and min-p in the order of transformers, ties kept, and Gumbel-top-k among what is kept.
 
@@ -127,6 +129,7 @@ def draw_truncated(
         n_groups: Number of groups.
         draws: How many.
         M: Number of members.
+        PER_ROW: As in `combined`.
         GROUP: Columns per group.
         PER_READ: Groups per part.
         GROUPS_PADDED: `n_groups`, rounded up to a power of two.
@@ -147,7 +150,7 @@ def draw_truncated(
         floor = group_bound(g, present, wanted, n_groups)
         live, count, mass = gather(
             logits, work, row, g, present, floor, temperature, top,
-            M, GROUP, PER_READ, GROUPS_PADDED,
+            M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
         )  # fmt: skip
         nothing_below = (floor - top) * inverse < log_min_p
         by_k = (count >= top_k) | (nothing_below & (top_p == 1.0))
@@ -164,7 +167,7 @@ def draw_truncated(
     if top_k > 0:
         least = threshold_by_count(
             logits, work, row, live, floor_s, temperature,
-            in_block, count, least, hi, top_k, M, GROUP, PER_READ,
+            in_block, count, least, hi, top_k, M, PER_ROW, GROUP, PER_READ,
         )  # fmt: skip
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
     if top_p < 1.0:
@@ -173,20 +176,20 @@ def draw_truncated(
             for number in range(parts):
                 z, s, ids, ok = read_block(
                     logits, work, row, number, live, floor_s,
-                    temperature, in_block, count, M, GROUP, PER_READ,
+                    temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
                 )  # fmt: skip
                 ok = ok & (key_of(s) >= least.to(tl.int32))
                 total_inside += tl.sum(tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
         least = threshold_by_mass(
             logits, work, row, live, floor_s, temperature,
-            in_block, count, least, hi, top_p * total_inside, top, M, GROUP, PER_READ,
+            in_block, count, least, hi, top_p * total_inside, top, M, PER_ROW, GROUP, PER_READ,
         )  # fmt: skip
     kept = tl.full((), 0, tl.int32)
     mass_kept = tl.full((), 0.0, tl.float32)
     for number in range(parts):
         z, s, ids, ok = read_block(
             logits, work, row, number, live, floor_s,
-            temperature, in_block, count, M, GROUP, PER_READ,
+            temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
         )  # fmt: skip
         rel = (z - top) * inverse
         ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
@@ -202,7 +205,7 @@ def draw_truncated(
         for number in range(parts):
             z, s, ids, ok = read_block(
                 logits, work, row, number, live, floor_s,
-                temperature, in_block, count, M, GROUP, PER_READ,
+                temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
             )  # fmt: skip
             rel = (z - top) * inverse
             ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
@@ -224,7 +227,7 @@ def draw_truncated(
 @triton.jit
 def confidence(
     logits, work, groups, row, top, log_total, n_groups,
-    M: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     TOKENS_SEEN: tl.constexpr,
 ):  # fmt: skip
     """−mean log p of the most probable tokens (DeepConf, arXiv 2508.15260), at temperature 1.
@@ -238,6 +241,7 @@ def confidence(
         log_total: log Σ exp(z − top).
         n_groups: Number of groups.
         M: Number of members.
+        PER_ROW: As in `combined`.
         GROUP: Columns per group.
         PER_READ: Groups per part.
         GROUPS_PADDED: `n_groups`, rounded up to a power of two.
@@ -252,14 +256,14 @@ def confidence(
     floor = group_bound(g, present, TOKENS_SEEN, n_groups)
     live, count, mass = gather(
         logits, work, row, g, present, floor, 1.0, top,
-        M, GROUP, PER_READ, GROUPS_PADDED,
+        M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
     )  # fmt: skip
     in_block = count <= PER_READ * GROUP
     least = key_of(tl.maximum(floor, -3.4028234663852886e38)).to(tl.int64)
     hi = key_of(top).to(tl.int64) + 1
     least = threshold_by_count(
         logits, work, row, live, floor, 1.0, in_block, count,
-        least, hi, TOKENS_SEEN, M, GROUP, PER_READ,
+        least, hi, TOKENS_SEEN, M, PER_ROW, GROUP, PER_READ,
     )  # fmt: skip
     above = tl.full((), 0, tl.int32)
     summed = tl.full((), 0.0, tl.float32)
@@ -267,7 +271,7 @@ def confidence(
     for number in range(tl.where(in_block, 1, tl.cdiv(live, PER_READ))):
         z, s, ids, ok = read_block(
             logits, work, row, number, live, floor, 1.0,
-            in_block, count, M, GROUP, PER_READ,
+            in_block, count, M, PER_ROW, GROUP, PER_READ,
         )  # fmt: skip
         ok = ok & (key_of(z) >= least.to(tl.int32))
         lowest = tl.minimum(lowest, tl.min(tl.where(ok, z, top), axis=0))

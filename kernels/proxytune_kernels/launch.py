@@ -26,7 +26,7 @@ _OF_ROWS = frozenset({"lse", "entropy", "varentropy", "kl", "confidence", "logpr
 
 def step(
     members: Sequence[torch.Tensor],
-    weights: torch.Tensor,
+    weights: torch.Tensor | tuple[float, ...],
     sampling: Any,
     noise: Any,
     draws: int,
@@ -36,7 +36,7 @@ def step(
 
     Args:
         members: `[B, V_i]` each, float32, float16 or bfloat16, inner stride 1, the base first.
-        weights: `[B, M]`, float32.
+        weights: `[B, M]`, float32, or M numbers.
         sampling: `proxytune.sampling.Sampling`, or None for the argmax.
         noise: `proxytune.noise.Noise`, or None without `sampling`.
         draws: How many draws without replacement.
@@ -48,6 +48,10 @@ def step(
     base = members[0]
     rows, width = base.shape
     device = base.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        # Triton launches on the current device and its stream, whatever device the tensors are on.
+        with torch.cuda.device(device):
+            return step(members, weights, sampling, noise, draws, want)
     tiles = triton.cdiv(width, TILE)
     n_groups = tiles * (TILE // GROUP)
     sample = sampling is not None
@@ -63,11 +67,17 @@ def step(
     part = new(rows, len(FIELDS), tiles)
     groups = new(rows, n_groups) if in_groups else part
     scores = new(rows, width) if "scores" in want else part
-    shared = {"M": len(members), "TILE": TILE, "GROUP": GROUP, "FIELDS": len(FIELDS)}
+    shared = {
+        "M": len(members),
+        "PER_ROW": isinstance(weights, torch.Tensor),
+        "TILE": TILE,
+        "GROUP": GROUP,
+        "FIELDS": len(FIELDS),
+    }
     flags = {"RAW": raw, "MOMENTS": moments, "KL": "kl" in want, "LIVE": "kept" in want}
     read = (tuple(members), tuple(x.stride(0) for x in members), tuple(x.shape[1] for x in members), weights)
     # Unused ones are never read; a pointer has to be given all the same.
-    one = weights
+    one = part
     temperature = sampling.temperature if sample else one
     fork_temperature = sampling.fork_temperature if forks else one
     steer_tiles[(tiles * rows,)](

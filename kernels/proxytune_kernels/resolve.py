@@ -20,7 +20,8 @@ def resolve(
     part, groups, live_groups, block_z, block_ids,
     statistics, argmax, kept, fork, tokens, logprobs, draw_logprobs, keys,
     rows, tiles, n_groups, draws,
-    M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, FIELDS: tl.constexpr,
+    M: tl.constexpr, PER_ROW: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, FIELDS: tl.constexpr,
     TILES_PADDED: tl.constexpr, GROUPS_PADDED: tl.constexpr, ONE: tl.constexpr,
     RAW: tl.constexpr, MOMENTS: tl.constexpr, KL: tl.constexpr, ARGMAX: tl.constexpr, SAMPLE: tl.constexpr,
     FORK: tl.constexpr, TRUNCATED: tl.constexpr, CONFIDENCE: tl.constexpr, LIVE: tl.constexpr,
@@ -31,7 +32,7 @@ def resolve(
         members: Tuple of M pointers to rows of logits, the base first.
         strides: Tuple of M row strides.
         widths: Tuple of M widths.
-        weights: `[B, M]`, float32.
+        weights: `[B, M]`, float32, or a tuple of M numbers.
         temperature: `[B]`, float32.
         fork_temperature: `[B]`, float32.
         fork_threshold: `[B]`, float32, nats.
@@ -60,6 +61,7 @@ def resolve(
         n_groups: Number of groups.
         draws: Number of draws.
         M: Number of members.
+        PER_ROW: Whether the weights are `[B, M]`.
         TILE: Columns per tile.
         GROUP: Columns per group.
         PER_READ: Groups that are read at once.
@@ -124,21 +126,17 @@ def resolve(
                 base_s = tl.load(part + 7 * tiles + t, mask=there, other=0.0)
                 shifted = tl.load(part + 8 * tiles + t, mask=there, other=0.0)
                 base_top = tl.max(base_tops, axis=0)
-                base_total = tl.sum(base_s * tl.exp(tl.maximum(base_tops - base_top, CLAMP)), axis=0)
+                base_relative = base_tops - base_top
+                base_total = tl.sum(base_s * tl.exp(tl.maximum(base_relative, CLAMP)), axis=0)
+                shifted += (clamped - base_relative) * s
                 mean_shift = tl.div_rn(tl.sum(shifted * weight, axis=0), total)
-                kl = mean_shift - (top - base_top) - (log_total_raw - tl.log(base_total))
+                kl = mean_shift - (log_total_raw - tl.log(base_total))
                 tl.store(statistics + 3 * rows + row, tl.maximum(kl, 0.0))
-        if CONFIDENCE:
-            c = confidence(
-                logits, work, groups + row * n_groups, row, top, log_total_raw, n_groups,
-                M, GROUP, PER_READ, GROUPS_PADDED, 20,
-            )  # fmt: skip
-            tl.store(statistics + 4 * rows + row, c)
         if ARGMAX:
             # The first tile that holds the maximum, and the first column in it.
             tile = tl.min(tl.where(there & (tile_top == top), t, 2147483647), axis=0)
             cols = tile * TILE + tl.arange(0, TILE)
-            z, base = combined(logits, row, cols, M, False)
+            z, base = combined(logits, row, cols, M, PER_ROW, False)
             best = tl.min(tl.where(z == top, cols, 2147483647), axis=0).to(tl.int64)
             tl.store(argmax + row, best)
             if not SAMPLE:
@@ -175,14 +173,21 @@ def resolve(
                     n = draw_truncated(
                         logits, work, groups + row * n_groups, noise, out,
                         row, top, chosen, total_at_t, log_total_raw, k, p, m,
-                        n_groups, draws, M, GROUP, PER_READ, GROUPS_PADDED,
+                        n_groups, draws, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
                     )  # fmt: skip
                     tl.store(kept + row, n.to(tl.int64))
             if plain:
                 draw_plain(
                     logits, noise, out, row, t, mass, relative, top, log_total_raw, inverse,
-                    tl.log(total_at_t), draws, M, TILE, ONE,
+                    tl.log(total_at_t), draws, M, PER_ROW, TILE, ONE,
                 )  # fmt: skip
                 if LIVE:
                     n_live = tl.sum(tl.load(part + 9 * tiles + t, mask=there, other=0.0), axis=0)
                     tl.store(kept + row, n_live.to(tl.int64))
+        # Last, when hardly a register holds anything that is still needed.
+        if CONFIDENCE:
+            c = confidence(
+                logits, work, groups + row * n_groups, row, top, log_total_raw, n_groups,
+                M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED, 20,
+            )  # fmt: skip
+            tl.store(statistics + 4 * rows + row, c)

@@ -24,15 +24,25 @@ def _read(member, cols, width, FULL: tl.constexpr):
 
 
 @triton.jit
-def combined(logits, row, cols, M: tl.constexpr, FULL: tl.constexpr):
+def _weight(weights, row, i: tl.constexpr, M: tl.constexpr, PER_ROW: tl.constexpr):
+    if PER_ROW:
+        w = tl.load(weights + row * M + i)
+    else:
+        w = weights[i]
+    return w
+
+
+@triton.jit
+def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl.constexpr):
     """The combined logits and the base's own, float32, at some columns of a row.
 
     Args:
         logits: Tuple of four: M pointers to rows of logits, the base first; M row strides, in elements; M numbers of
-            columns, past the base's the result is −inf; pointer to the weights `[B, M]`, float32.
+            columns, past the base's the result is −inf; pointer to the weights `[B, M]`, float32, or M numbers.
         row: The row, int64.
         cols: Block of columns, int32.
         M: Number of members.
+        PER_ROW: Whether the weights are `[B, M]`.
         FULL: Whether all columns are inside every member.
 
     Returns:
@@ -45,14 +55,14 @@ def combined(logits, row, cols, M: tl.constexpr, FULL: tl.constexpr):
     delta = tl.zeros_like(base)
     for i in tl.static_range(1, M):
         x = _read(members[i] + row * strides[i], cols, widths[i], FULL)
-        w = tl.load(weights + row * M + i)
+        w = _weight(weights, row, i, M, PER_ROW)
         x = tl.where(w == 0.0, 0.0, x)  # not heard, whatever it says
         silent = silent | (x == float("-inf"))
         delta += w * x
     if M > 1:
         # −inf here is a companion's +inf under a negative weight: it must not pass for "forbidden".
         delta = tl.where(silent, 0.0, tl.where(delta == float("-inf"), float("nan"), delta))
-    z = tl.load(weights + row * M) * base + delta
+    z = _weight(weights, row, 0, M, PER_ROW) * base + delta
     z = tl.where(base == float("-inf"), float("-inf"), z)
     return tl.where(base < float("inf"), z, float("nan")), base
 

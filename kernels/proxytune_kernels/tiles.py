@@ -17,12 +17,12 @@ FIELDS = ("max", "s", "t1", "t2", "mass", "fork mass", "base max", "base s", "sh
 def _tile(
     logits, temperature, fork_temperature, part, groups, scores,
     row, tile, V, tiles, scores_stride,
-    M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
+    M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
     RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
     GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     cols = tile * TILE + tl.arange(0, TILE)
-    z, base = combined(logits, row, cols, M, FULL)
+    z, base = combined(logits, row, cols, M, PER_ROW, FULL)
     if SCORES:
         if FULL:
             tl.store(scores + row * scores_stride + cols, z)
@@ -58,18 +58,19 @@ def _tile(
             tl.store(out + 2 * tiles, tl.sum(de, axis=0))
             tl.store(out + 3 * tiles, tl.sum(de * d, axis=0))
         if KL:
-            tl.store(out + 8 * tiles, tl.sum(tl.where(base == float("-inf"), 0.0, (z - base) * e), axis=0))
-    if KL:
-        base_top = tl.maximum(tl.max(base, axis=0), FINITE)
-        tl.store(out + 6 * tiles, base_top)
-        tl.store(out + 7 * tiles, tl.sum(tl.exp(tl.maximum(base - base_top, CLAMP)), axis=0))
+            base_top = tl.maximum(tl.max(base, axis=0), FINITE)
+            base_d = tl.maximum(base - base_top, FINITE)
+            tl.store(out + 6 * tiles, base_top)
+            tl.store(out + 7 * tiles, tl.sum(tl.exp(tl.maximum(base_d, CLAMP)), axis=0))
+            # Each relative to its own top, so that large logits lose no digits. Where z is −inf it has no weight.
+            tl.store(out + 8 * tiles, tl.sum((tl.maximum(z - top, FINITE) - base_d) * e, axis=0))
 
 
 @triton.jit
 def steer_tiles(
     members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
     V, inside, tiles, scores_stride,
-    M: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
+    M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
     RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
     GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
@@ -79,7 +80,7 @@ def steer_tiles(
         members: Tuple of M pointers to rows of logits, the base first.
         strides: Tuple of M row strides.
         widths: Tuple of M widths.
-        weights: `[B, M]`, float32.
+        weights: `[B, M]`, float32, or a tuple of M numbers.
         temperature: `[B]`, float32.
         fork_temperature: `[B]`, float32.
         part: Out, `[B, FIELDS, tiles]`, float32, see `FIELDS`.
@@ -90,6 +91,7 @@ def steer_tiles(
         tiles: Number of tiles.
         scores_stride: Row stride of `scores`.
         M: Number of members.
+        PER_ROW: Whether the weights are `[B, M]`.
         TILE: Columns per tile.
         GROUP: Columns per group.
         FIELDS: Number of fields.
@@ -109,12 +111,12 @@ def steer_tiles(
     if tile * TILE + TILE <= inside:
         _tile(
             logits, temperature, fork_temperature, part, groups, scores,
-            row, tile, V, tiles, scores_stride, M, TILE, GROUP, FIELDS,
+            row, tile, V, tiles, scores_stride, M, PER_ROW, TILE, GROUP, FIELDS,
             RAW, MOMENTS, MASS, FORK, KL, GROUPS, LIVE, SCORES, True,
         )  # fmt: skip
     else:
         _tile(
             logits, temperature, fork_temperature, part, groups, scores,
-            row, tile, V, tiles, scores_stride, M, TILE, GROUP, FIELDS,
+            row, tile, V, tiles, scores_stride, M, PER_ROW, TILE, GROUP, FIELDS,
             RAW, MOMENTS, MASS, FORK, KL, GROUPS, LIVE, SCORES, False,
         )  # fmt: skip

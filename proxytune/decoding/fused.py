@@ -33,7 +33,8 @@ __all__ = ["FusedDecoding"]
 class FusedDecoding:
     """A loop for `model.generate(..., custom_generate=FusedDecoding(seed=0))`, for composed and for plain causal LMs.
 
-    The tokens are those of transformers' own loop in greedy decoding, and of the same law in sampling. Temperature,
+    The tokens are those of transformers' own loop in greedy decoding, and of the same law in sampling (where tokens tie
+    at the end of top-p, all are kept; transformers keeps an arbitrary part of them). Temperature,
     top-k, top-p and min-p at the end of the list of processors become part of the step; what stands before them runs
     as it is, on the combined logits. Per step, the host waits for the device once: for whether to stop.
 

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from proxytune.drafting import TailMask
-from proxytune.sampling import Sampling
+from proxytune.sampling import LEAST_TEMPERATURE, Sampling
 
 __all__ = ["Translation", "translate"]
 
@@ -102,7 +102,9 @@ def _translatable(processor: LogitsProcessor) -> bool:
         return value < 2**31
     # What the warper takes in float64 may be 0 or infinite in the float32 of the step.
     rounded = float(torch.tensor(value, dtype=torch.float32))
-    return name == "min_p" or 0 < rounded <= (1 if name == "top_p" else torch.finfo(torch.float32).max)
+    if name == "temperature":
+        return LEAST_TEMPERATURE <= rounded <= torch.finfo(torch.float32).max
+    return name == "min_p" or 0 < rounded <= 1
 
 
 def _value(warper: LogitsProcessor) -> Any:
