@@ -15,6 +15,7 @@ import typer
 from proxytune.cli import terminal
 from proxytune.cli.generate import _check_members, _encode, _load
 from proxytune.cli.inputs import read_prompts, refuse_empty
+from proxytune.cli.options import Alpha, Antiexpert, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 from proxytune.errors import CalibrationWarning, InputError
 
 if TYPE_CHECKING:
@@ -35,21 +36,15 @@ def calibrate(
         list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to continue.", show_default=False)
     ] = None,
     base: Annotated[str | None, typer.Option(help="The large model: a hub id or a folder; may stand alone.")] = None,
-    expert: Annotated[str | None, typer.Option(help="The small tuned model.")] = None,
-    antiexpert: Annotated[str | None, typer.Option(help="The small model that the expert was tuned from.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Strength of the shift [the recipe's, else 1.0].")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A folder or proxytune_config.json that names the three models.")
-    ] = None,
-    file: Annotated[
-        str | None, typer.Option("--file", "-f", help='Prompts, one per line, or .jsonl with "prompt"; - is stdin.')
-    ] = None,
+    expert: Expert = None,
+    antiexpert: Antiexpert = None,
+    alpha: Alpha = None,
+    recipe: RecipePath = None,
+    file: PromptFile = None,
     texts: Annotated[
         str | None, typer.Option(help="Texts to read instead of writing any, in a file of the same form.")
     ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put each prompt into the chat template, as a user turn.")
-    ] = False,
+    chat: Chat = False,
     share: Annotated[float, typer.Option(help="The share of tokens that are to be forks.")] = 0.2,
     temperature: Annotated[float, typer.Option(help="Temperature of the samples; entropies are at 1.")] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
@@ -58,8 +53,8 @@ def calibrate(
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     write: Annotated[bool, typer.Option("--write", help="Write the threshold into the recipe.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, auto, … [cuda where there is one, else cpu].")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Measure the entropies of a model's tokens, and find the threshold above which a given share of them lies.
 

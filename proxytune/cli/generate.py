@@ -15,6 +15,7 @@ from rich.text import Text
 
 from proxytune.cli import terminal
 from proxytune.cli.inputs import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
+from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 from proxytune.errors import InputError, MemberNotFoundError
 
 if TYPE_CHECKING:
@@ -56,19 +57,13 @@ def generate(
             show_default=False,
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The large model: a hub id or a folder.")] = None,
-    expert: Annotated[str | None, typer.Option(help="The small tuned model.")] = None,
-    antiexpert: Annotated[str | None, typer.Option(help="The small model that the expert was tuned from.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Strength of the shift [the recipe's, else 1.0].")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A folder or proxytune_config.json that names the three models.")
-    ] = None,
-    file: Annotated[
-        str | None, typer.Option("--file", "-f", help='Prompts, one per line, or .jsonl with "prompt"; - is stdin.')
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put each prompt into the chat template, as a user turn.")
-    ] = False,
+    base: Base = None,
+    expert: Expert = None,
+    antiexpert: Antiexpert = None,
+    alpha: Alpha = None,
+    recipe: RecipePath = None,
+    file: PromptFile = None,
+    chat: Chat = False,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Prompts per batch [1 on a terminal, which streams; 8 otherwise].")
     ] = None,
@@ -77,8 +72,8 @@ def generate(
         Path | None, typer.Option(help="Write the JSON lines to this file, each as soon as it is there.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines even on a terminal.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, auto, … [cuda where there is one, else cpu].")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
     save_recipe: Annotated[
         Path | None, typer.Option(help="Also save the recipe and the tokenizer to this folder.")
     ] = None,

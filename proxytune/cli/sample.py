@@ -15,6 +15,7 @@ import typer
 from proxytune.cli import terminal
 from proxytune.cli.generate import _check_members, _encode, _load
 from proxytune.cli.inputs import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
+from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 from proxytune.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -71,19 +72,13 @@ def sample(
             show_default=False,
         ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The large model: a hub id or a folder.")] = None,
-    expert: Annotated[str | None, typer.Option(help="The small tuned model.")] = None,
-    antiexpert: Annotated[str | None, typer.Option(help="The small model that the expert was tuned from.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="Strength of the shift [the recipe's, else 1.0].")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="A folder or proxytune_config.json that names the three models.")
-    ] = None,
-    file: Annotated[
-        str | None, typer.Option("--file", "-f", help='Prompts, one per line, or .jsonl with "prompt"; - is stdin.')
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Put each prompt into the chat template, as a user turn.")
-    ] = False,
+    base: Base = None,
+    expert: Expert = None,
+    antiexpert: Antiexpert = None,
+    alpha: Alpha = None,
+    recipe: RecipePath = None,
+    file: PromptFile = None,
+    chat: Chat = False,
     forks: Annotated[
         bool, typer.Option("--forks/--no-forks", help="A tree that parts at forks, or independent samples.")
     ] = True,
@@ -110,8 +105,8 @@ def sample(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of drawings.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, auto, … [cuda where there is one, else cpu].")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Draw several continuations of each prompt under a budget of tokens, and vote over their answers.
 
