@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.generate import _check_members, _encode, _load
 from proxytune.cli.inputs import read_prompts, refuse_empty
+from proxytune.cli.loading import DTYPES, check_device, check_members, encode, load, load_tokenizer
 from proxytune.cli.options import Alpha, Antiexpert, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 from proxytune.errors import CalibrationWarning, InputError
 
@@ -63,7 +63,7 @@ def calibrate(
     """
     plain = base is not None and not (expert or antiexpert or recipe)
     if not plain:
-        _check_members(base, expert, antiexpert, recipe)
+        check_members(base, expert, antiexpert, recipe)
     _check_settings(share, temperature, alpha, recipe, plain=plain, write=write)
     given = list(prompts or [])
     if file is not None or texts is None:
@@ -81,14 +81,14 @@ def calibrate(
     if plain:
         model, tokenizer = _load_plain(str(base), device, dtype)
     else:
-        model, tokenizer = _load(base, expert, antiexpert, alpha, recipe, device, dtype)
+        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
     set_seed(seed)
     found: list[Entropies] = []
     with _progress() as bar:
         task = bar.add_task("measuring", total=len(given) + len(read))
         for first in range(0, len(given), batch_size):
             batch = given[first : first + batch_size]
-            encoded = _encode(tokenizer, batch, chat).to(model.device)
+            encoded = encode(tokenizer, batch, chat).to(model.device)
             found += sampled_entropies(model, encoded, temperature, samples=samples, max_new_tokens=max_new_tokens)
             bar.advance(task, len(batch))
         found += forced_entropies(model, tokenizer, read, lambda count: bar.advance(task, count))
@@ -140,16 +140,15 @@ def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrai
     """Load a model that nothing steers, and its tokenizer."""
     import torch
 
-    from proxytune.cli.generate import _DTYPES, _check_device, _load_tokenizer
     from proxytune.opening import open_members
     from proxytune.recipe import MemberRef
 
-    if dtype not in _DTYPES:
-        raise InputError.of("--dtype", expected=", ".join(_DTYPES), got=dtype, remedy="Use one of these.")
+    if dtype not in DTYPES:
+        raise InputError.of("--dtype", expected=", ".join(DTYPES), got=dtype, remedy="Use one of these.")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    _check_device(device)
+    check_device(device)
     models, _ = open_members({"base": base}, check_vocabulary=False, dtype=dtype, device_map=device)
-    return models["base"].eval(), _load_tokenizer([MemberRef(base)])
+    return models["base"].eval(), load_tokenizer([MemberRef(base)])
 
 
 def sampled_entropies(

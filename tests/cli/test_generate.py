@@ -153,7 +153,7 @@ def test_a_model_s_own_settings_count(run, family, tmp_path, monkeypatch):
 
 
 def test_a_path_that_cannot_be_written_is_found_before_loading(run, members, tmp_path, monkeypatch):
-    monkeypatch.setattr(command, "_load", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("a model was loaded"))
     ended = run("generate", "x", *members, "--out", tmp_path / "none" / "out.jsonl")
     assert ended.code == 1
     assert "out.jsonl" in ended.err
@@ -263,7 +263,7 @@ def test_every_mistake_is_found_before_a_model_is_loaded(run, members, tmp_path,
     def refuse(*_):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(command, "_load", refuse)
+    monkeypatch.setattr(command, "load", refuse)
     blank, broken, wrong = tmp_path / "blank.txt", tmp_path / "broken.jsonl", tmp_path / "wrong.jsonl"
     blank.write_text("a\n\nb\n")
     broken.write_text('{"prompt": "a"}\n{"prompt"\n')
@@ -322,7 +322,7 @@ def test_chat_needs_a_template(run, family, tmp_path, members):
     bare = AutoTokenizer.from_pretrained(family / "large-base")
     bare.chat_template = None
     with pytest.raises(InputError, match="chat template"):
-        command._encode(bare, ["a"], chat=True)
+        command.encode(bare, ["a"], chat=True)
 
 
 @pytest.mark.parametrize(
@@ -341,5 +341,5 @@ def test_a_row_ends_at_its_end(row, expected):
 
 def test_the_dtype_reaches_the_models(family):
     settings = (str(family / "large-base"), str(family / "tiny-tuned"), str(family / "tiny-base"), None, None, "cpu")
-    model, _ = command._load(*settings, "bfloat16")
+    model, _ = command.load(*settings, "bfloat16")
     assert {m.dtype for m in (model.base, model.expert, model.antiexpert)} == {torch.bfloat16}

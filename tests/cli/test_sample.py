@@ -13,8 +13,7 @@ from transformers import AutoTokenizer
 import proxytune
 from proxytune import FusedDecoding
 from proxytune.calibration import ForkCalibration
-from proxytune.cli import sample as command
-from proxytune.cli import terminal
+from proxytune.cli import samples, terminal
 from proxytune.decoding.forks import ForkDecoding
 from proxytune.recipe import RECIPE_FILE, write_fork_threshold
 from proxytune.voting import Sample, vote
@@ -121,7 +120,7 @@ def test_votes(run, members, model, tokenizer, how):
     pattern = r"[a-zA-Z]"
     lines = drawn(run, members, "--vote", how, "--answer", pattern, "--eta", 60)
     out = model.generate(**encoded(tokenizer), custom_generate=ForkDecoding(threshold=1.0, branches=5, seed=3), **DRAW)
-    extract = command.extractor(pattern)
+    extract = samples.extractor(pattern)
     for line, tree in zip(lines, out.trees, strict=True):
         answers = [extract(tokenizer.decode(b.along("tokens"), skip_special_tokens=True)) for b in tree]
         weights = [1.0] * len(tree) if how == "majority" else tree.weights()
@@ -155,8 +154,8 @@ def test_the_drawing(run, members):
 
 def test_a_person_sees_the_tokens_that_are_left(run, members, monkeypatch):
     said = []
-    real = command._Meter.spend
-    monkeypatch.setattr(command._Meter, "spend", lambda self, n: (real(self, n), said.append(self._said())))
+    real = samples.Meter.spend
+    monkeypatch.setattr(samples.Meter, "spend", lambda self, n: (real(self, n), said.append(self._said())))
     lines = drawn(run, members, "--budget", 70)
     assert said[-1] == f"{140 - sum(line['spent'] for line in lines)} tokens left"
     said.clear()
@@ -229,14 +228,14 @@ def test_the_controls_need_no_threshold(run, members, where):
     ],
 )
 def test_usual_answers(text, answer):
-    assert command.extractor(None)(text) == answer
+    assert samples.extractor(None)(text) == answer
 
 
 def test_answers_by_pattern():
-    assert command.extractor(r"#(\w+)")("#a #b c") == "b"
-    assert command.extractor(r"\d")("1 2") == "2"
-    assert command.extractor(r"x(\d)?")("x") is None
-    assert command.extractor(r"\s*")("abc") is None
+    assert samples.extractor(r"#(\w+)")("#a #b c") == "b"
+    assert samples.extractor(r"\d")("1 2") == "2"
+    assert samples.extractor(r"x(\d)?")("x") is None
+    assert samples.extractor(r"\s*")("abc") is None
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,281 @@
+"""What `proxytune sample` draws for a prompt: a tree or samples, the answers in them, and the vote."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from proxytune.cli import terminal
+from proxytune.cli.loading import encode
+from proxytune.errors import BudgetError, InputError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from proxytune.decoding.forks import ForkDecoding
+    from proxytune.decoding.tree import Branch, ForkTree
+    from proxytune.voting import Tally
+
+__all__ = ["Drawing", "Meter", "Result", "Vote", "extractor"]
+
+Vote = Literal["majority", "weighted", "confidence", "deepconf"]
+
+_STATED = re.compile(r"The answer is[:\s]*([^\n]+?)\s*(?=\.(?:\s|$)|\n|$)")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was drawn for one prompt.
+
+    Attributes:
+        prompt: As it was given.
+        length: Its tokens.
+        branches: The leaves of its tree, or the samples.
+        weights: Of each, adding up to 1.
+        texts: Of each, without special tokens.
+        answers: Of each; None for no answer.
+        tally: The vote over them.
+        spent: Tokens of the budget: the prompt and all that was generated, shared tokens once.
+        drawing: In text.
+    """
+
+    prompt: str
+    length: int
+    branches: list[Branch]
+    weights: list[float]
+    texts: list[str]
+    answers: list[str | None]
+    tally: Tally
+    spent: int
+    drawing: str
+
+
+def extractor(pattern: str | None) -> Callable[[str], str | None]:
+    """What finds the answer in a text.
+
+    Args:
+        pattern: A regular expression, of which the last match counts: its first group if it has one, else all of it.
+            None for what follows "The answer is" up to the end of the sentence, else the last number.
+
+    Returns:
+        A function from a text to its answer; None where there is none.
+
+    Raises:
+        InputError: If it is no regular expression.
+    """
+    if pattern is None:
+        return _usual_answer
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError.of(
+            "--answer", expected="a regular expression", got=repr(pattern), remedy=f"Python says: {error}."
+        ) from None
+    return lambda text: _last(compiled, text)
+
+
+def _usual_answer(text: str) -> str | None:
+    stated = _last(_STATED, text)
+    if stated is not None:
+        return stated
+    number = _last(_NUMBER, text)
+    return None if number is None else number.replace(",", "")
+
+
+def _last(pattern: re.Pattern[str], text: str) -> str | None:
+    found = None
+    for match in pattern.finditer(text):
+        found = match[1] if pattern.groups else match[0]
+    return (found or "").strip() or None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All that the prompts have in common."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: GenerationConfig
+    settings: dict[str, Any]
+    samples: int | None
+    extract: Callable[[str], str | None]
+    vote: Vote
+    eta: float
+    meter: Meter
+
+    def __call__(self, prompts: Sequence[str], first: int, chat: bool) -> Iterator[Result | BudgetError]:
+        """Draw for a batch; the streams of the seed go by the prompts' numbers in the whole call."""
+        budget = self.settings["max_total_tokens"]
+        encoded = encode(self.tokenizer, prompts, chat)
+        lengths = encoded["attention_mask"].sum(1).tolist()
+        small = [i for i, length in enumerate(lengths) if budget is not None and length >= budget]
+        kept = [i for i in range(len(prompts)) if i not in small]
+        self.meter.spend(sum(lengths[i] for i in kept))
+        found: dict[int, Result] = {}
+        if self.samples is None:
+            trees = self._grow(encoded, kept, [first + i for i in kept], budget) if kept else []
+            for i, tree in zip(kept, trees, strict=True):
+                found[i] = self._result(prompts[i], lengths[i], list(tree), tree.weights(), tree)
+        else:
+            for i in kept:
+                leaves = self._samples(encoded, i, first + i, lengths[i], budget)
+                found[i] = self._result(prompts[i], lengths[i], leaves, [1 / len(leaves)] * len(leaves), None)
+        for i, length in enumerate(lengths):
+            if i in found:
+                yield found[i]
+                continue
+            error = BudgetError.of(
+                f"prompt {first + i + 1}",
+                expected=f"--budget of at least {length + 1}: it has {length} tokens itself",
+                got=f"{budget}",
+                remedy="Raise the budget or shorten the prompt.",
+            )
+            assert isinstance(error, BudgetError)
+            yield error
+
+    def _grow(
+        self, encoded: Any, rows: Sequence[int], streams: Sequence[int], budget: int | None, **more: Any
+    ) -> list[ForkTree]:
+        """Trees for rows of the batch, some of them perhaps several times."""
+        import torch
+
+        from proxytune.decoding.forks import ForkDecoding
+
+        loop: ForkDecoding = ForkDecoding(**self.settings | {"rows": list(streams), "max_total_tokens": budget})
+        chosen = torch.tensor(list(rows))
+        batch = {name: encoded[name][chosen].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        out = self.model.generate(
+            **batch,
+            generation_config=self.config,
+            tokenizer=self.tokenizer,
+            custom_generate=loop,
+            stopping_criteria=[self.meter.criterion()],
+            return_dict_in_generate=True,
+            **more,
+        )
+        trees: list[ForkTree] = out.trees
+        return trees
+
+    def _samples(self, encoded: Any, row: int, number: int, length: int, budget: int | None) -> list[Branch]:
+        """Independent samples of one prompt, which is paid for once; as many as can be finished, at least one."""
+        assert self.samples is not None
+        from proxytune.budget import TokenLedger
+
+        longest = self.config.max_new_tokens or max(1, int(self.config.max_length) - int(encoded["input_ids"].shape[1]))
+        ledger = None if budget is None else TokenLedger(budget)
+        if ledger is not None:
+            ledger.charge(length, label="prompt")
+        leaves: list[Branch] = []
+        while len(leaves) < self.samples:
+            count = self.samples - len(leaves)
+            more: dict[str, Any] = {}
+            if ledger is not None:
+                count = min(count, ledger.left // longest)
+                if count == 0:
+                    if leaves or ledger.left == 0:
+                        break
+                    count, more = 1, {"max_new_tokens": ledger.left}
+            streams = [number * self.samples + len(leaves) + i for i in range(count)]
+            drawn = [tree.branches[0] for tree in self._grow(encoded, [row] * count, streams, None, **more)]
+            for branch in drawn:
+                if ledger is not None:
+                    ledger.charge(len(branch))
+                branch.number = len(leaves)
+                leaves.append(branch)
+        return leaves
+
+    def _result(
+        self, prompt: str, length: int, leaves: list[Branch], weights: list[float], tree: ForkTree | None
+    ) -> Result:
+        import numpy as np
+
+        from proxytune.voting import How, Sample, vote
+
+        texts = [str(self.tokenizer.decode(leaf.along("tokens"), skip_special_tokens=True)) for leaf in leaves]
+        answers = [self.extract(text) for text in texts]
+        voters = [
+            Sample(a, np.array(leaf.along("confidences")), 1.0 if self.vote == "majority" else w)
+            for a, leaf, w in zip(answers, leaves, weights, strict=True)
+        ]
+        how: How = "majority" if self.vote == "weighted" else self.vote
+        decode = self.tokenizer.decode
+        generated = sum(len(leaf.tokens) for leaf in leaves)  # of a tree, each leaf's own
+        if tree is not None:
+            drawing = tree.render(decode)
+        else:
+            drawing = "\n".join(
+                f"{leaf.number}: {len(leaf)} tokens{'' if leaf.finished else ', cut'}, weight {w:.3f}  "
+                f"{decode(leaf.tokens)!r}"
+                for leaf, w in zip(leaves, weights, strict=True)
+            )
+        return Result(
+            prompt=prompt,
+            length=length,
+            branches=leaves,
+            weights=weights,
+            texts=texts,
+            answers=answers,
+            tally=vote(voters, how, eta=self.eta),
+            spent=length + generated,
+            drawing=drawing,
+        )
+
+
+class Meter:
+    """A bar on stderr, where a person sees it: the tokens that are left, or spent where there is no budget."""
+
+    def __init__(self, budget: int | None, prompts: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._whole = None if budget is None else budget * prompts
+        self._spent = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            console=terminal.errors(),
+            transient=True,
+            disable=not terminal.is_terminal(sys.stderr),
+        )
+        self._task = self._bar.add_task(self._said(), total=self._whole)
+
+    def _said(self) -> str:
+        return f"{self._spent} tokens" if self._whole is None else f"{self._whole - self._spent} tokens left"
+
+    def spend(self, tokens: int) -> None:
+        """Count tokens."""
+        self._spent += tokens
+        self._bar.update(self._task, completed=self._spent, description=self._said())
+
+    def criterion(self) -> Any:
+        """A stopping criterion that never stops, and counts the rows of each step."""
+        import torch
+        from transformers import StoppingCriteria
+
+        meter = self
+
+        class Counting(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+                meter.spend(input_ids.shape[0])
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        return Counting()
+
+    def pause(self) -> None:
+        """Take the bar away, so that something can be printed."""
+        if not self._bar.disable:
+            self._bar.stop()
+
+    def go_on(self) -> None:
+        """Show the bar."""
+        self._bar.start()
+
+    def __enter__(self) -> Meter:
+        self.go_on()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pause()
