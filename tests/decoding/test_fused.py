@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from reference import next_logits
@@ -417,6 +418,18 @@ def test_a_row_alone_is_the_row_in_a_padded_batch(model: Any, extra: dict[str, A
         for stream in ([row], torch.tensor([row])):
             alone = run(model, text, custom_generate=FusedDecoding(seed=9, rows=stream), **SAMPLE, **extra)
             assert torch.equal(alone[0, text.shape[1] :], batch[row, 12:]), f"row {row}"
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"do_sample": True, "top_k": 0}, {"do_sample": True, "top_k": 9, "top_p": 0.9}]
+)
+def test_the_kernels_draw_the_same_tokens(model: Any, settings: dict[str, Any]) -> None:
+    pytest.importorskip("triton")
+    ids, mask = padded()
+    loops = [FusedDecoding(seed=3, impl=impl) for impl in ("torch", "triton")]
+    with np.errstate(all="ignore"):  # Triton's interpreter computes in NumPy
+        torchs, kernels = (run(model, ids, mask, max_new_tokens=6, custom_generate=x, **settings) for x in loops)
+    assert torch.equal(torchs, kernels)
 
 
 @pytest.mark.parametrize("padding", ["none", "left"])

@@ -271,3 +271,17 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ops, "decide", fail)
     case = steering_case(2, 3000, "cuda")
     assert case.step(runner("auto"), ["tokens"]).tokens is not None
+
+
+@gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_kernels_run_on_the_device_of_the_tensors() -> None:
+    torch.cuda.set_device(0)
+    rows = torch.randn(4, 32_000, device="cuda:1")
+    keys = {"sampling": Sampling.of(4, temperature=0.7, device="cuda:1"), "noise": Noise.of(4, device="cuda:1")}
+    tokens = ops.step([rows], impl="triton", **keys).tokens
+    expected = ops.step([rows], impl="torch", **keys).tokens
+    assert tokens is not None
+    assert expected is not None
+    assert tokens.device == rows.device
+    assert torch.equal(tokens, expected)
