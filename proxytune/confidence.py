@@ -10,7 +10,6 @@ Here a trace is finished; `stopping` has the same while it is written, with the 
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from proxytune.errors import InputError, ProxytuneError
+from proxytune.prefixes import whole
 
 __all__ = [
     "WINDOW",
@@ -32,7 +32,6 @@ __all__ = [
     "threshold_of",
     "token_confidence",
     "trace_scores",
-    "whole",
 ]
 
 WINDOW = 2048
@@ -247,32 +246,7 @@ def _refuse_log_probs(rows: NDArray[np.float64]) -> None:
 def _window(window: Any, length: int) -> int:
     if isinstance(window, float) and 0 < window < 1:
         return max(1, round(window * length))
-    return whole("window", window, "of tokens, or a share of the length in (0, 1) of a finished trace")
-
-
-def whole(name: str, value: Any, what: str) -> int:
-    """Check that a value is a whole number of at least 1.
-
-    Args:
-        name: The setting.
-        value: Its value.
-        what: What it counts, after "a whole number".
-
-    Returns:
-        An int.
-
-    Raises:
-        InputError: If it is not.
-    """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1 or isinstance(value, bool):
-        raise InputError.of(
-            name, expected=f"a whole number {what}, at least 1", got=repr(value), remedy=f"Pass e.g. {name}=16."
-        )
-    return number
+    return whole("window", window, "of tokens, or a share of the length in (0, 1) of a finished trace", least=1)
 
 
 def share(name: str, value: Any, most: float) -> float:

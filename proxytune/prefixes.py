@@ -102,12 +102,13 @@ def token_ids(key: Ids, length: int | None = None) -> list[int]:
     return ids if length is None else ids[:length]
 
 
-def whole(name: str, value: Any, *, least: int = 0) -> int:
-    """Check that a value is a whole number of tokens.
+def whole(name: str, value: Any, what: str = "of tokens", *, least: int = 0) -> int:
+    """Check that a value is a whole number.
 
     Args:
         name: The argument.
         value: Its value.
+        what: What it counts, after "a whole number".
         least: The smallest that is right.
 
     Returns:
@@ -123,6 +124,6 @@ def whole(name: str, value: Any, *, least: int = 0) -> int:
     # True is an int to Python, and no number of tokens.
     if number is None or isinstance(value, bool) or number < least:
         raise InputError.of(
-            name, expected=f"a whole number of tokens, at least {least}", got=repr(value), remedy="Pass an int."
+            name, expected=f"a whole number {what}, at least {least}", got=repr(value), remedy="Pass an int."
         )
     return number

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from proxytune.confidence import WINDOW, TraceScore, numbers, share, whole
+from proxytune.confidence import WINDOW, TraceScore, numbers, share
 from proxytune.errors import InputError
+from proxytune.prefixes import whole
 from proxytune.voting import How, Sample, Score, sample_scores
 
 __all__ = ["Choice", "Interval", "auroc", "brier", "choose_vote", "ece", "interval"]
@@ -138,7 +139,7 @@ def ece(probabilities: ArrayLike, right: ArrayLike, bins: int = 10) -> float:
         InputError: If they are empty, not in [0, 1], lengths differ, or there are no bins.
     """
     values, truth = _checked(probabilities, right, probabilities=True)
-    bins = whole("bins", bins, "of bins")
+    bins = whole("bins", bins, "of bins", least=1)
     _, tied, sizes = np.unique(values, return_inverse=True, return_counts=True)
     middle = np.cumsum(sizes) - sizes / 2  # in (0, N)
     of = np.minimum((middle * bins / len(values)).astype(int), bins - 1)[tied]
@@ -174,7 +175,7 @@ def interval(
         InputError: As the metric; also if most resamples have no value.
     """
     values, truth = _checked(scores, right)
-    level, draws = share("level", level, 1.0), whole("draws", draws, "of resamples")
+    level, draws = share("level", level, 1.0), whole("draws", draws, "of resamples", least=1)
     units = np.arange(len(values)) if groups is None else np.unique(_same(groups, values), return_inverse=True)[1]
     order = np.argsort(units, kind="stable")
     sizes = np.bincount(units)

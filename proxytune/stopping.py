@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from proxytune.confidence import WINDOW, TraceScores, not_finite, share, threshold_of, whole
+from proxytune.confidence import WINDOW, TraceScores, not_finite, share, threshold_of
 from proxytune.errors import InputError
+from proxytune.prefixes import whole
 from proxytune.voting import Tally
 
 __all__ = ["ConfidenceTracker", "OnlineFilter", "consensus", "leader_probability", "settled"]
@@ -45,7 +46,7 @@ class ConfidenceTracker:
         Raises:
             InputError: If it is no whole number of at least 1.
         """
-        self.window = whole("window", window, "of tokens")
+        self.window = whole("window", window, least=1)
         self.length = 0
         self.group: float | None = None
         self.lowest: float | None = None
@@ -99,8 +100,8 @@ class OnlineFilter:
             InputError: If a setting is out of its range.
         """
         self.eta = share("eta", eta, 100.0)
-        self.window = whole("window", window, "of tokens")
-        self.warmup = whole("warmup", warmup, "of traces")
+        self.window = whole("window", window, least=1)
+        self.warmup = whole("warmup", warmup, "of traces", least=1)
         self.threshold: float | None = None
         self._lowest: list[float] = []
 

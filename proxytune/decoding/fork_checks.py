@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import StaticCache
 
@@ -15,9 +15,10 @@ from proxytune.ops import Impl
 if TYPE_CHECKING:
     from proxytune.decoding.forks import ForkDecoding
 
-__all__ = ["refuse_extras", "refuse_settings", "refuse_threshold"]
+__all__ = ["Where", "refuse_extras", "refuse_settings", "refuse_threshold"]
 
-_PLACES = ("forks", "random", "start")
+Where = Literal["forks", "random", "start"]
+"""Where a tree forks, see `proxytune.decoding.forks.ForkDecoding`."""
 
 
 def refuse_settings(loop: ForkDecoding) -> None:
@@ -36,7 +37,7 @@ def refuse_settings(loop: ForkDecoding) -> None:
     def is_number(x: object) -> bool:
         return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < float("inf")
 
-    if loop.where not in _PLACES:
+    if loop.where not in get_args(Where):
         refuse("where", "'forks', 'random' or 'start'", loop.where, "Leave it out for 'forks'.")
     for name, least in (("branches", 1), ("children", 2), ("min_gap", 1)):
         value = getattr(loop, name)

@@ -8,10 +8,9 @@ are unbiased whatever the rule. The host has to know the tree, so it reads one s
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -21,9 +20,9 @@ from transformers.utils import ModelOutput
 from proxytune import ops
 from proxytune.budget import TokenLedger
 from proxytune.decoding.drawing import Drawing
-from proxytune.decoding.fork_checks import refuse_extras, refuse_settings, refuse_threshold
+from proxytune.decoding.fork_checks import Where, refuse_extras, refuse_settings, refuse_threshold
 from proxytune.decoding.growing import Drawn, Grove
-from proxytune.decoding.stepping import last_logits, lengths_of, refuse_modes
+from proxytune.decoding.stepping import last_logits, lengths_of, refuse_modes, usable_columns
 from proxytune.decoding.translation import Translation, translate
 from proxytune.decoding.tree import ForkTree
 from proxytune.entropy import ForkThreshold
@@ -32,8 +31,6 @@ from proxytune.model import ProxyTunedModel
 from proxytune.noise import DECISIONS, Noise
 
 __all__ = ["ForkDecoding", "ForkOutput", "Where"]
-
-Where = Literal["forks", "random", "start"]
 
 
 @dataclass
@@ -196,8 +193,7 @@ class ForkDecoding:
 
     def _prepare(self, model: Any, translation: Translation, base: torch.Tensor, noise: Noise) -> Drawing:
         width = base.shape[1]
-        usable = model.usable_ids if isinstance(model, ProxyTunedModel) else sys.maxsize
-        usable = min(width, usable, width if translation.usable is None else translation.usable)
+        usable = usable_columns(model, translation, width)
         place = noise.position.device if translation.before else base.device
         if not translation.do_sample:
             return Drawing(translation, None, None, width=width, usable=usable, place=place, impl=self.impl)

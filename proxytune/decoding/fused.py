@@ -7,7 +7,6 @@ knows how members run or how their logits are combined.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -20,7 +19,7 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from proxytune import ops
 from proxytune.decoding.drawing import Drawing, Record
-from proxytune.decoding.stepping import is_synced, last_logits, lengths_of, padding_of, refuse_modes
+from proxytune.decoding.stepping import is_synced, last_logits, lengths_of, padding_of, refuse_modes, usable_columns
 from proxytune.decoding.translation import Translation, translate
 from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
@@ -125,7 +124,6 @@ class FusedDecoding:
         composed = isinstance(model, ProxyTunedModel)
         if composed:
             model_kwargs["combine"] = False
-        usable = model.usable_ids if composed else sys.maxsize
         record = Record(generation_config)
         position = lengths_of(input_ids, generation_config, model_kwargs)  # [B]
         translation = translate(logits_processor, bool(generation_config.do_sample))
@@ -155,7 +153,7 @@ class FusedDecoding:
                 outputs = None  # the logits of a whole prompt may hang on it
 
                 if drawing is None:  # only now are the rows' width and device known
-                    drawing = self._prepare(translation, members[0], usable, position, streams)
+                    drawing = self._prepare(model, translation, members[0], position, streams)
                 found, rows = drawing(members, weights, input_ids, record)
                 assert found.tokens is not None
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
@@ -183,14 +181,14 @@ class FusedDecoding:
 
     def _prepare(
         self,
+        model: Any,
         translation: Translation,
         base: torch.Tensor,
-        usable: int,
         position: torch.Tensor,
         streams: torch.Tensor,
     ) -> Drawing:
         batch, width = base.shape
-        usable = min(width, usable, width if translation.usable is None else translation.usable)
+        usable = usable_columns(model, translation, width)
         # Processors were made for the device of the ids, and expect all V columns.
         place = position.device if translation.before else base.device
         sampling = noise = None

@@ -11,10 +11,11 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from proxytune.decoding.translation import Translation
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
 
-__all__ = ["is_synced", "last_logits", "lengths_of", "padding_of", "refuse_modes"]
+__all__ = ["is_synced", "last_logits", "lengths_of", "padding_of", "refuse_modes", "usable_columns"]
 
 
 def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any) -> None:
@@ -122,3 +123,18 @@ def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[flo
     weights = (1.0, *model.formula.weights()) if composed else (1.0,)
     # A view of one position; of the logits of a whole prompt a copy, so that they can go.
     return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in logits], weights
+
+
+def usable_columns(model: Any, translation: Translation, width: int) -> int:
+    """How many columns can be drawn from: the others are absent, not masked.
+
+    Args:
+        model: The model; some member of a composed one may embed fewer ids than the base.
+        translation: The processors; a tail mask at their front cuts columns too.
+        width: How many columns there are.
+
+    Returns:
+        At most `width`.
+    """
+    embedded = model.usable_ids if isinstance(model, ProxyTunedModel) else width
+    return min(width, embedded, width if translation.usable is None else translation.usable)
