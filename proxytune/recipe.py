@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -30,6 +29,7 @@ from typing import Any
 
 from proxytune.calibration import ForkCalibration
 from proxytune.errors import InputError, RecipeError
+from proxytune.jsonfiles import check_form, exchange, read, refuse_unknown
 
 __all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe", "read_json", "write_fork_threshold"]
 
@@ -38,17 +38,6 @@ RECIPE_FILE = "proxytune_config.json"
 ROLES = ("base", "expert", "antiexpert")
 _KEYS = ("format_version", *ROLES, "formula", "alpha")
 _OPTIONAL = ("fork_threshold",)
-
-
-def _refuse_unknown(keys: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    unknown = [k for k in keys if k not in known]
-    if unknown:
-        raise RecipeError.of(
-            where,
-            expected=f"only the keys {', '.join(known)}",
-            got=f"unknown {', '.join(map(repr, unknown))}",
-            remedy="Remove or correct them, or install the version of proxytune that knows them.",
-        )
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ class MemberRef:
                 got=type(value).__name__,
                 remedy='Write e.g. {"id": "org/model", "revision": null}.',
             )
-        _refuse_unknown(value, ("id", "revision"), f"recipe key {role!r}")
+        refuse_unknown(value, ("id", "revision"), f"recipe key {role!r}", error=RecipeError)
         name, revision = value.get("id"), value.get("revision")
         if not isinstance(name, str) or not name or not (revision is None or isinstance(revision, str)):
             raise RecipeError.of(
@@ -164,32 +153,15 @@ class Recipe:
         """
         from proxytune.formula import FORMULAS, validate_alpha
 
-        if not isinstance(data, Mapping):
-            raise RecipeError.of(
-                "recipe", expected="a JSON object", got=type(data).__name__, remedy="See proxytune.recipe for the form."
-            )
-        version = data.get("format_version")
-        if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-            raise RecipeError.of(
-                "recipe format_version",
-                expected=f"a whole number from 1 to {FORMAT_VERSION}",
-                got=repr(version),
-                remedy=f'Write "format_version": {FORMAT_VERSION}.',
-            )
-        if version > FORMAT_VERSION:
-            # Before the keys: a newer format may well have new ones, and the version is the better explanation.
-            raise RecipeError.of(
-                "recipe format_version",
-                expected=f"at most {FORMAT_VERSION}, the newest that this version of proxytune reads",
-                got=str(version),
-                remedy="Upgrade proxytune.",
-            )
-        _refuse_unknown(data, (*_KEYS, *_OPTIONAL), "recipe")
-        missing = [key for key in _KEYS if key not in data]
-        if missing:
-            raise RecipeError.of(
-                "recipe", expected=f"the keys {', '.join(_KEYS)}", got=f"no {', '.join(missing)}", remedy="Add them."
-            )
+        data = check_form(
+            data,
+            "recipe",
+            version=FORMAT_VERSION,
+            keys=_KEYS,
+            optional=_OPTIONAL,
+            error=RecipeError,
+            see="proxytune.recipe",
+        )
         if not isinstance(data["formula"], str) or data["formula"] not in FORMULAS:
             raise RecipeError.of(
                 "recipe key 'formula'",
@@ -254,7 +226,7 @@ def _fork_threshold(value: Any) -> ForkCalibration | None:
             got=type(value).__name__ if missing is None else f"no {', '.join(missing)}",
             remedy="Run proxytune calibrate --recipe … --write, or remove the key.",
         )
-    _refuse_unknown(value, known, where)
+    refuse_unknown(value, known, where, error=RecipeError)
     try:
         return ForkCalibration(**value)
     except InputError as error:
@@ -279,20 +251,7 @@ def write_fork_threshold(path: str | Path, calibration: ForkCalibration) -> Path
     file = Path(path) / RECIPE_FILE if Path(path).is_dir() else Path(path)
     data = read_json(file)
     Recipe.from_json(data)
-    text = json.dumps(data | {"fork_threshold": asdict(calibration)}, indent=2, ensure_ascii=False, allow_nan=False)
-    staged = None
-    try:
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=file.parent, delete=False) as staged:
-            staged.write(text + "\n")
-        os.chmod(staged.name, file.stat().st_mode)  # a temporary file is its owner's alone
-        os.replace(staged.name, file)
-    except OSError as error:
-        if staged is not None:
-            Path(staged.name).unlink(missing_ok=True)
-        raise RecipeError.of(
-            "recipe", expected="a file that can be written", got=str(error), remedy="It was left as it was."
-        ) from None
-    return file
+    return exchange(file, data | {"fork_threshold": asdict(calibration)}, "recipe", error=RecipeError)
 
 
 def read_json(file: Path) -> Any:
@@ -307,20 +266,10 @@ def read_json(file: Path) -> Any:
     Raises:
         RecipeError: If there is no such file, it cannot be read, or it is no JSON.
     """
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError.of(
-            "recipe",
-            expected=f"a {RECIPE_FILE}",
-            got=f"no file at {file}",
-            remedy="Give the file or the folder that model.save_pretrained(folder) wrote.",
-        ) from None
-    except OSError as error:
-        raise RecipeError.of(
-            "recipe", expected="a file that can be read", got=str(error), remedy="Give the file or its folder."
-        ) from None
-    except (ValueError, RecursionError) as error:  # no JSON, no UTF-8, a number of too many digits, nested too deep
-        raise RecipeError.of(
-            f"recipe {file}", expected="JSON", got=str(error), remedy="Repair the file, or save it again."
-        ) from None
+    return read(
+        file,
+        "recipe",
+        sought=f"a {RECIPE_FILE}",
+        error=RecipeError,
+        remedy="Give the file or the folder that model.save_pretrained(folder) wrote.",
+    )
