@@ -10,7 +10,7 @@ from proxytune.errors import InputError
 from proxytune.noise import Noise
 from proxytune.sampling import Sampling
 
-__all__ = ["DTYPES", "MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_members", "refuse_request"]
+__all__ = ["DTYPES", "MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_ids", "refuse_members", "refuse_request"]
 
 MAX_MEMBERS = 5
 """Base and companions together."""
@@ -109,7 +109,7 @@ def refuse_request(
         InputError: If a name is unknown, k or `draws` is larger than V, a draw lacks settings or noise or has them for
             other rows, or something is asked of the argmax that only a draw has.
     """
-    rows, width = base.shape
+    width = base.shape[1]
     unknown = [name for name in want if name not in OUTPUTS]
     if unknown or isinstance(want, str):
         raise InputError.of(
@@ -131,12 +131,38 @@ def refuse_request(
         raise InputError.of(
             "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
         )
+    _refuse_settings(base, sampling, noise)
+
+
+def refuse_ids(base: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> None:
+    """Refuse tokens to ask about, or settings, that do not fit the logits. Never looks at the ids, so never waits.
+
+    Args:
+        base: The base's logits, `[B, V]`.
+        sampling: The settings.
+        ids: The tokens.
+
+    Raises:
+        InputError: If the ids are no `[B, K]` of int64 on the logits' device, or the settings are for other rows.
+    """
+    rows = base.shape[0]
+    if ids.ndim != 2 or len(ids) != rows or ids.dtype != torch.int64 or ids.device != base.device:
+        raise InputError.of(
+            "ids",
+            expected=f"token ids [{rows}, K], torch.int64, on {base.device}",
+            got=f"shape {list(ids.shape)}, {ids.dtype}, on {ids.device}",
+            remedy="Fill shorter rows up with −1.",
+        )
+    _refuse_settings(base, sampling, None)
+
+
+def _refuse_settings(base: torch.Tensor, sampling: Sampling, noise: Noise | None) -> None:
+    rows, width = base.shape
     s = sampling
     whole, real = torch.int64, torch.float32
-    given = {
-        "sampling": [(s.temperature, real), (s.top_k, torch.int32), (s.top_p, real), (s.log_min_p, real)],
-        "noise": [(noise.seed, whole), (noise.row, whole), (noise.position, whole), (noise.branch, whole)],
-    }
+    given = {"sampling": [(s.temperature, real), (s.top_k, torch.int32), (s.top_p, real), (s.log_min_p, real)]}
+    if noise is not None:
+        given["noise"] = [(noise.seed, whole), (noise.row, whole), (noise.position, whole), (noise.branch, whole)]
     if s.fork_threshold is not None and s.fork_temperature is not None:
         given["sampling"] += [(s.fork_threshold, real), (s.fork_temperature, real)]
     for name, tensors in given.items():

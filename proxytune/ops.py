@@ -22,15 +22,16 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune.checks import DTYPES, MAX_MEMBERS, OUTPUTS, refuse_members, refuse_request
+from proxytune.checks import DTYPES, MAX_MEMBERS, OUTPUTS, refuse_ids, refuse_members, refuse_request
 from proxytune.errors import InputError
 from proxytune.formula import shift
 from proxytune.noise import Noise
 from proxytune.rows import Rows
 from proxytune.sampling import Sampling
 from proxytune.torch_step import decide
+from proxytune.torch_step import draw_logprobs as _draw_logprobs
 
-__all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "step", "why_not_triton"]
+__all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "draw_logprobs", "step", "why_not_triton"]
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -156,6 +157,37 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
     scores = step(flat, (1.0, *weights), want=("scores",), impl=impl).scores
     assert scores is not None
     return scores.view(base.shape)
+
+
+def draw_logprobs(
+    members: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor = (1.0,),
+    *,
+    sampling: Sampling,
+    ids: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What given tokens have in the distribution that `step` draws from, be they among its draws or not.
+
+    In torch on every device; the kernels' sums differ in their last bits, so there a token that ties with a bound of
+    the truncation to within rounding may fall on the other side of it.
+
+    Args:
+        members: As in `step`.
+        weights: As in `step`.
+        sampling: The settings of the draw.
+        ids: `[B, K]`, int64, on the logits' device; −1 for none. A token may be given twice.
+
+    Returns:
+        `[B, K]`, float32, nats: −inf beside what cannot be drawn; `[B]`, float32, nats: the logarithm of the mass of
+        all tokens not among `ids`, added up rather than taken from 1. NaN in a row that has no distribution.
+
+    Raises:
+        InputError: If shapes, dtypes or devices do not fit.
+    """
+    refuse_members(members, weights)
+    refuse_ids(members[0], sampling, ids)
+    weights = weights if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
+    return _draw_logprobs(Rows(members, weights), sampling, ids)
 
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:

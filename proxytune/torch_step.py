@@ -16,9 +16,10 @@ import torch
 from proxytune.noise import Noise
 from proxytune.rows import CLAMP, FINITE, Rows, first_largest, measure
 from proxytune.sampling import Sampling
-from proxytune.torch_draws import draw, mean_of_largest
+from proxytune.torch_draws import draw, shares
+from proxytune.torch_truncation import mean_of_largest
 
-__all__ = ["CONFIDENCE_TOKENS", "decide"]
+__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs"]
 
 CONFIDENCE_TOKENS = 20
 """How many of the most probable tokens the confidence looks at (DeepConf, arXiv 2508.15260)."""
@@ -76,6 +77,25 @@ def decide(
     if "scores" in want:
         out["scores"] = tiles["scores"]
     return {name: out[name] for name in want}
+
+
+@torch.no_grad()
+def draw_logprobs(rows: Rows, sampling: Sampling, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What given tokens have in the distribution that `decide` draws from.
+
+    Args:
+        rows: The members' rows.
+        sampling: The settings.
+        ids: `[B, K]`, int64; −1 for none.
+
+    Returns:
+        As `proxytune.torch_draws.shares`; NaN in rows that have no distribution.
+    """
+    tiles = measure(rows, sampling, ())
+    top = tiles["max"].amax(1)  # [B]
+    undecided = (top == torch.inf) | (top == FINITE)
+    logprobs, rest = shares(rows, tiles, _statistics(tiles, top).get("entropy"), top, sampling, ids)
+    return _masked(logprobs, undecided, torch.nan), _masked(rest, undecided, torch.nan)
 
 
 def _masked(x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:
