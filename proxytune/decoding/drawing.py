@@ -18,7 +18,7 @@ from proxytune.errors import NumericalError
 from proxytune.noise import Noise
 from proxytune.sampling import Sampling
 
-__all__ = ["Drawing", "Record"]
+__all__ = ["Drawing", "Record", "Rows"]
 
 Rows = tuple[list[torch.Tensor], Sequence[float]]
 """Members' rows, `[B, V_i]` each, on one device, and their weights."""
@@ -167,6 +167,19 @@ class Drawing:
     def samples(self) -> bool:
         """Whether it draws; else it takes the argmax."""
         return self._sampling is not None
+
+    def draw_logprobs(self, rows: Rows, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What given tokens had in the distribution that a step drew from.
+
+        Args:
+            rows: What it was drawn from.
+            ids: `[B, K]`, int64, on any device; −1 for none.
+
+        Returns:
+            As `ops.draw_logprobs`: of each, `[B, K]`, and of all others together, `[B]`.
+        """
+        assert self._sampling is not None
+        return ops.draw_logprobs(*rows, sampling=self._sampling, ids=ids.to(self._place))
 
     def failure(self, rows: Rows, bad: torch.Tensor, step: int) -> NumericalError:
         """Say which row of a step had no distribution, and why. Waits for the device.

@@ -1,7 +1,8 @@
-"""Wrong use of a fork tree, refused before the first forward pass."""
+"""Wrong use of a loop over trees, refused before the first forward pass."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from transformers import StaticCache
@@ -13,7 +14,7 @@ from proxytune.model import ProxyTunedModel
 from proxytune.ops import Impl
 
 if TYPE_CHECKING:
-    from proxytune.decoding.forks import ForkDecoding
+    from proxytune.decoding.tree_loop import TreeLoop
 
 __all__ = ["Where", "refuse_extras", "refuse_settings", "refuse_threshold"]
 
@@ -21,15 +22,19 @@ Where = Literal["forks", "random", "start"]
 """Where a tree forks, see `proxytune.decoding.forks.ForkDecoding`."""
 
 
-def refuse_settings(loop: ForkDecoding) -> None:
-    """Refuse settings of a tree that are out of their ranges.
+def refuse_settings(loop: TreeLoop, least: Mapping[str, int], *, needed: bool, allowed: Sequence[str] = ()) -> None:
+    """Refuse settings of a loop that are out of their ranges.
 
     Args:
         loop: The settings.
+        least: The whole numbers among them that are its own, each with its least value.
+        needed: Whether it cannot do without a threshold.
+        allowed: What `where` can be; all that there is, if empty.
 
     Raises:
         InputError: If one is.
     """
+    name = type(loop).__name__
 
     def refuse(what: str, expected: str, got: object, remedy: str) -> None:
         raise InputError.of(what, expected=expected, got=repr(got), remedy=remedy)
@@ -37,14 +42,14 @@ def refuse_settings(loop: ForkDecoding) -> None:
     def is_number(x: object) -> bool:
         return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < float("inf")
 
-    if loop.where not in get_args(Where):
-        refuse("where", "'forks', 'random' or 'start'", loop.where, "Leave it out for 'forks'.")
-    for name, least in (("branches", 1), ("children", 2), ("min_gap", 1)):
-        value = getattr(loop, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            refuse(
-                name, f"a whole number of at least {least}", value, "Pass e.g. ForkDecoding(threshold=0.7, branches=8)."
-            )
+    allowed = allowed or get_args(Where)
+    if loop.where not in allowed:
+        *others, last = map(repr, allowed)
+        refuse("where", f"{', '.join(others)} or {last}", loop.where, "Leave it out for 'forks'.")
+    for what, lowest in least.items():
+        value = getattr(loop, what)
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            refuse(what, f"a whole number of at least {lowest}", value, f"Pass e.g. {name}({what}={max(lowest, 8)}).")
     threshold = loop.threshold
     if isinstance(threshold, ForkThreshold):
         if threshold.is_streaming:
@@ -57,7 +62,7 @@ def refuse_settings(loop: ForkDecoding) -> None:
         if threshold.measure not in (None, "raw"):
             refuse("threshold", "one of the raw entropy", f"one of the {threshold.measure} entropy", _CALIBRATE)
     elif threshold is None:
-        if loop.where == "forks" or loop.fork_temperature is not None:
+        if needed:
             refuse("threshold", "an entropy in nats", None, _CALIBRATE)
     elif not is_number(threshold):
         refuse("threshold", "a finite entropy in nats", threshold, _CALIBRATE)
@@ -98,11 +103,12 @@ def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> Non
 
 
 def refuse_extras(
-    generation_config: Any, streamer: Any, synced_gpus: bool | None, model_kwargs: dict[str, Any]
+    loop: str, generation_config: Any, streamer: Any, synced_gpus: bool | None, model_kwargs: dict[str, Any]
 ) -> None:
     """Refuse what `generate()` may be asked for but a tree cannot give.
 
     Args:
+        loop: Its name, for the message.
         generation_config: The settings of the call.
         streamer: A streamer, or None.
         synced_gpus: Whether processes have to go on together.
@@ -127,7 +133,7 @@ def refuse_extras(
         if given:
             raise UnsupportedModeError.of(
                 what,
-                expected="none with ForkDecoding: the number of rows changes as branches come and go",
+                expected=f"none with {loop}: the number of rows changes as branches come and go",
                 got="one",
                 remedy="Leave it out; the trees hold each token's log-probability, entropy and confidence.",
             )

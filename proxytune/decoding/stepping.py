@@ -15,7 +15,7 @@ from proxytune.decoding.translation import Translation
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
 
-__all__ = ["is_synced", "last_logits", "lengths_of", "padding_of", "refuse_modes", "usable_columns"]
+__all__ = ["is_synced", "last_logits", "lengths_of", "padding_of", "refuse_modes", "selected_rows", "usable_columns"]
 
 
 def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any) -> None:
@@ -138,3 +138,24 @@ def usable_columns(model: Any, translation: Translation, width: int) -> int:
     """
     embedded = model.usable_ids if isinstance(model, ProxyTunedModel) else width
     return min(width, embedded, width if translation.usable is None else translation.usable)
+
+
+def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) -> dict[str, Any]:
+    """The rows of a batch in another choice: the cache in place, every other tensor of the batch anew.
+
+    Args:
+        model_kwargs: What the model is called with; the cache among them.
+        select: Which old row each new one goes on from; any number of them, in any order.
+        rows: How many rows there were.
+
+    Returns:
+        What the model is called with from now on.
+    """
+    out = dict(model_kwargs)
+    for name, value in model_kwargs.items():
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == rows:
+            out[name] = value.index_select(0, torch.tensor(select, device=value.device))
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        cache.reorder_cache(torch.tensor(select))  # each layer takes it to its own device
+    return out

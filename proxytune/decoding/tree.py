@@ -1,4 +1,4 @@
-"""The record of a fork tree: which branch left which at what token, what each was drawn with, and what it weighs."""
+"""The record of a tree: which branch left which at what token, what each was drawn with, and what it weighs."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ class Branch:
         number: Its number in the tree; the first is 0.
         parent: The branch that it left; None for the first.
         start: How many generated tokens it shares with its parent.
-        log_weight: Natural logarithm of its weight: the product of its draws' importance weights (Kool et al. 2019,
-            arXiv 1903.06059) along the way. Over the leaves of a tree, Σ weight · f is an unbiased estimate of E[f].
+        log_weight: Natural logarithm of its weight: the product of its draws' importance weights along the way (of a
+            fork tree those of Kool et al. 2019, arXiv 1903.06059). Over the leaves of a tree, Σ weight · f is an
+            unbiased estimate of E[f].
         tokens: Its own tokens, from `start` on.
         logprobs: Of each own token, nats, under the combined distribution at temperature 1.
         entropies: Of each own token's distribution, nats, raw.
         confidences: Of each own token's distribution: −mean log p of the 20 most probable, nats.
-        forks: Own positions, as numbers of generated tokens, at which it split; its parent's are not among them.
+        forks: Own positions, as numbers of generated tokens, at which it split, or siblings of it repelled it; its
+            parent's are not among them.
         finished: Whether it ended by itself; False if the budget or the length cut it.
     """
 
