@@ -1,0 +1,329 @@
+"""The two forms on a model: `Parallel`, samples side by side, and `Sequential`, one text that is made to think on.
+
+Both take a prompt as text, or as token ids that a chat template has made, and charge the ledger for the prompt once and
+for every generated token. What a text could need at most is reserved before it is drawn, so the ledger is never
+exceeded. All draws are keyed by the seed and the prompt's ids, not by the order of calls: the same prompt gets the same
+texts again, and of the same seed `Parallel` with 8 samples draws those with 4 first, the first of which is what
+`Sequential` writes without extensions. So levels differ by what they are, and less by luck.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from proxytune.budget import TokenLedger
+from proxytune.decoding.forks import ForkDecoding
+from proxytune.decoding.tree import Branch
+from proxytune.errors import BudgetError, InputError
+from proxytune.prefixes import Ids, token_ids, whole
+from proxytune.processors.thinking import ThinkingBudgetLogitsProcessor
+from proxytune.voting import Sample
+
+__all__ = ["Parallel", "Sequential"]
+
+Extract = Callable[[str], Hashable | None]
+TokenIds = int | Sequence[int]
+
+_OWN = (
+    "custom_generate",
+    "input_ids",
+    "attention_mask",
+    "max_length",
+    "num_return_sequences",
+    "num_beams",
+    "tokenizer",
+)
+
+
+class Parallel:
+    """Independent samples of one prompt, for a vote.
+
+    Where the ledger has no room for all of them, there are as many as can surely be finished, and at least one, which
+    may then be cut.
+
+    Attributes:
+        name: What it is called in a calibration run.
+        form: "parallel".
+        level: How many samples.
+    """
+
+    form: Literal["parallel"] = "parallel"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        extract: Extract,
+        *,
+        samples: int,
+        max_new_tokens: int,
+        batch_size: int = 32,
+        seed: int = 0,
+        name: str | None = None,
+        **generation: Any,
+    ) -> None:
+        """Check the settings; nothing is drawn.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+            tokenizer: Its tokenizer.
+            extract: From a generated text, without special tokens, to its answer; None for no answer.
+            samples: How many, at least 1.
+            max_new_tokens: The longest sample, at least 1.
+            batch_size: How many are drawn at once, at most.
+            seed: The key of all draws, 64 bits.
+            name: None for "parallel-" and the number of samples.
+            **generation: Further arguments of `generate()`, e.g. temperature, top_p or stop_strings; its own defaults
+                hold for the rest (top_k=50).
+
+        Raises:
+            InputError: If a setting is out of its range, or an argument of `generate()` is the policy's own.
+        """
+        self.level = whole("samples", samples, "of samples", least=1)
+        self.name = f"parallel-{samples}" if name is None else name
+        self._batch_size = whole("batch_size", batch_size, "of samples", least=1)
+        self._writer = _Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": True} | generation)
+        if not self._writer.generation["do_sample"] and samples > 1:
+            raise InputError.of(
+                "do_sample",
+                expected=f"True, with samples={samples}",
+                got="False, which makes all of them the same",
+                remedy="Leave it out, or take samples=1.",
+            )
+
+    def draw(self, task: str | Ids, ledger: TokenLedger) -> list[Branch]:
+        """Draw the samples.
+
+        Args:
+            task: The prompt.
+            ledger: Is charged.
+
+        Returns:
+            One branch for each sample: its tokens, log-probabilities, entropies and confidences; whether it ended by
+            itself.
+
+        Raises:
+            BudgetError: If the ledger has no room for the prompt and a token.
+            InputError: If the prompt is no text and no token ids, or is empty.
+        """
+        ids, longest = self._writer.pay(task, ledger), self._writer.max_new_tokens
+        out: list[Branch] = []
+        while len(out) < self.level:
+            count, room = min(self.level - len(out), self._batch_size, ledger.left // longest), longest
+            if not count:
+                if out:
+                    break
+                count, room = 1, ledger.left
+            streams = range(len(out), len(out) + count)
+            out += self._writer.write(ids, streams, room, ledger, self.name)
+        return out
+
+    def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
+        """Draw the samples, and find their answers.
+
+        Args:
+            task: The prompt.
+            ledger: Is charged.
+
+        Returns:
+            The samples, with their confidences.
+
+        Raises:
+            BudgetError: If the ledger has no room for the prompt and a token.
+            InputError: If the prompt is no text and no token ids, or `extract` raises.
+        """
+        return [self._writer.sample(branch) for branch in self.draw(task, ledger)]
+
+
+class Sequential:
+    """One text whose end of thinking is put off n times (s1, arXiv 2501.19393); its answer is that of the whole text.
+
+    Of several answers that stand in it, `extract` has to take the last. Where the ledger has less room than
+    `max_new_tokens`, the text is cut there.
+
+    Attributes:
+        name: What it is called in a calibration run.
+        form: "sequential".
+        level: How often the end is put off.
+    """
+
+    form: Literal["sequential"] = "sequential"
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        extract: Extract,
+        *,
+        extra: int,
+        end_ids: TokenIds,
+        max_new_tokens: int,
+        continuation_ids: TokenIds | None = None,
+        begin_ids: TokenIds | None = None,
+        max_thinking_tokens: int | None = None,
+        seed: int = 0,
+        name: str | None = None,
+        **generation: Any,
+    ) -> None:
+        """Check the settings; nothing is drawn.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+            tokenizer: Its tokenizer.
+            extract: From the generated text, without special tokens, to its answer; None for no answer.
+            extra: How often the end of thinking is put off, at least 0.
+            end_ids: What ends thinking; for a model that thinks in the open, what ends its text.
+            max_new_tokens: The longest text, at least 1.
+            continuation_ids: What comes instead of a suppressed end, e.g. the ids of "Wait"; needed with `extra`.
+            begin_ids: What begins thinking; None if it begins with the generated text.
+            max_thinking_tokens: After so many, the end of thinking is forced; None for no cap.
+            seed: The key of all draws, 64 bits.
+            name: None for "sequential-" and the number of extensions.
+            **generation: Further arguments of `generate()`; greedy, unless do_sample=True is among them.
+
+        Raises:
+            InputError: If a setting is out of its range, or an argument of `generate()` is the policy's own.
+        """
+        self.level = whole("extra", extra, "of extensions")
+        self.name = f"sequential-{extra}" if name is None else name
+        self._writer = _Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": False} | generation)
+        config = generation.get("generation_config") or model.generation_config
+        self._thinking: dict[str, Any] = {
+            "end_ids": end_ids,
+            "extra": self.level,
+            "continuation_ids": continuation_ids,
+            "begin_ids": begin_ids,
+            "max_thinking_tokens": max_thinking_tokens,
+            "eos_token_id": generation.get("eos_token_id", config.eos_token_id),
+        }
+        ThinkingBudgetLogitsProcessor(prompt_length=0, **self._thinking)
+
+    def draw(self, task: str | Ids, ledger: TokenLedger) -> list[Branch]:
+        """Write the text.
+
+        Args:
+            task: The prompt.
+            ledger: Is charged.
+
+        Returns:
+            One branch: its tokens, log-probabilities, entropies and confidences; whether it ended by itself.
+
+        Raises:
+            BudgetError: If the ledger has no room for the prompt and a token.
+            InputError: If the prompt is no text and no token ids, or is empty.
+        """
+        ids = self._writer.pay(task, ledger)
+        # Found by begin_ids, thinking may have begun in the prompt, and its cap counts from there.
+        length = None if self._thinking["begin_ids"] is not None else len(ids)
+        budget = ThinkingBudgetLogitsProcessor(prompt_length=length, **self._thinking)
+        room = min(self._writer.max_new_tokens, ledger.left)
+        return self._writer.write(ids, [0], room, ledger, self.name, budget)
+
+    def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
+        """Write the text, and find its answer.
+
+        Args:
+            task: The prompt.
+            ledger: Is charged.
+
+        Returns:
+            One sample, with its confidences.
+
+        Raises:
+            BudgetError: If the ledger has no room for the prompt and a token.
+            InputError: If the prompt is no text and no token ids, or `extract` raises.
+        """
+        return [self._writer.sample(branch) for branch in self.draw(task, ledger)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Writer:
+    """What both forms have in common: a model that writes under a ledger, and what finds the answer."""
+
+    model: Any
+    tokenizer: Any
+    extract: Extract
+    max_new_tokens: int
+    seed: int
+    generation: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        whole("max_new_tokens", self.max_new_tokens, least=1)
+        own = [name for name in _OWN if name in self.generation]
+        if own:
+            raise InputError.of(
+                "generation",
+                expected="settings of the draw, such as temperature",
+                got=", ".join(own),
+                remedy="Leave out what the policy sets by itself.",
+            )
+        ForkDecoding(branches=1, where="start", seed=self.seed)
+
+    def pay(self, task: str | Ids, ledger: TokenLedger) -> list[int]:
+        """Charge the prompt, if a token can be generated after it."""
+        ids = token_ids(self.tokenizer(task)["input_ids"] if isinstance(task, str) else task)
+        if not ids:
+            raise InputError.of("task", expected="a prompt of at least one token", got=repr(task), remedy="Pass one.")
+        new = ledger.cost_of_prefix(ids)
+        if not ledger.can_afford(new + 1):
+            raise BudgetError.of(
+                f"a prompt of {len(ids)} tokens, {len(ids) - new} of them already paid for,",
+                expected=f"at least {new + 1} left, since one has to be generated",
+                got=f"{ledger.left} of max_total_tokens={ledger.max_total_tokens}",
+                remedy="Raise max_total_tokens, or shorten the prompt.",
+            )
+        ledger.charge_prefix(ids)
+        return ids
+
+    def write(
+        self, ids: list[int], streams: Sequence[int], room: int, ledger: TokenLedger, label: str, *processors: Any
+    ) -> list[Branch]:
+        """Texts of at most `room` tokens each, one for each stream, paid for."""
+        with ledger.reserve(len(streams) * room, label=label) as reserved:
+            branches = self._branches(ids, streams, room, *processors)
+            for branch in branches:
+                reserved.spend(len(branch), text=[*ids, *map(int, branch.along("tokens"))])
+        return branches
+
+    def _branches(self, ids: list[int], streams: Sequence[int], room: int, *processors: Any) -> list[Branch]:
+        """The one place where the model is asked: independent texts after one prompt."""
+        prompts = torch.tensor([ids] * len(streams), device=self.model.device)
+        settings = dict(self.generation)
+        settings["logits_processor"] = [*(settings.get("logits_processor") or ()), *processors]
+        if self.tokenizer.pad_token_id is not None:
+            settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        out = self.model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=room,
+            tokenizer=self.tokenizer,
+            custom_generate=ForkDecoding(branches=1, where="start", seed=_key(self.seed, ids), rows=list(streams)),
+            **settings | {"return_dict_in_generate": True},
+        )
+        return [tree.branches[0] for tree in out.trees]
+
+    def sample(self, branch: Branch) -> Sample:
+        """A text as a sample with its answer."""
+        text = str(self.tokenizer.decode([int(token) for token in branch.along("tokens")], skip_special_tokens=True))
+        try:
+            answer = self.extract(text)
+        except Exception as error:
+            raise InputError.of(
+                "extract",
+                expected="an answer, or None, for every text",
+                got=f"{type(error).__name__}: {error} for the text {text[:200]!r}",
+                remedy="Return None for texts without an answer.",
+            ) from error
+        return Sample(answer, np.array(branch.along("confidences")))
+
+
+def _key(seed: int, ids: Sequence[int]) -> int:
+    """64 bits of a seed and a prompt; two prompts that fell together would share their noise and nothing else."""
+    words = np.array([seed, *ids], "<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)
