@@ -147,7 +147,7 @@ def exchange(file: Path, data: Any, what: str, *, error: Error = InputError) -> 
         if file.exists():
             os.chmod(staged, file.stat().st_mode)
         os.replace(staged, file)
-    except OSError as failure:
+    except (OSError, UnicodeError) as failure:  # a text with half of a surrogate pair has no UTF-8
         raise error.of(
             what, expected="a file that can be written", got=str(failure), remedy="It was left as it was."
         ) from None

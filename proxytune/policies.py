@@ -9,36 +9,20 @@ texts again, and of the same seed `Parallel` with 8 samples draws those with 4 f
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import numpy as np
-import torch
-
 from proxytune.budget import TokenLedger
-from proxytune.decoding.forks import ForkDecoding
 from proxytune.decoding.tree import Branch
-from proxytune.errors import BudgetError, InputError
-from proxytune.prefixes import Ids, token_ids, whole
+from proxytune.errors import InputError
+from proxytune.prefixes import Ids, whole
 from proxytune.processors.thinking import ThinkingBudgetLogitsProcessor
 from proxytune.voting import Sample
+from proxytune.writing import Extract, Writer
 
 __all__ = ["Parallel", "Sequential"]
 
-Extract = Callable[[str], Hashable | None]
 TokenIds = int | Sequence[int]
-
-_OWN = (
-    "custom_generate",
-    "input_ids",
-    "attention_mask",
-    "max_length",
-    "num_return_sequences",
-    "num_beams",
-    "tokenizer",
-)
 
 
 class Parallel:
@@ -88,7 +72,7 @@ class Parallel:
         self.level = whole("samples", samples, "of samples", least=1)
         self.name = f"parallel-{samples}" if name is None else name
         self._batch_size = whole("batch_size", batch_size, "of samples", least=1)
-        self._writer = _Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": True} | generation)
+        self._writer = Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": True} | generation)
         if not self._writer.generation["do_sample"] and samples > 1:
             raise InputError.of(
                 "do_sample",
@@ -192,7 +176,7 @@ class Sequential:
         """
         self.level = whole("extra", extra, "of extensions")
         self.name = f"sequential-{extra}" if name is None else name
-        self._writer = _Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": False} | generation)
+        self._writer = Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": False} | generation)
         config = generation.get("generation_config") or model.generation_config
         self._thinking: dict[str, Any] = {
             "end_ids": end_ids,
@@ -240,90 +224,3 @@ class Sequential:
             InputError: If the prompt is no text and no token ids, or `extract` raises.
         """
         return [self._writer.sample(branch) for branch in self.draw(task, ledger)]
-
-
-@dataclass(frozen=True, eq=False)
-class _Writer:
-    """What both forms have in common: a model that writes under a ledger, and what finds the answer."""
-
-    model: Any
-    tokenizer: Any
-    extract: Extract
-    max_new_tokens: int
-    seed: int
-    generation: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        whole("max_new_tokens", self.max_new_tokens, least=1)
-        own = [name for name in _OWN if name in self.generation]
-        if own:
-            raise InputError.of(
-                "generation",
-                expected="settings of the draw, such as temperature",
-                got=", ".join(own),
-                remedy="Leave out what the policy sets by itself.",
-            )
-        ForkDecoding(branches=1, where="start", seed=self.seed)
-
-    def pay(self, task: str | Ids, ledger: TokenLedger) -> list[int]:
-        """Charge the prompt, if a token can be generated after it."""
-        ids = token_ids(self.tokenizer(task)["input_ids"] if isinstance(task, str) else task)
-        if not ids:
-            raise InputError.of("task", expected="a prompt of at least one token", got=repr(task), remedy="Pass one.")
-        new = ledger.cost_of_prefix(ids)
-        if not ledger.can_afford(new + 1):
-            raise BudgetError.of(
-                f"a prompt of {len(ids)} tokens, {len(ids) - new} of them already paid for,",
-                expected=f"at least {new + 1} left, since one has to be generated",
-                got=f"{ledger.left} of max_total_tokens={ledger.max_total_tokens}",
-                remedy="Raise max_total_tokens, or shorten the prompt.",
-            )
-        ledger.charge_prefix(ids)
-        return ids
-
-    def write(
-        self, ids: list[int], streams: Sequence[int], room: int, ledger: TokenLedger, label: str, *processors: Any
-    ) -> list[Branch]:
-        """Texts of at most `room` tokens each, one for each stream, paid for."""
-        with ledger.reserve(len(streams) * room, label=label) as reserved:
-            branches = self._branches(ids, streams, room, *processors)
-            for branch in branches:
-                reserved.spend(len(branch), text=[*ids, *map(int, branch.along("tokens"))])
-        return branches
-
-    def _branches(self, ids: list[int], streams: Sequence[int], room: int, *processors: Any) -> list[Branch]:
-        """The one place where the model is asked: independent texts after one prompt."""
-        prompts = torch.tensor([ids] * len(streams), device=self.model.device)
-        settings = dict(self.generation)
-        settings["logits_processor"] = [*(settings.get("logits_processor") or ()), *processors]
-        if self.tokenizer.pad_token_id is not None:
-            settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
-        out = self.model.generate(
-            input_ids=prompts,
-            attention_mask=torch.ones_like(prompts),
-            max_new_tokens=room,
-            tokenizer=self.tokenizer,
-            custom_generate=ForkDecoding(branches=1, where="start", seed=_key(self.seed, ids), rows=list(streams)),
-            **settings | {"return_dict_in_generate": True},
-        )
-        return [tree.branches[0] for tree in out.trees]
-
-    def sample(self, branch: Branch) -> Sample:
-        """A text as a sample with its answer."""
-        text = str(self.tokenizer.decode([int(token) for token in branch.along("tokens")], skip_special_tokens=True))
-        try:
-            answer = self.extract(text)
-        except Exception as error:
-            raise InputError.of(
-                "extract",
-                expected="an answer, or None, for every text",
-                got=f"{type(error).__name__}: {error} for the text {text[:200]!r}",
-                remedy="Return None for texts without an answer.",
-            ) from error
-        return Sample(answer, np.array(branch.along("confidences")))
-
-
-def _key(seed: int, ids: Sequence[int]) -> int:
-    """64 bits of a seed and a prompt; two prompts that fell together would share their noise and nothing else."""
-    words = np.array([seed, *ids], "<i8").tobytes()
-    return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "little", signed=True)

@@ -31,7 +31,7 @@ from proxytune.confidence import WINDOW, TraceScore, TraceScores, keep_top, numb
 from proxytune.errors import InputError
 from proxytune.weighting import borda_points
 
-__all__ = ["How", "Sample", "Score", "Tally", "sample_scores", "vote"]
+__all__ = ["How", "Sample", "Score", "Tally", "check_answer", "sample_scores", "vote"]
 
 How = Literal["majority", "confidence", "deepconf", "borda", "margin"]
 Score = TraceScore | Literal["self_certainty", "margin"]
@@ -58,18 +58,7 @@ class Sample:
     stopped: bool = False
 
     def __post_init__(self) -> None:
-        try:
-            hash(self.answer)
-            same = bool(self.answer == self.answer)
-        except TypeError:
-            same = False
-        if not same:
-            raise InputError.of(
-                "answer",
-                expected="a hashable value that equals itself, or None for no answer",
-                got=f"{self.answer!r} of type {type(self.answer).__name__}",
-                remedy="Pass a str, a number or a tuple; None where there is no answer.",
-            )
+        check_answer(self.answer)
         weight = numbers("weight", [self.weight])[0]
         if weight < 0:
             raise InputError.of("weight", expected="at least 0", got=f"{weight}", remedy="Pass exp() of a log-weight.")
@@ -191,6 +180,33 @@ def vote(
     elif not any(s.weight * f for s, f in zip(kept, factors, strict=True)):  # also where the products underflow
         factors, note = np.ones(len(kept)), "every score is 0: majority"
     return _tally(kept, factors, filtered=len(voting) - len(kept), stopped=stopped, note=note)
+
+
+def check_answer(answer: Any) -> Hashable | None:
+    """Check that a value can be counted as an answer.
+
+    Args:
+        answer: The value; None for no answer.
+
+    Returns:
+        The value.
+
+    Raises:
+        InputError: If it is not hashable, or does not equal itself.
+    """
+    try:
+        hash(answer)
+        same = bool(answer == answer)
+    except TypeError:
+        same = False
+    if not same:
+        raise InputError.of(
+            "answer",
+            expected="a hashable value that equals itself, or None for no answer",
+            got=f"{answer!r} of type {type(answer).__name__}",
+            remedy="Pass a str, a number or a tuple; None where there is no answer.",
+        )
+    return answer
 
 
 def sample_scores(samples: Sequence[Sample], score: Score, *, window: int | float = WINDOW) -> NDArray[np.float64]:

@@ -21,7 +21,7 @@ PROMPT = "Start with 24."
 IDS = TOKENIZER(PROMPT)["input_ids"]
 END, WAIT = 11, 12
 # So that a random model does end its thinking and its texts, at different places.
-BIAS = {(END,): 3.0, (EOS,): 3.0}
+BIAS = {(END,): 3.0, (EOS,): 6.0}
 ENDS, NEVER = {(END,): 5.0, (EOS,): -9.0}, {(END,): -9.0, (EOS,): -9.0}
 NEW = 24
 
@@ -84,7 +84,8 @@ def test_samples_follow_the_model_s_law() -> None:
     rows = tokens(parallel(plain(), 2000, max_new_tokens=1, sequence_bias=BIAS, top_k=0, batch_size=500))
     with torch.no_grad():
         logits = plain()(torch.tensor([IDS])).logits[0, -1].double()
-    logits[[END, EOS]] += 3.0
+    logits[END] += 3.0
+    logits[EOS] += 6.0
     p = logits.softmax(-1)
     found = torch.bincount(torch.tensor(rows)[:, 0], minlength=len(p)).double()
     common = p * 2000 >= 10
