@@ -10,6 +10,7 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 `ForkThreshold`            the entropy above which a token is a fork: fixed, calibrated or streaming
 `ForkSamplingLogitsProcessor` two temperatures (or a soft form): calm on most tokens, lively at forks
 `ForkDecoding`             a loop that grows a tree: branches part at forks, with exact weights and a hard budget
+`SiblingDecoding`          samples of a prompt that repel each other at forks, with exact weights and a hard budget
 `step`                     one decision on members' logits: combine, measure, draw; with `Sampling` and `Noise`
 `ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
 `Recipe`                   the adapter as a small JSON file
@@ -29,6 +30,7 @@ from proxytune._version import __version__
 if TYPE_CHECKING:
     from proxytune.decoding.forks import ForkDecoding
     from proxytune.decoding.fused import FusedDecoding
+    from proxytune.decoding.siblings import SiblingDecoding
     from proxytune.entropy import ForkThreshold
     from proxytune.formula import ProxyTuning
     from proxytune.model import ProxyTunedConfig, ProxyTunedModel
@@ -52,6 +54,7 @@ __all__ = [
     "ProxyTuningLogitsProcessor",
     "Recipe",
     "Sampling",
+    "SiblingDecoding",
     "__version__",
     "step",
     "wrap",
@@ -69,6 +72,7 @@ _HOME = {
     "ProxyTuningLogitsProcessor": "proxytune.processors.proxy_tuning",
     "Recipe": "proxytune.recipe",
     "Sampling": "proxytune.sampling",
+    "SiblingDecoding": "proxytune.decoding.siblings",
     "step": "proxytune.ops",
     "wrap": "proxytune.wrapping",
 }
