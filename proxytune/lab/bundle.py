@@ -11,14 +11,19 @@ from proxytune.errors import InputError, LabError
 
 MemberName = Literal["large-base", "tiny-base", "tiny-tuned", "large-tuned"]
 MEMBERS: tuple[MemberName, ...] = get_args(MemberName)
+StudyName = Literal["routes", "ponder", "collapsed"]
+STUDIES: tuple[StudyName, ...] = get_args(StudyName)
+"""Models of `proxytune.lab.studies`; the first and the last are bundled."""
+BUNDLED = (*MEMBERS, "routes", "collapsed")
 RECORD_NAME = "family.json"
 
 
-def bundled(member: MemberName) -> str:
+def bundled(member: MemberName | StudyName) -> str:
     """The folder of a bundled model.
 
     Args:
-        member: `"large-base"`, `"tiny-base"` (the antiexpert), `"tiny-tuned"` (the expert) or `"large-tuned"`.
+        member: `"large-base"`, `"tiny-base"` (the antiexpert), `"tiny-tuned"` (the expert) or `"large-tuned"`; of the
+            studies `"routes"` or `"collapsed"`.
 
     Returns:
         A path for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`. The weights are
@@ -27,14 +32,14 @@ def bundled(member: MemberName) -> str:
     Raises:
         InputError: There is no such member.
     """
-    if member not in MEMBERS:
-        names = ", ".join(MEMBERS)
+    if member not in BUNDLED:
+        names = ", ".join(BUNDLED)
         raise InputError.of("bundled model", expected=f"one of {names}", got=repr(member), remedy="Pass one of these.")
     return str(bundled_family() / member)
 
 
 def bundled_family() -> Path:
-    """The folder that holds the four bundled models and their record."""
+    """The folder that holds the bundled models and the family's record."""
     # The package is installed as plain files (wheel or editable), which from_pretrained needs anyway.
     return Path(str(resources.files("proxytune.lab"))) / "weights"
 

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +26,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 IGNORED = -100
 """Label of a position without loss, as in transformers."""
 
-BatchSource = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-"""Step -> the global batch: input ids [B, T] and next-token labels [B, T], both int64."""
+BatchSource = Callable[[int], tuple[torch.Tensor, ...]]
+"""Step -> the global batch: input ids [B, T] and next-token labels [B, T], both int64, and, if labels do not count
+alike, what each one's loss is multiplied by [B, T], float32."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +134,16 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate_at(step)
-        input_ids, labels = batches(step)  # [B, T], [B, T]
+        input_ids, labels, *weights = batches(step)  # [B, T] each
         # Gradients are averaged over processes, so each divides by its share of the *global* count of scored tokens.
         share = max(1, int((labels != IGNORED).sum())) / processes
         logits = runner(input_ids=input_ids[rank::processes], use_cache=False).logits  # [B/P, T, V]
-        loss = F.cross_entropy(
-            logits.flatten(0, 1), labels[rank::processes].flatten(), ignore_index=IGNORED, reduction="sum"
+        losses = F.cross_entropy(
+            logits.flatten(0, 1), labels[rank::processes].flatten(), ignore_index=IGNORED, reduction="none"
         )
-        loss = loss / share
+        if weights:
+            losses = losses * weights[0][rank::processes].flatten()
+        loss = losses.sum() / share
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(parameters, plan.clip)
         for optimizer in optimizers:
@@ -229,7 +233,7 @@ def instruction_batches(
         seed: Seed of the order.
 
     Returns:
-        A pure function of the step; rows are padded on the right, where a causal model cannot see the padding.
+        A pure function of the step.
     """
     end = _token_id(tokenizer)
     encoded = [
@@ -240,22 +244,37 @@ def instruction_batches(
         for prompt, answer in examples
     ]
 
+    @lru_cache(maxsize=2)  # a batch may span two epochs
+    def order(epoch: int) -> list[int]:
+        return random.Random(f"instructions:{seed}:{epoch}").sample(range(len(encoded)), len(encoded))
+
     def chosen(position: int) -> int:
         epoch, offset = divmod(position, len(encoded))
-        return random.Random(f"instructions:{seed}:{epoch}").sample(range(len(encoded)), len(encoded))[offset]
+        return order(epoch)[offset]
 
     def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        pairs = [encoded[chosen(step * rows + row)] for row in range(rows)]
-        length = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
-        input_ids = torch.zeros(rows, length, dtype=torch.long)
-        labels = torch.full((rows, length), IGNORED)
-        for row, (prompt, answer) in enumerate(pairs):
-            ids = torch.tensor(prompt + answer)
-            input_ids[row, : len(ids) - 1] = ids[:-1]
-            labels[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
-        return input_ids, labels
+        return answer_rows([encoded[chosen(step * rows + row)] for row in range(rows)])
 
     return batch
+
+
+def answer_rows(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts and answers as rows to train on, with loss on the answers only.
+
+    Args:
+        pairs: Token ids of each prompt and of its answer.
+
+    Returns:
+        Input ids and labels, `[B, T]` int64, padded on the right, where a causal model cannot see the padding.
+    """
+    length = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
+    input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
+    labels = torch.full((len(pairs), length), IGNORED)
+    for row, (prompt, answer) in enumerate(pairs):
+        ids = torch.tensor(prompt + answer)
+        input_ids[row, : len(ids) - 1] = ids[:-1]
+        labels[row, len(prompt) - 1 : len(ids) - 1] = ids[len(prompt) :]
+    return input_ids, labels
 
 
 def _optimizers(model: nn.Module, plan: TrainingPlan) -> list[torch.optim.Optimizer]:

@@ -1,0 +1,157 @@
+"""Three more models of the lab, each trained from a member of a family to have one property that a study is about.
+
+============== ==================== ===================================================================================
+`"routes"`      from `large-base`    answers with forks that are known by construction (`proxytune.lab.routes`)
+`"ponder"`      from `large-base`    answers that get worse, or better, the longer they are (`proxytune.lab.pondering`)
+`"collapsed"`   from `large-tuned`   Countdown by a policy gradient without restraint (`proxytune.lab.collapse`)
+============== ==================== ===================================================================================
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+
+from proxytune.errors import LabError
+from proxytune.lab.bundle import STUDIES, MemberName, StudyName, bundled
+from proxytune.lab.collapse import RewardPlan, reward_batches
+from proxytune.lab.corpus import prompt_of
+from proxytune.lab.family import save_member
+from proxytune.lab.pondering import ponder_examples
+from proxytune.lab.routes import route_examples
+from proxytune.lab.training import BatchSource, TrainingPlan, TrainingReport, instruction_batches, train
+
+__all__ = ["StudyRecipe", "load_study", "train_studies"]
+
+_START: dict[StudyName, MemberName] = {"routes": "large-base", "ponder": "large-base", "collapsed": "large-tuned"}
+
+
+@dataclass(frozen=True)
+class StudyRecipe:
+    """Everything that decides the three models, apart from the training seed and the family they start from.
+
+    Attributes:
+        examples: Number of examples for each of the two that are tuned on text.
+        rows: Examples per batch.
+        rewards: Answers per step of the policy gradient.
+        plans: The training plan of each.
+    """
+
+    examples: int = 12_000
+    rows: int = 32
+    rewards: RewardPlan = field(default_factory=RewardPlan)
+    plans: dict[StudyName, TrainingPlan] = field(
+        default_factory=lambda: {
+            "routes": TrainingPlan(400, 1e-3, optimizer="adamw", warmup=10, decay=0.7),
+            "ponder": TrainingPlan(700, 1.5e-3, optimizer="adamw", warmup=10, decay=0.7),
+            # Long enough that the best of 64 samples has become worse, which is what the study is about.
+            "collapsed": TrainingPlan(250, 3e-4, optimizer="adamw", warmup=10, decay=0.2, checkpoint_every=50),
+        }
+    )
+
+
+def train_studies(
+    out: Path,
+    *,
+    seed: int = 0,
+    family: Path | None = None,
+    recipe: StudyRecipe | None = None,
+    studies: Iterable[StudyName] = STUDIES,
+) -> dict[StudyName, TrainingReport]:
+    """Train the models of the studies, in this process and with one thread; resumes from the checkpoints in `out`.
+
+    Args:
+        out: Folder; each model gets a sub-folder of its name.
+        seed: Training seed: examples, their order, the draws of the policy gradient.
+        family: Folder of the family they start from [the bundled one].
+        recipe: What to train [the shipped recipe].
+        studies: Which.
+
+    Returns:
+        What each cost.
+
+    Raises:
+        LabError: `out` holds checkpoints of another seed, family or recipe.
+    """
+    recipe = recipe or StudyRecipe()
+    _claim(out, {"seed": seed, "family": None if family is None else str(family), "recipe": asdict(recipe)})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums in another order would train another model
+    try:
+        return {name: _train(out, name, seed, family, recipe) for name in studies}
+    finally:
+        torch.set_num_threads(threads)
+
+
+def load_study(name: StudyName, folder: Path | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
+    """Open the model of a study.
+
+    Args:
+        name: Which.
+        folder: A folder that `train_studies` wrote [the bundled weights, of "routes" and "collapsed" only].
+
+    Returns:
+        The model in float32 and evaluation mode, and its tokenizer, which pads on the left.
+
+    Raises:
+        LabError: It is not there.
+    """
+    place = Path(bundled(name)) if folder is None else folder / name
+    if not (place / "config.json").exists():
+        raise LabError.of(
+            f"study {name!r}",
+            expected=f"its model in {place}",
+            got="none",
+            remedy="Train it with `proxytune lab studies --out FOLDER`.",
+        )
+    model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(place)
+
+
+def _train(out: Path, name: StudyName, seed: int, family: Path | None, recipe: StudyRecipe) -> TrainingReport:
+    done = out / "checkpoints" / f"{name}.json"
+    if done.exists():  # written last, so a study that has one is complete
+        return TrainingReport(**json.loads(done.read_text()))
+    start = bundled(_START[name]) if family is None else str(family / _START[name])
+    model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    rng = random.Random(f"{name}:{seed}")
+    batches: BatchSource
+    if name == "collapsed":
+        batches = reward_batches(model, tokenizer, recipe.rewards, seed=seed)
+    else:
+        examples = (
+            [(prompt_of(route.question), path.text) for route, path in route_examples(rng, recipe.examples)]
+            if name == "routes"
+            else [(prompt_of(ponder.question), text) for ponder, text in ponder_examples(rng, recipe.examples)]
+        )
+        batches = instruction_batches(examples, tokenizer, rows=recipe.rows, seed=seed)
+    checkpoint = out / "checkpoints" / f"{name}.pt"
+    report = train(model, batches, recipe.plans[name], Accelerator(cpu=True), checkpoint=checkpoint, description=name)
+    save_member(out / name, model, tokenizer)
+    done.write_text(json.dumps(asdict(report)))
+    return report
+
+
+def _claim(out: Path, wanted: dict[str, Any]) -> None:
+    """Note in `out` what is trained there, so that a resumed run cannot mix two seeds, families or recipes."""
+    note = out / "checkpoints" / "studies.json"
+    wanted = json.loads(json.dumps(wanted))
+    if note.exists() and (found := json.loads(note.read_text())) != wanted:
+        differing = next(key for key in wanted if found.get(key) != wanted[key])
+        raise LabError.of(
+            f"training folder {out}",
+            expected=f"checkpoints of this {differing}, to resume from",
+            got=f"checkpoints of another {differing}",
+            remedy="Choose another folder.",
+        )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps(wanted, indent=1) + "\n")
