@@ -53,6 +53,12 @@ def sample(
     threshold: Annotated[
         float | None, typer.Option(help="Entropy of a fork, in nats [the recipe's, see calibrate].")
     ] = None,
+    repulsion: Annotated[
+        float, typer.Option(help="With --no-forks: nats that a token loses at a fork per sample that chose it there.")
+    ] = 0.0,
+    ngram: Annotated[
+        int | None, typer.Option(min=2, help="With --no-forks: samples repel each other's n-grams at forks too.")
+    ] = None,
     budget: Annotated[
         int | None, typer.Option(min=1, help="Tokens per prompt at most, its own included [no limit].")
     ] = None,
@@ -75,7 +81,9 @@ def sample(
     """Draw several continuations of each prompt under a budget of tokens, and vote over their answers.
 
     With forks, branches share what they have in common, and part where the entropy is above the threshold; their
-    weights make up for that. A prompt that the budget has no room for is reported, and the exit code is 1 then.
+    weights make up for that. Without, the prompt is read once for all samples; they are independent, or repel each
+    other where the entropy is above the threshold, which their weights make up for too. A prompt that the budget has no
+    room for is reported, and the exit code is 1 then.
     """
     prompts, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
@@ -88,20 +96,41 @@ def sample(
     check_names(flags)
 
     from proxytune.decoding.forks import ForkDecoding
+    from proxytune.decoding.siblings import SiblingDecoding
+    from proxytune.decoding.tree_loop import TreeLoop
 
-    nats = _threshold(threshold, recipe, alpha) if forks and where == "forks" else None
-    settings: dict[str, Any] = {"seed": seed, "max_total_tokens": budget}
+    # Refused here if something is out of its range, before the models are loaded.
+    repels = repulsion != 0 or ngram is not None
+    needed = where == "forks" and (forks or repels)
+    nats = _threshold(threshold, recipe, alpha, forks=forks) if needed else None
+    loop: TreeLoop
     if forks:
-        settings |= {"branches": branches, "children": children, "min_gap": min_gap, "where": where, "threshold": nats}
+        _refuse_repulsion(repulsion, ngram)
+        loop = ForkDecoding(
+            threshold=nats,
+            branches=branches,
+            children=children,
+            min_gap=min_gap,
+            where=where,
+            max_total_tokens=budget,
+            seed=seed,
+        )
     else:
-        settings |= {"branches": 1, "where": "start"}  # a tree of one branch is a sample, with its records
-    ForkDecoding(**settings)  # refused here if something is out of its range, before the models are loaded
+        loop = SiblingDecoding(
+            threshold=nats,
+            siblings=branches,
+            repulsion=repulsion,
+            ngram=ngram,
+            where=where if repels else "forks",
+            max_total_tokens=budget,
+            seed=seed,
+        )
     model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
     config = _settings(model.generation_config, flags, forks=forks)
 
     failed = False
     with Meter(budget, len(prompts)) as meter:
-        run = Drawing(model, tokenizer, config, settings, None if forks else branches, extract, vote, eta, meter)
+        run = Drawing(model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter)
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             for prompt, result in zip(batch, run(batch, first, chat), strict=True):
@@ -113,7 +142,19 @@ def sample(
         raise typer.Exit(_FAILED)
 
 
-def _threshold(given: float | None, recipe: Path | None, alpha: float | None) -> Any:
+def _refuse_repulsion(repulsion: float, ngram: int | None) -> None:
+    """Refuse to let the branches of a tree repel each other."""
+    for name, given in (("--repulsion", repulsion or None), ("--ngram", ngram)):
+        if given is not None:
+            raise InputError.of(
+                name,
+                expected="--no-forks with it",
+                got=f"{given:g}, with --forks",
+                remedy="The children of a fork are drawn without replacement: no two of them choose the same token.",
+            )
+
+
+def _threshold(given: float | None, recipe: Path | None, alpha: float | None, *, forks: bool) -> Any:
     """The threshold of the call, or what the recipe was calibrated to."""
     from proxytune.entropy import ForkThreshold
     from proxytune.recipe import Recipe
@@ -126,7 +167,8 @@ def _threshold(given: float | None, recipe: Path | None, alpha: float | None) ->
             "--threshold",
             expected="an entropy in nats, or a recipe that was calibrated",
             got="neither",
-            remedy="Find one with `proxytune calibrate`, which --write puts into the recipe; or pass --no-forks.",
+            remedy="Find one with `proxytune calibrate`, which --write puts into the recipe; or pass "
+            + ("--no-forks." if forks else "--repulsion 0 without --ngram."),
         )
     used = read.alpha if alpha is None else alpha
     if read.fork_threshold.alpha not in (None, used):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from proxytune.cli import terminal
@@ -15,8 +16,9 @@ from proxytune.errors import BudgetError, InputError
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from proxytune.decoding.forks import ForkDecoding
+    from proxytune.decoding.siblings import SiblingDecoding
     from proxytune.decoding.tree import Branch, ForkTree
+    from proxytune.decoding.tree_loop import TreeLoop
     from proxytune.voting import Tally
 
 __all__ = ["Drawing", "Meter", "Result", "Vote", "extractor"]
@@ -95,13 +97,25 @@ def _last(pattern: re.Pattern[str], text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Drawing:
-    """All that the prompts have in common."""
+    """All that the prompts have in common.
+
+    Attributes:
+        model: The composed model.
+        tokenizer: Its tokenizer.
+        config: The settings of the draws.
+        loop: A `ForkDecoding` for a tree of each prompt, or a `SiblingDecoding` for samples.
+        prompts: How many prompts there are in all.
+        extract: What finds the answer in a text.
+        vote: How leaves count.
+        eta: The share of leaves that vote, in percent.
+        meter: What is told of each token.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     config: GenerationConfig
-    settings: dict[str, Any]
-    samples: int | None
+    loop: TreeLoop
+    prompts: int
     extract: Callable[[str], str | None]
     vote: Vote
     eta: float
@@ -109,21 +123,22 @@ class Drawing:
 
     def __call__(self, prompts: Sequence[str], first: int, chat: bool) -> Iterator[Result | BudgetError]:
         """Draw for a batch; the streams of the seed go by the prompts' numbers in the whole call."""
-        budget = self.settings["max_total_tokens"]
+        from proxytune.decoding.siblings import SiblingDecoding
+
+        budget = self.loop.max_total_tokens
         encoded = encode(self.tokenizer, prompts, chat)
         lengths = encoded["attention_mask"].sum(1).tolist()
         small = [i for i, length in enumerate(lengths) if budget is not None and length >= budget]
         kept = [i for i in range(len(prompts)) if i not in small]
         self.meter.spend(sum(lengths[i] for i in kept))
         found: dict[int, Result] = {}
-        if self.samples is None:
-            trees = self._grow(encoded, kept, [first + i for i in kept], budget) if kept else []
-            for i, tree in zip(kept, trees, strict=True):
+        trees = self._grow(self.loop, encoded, kept, [first + i for i in kept]) if kept else []
+        for i, tree in zip(kept, trees, strict=True):
+            if isinstance(self.loop, SiblingDecoding):
+                leaves, weights = self._samples(self.loop, tree, encoded, i, first + i, lengths[i])
+                found[i] = self._result(prompts[i], lengths[i], leaves, weights, None)
+            else:
                 found[i] = self._result(prompts[i], lengths[i], list(tree), tree.weights(), tree)
-        else:
-            for i in kept:
-                leaves = self._samples(encoded, i, first + i, lengths[i], budget)
-                found[i] = self._result(prompts[i], lengths[i], leaves, [1 / len(leaves)] * len(leaves), None)
         for i, length in enumerate(lengths):
             if i in found:
                 yield found[i]
@@ -137,56 +152,52 @@ class Drawing:
             assert isinstance(error, BudgetError)
             yield error
 
-    def _grow(
-        self, encoded: Any, rows: Sequence[int], streams: Sequence[int], budget: int | None, **more: Any
-    ) -> list[ForkTree]:
-        """Trees for rows of the batch, some of them perhaps several times."""
+    def _grow(self, loop: TreeLoop, encoded: Any, rows: Sequence[int], streams: Sequence[int]) -> list[ForkTree]:
+        """Trees for rows of the batch, each from its stream of the seed."""
         import torch
 
-        from proxytune.decoding.forks import ForkDecoding
-
-        loop: ForkDecoding = ForkDecoding(**self.settings | {"rows": list(streams), "max_total_tokens": budget})
         chosen = torch.tensor(list(rows))
         batch = {name: encoded[name][chosen].to(self.model.device) for name in ("input_ids", "attention_mask")}
         out = self.model.generate(
             **batch,
             generation_config=self.config,
             tokenizer=self.tokenizer,
-            custom_generate=loop,
+            custom_generate=replace(loop, rows=list(streams)),
             stopping_criteria=[self.meter.criterion()],
             return_dict_in_generate=True,
-            **more,
         )
         trees: list[ForkTree] = out.trees
         return trees
 
-    def _samples(self, encoded: Any, row: int, number: int, length: int, budget: int | None) -> list[Branch]:
-        """Independent samples of one prompt, which is paid for once; as many as can be finished, at least one."""
-        assert self.samples is not None
-        from proxytune.budget import TokenLedger
+    def _samples(
+        self, loop: SiblingDecoding, tree: ForkTree, encoded: Any, row: int, number: int, length: int
+    ) -> tuple[list[Branch], list[float]]:
+        """Samples of one prompt, with weights that add up to 1.
 
+        At first as many begin as could be finished if all were as long as they may be. What they leave of the budget
+        goes to further rounds, each of which reads the prompt again, and in which samples repel those of their own
+        round only.
+        """
         longest = self.config.max_new_tokens or max(1, int(self.config.max_length) - int(encoded["input_ids"].shape[1]))
-        ledger = None if budget is None else TokenLedger(budget)
-        if ledger is not None:
-            ledger.charge(length, label="prompt")
+        budget, rounds, spent = loop.max_total_tokens, [tree], tree.tokens
+        while True:
+            missing = loop.siblings - sum(map(len, rounds))
+            if budget is None or missing == 0 or budget - length - spent < longest:
+                break
+            more = replace(loop, siblings=missing, max_total_tokens=budget - spent)
+            rounds += self._grow(more, encoded, [row], [number + len(rounds) * self.prompts])
+            spent += rounds[-1].tokens
         leaves: list[Branch] = []
-        while len(leaves) < self.samples:
-            count = self.samples - len(leaves)
-            more: dict[str, Any] = {}
-            if ledger is not None:
-                count = min(count, ledger.left // longest)
-                if count == 0:
-                    if leaves or ledger.left == 0:
-                        break
-                    count, more = 1, {"max_new_tokens": ledger.left}
-            streams = [number * self.samples + len(leaves) + i for i in range(count)]
-            drawn = [tree.branches[0] for tree in self._grow(encoded, [row] * count, streams, None, **more)]
-            for branch in drawn:
-                if ledger is not None:
-                    ledger.charge(len(branch))
-                branch.number = len(leaves)
-                leaves.append(branch)
-        return leaves
+        log_weights = []
+        for drawn in rounds:
+            for leaf in drawn:
+                log_weights.append(leaf.log_weight + math.log(len(drawn)))
+                # They share nothing that was generated, and are numbered through all rounds.
+                leaf.number, leaf.parent = len(leaves), None
+                leaves.append(leaf)
+        top = max(log_weights)
+        raw = [math.exp(w - top) for w in log_weights]
+        return leaves, [w / sum(raw) for w in raw]
 
     def _result(
         self, prompt: str, length: int, leaves: list[Branch], weights: list[float], tree: ForkTree | None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from proxytune import FusedDecoding
 from proxytune.calibration import ForkCalibration
 from proxytune.cli import samples, terminal
 from proxytune.decoding.forks import ForkDecoding
+from proxytune.decoding.siblings import SiblingDecoding
 from proxytune.recipe import RECIPE_FILE, write_fork_threshold
 from proxytune.voting import Sample, vote
 
@@ -69,7 +71,17 @@ def test_help_names_its_options_without_importing_torch():
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
-    for option in ("--no-forks", "--branches", "--budget", "--vote", "--threshold", "--answer", "--seed"):
+    for option in (
+        "--no-forks",
+        "--branches",
+        "--repulsion",
+        "--ngram",
+        "--budget",
+        "--vote",
+        "--threshold",
+        "--answer",
+        "--seed",
+    ):
         assert option in ran.stdout
 
 
@@ -92,17 +104,45 @@ def test_trees_are_those_of_the_library(run, members, model, tokenizer, batch):
     assert max(len(tree) for tree in out.trees) > 1
 
 
-def test_samples_are_those_of_the_fused_loop(run, members, model, tokenizer):
-    lines = drawn(run, members, "--no-forks", "--branches", 3)
-    batch = encoded(tokenizer)
-    start = batch["input_ids"].shape[1]
-    out = model.generate(**batch, custom_generate=FusedDecoding(seed=3), num_return_sequences=3, **DRAW).sequences
-    texts = [tokenizer.decode(row[start:], skip_special_tokens=True) for row in out]
-    assert [leaf["text"] for line in lines for leaf in line["leaves"]] == texts
-    for line in lines:
-        assert [leaf["weight"] for leaf in line["leaves"]] == pytest.approx([1 / 3] * 3)
+REPELLED = ["--repulsion", 1.5, "--ngram", 2]
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+@pytest.mark.parametrize("words", [[], REPELLED, [*REPELLED, "--where", "random"]], ids=str)
+def test_samples_are_those_of_the_library(run, members, model, tokenizer, words, batch):
+    lines = drawn(run, members, "--no-forks", *words, "--batch-size", batch, "--answer", "[a-z]")
+    options = {"repulsion": 1.5, "ngram": 2, "threshold": 1.0} if words else {"repulsion": 0}
+    loop = SiblingDecoding(siblings=5, seed=3, **options, where="random" if "random" in words else "forks")
+    spread = []
+    out = model.generate(**encoded(tokenizer), custom_generate=loop, **DRAW)
+    for line, tree in zip(lines, out.trees, strict=True):
+        assert [leaf["text"] for leaf in line["leaves"]] == [
+            tokenizer.decode(b.tokens, skip_special_tokens=True) for b in tree
+        ]
+        weights = [leaf["weight"] for leaf in line["leaves"]]
+        assert weights == pytest.approx(tree.weights(), abs=1e-4)
+        spread.append(max(weights) - min(weights))
+        assert [(leaf["parent"], leaf["start"]) for leaf in line["leaves"]] == [(None, 0)] * 5
         assert line["spent"] == line["prompt_tokens"] + sum(leaf["tokens"] for leaf in line["leaves"])
         assert line["budget"] is None
+        # The vote is by the weights.
+        shares = Counter()
+        for leaf in line["leaves"]:
+            shares[leaf["answer"]] += leaf["weight"]
+        total = sum(share for answer, share in shares.items() if answer is not None)
+        for share in line["shares"]:
+            assert share["share"] == pytest.approx(shares[share["answer"]] / total)
+    assert (max(spread) > 0.01) == bool(words)
+
+
+def test_the_first_sample_is_the_fused_loop_s(run, members, model, tokenizer):
+    lines = drawn(run, members, "--no-forks", "--branches", 3)
+    batch = encoded(tokenizer)
+    out = model.generate(**batch, custom_generate=FusedDecoding(seed=3), **DRAW).sequences
+    for line, row in zip(lines, out, strict=True):
+        text = tokenizer.decode(row[batch["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert line["leaves"][0]["text"] == text
+        assert [leaf["weight"] for leaf in line["leaves"]] == pytest.approx([1 / 3] * 3)
 
 
 @pytest.mark.parametrize(("room", "leaves", "longest"), [(5, 1, 5), (12, 1, 12), (23, 1, 12), (24, 2, 12), (99, 4, 12)])
@@ -113,6 +153,51 @@ def test_samples_stay_in_the_budget(run, members, tokenizer, room, leaves, longe
     (line,) = run("sample", PROMPTS[0], *words, "eos_token_id=none").lines
     assert [leaf["tokens"] for leaf in line["leaves"]] == [longest] * leaves
     assert line["spent"] == length + leaves * longest <= length + room
+
+
+@pytest.mark.parametrize("words", [[], REPELLED], ids=str)
+def test_what_is_left_of_the_budget_goes_to_further_samples(run, members, model, tokenizer, words):
+    length = len(tokenizer(PROMPTS[0])["input_ids"])
+    budget = length + 4 * NEW
+    ends = "eos_token_id=" + json.dumps(list(range(5, 60)))  # most samples are short
+    # The prompt has another number in the call: its first round is the library's row 1.
+    words = ["--no-forks", "--budget", budget, *words, *TREE, "--branches", 9, "--json", *members]
+    line = run("sample", PROMPTS[1], PROMPTS[0], *words, *WORDS, ends).lines[1]
+    tokens = [leaf["tokens"] for leaf in line["leaves"]]
+    assert line["spent"] == length + sum(tokens) <= budget
+    assert len(tokens) > 4
+    assert len(tokens) == 9 or budget - line["spent"] < NEW
+    options = {"repulsion": 1.5, "ngram": 2, "threshold": 1.0} if "--ngram" in words else {"repulsion": 0}
+    batch = tokenizer(PROMPTS[:1], return_tensors="pt", return_token_type_ids=False)
+    texts, weights, spent = [], [], 0
+    while len(texts) < 9 and budget - length - spent >= NEW:
+        rounds = len(weights)
+        loop = SiblingDecoding(
+            siblings=9 - len(texts), seed=3, rows=[1 + 2 * rounds], max_total_tokens=budget - spent, **options
+        )
+        out = model.generate(**batch, custom_generate=loop, **DRAW | {"eos_token_id": list(range(5, 60))})
+        texts += [tokenizer.decode(b.tokens, skip_special_tokens=True) for b in out.trees[0]]
+        weights.append(out.log_weights.exp() * len(out.trees[0]))
+        spent += out.trees[0].tokens
+    assert len(weights) > 1
+    assert [leaf["text"] for leaf in line["leaves"]] == texts
+    raw = torch.cat(weights)
+    assert [leaf["weight"] for leaf in line["leaves"]] == pytest.approx((raw / raw.sum()).tolist(), abs=1e-4)
+
+
+def test_the_prompt_is_forwarded_once(run, members, tokenizer, monkeypatch):
+    seen = []
+    real = proxytune.ProxyTunedModel.forward
+
+    def forward(self, *args, **kwargs):
+        seen.append(tuple(kwargs["input_ids"].shape))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(proxytune.ProxyTunedModel, "forward", forward)
+    words = ["--no-forks", "--branches", 5, *members, "eos_token_id=none"]
+    assert run("sample", *PROMPTS, *WORDS, *words).code == 0
+    length = encoded(tokenizer)["input_ids"].shape[1]
+    assert seen == [(2, length), *[(10, 1)] * (NEW - 1)]
 
 
 @pytest.mark.parametrize("how", ["majority", "weighted", "confidence", "deepconf"])
@@ -253,6 +338,22 @@ def test_answers_by_pattern():
         (["--threshold", 1, "--seed", 1 << 63], "seed: expected a whole number of 64 bits"),
         (["--threshold", 1, "--dtype", "int8"], "--dtype: expected"),
         (["--threshold", 1, "--device", "tpu"], "--device: expected"),
+        (
+            ["--threshold", 1, "--repulsion", 0.5],
+            "--repulsion: expected --no-forks with it; got 0.5, with --forks. The children of a fork are drawn without",
+        ),
+        (["--threshold", 1, "--ngram", 3], "--ngram: expected --no-forks with it; got 3, with --forks"),
+        (["--no-forks", "--ngram", 1], "--ngram"),
+        (["--no-forks", "--threshold", 1, "--repulsion", "nan"], "repulsion: expected nats from 0 to 1000; got nan"),
+        (["--no-forks", "--threshold", 1, "--repulsion=-1"], "repulsion: expected nats from 0 to 1000; got -1.0"),
+        (
+            ["--no-forks", "--repulsion", 1],
+            "which --write puts into the recipe; or pass --repulsion 0 without --ngram.",
+        ),
+        (
+            ["--no-forks", "--repulsion", 1, "--where", "start"],
+            "where: expected 'forks' or 'random'; got 'start'",
+        ),
         (["--threshold", 1, "max_newtokens=3"], "Did you mean max_new_tokens"),
     ],
 )
