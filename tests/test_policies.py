@@ -1,5 +1,7 @@
 """Both forms on tiny models, against plain calls of generate() and against recounted tokens."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -269,3 +271,62 @@ def test_an_allocation_from_end_to_end() -> None:
     assert found.plan.parallel is not None
     assert found.plan.sequential is not None
     assert PAD not in {token for branch in policies[1].draw(tasks[1], TokenLedger(200)) for token in branch.tokens}
+
+
+# --- the README's examples --------------------------------------------------------------------------------------------
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+
+
+def example(call: str) -> str:
+    """The one Python block of the README that holds a call."""
+    (found,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if call in block]
+    return found
+
+
+def test_the_readme_s_allocation() -> None:
+    # The README's lengths are those of real models; here texts end long before.
+    names: dict[str, Any] = {
+        "model": plain(),
+        "tokenizer": TOKENIZER,
+        "extract": last_digit,
+        "end": END,
+        "more": WAIT,
+        "prompts": [PROMPT] * 2,
+        "truths": ["4", "5"],
+        "prompt": PROMPT,
+    }
+    shorter = example("allocate(").replace("512", "24").replace("2048", "48")
+    exec(shorter, names)
+    assert "calibration problems (all kinds) are too few to go by" in names["found"].plan.why
+    assert names["found"].spent <= 4096
+
+
+def test_the_readme_s_exploration() -> None:
+    prompt_ids = torch.tensor([IDS])
+    tree = proxytune.ForkDecoding(threshold=1.0, branches=6, seed=0)
+    out = plain().generate(
+        prompt_ids, do_sample=True, max_new_tokens=12, custom_generate=tree, return_dict_in_generate=True
+    )
+    answers = [last_digit(TOKENIZER.decode(branch.along("tokens"))) for branch in out.trees[0]]
+    names: dict[str, Any] = {"prompt": PROMPT, "answers": answers, "out": out, "prompt_ids": IDS}
+    exec(example("restart_points("), names)
+    assert len(names["points"]) == 4
+    for point, start in zip(names["points"], names["starts"], strict=True):
+        text = out.trees[0].branches[point.branch].along("tokens")
+        assert start == [*IDS, *text[: point.position]]
+        # Where it forked, its own token was one of several; the next round draws there again.
+        again = plain().generate(
+            torch.tensor([start]),
+            do_sample=True,
+            max_new_tokens=12 - point.position,
+            custom_generate=proxytune.ForkDecoding(threshold=1.0, branches=2, seed=1),
+            return_dict_in_generate=True,
+        )
+        assert all(branch.along("tokens") for branch in again.trees[0])
+    with torch.no_grad():
+        entropies = [
+            float(torch.distributions.Categorical(logits=plain()(torch.tensor([s])).logits[0, -1]).entropy())
+            for s in names["starts"]
+        ]
+    assert min(entropies) > 1.0, "starts are at forks"
