@@ -113,7 +113,8 @@ def plan(
 
     Args:
         run: The calibration run.
-        budget: The tokens that there are, prompt included. Calibrated under the same budget, every level fits.
+        budget: The tokens that there are, prompt included. Calibrated under the same budget, every level fits; under a
+            smaller one, levels that it cut short look worse than they are, which the plan says.
         kind: The kind of the task; None for any.
         names: The policies to choose from; None for all of the run.
         tolerance: The accuracy to give up for fewer tokens, in [0, 1): of the levels within so much of the best, the
@@ -205,7 +206,10 @@ def plan(
         sequential=None if s is None else reports[s],
         difference=None if p is None or s is None else lead(p, s),
     )
-    return replace(found, why=_why(found, least, default, reports[best]))
+    why = _why(found, least, default, reports[best])
+    if run.budget is not None and run.budget < budget:
+        why += f"; measured under {run.budget} tokens for each problem, fewer than there are now"
+    return replace(found, why=why)
 
 
 def _chosen_from(run: CalibrationRun, names: Collection[str] | None) -> list[Trial]:

@@ -251,6 +251,12 @@ def test_what_fits_is_a_quantile_of_the_tokens() -> None:
         plan(run, 8)
 
 
+def test_a_calibration_under_a_smaller_budget_is_told() -> None:
+    run = replace(small(), budget=30)
+    assert "measured under" not in plan(run, 30).why
+    assert plan(run, 31).why.endswith("; measured under 30 tokens for each problem, fewer than there are now")
+
+
 def test_a_kind_decides_by_itself_if_it_is_large_enough() -> None:
     # "x" wants 'p', the 60 others want 's', and so do all together.
     p, s = [1] * 20 + [0] * 60, [0] * 20 + [1] * 60

@@ -255,6 +255,7 @@ def test_wrong_settings(make: Any, said: str) -> None:
 # --- together ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_an_allocation_from_end_to_end() -> None:
     policies = [parallel(plain(), n) for n in (1, 4)] + [sequential(plain(), n) for n in (0, 2)]
     tasks = [f"Start with {n}." for n in range(6)]
