@@ -42,7 +42,7 @@ class SiblingDecoding(TreeLoop):
     weight is finite. With `repulsion=0` and no n-grams the siblings are independent, and all weights are 1 / N.
 
     A sibling draws with the keyed noise of its number: the same seed gives the same siblings, whatever the batch
-    around the prompt, and the first of them is what `FusedDecoding` draws.
+    around the prompt. The first draws as `FusedDecoding` does, up to where n-grams repel it.
 
     Attributes:
         threshold: Entropy in nats above which a position is a fork, see `ForkDecoding`. Needed with `where="forks"` if

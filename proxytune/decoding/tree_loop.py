@@ -273,6 +273,6 @@ def _most_probable(scores: torch.Tensor, first: torch.Tensor, count: int) -> tup
 def _settle(gains: list[tuple[list[Branch], torch.Tensor]]) -> None:
     """Add what the steps' draws weigh to the branches."""
     if gains:
-        values = torch.cat([gained.cpu() for _, gained in gains]).tolist()
+        values = torch.cat([gained for _, gained in gains]).tolist()
         for branch, value in zip((branch for branches, _ in gains for branch in branches), values, strict=True):
             branch.log_weight += value
