@@ -42,6 +42,25 @@ def train(
 
 
 @app.command()
+def studies(
+    out: Annotated[Path, typer.Option(help="Folder of the models and their checkpoints.")] = Path("lab-studies"),
+    seed: Annotated[int, typer.Option(help="Training seed: examples, order, draws.")] = 0,
+    family: Annotated[Path | None, typer.Option(help="A folder written by `lab train` [the bundled family].")] = None,
+) -> None:
+    """Train the models of the studies: known forks, answers that swing with their length, a collapsed policy.
+
+    Resumes from the checkpoints in the folder. One thread.
+    """
+    from transformers.utils import logging
+
+    from proxytune.lab.studies import train_studies
+
+    logging.disable_progress_bar()
+    for name, report in train_studies(out, seed=seed, family=family).items():
+        typer.echo(f"{name}: {report.steps} steps in {report.seconds / 60:.1f} minutes, in {out / name}")
+
+
+@app.command()
 def table(
     family: Annotated[Path | None, typer.Option(help="A folder written by `lab train` [the bundled family].")] = None,
     split: Annotated[Literal["validation", "test"], typer.Option(help="Where the problems come from.")] = "test",

@@ -19,7 +19,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
         "import sys\n"
         "from typer.testing import CliRunner\n"
         "from proxytune.cli.lab import app\n"
-        "for arguments in (['--help'], ['train', '--help'], ['table', '--help']):\n"
+        "for arguments in (['--help'], ['train', '--help'], ['studies', '--help'], ['table', '--help']):\n"
         "    result = CliRunner().invoke(app, arguments)\n"
         "    assert result.exit_code == 0, result.output\n"
         "print([name for name in ('torch', 'transformers', 'tokenizers', 'accelerate') if name in sys.modules])"
