@@ -81,6 +81,16 @@ def test_a_result_does_not_depend_on_what_was_asked_before() -> None:
     assert first == again != other
 
 
+def test_two_prompts_do_not_share_their_noise() -> None:
+    # So hot that the noise alone decides: with the same noise, any two prompts would have the same tokens.
+    policy = parallel(plain(), 16, max_new_tokens=1, temperature=1e5, top_k=0)
+    one, other, seeded = tokens(policy), tokens(policy, task="Start with 25."), tokens(policy, task=[*IDS, 5])
+    assert sum(a == b for a, b in zip(one, other, strict=True)) < 4
+    assert sum(a == b for a, b in zip(one, seeded, strict=True)) < 4
+    shared_noise = tokens(parallel(composed(), 16, max_new_tokens=1, temperature=1e5, top_k=0))
+    assert one == shared_noise, "the test can tell: another model with the same noise"
+
+
 def test_samples_follow_the_model_s_law() -> None:
     """The first token of 2000 samples, by χ² against the model's own distribution."""
     rows = tokens(parallel(plain(), 2000, max_new_tokens=1, sequence_bias=BIAS, top_k=0, batch_size=500))
