@@ -20,6 +20,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from proxytune.lab.bundle import MEMBERS
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benches" / "results"
@@ -179,11 +181,11 @@ def measure() -> None:
 
 
 def weights() -> dict[str, str]:
-    """The bundled weights' hashes: figures of other weights are not this README's."""
+    """The hashes of the bundled family: figures of other weights are not this README's."""
     folder = ROOT / "proxytune" / "lab" / "weights"
     return {
-        file.parent.name: hashlib.sha256(file.read_bytes()).hexdigest()
-        for file in sorted(folder.glob("*/model.safetensors"))
+        member: hashlib.sha256((folder / member / "model.safetensors").read_bytes()).hexdigest()
+        for member in sorted(MEMBERS)
     }
 
 

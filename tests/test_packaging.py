@@ -171,7 +171,7 @@ def test_the_wheel_holds_every_module_and_no_tests(wheel):
     assert not [name for name in names if name.startswith(("tests/", "kernels/", "benches/"))]
 
 
-def test_the_wheel_holds_the_bundled_family_byte_for_byte(wheel):
+def test_the_wheel_holds_the_bundled_weights_byte_for_byte(wheel):
     weights = ROOT / "proxytune" / "lab" / "weights"
     files = [path for path in weights.rglob("*") if path.is_file()]
     assert {path.parent.name for path in files if path.name == "model.safetensors"} == {
@@ -179,6 +179,8 @@ def test_the_wheel_holds_the_bundled_family_byte_for_byte(wheel):
         "tiny-base",
         "tiny-tuned",
         "large-tuned",
+        "routes",
+        "collapsed",
     }
     for path in files:
         assert wheel.read(path.relative_to(ROOT).as_posix()) == path.read_bytes()

@@ -27,7 +27,9 @@ from proxytune.lab.corpus import prompt_of
 from proxytune.lab.family import save_member
 from proxytune.lab.pondering import ponder_examples
 from proxytune.lab.routes import route_examples
+from proxytune.lab.tokenizer import build_tokenizer
 from proxytune.lab.training import BatchSource, TrainingPlan, TrainingReport, instruction_batches, train
+from proxytune.lab.world import build_world
 
 __all__ = ["StudyRecipe", "load_study", "train_studies"]
 
@@ -122,7 +124,7 @@ def _train(out: Path, name: StudyName, seed: int, family: Path | None, recipe: S
         return TrainingReport(**json.loads(done.read_text()))
     start = bundled(_START[name]) if family is None else str(family / _START[name])
     model = LlamaForCausalLM.from_pretrained(start, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = build_tokenizer(build_world())
     rng = random.Random(f"{name}:{seed}")
     batches: BatchSource
     if name == "collapsed":
