@@ -37,11 +37,11 @@ SEEDS = (0, 1, 2)
 PARTS = ("detection", "votes", "tuned", "collapsed", "lengths", "confidence")
 SIZES: dict[str, dict[str, int]] = {
     "detection": {"problems": 40, "samples": 16},
-    "votes": {"problems": 16, "trees": 100},
-    "temperatures": {"chosen_on": 80, "judged_on": 150, "few": 16, "many": 32},
-    "spreads": {"count": 150, "samples": 64},
-    "lengths": {"problems": 80, "samples": 6},
-    "confidence": {"problems": 100, "calibration": 60, "samples": 16, "attempts": 5},
+    "votes": {"problems": 12, "trees": 100},
+    "temperatures": {"chosen_on": 60, "judged_on": 120, "few": 16, "many": 32},
+    "spreads": {"count": 120, "samples": 64},
+    "lengths": {"problems": 60, "samples": 4},
+    "confidence": {"problems": 80, "calibration": 60, "samples": 16, "attempts": 4},
 }
 
 

@@ -146,9 +146,23 @@ def kernels() -> str:
     record = load("kernels.json")
     if record["cpu"]["status"] == "run":
         record["cpu"]["cells"] = [cell for cell in record["cpu"]["cells"] if cell["width"] == 128256]
+    return wrapped(kernels_table(record))
+
+
+def forks() -> str:
+    """What the bench of forks found."""
+    if str(ROOT / "benches") not in sys.path:
+        sys.path.insert(0, str(ROOT / "benches"))
+    from forks_report import forks_block
+
+    return wrapped(forks_block(load("forks.json")))
+
+
+def wrapped(text: str) -> str:
+    """Text with its long lines broken, tables left as they are."""
     return "\n".join(
         textwrap.fill(line, WIDTH, break_on_hyphens=False) if line and not line.startswith("|") else line
-        for line in kernels_table(record).split("\n")
+        for line in text.split("\n")
     )
 
 
@@ -158,6 +172,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "losses": losses,
     "seeds": seeds,
     "kernels": kernels,
+    "forks": forks,
 }
 
 

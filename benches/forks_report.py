@@ -1,0 +1,182 @@
+"""What `results/forks.json` says, as the tables of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+VOTES = {
+    "equal": "all leaves alike",
+    "p-weighted": "by their probabilities",
+    "exact": "exact (Kool et al.)",
+    "as many independent samples": "as many independent samples",
+    "independent samples for as many tokens": "independent samples for as many tokens",
+}
+METHODS = ("fork tree", "random tree", "start", "siblings, repulsion 0.5", "siblings, repulsion 2")
+MODELS = {"tuned": "tuned", "collapsed": "collapsed twin"}
+
+
+def points(value: dict[str, float], *, sign: bool = True) -> str:
+    """A share with its interval, in points of a hundred."""
+    form = "{:+.1f}" if sign else "{:.1f}"
+    return f"{form} [{form}, {form}]".format(*(100 * value[end] for end in ("value", "low", "high")))
+
+
+def span(values: Sequence[float], digits: int = 2) -> str:
+    """The range over seeds."""
+    low, high = (f"{end:.{digits}f}" for end in (min(values), max(values)))
+    return low if low == high else f"{low}–{high}"
+
+
+def votes_table(record: dict[str, Any]) -> list[str]:
+    """Bias and spread of votes over trees."""
+    runs = record["per seed"]["votes"]
+    lines = [
+        f"| vote over a tree of {runs[0]['leaves at most']} leaves | share of the likeliest answer: error, points | "
+        "in standard errors, per seed | root-mean-square error | winner is the likeliest, % |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for key, name in VOTES.items():
+        of = [run["by"][key] for run in runs]
+        bias = fmean(100 * one["bias for the likeliest answer"]["value"] for one in of)
+        errors = ", ".join(f"{one['the same in standard errors of the draws']:+.1f}" for one in of)
+        spread = fmean(one["root-mean-square error"] for one in of)
+        wins = fmean(100 * one["winner is the likeliest"]["value"] for one in of)
+        lines.append(f"| {name} | {bias:+.1f} | {errors} | {spread:.3f} | {wins:.0f} |")
+    return lines
+
+
+def sampling_table(record: dict[str, Any]) -> list[str]:
+    """Countdown: what was compared with plain sampling for as many tokens."""
+    over = record["over seeds"]
+    lines = [
+        "| Countdown, minus plain sampling for as many tokens, points | "
+        + " | ".join(f"{name}: {what}" for name in MODELS.values() for what in ("right at all", "different solutions"))
+        + " |",
+        "|---|" + "--:|" * (2 * len(MODELS)),
+    ]
+    for k in over["tuned"]["fork − plain"]:
+        cells = " | ".join(f"{points(over[model]['fork − plain'][k])} | " for model in MODELS)
+        lines.append(f"| two temperatures, {k.removeprefix('k=')} samples | {cells} |".replace("|  |", "| |"))
+    for method in METHODS:
+        for size in (8, 16):
+            found = [over[model]["methods − independent"][f"{method}, {size}"] for model in MODELS]
+            cells = " | ".join(f"{points(one['coverage'])} | {points(one['solutions'])}" for one in found)
+            lines.append(f"| {method}, {size} | {cells} |")
+    return lines
+
+
+def collapse_sentence(record: dict[str, Any]) -> str:
+    """What the policy gradient did."""
+    rates = {
+        model: {
+            k: fmean(run["spreads"]["independent"][f"k={k}"]["coverage"]["value"] for run in record["per seed"][model])
+            for k in (1, 64)
+        }
+        for model in MODELS
+    }
+    return (
+        f"The policy gradient took pass@1 from {100 * rates['tuned'][1]:.0f} to {100 * rates['collapsed'][1]:.0f} % "
+        f"and pass@64 from {100 * rates['tuned'][64]:.0f} to {100 * rates['collapsed'][64]:.0f} %."
+    )
+
+
+def lengths_table(record: dict[str, Any]) -> list[str]:
+    """Accuracy of a sample by how long it was made, and of votes."""
+    runs = record["per seed"]["lengths"]
+    ways = ["as it comes", *(f"at least {n} more" for n in (1, 3, 5)), "at most 40 tokens"]
+    lines = ["| a sample is right, % | " + " | ".join(ways) + " |", "|---|" + "--:|" * len(ways)]
+    for kind in ("worsens", "improves"):
+        cells = " | ".join(span([100 * run[kind][way]["accuracy"]["value"] for run in runs], 0) for way in ways)
+        lines.append(f"| answers that get {'worse' if kind == 'worsens' else 'better'} | {cells} |")
+    return lines
+
+
+def confidence_table(record: dict[str, Any]) -> list[str]:
+    """DeepConf against the majority, and what the calibration set said."""
+    runs = record["per seed"]["confidence"]
+    shown = ("majority, 8", "deepconf 90, 8", "deepconf 50, 8", "deepconf 10, 8")
+    lines = [
+        "| vote over 8 samples is right, % | majority | DeepConf η 90 | η 50 | η 10 | AUROC within problems "
+        "| chosen on validation |",
+        "|---|--:|--:|--:|--:|--:|---|",
+    ]
+    for kind in ("worsens", "improves"):
+        of = [run["confidence"][kind] for run in runs]
+        cells = " | ".join(span([100 * one["votes"][vote]["accuracy"]["value"] for one in of], 0) for vote in shown)
+        signal = span([one["auroc"]["lowest_group"]["within problems"]["value"] for one in of])
+        chosen = ", ".join(one["chosen on validation"]["how"] for one in of)
+        lines.append(
+            f"| answers that get {'worse' if kind == 'worsens' else 'better'} | {cells} | {signal} | {chosen} |"
+        )
+    return lines
+
+
+def allocation_table(record: dict[str, Any]) -> list[str]:
+    """The allocator against the policy that was best in hindsight."""
+    runs = record["per seed"]["confidence"]
+    lines = [
+        "| budget, tokens | allocator, % | best fixed policy in hindsight, % | difference, points, per seed |",
+        "|--:|--:|---|---|",
+    ]
+    for budget in runs[0]["allocation"]["budgets"]:
+        of = [run["allocation"]["budgets"][budget] for run in runs]
+        if any("refused" in one for one in of):
+            continue
+        best = ", ".join(
+            f"{one['best fixed policy in hindsight']['name']}: "
+            f"{100 * one['best fixed policy in hindsight']['accuracy']['value']:.0f}"
+            for one in of
+        )
+        differences = "; ".join(points(one["− best fixed policy"]) for one in of)
+        lines.append(
+            f"| {budget} | {span([100 * one['accuracy']['value'] for one in of], 0)} | {best} | {differences} |"
+        )
+    return lines
+
+
+def forks_block(record: dict[str, Any]) -> str:
+    """Everything, in the order of the README.
+
+    Args:
+        record: What `bench_forks.py --write` wrote.
+
+    Returns:
+        Markdown.
+    """
+    detection = record["per seed"]["detection"]
+    taught = [run["target share as taught"] for run in detection]
+    fifth = [run["target share 20 %"] for run in detection]
+    found = (
+        f"**Forks.** On routes, {span([100 * run['share of real forks'] for run in detection], 1)} % of the tokens are "
+        f"forks by construction. A threshold calibrated to that share finds them with precision "
+        f"{span([one['precision'] for one in taught])} and recall {span([one['recall'] for one in taught])}; one "
+        f"calibrated to 20 %, with precision {span([one['precision'] for one in fifth])}: a target share above the "
+        "real one makes forks of whatever comes next."
+    )
+    trees = record["per seed"]["votes"]
+    costs = span([100 * tree["tokens of a tree"] / tree["tokens of as many samples"] for tree in trees], 0)
+    votes = (
+        f"**Votes.** {trees[0]['routes']} routes, {trees[0]['trees of each']} trees of each, three models. The truth "
+        f"is enumerated; a tree costs {costs} % of the tokens of as many samples."
+    )
+    sizes = record["sizes"]["spreads"]
+    countdown = (
+        f"**Two temperatures, trees and siblings.** {sizes['count']} test problems; knobs chosen on others; the tuned "
+        f"model with three seeds of the draws, three trainings of its twin. {collapse_sentence(record)}"
+    )
+    lengths = "**Answers that swing with their length**, by construction; three trainings, range over them."
+    blocks: list[Sequence[str]] = [
+        [found],
+        [votes],
+        votes_table(record),
+        [countdown],
+        sampling_table(record),
+        [lengths],
+        lengths_table(record),
+        confidence_table(record),
+        ["**Parallel or sequential**, over problems of both kinds, calibrated on others:"],
+        allocation_table(record),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks)
