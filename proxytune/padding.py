@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from proxytune.errors import InputError
+from proxytune.spreading import spread_rows
 
 __all__ = ["leading_run", "mask_of_padding", "refuse_ambiguous_padding", "spread"]
 
@@ -69,24 +70,25 @@ def refuse_ambiguous_padding(input_ids: torch.Tensor, ends: Sequence[int], *, re
 
 
 def spread(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Repeat what belongs to the prompts for beams and several sequences per prompt.
+    """Give each row what belongs to its prompt: for beams, several sequences of a prompt, and branches of a tree.
 
     Args:
         mask: `[B, T]`.
-        input_ids: `[B·n, ≥ T]`.
+        input_ids: `[rows, ≥ T]`.
 
     Returns:
-        `[B·n, T]`.
+        `[rows, T]`.
 
     Raises:
         InputError: If the shapes do not fit.
     """
-    rows, prompts = input_ids.shape[0], mask.shape[0]
-    if mask.ndim != 2 or rows % prompts or mask.shape[1] > input_ids.shape[1]:
+    rows = input_ids.shape[0]
+    out = spread_rows(mask, rows) if mask.ndim == 2 and mask.shape[1] <= input_ids.shape[1] else None
+    if out is None:
         raise InputError.of(
             "attention_mask",
             expected=f"[B, T] for {rows} rows (beams included) of {input_ids.shape[1]} ids",
             got=f"shape {list(mask.shape)}",
             remedy="Pass the mask of this very batch of prompts; for other prompts, make another processor.",
         )
-    return mask.repeat_interleave(rows // prompts, 0)
+    return out

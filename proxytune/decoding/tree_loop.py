@@ -18,6 +18,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTime
 
 from proxytune import ops
 from proxytune.budget import TokenLedger
+from proxytune.decoding.bound import led_to_prompts
 from proxytune.decoding.drawing import Drawing, Rows
 from proxytune.decoding.fork_checks import Where, refuse_extras, refuse_threshold
 from proxytune.decoding.growing import Drawn, Plot
@@ -29,6 +30,7 @@ from proxytune.entropy import ForkThreshold
 from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
 from proxytune.noise import DECISIONS, Noise
+from proxytune.spreading import owners
 
 __all__ = ["TreeLoop"]
 
@@ -112,7 +114,7 @@ class TreeLoop(ABC):
         cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
         clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
-        translation = translate(logits_processor, bool(generation_config.do_sample))
+        translation = translate(led_to_prompts(name, logits_processor), bool(generation_config.do_sample))
         streams = Noise.of(prompts, row=None if self.rows is None else torch.as_tensor(self.rows)).row
         seed = int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if self.seed is None else self.seed
         if isinstance(model, ProxyTunedModel):
@@ -191,7 +193,8 @@ class TreeLoop(ABC):
         draws = min(plot.most_draws(), drawing.usable)
         want = ["tokens", "logprobs", "entropy", "confidence"]
         want += ["draw_logprobs", "keys"] if drawing.samples else ["scores"]
-        found, rows = drawing(members, weights, input_ids, draws=draws if drawing.samples else 1, want=want)
+        with owners([prompt for prompt, _ in plot.rows], len(plot.trees)):
+            found, rows = drawing(members, weights, input_ids, draws=draws if drawing.samples else 1, want=want)
         assert found.tokens is not None
         assert found.entropy is not None
         tokens, keys = found.tokens, found.keys

@@ -172,7 +172,9 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         mask = spread(self._explicit_mask, input_ids)
         prompts = input_ids[:, : mask.shape[1]]
         if self._explicit_prompts is None:
-            self._explicit_prompts = prompts[:: len(mask) // len(self._explicit_mask)].clone()
+            number = torch.arange(len(self._explicit_mask))[:, None]  # [B, 1]
+            first = (spread(number, input_ids)[:, 0] == number).int().argmax(1)  # of each prompt's rows
+            self._explicit_prompts = prompts.index_select(0, first.to(prompts.device))
         if not torch.equal(spread(self._explicit_prompts, input_ids), prompts):
             raise InputError.of(
                 "attention_mask",

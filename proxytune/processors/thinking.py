@@ -29,6 +29,7 @@ import torch
 from transformers import LogitsProcessor
 
 from proxytune.errors import InputError
+from proxytune.spreading import spread_rows
 
 __all__ = ["ThinkingBudgetLogitsProcessor"]
 
@@ -253,16 +254,17 @@ def _continued(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, *
 
 
 def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Budgets of the prompts, repeated for beams and several sequences per prompt; `[B]` or `[1]`."""
+    """Budgets of the prompts for the rows that go on from them (beams, several sequences, branches); `[B]` or `[1]`."""
     rows, prompts = len(ids), len(budgets)
-    if rows % prompts:
+    out = budgets if prompts == 1 else spread_rows(budgets, rows)
+    if out is None:
         raise InputError.of(
             "extra, max_thinking_tokens",
             expected=f"one number, or one for each prompt of {rows} rows (beams included)",
             got=f"{prompts}",
             remedy="Make a processor for this very batch.",
         )
-    return budgets.to(ids.device).repeat_interleave(rows // prompts)
+    return out.to(ids.device)
 
 
 def _count(name: str, value: object) -> int:
