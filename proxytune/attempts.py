@@ -7,6 +7,7 @@ text that is extended or revised (s1, arXiv 2501.19393). Its level says how ofte
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from numbers import Number
 from typing import Any, Protocol
 
 import numpy as np
@@ -123,8 +124,9 @@ def run_policies(
 
     Raises:
         BudgetError: If a policy cannot attempt a problem within the budget.
-        InputError: If numbers of tasks and truths differ, a truth is None, a verifier raises, or a policy does not keep
-            to the rules.
+        InputError: If numbers of tasks, truths and kinds differ, a truth is None, two policies have one name (all that
+            before the first attempt), answers are texts where truths are numbers or the other way round, a verifier
+            raises, or a policy does not keep to the rules.
     """
     if not policies or not len(tasks):
         raise InputError.of(
@@ -133,6 +135,9 @@ def run_policies(
             got=f"{len(policies)} and {len(tasks)}",
             remedy="Pass both.",
         )
+    for name, given in (("tasks", tasks), ("truths", truths)):
+        if isinstance(given, str):
+            raise InputError.of(name, expected="a list", got=f"the text {given[:40]!r}", remedy="Pass a list of one.")
     if not callable(truths) and (len(truths) != len(tasks) or any(truth is None for truth in truths)):
         raise InputError.of(
             "truths",
@@ -140,16 +145,34 @@ def run_policies(
             got=f"{len(truths)}, {sum(truth is None for truth in truths)} of them None",
             remedy="Leave out problems whose answer is not known.",
         )
+    kinds = kinds if kinds is None or isinstance(kinds, str) else tuple(kinds)
+    none, ones = np.zeros(len(tasks), bool), np.ones(len(tasks), np.int64)
+    # What the record would refuse at the end is refused before an attempt is made.
+    CalibrationRun(tuple(Trial(p.name, p.form, p.level, none, ones) for p in policies), kinds, budget)
     trials = []
     for policy in policies:
         right, tokens = [], []
         for i, task in enumerate(tasks):
             samples, spent = attempt(policy, task, TokenLedger(budget))
             answer = voting(samples).winner
+            if not callable(truths):
+                _refuse_other_type(answer, truths)
             right.append(_verified(truths, task, answer) if callable(truths) else answer == truths[i])
             tokens.append(spent)
         trials.append(Trial(policy.name, policy.form, policy.level, np.array(right), np.array(tokens)))
-    return CalibrationRun(tuple(trials), None if kinds is None else tuple(kinds), budget)
+    return CalibrationRun(tuple(trials), kinds, budget)
+
+
+def _refuse_other_type(answer: Hashable | None, truths: Sequence[Hashable]) -> None:
+    """Refuse a text where all truths are numbers, or the reverse: they never equal, and all policies would be wrong."""
+    for one, other in ((str, Number), (Number, str)):
+        if isinstance(answer, one) and all(isinstance(truth, other) for truth in truths):
+            raise InputError.of(
+                "truths",
+                expected=f"answers of the policies' type, {type(answer).__name__}, which can equal {answer!r}",
+                got=f"{type(truths[0]).__name__}, such as {truths[0]!r}",
+                remedy="Let the policies' extract() make the same type, or pass a verifier.",
+            )
 
 
 def _verified(verifier: Verifier, task: Any, answer: Hashable | None) -> bool:

@@ -35,6 +35,7 @@ FORMAT_VERSION = 1
 Form = Literal["parallel", "sequential"]
 """Several samples and a vote; or one text that is extended or revised."""
 
+_MOST = np.iinfo(np.int64).max
 _TRIAL = ("name", "form", "level", "right", "tokens")
 
 
@@ -67,7 +68,7 @@ class Trial:
                 f"form of {self.name!r}", expected=" | ".join(get_args(Form)), got=repr(self.form), remedy="Pass one."
             )
         object.__setattr__(self, "level", whole(f"level of {self.name!r}", self.level, "of samples or extensions"))
-        right, tokens = np.asarray(self.right), np.asarray(self.tokens)
+        right, tokens = _array(self.right), _array(self.tokens)
         if right.ndim != 1 or not right.size or not (right.dtype == bool or _zeros_and_ones(right)):
             raise InputError.of(
                 f"right of {self.name!r}",
@@ -75,7 +76,7 @@ class Trial:
                 got=_brief(right),
                 remedy="Pass whether each answer is right.",
             )
-        if tokens.shape != right.shape or tokens.dtype.kind not in "iu" or (tokens < 1).any():
+        if tokens.shape != right.shape or tokens.dtype.kind not in "iu" or (tokens < 1).any() or (tokens > _MOST).any():
             raise InputError.of(
                 f"tokens of {self.name!r}",
                 expected=f"{len(right)} whole numbers, one for each problem, at least 1",
@@ -220,10 +221,17 @@ class CalibrationRun:
         return cls(tuple(Trial(**trial) for trial in trials), data["kinds"], data["budget"])
 
 
+def _array(values: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(values)
+    except ValueError:  # lists of different lengths
+        return np.asarray(values, object)
+
+
 def _zeros_and_ones(values: NDArray[Any]) -> bool:
     return values.dtype.kind in "iu" and bool(np.isin(values, (0, 1)).all())
 
 
 def _brief(values: ArrayLike) -> str:
-    array = np.asarray(values)
+    array = _array(values)
     return f"shape {list(array.shape)}, {array.dtype}: {np.array2string(array, threshold=6)[:80]}"

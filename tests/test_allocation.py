@@ -362,6 +362,9 @@ def one(**more: Any) -> dict[str, Any]:
         (one(tokens=[0]), "tokens of 'a': .*at least 1; got"),
         (one(tokens=[math.nan]), "tokens of 'a': .*nan"),
         (one(tokens=[5.0]), "tokens of 'a': .*float64"),
+        (one(right=[[True], [True, False]]), "right of 'a': expected a boolean"),
+        (one(tokens=[[5], [5, 6]]), "tokens of 'a': expected 1 whole numbers"),
+        (one(tokens=[1 << 63]), "tokens of 'a': expected 1 whole numbers"),
         (changed(kinds=["x", "y"]), "kinds: expected 1 strings, one for each problem, or None; got"),
         (changed(kinds="x"), "kinds: expected 1 strings"),
         (changed(kinds=[3]), "kinds: expected 1 strings"),
@@ -587,11 +590,42 @@ def test_wrong_settings_of_a_plan(kwargs: dict[str, Any], said: str) -> None:
         (([Fixed("p")], [], []), "policies, tasks: expected at least one of each; got 1 and 0"),
         (([Fixed("p")], ["x"], []), "truths: expected the right answer of each of the 1 tasks.*got 0, 0 of them None"),
         (([Fixed("p")], ["x"], [None]), "truths: .*got 1, 1 of them None"),
+        (([Fixed("p")], "xy", ["a", "b"]), "tasks: expected a list; got the text 'xy'"),
+        (([Fixed("p")], ["x", "y"], "ab"), "truths: expected a list; got the text 'ab'"),
+        (([Fixed("p")], ["x", "y"], [4, 5.0]), "truths: expected answers of .* type, str, .* 'a'; got int, such as 4"),
+        (([Fixed("p", answers=(4,))], ["x"], ["4"]), "truths: expected .* type, int, which can equal 4; got str, such"),
     ],
 )
 def test_wrong_use_of_a_run(args: Any, said: str) -> None:
     with pytest.raises(InputError, match=said):
         run_policies(*args, budget=20)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"policies": ["p", "p"]}, "trials: expected one for each policy.*got 'p' twice"),
+        ({"policies": [""]}, "name: expected a string, not empty"),
+        ({"kinds": ["k"]}, "kinds: expected 2 strings, one for each problem"),
+        ({"kinds": "kk"}, "kinds: expected 2 strings, one for each problem, or None; got 'kk'"),
+        ({"kinds": [1, 2]}, "kinds: expected 2 strings"),
+        ({"budget": 0}, "budget: expected a whole number of tokens, at least 1; got 0"),
+    ],
+)
+def test_what_a_run_cannot_record_is_told_before_an_attempt(wrong: dict[str, Any], said: str) -> None:
+    attempts = []
+
+    @dataclass
+    class Counted(Fixed):
+        def __call__(self, task: Any, ledger: TokenLedger) -> list[Sample]:
+            attempts.append(task)
+            return super().__call__(task, ledger)
+
+    settings = {"policies": ["p"], "kinds": ["k", "k"], "budget": 20} | wrong
+    policies = [Counted(name) for name in settings.pop("policies")]
+    with pytest.raises(InputError, match=said):
+        run_policies(policies, ["x", "y"], ["a", "a"], **settings)
+    assert not attempts
 
 
 def test_allocation_needs_no_torch() -> None:
