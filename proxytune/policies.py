@@ -177,14 +177,17 @@ class Sequential:
         self.level = whole("extra", extra, "of extensions")
         self.name = f"sequential-{extra}" if name is None else name
         self._writer = Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": False} | generation)
-        config = generation.get("generation_config") or model.generation_config
+        config = generation.get("generation_config")
+        ends = None if config is None else config.eos_token_id
+        # What a configuration does not say, generate() takes from the model's.
+        ends = generation.get("eos_token_id", model.generation_config.eos_token_id if ends is None else ends)
         self._thinking: dict[str, Any] = {
             "end_ids": end_ids,
             "extra": self.level,
             "continuation_ids": continuation_ids,
             "begin_ids": begin_ids,
             "max_thinking_tokens": max_thinking_tokens,
-            "eos_token_id": generation.get("eos_token_id", config.eos_token_id),
+            "eos_token_id": ends,
         }
         ThinkingBudgetLogitsProcessor(prompt_length=0, **self._thinking)
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import EOS, PAD, VOCABULARY, shared, tokenizer
+from transformers import GenerationConfig
 
 import proxytune
 from proxytune.allocation import allocate
@@ -162,6 +163,14 @@ def test_a_model_that_thinks_in_the_open_is_kept_from_ending_its_text() -> None:
     assert short[-1] == EOS
     assert long[: len(short)] == [*short[:-1], WAIT], "it goes on where it would have ended"
     assert EOS not in long[:-1]
+
+
+def test_the_end_of_the_text_is_the_model_s_where_a_configuration_does_not_say() -> None:
+    want = tokens(sequential(plain(), 2))
+    assert tokens(sequential(plain(), 0)) != want, "an EOS inside thinking was put off"
+    for ends in (None, EOS, [EOS, 250]):
+        config = GenerationConfig(eos_token_id=ends, pad_token_id=PAD)
+        assert tokens(sequential(plain(), 2, generation_config=config)) == want
 
 
 def test_thinking_that_the_prompt_has_opened() -> None:
