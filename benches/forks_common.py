@@ -13,6 +13,8 @@ from numpy.typing import ArrayLike
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from proxytune.decoding.fused import FusedDecoding
+from proxytune.decoding.tree import ForkTree
+from proxytune.decoding.tree_loop import TreeLoop
 from proxytune.lab.bundle import StudyName
 from proxytune.lab.studies import load_study
 from proxytune.reliability import Interval
@@ -68,7 +70,6 @@ def independent(
     max_new_tokens: int,
     temperature: float = 1.0,
     processors: Sequence[LogitsProcessor] = (),
-    width: int | None = None,
 ) -> list[list[list[int]]]:
     """Independent samples.
 
@@ -80,7 +81,6 @@ def independent(
         max_new_tokens: Longest answer.
         temperature: Of the draws; nothing is truncated.
         processors: Logits processors of the call.
-        width: Pad all batches to so many columns, for processors that count from the end of the prompts.
 
     Returns:
         P lists of N lists of generated ids, with the end-of-text token, without padding.
@@ -89,7 +89,7 @@ def independent(
     rows = [(row, prompt) for row, prompt in enumerate(prompts) for _ in range(samples)]
     for first in range(0, len(rows), ROWS):
         some = rows[first : first + ROWS]
-        encoded = subject.encode([prompt for _, prompt in some], width)
+        encoded = subject.encode([prompt for _, prompt in some])
         loop = FusedDecoding(seed=seed, rows=list(range(first, first + len(some))))
         with torch.inference_mode():
             sequences = subject.model.generate(
@@ -104,6 +104,43 @@ def independent(
         for (row, _), ids in zip(some, sequences[:, encoded["input_ids"].shape[1] :], strict=True):
             out[row].append(subject.trim(ids))
     return out
+
+
+def grow(
+    subject: Subject,
+    prompts: Sequence[str],
+    loop: TreeLoop,
+    *,
+    max_new_tokens: int,
+    processors: Sequence[LogitsProcessor] = (),
+    width: int | None = None,
+) -> list[ForkTree]:
+    """A tree of each prompt, at temperature 1, nothing truncated.
+
+    Args:
+        subject: The model.
+        prompts: P prompts, one batch.
+        loop: What grows them.
+        max_new_tokens: Longest answer.
+        processors: Logits processors of the call.
+        width: Pad to so many columns, for processors that count from the end of the prompts.
+
+    Returns:
+        P trees.
+    """
+    with torch.inference_mode():
+        out = subject.model.generate(
+            **subject.encode(prompts, width),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            max_new_tokens=max_new_tokens,
+            logits_processor=list(processors),
+            custom_generate=loop,
+            return_dict_in_generate=True,
+        )
+    trees: list[ForkTree] = out.trees
+    return trees
 
 
 def mean_interval(values: ArrayLike, *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:

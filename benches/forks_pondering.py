@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from forks_common import ROWS, Subject, independent, mean_interval, record
+from forks_common import ROWS, Subject, grow, mean_interval, record
 from numpy.typing import NDArray
+from transformers import LogitsProcessor
 
 from proxytune import SiblingDecoding
 from proxytune.allocation import allocate
 from proxytune.budget import TokenLedger
+from proxytune.decoding.tree import ForkTree
 from proxytune.errors import BudgetError
 from proxytune.lab.corpus import prompt_of
 from proxytune.lab.holdout import HeldOut
@@ -108,8 +109,7 @@ def _thought(subject: Subject, asked: Sequence[Ponder], samples: int, **settings
     end, continuation = (
         subject.tokenizer.encode(word, add_special_tokens=False) for word in (END_OF_THINKING, CONTINUATION)
     )
-    prompts = [prompt_of(problem.question) for problem in asked]
-    width = subject.encode(prompts)["input_ids"].shape[1]
+    width = subject.encode([prompt_of(problem.question) for problem in asked])["input_ids"].shape[1]
     processors = []
     if settings:
         processors = [
@@ -121,15 +121,28 @@ def _thought(subject: Subject, asked: Sequence[Ponder], samples: int, **settings
                 **settings,
             )
         ]
-    return independent(
-        subject,
-        prompts,
-        samples,
-        seed=subject.seed,
-        max_new_tokens=MAX_NEW_TOKENS,
-        processors=processors,
-        width=width,
-    )
+    trees = _trees(subject, asked, samples, subject.seed, width, processors)
+    return [[branch.along("tokens") for branch in tree] for tree, _ in trees]
+
+
+def _trees(
+    subject: Subject,
+    asked: Sequence[Ponder],
+    samples: int,
+    seed: int,
+    width: int | None = None,
+    processors: Sequence[LogitsProcessor] = (),
+) -> list[tuple[ForkTree, int]]:
+    """Independent samples of each problem, and the tokens of its prompt. Rows that have ended leave the batch."""
+    out: list[tuple[ForkTree, int]] = []
+    each = max(1, ROWS // samples)
+    for first in range(0, len(asked), each):
+        prompts = [prompt_of(problem.question) for problem in asked[first : first + each]]
+        rows = list(range(first, first + len(prompts)))
+        loop = SiblingDecoding(siblings=samples, repulsion=0.0, seed=seed, rows=rows)
+        trees = grow(subject, prompts, loop, max_new_tokens=MAX_NEW_TOKENS, processors=processors, width=width)
+        out += zip(trees, subject.encode(prompts)["attention_mask"].sum(1).tolist(), strict=True)
+    return out
 
 
 def draw(subject: Subject, kind: Kind, split: HeldOut, problems: int, samples: int) -> list[Drawn]:
@@ -146,38 +159,16 @@ def draw(subject: Subject, kind: Kind, split: HeldOut, problems: int, samples: i
         The samples of each problem.
     """
     asked = ponders(kind, split, problems)
-    out: list[Drawn] = []
-    each = max(1, ROWS // samples)
-    for first in range(0, len(asked), each):
-        some = asked[first : first + each]
-        encoded = subject.encode([prompt_of(problem.question) for problem in some])
-        loop = SiblingDecoding(
-            siblings=samples, repulsion=0.0, seed=100 + subject.seed, rows=list(range(first, first + len(some)))
+    return [
+        Drawn(
+            problem,
+            length,
+            [Sample(problem.read(subject.read(b.along("tokens"))), np.array(b.along("confidences"))) for b in tree],
+            [len(b) for b in tree],
+            [float(np.mean(b.along("logprobs"))) for b in tree],
         )
-        with torch.inference_mode():
-            trees = subject.model.generate(
-                **encoded,
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                max_new_tokens=MAX_NEW_TOKENS,
-                custom_generate=loop,
-                return_dict_in_generate=True,
-            ).trees
-        for problem, tree, length in zip(some, trees, encoded["attention_mask"].sum(1).tolist(), strict=True):
-            out.append(
-                Drawn(
-                    problem,
-                    length,
-                    [
-                        Sample(problem.read(subject.read(b.along("tokens"))), np.array(b.along("confidences")))
-                        for b in tree
-                    ],
-                    [len(b) for b in tree],
-                    [float(np.mean(b.along("logprobs"))) for b in tree],
-                )
-            )
-    return out
+        for problem, (tree, length) in zip(asked, _trees(subject, asked, samples, 100 + subject.seed), strict=True)
+    ]
 
 
 def confidence(drawn: dict[Kind, list[Drawn]], calibration: dict[Kind, list[Drawn]]) -> dict[str, Any]:

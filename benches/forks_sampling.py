@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
-from forks_common import Subject, independent, mean_interval, record
+from forks_common import Subject, grow, independent, mean_interval, record
 
 from proxytune import ForkDecoding, ForkSamplingLogitsProcessor, SiblingDecoding
 from proxytune.coverage import pass_at_k
@@ -227,15 +226,4 @@ def _sampled(
 
 
 def _grow(subject: Subject, asked: Sequence[Problem], loop: ForkDecoding | SiblingDecoding) -> list[ForkTree]:
-    with torch.inference_mode():
-        out = subject.model.generate(
-            **subject.encode([prompt_of(problem.question) for problem in asked]),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=MAX_NEW_TOKENS,
-            custom_generate=loop,
-            return_dict_in_generate=True,
-        )
-    found: list[ForkTree] = out.trees
-    return found
+    return grow(subject, [prompt_of(problem.question) for problem in asked], loop, max_new_tokens=MAX_NEW_TOKENS)

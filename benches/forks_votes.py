@@ -10,8 +10,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from forks_common import Subject, independent, mean_interval, record
+from forks_common import Subject, grow, independent, mean_interval, record
 from numpy.typing import NDArray
 
 from proxytune import ForkDecoding
@@ -104,7 +103,8 @@ def votes(subject: Subject, nats: float, *, problems: int, trees: int, branches:
         laws.append(law)
         truth = law.answers()
         seed = 1000 * subject.seed + number
-        grown = _trees(subject, prompt_of(route.question), trees, nats, branches, seed)
+        loop = ForkDecoding(threshold=nats, branches=branches, seed=seed)
+        grown = grow(subject, [prompt_of(route.question)] * trees, loop, max_new_tokens=MAX_NEW_TOKENS)
         drawn = independent(
             subject, [prompt_of(route.question)], trees * branches, seed=seed, max_new_tokens=MAX_NEW_TOKENS
         )[0]
@@ -152,22 +152,6 @@ def _signs_at_forks(law: RouteLaw, tree: ForkTree) -> list[bool]:
         if ids in law.ids:
             out += [bool(law.forks[law.ids.index(ids)][at]) for at in branch.forks]
     return out
-
-
-def _trees(subject: Subject, prompt: str, count: int, nats: float, branches: int, seed: int) -> list[ForkTree]:
-    loop = ForkDecoding(threshold=nats, branches=branches, seed=seed, rows=list(range(count)))
-    with torch.inference_mode():
-        out = subject.model.generate(
-            **subject.encode([prompt] * count),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            max_new_tokens=MAX_NEW_TOKENS,
-            custom_generate=loop,
-            return_dict_in_generate=True,
-        )
-    found: list[ForkTree] = out.trees
-    return found
 
 
 def _sums(read: Sequence[int | None], weights: Sequence[float]) -> Law:
