@@ -135,7 +135,7 @@ def run_policies(
             got=f"{len(policies)} and {len(tasks)}",
             remedy="Pass both.",
         )
-    for name, given in (("tasks", tasks), ("truths", truths)):
+    for name, given in (("tasks", tasks), ("truths", truths), ("kinds", kinds)):
         if isinstance(given, str):
             raise InputError.of(name, expected="a list", got=f"the text {given[:40]!r}", remedy="Pass a list of one.")
     if not callable(truths) and (len(truths) != len(tasks) or any(truth is None for truth in truths)):
@@ -145,10 +145,10 @@ def run_policies(
             got=f"{len(truths)}, {sum(truth is None for truth in truths)} of them None",
             remedy="Leave out problems whose answer is not known.",
         )
-    kinds = kinds if kinds is None or isinstance(kinds, str) else tuple(kinds)
+    of_tasks = None if kinds is None else tuple(kinds)
     none, ones = np.zeros(len(tasks), bool), np.ones(len(tasks), np.int64)
     # What the record would refuse at the end is refused before an attempt is made.
-    CalibrationRun(tuple(Trial(p.name, p.form, p.level, none, ones) for p in policies), kinds, budget)
+    CalibrationRun(tuple(Trial(p.name, p.form, p.level, none, ones) for p in policies), of_tasks, budget)
     trials = []
     for policy in policies:
         right, tokens = [], []
@@ -160,7 +160,7 @@ def run_policies(
             right.append(_verified(truths, task, answer) if callable(truths) else answer == truths[i])
             tokens.append(spent)
         trials.append(Trial(policy.name, policy.form, policy.level, np.array(right), np.array(tokens)))
-    return CalibrationRun(tuple(trials), kinds, budget)
+    return CalibrationRun(tuple(trials), of_tasks, budget)
 
 
 def _refuse_other_type(answer: Hashable | None, truths: Sequence[Hashable]) -> None:

@@ -607,7 +607,7 @@ def test_wrong_use_of_a_run(args: Any, said: str) -> None:
         ({"policies": ["p", "p"]}, "trials: expected one for each policy.*got 'p' twice"),
         ({"policies": [""]}, "name: expected a string, not empty"),
         ({"kinds": ["k"]}, "kinds: expected 2 strings, one for each problem"),
-        ({"kinds": "kk"}, "kinds: expected 2 strings, one for each problem, or None; got 'kk'"),
+        ({"kinds": "kk"}, "kinds: expected a list; got the text 'kk'"),
         ({"kinds": [1, 2]}, "kinds: expected 2 strings"),
         ({"budget": 0}, "budget: expected a whole number of tokens, at least 1; got 0"),
     ],
