@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from transformers import StaticCache
 
 from proxytune.budget import TokenLedger
+from proxytune.decoding.stepping import cache_of
 from proxytune.entropy import ForkThreshold
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
@@ -127,7 +128,7 @@ def refuse_extras(
         "streamer": streamer is not None,
         "synced_gpus": bool(synced_gpus),
         asked[0] if asked else "outputs": bool(asked),
-        "a static cache": isinstance(model_kwargs.get("past_key_values"), StaticCache),
+        "a static cache": isinstance(cache_of(model_kwargs), StaticCache),
     }
     for what, given in refused.items():
         if given:
@@ -137,6 +138,13 @@ def refuse_extras(
                 got="one",
                 remedy="Leave it out; the trees hold each token's log-probability, entropy and confidence.",
             )
+    if model_kwargs.get("use_cache") and cache_of(model_kwargs) is None:
+        raise UnsupportedModeError.of(
+            "use_cache",
+            expected=f"a model whose state is a cache that generate() makes, for {loop}: rows take their part along",
+            got="one that keeps it otherwise",
+            remedy="Pass use_cache=False.",
+        )
     if generation_config._pad_token_tensor is None:
         raise InputError.of(
             "pad_token_id",

@@ -15,7 +15,16 @@ from proxytune.decoding.translation import Translation
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
 
-__all__ = ["is_synced", "last_logits", "lengths_of", "padding_of", "refuse_modes", "selected_rows", "usable_columns"]
+__all__ = [
+    "cache_of",
+    "is_synced",
+    "last_logits",
+    "lengths_of",
+    "padding_of",
+    "refuse_modes",
+    "selected_rows",
+    "usable_columns",
+]
 
 
 def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any) -> None:
@@ -140,6 +149,18 @@ def usable_columns(model: Any, translation: Translation, width: int) -> int:
     return min(width, embedded, width if translation.usable is None else translation.usable)
 
 
+def cache_of(model_kwargs: dict[str, Any]) -> Any:
+    """The cache that a model is called with.
+
+    Args:
+        model_kwargs: What the model is called with.
+
+    Returns:
+        The cache, of a recurrent model too; None if there is none.
+    """
+    return model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
+
+
 def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) -> dict[str, Any]:
     """The rows of a batch in another choice: the cache in place, every other tensor of the batch anew.
 
@@ -155,7 +176,7 @@ def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) ->
     for name, value in model_kwargs.items():
         if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == rows:
             out[name] = value.index_select(0, torch.tensor(select, device=value.device))
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_of(model_kwargs)
     if cache is not None:
         cache.reorder_cache(torch.tensor(select))  # each layer takes it to its own device
     return out

@@ -19,7 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import next_logits
 from tiny import EOS, PAD, build, shared, tokenizer
-from transformers import DynamicCache, LogitsProcessor, MaxTimeCriteria, StopStringCriteria
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    MaxTimeCriteria,
+    RwkvConfig,
+    RwkvForCausalLM,
+    StopStringCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 
 import proxytune
@@ -152,6 +159,29 @@ def test_plain_models_with_other_states(kind: str) -> None:
     out = grow(model, ForkDecoding(threshold=LOW, branches=4, min_gap=2, seed=1), ids)
     check_branches(model, out, ids, torch.ones_like(ids))
     assert len(out.trees[0]) == 4
+
+
+def test_a_recurrent_model_s_rows_take_their_state_along() -> None:
+    recurrent = build("mamba", 1, 64)
+    for weight in recurrent.parameters():
+        if weight.ndim == 2:
+            torch.nn.init.normal_(weight, std=0.3)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    for seed in (18, 19):  # of the first, a child takes the place of another prompt's row that has ended
+        loop = ForkDecoding(threshold=1.0, branches=3, seed=seed)
+        out = grow(recurrent, loop, ids, torch.ones_like(ids), max_new_tokens=5, eos_token_id=list(range(20, 44)))
+        check_branches(recurrent, out, ids, torch.ones_like(ids))
+
+
+def test_a_model_that_keeps_its_state_otherwise_needs_to_go_without() -> None:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "attention_hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=64, context_length=64, pad_token_id=PAD, **sizes)).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    with pytest.raises(UnsupportedModeError, match=r"use_cache: .* for ForkDecoding.*Pass use_cache=False\."):
+        grow(model, ForkDecoding(threshold=LOW), ids, pad_token_id=PAD)
+    out = grow(model, ForkDecoding(threshold=LOW, seed=1), ids, pad_token_id=PAD, use_cache=False, max_new_tokens=4)
+    check_branches(model, out, ids, torch.ones_like(ids))
 
 
 def test_without_a_cache_it_is_the_same(model: Any) -> None:
