@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from proxytune.lab.holdout import Equation, HeldOut, Split
-from proxytune.lab.tasks import CHAIN_LIMIT, Problem, apply_sign, chain_problem
+from proxytune.lab.tasks import CHAIN_LIMIT, Problem, apply_sign, chain_problem, distinct
 
 __all__ = [
     "CONTINUATION",
@@ -143,12 +143,14 @@ def ponders(kind: Kind, split: HeldOut, count: int, seed: int = 0) -> list[Ponde
         The problems.
     """
     rng = random.Random(f"ponder:{kind}:{split}:{seed}")
-    found: dict[str, Ponder] = {}
-    while len(found) < count:
-        problem = draw_ponder(rng, split)
-        if problem.kind == kind:
-            found.setdefault(problem.question, problem)
-    return list(found.values())
+
+    def draw() -> Ponder:
+        while True:
+            problem = draw_ponder(rng, split)
+            if problem.kind == kind:
+                return problem
+
+    return distinct(draw, lambda problem: problem.question, count)
 
 
 def ponder_examples(rng: random.Random, count: int) -> list[tuple[Ponder, str]]:

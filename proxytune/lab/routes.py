@@ -15,7 +15,7 @@ from functools import cached_property
 from itertools import product
 
 from proxytune.lab.holdout import HeldOut, Split, split_of
-from proxytune.lab.tasks import CHAIN_LIMIT, apply_sign
+from proxytune.lab.tasks import CHAIN_LIMIT, apply_sign, distinct
 
 __all__ = ["ADDED_IF_EVEN", "ADDED_IF_ODD", "SIGNS", "Path", "Route", "draw_route", "route_examples", "routes"]
 
@@ -138,11 +138,7 @@ def routes(split: HeldOut, count: int, seed: int = 0) -> list[Route]:
         The routes.
     """
     rng = random.Random(f"route:{split}:{seed}")
-    found: dict[str, Route] = {}
-    while len(found) < count:
-        route = draw_route(rng, split)
-        found.setdefault(route.key, route)
-    return list(found.values())
+    return distinct(lambda: draw_route(rng, split), lambda route: route.key, count)
 
 
 def route_examples(rng: random.Random, count: int) -> list[tuple[Route, Path]]:

@@ -53,7 +53,7 @@ class StudyRecipe:
     plans: dict[StudyName, TrainingPlan] = field(
         default_factory=lambda: {
             "routes": TrainingPlan(400, 1e-3, optimizer="adamw", warmup=10, decay=0.7),
-            "ponder": TrainingPlan(500, 1.5e-3, optimizer="adamw", warmup=10, decay=0.7),
+            "ponder": TrainingPlan(900, 1.5e-3, optimizer="adamw", warmup=10, decay=0.7),
             # Long enough that the best of 64 samples has become worse, which is what the study is about.
             "collapsed": TrainingPlan(250, 3e-4, optimizer="adamw", warmup=10, decay=0.2, checkpoint_every=50),
         }

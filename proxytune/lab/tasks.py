@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 from proxytune.lab.holdout import (
     COUNTDOWN_LARGEST,
@@ -19,6 +20,7 @@ from proxytune.lab.holdout import (
 )
 from proxytune.lab.world import ATTRIBUTES, QUESTIONS, Attribute, Person, World
 
+T = TypeVar("T")
 Task = Literal["chain", "qa", "countdown"]
 
 TASKS: tuple[Task, ...] = ("chain", "qa", "countdown")
@@ -146,13 +148,27 @@ def problems(task: Task, split: HeldOut, count: int, world: World, seed: int = 0
         rng.shuffle(found)
         return found[:count]
     draw = chain_problem if task == "chain" else countdown_problem
-    unique: dict[str, Problem] = {}
+    return distinct(lambda: draw(rng, split), lambda problem: problem.key, count)
+
+
+def distinct(draw: Callable[[], T], key: Callable[[T], str], count: int) -> list[T]:
+    """Draw until there are so many different ones.
+
+    Args:
+        draw: Draws one.
+        key: What makes two the same.
+        count: How many.
+
+    Returns:
+        They, in the order of their first draws; fewer if there are not so many.
+    """
+    unique: dict[str, T] = {}
     # A repeat is drawn again; the bound only keeps an impossible request from looping for ever.
     for _ in range(100 * count):
         if len(unique) == count:
             break
-        problem = draw(rng, split)
-        unique.setdefault(problem.key, problem)
+        found = draw()
+        unique.setdefault(key(found), found)
     return list(unique.values())
 
 
