@@ -48,8 +48,10 @@ class Step:
 
 def demo(
     problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 150,
-    alpha: Annotated[float | None, typer.Option(help="Strength of the shift [the recorded one].")] = None,
-    family: Annotated[Path | None, typer.Option(help="A folder written by `lab train` [the bundled family].")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Strength of the shift (default: the recorded one).")] = None,
+    family: Annotated[
+        Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
     """Steer a small bundled family on the CPU: quality with 95 % intervals, speed, and three answers side by side."""

@@ -63,7 +63,8 @@ def generate(
     file: PromptFile = None,
     chat: Chat = False,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, help="Prompts per batch [1 on a terminal, which streams; 8 otherwise].")
+        int | None,
+        typer.Option(min=1, help="Prompts per batch (default: 1 on a terminal, which streams; 8 otherwise)."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed for do_sample=true.")] = 0,
     out: Annotated[

@@ -45,7 +45,9 @@ def train(
 def studies(
     out: Annotated[Path, typer.Option(help="Folder of the models and their checkpoints.")] = Path("lab-studies"),
     seed: Annotated[int, typer.Option(help="Training seed: examples, order, draws.")] = 0,
-    family: Annotated[Path | None, typer.Option(help="A folder written by `lab train` [the bundled family].")] = None,
+    family: Annotated[
+        Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")
+    ] = None,
 ) -> None:
     """Train the models of the studies: known forks, answers that swing with their length, a collapsed policy.
 
@@ -62,10 +64,12 @@ def studies(
 
 @app.command()
 def table(
-    family: Annotated[Path | None, typer.Option(help="A folder written by `lab train` [the bundled family].")] = None,
+    family: Annotated[
+        Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")
+    ] = None,
     split: Annotated[Literal["validation", "test"], typer.Option(help="Where the problems come from.")] = "test",
     problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 300,
-    alpha: Annotated[float | None, typer.Option(help="Strength of the proxy [the recorded one].")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Strength of the proxy (default: the recorded one).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Ask the family held-out problems and print one row per way of answering."""

@@ -51,7 +51,7 @@ def sample(
     min_gap: Annotated[int, typer.Option(min=1, help="The least distance between two forks, in tokens.")] = 1,
     where: Annotated[Literal["forks", "random", "start"], typer.Option(help="Where a tree forks.")] = "forks",
     threshold: Annotated[
-        float | None, typer.Option(help="Entropy of a fork, in nats [the recipe's, see calibrate].")
+        float | None, typer.Option(help="Entropy of a fork, in nats (default: the recipe's, see calibrate).")
     ] = None,
     repulsion: Annotated[
         float, typer.Option(help="With --no-forks: nats that a token loses at a fork per sample that chose it there.")
@@ -60,7 +60,7 @@ def sample(
         int | None, typer.Option(min=2, help="With --no-forks: samples repel each other's n-grams at forks too.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per prompt at most, its own included [no limit].")
+        int | None, typer.Option(min=1, help="Tokens per prompt at most, its own included (default: no limit).")
     ] = None,
     vote: Annotated[
         Vote, typer.Option(help="Leaves count alike, by their weights, or by weight and confidence.")
@@ -69,7 +69,7 @@ def sample(
     answer: Annotated[
         str | None,
         typer.Option(
-            metavar="REGEX", help='The answer: last match, group 1 ["The answer is …", else the last number].'
+            metavar="REGEX", help='The answer: last match, group 1 (default: "The answer is …", else the last number).'
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 4,

@@ -5,11 +5,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
+import typer
+from typer import rich_utils
 
 import proxytune
-from proxytune.cli import doctor
+from proxytune.cli import app, doctor
 from proxytune.errors import InputError
 
 HELPS = (
@@ -38,6 +42,25 @@ def test_help_names_its_options_without_importing_torch(words):
     assert ran.returncode == 0, ran.stderr
     assert "Usage: proxytune" in ran.stdout
     assert "--help" in ran.stdout
+
+
+def commands(group: typer.core.TyperGroup, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, command in group.commands.items():
+        if isinstance(command, typer.core.TyperGroup):
+            yield from commands(command, (*words, name))
+        else:
+            yield (*words, name), command
+
+
+def test_help_leaves_nothing_out_of_what_options_say(run, monkeypatch):
+    # Wide, so that no line is broken; what stands in brackets would be taken for markup, and vanish.
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", 400)
+    found = dict(commands(typer.main.get_command(app)))
+    assert {("sample",), ("lab", "table")} <= found.keys()
+    for words, command in found.items():
+        shown = " ".join(run(*words, "--help").out.split())
+        for parameter in command.params:
+            assert " ".join((parameter.help or "").split()) in shown, (words, parameter.name)
 
 
 def test_help_answers_in_under_a_second():
