@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ from proxytune.planning import Plan, plan
 from proxytune.policies import Parallel, Sequential
 from proxytune.processors.thinking import ThinkingBudgetLogitsProcessor
 from proxytune.reliability import auroc, brier, choose_vote, ece, interval
-from proxytune.stopping import settled
+from proxytune.stopping import OnlineFilter, consensus, settled
 from proxytune.trials import CalibrationRun, Trial
 from proxytune.voting import Sample, Tally, sample_scores, vote
 
@@ -229,7 +229,9 @@ def confidence(drawn: dict[Kind, list[Drawn]], calibration: dict[Kind, list[Draw
             },
             "votes": votes,
             "chosen on validation": {"how": chosen.how, "why": chosen.why},
-            "adaptive consistency": _stopped(found),
+            "adaptive consistency": _stopped(found, _settled),
+            "deepconf online 90": _stopped(found, lambda d: _online(d, 90.0)),
+            "deepconf online 10": _stopped(found, lambda d: _online(d, 10.0)),
         }
     return out
 
@@ -251,15 +253,15 @@ def _votes(found: Sequence[Drawn], count: int, **settings: Any) -> dict[str, Any
     }
 
 
-def _stopped(found: Sequence[Drawn]) -> dict[str, Any]:
-    """Samples one after the other until the leader is settled, against all of them."""
+def _stopped(found: Sequence[Drawn], early: Callable[[Drawn], tuple[Tally, int]]) -> dict[str, Any]:
+    """A rule that stops early, its winner and its tokens, against the majority of all samples."""
     used, same, right, base = [], [], [], []
     for d in found:
-        count = next((n for n in range(1, len(d.samples)) if settled(vote(d.samples[:n]).counts, 0.95)), len(d.samples))
-        early, whole = vote(d.samples[:count]), vote(d.samples)
-        used.append((d.spent(count) - d.prompt) / (d.spent(len(d.samples)) - d.prompt))
-        same.append(float(early.winner == whole.winner))
-        right.append(float(d.right(early)))
+        tally, tokens = early(d)
+        whole = vote(d.samples)
+        used.append(tokens / sum(d.tokens))
+        same.append(float(tally.winner == whole.winner))
+        right.append(float(d.right(tally)))
         base.append(float(d.right(whole)))
     return {
         "share of the tokens": record(mean_interval(used)),
@@ -267,6 +269,35 @@ def _stopped(found: Sequence[Drawn]) -> dict[str, Any]:
         "accuracy": record(mean_interval(right)),
         "− all samples": record(mean_interval(np.subtract(right, base))),
     }
+
+
+def _settled(d: Drawn) -> tuple[Tally, int]:
+    """Samples one after the other until the leader is settled."""
+    count = next((n for n in range(1, len(d.samples)) if settled(vote(d.samples[:n]).counts, 0.95)), len(d.samples))
+    return vote(d.samples[:count]), sum(d.tokens[:count])
+
+
+def _online(d: Drawn, eta: float) -> tuple[Tally, int]:
+    """DeepConf online: half of the samples set the threshold; the others stop below it; all stop at a consensus."""
+    warmup = len(d.samples) // 2
+    filters = OnlineFilter(eta, window=WINDOW, warmup=warmup)
+    for sample in d.samples[:warmup]:
+        filters.update(sample.scores(WINDOW))
+    taken, tokens = list(d.samples[:warmup]), sum(d.tokens[:warmup])
+    for sample in d.samples[warmup:]:
+        tally = vote(taken, "deepconf", window=WINDOW, threshold=filters.threshold)
+        if consensus(tally, 0.95):
+            break
+        assert sample.confidences is not None
+        tracker, length = filters.track(), 0
+        for confidence in sample.confidences:
+            tracker.push(float(confidence))
+            length += 1
+            if not filters.keep_going(tracker):
+                break
+        tokens += length
+        taken.append(sample if length == len(sample.confidences) else replace(sample, stopped=True))
+    return vote(taken, "deepconf", window=WINDOW, threshold=filters.threshold), tokens
 
 
 def allocation(

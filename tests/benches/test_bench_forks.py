@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,14 @@ def test_pondering_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) ->
         assert one.spent(4) == one.prompt + sum(one.tokens)
         assert [len(sample.confidences) for sample in one.samples] == one.tokens
     assert finite(pondering._votes(drawn, 2, how="majority"))
-    assert finite(pondering._stopped(drawn))
+    for rule in (
+        pondering._settled,
+        lambda one: pondering._online(one, 90.0),
+        lambda one: pondering._online(one, 10.0),
+    ):
+        found = pondering._stopped(drawn, rule)
+        assert finite(found)
+        assert 0 < found["share of the tokens"]["value"] <= 1
 
 
 def test_the_readme_s_tables_are_made_of_the_committed_record() -> None:
