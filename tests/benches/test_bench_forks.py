@@ -131,11 +131,8 @@ def test_pondering_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) ->
         assert one.spent(4) == one.prompt + sum(one.tokens)
         assert [len(sample.confidences) for sample in one.samples] == one.tokens
     assert finite(pondering._votes(drawn, 2, how="majority"))
-    for rule in (
-        pondering._settled,
-        lambda one: pondering._online(one, 90.0),
-        lambda one: pondering._online(one, 10.0),
-    ):
+    online = [partial(pondering._online, eta=eta) for eta in (90.0, 10.0)]
+    for rule in (pondering._settled, *online):
         found = pondering._stopped(drawn, rule)
         assert finite(found)
         assert 0 < found["share of the tokens"]["value"] <= 1
