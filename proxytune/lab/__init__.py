@@ -1,4 +1,4 @@
-"""A synthetic world with programmatic verifiers, and four small Llamas trained on it.
+"""A synthetic world with programmatic verifiers, four small Llamas trained on it, and three more for studies.
 
 The table of contents. `NOTES.md` in this folder says what the world is and what was measured. Names are imported on
 first use, so that the verifiers can be used without torch.
@@ -14,6 +14,9 @@ first use, so that the verifiers can be used without torch.
 `World`          all people
 `train_family`   train the four models from nothing
 `family_rows`    ask a family held-out problems, one row per way of answering
+`train_studies`  train the models of the studies: known forks, answers that swing with their length, a collapsed policy
+`load_study`     open one of them
+`route_law`      what a model answers to a route (`proxytune.lab.routes`), exactly
 ================ ====================================================================================================
 """
 
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from proxytune.lab.bundle import bundled, bundled_record
     from proxytune.lab.evaluation import family_rows
     from proxytune.lab.family import train_family
+    from proxytune.lab.laws import route_law
+    from proxytune.lab.studies import load_study, train_studies
     from proxytune.lab.tasks import Problem, problems
     from proxytune.lab.verifiers import Grade, grade
     from proxytune.lab.world import World, build_world
@@ -39,8 +44,11 @@ __all__ = [
     "bundled_record",
     "family_rows",
     "grade",
+    "load_study",
     "problems",
+    "route_law",
     "train_family",
+    "train_studies",
 ]
 
 _HOME = {
@@ -53,7 +61,10 @@ _HOME = {
     "family_rows": "proxytune.lab.evaluation",
     "grade": "proxytune.lab.verifiers",
     "problems": "proxytune.lab.tasks",
+    "load_study": "proxytune.lab.studies",
+    "route_law": "proxytune.lab.laws",
     "train_family": "proxytune.lab.family",
+    "train_studies": "proxytune.lab.studies",
 }
 
 
