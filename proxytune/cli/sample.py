@@ -28,6 +28,7 @@ _FAILED = 1
 
 
 def sample(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -101,6 +102,7 @@ def sample(
 
     # Refused here if something is out of its range, before the models are loaded.
     repels = repulsion != 0 or ngram is not None
+    _refuse_without_effect(context, forks=forks, repels=repels)
     needed = where == "forks" and (forks or repels)
     nats = _threshold(threshold, recipe, alpha, forks=forks) if needed else None
     loop: TreeLoop
@@ -140,6 +142,22 @@ def sample(
                 meter.go_on()
     if failed:
         raise typer.Exit(_FAILED)
+
+
+def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool) -> None:
+    """Refuse options of a tree where there is none: what is left out has its default, and is not refused."""
+    unused = {} if forks else {"children": "--forks", "min_gap": "--forks"}
+    if not forks and not repels:
+        unused["where"] = "--forks, or samples that repel each other"
+    for name, needed in unused.items():
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise InputError.of(
+                f"--{name.replace('_', '-')}",
+                expected=f"{needed} with it",
+                got="--no-forks" if repels else "--no-forks, without --repulsion and --ngram",
+                remedy="Leave it out: it would change nothing.",
+            )
 
 
 def _refuse_repulsion(repulsion: float, ngram: int | None) -> None:

@@ -355,6 +355,9 @@ def test_answers_by_pattern():
             "where: expected 'forks' or 'random'; got 'start'",
         ),
         (["--threshold", 1, "max_newtokens=3"], "Did you mean max_new_tokens"),
+        (["--no-forks", "--children", 3], "--children: expected --forks with it; got --no-forks, without --repulsion"),
+        (["--no-forks", "--threshold", 1, "--ngram", 2, "--min-gap", 1], "--min-gap: expected --forks with it; got --"),
+        (["--no-forks", "--where", "forks"], "--where: expected --forks, or samples that repel each other with it"),
     ],
 )
 def test_wrong_settings_are_told_before_a_model_is_loaded(run, members, monkeypatch, words, message):
