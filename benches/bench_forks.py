@@ -37,9 +37,9 @@ SEEDS = (0, 1, 2)
 PARTS = ("detection", "votes", "tuned", "collapsed", "lengths", "confidence")
 SIZES: dict[str, dict[str, int]] = {
     "detection": {"problems": 40, "samples": 16},
-    "votes": {"problems": 12, "trees": 100},
-    "temperatures": {"chosen_on": 60, "judged_on": 120, "few": 16, "many": 32},
-    "spreads": {"count": 120, "samples": 64},
+    "votes": {"problems": 10, "trees": 100},
+    "temperatures": {"chosen_on": 50, "judged_on": 100, "few": 16, "many": 32},
+    "spreads": {"count": 100, "samples": 64},
     "lengths": {"problems": 60, "samples": 4},
     "confidence": {"problems": 80, "calibration": 60, "samples": 16, "attempts": 4},
 }

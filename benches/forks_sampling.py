@@ -168,7 +168,7 @@ def spreads(subject: Subject, nats: float, *, seed: int, count: int, samples: in
         },
         "methods": {},
     }
-    for size in (4, 8, 16):
+    for size in (8, 16):
         loops: dict[str, Any] = {
             "fork tree": ForkDecoding(threshold=nats, branches=size, seed=seed),
             "random tree": ForkDecoding(where="random", share=SHARE, branches=size, seed=seed),
