@@ -48,6 +48,8 @@ class Sample:
         self_certainty: In nats, larger = more certain; None if not recorded.
         margins: `[A]`, p₁ − p₂ over the answer's tokens; None if not recorded.
         stopped: Whether it was stopped before its end. It does not vote then.
+        cut: Whether its length or a budget cut it off. It votes with what it had said by then, and the tally's note
+            says so.
     """
 
     answer: Hashable | None
@@ -56,6 +58,7 @@ class Sample:
     self_certainty: float | None = None
     margins: NDArray[np.float64] | None = None
     stopped: bool = False
+    cut: bool = False
 
     def __post_init__(self) -> None:
         check_answer(self.answer)
@@ -105,6 +108,7 @@ class Tally:
         filtered: Samples that a filter left out.
         stopped: Samples that did not vote because they were stopped.
         note: What the reader should know of how it came about; empty if nothing.
+        cut: Samples among those that voted whose texts were cut off.
     """
 
     winner: Hashable | None
@@ -115,6 +119,7 @@ class Tally:
     filtered: int = 0
     stopped: int = 0
     note: str = ""
+    cut: int = 0
 
     @property
     def answered(self) -> bool:
@@ -144,8 +149,8 @@ def vote(
         power: `"borda"`: p ≥ 0; 0 is the majority. The default is that of the authors' code.
 
     Returns:
-        The outcome. Its note says where it is a majority after all: of all samples if a filter leaves none with an
-        answer, of those that are left if their scores are all 0.
+        The outcome. Its note says where texts were cut off, and where it is a majority after all: of all samples if a
+        filter leaves none with an answer, of those that are left if their scores are all 0.
 
     Raises:
         InputError: If there is nothing to vote, a record is missing, a setting is out of its range, or the weights are
@@ -274,6 +279,10 @@ def _tally(samples: Sequence[Sample], factors: NDArray[np.float64], *, filtered:
         )
     order = sorted(classes, key=lambda a: (-totals[a], -len(classes[a]), -max(classes[a]), _name(a)))
     winner = next((answer for answer in order if answer is not None), None)
+    cut = sum(s.cut for s in samples)
+    notes = [note or ("" if winner is not None else "no sample has an answer")]
+    if cut:
+        notes.append(f"{cut} of {len(samples)} texts were cut off, and count with what they had said by then")
     return Tally(
         winner=winner,
         share=totals[winner] / whole if winner is not None else 0.0,
@@ -282,7 +291,8 @@ def _tally(samples: Sequence[Sample], factors: NDArray[np.float64], *, filtered:
         counts={answer: len(classes[answer]) for answer in order},
         filtered=filtered,
         stopped=stopped,
-        note=note or ("" if winner is not None else "no sample has an answer"),
+        note="; ".join(filter(None, notes)),
+        cut=cut,
     )
 
 

@@ -145,7 +145,7 @@ class Writer:
             branch: The text.
 
         Returns:
-            The sample.
+            The sample; cut, if its length or the ledger cut it off.
 
         Raises:
             InputError: If `extract` raises, or gives what cannot be an answer.
@@ -160,7 +160,7 @@ class Writer:
                 got=f"{type(error).__name__}: {error} for the text {text[:200]!r}",
                 remedy="Return None for texts without an answer.",
             ) from error
-        return Sample(answer, np.array(branch.along("confidences")))
+        return Sample(answer, np.array(branch.along("confidences")), cut=not branch.finished)
 
 
 def _key(seed: int, ids: Sequence[int]) -> int:

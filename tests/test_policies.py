@@ -18,6 +18,7 @@ from proxytune.budget import TokenLedger
 from proxytune.errors import BudgetError, InputError
 from proxytune.policies import Parallel, Sequential
 from proxytune.processors.thinking import ThinkingBudgetLogitsProcessor
+from proxytune.voting import vote
 
 TOKENIZER = tokenizer()
 PROMPT = "Start with 24."
@@ -121,6 +122,20 @@ def test_samples_carry_answers_and_confidences(model: Any) -> None:
         assert sample.confidences.tolist() == branch.confidences
         assert len(sample.confidences) == len(branch.tokens)
     assert ledger.by == {"prompt": len(IDS), "parallel-4": sum(len(b.tokens) for b in branches)}
+
+
+def test_texts_that_were_cut_are_told_of(model: Any) -> None:
+    new = 6
+    policy = parallel(model, 6, max_new_tokens=new)
+    samples, branches = policy(PROMPT, TokenLedger(10_000)), policy.draw(PROMPT, TokenLedger(10_000))
+    assert [s.cut for s in samples] == [len(b) == new and b.tokens[-1] != EOS for b in branches]
+    assert {s.cut for s in samples} == {True, False}
+    tally = vote(samples)
+    assert tally.cut == sum(s.cut for s in samples)
+    assert tally.note == f"{tally.cut} of 6 texts were cut off, and count with what they had said by then"
+    (short,) = policy(PROMPT, TokenLedger(len(IDS) + 1))
+    assert short.cut
+    assert not sequential(model, 0, sequence_bias={(EOS,): 50.0})(PROMPT, TokenLedger(10_000))[0].cut
 
 
 # --- sequential -------------------------------------------------------------------------------------------------------

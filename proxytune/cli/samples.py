@@ -209,7 +209,7 @@ class Drawing:
         texts = [str(self.tokenizer.decode(leaf.along("tokens"), skip_special_tokens=True)) for leaf in leaves]
         answers = [self.extract(text) for text in texts]
         voters = [
-            Sample(a, np.array(leaf.along("confidences")), 1.0 if self.vote == "majority" else w)
+            Sample(a, np.array(leaf.along("confidences")), 1.0 if self.vote == "majority" else w, cut=not leaf.finished)
             for a, leaf, w in zip(answers, leaves, weights, strict=True)
         ]
         how: How = "majority" if self.vote == "weighted" else self.vote

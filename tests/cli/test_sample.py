@@ -152,6 +152,7 @@ def test_samples_stay_in_the_budget(run, members, tokenizer, room, leaves, longe
     words = ["--no-forks", "--branches", 4, "--budget", length + room, "--json", *members, *WORDS]
     (line,) = run("sample", PROMPTS[0], *words, "eos_token_id=none").lines
     assert [leaf["tokens"] for leaf in line["leaves"]] == [longest] * leaves
+    assert f"{leaves} of {leaves} texts were cut off, and count with what they had said by then" in line["note"]
     assert line["spent"] == length + leaves * longest <= length + room
 
 
