@@ -269,6 +269,14 @@ def test_a_kind_decides_by_itself_if_it_is_large_enough() -> None:
     assert few.basis == "all kinds, since kind 'x' has 20 of the 21 that it takes"
 
 
+def test_as_many_problems_as_it_takes_are_enough() -> None:
+    run = CalibrationRun((trial("good", [1] * 5), replace(trial("bad", [0] * 5), level=8)), ("k",) * 5)
+    for kind in (None, "k"):
+        assert plan(run, 100, kind, least=5).chosen.name == "good"
+        found = plan(run, 100, kind, least=6)
+        assert (found.chosen.name, found.calibrated) == ("bad", False)
+
+
 def test_too_few_problems_are_no_ground_for_a_choice() -> None:
     run = replace(small(16), trials=(*small(16).trials, replace(small(16).trials[0], name="a2", level=2)))
     found = plan(run, 100)
