@@ -285,6 +285,17 @@ def test_points_are_steered_branches_at_one_of_their_forks() -> None:
     assert points(3) == points(3)
 
 
+def test_the_fork_of_a_branch_does_not_depend_on_who_else_goes_on() -> None:
+    shared = 0
+    for seed in range(40):
+        one, other = (
+            {point.branch: point for point in points(seed, prior=prior)} for prior in ([1, 1, 9, 9], [9, 9, 1, 1])
+        )
+        shared += len(one.keys() & other.keys())
+        assert all(one[branch].position == other[branch].position for branch in one.keys() & other.keys())
+    assert shared > 20
+
+
 def test_a_branch_without_forks_starts_at_the_prompt() -> None:
     single = ForkTree(0, [Branch(0, tokens=[7, 8])])
     (point,) = restart_points(single, ["a"], AnswerHistory(), 1, prompt=[1], round=0)
