@@ -29,12 +29,12 @@ from numpy.typing import ArrayLike, NDArray
 from proxytune.answer_files import read_counts, write_counts
 from proxytune.confidence import numbers
 from proxytune.errors import InputError
-from proxytune.keying import PromptKey, key_of, keyed_uniforms, prompt_key
+from proxytune.keying import PromptKey, keyed_uniforms, prompt_key, round_key
 from proxytune.prefixes import Ids, whole
 from proxytune.voting import check_answer
 from proxytune.weighting import kool_log_weights
 
-__all__ = ["AnswerHistory", "Steering", "round_key"]
+__all__ = ["AnswerHistory", "Steering"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,26 +246,6 @@ class AnswerHistory:
         for prompt, counts in read_counts(Path(path)).items():
             out._counts[prompt] = Counter(counts)
         return out
-
-
-def round_key(purpose: str, prompt: str | Ids, round: int, seed: int) -> int:
-    """The key of a decision about a prompt in a round.
-
-    Args:
-        purpose: Which decision.
-        prompt: The prompt.
-        round: The number of the round.
-        seed: The seed.
-
-    Returns:
-        The key.
-
-    Raises:
-        InputError: If the round is no whole number of at least 0, or the seed is none.
-    """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise InputError.of("seed", expected="a whole number", got=repr(seed), remedy="Pass e.g. seed=0.")
-    return key_of(purpose, prompt, int(seed), whole("round", round, "that counts the rounds"))
 
 
 def _answers(answers: Any) -> list[Hashable | None]:

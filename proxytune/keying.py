@@ -10,9 +10,10 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from proxytune.prefixes import Ids, token_ids
+from proxytune.errors import InputError
+from proxytune.prefixes import Ids, token_ids, whole
 
-__all__ = ["PromptKey", "key_of", "keyed_uniforms", "prompt_key"]
+__all__ = ["PromptKey", "key_of", "keyed_uniforms", "prompt_key", "round_key"]
 
 PromptKey = str | tuple[int, ...]
 
@@ -48,6 +49,26 @@ def key_of(purpose: str, prompt: str | Ids, *numbers: int) -> int:
     """
     said = repr((purpose, *map(int, numbers), prompt_key(prompt)))
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
+
+
+def round_key(purpose: str, prompt: str | Ids, round: int, seed: int) -> int:
+    """The key of a decision about a prompt in a round.
+
+    Args:
+        purpose: Which decision.
+        prompt: The prompt.
+        round: The number of the round.
+        seed: The seed.
+
+    Returns:
+        The key.
+
+    Raises:
+        InputError: If the round is no whole number of at least 0, or the seed is none.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
+        raise InputError.of("seed", expected="a whole number", got=repr(seed), remedy="Pass e.g. seed=0.")
+    return key_of(purpose, prompt, int(seed), whole("round", round, "that counts the rounds"))
 
 
 def keyed_uniforms(key: int, count: int) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ import importlib.util
 import os
 from collections.abc import Collection, Sequence
 from ctypes import c_float
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from typing import Any, Literal
 
@@ -28,53 +28,13 @@ from proxytune.formula import shift
 from proxytune.noise import Noise
 from proxytune.rows import Rows
 from proxytune.sampling import Sampling
+from proxytune.step_outputs import Step
 from proxytune.torch_step import decide
 from proxytune.torch_step import draw_logprobs as _draw_logprobs
 
 __all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "draw_logprobs", "step", "why_not_triton"]
 
 Impl = Literal["auto", "triton", "torch"]
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """What `step` found; None for what was not asked for. B rows, N draws; float32 where no dtype is given.
-
-    Attributes:
-        tokens: `[B, N]`, int64: the draws in the order of their keys; the argmax without `sampling`. −1 in a row that
-            has no distribution, and where fewer than N tokens are left.
-        logprobs: `[B, N]`, nats: log-probability of the token under the combined distribution itself (temperature 1,
-            nothing truncated). −inf beside a draw that found no token.
-        draw_logprobs: `[B, N]`, nats: under the distribution drawn from.
-        keys: `[B, N]`: `draw_logprobs` + Gumbel; descending. The (k+1)-th is the κ of Kool et al. 2019
-            (arXiv 1903.06059), from which the weights of k draws without replacement follow.
-        lse: `[B]`: log Σ exp(combined logits).
-        entropy: `[B]`, nats, at temperature 1 over all tokens.
-        varentropy: `[B]`, nats²: Σ p (log p + H)².
-        argmax: `[B]`, int64: the first of the largest.
-        kl: `[B]`, nats: KL(combined ‖ base).
-        temperature: `[B]`: the one used.
-        fork: `[B]`, bool: entropy above the fork threshold.
-        confidence: `[B]`, nats: −mean log p of the 20 most probable tokens (DeepConf, arXiv 2508.15260), of those that
-            are not masked where fewer are left; larger is more confident.
-        kept: `[B]`, int64: how many tokens could have been drawn.
-        scores: `[B, V]`: the combined logits.
-    """
-
-    tokens: torch.Tensor | None = None
-    logprobs: torch.Tensor | None = None
-    draw_logprobs: torch.Tensor | None = None
-    keys: torch.Tensor | None = None
-    lse: torch.Tensor | None = None
-    entropy: torch.Tensor | None = None
-    varentropy: torch.Tensor | None = None
-    argmax: torch.Tensor | None = None
-    kl: torch.Tensor | None = None
-    temperature: torch.Tensor | None = None
-    fork: torch.Tensor | None = None
-    confidence: torch.Tensor | None = None
-    kept: torch.Tensor | None = None
-    scores: torch.Tensor | None = None
 
 
 def step(

@@ -24,8 +24,8 @@ from numpy.typing import ArrayLike
 
 from proxytune.decoding.tree import Branch, ForkTree
 from proxytune.errors import InputError
-from proxytune.exploration import AnswerHistory, round_key
-from proxytune.keying import keyed_uniforms
+from proxytune.exploration import AnswerHistory
+from proxytune.keying import keyed_uniforms, round_key
 from proxytune.prefixes import Ids
 
 __all__ = ["Fork", "RestartPoint", "forks_along", "restart_points"]
