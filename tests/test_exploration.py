@@ -324,6 +324,14 @@ def test_answers_of_numpy_and_of_nested_tuples(tmp_path: Path) -> None:
     assert AnswerHistory.load(tmp_path / "h.json").counts("p") == {3: 1, 0.5: 1, ("a", (1, None)): 1, True: 1}
 
 
+def test_a_file_that_was_there_keeps_its_permissions(tmp_path: Path) -> None:
+    file = tmp_path / "history.json"
+    file.write_text("")
+    file.chmod(0o600)
+    AnswerHistory().save(file)
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
     file = tmp_path / "h.json"
     history([("p", ["a"])]).save(file)
