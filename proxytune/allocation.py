@@ -50,7 +50,7 @@ def allocate(
     *,
     kind: str | None = None,
     tolerance: float = 0.0,
-    quantile: float = 0.95,
+    quantile: float = 0.5,
     least: int = LEAST_PROBLEMS,
     voting: Voting = vote,
 ) -> Allocation:

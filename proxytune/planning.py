@@ -1,10 +1,10 @@
 """Which level of which form to spend a budget on, by a calibration run.
 
-The rule is the plain one: of the levels that fit the budget, the one that was right most often; of exactly equal ones
-the one that spends less. A rule that prefers a cheaper level whenever the data cannot tell it from the best would be
-worse for what it cannot tell: with few problems nearly everything is "tied", and the cheapest level would win by
-lack of data. The most frequent is the choice of least expected loss, and its loss shrinks with the number of problems
-as the noise does. Who wants to give accuracy up for tokens says how much, as `tolerance`.
+The rule is the plain one: of the levels that fit the budget, the one that was right within it most often; of exactly
+equal ones the one that spends less. A rule that prefers a cheaper level whenever the data cannot tell it from the
+best would be worse for what it cannot tell: with few problems nearly everything is "tied", and the cheapest level
+would win by lack of data. The most frequent is the choice of least expected loss, and its loss shrinks with the
+number of problems as the noise does. Who wants to give accuracy up for tokens says how much, as `tolerance`.
 
 The accuracy of the chosen level, measured on the problems by which it was chosen, is a little too high, the more so the
 more levels there are. Intervals are percentile bootstraps over problems, the same resamples for every level (paired).
@@ -40,7 +40,7 @@ class LevelReport:
         name: The policy's name.
         form: Its form.
         level: How many samples or extensions.
-        accuracy: Share of problems that it had right, with its interval.
+        accuracy: Share of problems that it had right within the budget, with its interval.
         behind: How much the best level that fits is more accurate, paired, with its interval: if 0 is in it, the data
             do not tell the two apart.
         tokens: What it spent on average, prompt included.
@@ -99,7 +99,7 @@ def plan(
     *,
     names: Collection[str] | None = None,
     tolerance: float = 0.0,
-    quantile: float = 0.95,
+    quantile: float = 0.5,
     least: int = LEAST_PROBLEMS,
     default: Form = "parallel",
     level: float = 0.95,
@@ -119,8 +119,9 @@ def plan(
         names: The policies to choose from; None for all of the run.
         tolerance: The accuracy to give up for fewer tokens, in [0, 1): of the levels within so much of the best, the
             one that spends least on average.
-        quantile: A level fits if on this share of the problems it spent no more than the budget; (0, 1]. On the others
-            the ledger will cut it short.
+        quantile: A level fits if on this share of the problems it spent no more than the budget; (0, 1]. The others
+            count as wrong, since the ledger would cut them short, so a level that just fits competes on what it is
+            worth under this budget.
         least: The number of problems to go by.
         default: The form where they are too few.
         level: The level of the intervals.
@@ -144,8 +145,10 @@ def plan(
         raise InputError.of("default", expected=" | ".join(get_args(Form)), got=repr(default), remedy="Pass one.")
     trials = _chosen_from(run, names)
     rows, basis = _basis(run, kind, least)
-    right = np.stack([trial.right[rows] for trial in trials], 1).astype(np.float64)  # [P, L]
     tokens = np.stack([trial.tokens[rows] for trial in trials], 1)  # [P, L]
+    # What cost more than there is would have been cut short. Left out instead, a level would look as good as ever just
+    # below the budget and be gone just above it, and which of two is gone would be chance.
+    right = (np.stack([trial.right[rows] for trial in trials], 1) & (tokens <= budget)).astype(np.float64)  # [P, L]
     # An observed number: what is reached by at least that share of the problems.
     high = np.quantile(tokens, share("quantile", quantile, 1.0), axis=0, method="inverted_cdf").astype(int)
     fits = np.flatnonzero(high <= budget).tolist()
