@@ -67,11 +67,12 @@ def collapsed(seed: int, folder: Path) -> dict[str, Any]:
 
 def _countdown(subject: Subject) -> dict[str, Any]:
     nats = forks_sampling.threshold(subject)
-    return {
-        "nats": round(nats, 4),
-        "temperatures": forks_sampling.temperatures(subject, nats, seed=subject.seed, **SIZES["temperatures"]),
-        "spreads": forks_sampling.spreads(subject, nats, seed=20_000 + subject.seed, **SIZES["spreads"]),
-    }
+    swept = forks_sampling.temperatures(subject, nats, seed=subject.seed, **SIZES["temperatures"])
+    best = swept["test"]["k=16"]["plain"]["temperature"]
+    spread = forks_sampling.spreads(
+        subject, nats, seed=20_000 + subject.seed, best_temperature=best, **SIZES["spreads"]
+    )
+    return {"nats": round(nats, 4), "temperatures": swept, "spreads": spread}
 
 
 def lengths(seed: int, folder: Path) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def together(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
         for method in methods[0]:
             lists = [one[method].pop("differences") for one in methods]
             pooled[name]["methods − independent"][method] = {
-                what: record(_pooled([some[what] for some in lists])) for what in ("coverage", "solutions")
+                what: record(_pooled([some[what] for some in lists])) for what in lists[0]
             }
     return {
         "command": "python benches/bench_forks.py --out FOLDER; python benches/bench_forks.py --out FOLDER --write",

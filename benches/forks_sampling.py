@@ -139,7 +139,9 @@ def temperatures(
     return out
 
 
-def spreads(subject: Subject, nats: float, *, seed: int, count: int, samples: int) -> dict[str, Any]:
+def spreads(
+    subject: Subject, nats: float, *, seed: int, count: int, samples: int, best_temperature: float
+) -> dict[str, Any]:
     """Coverage and different solutions of trees and siblings against independent samples for as many tokens.
 
     Args:
@@ -148,17 +150,21 @@ def spreads(subject: Subject, nats: float, *, seed: int, count: int, samples: in
         seed: Of the draws.
         count: Test problems.
         samples: Independent samples of each, which the curve is made of.
+        best_temperature: The plain temperature of the best pass@16 on validation. The methods are all at temperature 1.
 
     Returns:
-        pass@k of the independent samples; and of every other method and size coverage, different solutions and tokens
-        beside what independent samples have for as many tokens.
+        pass@k of the independent samples at temperature 1; and of every other method and size coverage, different
+        solutions and tokens beside what independent samples have for as many tokens, at temperature 1 and at the best.
     """
     asked = problems("countdown", "test", count, build_world())
     plain = _sampled(subject, "test", count, samples, (1.0, 1.0), nats, seed)
     mean_tokens = sum(a.tokens for a in plain) / (count * samples)
+    best = _sampled(subject, "test", count, samples, (best_temperature, best_temperature), nats, seed)
+    best_tokens = sum(a.tokens for a in best) / (count * samples)
     curve = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
     out: dict[str, Any] = {
         "tokens of a sample": round(mean_tokens, 2),
+        "best temperature": best_temperature,
         "independent": {
             f"k={k}": {
                 "coverage": record(mean_interval([a.coverage(k) for a in plain])),
@@ -187,6 +193,9 @@ def spreads(subject: Subject, nats: float, *, seed: int, count: int, samples: in
             different = np.array([float(len(a.right)) for a in found])
             more = covered - [a.coverage(as_many) for a in plain]
             further = different - [a.solutions(as_many) for a in plain]
+            as_hot = as_many * mean_tokens / best_tokens
+            over_best = covered - [a.coverage(as_hot) for a in best]
+            further_best = different - [a.solutions(as_hot) for a in best]
             out["methods"][f"{name}, {size}"] = {
                 "tokens": round(as_many * mean_tokens, 1),
                 "independent samples for as many tokens": round(as_many, 3),
@@ -194,9 +203,13 @@ def spreads(subject: Subject, nats: float, *, seed: int, count: int, samples: in
                 "coverage − independent": record(mean_interval(more)),
                 "different solutions": record(mean_interval(different)),
                 "different solutions − independent": record(mean_interval(further)),
+                "coverage − best temperature": record(mean_interval(over_best)),
+                "different solutions − best temperature": record(mean_interval(further_best)),
                 "differences": {
                     "coverage": [round(x, 4) for x in more],
                     "solutions": [round(x, 4) for x in further],
+                    "coverage, best temperature": [round(x, 4) for x in over_best],
+                    "solutions, best temperature": [round(x, 4) for x in further_best],
                 },
             }
     return out

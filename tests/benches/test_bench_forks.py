@@ -111,7 +111,7 @@ def test_countdown_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) ->
     assert len(found["validation"]) == 3
     assert finite(found)
     assert len(found["test"]["k=1"]["differences"]) == 3
-    spread = sampling.spreads(subjects["large-tuned"], 0.36, seed=0, count=3, samples=32)
+    spread = sampling.spreads(subjects["large-tuned"], 0.36, seed=0, count=3, samples=32, best_temperature=0.5)
     assert finite(spread)
     for name, method in spread["methods"].items():
         size = int(name.rpartition(", ")[2])
