@@ -48,23 +48,35 @@ def votes_table(record: dict[str, Any]) -> list[str]:
 
 
 def sampling_table(record: dict[str, Any]) -> list[str]:
-    """Countdown: what was compared with plain sampling for as many tokens."""
+    """Countdown: what was compared with plain sampling for as many tokens, at the plain temperature best for it."""
     over = record["over seeds"]
     lines = [
-        "| Countdown, minus plain sampling for as many tokens, points | "
-        + " | ".join(f"{name}: {what}" for name in MODELS.values() for what in ("right at all", "different solutions"))
+        "| Countdown, minus plain sampling at its best temperature for as many tokens | "
+        + " | ".join(
+            f"{name}: {what}"
+            for name in MODELS.values()
+            for what in ("some sample is right, points", "different solutions")
+        )
         + " |",
         "|---|" + "--:|" * (2 * len(MODELS)),
     ]
     for k in over["tuned"]["fork − plain"]:
-        cells = " | ".join(f"{points(over[model]['fork − plain'][k])} | " for model in MODELS)
-        lines.append(f"| two temperatures, {k.removeprefix('k=')} samples | {cells} |".replace("|  |", "| |"))
+        cells = " | ".join(f"{points(over[model]['fork − plain'][k])} | –" for model in MODELS)
+        lines.append(f"| two temperatures, k = {k.removeprefix('k=')} | {cells} |")
     for method in METHODS:
         for size in (8, 16):
             found = [over[model]["methods − independent"][f"{method}, {size}"] for model in MODELS]
-            cells = " | ".join(f"{points(one['coverage'])} | {points(one['solutions'])}" for one in found)
+            cells = " | ".join(
+                f"{points(one['coverage, best temperature'])} | {number(one['solutions, best temperature'])}"
+                for one in found
+            )
             lines.append(f"| {method}, {size} | {cells} |")
     return lines
+
+
+def number(value: dict[str, float]) -> str:
+    """A difference of counts with its interval."""
+    return "{:+.2f} [{:+.2f}, {:+.2f}]".format(*(value[end] for end in ("value", "low", "high")))
 
 
 def collapse_sentence(record: dict[str, Any]) -> str:

@@ -29,7 +29,8 @@ class Parallel:
     """Independent samples of one prompt, for a vote.
 
     Where the ledger has no room for all of them, there are as many as can surely be finished, and at least one, which
-    may then be cut.
+    may then be cut. How many then depends on how long the first ones were, so their shares lean a little to answers
+    with short texts; with room for all they do not.
 
     Attributes:
         name: What it is called in a calibration run.

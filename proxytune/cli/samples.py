@@ -176,7 +176,8 @@ class Drawing:
 
         At first as many begin as could be finished if all were as long as they may be. What they leave of the budget
         goes to further rounds, each of which reads the prompt again, and in which samples repel those of their own
-        round only.
+        round only. How many samples there are then depends on how long the first ones were: shares lean a little to
+        answers with short texts, unless the budget has room for all.
         """
         longest = self.config.max_new_tokens or max(1, int(self.config.max_length) - int(encoded["input_ids"].shape[1]))
         budget, rounds, spent = loop.max_total_tokens, [tree], tree.tokens

@@ -1,7 +1,7 @@
 """The loop that all trees of `custom_generate` share: a batch whose rows are the live branches of all prompts.
 
-Each step is one forward pass, one draw for every live row, and one small record that the host reads, since it has to
-know the trees: which rows go on from which, which part, which have ended. What is planted and what is made of the draws
+Each step is one forward pass, one draw for every live row, and one small record that the host reads beside what the
+stopping criteria say, since it has to know the trees: which rows go on from which, which part, which have ended. What is planted and what is made of the draws
 is a `Plot`'s business; a row that leaves, or comes, takes its copy of the cache along.
 """
 
@@ -207,7 +207,7 @@ class TreeLoop(ABC):
         columns = [tokens, draw_logprobs, keys, logprobs, found.entropy, found.confidence]
         columns.append(found.entropy if wishes is None else wishes.to(found.entropy.device))
         parts = [x.double() if x.ndim == 2 else x.double()[:, None] for x in columns if x is not None]
-        packed = torch.cat(parts, 1).tolist()  # the one read of a step
+        packed = torch.cat(parts, 1).tolist()  # one read; the stopping criteria have another
         failed = [row[0] < 0 for row in packed]
         if any(failed):
             prompt, branch = plot.rows[failed.index(True)]
