@@ -1,8 +1,9 @@
 """The loop that all trees of `custom_generate` share: a batch whose rows are the live branches of all prompts.
 
 Each step is one forward pass, one draw for every live row, and one small record that the host reads beside what the
-stopping criteria say, since it has to know the trees: which rows go on from which, which part, which have ended. What is planted and what is made of the draws
-is a `Plot`'s business; a row that leaves, or comes, takes its copy of the cache along.
+stopping criteria say, since it has to know the trees: which rows go on from which, which part, which have ended. What
+is planted and what is made of the draws is a `Plot`'s business; a row that leaves, or comes, takes its copy of the
+cache along.
 """
 
 from __future__ import annotations
