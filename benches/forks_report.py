@@ -90,7 +90,7 @@ def collapse_sentence(record: dict[str, Any]) -> str:
     }
     return (
         f"The policy gradient took pass@1 from {100 * rates['tuned'][1]:.0f} to {100 * rates['collapsed'][1]:.0f} % "
-        f"and pass@64 from {100 * rates['tuned'][64]:.0f} to {100 * rates['collapsed'][64]:.0f} %."
+        f"and pass@64 from {100 * rates['tuned'][64]:.0f} to {100 * rates['collapsed'][64]:.0f}\u00a0%."
     )
 
 
