@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from proxytune.cli import terminal
 from proxytune.cli.loading import encode
@@ -56,7 +56,20 @@ class Result:
     drawing: str
 
 
-def extractor(pattern: str | None) -> Callable[[str], str | None]:
+class Extract(Protocol):
+    """What finds the answer in a text; None where there is none."""
+
+    def __call__(self, text: str, cut: bool = False) -> str | None:
+        """Find it.
+
+        Args:
+            text: The text.
+            cut: Whether the text was cut off. What stands at its very end may be half of something then, and a number
+                that no words call the answer may be a step on the way; neither is taken.
+        """
+
+
+def extractor(pattern: str | None) -> Extract:
     """What finds the answer in a text.
 
     Args:
@@ -64,7 +77,7 @@ def extractor(pattern: str | None) -> Callable[[str], str | None]:
             None for what follows "The answer is" up to the end of the sentence, else the last number.
 
     Returns:
-        A function from a text to its answer; None where there is none.
+        A function from a text to its answer.
 
     Raises:
         InputError: If it is no regular expression.
@@ -77,21 +90,23 @@ def extractor(pattern: str | None) -> Callable[[str], str | None]:
         raise InputError.of(
             "--answer", expected="a regular expression", got=repr(pattern), remedy=f"Python says: {error}."
         ) from None
-    return lambda text: _last(compiled, text)
+    return lambda text, cut=False: _last(compiled, text, cut)
 
 
-def _usual_answer(text: str) -> str | None:
-    stated = _last(_STATED, text)
-    if stated is not None:
+def _usual_answer(text: str, cut: bool = False) -> str | None:
+    stated = _last(_STATED, text, cut)
+    if stated is not None or cut:
         return stated
     number = _last(_NUMBER, text)
     return None if number is None else number.replace(",", "")
 
 
-def _last(pattern: re.Pattern[str], text: str) -> str | None:
+def _last(pattern: re.Pattern[str], text: str, cut: bool = False) -> str | None:
     found = None
     for match in pattern.finditer(text):
         found = match[1] if pattern.groups else match[0]
+        if cut and match.end() == len(text):
+            return None
     return (found or "").strip() or None
 
 
@@ -116,7 +131,7 @@ class Drawing:
     config: GenerationConfig
     loop: TreeLoop
     prompts: int
-    extract: Callable[[str], str | None]
+    extract: Extract
     vote: Vote
     eta: float
     meter: Meter
@@ -208,7 +223,7 @@ class Drawing:
         from proxytune.voting import How, Sample, vote
 
         texts = [str(self.tokenizer.decode(leaf.along("tokens"), skip_special_tokens=True)) for leaf in leaves]
-        answers = [self.extract(text) for text in texts]
+        answers = [self.extract(t, cut=not leaf.finished) for t, leaf in zip(texts, leaves, strict=True)]
         voters = [
             Sample(a, np.array(leaf.along("confidences")), 1.0 if self.vote == "majority" else w, cut=not leaf.finished)
             for a, leaf, w in zip(answers, leaves, weights, strict=True)

@@ -129,7 +129,7 @@ def test_samples_are_those_of_the_library(run, members, model, tokenizer, words,
         shares = Counter()
         for leaf in line["leaves"]:
             shares[leaf["answer"]] += leaf["weight"]
-        total = sum(share for answer, share in shares.items() if answer is not None)
+        total = sum(shares.values())  # no answer is a class of its own, and part of the whole
         for share in line["shares"]:
             assert share["share"] == pytest.approx(shares[share["answer"]] / total)
     assert (max(spread) > 0.01) == bool(words)
@@ -208,7 +208,8 @@ def test_votes(run, members, model, tokenizer, how):
     out = model.generate(**encoded(tokenizer), custom_generate=ForkDecoding(threshold=1.0, branches=5, seed=3), **DRAW)
     extract = samples.extractor(pattern)
     for line, tree in zip(lines, out.trees, strict=True):
-        answers = [extract(tokenizer.decode(b.along("tokens"), skip_special_tokens=True)) for b in tree]
+        texts = [tokenizer.decode(b.along("tokens"), skip_special_tokens=True) for b in tree]
+        answers = [extract(text, cut=not b.finished) for text, b in zip(texts, tree, strict=True)]
         weights = [1.0] * len(tree) if how == "majority" else tree.weights()
         tally = vote(
             [Sample(a, b.along("confidences"), w) for a, b, w in zip(answers, tree, weights, strict=True)],
@@ -315,6 +316,28 @@ def test_the_controls_need_no_threshold(run, members, where):
 )
 def test_usual_answers(text, answer):
     assert samples.extractor(None)(text) == answer
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("29+9=3", None),  # on the way to 38
+        ("24+5=29, 29+", None),  # a step, not the answer
+        ("The answer is 3", None),  # perhaps 38
+        ("The answer is 38. So", "38"),
+        ("The answer is 38.", "38"),
+        ("The answer is 5. No, the answer is 7. The answer is", "5"),
+    ],
+)
+def test_a_text_that_was_cut_off_has_only_the_answer_that_it_finished(text, answer):
+    assert samples.extractor(None)(text, cut=True) == answer
+
+
+def test_a_pattern_s_last_match_may_go_on_where_the_text_was_cut():
+    extract = samples.extractor(r"#(\w+)")
+    assert extract("#a #bc", cut=False) == "bc"
+    assert extract("#a #bc", cut=True) is None
+    assert extract("#a #bc ", cut=True) == "bc"
 
 
 def test_answers_by_pattern():
