@@ -83,8 +83,8 @@ def sample(
 
     With forks, branches share what they have in common, and part where the entropy is above the threshold; their
     weights make up for that. Without, the prompt is read once for all samples; they are independent, or repel each
-    other where the entropy is above the threshold, which their weights make up for too. A prompt that the budget has no
-    room for is reported, and the exit code is 1 then.
+    other where the entropy is above the threshold, which their weights make up for too. A text that was cut off has an
+    answer only if it finished it. A prompt that the budget has no room for is reported, and the exit code is 1 then.
     """
     prompts, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
