@@ -139,8 +139,7 @@ def seeds() -> str:
 
 def kernels() -> str:
     """What a decision costs, at one vocabulary; all cells are in the JSON."""
-    if str(ROOT / "benches") not in sys.path:
-        sys.path.insert(0, str(ROOT / "benches"))
+    _find_benches()
     from bench_kernels import kernels_table
 
     record = load("kernels.json")
@@ -151,11 +150,16 @@ def kernels() -> str:
 
 def forks() -> str:
     """What the bench of forks found."""
-    if str(ROOT / "benches") not in sys.path:
-        sys.path.insert(0, str(ROOT / "benches"))
+    _find_benches()
     from forks_report import forks_block
 
     return wrapped(forks_block(load("forks.json")))
+
+
+def _find_benches() -> None:
+    """Let the benches beside this file be imported, also where this file was loaded by its path."""
+    if str(ROOT / "benches") not in sys.path:
+        sys.path.insert(0, str(ROOT / "benches"))
 
 
 def wrapped(text: str) -> str:

@@ -152,7 +152,7 @@ def train_family(
         for member in wanted:
             _checkpoint(out, member).unlink(missing_ok=True)
             _report(out, member).unlink(missing_ok=True)
-    _claim(out, seed, recipe, resume=resume)
+    claim_folder(out / "checkpoints" / "run.json", {"seed": seed, "recipe": asdict(recipe)}, resume=resume)
     # The report is written last, so a member that has one is complete.
     unfinished: list[MemberName] = [member for member in wanted if not _report(out, member).exists()]
     if unfinished and processes == 1:
@@ -275,17 +275,32 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
 
 
-def _claim(out: Path, seed: int, recipe: FamilyRecipe, *, resume: bool) -> None:
-    """Note in `out` what is trained there, so that a resumed run cannot mix two seeds or recipes."""
-    note = out / "checkpoints" / "run.json"
-    wanted = json.loads(json.dumps({"seed": seed, "recipe": asdict(recipe)}))
+def claim_folder(
+    note: Path,
+    wanted: dict[str, Any],
+    *,
+    resume: bool = True,
+    remedy: str = "Choose another folder, or train from nothing with --no-resume.",
+) -> None:
+    """Note what is trained in a folder, so that a resumed run cannot mix two seeds or recipes.
+
+    Args:
+        note: The file, in the folder's `checkpoints/`.
+        wanted: What decides the models, the seed first.
+        resume: Whether checkpoints of something else would be gone on from; if not, the note is written anew.
+        remedy: What to do about them.
+
+    Raises:
+        LabError: If the note says something else.
+    """
+    wanted = json.loads(json.dumps(wanted))
     if resume and note.exists() and (found := json.loads(note.read_text())) != wanted:
-        differing = "seed" if found["seed"] != seed else "recipe"
+        differing = next(key for key in wanted if found.get(key) != wanted[key])
         raise LabError.of(
-            f"training folder {out}",
+            f"training folder {note.parents[1]}",
             expected=f"checkpoints of this {differing}, to resume from",
             got=f"checkpoints of another {differing}" + (f" ({found['seed']})" if differing == "seed" else ""),
-            remedy="Choose another folder, or train from nothing with --no-resume.",
+            remedy=remedy,
         )
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps(wanted, indent=1) + "\n")

@@ -14,7 +14,6 @@ import random
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,7 +23,7 @@ from proxytune.errors import LabError
 from proxytune.lab.bundle import STUDIES, MemberName, StudyName, bundled
 from proxytune.lab.collapse import RewardPlan, reward_batches
 from proxytune.lab.corpus import prompt_of
-from proxytune.lab.family import save_member
+from proxytune.lab.family import claim_folder, save_member
 from proxytune.lab.pondering import ponder_examples
 from proxytune.lab.routes import route_examples
 from proxytune.lab.tokenizer import build_tokenizer
@@ -84,7 +83,8 @@ def train_studies(
         LabError: `out` holds checkpoints of another seed, family or recipe.
     """
     recipe = recipe or StudyRecipe()
-    _claim(out, {"seed": seed, "family": None if family is None else str(family), "recipe": asdict(recipe)})
+    wanted = {"seed": seed, "family": None if family is None else str(family), "recipe": asdict(recipe)}
+    claim_folder(out / "checkpoints" / "studies.json", wanted, remedy="Choose another folder.")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums in another order would train another model
     try:
@@ -141,19 +141,3 @@ def _train(out: Path, name: StudyName, seed: int, family: Path | None, recipe: S
     save_member(out / name, model, tokenizer)
     done.write_text(json.dumps(asdict(report)))
     return report
-
-
-def _claim(out: Path, wanted: dict[str, Any]) -> None:
-    """Note in `out` what is trained there, so that a resumed run cannot mix two seeds, families or recipes."""
-    note = out / "checkpoints" / "studies.json"
-    wanted = json.loads(json.dumps(wanted))
-    if note.exists() and (found := json.loads(note.read_text())) != wanted:
-        differing = next(key for key in wanted if found.get(key) != wanted[key])
-        raise LabError.of(
-            f"training folder {out}",
-            expected=f"checkpoints of this {differing}, to resume from",
-            got=f"checkpoints of another {differing}",
-            remedy="Choose another folder.",
-        )
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps(wanted, indent=1) + "\n")
