@@ -194,6 +194,8 @@ class Drawing:
         round only. How many samples there are then depends on how long the first ones were: shares lean a little to
         answers with short texts, unless the budget has room for all.
         """
+        from proxytune.decoding.tree import normalised
+
         longest = self.config.max_new_tokens or max(1, int(self.config.max_length) - int(encoded["input_ids"].shape[1]))
         budget, rounds, spent = loop.max_total_tokens, [tree], tree.tokens
         while True:
@@ -211,9 +213,7 @@ class Drawing:
                 # They share nothing that was generated, and are numbered through all rounds.
                 leaf.number, leaf.parent = len(leaves), None
                 leaves.append(leaf)
-        top = max(log_weights)
-        raw = [math.exp(w - top) for w in log_weights]
-        return leaves, [w / sum(raw) for w in raw]
+        return leaves, normalised(log_weights)
 
     def _result(
         self, prompt: str, length: int, leaves: list[Branch], weights: list[float], tree: ForkTree | None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Branch", "ForkTree"]
+__all__ = ["Branch", "ForkTree", "normalised"]
 
 
 @dataclass(eq=False)
@@ -97,9 +97,7 @@ class ForkTree:
         Returns:
             One for each branch.
         """
-        top = max(branch.log_weight for branch in self.branches)
-        raw = [math.exp(branch.log_weight - top) for branch in self.branches]
-        return [w / sum(raw) for w in raw]
+        return normalised([branch.log_weight for branch in self.branches])
 
     def render(self, decode: object = None) -> str:
         """Draw the tree in text: a line for each branch, with where it left, the entropy there and its weight.
@@ -135,3 +133,18 @@ class ForkTree:
 
         draw(self.branches[0], "", "", "")
         return "\n".join(lines)
+
+
+def normalised(log_weights: Sequence[float]) -> list[float]:
+    """Weights that sum to 1.
+
+    Args:
+        log_weights: `[N]`, nats; at least one, none of them infinite.
+
+    Returns:
+        `[N]`.
+    """
+    top = max(log_weights)  # the heaviest is 1: tiny weights do not underflow together
+    raw = [math.exp(w - top) for w in log_weights]
+    total = sum(raw)
+    return [w / total for w in raw]
