@@ -6,7 +6,8 @@ random numbers: as easy as 1, 2, 3"). The Triton kernels compute the same words,
 of them agree to rounding.
 
 Counter of a word: `(index, position, row, branch · 4 + stream)`, key: the 64 bits of the seed. `index` is a token id in
-the stream `TOKENS`, and the number of a tile of the vocabulary in the stream `TILES`.
+the stream `TOKENS`, and the number of a tile of the vocabulary in the stream `TILES`. In the stream `LATENT` it holds
+two numbers, see `slotted`.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["DECISIONS", "TILES", "TOKENS", "Noise", "gumbel", "philox"]
+__all__ = ["DECISIONS", "LATENT", "SLOTS", "TILES", "TOKENS", "Noise", "gumbel", "normal", "philox", "slotted"]
 
-TOKENS, TILES, DECISIONS = 0, 1, 2
-"""Streams of words: per token, per tile of the vocabulary, and for what is decided about a position."""
+TOKENS, TILES, DECISIONS, LATENT = 0, 1, 2, 3
+"""Streams of words: per token, per tile of the vocabulary, for what is decided about a position, for latent steps."""
+SLOTS = 32
+"""How many independent variates the stream `LATENT` has for each token id, or each coordinate of a state."""
 
 _Words = TypeVar("_Words", torch.Tensor, np.ndarray[Any, np.dtype[Any]])
 
@@ -31,6 +34,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _BRANCHES = 1 << 30
+_SLOT_BITS = 27
 
 
 def philox(
@@ -78,9 +82,39 @@ def gumbel(words: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, of the same shape; between −3.2 and 22.9.
     """
+    return -torch.log(_exponential(words))
+
+
+def normal(words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """Standard normal variates, by the transform of Box and Muller (1958): `√(2E) · cos 2πu`.
+
+    Args:
+        words: Words of `philox`, int64 in [0, 2³²), which E ~ Exp(1) is made of.
+        others: Other words, of the same shape, which u is made of.
+
+    Returns:
+        float32, of the same shape; between −6.8 and 6.8.
+    """
+    return torch.sqrt(2.0 * _exponential(words)) * torch.cos(6.283185307179586 * _unit(others))
+
+
+def slotted(slot: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The counter's first word in the stream `LATENT`, which holds which variate is meant and of what.
+
+    Args:
+        slot: From 0 to `SLOTS` − 1: which of several variates of the same thing.
+        index: int64 in [0, 2²⁷): a token id, or the coordinate of a state.
+
+    Returns:
+        int64 in [0, 2³²), of the shape of both broadcast.
+    """
+    return index + (slot << _SLOT_BITS)
+
+
+def _exponential(words: torch.Tensor) -> torch.Tensor:
     u, v = _unit(words), _unit(_MASK - words)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
-    return -torch.log(torch.where(u < 0.015625, series, -torch.log(v)))
+    return torch.where(u < 0.015625, series, -torch.log(v))
 
 
 def _unit(words: torch.Tensor) -> torch.Tensor:
@@ -174,11 +208,35 @@ class Noise:
         Returns:
             `[B, N]`, float32.
         """
+        return gumbel(self.words(index, stream)[0])
+
+    def normal(self, index: torch.Tensor, stream: int) -> torch.Tensor:
+        """A standard normal variate for each index.
+
+        Args:
+            index: `[B, N]` or `[1, N]`, int64; with `LATENT` as `slotted` makes it.
+            stream: The stream.
+
+        Returns:
+            `[B, N]`, float32.
+        """
+        first, second, _, _ = self.words(index, stream)
+        return normal(first, second)
+
+    def words(self, index: torch.Tensor, stream: int) -> tuple[torch.Tensor, ...]:
+        """Four words for each index, for variates that take more than one.
+
+        Args:
+            index: `[B, N]` or `[1, N]`, int64 in [0, 2³²).
+            stream: The stream.
+
+        Returns:
+            Four tensors `[B, N]`, int64 in [0, 2³²).
+        """
         last = self.branch * 4 + stream
         # Positions are not checked when they are counted up: the counter takes their lower 32 bits, as in the kernels.
         position, row = self.position[:, None] & _MASK, self.row[:, None] & _MASK
-        words, _, _, _ = philox(self.seed[:, None], index, position, row, last[:, None] & _MASK)  # [B, N]
-        return gumbel(words)
+        return philox(self.seed[:, None], index, position, row, last[:, None] & _MASK)
 
 
 def _keys(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from ops import oracle
 from ops.checks import Run, random_keys
 
-from proxytune.noise import TILES, TOKENS, Noise, gumbel, philox
+from proxytune.noise import LATENT, SLOTS, TILES, TOKENS, Noise, gumbel, normal, philox, slotted
 from proxytune.sampling import Sampling
 
 # The known answers of Random123 1.14 (`kat_vectors`, philox4x32 with 10 rounds): counter, key, result.
@@ -203,3 +203,31 @@ def test_at_moves_the_position_alone() -> None:
     assert torch.equal(moved.gumbel(index, TOKENS), again.gumbel(index, TOKENS))
     assert not torch.equal(moved.gumbel(index, TOKENS), noise.gumbel(index, TOKENS))
     assert noise.position.tolist() == [2, 2, 2]
+
+
+def test_normal_variates_are_normal_and_unrelated_between_slots_rows_and_positions() -> None:
+    noise, count = Noise.of(3, seed=11, position=4), 60_000
+    index = torch.arange(count)[None]
+    drawn = torch.cat(
+        [
+            noise.normal(slotted(0, index), LATENT),
+            noise.normal(slotted(SLOTS - 1, index), LATENT),
+            noise.at(noise.position + 1).normal(slotted(0, index), LATENT),
+        ]
+    )  # [9, count]
+    assert drawn.isfinite().all()
+    for row in drawn.double():
+        ordered = row.sort().values
+        expected = torch.distributions.Normal(0.0, 1.0).cdf(ordered)
+        distance = (expected - (torch.arange(count) + 0.5) / count).abs().max()
+        assert distance * math.sqrt(count) < 1.95  # Kolmogorov–Smirnov at about 0.001
+    related = torch.corrcoef(drawn) - torch.eye(9)
+    assert related.abs().max() < 4.5 / math.sqrt(count)
+
+
+def test_normal_variates_are_finite_at_the_edges_of_a_word() -> None:
+    words = torch.tensor(EDGES)
+    drawn = normal(words[:, None], words[None])
+    assert drawn.isfinite().all()
+    assert 6.7 < float(drawn.abs().max()) < 6.8
+    assert slotted(SLOTS - 1, torch.tensor(2**27 - 1)) == 2**32 - 1
