@@ -29,11 +29,11 @@ import torch
 from transformers import LogitsProcessor
 
 from proxytune.errors import InputError
+from proxytune.patterns import Ids, continued, count_of, ends_of, forced, token_ids
 from proxytune.spreading import spread_rows
 
 __all__ = ["ThinkingBudgetLogitsProcessor"]
 
-Ids = int | Sequence[int]
 PerRow = int | None | Sequence[int | None]
 
 _NEVER = torch.iinfo(torch.int64).max
@@ -88,10 +88,10 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         Raises:
             InputError: If a setting is missing or cannot be right.
         """
-        self.end_ids = _token_ids("end_ids", end_ids)
-        self.continuation_ids = _token_ids("continuation_ids", continuation_ids, needed=False)
-        self.begin_ids = _token_ids("begin_ids", begin_ids, needed=False)
-        self.eos_token_ids = _token_ids("eos_token_id", eos_token_id, needed=False)
+        self.end_ids = token_ids("end_ids", end_ids)
+        self.continuation_ids = token_ids("continuation_ids", continuation_ids, needed=False)
+        self.begin_ids = token_ids("begin_ids", begin_ids, needed=False)
+        self.eos_token_ids = token_ids("eos_token_id", eos_token_id, needed=False)
         self.prompt_length = None if prompt_length is None else _count("prompt_length", prompt_length)
         counts = extra if isinstance(extra, Sequence) else [extra]
         caps = max_thinking_tokens if isinstance(max_thinking_tokens, Sequence) else [max_thinking_tokens]
@@ -159,27 +159,26 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         start, open_ = self._thinking(input_ids)  # [B], [B]
         length = input_ids.shape[1] - start  # [B]
         at_cap = open_ & (length >= _per_row(self._caps, input_ids))
-        forced = torch.where(at_cap, _continued(input_ids, self.end_ids, torch.zeros_like(start), least=0), -1)
+        due = torch.where(at_cap, continued(input_ids, self.end_ids, torch.zeros_like(start), least=0), -1)
         if self.continuation_ids:
-            missing = _count_of(input_ids, self.continuation_ids, start) < _per_row(self._extra, input_ids)
+            missing = count_of(input_ids, self.continuation_ids, start) < _per_row(self._extra, input_ids)
             more = open_ & ~at_cap & missing
             # The rest of a continuation that has begun.
-            forced = torch.where(more, _continued(input_ids, self.continuation_ids, start, least=1), forced)
-            scores = self._exchanged(input_ids, scores, more & (forced < 0))
-        only = torch.full_like(scores, -torch.inf).scatter_(1, forced.clamp(min=0)[:, None], 0.0)
-        return torch.where((forced >= 0)[:, None], only, scores)
+            due = torch.where(more, continued(input_ids, self.continuation_ids, start, least=1), due)
+            scores = self._exchanged(input_ids, scores, more & (due < 0))
+        return forced(scores, due)
 
     def _thinking(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where each row's thinking starts (`[B]`, int64), and whether it goes on (`[B]`, bool)."""
         position = torch.arange(ids.shape[1], device=ids.device)  # [T]
-        closed = _ends_of(ids, self.end_ids)  # [B, T]
+        closed = ends_of(ids, self.end_ids)  # [B, T]
         for token in self.eos_token_ids:
             closed = closed | (ids == token)
         if not self.begin_ids:
             start = torch.full((len(ids),), self.prompt_length or 0, device=ids.device)
             return start, ~(closed & (position >= start[:, None])).any(1)
         last = torch.where(closed, position, -1).amax(1)  # [B]
-        begins = _ends_of(ids, self.begin_ids) & (position > last[:, None])
+        begins = ends_of(ids, self.begin_ids) & (position > last[:, None])
         # Of several, the first counts: begin_ids inside thinking are text, and must not renew the budget.
         start = begins.long().argmax(1) + 1
         return start.clamp(min=self.prompt_length or 0), begins.any(1)
@@ -187,7 +186,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
     def _exchanged(self, ids: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """In some rows, the continuation's first token in place of whatever would end thinking now."""
         *before, last = self.end_ids
-        completes = rows & _ends_of(ids, before)[:, -1] if before else rows  # [B]
+        completes = rows & ends_of(ids, before)[:, -1] if before else rows  # [B]
         first = self.continuation_ids[0]
         out = scores.clone()
         for token, where in ((last, completes), *((eos, rows) for eos in self.eos_token_ids)):
@@ -216,43 +215,6 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             )
 
 
-def _ends_of(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:
-    """Where a pattern's last token stands; `[B, T]`, bool, for ids `[B, T]`."""
-    length, width = ids.shape[1], len(pattern)
-    out = torch.zeros_like(ids, dtype=torch.bool)
-    if width <= length:
-        whole = torch.ones_like(ids[:, width - 1 :], dtype=torch.bool)
-        for i, token in enumerate(pattern):
-            whole &= ids[:, i : length - width + 1 + i] == token
-        out[:, width - 1 :] = whole
-    return out
-
-
-def _count_of(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor) -> torch.Tensor:
-    """How often a pattern stands in each row, wholly at or after `start`; `[B]`, int64."""
-    first = torch.arange(ids.shape[1], device=ids.device) - (len(pattern) - 1)  # [T]
-    return (_ends_of(ids, pattern) & (first >= start[:, None])).sum(1)
-
-
-def _continued(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, *, least: int) -> torch.Tensor:
-    """The token that continues the longest beginning of a pattern with which a row ends.
-
-    Args:
-        ids: `[B, T]`.
-        pattern: The pattern.
-        start: `[B]`: the beginning has to stand at or after it.
-        least: The length of the shortest beginning that counts; 0 for none at all.
-
-    Returns:
-        `[B]`, int64; −1 where there is no such beginning.
-    """
-    out = torch.full_like(start, pattern[0] if least == 0 else -1)
-    for n in range(1, min(len(pattern), ids.shape[1] + 1)):  # the longest last, so that it wins
-        fits = _ends_of(ids, pattern[:n])[:, -1] & (ids.shape[1] - n >= start)
-        out = torch.where(fits, pattern[n], out)
-    return out
-
-
 def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Budgets of the prompts for the rows that go on from them (beams, several sequences, branches); `[B]` or `[1]`."""
     rows, prompts = len(ids), len(budgets)
@@ -275,19 +237,3 @@ def _count(name: str, value: object) -> int:
     if number < 0 or isinstance(value, bool):
         raise InputError.of(name, expected="a whole number of at least 0", got=repr(value), remedy="Pass an int.")
     return number
-
-
-def _token_ids(name: str, ids: Ids | None, *, needed: bool = True) -> tuple[int, ...]:
-    given = () if ids is None else (ids,) if isinstance(ids, int) else ids
-    try:
-        out = tuple(operator.index(token) for token in given)
-    except TypeError:
-        out = (-1,)
-    if any(token < 0 for token in out) or (not out and (needed or ids is not None)):
-        raise InputError.of(
-            name,
-            expected="a token id or several",
-            got=repr(ids),
-            remedy="Pass e.g. tokenizer.encode('</think>', add_special_tokens=False).",
-        )
-    return out

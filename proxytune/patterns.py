@@ -1,0 +1,111 @@
+"""Where a run of token ids stands in the rows of a batch; pure tensors, nothing waits for the device."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+
+from proxytune.errors import InputError
+
+__all__ = ["Ids", "continued", "count_of", "ends_of", "forced", "token_ids"]
+
+Ids = int | Sequence[int]
+
+
+def token_ids(name: str, ids: Ids | None, *, needed: bool = True) -> tuple[int, ...]:
+    """Token ids as a tuple.
+
+    Args:
+        name: Of the setting, for the message.
+        ids: One or several; None for none.
+        needed: Whether there has to be at least one.
+
+    Returns:
+        The ids; empty for None.
+
+    Raises:
+        InputError: If they are not whole numbers of at least 0, or an empty list, or None where one is needed.
+    """
+    given = () if ids is None else (ids,) if isinstance(ids, int) else ids
+    try:
+        out = tuple(operator.index(token) for token in given)
+    except TypeError:
+        out = (-1,)
+    if any(token < 0 for token in out) or (not out and (needed or ids is not None)):
+        raise InputError.of(
+            name,
+            expected="a token id or several",
+            got=repr(ids),
+            remedy="Pass e.g. tokenizer.encode('</think>', add_special_tokens=False).",
+        )
+    return out
+
+
+def ends_of(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:
+    """Where a pattern's last token stands.
+
+    Args:
+        ids: `[B, T]`, int64.
+        pattern: The pattern.
+
+    Returns:
+        `[B, T]`, bool.
+    """
+    length, width = ids.shape[1], len(pattern)
+    out = torch.zeros_like(ids, dtype=torch.bool)
+    if width <= length:
+        whole = torch.ones_like(ids[:, width - 1 :], dtype=torch.bool)
+        for i, token in enumerate(pattern):
+            whole &= ids[:, i : length - width + 1 + i] == token
+        out[:, width - 1 :] = whole
+    return out
+
+
+def count_of(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor) -> torch.Tensor:
+    """How often a pattern stands in each row, wholly at or after a position.
+
+    Args:
+        ids: `[B, T]`, int64.
+        pattern: The pattern.
+        start: `[B]`, int64, the position.
+
+    Returns:
+        `[B]`, int64.
+    """
+    first = torch.arange(ids.shape[1], device=ids.device) - (len(pattern) - 1)  # [T]
+    return (ends_of(ids, pattern) & (first >= start[:, None])).sum(1)
+
+
+def continued(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, *, least: int) -> torch.Tensor:
+    """The token that continues the longest beginning of a pattern with which a row ends.
+
+    Args:
+        ids: `[B, T]`.
+        pattern: The pattern.
+        start: `[B]`: the beginning has to stand at or after it.
+        least: The length of the shortest beginning that counts; 0 for none at all.
+
+    Returns:
+        `[B]`, int64; −1 where there is no such beginning.
+    """
+    out = torch.full_like(start, pattern[0] if least == 0 else -1)
+    for n in range(1, min(len(pattern), ids.shape[1] + 1)):  # the longest last, so that it wins
+        fits = ends_of(ids, pattern[:n])[:, -1] & (ids.shape[1] - n >= start)
+        out = torch.where(fits, pattern[n], out)
+    return out
+
+
+def forced(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Scores of rows in which one token is certain.
+
+    Args:
+        scores: `[B, V]`.
+        tokens: `[B]`, int64: the token; −1 where the row stays as it is.
+
+    Returns:
+        `[B, V]`: 0 at that token and −inf elsewhere, which beam search takes as log-probabilities.
+    """
+    only = torch.full_like(scores, -torch.inf).scatter_(1, tokens.clamp(min=0)[:, None], 0.0)
+    return torch.where((tokens >= 0)[:, None], only, scores)
