@@ -10,7 +10,9 @@ from proxytune.errors import InputError
 from proxytune.noise import Noise
 from proxytune.sampling import Sampling
 
-__all__ = ["DTYPES", "MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_ids", "refuse_members", "refuse_request"]
+__all__ = [
+    "DTYPES", "MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_ids", "refuse_members", "refuse_mixture", "refuse_request",
+]  # fmt: skip
 
 MAX_MEMBERS = 5
 """Base and companions together."""
@@ -154,6 +156,101 @@ def refuse_ids(base: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> Non
             remedy="Fill shorter rows up with −1.",
         )
     _refuse_settings(base, sampling, None)
+
+
+def refuse_mixture(
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    soft: torch.Tensor | None,
+    sigma: float,
+    noise: Noise | None,
+) -> None:
+    """Refuse what cannot be mixed. Looks at shapes and strides only, never at ids or weights, so never waits.
+
+    Args:
+        table: What was given as the rows to mix; so the others, see `proxytune.mixing.mix`.
+        ids: Which rows.
+        weights: Their weights.
+        tokens: The emitted tokens.
+        soft: Which rows are mixed, or None.
+        sigma: The relative size of the noise.
+        noise: The keys of the noise, or None.
+
+    Raises:
+        InputError: If a shape, dtype, device or stride is not as `proxytune.mixing.mix` says, or `sigma` is not a
+            finite number from 0 on, or lacks keys.
+    """
+    if table.ndim != 2 or 0 in table.shape or table.shape[1] > _WIDEST:
+        raise InputError.of(
+            "table",
+            expected=f"rows to mix, [N, D], neither of them 0, D at most {_WIDEST}",
+            got=f"shape {list(table.shape)}",
+            remedy="Pass an embedding's weight, or a module's outputs as [B · K, D].",
+        )
+    if table.dtype not in (*DTYPES, torch.float64):
+        raise InputError.of(
+            "table",
+            expected="float32, float16, bfloat16 or float64",
+            got=str(table.dtype),
+            remedy="Where a module dequantises, mix what it gives.",
+        )
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        raise InputError.of(
+            "table",
+            expected="columns next to each other (an inner stride of 1)",
+            got=f"strides {list(table.stride())}",
+            remedy="Call .contiguous() on it.",
+        )
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype != torch.int64 or ids.device != table.device:
+        raise InputError.of(
+            "ids",
+            expected=f"rows of the table [B, K], neither of them 0, torch.int64, on {table.device}",
+            got=_described(ids),
+            remedy="Fill shorter rows up with any id, and give it a weight of 0.",
+        )
+    rows, candidates = ids.shape
+    wanted = {"weights": (weights, (rows, candidates), torch.float32), "tokens": (tokens, (rows,), torch.int64)}
+    if soft is not None:
+        wanted["soft"] = (soft, (rows,), torch.bool)
+    for name, (x, shape, dtype) in wanted.items():
+        if x.shape != shape or x.dtype != dtype or x.device != table.device:
+            raise InputError.of(
+                name,
+                expected=f"{list(shape)}, {dtype}, on {table.device}, beside ids {list(ids.shape)}",
+                got=_described(x),
+                remedy="Weights are one per id, tokens and soft one per row.",
+            )
+    if not isinstance(sigma, int | float) or isinstance(sigma, bool) or not 0 <= sigma <= _LARGEST:
+        raise InputError.of(
+            "sigma", expected="a finite number from 0 on", got=repr(sigma), remedy="Leave it out for no noise."
+        )
+    if noise is None:
+        if sigma > 0:
+            raise InputError.of(
+                "noise",
+                expected="the keys of the noise, beside sigma",
+                got="None",
+                remedy=f"Pass Noise.of({rows}, seed=0, position=…).",
+            )
+        return
+    for x in (noise.seed, noise.row, noise.position, noise.branch):
+        if x.shape != (rows,) or x.dtype != torch.int64 or x.device != table.device:
+            raise InputError.of(
+                "noise",
+                expected=f"keys for {rows} rows on {table.device}, these as torch.int64",
+                got=_described(x),
+                remedy=f"Pass Noise.of({rows}, …, device=table.device).",
+            )
+
+
+_WIDEST = 1 << 27
+"""How many coordinates have noise of their own, see `proxytune.noise.slotted`."""
+
+
+def _described(x: torch.Tensor) -> str:
+    return f"shape {list(x.shape)}, {x.dtype}, on {x.device}"
 
 
 def _refuse_settings(base: torch.Tensor, sampling: Sampling, noise: Noise | None) -> None:

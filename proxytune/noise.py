@@ -20,12 +20,28 @@ import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["DECISIONS", "LATENT", "SLOTS", "TILES", "TOKENS", "Noise", "gumbel", "normal", "philox", "slotted"]
+__all__ = [
+    "COORDINATES",
+    "DECISIONS",
+    "LATENT",
+    "SLOTS",
+    "TILES",
+    "TOKENS",
+    "Noise",
+    "exponential",
+    "gumbel",
+    "normal",
+    "philox",
+    "slotted",
+    "unit",
+]  # fmt: skip
 
 TOKENS, TILES, DECISIONS, LATENT = 0, 1, 2, 3
 """Streams of words: per token, per tile of the vocabulary, for what is decided about a position, for latent steps."""
 SLOTS = 32
 """How many independent variates the stream `LATENT` has for each token id, or each coordinate of a state."""
+COORDINATES = SLOTS - 1
+"""The slot of the noise on a mixture's coordinates; the others are for the mixture's weights."""
 
 _Words = TypeVar("_Words", torch.Tensor, np.ndarray[Any, np.dtype[Any]])
 
@@ -82,7 +98,7 @@ def gumbel(words: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, of the same shape; between −3.2 and 22.9.
     """
-    return -torch.log(_exponential(words))
+    return -torch.log(exponential(words))
 
 
 def normal(words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
@@ -95,7 +111,7 @@ def normal(words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     Returns:
         float32, of the same shape; between −6.8 and 6.8.
     """
-    return torch.sqrt(2.0 * _exponential(words)) * torch.cos(6.283185307179586 * _unit(others))
+    return torch.sqrt(2.0 * exponential(words)) * torch.cos(6.283185307179586 * unit(others))
 
 
 def slotted(slot: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -111,13 +127,29 @@ def slotted(slot: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return index + (slot << _SLOT_BITS)
 
 
-def _exponential(words: torch.Tensor) -> torch.Tensor:
-    u, v = _unit(words), _unit(_MASK - words)
+def exponential(words: torch.Tensor) -> torch.Tensor:
+    """Standard exponential variates E = −log(1 − u), see `gumbel`.
+
+    Args:
+        words: Words of `philox`, int64 in [0, 2³²).
+
+    Returns:
+        float32, of the same shape; between 1.2e-10 and 22.9.
+    """
+    u, v = unit(words), unit(_MASK - words)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
     return torch.where(u < 0.015625, series, -torch.log(v))
 
 
-def _unit(words: torch.Tensor) -> torch.Tensor:
+def unit(words: torch.Tensor) -> torch.Tensor:
+    """Uniform variates u = (r + ½) / 2³² of words r.
+
+    Args:
+        words: Words of `philox`, int64 in [0, 2³²).
+
+    Returns:
+        float32, of the same shape, in (0, 1].
+    """
     # In two parts, since float32 has no room for 32 bits; the second part matters where the first is small.
     high = ((words >> 8).float() + 0.5) * 5.9604644775390625e-08  # 2⁻²⁴
     low = ((words & 255).float() - 127.5) * 2.3283064365386963e-10  # 2⁻³²
@@ -196,7 +228,7 @@ class Noise:
             `[B]`, float32, in (0, 1].
         """
         nothing = torch.zeros_like(self.row)
-        return _unit(philox(self.seed, nothing, self.position, self.row, self.branch * 4 + stream)[0])
+        return unit(philox(self.seed, nothing, self.position, self.row, self.branch * 4 + stream)[0])
 
     def gumbel(self, index: torch.Tensor, stream: int) -> torch.Tensor:
         """A Gumbel variate for each index.
