@@ -11,6 +11,7 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 `ForkSamplingLogitsProcessor` two temperatures (or a soft form): calm on most tokens, lively at forks
 `ForkDecoding`             a loop that grows a tree: branches part at forks, with exact weights and a hard budget
 `SiblingDecoding`          samples of a prompt that repel each other at forks, with exact weights and a hard budget
+`StochasticRecursion`      noisy trajectories of a model that recurs, one of them selected (`register_recursion`)
 `step`                     one decision on members' logits: combine, measure, draw; with `Sampling` and `Noise`
 `ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
 `Recipe`                   the adapter as a small JSON file
@@ -30,6 +31,7 @@ from proxytune._version import __version__
 if TYPE_CHECKING:
     from proxytune.decoding.forks import ForkDecoding
     from proxytune.decoding.fused import FusedDecoding
+    from proxytune.decoding.recursion import LatentRecursion, register_recursion
     from proxytune.decoding.siblings import SiblingDecoding
     from proxytune.entropy import ForkThreshold
     from proxytune.formula import ProxyTuning
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
     from proxytune.recipe import Recipe
     from proxytune.sampling import Sampling
+    from proxytune.trajectories import StochasticRecursion
     from proxytune.wrapping import wrap
 
 __all__ = [
@@ -47,6 +50,7 @@ __all__ = [
     "ForkSamplingLogitsProcessor",
     "ForkThreshold",
     "FusedDecoding",
+    "LatentRecursion",
     "Noise",
     "ProxyTunedConfig",
     "ProxyTunedModel",
@@ -55,7 +59,9 @@ __all__ = [
     "Recipe",
     "Sampling",
     "SiblingDecoding",
+    "StochasticRecursion",
     "__version__",
+    "register_recursion",
     "step",
     "wrap",
 ]
@@ -65,6 +71,7 @@ _HOME = {
     "ForkSamplingLogitsProcessor": "proxytune.processors.forks",
     "ForkThreshold": "proxytune.entropy",
     "FusedDecoding": "proxytune.decoding.fused",
+    "LatentRecursion": "proxytune.decoding.recursion",
     "Noise": "proxytune.noise",
     "ProxyTunedConfig": "proxytune.model",
     "ProxyTunedModel": "proxytune.model",
@@ -73,6 +80,8 @@ _HOME = {
     "Recipe": "proxytune.recipe",
     "Sampling": "proxytune.sampling",
     "SiblingDecoding": "proxytune.decoding.siblings",
+    "StochasticRecursion": "proxytune.trajectories",
+    "register_recursion": "proxytune.decoding.recursion",
     "step": "proxytune.ops",
     "wrap": "proxytune.wrapping",
 }

@@ -51,6 +51,8 @@ class FusedDecoding:
         impl: "triton", "torch", or "auto" for Triton where it runs.
         rows: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …]. With it, a row of a
             batch can be drawn again alone.
+        branches: `[B]`, int64, or a list, in [0, 2³⁰): which of several continuations of its stream each row is
+            [0, 0, 0, …].
         streamer: A streamer for plain models; it gets the prompt too.
 
     Raises:
@@ -60,6 +62,7 @@ class FusedDecoding:
     seed: int | None = None
     impl: ops.Impl = "auto"
     rows: Sequence[int] | torch.Tensor | None = None
+    branches: Sequence[int] | torch.Tensor | None = None
     streamer: BaseStreamer | None = None
 
     def __post_init__(self) -> None:
@@ -112,12 +115,12 @@ class FusedDecoding:
 
         Raises:
             UnsupportedModeError: For encoder-decoders and for every mode but greedy decoding and sampling.
-            InputError: If `rows` does not fit the batch, or there is an EOS but no padding token.
+            InputError: If `rows` or `branches` do not fit the batch, or there is an EOS but no padding token.
             NumericalError: If an unfinished row has no distribution, with the row and the step.
         """
         refuse_modes("FusedDecoding", model, generation_config, assistant_model)
         batch = input_ids.shape[0]
-        streams = self._streams(batch)
+        keys = self._keys(batch)
         pads = padding_of(stopping_criteria, generation_config, input_ids.device)
         synced = is_synced(model) if synced_gpus is None else synced_gpus
         streamer = self._streamer(streamer, input_ids)
@@ -153,7 +156,7 @@ class FusedDecoding:
                 outputs = None  # the logits of a whole prompt may hang on it
 
                 if drawing is None:  # only now are the rows' width and device known
-                    drawing = self._prepare(model, translation, members[0], position, streams)
+                    drawing = self._prepare(model, translation, members[0], position, keys)
                 found, rows = drawing(members, weights, input_ids, record)
                 assert found.tokens is not None
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
@@ -185,7 +188,7 @@ class FusedDecoding:
         translation: Translation,
         base: torch.Tensor,
         position: torch.Tensor,
-        streams: torch.Tensor,
+        keys: Noise,
     ) -> Drawing:
         batch, width = base.shape
         usable = usable_columns(model, translation, width)
@@ -194,13 +197,19 @@ class FusedDecoding:
         sampling = noise = None
         if translation.do_sample:
             sampling = translation.sampling(batch, width if translation.before else usable, place)
-            noise = Noise.of(batch, seed=self._seed(), row=streams, device=place).at(position.to(place))
+            keys = Noise.of(batch, seed=self._seed(), row=keys.row, branch=keys.branch, device=place)
+            noise = keys.at(position.to(place))
         return Drawing(translation, sampling, noise, width=width, usable=usable, place=place, impl=self.impl)
 
     def _seed(self) -> int:
         if self.seed is not None:
             return self.seed
         return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64))
+
+    def _keys(self, batch: int) -> Noise:
+        # All but the seed: where nothing is drawn, none is taken from torch's generator.
+        branch = 0 if self.branches is None else torch.as_tensor(self.branches)
+        return Noise.of(batch, row=self._streams(batch), branch=branch)
 
     def _streams(self, batch: int) -> torch.Tensor:
         if self.rows is None:
