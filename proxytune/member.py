@@ -7,6 +7,7 @@ on a cache of its own. It does not know how caches are built, and nothing of for
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -139,6 +140,7 @@ class Member:
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        latent: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Run the model over a span of tokens that follows what its cache holds.
 
@@ -148,6 +150,8 @@ class Member:
             position_ids: `[B, N]` or `[1, N]`; None for the model's default, 0, 1, 2, … after the cache.
             cache: The model's own cache (or view), extended in place; None to run without.
             logits_to_keep: The last that many positions (0: all), or a tensor of positions.
+            latent: What the model takes in place of the ids, `[B, N, …]` each (see `proxytune.embeddings`); None for
+                the ids.
 
         Returns:
             Raw logits `[B, K, V]` in the model's dtype, on the model's device.
@@ -174,7 +178,8 @@ class Member:
             kwargs["logits_to_keep"] = logits_to_keep
         if not torch.compiler.is_compiling():
             self.token_forwards += input_ids.shape[0] * n
-        logits: torch.Tensor = self.model(here(input_ids), **kwargs, return_dict=True).logits  # [B, K, V]
+        given = {"input_ids": here(input_ids)} if latent is None else {k: here(x) for k, x in latent.items()}
+        logits: torch.Tensor = self.model(**given, **kwargs, return_dict=True).logits  # [B, K, V]
         if not self._takes_logits_to_keep:
             if isinstance(logits_to_keep, torch.Tensor):
                 logits = logits[:, logits_to_keep]

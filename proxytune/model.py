@@ -152,7 +152,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             labels: `[B, N]`, −100 where there is none: adds the mean next-token loss, in nats.
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
-            **kwargs: `combine=False` for the members' own logits; all else is refused, if not None or False.
+            **kwargs: `combine=False` for the members' own logits; `latent_inputs`, what each member takes in place of
+                the ids; all else is refused, if not None or False.
 
         Returns:
             Logits `[B, K, V]`, float32, V the base's width; the loss; the cache. With `combine=False` a `MemberOutput`.
@@ -162,8 +163,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 argument is not supported.
             CacheError: If the cache was filled by another model.
         """
-        # Not in the signature, so that generate() refuses it from a user: its own loops need combined logits.
+        # Not in the signature, so that generate() refuses them from a user: its own loops need combined logits.
         combine = kwargs.pop("combine", None) is not False
+        latent = kwargs.pop("latent_inputs", None) or [None] * len(self.members)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         refuse_shapes(input_ids, attention_mask)
         assert input_ids is not None
@@ -187,8 +189,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 position_ids=position_ids,
                 cache=None if cache is None else view(cache, *span),
                 logits_to_keep=logits_to_keep,
+                latent=fed,
             )
-            for member, span in zip(self.members, self.config.spans, strict=True)
+            for member, span, fed in zip(self.members, self.config.spans, latent, strict=True)
         ]  # [B, K, V_i] each
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(past_key_values=cache, member_logits=tuple(members))

@@ -27,17 +27,18 @@ __all__ = [
 ]
 
 
-def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any) -> None:
-    """Refuse what a loop of greedy decoding and sampling cannot do.
+def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any, *, beams: bool = False) -> None:
+    """Refuse what a loop of greedy decoding and sampling, and maybe beam search, cannot do.
 
     Args:
         loop: Its name, for the message.
         model: The model.
         generation_config: The settings of the call.
         assistant_model: What was given as the assistant.
+        beams: Whether it can do beam search too.
 
     Raises:
-        UnsupportedModeError: For encoder-decoders and for every mode but greedy decoding and sampling.
+        UnsupportedModeError: For encoder-decoders and for every other mode.
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedModeError.of(
@@ -47,10 +48,11 @@ def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model:
             remedy="Leave custom_generate out.",
         )
     mode = generation_config.get_generation_mode(assistant_model)
-    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+    allowed = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
+    if mode not in (allowed | {GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE} if beams else allowed):
         raise UnsupportedModeError.of(
             loop,
-            expected="greedy decoding or sampling",
+            expected="greedy decoding, sampling or beam search" if beams else "greedy decoding or sampling",
             got=f"settings for {mode.value.replace('_', ' ')}",
             remedy="Leave custom_generate out, or the settings that ask for it (num_beams, assistant_model, "
             "prompt_lookup_num_tokens, penalty_alpha, …).",

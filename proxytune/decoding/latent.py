@@ -1,0 +1,210 @@
+"""Latent steps in `generate()`: tokens are drawn as ever, and a mixture of embeddings is fed back in their place.
+
+The loops are transformers' own, or `FusedDecoding`; what is added to them is a processor behind all others, which sees
+the distribution that a token is drawn from, and a hook on the inputs of the next forward pass.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from proxytune.decoding.fused import FusedDecoding
+from proxytune.decoding.stepping import cache_of, is_synced, refuse_modes
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.feedback import Feedback
+from proxytune.feeding import Capture, feeding, gates_of_call, refuse_processors
+from proxytune.gating import Gates
+from proxytune.mixtures import Kind, Mixture
+from proxytune.ops import Impl
+from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
+
+__all__ = ["LatentOutput", "StochasticLatentSampler"]
+
+_NAME = "StochasticLatentSampler"
+
+
+@dataclass
+class LatentOutput(GenerateDecoderOnlyOutput):
+    """What transformers' loop returns, and which steps were latent; N new tokens.
+
+    Attributes:
+        soft: `[B, N]`, bool: whether a mixture was fed back in the token's place. The last token is not fed back.
+        entropy: `[B, N]`, float32, nats: of the distribution that the token was drawn from; NaN after a row's end.
+    """
+
+    soft: torch.Tensor | None = None
+    entropy: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class StochasticLatentSampler:
+    """A loop for `model.generate(..., custom_generate=StochasticLatentSampler("gumbel"))`, composed and plain models.
+
+    Each token is drawn as without it; then weights over the likeliest tokens are drawn, given that token, and the
+    mixture of their embeddings is what the model reads next (each member of a composed model the mixture of its own).
+    No score is changed, so constraints, penalties and beams stay valid; the law of the *next* token is. Off is
+    `"onehot"`, which gives the very tokens of plain decoding.
+
+    For greedy decoding, sampling and beams, with any cache or none, any padding, compiled forwards and streamers. One
+    `generate()` with latent steps at a time on a model. Assisted decoding is refused, and so are encoder-decoders.
+    `generate_batch` and `cache_implementation="paged"` on a plain model never call a callable: there transformers'
+    warning that it switches is all there is. A composed model refuses them, an attached
+    `StochasticLatentLogitsProcessor` too.
+
+    Attributes:
+        mixture: The law of the weights, or its kind for the defaults.
+        gates: Where steps are latent [everywhere but at ids that end, begin or pad the text].
+        seed: The key of all weights; None for another one in each call, from torch's default generator.
+        rows: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …].
+        loop: How tokens are drawn: None for transformers' own loops; a `FusedDecoding`, for greedy decoding and
+            sampling, if a row's tokens too are to depend on (seed, row, position) alone.
+        streamer: A streamer, if it is not given to `generate()`.
+        impl: "triton", "torch" or "auto".
+
+    Raises:
+        InputError: If a setting is out of its range.
+    """
+
+    mixture: Mixture | Kind = field(default_factory=Mixture)
+    gates: Gates = field(default_factory=Gates)
+    _: KW_ONLY
+    seed: int | None = None
+    rows: Rows = None
+    loop: FusedDecoding | None = None
+    streamer: BaseStreamer | None = None
+    impl: Impl = "auto"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.mixture, str):
+            object.__setattr__(self, "mixture", Mixture(kind=self.mixture))
+        for name, kind in (("mixture", Mixture), ("gates", Gates)):
+            if not isinstance(getattr(self, name), kind):
+                raise InputError.of(
+                    name,
+                    expected=f"a {kind.__name__}",
+                    got=repr(getattr(self, name)),
+                    remedy="Pass e.g. StochasticLatentSampler(Mixture(kind='gumbel', tau=0.25), Gates(max_run=64)).",
+                )
+        refuse_seed(self.seed, _NAME)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool | None = None,
+        streamer: BaseStreamer | None = None,
+        tokenizer: Any = None,
+        assistant_model: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode; `generate()` calls this with what it has prepared.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+            input_ids: `[B, T]`, int64, expanded by `num_return_sequences` or the beams.
+            logits_processor: The processors and warpers.
+            stopping_criteria: The criteria.
+            generation_config: The settings.
+            synced_gpus: Whether to go on until the other processes have finished; None to find out.
+            streamer: Gets each step's tokens `[B]`.
+            tokenizer: The stop strings' criterion has taken it.
+            assistant_model: Refused.
+            **model_kwargs: What the forward passes need; the cache among them.
+
+        Returns:
+            What transformers' loop returns; without beams and with `return_dict_in_generate` a `LatentOutput`.
+
+        Raises:
+            UnsupportedModeError: For encoder-decoders, assisted decoding, paged caches and companions that read ids.
+            UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
+            InputError: If `rows` does not fit the batch, or a gate names an id that the model cannot embed.
+        """
+        given = _given_to_generate(self)
+        assistant_model = given.get("assistant_model") if assistant_model is None else assistant_model
+        refuse_modes(_NAME, model, generation_config, assistant_model, beams=self.loop is None)
+        self._refuse_paged(generation_config, model_kwargs)
+        refuse_processors(logits_processor)
+        assert isinstance(self.mixture, Mixture)
+        batch, beams = input_ids.shape[0], int(generation_config.num_beams or 1)
+        feedback = Feedback(
+            model,
+            self.mixture,
+            gates_of_call(self.gates, generation_config, model),
+            # Without noise there is nothing to draw, and plain decoding's own draws must not be shifted by one.
+            seed=seed_of(self.seed) if self.mixture.is_random else 0,
+            streams=streams_of(self.rows, batch),
+            beams=beams,
+            impl=self.impl,
+        )
+        shared: dict[str, Any] = {
+            "logits_processor": LogitsProcessorList([*logits_processor, Capture(feedback)]),
+            "stopping_criteria": stopping_criteria,
+            "generation_config": generation_config,
+            "synced_gpus": is_synced(model) if synced_gpus is None else synced_gpus,
+            **model_kwargs,
+        }
+        if streamer is None:
+            streamer = given.get("streamer")
+        if streamer is None and self.streamer is not None:
+            streamer = self.streamer
+            streamer.put(input_ids.cpu())  # to its own, generate() has given the prompt
+        with feeding(model, feedback):
+            if beams > 1:
+                out = model._beam_search(input_ids, **shared)
+                feedback.refuse_lost()
+                return out
+            if self.loop is not None:
+                out = self.loop(model, input_ids, streamer=streamer, **shared)
+            else:
+                out = model._sample(input_ids, streamer=streamer, **shared)
+        return out if isinstance(out, torch.Tensor) else _output(out, feedback, input_ids.shape[1], generation_config)
+
+    def _refuse_paged(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        cache = cache_of(model_kwargs)
+        if generation_config.cache_implementation == "paged" or "Paged" in type(cache).__name__:
+            raise UnsupportedModeError.of(
+                _NAME,
+                expected="a dynamic or static cache, or none",
+                got="a paged one, whose batches run without latent steps",
+                remedy="Leave cache_implementation out.",
+            )
+
+
+def _given_to_generate(loop: StochasticLatentSampler) -> dict[str, Any]:
+    """What `generate()` was given but hands to no callable of a plain model: the assistant and the streamer."""
+    # Left out without a word; the frame of generate() is the one witness.
+    frame = sys._getframe(1)
+    for _ in range(8):
+        found = frame.f_back
+        if found is None:
+            break
+        frame = found
+        if frame.f_code.co_name == "generate" and frame.f_locals.get("custom_generate") is loop:
+            return {name: frame.f_locals.get(name) for name in ("assistant_model", "streamer")}
+    return {}
+
+
+def _output(out: Any, feedback: Feedback, start: int, generation_config: Any) -> LatentOutput:
+    new = out.sequences[:, start:]  # [B, N]
+    count = new.shape[1]
+    ends = generation_config._eos_token_tensor
+    over = torch.zeros_like(new, dtype=torch.bool)
+    if ends is not None:
+        ended = torch.isin(new, ends.to(new.device))
+        over = (ended.long().cumsum(1) - ended.long()) > 0
+    # On a GPU transformers' loop may be a step ahead when it stops.
+    entropy = torch.stack([h.to(new.device) for h in feedback.entropy[:count]], 1)
+    fed = [soft.to(new.device) for soft in feedback.soft[: count - 1]]
+    soft = torch.stack([*fed, torch.zeros_like(new[:, 0], dtype=torch.bool)], 1)
+    return LatentOutput(**out, soft=soft & ~over, entropy=entropy.masked_fill(over, torch.nan))

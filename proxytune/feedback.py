@@ -1,0 +1,241 @@
+"""One generation's latent steps: from the scores that a token is drawn from to what is fed back in its place.
+
+`capture` sees the scores after all processors and warpers, `feed` the inputs of the next forward pass; both doors (the
+`custom_generate` callable and the logits processor) call them, and nothing else. Beams are reordered in between: which
+row goes on from which is told from the texts. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, PreTrainedModel
+
+from proxytune import ops
+from proxytune.embeddings import Embedding, Inputs
+from proxytune.errors import UnsupportedModeError
+from proxytune.gating import Gates, GateState
+from proxytune.mixtures import Candidates, Mixture
+from proxytune.model import ProxyTunedModel
+from proxytune.noise import Noise
+from proxytune.patterns import forced
+
+__all__ = ["Feedback", "embeddings_of"]
+
+
+def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
+    """The embeddings that a mixture is taken of: each member has its own.
+
+    Args:
+        model: The composed model, or a plain causal LM.
+
+    Returns:
+        One for each member.
+
+    Raises:
+        UnsupportedModelError: As `Embedding`.
+    """
+    if isinstance(model, ProxyTunedModel):
+        return [Embedding(member.model, member.role) for member in model.members]
+    return [Embedding(model)]
+
+
+class Feedback:
+    """The latent steps of one generation.
+
+    Attributes:
+        soft: For each step but the last, `[B]`, bool: whether a mixture was fed back. Rows as they were then.
+        entropy: For each step, `[B]`, float32, nats: of the distribution that the token was drawn from.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mixture: Mixture,
+        gates: Gates,
+        *,
+        seed: int,
+        streams: torch.Tensor,
+        beams: int = 1,
+        impl: ops.Impl = "auto",
+    ) -> None:
+        """Start before the first token.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+            mixture: The law of the weights.
+            gates: Where steps are latent, ids that end the text among those that never are.
+            seed: The key of all noise.
+            streams: `[B]`, int64: which stream of it each row draws from.
+            beams: How many rows of a prompt may change places; 1 if none do.
+            impl: As in `ops.step`.
+
+        Raises:
+            UnsupportedModelError: As `Embedding`.
+        """
+        self._composed = isinstance(model, ProxyTunedModel)
+        self._embeddings = embeddings_of(model)
+        self._mixture, self._gates = mixture, gates
+        self._seed, self._streams, self._beams = seed, streams, beams
+        self._impl: ops.Impl = impl
+        self._state: GateState | None = None
+        self._ids: torch.Tensor | None = None  # [B, T]: the texts that the scores were for
+        self._past: list[Inputs] | None = None  # of each member, [B, fed, …]: where there is no cache
+        self._lost: torch.Tensor | None = None
+        self.soft: list[torch.Tensor] = []
+        self.entropy: list[torch.Tensor] = []
+
+    @property
+    def waiting(self) -> bool:
+        """Whether scores were captured whose token has not been fed back yet."""
+        return self._ids is not None
+
+    def capture(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, warpers: LogitsProcessorList | None = None
+    ) -> torch.Tensor:
+        """Keep the distribution that the next token is drawn from.
+
+        Args:
+            input_ids: `[B, T]`, int64: the whole texts.
+            scores: `[B, V]`, float32, after all processors but the warpers named here.
+            warpers: What comes after; None for nothing.
+
+        Returns:
+            `[B, V]`: the scores, but where a cold stop ends the thinking span: there its end is certain.
+        """
+        if self._state is None:
+            self._state = GateState.begin(self._gates, len(input_ids), input_ids.device, input_ids.shape[1])
+        due = self._state.due(self._gates, input_ids)
+        if due is not None:
+            scores = forced(scores, due.to(scores.device))
+        rows = (warpers(input_ids, scores) if warpers else scores).float().contiguous()
+        found = ops.step([rows], want=("lse", "entropy"), impl=self._impl)
+        assert found.lse is not None
+        assert found.entropy is not None
+        top, top_ids = rows.topk(min(self._mixture.candidates, rows.shape[1]), dim=1)
+        self._ids, self._rows = input_ids, rows
+        self._lse, self._entropy, self._top, self._top_ids = found.lse, found.entropy, top, top_ids
+        self.entropy.append(found.entropy)
+        return scores
+
+    def feed(
+        self, inputs: dict[str, Any], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Put the mixtures into the inputs of the next forward pass.
+
+        Args:
+            inputs: What the model has prepared for it, with `input_ids`.
+            input_ids: `[B, T]`, int64: the whole texts, the tokens drawn last included.
+            attention_mask: `[B, T]`; None if nothing is padded.
+
+        Returns:
+            The inputs; of a plain model with embeddings in place of the ids, of a composed one beside them.
+
+        Raises:
+            UnsupportedModeError: If the loop does not take one token at a time, or the model prepares no ids.
+        """
+        ids = inputs.get("input_ids")
+        before = self._ids
+        assert before is not None
+        assert self._state is not None
+        rows, length = input_ids.shape
+        new = None if ids is None else ids.shape[1]
+        if input_ids.shape != (before.shape[0], before.shape[1] + 1) or new not in (1, length):
+            raise UnsupportedModeError.of(
+                "latent steps",
+                expected="a loop that takes one token per row and step, and feeds it back",
+                got=f"{rows} texts of {length} tokens after {len(before)} of {before.shape[1]}, {new} of them fed back",
+                remedy="Use greedy decoding, sampling or beam search.",
+            )
+        tokens = input_ids[:, -1]
+        parents = self._parents(input_ids)
+        candidates, entropy = self._candidates(tokens, parents)
+        state = self._state if parents is None else self._state.of(parents)
+        place = tokens.device
+        soft, self._state = state.step(self._gates, input_ids, entropy.to(place), candidates.spread.to(place))
+        position = torch.full_like(tokens, length) if attention_mask is None else attention_mask.long().sum(-1)
+        noise = Noise.of(rows, seed=self._seed, device=place)
+        noise = Noise(noise.seed, self._streams.to(place), position.to(place) - 1, noise.branch)
+        on_scores = Noise(*(x.to(candidates.ids.device) for x in vars(noise).values()))
+        weights = self._mixture.weights(candidates, on_scores)
+        assert self._mixture.sigma is not None
+        fed = [
+            embedding.mixed(
+                candidates.ids,
+                weights,
+                tokens=tokens,
+                soft=soft,
+                sigma=self._mixture.sigma,
+                noise=noise,
+                impl=self._impl,
+            )
+            for embedding in self._embeddings
+        ]
+        self.soft.append(soft)
+        self._ids = None
+        if new != 1 or self._past is not None:
+            fed = self._whole(fed, input_ids, parents)
+        if self._composed:
+            return {**inputs, "latent_inputs": tuple(fed)}
+        return {**inputs, "input_ids": None, **fed[0]}
+
+    def refuse_lost(self) -> None:
+        """Refuse a generation in which a beam's origin was not found; waits for the device, so for the end.
+
+        Raises:
+            UnsupportedModeError: If there was one: the loop has changed texts that were written already.
+        """
+        if self._lost is not None and bool(self._lost):
+            raise UnsupportedModeError.of(
+                "latent steps",
+                expected="beams that go on from beams of the same prompt",
+                got="a text that goes on from none of them",
+                remedy="Use transformers' own beam search.",
+            )
+
+    def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Which row of the last step each row goes on from; None if rows stay where they are. `[B]`, int64."""
+        if self._beams == 1:
+            return None
+        assert self._ids is not None
+        now, before = (x.unflatten(0, (-1, self._beams)) for x in (input_ids[:, :-1], self._ids))  # [P, beams, T]
+        same = (now[:, :, None] == before[:, None]).all(-1)  # [P, beams, beams]
+        lost = ~same.any(-1).all()
+        self._lost = lost if self._lost is None else self._lost | lost
+        first = torch.arange(0, len(input_ids), self._beams, device=input_ids.device)
+        return (same.int().argmax(-1) + first[:, None]).flatten()
+
+    def _candidates(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> tuple[Candidates, torch.Tensor]:
+        """The likeliest tokens of each row, the emitted one among them; and the entropy `[B]`."""
+        kept = (self._rows, self._lse, self._entropy, self._top, self._top_ids)
+        if parents is not None:
+            kept = tuple(x.index_select(0, parents.to(x.device)) for x in kept)  # type: ignore[assignment]
+        rows, lse, entropy, top, ids = kept
+        emitted = tokens.to(ids.device)[:, None]  # [B, 1]
+        own = ids == emitted
+        # An emitted token that is not among the likeliest takes the place of the last of them.
+        missing = ~own.any(1, keepdim=True)
+        last = torch.zeros_like(own)
+        last[:, -1:] = missing
+        own = own | last
+        z = torch.where(last, rows.gather(1, emitted), top)
+        logprobs = z - lse[:, None]
+        logprobs = logprobs - logprobs.logsumexp(1, keepdim=True)
+        # Masked tokens may be beyond what a member can embed.
+        return Candidates(torch.where(own | (z == -torch.inf), emitted, ids), logprobs, own), entropy
+
+    def _whole(self, fed: list[Inputs], input_ids: torch.Tensor, parents: torch.Tensor | None) -> list[Inputs]:
+        """The whole texts' inputs, for a loop without a cache: what was fed back before is fed again."""
+        past = self._past
+        if past is not None:
+            if parents is not None:
+                past = [{k: x[parents.to(x.device)] for k, x in one.items()} for one in past]
+            fed = [{k: torch.cat([old[k], x], 1) for k, x in one.items()} for old, one in zip(past, fed, strict=True)]
+        self._past = fed
+        out = []
+        for embedding, one in zip(self._embeddings, fed, strict=True):
+            count = one["inputs_embeds"].shape[1]
+            prompt = embedding.of(input_ids[:, :-count])
+            out.append({k: torch.cat([prompt[k], x], 1) for k, x in one.items()})
+        return out

@@ -1,0 +1,259 @@
+"""Where a latent step is taken: the gates of each row, and the state that they keep.
+
+A gate only ever makes a step discrete, which is what decoding would have done without it. All of them are off, or wide
+open, unless they are asked for; what is always discrete are the ids that the caller lists, special ones among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from proxytune.errors import InputError
+from proxytune.patterns import Ids, continued, ends_of, token_ids
+
+__all__ = ["GateState", "Gates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Which steps may be latent. A step is latent if every gate lets it; Ĥ = H(p) / ln k over the k candidates.
+
+    Attributes:
+        begin_ids: What opens the thinking span, outside of which all is discrete: the ids of `<think>`. Empty with
+            `end_ids` for a span that is open from the first new token on.
+        end_ids: What closes it: the ids of `</think>`. Empty for no span: every new token may be latent.
+        discrete_ids: Ids that are always fed back as they are, beside those of the span. Give the tokenizer's special
+            ids; EOS, padding and BOS of the call are added.
+        min_entropy: θ: the least Ĥ of a latent step, in [0, 1] [0].
+        dwell: Switch between the two modes as in SwiReasoning (arXiv 2510.05069): a latent block ends where Ĥ falls
+            below what it was at the block's start, a discrete one where it rises above that; a block has at least so
+            many steps. One number, or one for latent and one for discrete blocks; None to switch nothing.
+        cold_steps: After so many steps in a row with an entropy below `cold_entropy`, the thinking span ends (the cold
+            stop of Soft Thinking, 2505.15778): `end_ids` are written, and without a span all is discrete from there on.
+            None for never [256].
+        cold_entropy: In nats, of the whole distribution that the token was drawn from [.01].
+        max_run: The most latent steps in a row; one discrete step follows. None for no limit.
+        loop_ngram: n: where the last n tokens have been generated `loop_repeats` times, the step is discrete, as a
+            remedy against loops. None to look for none [8].
+        loop_repeats: How often, this time counted [3].
+
+    Raises:
+        InputError: If a setting is out of its range.
+    """
+
+    begin_ids: Ids | None = None
+    end_ids: Ids | None = None
+    discrete_ids: Sequence[int] = ()
+    min_entropy: float = 0.0
+    dwell: int | tuple[int, int] | None = None
+    cold_steps: int | None = 256
+    cold_entropy: float = 0.01
+    max_run: int | None = None
+    loop_ngram: int | None = 8
+    loop_repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("begin_ids", "end_ids"):
+            object.__setattr__(self, name, token_ids(name, getattr(self, name) or None, needed=False))
+        listed = token_ids("discrete_ids", tuple(self.discrete_ids) or None, needed=False)
+        object.__setattr__(self, "discrete_ids", tuple(sorted(set(listed))))
+        if self.begin_ids and not self.end_ids:
+            raise InputError.of(
+                "end_ids",
+                expected="what closes the thinking span",
+                got="none, beside begin_ids",
+                remedy="Pass both, e.g. the ids of '<think>' and '</think>'; or neither, for latent steps everywhere.",
+            )
+        if self.dwell is not None:
+            pair = self.dwell if isinstance(self.dwell, tuple) else (self.dwell, self.dwell)
+            if len(pair) != 2:
+                _refuse("dwell", "a whole number, or two", self.dwell)
+            object.__setattr__(self, "dwell", tuple(_least("dwell", n, 0) for n in pair))
+        for name, least in (("cold_steps", 1), ("max_run", 1), ("loop_ngram", 1)):
+            if getattr(self, name) is not None:
+                _least(name, getattr(self, name), least)
+        _least("loop_repeats", self.loop_repeats, 2)
+        for name, most in (("min_entropy", 1.0), ("cold_entropy", math.inf)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value <= most:
+                _refuse(name, f"a number from 0{f' to {most:g}' if most < math.inf else ' on'}", value)
+
+    def with_discrete(self, ids: Sequence[int]) -> Gates:
+        """The same gates with more ids that are always discrete.
+
+        Args:
+            ids: The ids.
+
+        Returns:
+            The gates.
+        """
+        return replace(self, discrete_ids=(*self.discrete_ids, *ids))
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a gate names; −1 for none."""
+        return max((*_tuple(self.begin_ids), *_tuple(self.end_ids), *self.discrete_ids), default=-1)
+
+
+@dataclass
+class GateState:
+    """What the gates know of each row, `[B]` each; goes from step to step, and with a beam to where it is copied.
+
+    Attributes:
+        cold: Steps in a row with a low entropy.
+        run: Latent steps in a row.
+        stopped: Whether the span has been ended by a cold stop.
+        latent_mode: Whether the present block is a latent one.
+        block: How many steps the block has.
+        reference: Ĥ at the block's start.
+        listed: `[n]`, int64: the ids that are always discrete.
+        start: The length of the prompts, padding included.
+    """
+
+    cold: torch.Tensor
+    run: torch.Tensor
+    stopped: torch.Tensor
+    latent_mode: torch.Tensor
+    block: torch.Tensor
+    reference: torch.Tensor
+    listed: torch.Tensor
+    start: int
+
+    @classmethod
+    def begin(cls, gates: Gates, rows: int, device: torch.device, start: int) -> GateState:
+        """The state before the first new token.
+
+        Args:
+            gates: The gates.
+            rows: The number of rows B.
+            device: Where.
+            start: The length of the prompts, padding included.
+
+        Returns:
+            The state.
+        """
+        zero = torch.zeros(rows, dtype=torch.int64, device=device)
+        no = torch.zeros(rows, dtype=torch.bool, device=device)
+        listed = sorted({*gates.discrete_ids, *_tuple(gates.begin_ids), *_tuple(gates.end_ids)})
+        nothing = torch.full((rows,), torch.nan, device=device)
+        return cls(zero, zero, no, ~no, zero, nothing, torch.tensor(listed, dtype=torch.int64, device=device), start)
+
+    def of(self, parents: torch.Tensor) -> GateState:
+        """The state of rows that go on from others.
+
+        Args:
+            parents: `[B]`, int64.
+
+        Returns:
+            The state.
+        """
+        return replace(
+            self,
+            cold=self.cold[parents],
+            run=self.run[parents],
+            stopped=self.stopped[parents],
+            latent_mode=self.latent_mode[parents],
+            block=self.block[parents],
+            reference=self.reference[parents],
+        )
+
+    def step(
+        self, gates: Gates, ids: torch.Tensor, entropy: torch.Tensor, spread: torch.Tensor
+    ) -> tuple[torch.Tensor, GateState]:
+        """Decide how the last token of each row is fed back.
+
+        Args:
+            gates: The gates.
+            ids: `[B, T]`, int64: the whole texts, the token that was just drawn included.
+            entropy: `[B]`, nats: H of the distribution it was drawn from.
+            spread: `[B]`: Ĥ of its candidates; NaN where there is no distribution.
+
+        Returns:
+            `[B]`, bool: whether the step is latent; and the next state.
+        """
+        inside = self._inside(gates, ids[:, :-1])  # whether the span was open when the token was drawn
+        cold = torch.where(inside & (entropy < gates.cold_entropy), self.cold + 1, 0)
+        stopped = self.stopped
+        if gates.cold_steps is not None:
+            stopped = (stopped | (cold >= gates.cold_steps)) & (inside if gates.end_ids else True)
+
+        # A block begins with the span.
+        fresh = self.reference.isnan() | ~inside
+        mode, block = self.latent_mode | fresh, torch.where(fresh, 0, self.block)
+        reference = torch.where(fresh, spread, self.reference)
+        if gates.dwell is not None:
+            latent, discrete = gates.dwell  # type: ignore[misc]
+            ends = torch.where(
+                mode, (spread < reference) & (block >= latent), (spread > reference) & (block >= discrete)
+            )
+            mode, block, reference = mode ^ ends, torch.where(ends, 0, block), torch.where(ends, spread, reference)
+
+        soft = inside & mode & ~stopped & (spread >= gates.min_entropy)  # NaN is no latent step
+        soft &= ~torch.isin(ids[:, -1], self.listed)
+        if gates.max_run is not None:
+            soft &= self.run < gates.max_run
+        if gates.loop_ngram is not None:
+            soft &= ~self._loops(ids, gates.loop_ngram, gates.loop_repeats)
+        run = torch.where(soft, self.run + 1, 0)
+        reference = torch.where(inside, reference, torch.nan)
+        return soft, replace(
+            self, cold=cold, run=run, stopped=stopped, latent_mode=mode, block=block + 1, reference=reference
+        )
+
+    def due(self, gates: Gates, ids: torch.Tensor) -> torch.Tensor | None:
+        """What has to be written next, where a cold stop ends the span.
+
+        Args:
+            gates: The gates.
+            ids: `[B, T]`, int64: the whole texts.
+
+        Returns:
+            `[B]`, int64; −1 for nothing. None if no gate ever writes.
+        """
+        ends = _tuple(gates.end_ids)
+        if gates.cold_steps is None or not ends:
+            return None
+        open_ = self.stopped & self._inside(gates, ids)
+        written = continued(ids, ends, torch.full_like(self.cold, self.start), least=0)
+        return torch.where(open_, written, -1)
+
+    def _inside(self, gates: Gates, ids: torch.Tensor) -> torch.Tensor:
+        """Whether the span is open after these ids; `[B]`, bool."""
+        begins, ends = _tuple(gates.begin_ids), _tuple(gates.end_ids)
+        if not ends:
+            return torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        place = torch.arange(ids.shape[1], device=ids.device)
+        closed = ends_of(ids, ends)
+        if not begins:
+            return ~(closed & (place >= self.start)).any(1)
+        opened = torch.where(ends_of(ids, begins), place, -1).amax(1)
+        return opened > torch.where(closed, place, -1).amax(1)
+
+    def _loops(self, ids: torch.Tensor, size: int, repeats: int) -> torch.Tensor:
+        """Whether the last n-gram of the new ids has come up often enough; `[B]`, bool."""
+        new = ids[:, self.start :]
+        if new.shape[1] < size:
+            return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        same = (new.unfold(1, size, 1) == new[:, None, -size:]).all(-1)  # [B, windows]
+        return same.sum(1) >= repeats
+
+
+def _tuple(ids: Ids | None) -> tuple[int, ...]:
+    # After __post_init__ it is one; the annotation tells what may be given.
+    assert isinstance(ids, tuple)
+    return ids
+
+
+def _least(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        _refuse(name, f"a whole number of at least {least}", value)
+    return int(value)
+
+
+def _refuse(name: str, expected: str, value: Any) -> None:
+    raise InputError.of(name, expected=expected, got=repr(value), remedy="Leave it out for the default.")
