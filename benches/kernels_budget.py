@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from proxytune_kernels.launch import GROUP, PER_READ, TILE
+from proxytune_kernels.launch import FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, shape_of_mix
+from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.resolve import resolve
 from proxytune_kernels.tiles import FIELDS, steer_tiles
 from triton.backends.compiler import GPUTarget
@@ -59,19 +60,30 @@ RESOLVE_VARIANTS: dict[str, dict[str, Any]] = {
         "num_warps": 8, "RAW": True, "MOMENTS": True, "SAMPLE": True, "TRUNCATED": True, "CONFIDENCE": True,
     },
 }  # fmt: skip
+MIX_VARIANTS: dict[str, dict[str, Any]] = {
+    "bf16": {"dtypes": ("bf16",), "D": 4096},
+    "bf16, soft, noise": {"dtypes": ("bf16",), "D": 4096, "SOFT": True, "NOISE": True},
+    "fp16, soft": {"dtypes": ("fp16",), "D": 4096, "SOFT": True},
+    "fp32, soft, noise": {"dtypes": ("fp32",), "D": 4096, "SOFT": True, "NOISE": True},
+    "bf16, D=768, noise": {"dtypes": ("bf16",), "D": 768, "NOISE": True},
+    "bf16, D=8192, soft, noise": {"dtypes": ("bf16",), "D": 8192, "SOFT": True, "NOISE": True},
+    "bf16, D=16384": {"dtypes": ("bf16",), "D": 16384},
+}
 _POINTERS = {
     "top_k": "i32", "seed": "i64", "stream": "i64", "position": "i64", "branch": "i64", "live_groups": "i32",
-    "block_ids": "i32", "argmax": "i64", "kept": "i64", "fork": "i1", "tokens": "i64",
+    "block_ids": "i32", "argmax": "i64", "kept": "i64", "fork": "i1", "tokens": "i64", "ids": "i64",
+    "soft": "i1",
 }  # fmt: skip
-_SIZES = {"V", "inside", "tiles", "scores_stride", "rows", "n_groups", "draws"}
+_SIZES = {"V", "inside", "tiles", "scores_stride", "rows", "n_groups", "draws", "D", "K", "stride"}
+_MULTIPLES = {"V", "inside", "scores_stride", "D", "stride"}
 
 
 def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
-    """Compile one variant as a launch with a vocabulary divisible by 16 would specialise it.
+    """Compile one variant as a launch with a vocabulary, or a width, divisible by 16 would specialise it.
 
     Args:
         fn: The kernel.
-        variant: Dtypes of the members, `num_warps` and flags.
+        variant: Dtypes of the members or of the table, `num_warps` or D, and flags.
         target: The GPU.
 
     Returns:
@@ -79,11 +91,14 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
     """
     variant = dict(variant)
     dtypes = variant.pop("dtypes", ("bf16",) * 3)
-    warps = variant.pop("num_warps", 1)
+    block, warps = shape_of_mix(variant.pop("D", 512))
+    warps = variant.pop("num_warps", warps)
     fixed = {
         "M": len(dtypes), "TILE": TILE, "GROUP": GROUP, "FIELDS": len(FIELDS), "PER_READ": PER_READ,
         "TILES_PADDED": 128, "GROUPS_PADDED": 1024,
     }  # fmt: skip
+    if fn is mix_rows:
+        fixed |= {"BLOCK": block, "PER_READ": PER_READ_MIX, "FIRST": FIRST}
     signature: dict[str, Any] = {}
     constants: dict[str, Any] = {}
     aligned: dict[tuple[int, ...], Any] = {}
@@ -98,14 +113,17 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
         elif name in ("strides", "widths"):
             signature[name] = ("i32",) * len(dtypes)
             aligned |= {(i, j): multiple for j in range(len(dtypes))}
-        elif name == "weights" and not variant.get("PER_ROW"):
+        elif name == "weights" and fn is not mix_rows and not variant.get("PER_ROW"):
             signature[name] = ("fp32",) * len(dtypes)
         elif name in _SIZES:
             signature[name] = "i32"
-            if name in ("V", "inside", "scores_stride"):
+            if name in _MULTIPLES:
                 aligned[(i,)] = multiple
+        elif name == "sigma":
+            signature[name] = "fp32"
         else:
-            signature[name] = f"*{_POINTERS.get(name, 'fp32')}"
+            in_dtype = fn is mix_rows and name in ("table", "out")
+            signature[name] = f"*{dtypes[0] if in_dtype else _POINTERS.get(name, 'fp32')}"
             aligned[(i,)] = multiple
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
@@ -166,6 +184,7 @@ def measure() -> dict[str, dict[str, dict[str, int]]]:
             for kernel, fn, variants in (
                 ("steer_tiles", steer_tiles, TILES_VARIANTS),
                 ("resolve", resolve, RESOLVE_VARIANTS),
+                ("mix_rows", mix_rows, MIX_VARIANTS),
             )
             for variant, settings in variants.items()
         }

@@ -66,12 +66,10 @@ def mix(
             got="torch.float64",
             remedy="Use impl='auto' or 'torch'.",
         )
-    # As float32, in which 1e-50 is no noise at all.
-    sigma = c_float(sigma).value
     keys = [] if noise is None or sigma == 0 else [noise.seed, noise.row, noise.position, noise.branch]
     # One node of a graph; plain calls do without, since the dispatcher costs more than the launch.
     run = _mix_op if torch.compiler.is_compiling() else _run
-    return run(table.detach(), ids, weights, tokens, soft, sigma, keys, impl)
+    return run(table.detach(), ids, weights, tokens, soft, float(sigma), keys, impl)
 
 
 def _run(
@@ -84,15 +82,16 @@ def _run(
     keys: list[torch.Tensor],
     impl: str,
 ) -> torch.Tensor:
-    chosen = choose(impl, table.device)
-    if chosen == "triton" and table.dtype != torch.float64:
+    # As float32, in which 1e-50 is no noise at all.
+    sigma = c_float(sigma).value
+    noise = Noise(*(x.contiguous() for x in keys)) if keys and sigma else None
+    if choose(impl, table.device) == "triton" and table.dtype != torch.float64:
         # The kernel reads all but the table without strides. Imported only here, see `proxytune.ops`.
         packed = [x.contiguous() for x in (ids, weights, tokens)]
-        noise = Noise(*(x.contiguous() for x in keys)) if keys else None
         soft = None if soft is None else soft.contiguous()
         mixed: torch.Tensor = importlib.import_module("proxytune_kernels").mix(table, *packed, soft, sigma, noise)
         return mixed
-    return _by_torch(table, ids, weights, tokens, soft, sigma, Noise(*keys) if keys else None)
+    return _by_torch(table, ids, weights, tokens, soft, sigma, noise)
 
 
 def _by_torch(

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 import triton
 
+from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.resolve import resolve
 from proxytune_kernels.tiles import FIELDS, steer_tiles
 
-__all__ = ["GROUP", "PER_READ", "TILE", "step"]
+__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "shape_of_mix", "step"]
 
 TILE = 1024
 """Columns per tile of K1. It keys the noise, so it is part of the contract and never tuned."""
@@ -19,6 +20,10 @@ GROUP = 128
 """Columns per group maximum."""
 PER_READ = 8
 """Groups that K2 reads at once; up to PER_READ · GROUP candidates stay in registers."""
+PER_READ_MIX = 4
+"""Candidates' rows that the mixing kernel has on their way at once."""
+FIRST = 31 << 27
+"""The counter's first word for the noise on a mixture's coordinate 0; see `proxytune.noise.slotted`."""
 
 _STATISTICS = ("lse", "entropy", "varentropy", "kl", "confidence", "temperature")
 _OF_ROWS = frozenset({"lse", "entropy", "varentropy", "kl", "confidence", "logprobs"})
@@ -117,3 +122,57 @@ def step(
     out |= {"argmax": argmax, "kept": kept, "fork": fork, "tokens": tokens, "logprobs": logprobs}
     out |= {"draw_logprobs": draw_logprobs, "keys": keys}
     return {name: out[name] for name in want}
+
+
+def mix(
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    soft: torch.Tensor | None,
+    sigma: float,
+    noise: Any,
+) -> torch.Tensor:
+    """Mix rows of a table: one launch, no wait for the device.
+
+    Args:
+        table: `[N, D]`, float32, float16 or bfloat16, inner stride 1.
+        ids: `[B, K]`, int64, contiguous; so the others.
+        weights: `[B, K]`, float32.
+        tokens: `[B]`, int64.
+        soft: `[B]`, bool, or None.
+        sigma: Relative size of the noise; not read without `noise`.
+        noise: `proxytune.noise.Noise`, or None.
+
+    Returns:
+        `[B, D]`, the table's dtype. Nothing is checked here: `proxytune.mixing.mix` does.
+    """
+    device = table.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return mix(table, ids, weights, tokens, soft, sigma, noise)
+    rows, candidates = ids.shape
+    width = table.shape[1]
+    out = torch.empty((rows, width), dtype=table.dtype, device=device)
+    keys = (ids,) * 4 if noise is None else (noise.seed, noise.row, noise.position, noise.branch)
+    block, warps = shape_of_mix(width)
+    mix_rows[(rows,)](
+        table, ids, weights, tokens, tokens if soft is None else soft, *keys, out,
+        sigma, width, candidates, table.stride(0),
+        BLOCK=block, PER_READ=PER_READ_MIX, SOFT=soft is not None, NOISE=noise is not None, FIRST=FIRST,
+        num_warps=warps, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+def shape_of_mix(width: int) -> tuple[int, int]:
+    """How a row lies in the registers of its program; never depends on the batch.
+
+    Args:
+        width: D.
+
+    Returns:
+        Coordinates, a power of two, and warps: 16 coordinates in a thread from 512 up to 8,192 of them.
+    """
+    block = triton.next_power_of_2(width)
+    return block, min(16, max(1, block // 512))

@@ -1,11 +1,11 @@
-"""The members' rows as one: what every kernel that reads logits shares, so that a token has the same bits in all."""
+"""What the kernels share: the members' rows as one, so that a token has the same bits in all, and the variates."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-__all__ = ["CLAMP", "FINITE", "combined", "conditioned", "gumbel", "key_of", "value_of"]
+__all__ = ["CLAMP", "FINITE", "combined", "conditioned", "gumbel", "key_of", "normal", "value_of"]
 
 # A maximum that can be subtracted where all is −inf, and exponents from where exp() is 0: with both, −inf never meets
 # −inf or 0, and a masked row gives 0, not NaN.
@@ -80,14 +80,47 @@ def gumbel(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
     Returns:
         Block of float32.
     """
+    r, _ = _words(noise, index.to(tl.uint32), STREAM, ROUNDS)
+    return -tl.log(_exponential(r))
+
+
+@triton.jit
+def normal(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
+    """Standard normal variates of two Philox words each, by the transform of Box and Muller; see `proxytune.noise`.
+
+    Args:
+        noise: Tuple of the keys: seed (int64), position, row and branch (uint32).
+        index: Block of uint32, as `proxytune.noise.slotted` makes it.
+        STREAM: Which stream.
+        ROUNDS: Rounds of Philox.
+
+    Returns:
+        Block of float32.
+    """
+    r, other = _words(noise, index, STREAM, ROUNDS)
+    # cos 2πu = sin 2πt with t in [−¼, ¼], by its series. A general cosine keeps tables for huge angles in local memory.
+    t = tl.abs(_unit(other) - 0.5) - 0.25
+    z = t * t
+    cosine = 42.05869394489765 + z * (-15.094642576822984 + z * 3.8199525848482803)
+    cosine = -41.341702240399755 + z * (81.60524927607504 + z * (-76.70585975306136 + z * cosine))
+    cosine = t * (6.283185307179586 + z * cosine)
+    return tl.sqrt(2.0 * _exponential(r)) * cosine
+
+
+@triton.jit
+def _words(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
     seed, position, row, branch = noise
-    index = index.to(tl.uint32)
     zero = index * 0
-    r, _, _, _ = tl.philox(seed, index, zero + position, zero + row, zero + (branch * 4 + STREAM), ROUNDS)
+    r0, r1, _, _ = tl.philox(seed, index, zero + position, zero + row, zero + (branch * 4 + STREAM), ROUNDS)
+    return r0, r1
+
+
+@triton.jit
+def _exponential(r):
     u = _unit(r)
     v = _unit(r ^ 0xFFFFFFFF)
     series = u * (1.0 + u * (0.5 + u * (0.3333333333333333 + u * 0.25)))
-    return -tl.log(tl.where(u < 0.015625, series, -tl.log(v)))
+    return tl.where(u < 0.015625, series, -tl.log(v))
 
 
 @triton.jit

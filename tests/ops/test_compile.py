@@ -39,13 +39,17 @@ def test_the_budget_is_of_both_ends_of_the_range_and_is_a_good_one() -> None:
             for variant, counts in variants.items():
                 where = f"{version} {target} {variant}"
                 # A few of the widest variants spill a handful of registers; the pass over the rows must not.
-                assert counts["spills"] <= 8, where
+                assert counts["spills"] <= 10, where
                 if variant.startswith("steer_tiles") and "five" not in variant:
                     assert counts["spills"] == 0, where
-                if variant.startswith("steer_tiles"):
+                # A mixture with noise of as many coordinates needs all registers that there are, and some more.
+                if variant.startswith("mix_rows") and "D=8192" not in variant:
+                    assert counts["spills"] == 0, where
+                if variant.startswith(("steer_tiles", "mix_rows")):
                     assert counts["wide_loads"] > 0, where
-                # No multiply-add in what combines the logits: torch would get other bits, and other ties.
-                if variant in ("steer_tiles: scores", "steer_tiles: statistics"):
+                # No multiply-add in what combines logits, or rows: torch would get other bits, and other ties.
+                plain = variant.startswith("mix_rows") and "noise" not in variant
+                if plain or variant in ("steer_tiles: scores", "steer_tiles: statistics"):
                     assert counts["fused"] == 0, where
 
 
