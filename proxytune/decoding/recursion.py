@@ -19,6 +19,7 @@ import torch
 
 from proxytune.decoding.transition import Transition
 from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.model import ProxyTunedModel
 
 __all__ = ["HrmTextRecursion", "LatentRecursion", "ValueHead", "recursion_of", "register_recursion"]
 
@@ -171,8 +172,15 @@ def recursion_of(model: Any) -> LatentRecursion:
         What was registered for its class, or for the nearest class above it.
 
     Raises:
-        UnsupportedModelError: If nothing was.
+        UnsupportedModelError: If nothing was, or it is a composed model, whose members each have a state of their own.
     """
+    if isinstance(model, ProxyTunedModel):
+        raise UnsupportedModelError.of(
+            "a model's recursion",
+            expected="a model that recurs by itself",
+            got="a composed one, with a state in each member that does",
+            remedy="Decode with the member: model.base.generate(...), say.",
+        )
     for kind in type(model).__mro__:
         if kind in _adapters:
             return _adapters[kind]
