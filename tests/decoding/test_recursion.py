@@ -267,6 +267,17 @@ def test_prefix_lm() -> None:
     assert torch.equal(out.trajectories.sequences[1, 2, 3:], alone.sequences[0])
 
 
+def test_prompts_of_embeddings() -> None:
+    model, (ids, mask) = model_of(), padded()
+    loop = StochasticRecursion(sigma=0.3, trajectories=2, seed=SEED)
+    want = run(model, loop, ids, mask)
+    given = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    embedded = model.model.embed_tokens(ids).detach()
+    got = model.generate(inputs_embeds=embedded, attention_mask=mask, custom_generate=loop, **given)
+    assert torch.equal(got.trajectories.sequences, want.trajectories.sequences[..., 8:])
+    assert torch.equal(got.sequences, want.sequences[:, 8:])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_transition_in_lower_precision(dtype: torch.dtype) -> None:
     u = torch.randn(2, 5, 64).to(dtype)
@@ -787,6 +798,17 @@ def test_compiled_models_are_refused() -> None:
     # torch.compile's wrapper hands over the model as it is, which runs eagerly.
     out = run(torch.compile(model_of(), backend="eager"), StochasticRecursion(sigma=0.3, seed=SEED), prompts(2))
     assert torch.equal(out.sequences, run(model_of(), StochasticRecursion(sigma=0.3, seed=SEED), prompts(2)).sequences)
+
+
+def test_nothing_is_compiled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    # On a GPU transformers compiles by itself where the cache is static; here as if this were one.
+    model = hrm()
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda self, _, config: not config.disable_compile)
+    monkeypatch.setattr(type(model), "get_compiled_call", lambda *_: pytest.fail("a compiled forward pass"))
+    loop = StochasticRecursion(sigma=0.3, trajectories=2, seed=SEED)
+    for mode in ("static", "static-chunked"):
+        out = run(model, loop, prompts(2), **MODES[mode])
+        assert torch.equal(out.sequences, run(model_of(), loop, prompts(2)).sequences)
 
 
 class Fails(LogitsProcessor):
