@@ -63,6 +63,28 @@ def studies(
 
 
 @app.command()
+def puzzles(
+    out: Annotated[Path, typer.Option(help="Folder of the models and their checkpoints.")] = Path("lab-puzzles"),
+    seed: Annotated[int, typer.Option(help="Training seed: initial weights, instances, their solutions.")] = 0,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Train this one only; may be given several times (default: all four).")
+    ] = None,
+) -> None:
+    """Train small models on puzzles with several solutions: two kinds, each in a varied and a collapsed twin.
+
+    Resumes from the checkpoints in the folder. One thread.
+    """
+    from transformers.utils import logging
+
+    from proxytune.lab.puzzlers import PUZZLERS, train_puzzlers
+
+    logging.disable_progress_bar()
+    # The names are checked there, which says what they can be.
+    for name, report in train_puzzlers(out, seed=seed, models=model or PUZZLERS).items():  # type: ignore[arg-type]
+        typer.echo(f"{name}: {report.steps} steps in {report.seconds / 60:.1f} minutes, in {out / name}")
+
+
+@app.command()
 def table(
     family: Annotated[
         Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")

@@ -1,4 +1,4 @@
-"""A synthetic world with programmatic verifiers, four small Llamas trained on it, and three more for studies.
+"""A synthetic world with programmatic verifiers, four small Llamas trained on it, and more models for studies.
 
 The table of contents. `NOTES.md` in this folder says what the world is and what was measured. Names are imported on
 first use, so that the verifiers can be used without torch.
@@ -17,6 +17,9 @@ first use, so that the verifiers can be used without torch.
 `train_studies`  train the models of the studies: known forks, answers that swing with their length, a collapsed policy
 `load_study`     open one of them
 `route_law`      what a model answers to a route (`proxytune.lab.routes`), exactly
+`PUZZLES`        tasks with several solutions, all of which are known: colouring, queens, Countdown with a scratchpad
+`train_puzzlers` train small models on them, in twins that vary their answers or do not
+`load_puzzler`   open one of those
 ================ ====================================================================================================
 """
 
@@ -30,12 +33,15 @@ if TYPE_CHECKING:
     from proxytune.lab.evaluation import family_rows
     from proxytune.lab.family import train_family
     from proxytune.lab.laws import route_law
+    from proxytune.lab.puzzlers import load_puzzler, train_puzzlers
+    from proxytune.lab.puzzles import PUZZLES
     from proxytune.lab.studies import load_study, train_studies
     from proxytune.lab.tasks import Problem, problems
     from proxytune.lab.verifiers import Grade, grade
     from proxytune.lab.world import World, build_world
 
 __all__ = [
+    "PUZZLES",
     "Grade",
     "Problem",
     "World",
@@ -44,14 +50,17 @@ __all__ = [
     "bundled_record",
     "family_rows",
     "grade",
+    "load_puzzler",
     "load_study",
     "problems",
     "route_law",
     "train_family",
+    "train_puzzlers",
     "train_studies",
 ]
 
 _HOME = {
+    "PUZZLES": "proxytune.lab.puzzles",
     "Grade": "proxytune.lab.verifiers",
     "Problem": "proxytune.lab.tasks",
     "World": "proxytune.lab.world",
@@ -61,9 +70,11 @@ _HOME = {
     "family_rows": "proxytune.lab.evaluation",
     "grade": "proxytune.lab.verifiers",
     "problems": "proxytune.lab.tasks",
+    "load_puzzler": "proxytune.lab.puzzlers",
     "load_study": "proxytune.lab.studies",
     "route_law": "proxytune.lab.laws",
     "train_family": "proxytune.lab.family",
+    "train_puzzlers": "proxytune.lab.puzzlers",
     "train_studies": "proxytune.lab.studies",
 }
 

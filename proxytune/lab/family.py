@@ -24,6 +24,7 @@ from transformers import (
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
@@ -235,9 +236,9 @@ def _train_members(out: Path, seed: int, recipe: FamilyRecipe, members: list[Mem
         accelerator.wait_for_everyone()
 
 
-def save_member(folder: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def save_member(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the weights, rounded to bfloat16, the tokenizer and the generation settings into one folder."""
-    rounded = LlamaForCausalLM(model.config)
+    rounded = type(model)(model.config)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = generation_defaults()
     rounded.bfloat16().save_pretrained(folder)
