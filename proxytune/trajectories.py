@@ -13,8 +13,8 @@ How it relates to what is published, and what a frozen model cannot do:
   what is gained comes from the selection.
 - A transformer that does not recur has no high-level state. There is nothing to be perturbed in it, and it is refused.
 
-Noise after the last cycle is seen by nothing but the head, for that one position. Noise before it goes through the
-cycles that are left, and reaches the positions that follow through their attention.
+In HRM-Text, noise after the last cycle is seen by nothing but the head of tokens, for that one position. Noise before
+it goes through the cycles that are left, and reaches the positions that follow through their attention.
 """
 
 from __future__ import annotations

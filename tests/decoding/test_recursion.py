@@ -333,6 +333,8 @@ def test_draws_are_those_of_the_fused_loop() -> None:
     for i in range(3):
         loop = FusedDecoding(seed=SEED, rows=[0, 1], branches=[i, i])
         assert torch.equal(out.trajectories.sequences[:, i], run(model, loop, ids, **warm).sequences)
+    with pytest.raises(InputError, match="branch"):
+        run(model, FusedDecoding(branches=[0]), ids, **warm)
     first = run(model, FusedDecoding(seed=SEED), ids, **warm).sequences
     assert torch.equal(out.trajectories.sequences[:, 0], first)
     assert torch.equal(out.sequences.view(2, 3, -1), out.trajectories.sequences)
