@@ -4,6 +4,7 @@
 
     python benches/bench_kernels.py --write          measure the CPU part, and the GPU part where there is a GPU
     python benches/bench_kernels.py --write --gpu    the GPU part alone, under ten minutes; the CPU part is kept
+    python benches/bench_kernels.py --write --mix    the mixtures of embeddings alone, on the CPU; all else is kept
     python benches/bench_kernels.py --markdown       the README's table, from the JSON
     pytest benches/bench_kernels.py --benchmark-only the CPU part once more, by pytest-benchmark
 
@@ -34,10 +35,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # pytest imports this 
 import kernels_cases as cases
 import kernels_cuda
 import kernels_gpu as gpu
+import kernels_mix
 import pytest
 import torch
 import transformers
 from kernels_cases import CASES, GREEDY, TRUNCATED, Case, Members
+from kernels_mix import MIXTURES, Mixture
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -110,6 +113,26 @@ def measure_cpu(
         "rounds": rounds,
         "cells": cells,
     }
+
+
+def measure_mix(
+    mixtures: Sequence[Mixture] = MIXTURES, rounds: int = ROUNDS, target_ms: float = 8.0
+) -> list[dict[str, Any]]:
+    """Time the mixtures of embeddings on the CPU.
+
+    Args:
+        mixtures: The shapes.
+        rounds: How many times each implementation has its turn.
+        target_ms: About how long a turn is.
+
+    Returns:
+        What goes into the JSON, beside the decisions' cells.
+    """
+    found: Implementations = {OURS: kernels_mix.ours("torch"), kernels_mix.EAGER: kernels_mix.eager}
+    return [
+        kernels_mix.shape(mixture) | _timed(found, kernels_mix.given(mixture, "cpu"), rounds, target_ms)
+        for mixture in mixtures
+    ]
 
 
 def _timed(found: Implementations, logits: Members, rounds: int, target_ms: float) -> dict[str, Any]:
@@ -207,7 +230,27 @@ def kernels_table(record: dict[str, Any] | None = None) -> str:
         A table for the CPU, one for the GPU or the reason why there is none, and what the columns say.
     """
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if record is None else record
-    return "\n\n".join([_cpu_table(record["cpu"]), _gpu_table(record["gpu"])])
+    return "\n\n".join([_cpu_table(record["cpu"]), *_mix_table(record), _gpu_table(record["gpu"])])
+
+
+def _mix_table(record: dict[str, Any]) -> list[str]:
+    """Mixtures of embeddings, where they were measured."""
+    if "mix" not in record["cpu"]:
+        return []
+    lines = ["| mixture of embeddings, bfloat16 | B | MB | CPU ms | plain torch |", "|---|--:|--:|--:|--:|"]
+    on_gpu = {(c["rows"], c["width"], c["candidates"]): c for c in record["gpu"].get("mix", [])}
+    if on_gpu:
+        lines = [f"{lines[0]} GPU µs cold, warm | of the copy floor | eager |", f"{lines[1]}--:|--:|--:|"]
+    for cell in record["cpu"]["mix"]:
+        line = f"| D={cell['width']:,}, K={cell['candidates']} | {cell['rows']} | {cell['bytes'] / 1e6:.2f} | "
+        line += f"{cell['ms'][OURS]:.2f} | {_interval(cell['times_ours'][kernels_mix.EAGER], 2)} |"
+        if on_gpu:
+            there = on_gpu[cell["rows"], cell["width"], cell["candidates"]]
+            took = there["times"][OURS]
+            line += f" {took['cold']:.1f}, {took['warm']:.1f} | {100 * there['floor_us'] / took['cold']:.0f} % | "
+            line += f"{there['times_ours']['cold']:.1f}× |"
+        lines.append(line)
+    return ["\n".join(lines)]
 
 
 def _cpu_table(part: dict[str, Any]) -> str:
@@ -234,8 +277,10 @@ def _cpu_table(part: dict[str, Any]) -> str:
     return "\n".join([*lines, "", said])
 
 
-def _interval(ratio: dict[str, float] | None) -> str:
-    return f"{ratio['median']:.1f}× [{ratio['q1']:.1f}, {ratio['q3']:.1f}]" if ratio else ""
+def _interval(ratio: dict[str, float] | None, digits: int = 1) -> str:
+    if not ratio:
+        return ""
+    return f"{ratio['median']:.{digits}f}× [{ratio['q1']:.{digits}f}, {ratio['q3']:.{digits}f}]"
 
 
 def _gpu_table(part: dict[str, Any]) -> str:
@@ -278,16 +323,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the figures")
     parser.add_argument("--gpu", action="store_true", help="only the GPU part; the CPU part is the one that was kept")
+    parser.add_argument("--mix", action="store_true", help="only the mixtures, on the CPU; all else is kept")
     parser.add_argument("--markdown", action="store_true", help="print the table of the figures that were kept")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds for the GPU part")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
     wanted = parser.parse_args(arguments)
-    if not wanted.markdown:
+    if wanted.mix:
+        torch.set_num_threads(wanted.threads)
+        record = json.loads(RESULTS.read_text(encoding="utf-8"))
+        record["cpu"]["mix"] = measure_mix()
+        if wanted.write:
+            RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        print(kernels_table(record))
+    elif not wanted.markdown:
         torch.set_num_threads(wanted.threads)
         # First what has a deadline.
         record = {"command": "python benches/bench_kernels.py --write", "gpu": kernels_cuda.run(wanted.deadline)}
         if not wanted.gpu:
             record["cpu"] = measure_cpu()
+            record["cpu"]["mix"] = measure_mix()
         elif RESULTS.exists():
             record["cpu"] = json.loads(RESULTS.read_text(encoding="utf-8"))["cpu"]
         else:

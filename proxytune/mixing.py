@@ -108,7 +108,7 @@ def _by_torch(
     by_candidate = weights.to(wide).t()[..., None]  # [K, B, 1]
     terms = table.index_select(0, ids.t().flatten()).view(*by_candidate.shape[:2], -1).to(wide)
     # −0 is what adds nothing: −0 + −0 stays −0, and 0 + −0 does not.
-    terms = (terms * by_candidate).masked_fill_(by_candidate == 0, -0.0)
+    terms = terms.mul_(by_candidate).masked_fill_(by_candidate == 0, -0.0)
     x = terms[0]
     for term in terms[1:]:  # not by sum(), which has an order of its own
         x = x + term

@@ -56,15 +56,52 @@ def test_the_script_writes_what_it_prints(
     kernels = bench("bench_kernels")
     monkeypatch.setattr(kernels, "RESULTS", tmp_path / "kernels.json")
     monkeypatch.setattr(kernels, "measure_cpu", lambda: {"status": "not run", "reason": "a test"})
+    mixtures = kernels.measure_mix(tiny_mixtures(), 3, 0.1)
+    monkeypatch.setattr(kernels, "measure_mix", lambda: mixtures)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     kernels.main(["--write"])
     record = json.loads((tmp_path / "kernels.json").read_text())
     assert record["gpu"] == {"status": "not run", "reason": "no CUDA device"}
     assert capsys.readouterr().out == kernels.kernels_table() + "\n"
-    # The GPU part alone keeps the CPU part.
+    # The mixtures alone replace the mixtures, and the GPU part alone keeps the CPU part.
+    kernels.main(["--write", "--mix"])
+    assert json.loads((tmp_path / "kernels.json").read_text()) == record
+    assert record["cpu"]["mix"] == mixtures
     monkeypatch.setattr(kernels, "measure_cpu", lambda: pytest.fail("not asked for"))
     kernels.main(["--write", "--gpu"])
     assert json.loads((tmp_path / "kernels.json").read_text()) == record
+
+
+def tiny_mixtures() -> tuple[Any, ...]:
+    mixture = bench("kernels_mix").Mixture
+    return mixture(1, 64, 3, 50), mixture(4, 64, 3, 50)
+
+
+def test_mixtures_are_timed_beside_a_composition_that_gives_the_same() -> None:
+    kernels, mixing = bench("bench_kernels"), bench("kernels_mix")
+    for mixture in tiny_mixtures():
+        x = mixing.given(mixture, "cpu")
+        torch.testing.assert_close(mixing.ours("torch")(x), mixing.eager(x), rtol=1e-2, atol=1e-2)
+    cells = kernels.measure_mix(tiny_mixtures(), 3, 0.1)
+    assert [(c["rows"], c["bytes"]) for c in cells] == [(1, 4 * 64 * 2), (4, 4 * 4 * 64 * 2)]
+    cpu = {"status": "not run", "reason": "a test", "mix": cells}
+    gpu = {"status": "not run", "reason": "no CUDA device"}
+    assert kernels.kernels_table({"cpu": cpu, "gpu": gpu}).count("| D=64, K=3 |") == 2
+
+    class Clock:
+        def bandwidth(self) -> float:
+            return 4e12
+
+        def replayed(self, calls: list[Any], cold: bool) -> float:
+            for call in calls:
+                call()
+            return 2.0 if cold else 1.0
+
+    there = mixing.measure_gpu(Clock(), tiny_mixtures(), "cpu")
+    assert there[1]["times"] == {name: {"cold": 2.0, "warm": 1.0} for name in ("proxytune", "eager")}
+    assert there[1]["floor_us"] == pytest.approx(2048 / 4e12 * 1e6, abs=1e-3)
+    shown = kernels.kernels_table({"cpu": cpu, "gpu": gpu | {"mix": there}})
+    assert shown.count("| 2.0, 1.0 | 0 % | 1.0× |") == 2
 
 
 def test_the_figures_that_are_kept_are_of_this_form() -> None:
@@ -192,7 +229,7 @@ def test_the_checks_and_the_functions_run_where_only_the_graphs_are_missing() ->
         def __init__(self) -> None:
             self._l2, self._logits = 1 << 16, None
 
-        def _replayed(self, calls: list[Any], cold: bool) -> float:
+        def replayed(self, calls: list[Any], cold: bool) -> float:
             assert len(calls) == 2
             for call in calls:
                 call()
