@@ -2,7 +2,7 @@
 
 `capture` sees the scores after all processors and warpers, `feed` the inputs of the next forward pass; both doors (the
 `custom_generate` callable and the logits processor) call them, and nothing else. Beams are reordered in between: which
-row goes on from which is told from the texts. Nothing here waits for the device.
+row goes on from which is told from the texts. Without beams nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from proxytune.mixtures import Candidates, Mixture
 from proxytune.model import ProxyTunedModel
 from proxytune.noise import Noise
 from proxytune.patterns import forced
+from proxytune.seeding import Rows, streams_of
 
 __all__ = ["Feedback", "embeddings_of"]
 
@@ -56,7 +57,7 @@ class Feedback:
         gates: Gates,
         *,
         seed: int,
-        streams: torch.Tensor,
+        rows: Rows = None,
         beams: int = 1,
         impl: ops.Impl = "auto",
     ) -> None:
@@ -67,7 +68,7 @@ class Feedback:
             mixture: The law of the weights.
             gates: Where steps are latent, ids that end the text among those that never are.
             seed: The key of all noise.
-            streams: `[B]`, int64: which stream of it each row draws from.
+            rows: `[B]`: which stream of it each row draws from [0, 1, 2, …].
             beams: How many rows of a prompt may change places; 1 if none do.
             impl: As in `ops.step`.
 
@@ -77,12 +78,11 @@ class Feedback:
         self._composed = isinstance(model, ProxyTunedModel)
         self._embeddings = embeddings_of(model)
         self._mixture, self._gates = mixture, gates
-        self._seed, self._streams, self._beams = seed, streams, beams
+        self._seed, self._rows_given, self._beams = seed, rows, beams
         self._impl: ops.Impl = impl
         self._state: GateState | None = None
         self._ids: torch.Tensor | None = None  # [B, T]: the texts that the scores were for
         self._past: list[Inputs] | None = None  # of each member, [B, fed, …]: where there is no cache
-        self._lost: torch.Tensor | None = None
         self.soft: list[torch.Tensor] = []
         self.entropy: list[torch.Tensor] = []
 
@@ -103,9 +103,13 @@ class Feedback:
 
         Returns:
             `[B, V]`: the scores, but where a cold stop ends the thinking span: there its end is certain.
+
+        Raises:
+            InputError: If `rows` does not fit the batch.
         """
         if self._state is None:
             self._state = GateState.begin(self._gates, len(input_ids), input_ids.device, input_ids.shape[1])
+            self._streams = streams_of(self._rows_given, len(input_ids)).to(input_ids.device)
         due = self._state.due(self._gates, input_ids)
         if due is not None:
             scores = forced(scores, due.to(scores.device))
@@ -156,7 +160,7 @@ class Feedback:
         soft, self._state = state.step(self._gates, input_ids, entropy.to(place), candidates.spread.to(place))
         position = torch.full_like(tokens, length) if attention_mask is None else attention_mask.long().sum(-1)
         noise = Noise.of(rows, seed=self._seed, device=place)
-        noise = Noise(noise.seed, self._streams.to(place), position.to(place) - 1, noise.branch)
+        noise = Noise(noise.seed, self._streams, position.to(place) - 1, noise.branch)
         on_scores = Noise(*(x.to(candidates.ids.device) for x in vars(noise).values()))
         weights = self._mixture.weights(candidates, on_scores)
         assert self._mixture.sigma is not None
@@ -180,20 +184,6 @@ class Feedback:
             return {**inputs, "latent_inputs": tuple(fed)}
         return {**inputs, "input_ids": None, **fed[0]}
 
-    def refuse_lost(self) -> None:
-        """Refuse a generation in which a beam's origin was not found; waits for the device, so for the end.
-
-        Raises:
-            UnsupportedModeError: If there was one: the loop has changed texts that were written already.
-        """
-        if self._lost is not None and bool(self._lost):
-            raise UnsupportedModeError.of(
-                "latent steps",
-                expected="beams that go on from beams of the same prompt",
-                got="a text that goes on from none of them",
-                remedy="Use transformers' own beam search.",
-            )
-
     def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Which row of the last step each row goes on from; None if rows stay where they are. `[B]`, int64."""
         if self._beams == 1:
@@ -201,8 +191,14 @@ class Feedback:
         assert self._ids is not None
         now, before = (x.unflatten(0, (-1, self._beams)) for x in (input_ids[:, :-1], self._ids))  # [P, beams, T]
         same = (now[:, :, None] == before[:, None]).all(-1)  # [P, beams, beams]
-        lost = ~same.any(-1).all()
-        self._lost = lost if self._lost is None else self._lost | lost
+        # Waits for the device, as beam search itself does in every step.
+        if not bool(same.any(-1).all()):
+            raise UnsupportedModeError.of(
+                "latent steps",
+                expected="beams that go on from beams of the same prompt",
+                got="a text that goes on from none of them",
+                remedy="Use transformers' own beam search.",
+            )
         first = torch.arange(0, len(input_ids), self._beams, device=input_ids.device)
         return (same.int().argmax(-1) + first[:, None]).flatten()
 

@@ -36,9 +36,10 @@ from proxytune.decoding.metering import Meter
 from proxytune.decoding.recursion import LatentRecursion, recursion_of
 from proxytune.decoding.recursion_checks import refuse_call, refuse_settings
 from proxytune.decoding.recursion_output import RecursionOutput, Trajectories, measured
-from proxytune.decoding.stepping import cache_of, refuse_modes
+from proxytune.decoding.stepping import cache_of
 from proxytune.decoding.transition import Transition
 from proxytune.errors import InputError
+from proxytune.modes import refuse_modes
 from proxytune.noise import Noise
 from proxytune.selecting import Select, check_select, select_one
 from proxytune.spreading import owners

@@ -14,6 +14,7 @@ from transformers.generation.logits_process import (
 )
 
 from proxytune.errors import UnsupportedModeError
+from proxytune.feeding import Capture
 from proxytune.spreading import owner_of
 
 __all__ = ["led_to_prompts"]
@@ -23,6 +24,7 @@ _REFUSED: dict[type[LogitsProcessor], str] = {
     EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size",
     UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
     SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
+    Capture: "latent steps",
 }
 """Processors that keep something for each row of the batch → the setting that asks for them."""
 

@@ -19,10 +19,11 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from proxytune import ops
 from proxytune.decoding.drawing import Drawing, Record
-from proxytune.decoding.stepping import is_synced, last_logits, lengths_of, padding_of, refuse_modes, usable_columns
+from proxytune.decoding.stepping import is_synced, last_logits, lengths_of, padding_of, usable_columns
 from proxytune.decoding.translation import Translation, translate
 from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
+from proxytune.modes import refuse_modes
 from proxytune.noise import Noise
 
 __all__ = ["FusedDecoding"]

@@ -16,12 +16,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune.decoding.fused import FusedDecoding
-from proxytune.decoding.stepping import cache_of, is_synced, refuse_modes
+from proxytune.decoding.stepping import cache_of, is_synced
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.feedback import Feedback
 from proxytune.feeding import Capture, feeding, gates_of_call, refuse_processors
 from proxytune.gating import Gates
 from proxytune.mixtures import Kind, Mixture
+from proxytune.modes import refuse_modes
 from proxytune.ops import Impl
 from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
 
@@ -136,14 +137,14 @@ class StochasticLatentSampler:
         self._refuse_paged(generation_config, model_kwargs)
         refuse_processors(logits_processor)
         assert isinstance(self.mixture, Mixture)
-        batch, beams = input_ids.shape[0], int(generation_config.num_beams or 1)
+        beams = int(generation_config.num_beams or 1)
         feedback = Feedback(
             model,
             self.mixture,
             gates_of_call(self.gates, generation_config, model),
             # Without noise there is nothing to draw, and plain decoding's own draws must not be shifted by one.
             seed=seed_of(self.seed) if self.mixture.is_random else 0,
-            streams=streams_of(self.rows, batch),
+            rows=streams_of(self.rows, input_ids.shape[0]),
             beams=beams,
             impl=self.impl,
         )
@@ -161,9 +162,7 @@ class StochasticLatentSampler:
             streamer.put(input_ids.cpu())  # to its own, generate() has given the prompt
         with feeding(model, feedback):
             if beams > 1:
-                out = model._beam_search(input_ids, **shared)
-                feedback.refuse_lost()
-                return out
+                return model._beam_search(input_ids, **shared)
             if self.loop is not None:
                 out = self.loop(model, input_ids, streamer=streamer, **shared)
             else:

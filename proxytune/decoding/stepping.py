@@ -1,4 +1,4 @@
-"""What a loop of `custom_generate` needs around its forward passes: refusals, padding, positions, last logits."""
+"""What a loop of `custom_generate` needs around its forward passes: padding, positions, last logits, the cache."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from transformers import StoppingCriteriaList
-from transformers.generation.configuration_utils import GenerationMode
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from proxytune.decoding.translation import Translation
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
 
 __all__ = [
@@ -21,42 +20,9 @@ __all__ = [
     "last_logits",
     "lengths_of",
     "padding_of",
-    "refuse_modes",
     "selected_rows",
     "usable_columns",
 ]
-
-
-def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any, *, beams: bool = False) -> None:
-    """Refuse what a loop of greedy decoding and sampling, and maybe beam search, cannot do.
-
-    Args:
-        loop: Its name, for the message.
-        model: The model.
-        generation_config: The settings of the call.
-        assistant_model: What was given as the assistant.
-        beams: Whether it can do beam search too.
-
-    Raises:
-        UnsupportedModeError: For encoder-decoders and for every other mode.
-    """
-    if model.config.is_encoder_decoder:
-        raise UnsupportedModeError.of(
-            loop,
-            expected="a decoder-only model",
-            got=f"{type(model).__name__}, an encoder-decoder",
-            remedy="Leave custom_generate out.",
-        )
-    mode = generation_config.get_generation_mode(assistant_model)
-    allowed = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE}
-    if mode not in (allowed | {GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE} if beams else allowed):
-        raise UnsupportedModeError.of(
-            loop,
-            expected="greedy decoding, sampling or beam search" if beams else "greedy decoding or sampling",
-            got=f"settings for {mode.value.replace('_', ' ')}",
-            remedy="Leave custom_generate out, or the settings that ask for it (num_beams, assistant_model, "
-            "prompt_lookup_num_tokens, penalty_alpha, …).",
-        )
 
 
 def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:

@@ -24,12 +24,13 @@ from proxytune.decoding.drawing import Drawing, Rows
 from proxytune.decoding.fork_checks import Where, refuse_extras, refuse_threshold
 from proxytune.decoding.growing import Drawn, Plot
 from proxytune.decoding.leaves import ForkOutput, leaves_of
-from proxytune.decoding.stepping import last_logits, lengths_of, refuse_modes, selected_rows, usable_columns
+from proxytune.decoding.stepping import last_logits, lengths_of, selected_rows, usable_columns
 from proxytune.decoding.translation import Translation, translate
 from proxytune.decoding.tree import Branch
 from proxytune.entropy import ForkThreshold
 from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
+from proxytune.modes import refuse_modes
 from proxytune.noise import DECISIONS, Noise
 from proxytune.spreading import owners
 
