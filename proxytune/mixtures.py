@@ -233,7 +233,7 @@ def _above(value: Any, name: str, least: float, *, strict: bool = False) -> None
 
 def _whole(value: Any, name: str, most: int | None) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool)
-    if value is None or (whole and value >= 1 and (most is None or value <= most)):
+    if (value is None and most is not None) or (whole and value >= 1 and (most is None or value <= most)):
         return
     raise InputError.of(
         name,
