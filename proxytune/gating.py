@@ -7,7 +7,7 @@ open, unless they are asked for; what is always discrete are the ids that the ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,10 +58,11 @@ class Gates:
     loop_repeats: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("begin_ids", "end_ids"):
-            object.__setattr__(self, name, token_ids(name, getattr(self, name) or None, needed=False))
-        listed = token_ids("discrete_ids", tuple(self.discrete_ids) or None, needed=False)
-        object.__setattr__(self, "discrete_ids", tuple(sorted(set(listed))))
+        for name in ("begin_ids", "end_ids", "discrete_ids"):
+            ids = getattr(self, name)
+            empty = isinstance(ids, Sequence | Set) and not ids  # 0 is an id
+            object.__setattr__(self, name, token_ids(name, None if empty else ids, needed=False))
+        object.__setattr__(self, "discrete_ids", tuple(sorted(set(_tuple(self.discrete_ids)))))
         if self.begin_ids and not self.end_ids:
             raise InputError.of(
                 "end_ids",
