@@ -73,7 +73,7 @@ class PuzzlerRecipe:
     turns: tuple[PuzzleName, ...] = ("colouring", "countdown", "colouring", "countdown", "queens")
     rows: dict[PuzzleName, int] = field(default_factory=lambda: {"colouring": 64, "queens": 48, "countdown": 40})
     plans: dict[PuzzlerKind, TrainingPlan] = field(
-        default_factory=lambda: {"llama": TrainingPlan(2000, 1e-2), "hrm": TrainingPlan(1500, 1e-2)}
+        default_factory=lambda: {"llama": TrainingPlan(2400, 4e-3), "hrm": TrainingPlan(1700, 5e-3)}
     )
 
 
