@@ -12,6 +12,9 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 `ForkDecoding`             a loop that grows a tree: branches part at forks, with exact weights and a hard budget
 `SiblingDecoding`          samples of a prompt that repel each other at forks, with exact weights and a hard budget
 `StochasticRecursion`      noisy trajectories of a model that recurs, one of them selected (`register_recursion`)
+`StochasticLatentSampler`  a loop that feeds back a sampled `Mixture` of embeddings in each token's place, where `Gates`
+                           let it
+`StochasticLatentLogitsProcessor` the same as a logits processor to attach
 `step`                     one decision on members' logits: combine, measure, draw; with `Sampling` and `Noise`
 `ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
 `Recipe`                   the adapter as a small JSON file
@@ -31,14 +34,18 @@ from proxytune._version import __version__
 if TYPE_CHECKING:
     from proxytune.decoding.forks import ForkDecoding
     from proxytune.decoding.fused import FusedDecoding
+    from proxytune.decoding.latent import StochasticLatentSampler
     from proxytune.decoding.recursion import LatentRecursion, register_recursion
     from proxytune.decoding.siblings import SiblingDecoding
     from proxytune.entropy import ForkThreshold
     from proxytune.formula import ProxyTuning
+    from proxytune.gating import Gates
+    from proxytune.mixtures import Mixture
     from proxytune.model import ProxyTunedConfig, ProxyTunedModel
     from proxytune.noise import Noise
     from proxytune.ops import step
     from proxytune.processors.forks import ForkSamplingLogitsProcessor
+    from proxytune.processors.latent import StochasticLatentLogitsProcessor
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
     from proxytune.recipe import Recipe
     from proxytune.sampling import Sampling
@@ -50,7 +57,9 @@ __all__ = [
     "ForkSamplingLogitsProcessor",
     "ForkThreshold",
     "FusedDecoding",
+    "Gates",
     "LatentRecursion",
+    "Mixture",
     "Noise",
     "ProxyTunedConfig",
     "ProxyTunedModel",
@@ -59,6 +68,8 @@ __all__ = [
     "Recipe",
     "Sampling",
     "SiblingDecoding",
+    "StochasticLatentLogitsProcessor",
+    "StochasticLatentSampler",
     "StochasticRecursion",
     "__version__",
     "register_recursion",
@@ -71,7 +82,9 @@ _HOME = {
     "ForkSamplingLogitsProcessor": "proxytune.processors.forks",
     "ForkThreshold": "proxytune.entropy",
     "FusedDecoding": "proxytune.decoding.fused",
+    "Gates": "proxytune.gating",
     "LatentRecursion": "proxytune.decoding.recursion",
+    "Mixture": "proxytune.mixtures",
     "Noise": "proxytune.noise",
     "ProxyTunedConfig": "proxytune.model",
     "ProxyTunedModel": "proxytune.model",
@@ -80,6 +93,8 @@ _HOME = {
     "Recipe": "proxytune.recipe",
     "Sampling": "proxytune.sampling",
     "SiblingDecoding": "proxytune.decoding.siblings",
+    "StochasticLatentLogitsProcessor": "proxytune.processors.latent",
+    "StochasticLatentSampler": "proxytune.decoding.latent",
     "StochasticRecursion": "proxytune.trajectories",
     "register_recursion": "proxytune.decoding.recursion",
     "step": "proxytune.ops",
