@@ -84,6 +84,48 @@ class Gates:
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value <= most:
                 _refuse(name, f"a number from 0{f' to {most:g}' if most < math.inf else ' on'}", value)
 
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any, span: str | None = None, **settings: Any) -> Gates:
+        """Gates by text instead of ids: all special tokens are discrete, and the span is that of two tokens.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            span: `"<think>…</think>"`, or with three dots: what opens the thinking span and what closes it, a single
+                token of the vocabulary each; nothing before the dots for a span that is open from the start. None for
+                no span.
+            **settings: Further settings of `Gates`.
+
+        Returns:
+            The gates.
+
+        Raises:
+            InputError: If the span does not have two parts, or one is no token of the vocabulary.
+        """
+        listed = [*tokenizer.all_special_ids, *settings.pop("discrete_ids", ())]
+        if span is None:
+            return cls(discrete_ids=listed, **settings)
+        parts = span.replace("...", "…").split("…")
+        if len(parts) != 2 or not parts[1].strip():
+            raise InputError.of(
+                "span",
+                expected="what opens thinking and what closes it, with … or ... between them",
+                got=repr(span),
+                remedy='Pass e.g. "<think>…</think>".',
+            )
+        # Not by encode(): a text that is no token of its own falls into pieces that differ with what stands around it.
+        known = tokenizer.get_vocab()
+        begin, end = ((known.get(part.strip()),) if part.strip() else () for part in parts)
+        for part, ids in zip(parts, (begin, end), strict=True):
+            if None in ids:
+                raise InputError.of(
+                    "span",
+                    expected=f"tokens of {type(tokenizer).__name__}'s vocabulary",
+                    got=f"{part.strip()!r}, which is none",
+                    remedy="Take the thinking tokens of this model (its chat template shows them), or pass Gates the "
+                    "begin_ids and end_ids of several tokens.",
+                )
+        return cls(begin_ids=begin, end_ids=end, discrete_ids=listed, **settings)
+
     def with_discrete(self, ids: Sequence[int]) -> Gates:
         """The same gates with more ids that are always discrete.
 
@@ -232,8 +274,12 @@ class GateState:
         closed = ends_of(ids, ends)
         if not begins:
             return ~(closed & (place >= self.start)).any(1)
-        opened = torch.where(ends_of(ids, begins), place, -1).amax(1)
-        return opened > torch.where(closed, place, -1).amax(1)
+        # The last place of each; there may be no ids yet, where a prompt was given as embeddings.
+        opened, shut = (
+            torch.nn.functional.pad(torch.where(x, place, -1), (1, 0), value=-1).amax(1)
+            for x in (ends_of(ids, begins), closed)
+        )
+        return opened > shut
 
     def _loops(self, ids: torch.Tensor, size: int, repeats: int) -> torch.Tensor:
         """Whether the last n-gram of the new ids has come up often enough; `[B]`, bool."""
