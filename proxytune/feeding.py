@@ -196,7 +196,6 @@ def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
 
     Raises:
         UnsupportedModeError: If one runs companions on the token ids.
-        InputError: If one takes latent steps itself.
     """
     if any(getattr(p, "shifts_logits", False) for p in processors):
         raise UnsupportedModeError.of(
@@ -204,11 +203,4 @@ def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
             expected="a model whose members all get a mixture of their own embeddings",
             got="a ProxyTuningLogitsProcessor, whose companions read the token ids",
             remedy="Compose the models with proxytune.wrap.",
-        )
-    if any(isinstance(p, Capture) for p in processors):
-        raise InputError.of(
-            "logits_processor",
-            expected="one that takes latent steps",
-            got="several",
-            remedy="Leave one of them out.",
         )

@@ -63,6 +63,13 @@ class Gates:
             empty = isinstance(ids, Sequence | Set) and not ids  # 0 is an id
             object.__setattr__(self, name, token_ids(name, None if empty else ids, needed=False))
         object.__setattr__(self, "discrete_ids", tuple(sorted(set(_tuple(self.discrete_ids)))))
+        if self.begin_ids and self.begin_ids == self.end_ids:
+            raise InputError.of(
+                "end_ids",
+                expected="another pattern than begin_ids",
+                got=f"{list(_tuple(self.end_ids))} for both, with which the span would never be open",
+                remedy="Pass what closes the thinking span.",
+            )
         if self.begin_ids and not self.end_ids:
             raise InputError.of(
                 "end_ids",

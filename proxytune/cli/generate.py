@@ -15,6 +15,7 @@ from rich.text import Text
 
 from proxytune.cli import terminal
 from proxytune.cli.inputs import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
+from proxytune.cli.latent import Latent, LatentGates, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
 from proxytune.cli.loading import check_members, encode, load
 from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 
@@ -66,7 +67,11 @@ def generate(
         int | None,
         typer.Option(min=1, help="Prompts per batch (default: 1 on a terminal, which streams; 8 otherwise)."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed for do_sample=true.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for do_sample=true, and for --latent.")] = 0,
+    latent: Latent = None,
+    tau: Tau = None,
+    latent_span: LatentSpan = None,
+    latent_gates: LatentGates = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the JSON lines to this file, each as soon as it is there.")
     ] = None,
@@ -87,6 +92,7 @@ def generate(
     refuse_empty(prompts)
     terminal.quiet()
     check_names(flags)
+    mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
 
     from transformers import set_seed
 
@@ -98,6 +104,7 @@ def generate(
         if save_recipe is not None:
             model.save_pretrained(save_recipe)
             tokenizer.save_pretrained(save_recipe)
+        sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         config = merged_settings(model.generation_config, flags)
         # A streamer takes one sequence that only grows.
         several = any(n not in (None, 1) for n in (config.num_beams, config.num_return_sequences))
@@ -107,7 +114,7 @@ def generate(
             batch = prompts[first : first + size]
             if stream:
                 terminal.output().print(_shown(batch[0], ""), end="", soft_wrap=True)
-            for completion in _complete(model, tokenizer, batch, config, chat=chat, stream=stream):
+            for completion in _complete(model, tokenizer, batch, first, config, sampler, chat=chat, stream=stream):
                 if lines is not None:
                     _write_line(lines, completion)
                 if on_terminal and not stream:
@@ -120,16 +127,25 @@ def _complete(
     model: ProxyTunedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
+    first: int,
     config: GenerationConfig,
+    sampler: SamplerOf,
     *,
     chat: bool,
     stream: bool,
 ) -> Iterator[Completion]:
-    """Complete one batch."""
+    """Complete one batch, which begins with prompt number `first`."""
     batch = encode(tokenizer, prompts, chat).to(model.base.device)
     streamer = _streamer(tokenizer) if stream else None
+    each = max(config.num_beams or 1, config.num_return_sequences or 1)
     # Stop strings need a tokenizer.
-    result = model.generate(**batch, generation_config=config, tokenizer=tokenizer, streamer=streamer)
+    result = model.generate(
+        **batch,
+        generation_config=config,
+        tokenizer=tokenizer,
+        streamer=streamer,
+        custom_generate=sampler(range(first * each, (first + len(prompts)) * each)),
+    )
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
     new_ids = sequences[:, batch["input_ids"].shape[1] :].cpu()
     per_prompt = len(new_ids) // len(prompts)

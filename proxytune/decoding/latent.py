@@ -36,7 +36,8 @@ class LatentOutput(GenerateDecoderOnlyOutput):
     """What transformers' loop returns, and which steps were latent; N new tokens.
 
     Attributes:
-        soft: `[B, N]`, bool: whether a mixture was fed back in the token's place. The last token is not fed back.
+        soft: `[B, N]`, bool: whether a mixture took the token's place; where it was not finite, the token's embedding
+            was fed back after all. The last token is not fed back.
         entropy: `[B, N]`, float32, nats: of the distribution that the token was drawn from; NaN after a row's end.
     """
 
