@@ -39,11 +39,13 @@ def test_the_budget_is_of_both_ends_of_the_range_and_is_a_good_one() -> None:
             for variant, counts in variants.items():
                 where = f"{version} {target} {variant}"
                 # A few of the widest variants spill a handful of registers; the pass over the rows must not.
-                assert counts["spills"] <= 10, where
+                # A mixture with noise of 8,192 coordinates is the one that needs ten: its threads may not have more than
+                # 128 registers on sm_80.
+                wide_mixture = variant.startswith("mix_rows") and "D=8192" in variant and target == "sm_80"
+                assert counts["spills"] <= (10 if wide_mixture else 8), where
                 if variant.startswith("steer_tiles") and "five" not in variant:
                     assert counts["spills"] == 0, where
-                # A mixture with noise of as many coordinates needs all registers that there are, and some more.
-                if variant.startswith("mix_rows") and "D=8192" not in variant:
+                if variant.startswith("mix_rows") and not wide_mixture:
                     assert counts["spills"] == 0, where
                 if variant.startswith(("steer_tiles", "mix_rows")):
                     assert counts["wide_loads"] > 0, where
