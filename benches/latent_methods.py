@@ -1,0 +1,271 @@
+"""Every way of answering that `bench_latent.py` compares: its settings, and how answers are drawn with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from latent_measures import Answered, stack_passes
+from transformers import DynamicCache
+
+from proxytune import ForkDecoding, ForkSamplingLogitsProcessor, SiblingDecoding
+from proxytune.decoding.fused import FusedDecoding
+from proxytune.decoding.latent import StochasticLatentSampler
+from proxytune.entropy import ForkThreshold
+from proxytune.gating import Gates
+from proxytune.lab.puzzle import Instance, Puzzle
+from proxytune.lab.puzzle_vocabulary import EOS, PAD, THINK_BEGIN, THINK_END
+from proxytune.mixtures import Mixture
+from proxytune.trajectories import StochasticRecursion
+
+TEMPERATURES = (0.05, *(n / 10 for n in range(1, 14)), 1.5, 1.75, 2.0, 2.5)
+"""Past 1.3 too: a collapsed model's best may lie there, and a method must not win by being hotter than the sweep."""
+GREEDY = 0.0
+RANDOM_KINDS = ("gumbel", "dirichlet", "multiplex", "gaussian")
+MIXTURES: tuple[dict[str, Any], ...] = (
+    {"kind": "moi", "beta": 0.25},
+    {"kind": "moi", "beta": 1.0},
+    {"kind": "gumbel", "tau": 0.25},
+    {"kind": "gumbel", "tau": 0.5},
+    {"kind": "gumbel", "tau": 1.0},
+    {"kind": "dirichlet", "alpha": 1.0},
+    {"kind": "dirichlet", "alpha": 4.0},
+    {"kind": "multiplex", "samples": 3},
+    {"kind": "mean"},
+    {"kind": "gaussian", "sigma": 0.1},
+    {"kind": "gaussian", "sigma": 0.3},
+)
+SIGMAS = (0.05, 0.1, 0.2, 0.4)
+GATED = 0.2
+"""θ of the entropy gate."""
+SHARE = 0.2
+"""Of a model's own tokens that count as forks."""
+FAMILIES = ("temperature", "latent", "scratchpad", "gated", "fork sampling", "tree", "siblings", "recursion")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A method with its knobs.
+
+    Attributes:
+        family: One of `FAMILIES`.
+        temperature: Of the draws; 0 for greedy decoding.
+        knobs: The others, by name.
+    """
+
+    family: str
+    temperature: float
+    knobs: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, family: str, temperature: float, **knobs: Any) -> Setting:
+        """With the knobs as keywords."""
+        return cls(family, temperature, tuple(sorted(knobs.items())))
+
+    @property
+    def label(self) -> str:
+        """The knobs in words, the same in every run."""
+        heat = "greedy" if self.temperature == GREEDY else f"T {self.temperature:g}"
+        named = (f"{name} {value:g}" if not isinstance(value, str) else value for name, value in self.knobs)
+        return ", ".join([heat, *named])
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model, a puzzle and some of its instances.
+
+    Attributes:
+        model: In float32.
+        puzzle: The puzzle.
+        instances: What is asked.
+        nats: The fork threshold.
+    """
+
+    model: Any
+    puzzle: Puzzle
+    instances: Sequence[Instance]
+    nats: float
+
+    @property
+    def recurs(self) -> bool:
+        """Whether the model has cycles."""
+        return stack_passes(self.model.config) > 1
+
+
+def settings(asked: Asked, best: float) -> list[Setting]:
+    """Everything that is tried besides the temperatures.
+
+    Args:
+        asked: Decides which families there are.
+        best: The temperature whose coverage@16 is best on validation: one of the base temperatures.
+
+    Returns:
+        The settings.
+    """
+    scratchpad = asked.puzzle.name == "countdown"
+    bases = tuple(dict.fromkeys((best, 1.0 if best != 1.0 else 0.6)))
+    out = []
+    for family in ("latent", "scratchpad") if scratchpad else ("latent",):
+        # Everywhere on Countdown is the ablation of its scratchpad: at one base temperature.
+        full = scratchpad == (family == "scratchpad")
+        out += [Setting.of(family, t, **mix) for t in (bases if full else (best,)) for mix in MIXTURES]
+        if full:
+            random = (mix for mix in MIXTURES if mix["kind"] in RANDOM_KINDS and mix.get("tau") != 0.5)
+            out += [Setting.of(family, GREEDY, **mix) for mix in random if mix.get("alpha") != 4.0]
+    gated = ({"kind": "moi", "beta": 1.0}, {"kind": "gumbel", "tau": 0.5})
+    out += [Setting.of("gated", t, **mix) for t in bases for mix in gated]
+    out += [Setting.of("fork sampling", t, fork=fork) for t in (0.1, 0.4, 0.7) for fork in (1.0, 1.5)]
+    for leaves in (4, 16):
+        out += [Setting.of("tree", t, leaves=leaves, where="forks") for t in bases]
+        out.append(Setting.of("tree", best, leaves=leaves, where="start"))
+        out += [Setting.of("siblings", best, leaves=leaves, repulsion=nats) for nats in (0.5, 2.0)]
+    if asked.recurs:
+        out += [
+            Setting.of("recursion", t, sigma=sigma, when=when)
+            for sigma in SIGMAS
+            for when in ("cycle", "once")
+            for t in (GREEDY, best)
+        ]
+    return out
+
+
+def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answered]:
+    """Answers to every instance.
+
+    Args:
+        asked: What is asked of what.
+        setting: How.
+        samples: Of each instance; a tree has its own number of leaves.
+        seed: Key of all draws. Every method draws its tokens with the same noise.
+
+    Returns:
+        One for each instance.
+    """
+    knobs = dict(setting.knobs)
+    if setting.family in ("tree", "siblings"):
+        return _grown(asked, setting, knobs, seed)
+    if asked.recurs and setting.family in ("temperature", "recursion"):
+        return _recurred(asked, setting, knobs, samples, seed)
+    rows = list(range(len(asked.instances) * samples))
+    loop: Any = FusedDecoding(seed=seed, rows=rows)
+    processors = []
+    temperature = setting.temperature
+    if setting.family == "fork sampling":
+        processors = [
+            ForkSamplingLogitsProcessor(asked.nats, fork_temperature=knobs["fork"], exec_temperature=temperature)
+        ]
+        temperature = 1.0
+    elif setting.family != "temperature":
+        loop = StochasticLatentSampler(
+            Mixture(**knobs), _gates(setting.family, asked.puzzle.name), seed=seed + 1, rows=rows, loop=loop
+        )
+    prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
+    with torch.inference_mode():  # one pass over a prompt serves all its samples
+        cache = DynamicCache(config=asked.model.config)
+        cache = asked.model(input_ids=prompts[:, :-1], past_key_values=cache, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(samples)
+        ids = prompts.repeat_interleave(samples, 0)
+        written = _generate(asked, ids, temperature, loop, past_key_values=cache, logits_processor=processors)
+    new = written[:, prompts.shape[1] :].view(len(asked.instances), samples, -1)
+    out = []
+    for instance, some in zip(asked.instances, new, strict=True):
+        texts = [_trimmed(ids) for ids in some.tolist()]
+        out.append(_answered(asked, instance, texts, fed=sum(map(len, texts)) - samples))
+    return out
+
+
+def threshold(asked: Asked, *, samples: int, seed: int) -> float:
+    """The entropy above which a fifth of the model's own tokens lie, at temperature 1, nats."""
+    loop = SiblingDecoding(siblings=samples, repulsion=0.0, seed=seed)
+    prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
+    with torch.inference_mode():
+        trees = _generate(asked, prompts, 1.0, loop, return_dict_in_generate=True).trees
+    return ForkThreshold.calibrated([h for tree in trees for branch in tree for h in branch.entropies], SHARE).nats
+
+
+def _gates(family: str, puzzle: str) -> Gates:
+    span: dict[str, Any] = {}
+    if puzzle == "countdown" and family != "latent":
+        span = {"begin_ids": [THINK_BEGIN], "end_ids": [THINK_END]}
+    return Gates(**span, min_entropy=GATED if family == "gated" else 0.0)
+
+
+def _generate(asked: Asked, ids: torch.Tensor, temperature: float, loop: Any, **how: Any) -> Any:
+    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature != GREEDY else {}
+    return asked.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=temperature != GREEDY,
+        **sampling,
+        max_new_tokens=asked.puzzle.answer_length,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        custom_generate=loop,
+        **how,
+    )
+
+
+def _grown(asked: Asked, setting: Setting, knobs: dict[str, Any], seed: int) -> list[Answered]:
+    if setting.family == "tree":
+        loop: Any = ForkDecoding(threshold=asked.nats, branches=knobs["leaves"], where=knobs["where"], seed=seed)
+    else:
+        loop = SiblingDecoding(threshold=asked.nats, siblings=knobs["leaves"], repulsion=knobs["repulsion"], seed=seed)
+    prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
+    with torch.inference_mode():
+        trees = _generate(asked, prompts, setting.temperature, loop, return_dict_in_generate=True).trees
+    out = []
+    for instance, tree in zip(asked.instances, trees, strict=True):
+        texts = [list(branch.along("tokens")) for branch in tree]
+        # Shared tokens are fed back once, and the last of each leaf is not.
+        out.append(_answered(asked, instance, texts, fed=tree.tokens - len(tree), tree=True))
+    return out
+
+
+def _recurred(asked: Asked, setting: Setting, knobs: dict[str, Any], samples: int, seed: int) -> list[Answered]:
+    """Trajectories, and with σ = 0 plain samples, of a model that recurs; with their log-probabilities."""
+    loop = StochasticRecursion(
+        sigma=knobs.get("sigma", 0.0), when=knobs.get("when", "cycle"), trajectories=samples, select=None, seed=seed
+    )
+    prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
+    with torch.inference_mode():
+        found = _generate(asked, prompts, setting.temperature, loop, return_dict_in_generate=True).trajectories
+    prompt_passes = samples if setting.family == "recursion" else 0
+    out = []
+    for instance, rows, logprobs in zip(
+        asked.instances, found.sequences[..., prompts.shape[1] :], found.mean_logprobs, strict=True
+    ):
+        texts = [_trimmed(ids) for ids in rows.tolist()]
+        fed = sum(map(len, texts)) - samples + prompt_passes
+        out.append(_answered(asked, instance, texts, fed=fed, logprobs=logprobs.tolist()))
+    return out
+
+
+def _answered(
+    asked: Asked,
+    instance: Instance,
+    texts: list[list[int]],
+    *,
+    fed: int,
+    tree: bool = False,
+    logprobs: list[float] | None = None,
+) -> Answered:
+    return Answered(
+        found=[asked.puzzle.read(instance, ids) for ids in texts],
+        passes=fed * stack_passes(asked.model.config),
+        solutions=len(asked.puzzle.solutions(instance)),
+        tree=tree,
+        texts=texts if logprobs else [],
+        answers=[_answer(ids) for ids in texts] if logprobs else [],
+        logprobs=logprobs or [],
+    )
+
+
+def _answer(ids: list[int]) -> tuple[int, ...]:
+    """What a vote counts: the ids behind the scratchpad if there is one. It does not look at whether they are right."""
+    return tuple(ids[ids.index(THINK_END) + 1 :] if THINK_END in ids else ids)
+
+
+def _trimmed(ids: list[int]) -> list[int]:
+    return ids[: ids.index(EOS) + 1] if EOS in ids else ids
