@@ -20,7 +20,7 @@ from proxytune.lab.puzzle_vocabulary import EOS, PAD, THINK_BEGIN, THINK_END
 from proxytune.mixtures import Mixture
 from proxytune.trajectories import StochasticRecursion
 
-TEMPERATURES = (0.05, *(n / 10 for n in range(1, 14)), 1.5, 1.75, 2.0, 2.5)
+TEMPERATURES = (0.05, *(n / 10 for n in range(1, 14)), 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Past 1.3 too: a collapsed model's best may lie there, and a method must not win by being hotter than the sweep."""
 GREEDY = 0.0
 RANDOM_KINDS = ("gumbel", "dirichlet", "multiplex", "gaussian")
@@ -116,7 +116,8 @@ def settings(asked: Asked, best: float) -> list[Setting]:
             out += [Setting.of(family, GREEDY, **mix) for mix in random if mix.get("alpha") != 4.0]
     gated = ({"kind": "moi", "beta": 1.0}, {"kind": "gumbel", "tau": 0.5})
     out += [Setting.of("gated", t, **mix) for t in bases for mix in gated]
-    out += [Setting.of("fork sampling", t, fork=fork) for t in (0.1, 0.4, 0.7) for fork in (1.0, 1.5)]
+    hot = tuple(dict.fromkeys((1.0, 1.5, best)))
+    out += [Setting.of("fork sampling", t, fork=fork) for t in (0.1, 0.4, 0.7) for fork in hot]
     for leaves in (4, 16):
         out += [Setting.of("tree", t, leaves=leaves, where="forks") for t in bases]
         out.append(Setting.of("tree", best, leaves=leaves, where="start"))
