@@ -41,6 +41,7 @@ from proxytune.decoding.transition import Transition
 from proxytune.errors import InputError
 from proxytune.modes import refuse_modes
 from proxytune.noise import Noise
+from proxytune.seeding import seed_of, streams_of
 from proxytune.selecting import Select, check_select, select_one
 from proxytune.spreading import owners
 
@@ -200,9 +201,7 @@ class StochasticRecursion:
 
     def _keys(self, prompts: int) -> Noise:
         """One for each trajectory, prompt after prompt, on the CPU."""
-        rows = None if self.rows is None else torch.as_tensor(self.rows)
-        streams = Noise.of(prompts, row=rows, device="cpu").row
-        seed = int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if self.seed is None else self.seed
+        streams, seed = streams_of(self.rows, prompts), seed_of(self.seed)
         numbers = torch.tensor(self.numbers)
         row, branch = streams.repeat_interleave(len(numbers)), numbers.repeat(prompts)
         return Noise.of(len(row), seed=seed, row=row, branch=branch)

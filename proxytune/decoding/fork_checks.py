@@ -13,6 +13,7 @@ from proxytune.entropy import ForkThreshold
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
 from proxytune.ops import Impl
+from proxytune.seeding import refuse_seed
 
 if TYPE_CHECKING:
     from proxytune.decoding.tree_loop import TreeLoop
@@ -75,10 +76,7 @@ def refuse_settings(loop: TreeLoop, least: Mapping[str, int], *, needed: bool, a
         )
     if loop.max_total_tokens is not None:
         TokenLedger(loop.max_total_tokens)
-    seed = loop.seed
-    whole = isinstance(seed, int) and not isinstance(seed, bool)
-    if seed is not None and not (whole and -(1 << 63) <= seed < 1 << 63):
-        refuse("seed", "a whole number of 64 bits, or None", seed, "Pass e.g. seed=0.")
+    refuse_seed(loop.seed, name)
     if loop.impl not in get_args(Impl):
         refuse("impl", "'auto', 'triton' or 'torch'", loop.impl, "Leave it out for 'auto'.")
 

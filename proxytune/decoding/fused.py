@@ -7,7 +7,6 @@ knows how members run or how their logits are combined.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -25,6 +24,7 @@ from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
 from proxytune.modes import refuse_modes
 from proxytune.noise import Noise
+from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
 
 __all__ = ["FusedDecoding"]
 
@@ -62,19 +62,12 @@ class FusedDecoding:
 
     seed: int | None = None
     impl: ops.Impl = "auto"
-    rows: Sequence[int] | torch.Tensor | None = None
-    branches: Sequence[int] | torch.Tensor | None = None
+    rows: Rows = None
+    branches: Rows = None
     streamer: BaseStreamer | None = None
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.seed, int) and not isinstance(self.seed, bool)
-        if self.seed is not None and not (whole and -(1 << 63) <= self.seed < 1 << 63):
-            raise InputError.of(
-                "seed",
-                expected="a whole number of 64 bits, or None",
-                got=repr(self.seed),
-                remedy="Pass e.g. FusedDecoding(seed=0).",
-            )
+        refuse_seed(self.seed, "FusedDecoding")
         if self.impl not in get_args(ops.Impl):
             raise InputError.of(
                 "impl",
@@ -198,33 +191,14 @@ class FusedDecoding:
         sampling = noise = None
         if translation.do_sample:
             sampling = translation.sampling(batch, width if translation.before else usable, place)
-            keys = Noise.of(batch, seed=self._seed(), row=keys.row, branch=keys.branch, device=place)
+            keys = Noise.of(batch, seed=seed_of(self.seed), row=keys.row, branch=keys.branch, device=place)
             noise = keys.at(position.to(place))
         return Drawing(translation, sampling, noise, width=width, usable=usable, place=place, impl=self.impl)
-
-    def _seed(self) -> int:
-        if self.seed is not None:
-            return self.seed
-        return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64))
 
     def _keys(self, batch: int) -> Noise:
         # All but the seed: where nothing is drawn, none is taken from torch's generator.
         branch = 0 if self.branches is None else torch.as_tensor(self.branches)
-        return Noise.of(batch, row=self._streams(batch), branch=branch)
-
-    def _streams(self, batch: int) -> torch.Tensor:
-        if self.rows is None:
-            return torch.arange(batch)
-        rows = torch.as_tensor(self.rows)
-        whole = not rows.is_floating_point() and rows.dtype != torch.bool
-        if rows.shape != (batch,) or not whole or int(rows.min()) < 0 or int(rows.max()) >= 1 << 32:
-            raise InputError.of(
-                "rows",
-                expected=f"whole numbers from 0 to {(1 << 32) - 1}, one for each of {batch} rows",
-                got=f"shape {list(rows.shape)}, {rows.dtype}: {rows.flatten()[:8].tolist()}",
-                remedy="Give one per row of the batch, num_return_sequences counted in, or leave it out.",
-            )
-        return rows.to(torch.int64)
+        return Noise.of(batch, row=streams_of(self.rows, batch), branch=branch)
 
     def _streamer(self, given: BaseStreamer | None, input_ids: torch.Tensor) -> BaseStreamer | None:
         if given is None and self.streamer is not None:

@@ -54,6 +54,9 @@ class StochasticLatentSampler:
     No score is changed, so constraints, penalties and beams stay valid; the law of the *next* token is. Off is
     `"onehot"`, which gives the very tokens of plain decoding.
 
+    Weights depend on (seed, row, position) alone. But a mixture keeps the rounding of the scores that it is made of,
+    which a discrete token absorbs: in low precision, a text may change with the batch around it.
+
     For greedy decoding, sampling and beams, with any cache or none, any padding, compiled forwards and streamers. One
     `generate()` with latent steps at a time on a model. Assisted decoding is refused, and so are encoder-decoders.
     `generate_batch` and `cache_implementation="paged"` on a plain model never call a callable: there transformers'

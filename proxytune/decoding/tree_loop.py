@@ -32,6 +32,7 @@ from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
 from proxytune.modes import refuse_modes
 from proxytune.noise import DECISIONS, Noise
+from proxytune.seeding import seed_of, streams_of
 from proxytune.spreading import owners
 
 __all__ = ["TreeLoop"]
@@ -117,8 +118,8 @@ class TreeLoop(ABC):
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
         clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
         translation = translate(led_to_prompts(name, logits_processor), bool(generation_config.do_sample))
-        streams = Noise.of(prompts, row=None if self.rows is None else torch.as_tensor(self.rows)).row
-        seed = int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if self.seed is None else self.seed
+        streams = streams_of(self.rows, prompts)
+        seed = seed_of(self.seed)
         if isinstance(model, ProxyTunedModel):
             model_kwargs["combine"] = False
         texts = input_ids
