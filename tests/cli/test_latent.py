@@ -32,7 +32,7 @@ def alone(model, tokenizer, prompt, sampler, **settings):
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_lines_equal_the_library_prompt_by_prompt(run, members, model, tokenizer, batch_size):
-    # Not in the bfloat16 that they are stored in, and not many tokens: rounding differs with the padding, and is fed back.
+    # Not in the bfloat16 they are stored in, and not many tokens: rounding differs with the padding, and is fed back.
     words = ["generate", *PROMPTS, "max_new_tokens=6", *members, "--dtype", "float32", "--batch-size", batch_size]
     ended = run(*words, "--latent", "gumbel", "--tau", "2.0", "--seed", "3")
     assert ended.code == 0, ended.err
