@@ -15,7 +15,8 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from proxytune import ops
 from proxytune.embeddings import Embedding, Inputs
 from proxytune.errors import UnsupportedModeError
-from proxytune.gating import Gates, GateState
+from proxytune.gate_state import GateState
+from proxytune.gating import Gates
 from proxytune.mixtures import Candidates, Mixture
 from proxytune.model import ProxyTunedModel
 from proxytune.noise import Noise

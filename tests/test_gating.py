@@ -25,7 +25,8 @@ from transformers import LogitsProcessor
 import proxytune
 from proxytune.decoding.latent import StochasticLatentSampler
 from proxytune.errors import InputError
-from proxytune.gating import Gates, GateState
+from proxytune.gate_state import GateState
+from proxytune.gating import Gates
 from proxytune.mixtures import Mixture
 
 NAN = math.nan
@@ -132,7 +133,7 @@ def gate_settings(draw: st.DrawFn) -> Gates:
     end = draw(st.one_of(st.none(), pattern))
     pair = st.tuples(st.integers(0, 3), st.integers(0, 3))
     return Gates(
-        begin_ids=draw(st.one_of(st.none(), pattern)) if end else None,
+        begin_ids=draw(st.one_of(st.none(), pattern.filter(lambda ids: ids != end))) if end else None,
         end_ids=end,
         discrete_ids=draw(st.lists(st.integers(0, LETTERS - 1), max_size=1)),
         min_entropy=draw(st.sampled_from([0.0, 0.0, 0.25, 0.75])),

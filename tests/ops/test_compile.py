@@ -39,8 +39,8 @@ def test_the_budget_is_of_both_ends_of_the_range_and_is_a_good_one() -> None:
             for variant, counts in variants.items():
                 where = f"{version} {target} {variant}"
                 # A few of the widest variants spill a handful of registers; the pass over the rows must not.
-                # A mixture with noise of 8,192 coordinates is the one that needs ten: its threads may not have more than
-                # 128 registers on sm_80.
+                # A mixture with noise of 8,192 coordinates is the one that needs ten: its threads have no more than
+                # 128 registers each on sm_80.
                 wide_mixture = variant.startswith("mix_rows") and "D=8192" in variant and target == "sm_80"
                 assert counts["spills"] <= (10 if wide_mixture else 8), where
                 if variant.startswith("steer_tiles") and "five" not in variant:
