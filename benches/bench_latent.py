@@ -71,8 +71,8 @@ RESULTS = Path(__file__).parent / "results" / "latent.json"
 SEEDS = (0, 1, 2)
 SIZES: dict[PuzzleName, Size] = {
     "colouring": Size(chosen_on=20, tried=16, judged_on=60, drawn=32),
-    "queens": Size(chosen_on=20, tried=16, judged_on=60, drawn=32),
-    "countdown": Size(chosen_on=16, tried=16, judged_on=40, drawn=24),
+    "queens": Size(chosen_on=20, tried=16, judged_on=60, drawn=24),
+    "countdown": Size(chosen_on=12, tried=16, judged_on=40, drawn=24),
 }
 QUICK = Size(chosen_on=4, tried=16, judged_on=2, drawn=16)
 

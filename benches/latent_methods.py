@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ from latent_measures import Answered, stack_passes
 from transformers import DynamicCache
 
 from proxytune import ForkDecoding, ForkSamplingLogitsProcessor, SiblingDecoding
-from proxytune.decoding.fused import FusedDecoding
 from proxytune.decoding.latent import StochasticLatentSampler
 from proxytune.entropy import ForkThreshold
+from proxytune.errors import CalibrationWarning
 from proxytune.gating import Gates
 from proxytune.lab.puzzle import Instance, Puzzle
 from proxytune.lab.puzzle_vocabulary import EOS, PAD, THINK_BEGIN, THINK_END
@@ -139,7 +140,7 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
         asked: What is asked of what.
         setting: How.
         samples: Of each instance; a tree has its own number of leaves.
-        seed: Key of all draws. Every method draws its tokens with the same noise.
+        seed: Of all draws.
 
     Returns:
         One for each instance.
@@ -147,34 +148,44 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
     knobs = dict(setting.knobs)
     if setting.family in ("tree", "siblings"):
         return _grown(asked, setting, knobs, seed)
-    if asked.recurs and setting.family in ("temperature", "recursion"):
+    if setting.family == "recursion":
         return _recurred(asked, setting, knobs, samples, seed)
-    rows = list(range(len(asked.instances) * samples))
-    loop: Any = FusedDecoding(seed=seed, rows=rows)
-    processors = []
-    temperature = setting.temperature
+    temperature, processors = setting.temperature, []
+    loop: Any = None  # transformers' own loop: at this size most of a step of FusedDecoding is its keyed noise
     if setting.family == "fork sampling":
         processors = [
             ForkSamplingLogitsProcessor(asked.nats, fork_temperature=knobs["fork"], exec_temperature=temperature)
         ]
         temperature = 1.0
     elif setting.family != "temperature":
-        loop = StochasticLatentSampler(
-            Mixture(**knobs), _gates(setting.family, asked.puzzle.name), seed=seed + 1, rows=rows, loop=loop
-        )
+        loop = StochasticLatentSampler(Mixture(**knobs), _gates(setting.family, asked.puzzle.name), seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
-    with torch.inference_mode():  # one pass over a prompt serves all its samples
-        cache = DynamicCache(config=asked.model.config)
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        cache = DynamicCache(config=asked.model.config)  # one pass over a prompt serves all its samples
         cache = asked.model(input_ids=prompts[:, :-1], past_key_values=cache, use_cache=True).past_key_values
         cache.batch_repeat_interleave(samples)
         ids = prompts.repeat_interleave(samples, 0)
-        written = _generate(asked, ids, temperature, loop, past_key_values=cache, logits_processor=processors)
-    new = written[:, prompts.shape[1] :].view(len(asked.instances), samples, -1)
-    out = []
-    for instance, some in zip(asked.instances, new, strict=True):
+        out = _generate(asked, ids, temperature, loop, past_key_values=cache, logits_processor=processors)
+        selects = asked.recurs and setting.family == "temperature"
+        means = _mean_logprobs(asked.model, out, prompts.shape[1]) if selects else None
+    new = out[:, prompts.shape[1] :].view(len(asked.instances), samples, -1)
+    found = []
+    for number, (instance, some) in enumerate(zip(asked.instances, new, strict=True)):
         texts = [_trimmed(ids) for ids in some.tolist()]
-        out.append(_answered(asked, instance, texts, fed=sum(map(len, texts)) - samples))
-    return out
+        own = None if means is None else means[number * samples : (number + 1) * samples]
+        found.append(_answered(asked, instance, texts, fed=sum(map(len, texts)) - samples, logprobs=own))
+    return found
+
+
+def _mean_logprobs(model: Any, ids: torch.Tensor, start: int) -> list[float]:
+    """The mean log-probability of each row's new tokens, its end among them, at temperature 1, nats."""
+    logprobs = model(input_ids=ids[:, :-1], use_cache=False).logits[:, start - 1 :].double().log_softmax(-1)
+    own = logprobs.gather(2, ids[:, start:, None])[:, :, 0]  # [R, N]
+    ended = ids[:, start:] == EOS
+    before = ended.long().cumsum(1) - ended.long() == 0
+    means: list[float] = ((own * before).sum(1) / before.sum(1)).tolist()
+    return means
 
 
 def threshold(asked: Asked, *, samples: int, seed: int) -> float:
@@ -183,7 +194,10 @@ def threshold(asked: Asked, *, samples: int, seed: int) -> float:
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode():
         trees = _generate(asked, prompts, 1.0, loop, return_dict_in_generate=True).trees
-    return ForkThreshold.calibrated([h for tree in trees for branch in tree for h in branch.entropies], SHARE).nats
+    found = [h for tree in trees for branch in tree for h in branch.entropies]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)  # ties: then as near to the share as they allow
+        return ForkThreshold.calibrated(found, SHARE).nats
 
 
 def _gates(family: str, puzzle: str) -> Gates:
@@ -225,21 +239,18 @@ def _grown(asked: Asked, setting: Setting, knobs: dict[str, Any], seed: int) -> 
 
 
 def _recurred(asked: Asked, setting: Setting, knobs: dict[str, Any], samples: int, seed: int) -> list[Answered]:
-    """Trajectories, and with σ = 0 plain samples, of a model that recurs; with their log-probabilities."""
-    loop = StochasticRecursion(
-        sigma=knobs.get("sigma", 0.0), when=knobs.get("when", "cycle"), trajectories=samples, select=None, seed=seed
-    )
+    """Trajectories of a model that recurs, with their log-probabilities."""
+    loop = StochasticRecursion(**knobs, trajectories=samples, select=None, seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode():
         found = _generate(asked, prompts, setting.temperature, loop, return_dict_in_generate=True).trajectories
-    prompt_passes = samples if setting.family == "recursion" else 0
     out = []
     for instance, rows, logprobs in zip(
         asked.instances, found.sequences[..., prompts.shape[1] :], found.mean_logprobs, strict=True
     ):
         texts = [_trimmed(ids) for ids in rows.tolist()]
-        fed = sum(map(len, texts)) - samples + prompt_passes
-        out.append(_answered(asked, instance, texts, fed=fed, logprobs=logprobs.tolist()))
+        # The last token is not fed back, and the prompt is forwarded anew.
+        out.append(_answered(asked, instance, texts, fed=sum(map(len, texts)), logprobs=logprobs.tolist()))
     return out
 
 
