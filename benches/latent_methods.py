@@ -41,8 +41,8 @@ MIXTURES: tuple[dict[str, Any], ...] = (
 SIGMAS = (0.05, 0.1, 0.2, 0.4)
 GATED = 0.2
 """θ of the entropy gate."""
-SHARE = 0.2
-"""Of a model's own tokens that count as forks."""
+SHARES = (0.2, 0.5)
+"""Of a model's own tokens that count as forks; fork sampling has the first."""
 FAMILIES = ("temperature", "latent", "scratchpad", "gated", "fork sampling", "tree", "siblings", "recursion")
 
 
@@ -81,13 +81,13 @@ class Asked:
         model: In float32.
         puzzle: The puzzle.
         instances: What is asked.
-        nats: The fork threshold.
+        nats: The fork threshold of each of `SHARES`.
     """
 
     model: Any
     puzzle: Puzzle
     instances: Sequence[Instance]
-    nats: float
+    nats: tuple[float, ...]
 
     @property
     def recurs(self) -> bool:
@@ -120,9 +120,13 @@ def settings(asked: Asked, best: float) -> list[Setting]:
     hot = tuple(dict.fromkeys((1.0, 1.5, best)))
     out += [Setting.of("fork sampling", t, fork=fork) for t in (0.1, 0.4, 0.7) for fork in hot]
     for leaves in (4, 16):
-        out += [Setting.of("tree", t, leaves=leaves, where="forks") for t in bases]
+        out += [Setting.of("tree", t, leaves=leaves, share=share) for t in bases for share in SHARES]
         out.append(Setting.of("tree", best, leaves=leaves, where="start"))
-        out += [Setting.of("siblings", best, leaves=leaves, repulsion=nats) for nats in (0.5, 2.0)]
+        out += [
+            Setting.of("siblings", best, leaves=leaves, repulsion=nats, share=share)
+            for nats in (0.5, 2.0)
+            for share in SHARES
+        ]
     if asked.recurs:
         out += [
             Setting.of("recursion", t, sigma=sigma, when=when)
@@ -154,7 +158,7 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
     loop: Any = None  # transformers' own loop: at this size most of a step of FusedDecoding is its keyed noise
     if setting.family == "fork sampling":
         processors = [
-            ForkSamplingLogitsProcessor(asked.nats, fork_temperature=knobs["fork"], exec_temperature=temperature)
+            ForkSamplingLogitsProcessor(asked.nats[0], fork_temperature=knobs["fork"], exec_temperature=temperature)
         ]
         temperature = 1.0
     elif setting.family != "temperature":
@@ -188,8 +192,8 @@ def _mean_logprobs(model: Any, ids: torch.Tensor, start: int) -> list[float]:
     return means
 
 
-def threshold(asked: Asked, *, samples: int, seed: int) -> float:
-    """The entropy above which a fifth of the model's own tokens lie, at temperature 1, nats."""
+def thresholds(asked: Asked, *, samples: int, seed: int) -> tuple[float, ...]:
+    """The entropies above which each of `SHARES` of the model's own tokens lie, at temperature 1, nats."""
     loop = SiblingDecoding(siblings=samples, repulsion=0.0, seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode():
@@ -197,7 +201,7 @@ def threshold(asked: Asked, *, samples: int, seed: int) -> float:
     found = [h for tree in trees for branch in tree for h in branch.entropies]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)  # ties: then as near to the share as they allow
-        return ForkThreshold.calibrated(found, SHARE).nats
+        return tuple(ForkThreshold.calibrated(found, share).nats for share in SHARES)
 
 
 def _gates(family: str, puzzle: str) -> Gates:
@@ -223,10 +227,13 @@ def _generate(asked: Asked, ids: torch.Tensor, temperature: float, loop: Any, **
 
 
 def _grown(asked: Asked, setting: Setting, knobs: dict[str, Any], seed: int) -> list[Answered]:
+    nats = asked.nats[SHARES.index(knobs.get("share", SHARES[0]))]
+    loop: Any
     if setting.family == "tree":
-        loop: Any = ForkDecoding(threshold=asked.nats, branches=knobs["leaves"], where=knobs["where"], seed=seed)
+        where = knobs.get("where", "forks")
+        loop = ForkDecoding(threshold=nats, branches=knobs["leaves"], where=where, seed=seed)
     else:
-        loop = SiblingDecoding(threshold=asked.nats, siblings=knobs["leaves"], repulsion=knobs["repulsion"], seed=seed)
+        loop = SiblingDecoding(threshold=nats, siblings=knobs["leaves"], repulsion=knobs["repulsion"], seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode():
         trees = _generate(asked, prompts, setting.temperature, loop, return_dict_in_generate=True).trees

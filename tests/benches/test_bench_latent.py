@@ -39,7 +39,7 @@ def answered(found: list[Any], passes: int = 10, **how: Any) -> Any:
 
 def asked(model: Any, puzzle: Any = "colouring", count: int = 1, nats: float = 1.0) -> Any:
     of = PUZZLES[puzzle]
-    return bench("latent_methods").Asked(model, of, of.held_out("validation", count), nats)
+    return bench("latent_methods").Asked(model, of, of.held_out("validation", count), (nats, nats / 2))
 
 
 def finite(record: Any) -> bool:
@@ -144,8 +144,8 @@ def test_passes_are_those_that_run(models: dict[str, Any], kind: str) -> None:
     settings = [
         methods.Setting.of("temperature", 1.0),
         methods.Setting.of("latent", 1.0, kind="gumbel", tau=0.5),
-        methods.Setting.of("tree", 1.0, leaves=4, where="forks"),
-        methods.Setting.of("siblings", 1.0, leaves=4, repulsion=0.5),
+        methods.Setting.of("tree", 1.0, leaves=4, share=0.2),
+        methods.Setting.of("siblings", 1.0, leaves=4, repulsion=0.5, share=0.5),
     ]
     settings += [methods.Setting.of("recursion", 1.0, sigma=0.2, when="cycle")] if kind == "hrm" else []
     methods.draw(one, settings[1], 1, seed=5)  # what feeds embeddings tries a model out, once
@@ -175,7 +175,7 @@ def test_knobs_are_chosen_on_validation_and_judged_on_test(models: dict[str, Any
     cells, methods = bench("latent_cells"), bench("latent_methods")
     validation = asked(models["llama"], count=2)
     of = PUZZLES["colouring"]
-    test = methods.Asked(models["llama"], of, of.held_out("test", 3), 1.0)
+    test = methods.Asked(models["llama"], of, of.held_out("test", 3), (1.0, 0.5))
     seen: list[tuple[str, str]] = []
     good = {  # the best on validation is the worst on test
         "validation": {"T 0.3": 9, "T 1.3": 1, "T 0.3, gumbel, tau 0.5": 8, "T 1, gumbel, tau 1": 2},
