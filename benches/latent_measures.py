@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -185,13 +186,18 @@ def pooled(groups: Sequence[Sequence[float]], *, level: float = 0.95, draws: int
     Returns:
         The mean and its interval.
     """
-    rng = np.random.default_rng(seed)
     sums, value = np.zeros(draws), 0.0
-    for group in groups:
+    for number, group in enumerate(groups):
         array = np.asarray(group, np.float64)
         assert np.isfinite(array).all()
-        counts = rng.multinomial(len(array), np.full(len(array), 1 / len(array)), size=draws)
-        sums += counts @ array / len(array) / len(groups)
+        sums += _resampled(len(array), draws, seed + number) @ array / len(array) / len(groups)
         value += float(array.mean()) / len(groups)
     low, high = np.quantile(sums, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))
+
+
+@lru_cache(maxsize=16)
+def _resampled(count: int, draws: int, seed: int) -> Values:
+    """How often each of so many values is in each resample, `[draws, count]`."""
+    found: Values = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
+    return found.astype(np.float64)

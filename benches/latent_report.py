@@ -34,12 +34,15 @@ def cell(found: dict[str, Any] | None) -> str:
     """A paired difference in points of a hundred, with its interval and its mark."""
     if found is None:
         return "–"
-    value, low, high = (100 * found["− best temperature"][end] for end in ("value", "low", "high"))
-    return f"{_signed(value)} [{_signed(low)}, {_signed(high)}]{MARKS[found['outcome']]}"
+    ends = [100 * found["− best temperature"][end] for end in ("value", "low", "high")]
+    # One digit more where a win or a loss is smaller than what one digit shows.
+    digits = 2 if found["outcome"] != "null" and min(map(abs, ends)) < 0.05 else 1
+    value, low, high = (_signed(end, digits) for end in ends)
+    return f"{value} [{low}, {high}]{MARKS[found['outcome']]}"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.1f}" if round(value, 1) else "0.0"
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}" if round(value, digits) else "0.0"
 
 
 def _names() -> list[tuple[str, str, str]]:

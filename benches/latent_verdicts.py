@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
-from forks_common import mean_interval, record
+from forks_common import record
 from latent_measures import pooled
 
 Outcome = Literal["win", "null", "loss"]
@@ -67,7 +67,7 @@ def _family(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "settings": [run["setting"] for run in runs],
         "samples": [run["samples"] for run in runs],
         "passes of an instance": [run["passes of an instance"] for run in runs],
-        "passes drawn": [run["passes drawn"] for run in runs],
+        "passes drawn of an instance": [round(float(np.mean(run["passes drawn"])), 2) for run in runs],
         "value": record(pooled([run["values"] for run in runs])),
     }
     out |= _difference([run["differences"] for run in runs])
@@ -78,7 +78,7 @@ def _family(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _difference(groups: Sequence[Sequence[float]]) -> dict[str, Any]:
     over = record(pooled(groups))
-    each = [record(mean_interval(group)) for group in groups]
+    each = [record(pooled([group])) for group in groups]
     return {
         "− best temperature": over,
         "per seed": each,
