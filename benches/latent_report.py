@@ -139,8 +139,8 @@ def latent_block(record: dict[str, Any]) -> str:
     some = ", ".join(f"{name} {tally(record, 'pass@16', family)}" for family, name in list(families.items())[:2])
     said = (
         f"Cells in which coverage@16 is above the best temperature: {counts}. Share of valid answers: {valid}. "
-        f"Some of 16 valid: {some}. What was expected was registered before anything was run, in the docstring of "
-        "`benches/bench_latent.py`:"
+        f"Some of 16 valid: {some}. What was expected was registered beforehand, in the docstring of "
+        "`benches/bench_latent.py`, which also says what was amended after trial runs:"
     )
     blocks = [[intro], coverage_table(record), selection_table(record), [said], hypotheses_table(record)]
     return "\n\n".join("\n".join(block) for block in blocks)

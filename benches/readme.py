@@ -156,6 +156,14 @@ def forks() -> str:
     return wrapped(forks_block(load("forks.json")))
 
 
+def latent() -> str:
+    """What the bench of latent steps and recursion found."""
+    _find_benches()
+    from latent_report import latent_block
+
+    return wrapped(latent_block(load("latent.json")))
+
+
 def _find_benches() -> None:
     """Let the benches beside this file be imported, also where this file was loaded by its path."""
     if str(ROOT / "benches") not in sys.path:
@@ -177,6 +185,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "seeds": seeds,
     "kernels": kernels,
     "forks": forks,
+    "latent": latent,
 }
 
 
