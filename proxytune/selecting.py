@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
 
 from proxytune.errors import InputError
 from proxytune.voting import Sample, vote
@@ -55,13 +57,14 @@ def select_one(
         mean_logprobs: `[N]`, nats.
         values: `[N]`, for `"value"`.
         answer: For `"vote"`: ids to a hashable answer, None for no answer; the ids themselves if left out. No answer
-            never wins against an answer.
+            never wins against an answer; if no text has one, the highest mean log-probability wins.
 
     Returns:
-        Its number, and what each text was compared by, `[N]`; for `"vote"` how many texts have its answer.
+        Its number, and what each text was compared by, `[N]`; for `"vote"` how many texts have its answer, −inf for no
+        answer.
 
     Raises:
-        InputError: If a verifier returns no number, or an answer is not hashable.
+        InputError: If a verifier returns no number, or an answer is not hashable, or only by its identity, as a tensor.
     """
     if select == "logprob":
         scores = list(mean_logprobs)
@@ -69,19 +72,33 @@ def select_one(
         assert values is not None
         scores = list(values)
     elif select == "vote":
-        scores, texts_with = _votes([tuple(ids) if answer is None else answer(list(ids)) for ids in texts])
-        best = _best([s if w else -math.inf for s, w in zip(scores, texts_with, strict=True)], mean_logprobs)
-        return best, scores
+        scores = _votes([tuple(ids) if answer is None else answer(list(ids)) for ids in texts])
     else:
         assert callable(select)
         scores = [_score(select, ids) for ids in texts]
     return _best(scores, mean_logprobs), scores
 
 
-def _votes(answers: Sequence[Hashable | None]) -> tuple[list[float], list[bool]]:
-    """How many texts have the answer of each, and whether it has one."""
+def _votes(answers: Sequence[Hashable | None]) -> list[float]:
+    """How many texts have the answer of each; −inf for no answer."""
+    for answer in answers:
+        if _by_identity(answer):
+            raise InputError.of(
+                "answer",
+                expected="a value that equal answers share, or None for no answer",
+                got=f"{answer!r} of type {type(answer).__name__}, which is counted by identity: no two would agree",
+                remedy="Return an int, a str or a tuple of them; of a tensor its item(), or tuple(x.tolist()).",
+            )
     totals = vote([Sample(answer) for answer in answers]).totals
-    return [totals[answer] for answer in answers], [answer is not None for answer in answers]
+    return [-math.inf if answer is None else totals[answer] for answer in answers]
+
+
+def _by_identity(answer: Any) -> bool:
+    """Whether a value, or one in it, hashes by what it is instead of by what it says."""
+    if isinstance(answer, tuple | frozenset):
+        return any(map(_by_identity, answer))
+    kind: Any = type(answer)
+    return isinstance(answer, torch.Tensor) or (answer is not None and kind.__hash__ is object.__hash__)
 
 
 def _best(scores: Sequence[float], mean_logprobs: Sequence[float]) -> int:

@@ -80,7 +80,9 @@ class StochasticRecursion:
         select: `"logprob"` for the highest mean log-probability, `"vote"` for the commonest answer, `"value"` for the
             model's value head, a verifier from generated ids to a score, or None for all trajectories. Ties go to the
             higher mean log-probability.
-        answer: For `"vote"`: generated ids to a hashable answer, or None for no answer; the ids themselves if left out.
+        answer: For `"vote"`: generated ids to a hashable answer (an int, a str, a tuple; no tensor), or None for no
+            answer, which scores −inf; the ids themselves if left out. If no trajectory of a prompt has an answer, the
+            one of the highest mean log-probability is selected.
         halt: The relative change of a state, > 0, below which a position halts; None for never.
         seed: The key of all noise; None for another one in each call, from torch's default generator.
         rows: `[B]`, which stream of the seed each row has [0, 1, 2, …].
@@ -194,8 +196,9 @@ class StochasticRecursion:
                 streamer=streamer,
                 **model_kwargs,
             )
-        found = measured(texts, meter, head, prompts)
-        out = self._selected(found, input_ids.shape[1])
+        length = input_ids.shape[1]
+        found = measured(texts, meter, head, prompts, length=length, pad=generation_config._pad_token_tensor)
+        out = self._selected(found, length)
         assert out.sequences is not None
         return out if generation_config.return_dict_in_generate else out.sequences
 

@@ -41,7 +41,8 @@ LatentGates = Annotated[
     str | None,
     typer.Option(
         metavar="KEY=VALUE,…",
-        help="Where else steps stay discrete, e.g. min_entropy=0.3,max_run=64,cold_steps=128.",
+        help="Where else steps stay discrete, e.g. min_entropy=0.3,max_run=64,cold_steps=128; dwell=2/8 for blocks of "
+        "at least 2 latent and 8 discrete steps, dwell=4 for 4 of both.",
         show_default=False,
     ),
 ]
@@ -61,7 +62,8 @@ def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> M
         The law; None for no latent steps.
 
     Raises:
-        InputError: If the kind or a setting is unknown or out of its range, or there are settings without a kind.
+        InputError: If the kind or a setting is unknown, out of its range or given twice, or there are settings without
+            a kind.
     """
     if latent is None:
         given = [name for name, value in {"tau": tau, **others}.items() if value is not None]
@@ -78,6 +80,13 @@ def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> M
     kind, _, rest = latent.partition(":")
     settings = _settings("--latent", rest, [f.name for f in fields(Mixture) if f.name != "kind"])
     if tau is not None:
+        if "tau" in settings:
+            raise InputError.of(
+                "--latent",
+                expected="each setting once",
+                got=f"tau={settings['tau']} in {latent!r}, and --tau {tau}",
+                remedy="Remove one of them.",
+            )
         settings["tau"] = tau
     return Mixture(kind=kind, **settings)  # type: ignore[arg-type]
 
@@ -108,7 +117,11 @@ def sampler_of(
 
     law = mixture
     known = [f.name for f in fields(Gates) if f.name not in ("begin_ids", "end_ids", "discrete_ids")]
-    where = Gates.for_tokenizer(tokenizer, span, **_settings("--latent-gates", gates or "", known))
+    settings = _settings("--latent-gates", gates or "", known)
+    dwell = settings.get("dwell")
+    if isinstance(dwell, str) and "/" in dwell:  # a comma ends the setting
+        settings["dwell"] = tuple(parse_value(part.strip()) for part in dwell.split("/"))
+    where = Gates.for_tokenizer(tokenizer, span, **settings)
     return lambda rows: StochasticLatentSampler(law, where, seed=seed, rows=list(rows))
 
 

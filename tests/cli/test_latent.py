@@ -99,6 +99,14 @@ def test_beams_and_several_sequences_have_streams_of_their_own(run, members):
         (["--latent-gates", "max_run=1"], "with --latent-gates"),
         (["--latent", "gumbel:tau=0.5,kind=moi"], "got 'kind=moi'"),
         (["--latent", "gumbel:tau"], "KEY=VALUE"),
+        (["--latent", "gumbel:tau=0.5,tau=0.2"], "each once"),
+        (["--latent", "gumbel:tau=0.5", "--tau", "0.2"], "--latent: expected each setting once"),
+        (["--latent", "gumbel:tau=0.5", "--tau", "0.5"], "--latent: expected each setting once"),
+        (["--latent", "gumbel", "--latent-gates", "dwell=2/"], "dwell: expected"),
+        (["--latent", "gumbel", "--latent-gates", "dwell=2/8/3"], "dwell: expected"),
+        (["--latent", "gumbel", "--latent-gates", "dwell=2/many"], "dwell: expected"),
+        (["--latent", "gumbel", "--latent-gates", "dwell=-2/8"], "dwell: expected"),
+        (["--latent", "gumbel", "--seed", "-1"], "--seed"),
         (["--latent", "gumbel", "--latent-gates", "max_run=0"], "max_run: expected a whole number of at least 1"),
         (["--latent", "gumbel", "--latent-gates", "end_ids=3"], "got 'end_ids=3'"),
         (["--latent", "gumbel", "--latent-span", "<think>…</think>"], "'<think>', which is none"),
@@ -118,6 +126,20 @@ def test_what_is_wrong_with_the_law_is_said_before_a_model_is_loaded(run):
     nowhere = ["--base", "nowhere", "--expert", "nowhere", "--antiexpert", "nowhere"]
     ended = run("generate", "x", *nowhere, "--latent", "gumble")
     assert "Did you mean" in ended.err
+    ended = run("generate", "x", *nowhere, "--latent", "gumbel", "--seed", "-1")
+    assert "--seed" in ended.err
+
+
+@pytest.mark.parametrize(("given", "dwell"), [("2/8", (2, 8)), ("2 / 8", (2, 8)), ("0/1", (0, 1)), ("4", (4, 4))])
+def test_dwell_is_one_number_or_two(tokenizer, given, dwell):
+    decodes = sampler_of(Mixture(), tokenizer, None, f"max_run=7,dwell={given},min_entropy=0.25", 0)
+    gates = decodes(range(2)).gates
+    assert gates.dwell == dwell
+    assert (gates.max_run, gates.min_entropy) == (7, 0.25)
+
+
+def test_the_help_tells_of_pairs(run):
+    assert "dwell=2/8" in run("generate", "--help").out
 
 
 def test_without_latent_there_is_no_sampler():

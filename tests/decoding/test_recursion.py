@@ -27,6 +27,7 @@ from transformers import (
     LlamaForCausalLM,
     LogitsProcessor,
     StaticCache,
+    StoppingCriteria,
     StopStringCriteria,
 )
 from transformers.generation.configuration_utils import CompileConfig
@@ -461,6 +462,41 @@ def test_stop_strings() -> None:
         assert int(out.lengths[0, i]) == (text.index(stop) + 1 if stop in text else 12)
 
 
+class EndsAt(StoppingCriteria):
+    """A row's end without an EOS token: the first of these tokens that it generates."""
+
+    def __init__(self, ends: list[int]) -> None:
+        self.ends = torch.tensor(ends)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        return torch.isin(input_ids[:, 8:], self.ends).any(1)
+
+
+@pytest.mark.parametrize("pad", [PAD, None])
+def test_nothing_stands_behind_a_row_s_end(pad: int | None) -> None:
+    model, ids = hrm(), prompts(2)
+    model.generation_config.pad_token_id = model.config.pad_token_id = pad
+    settings: dict[str, Any] = {"sigma": 0.4, "trajectories": 4, "seed": SEED}
+    free = run(model, StochasticRecursion(**settings), ids).trajectories.sequences
+    ends = [int(free[0, 1, 9]), int(free[1, 2, 10])]
+    for select in ("logprob", None):
+        out = run(model, StochasticRecursion(**settings, select=select), ids, stopping_criteria=[EndsAt(ends)])
+        texts, lengths = out.trajectories.sequences, out.trajectories.lengths
+        assert len(set(lengths.flatten().tolist())) > 1
+        for b in range(2):
+            for i in range(4):
+                n = 8 + int(lengths[b, i])
+                assert torch.equal(texts[b, i, :n], free[b, i, :n])
+                filler = int(texts[b, i, n - 1]) if pad is None else pad
+                assert set(texts[b, i, n:].tolist()) <= {filler}
+        if select is None:
+            assert torch.equal(out.sequences, texts.flatten(0, 1))
+        else:
+            assert torch.equal(out.sequences, texts[[0, 1], out.chosen][:, : out.sequences.shape[1]])
+    # The fillers are seen at all: the loop itself goes on.
+    assert int(lengths.min()) < texts.shape[2] - 8
+
+
 def test_constraints_know_the_prompt() -> None:
     model, ids = model_of(), prompts(2)
     allowed = [[10, 11, 12], [20, 21, 22]]
@@ -518,7 +554,7 @@ def test_select_by_vote(found: tuple[torch.Tensor, Any], modulus: int | None) ->
             counts = [0] * 5
         want = max(range(5), key=lambda i: (counts[i], means[i]))
         assert int(out.chosen[b]) == want
-        assert out.scores[b].tolist() == [answers.count(a) for a in answers]
+        assert out.scores[b].tolist() == [-np.inf if a is None else answers.count(a) for a in answers]
 
 
 def test_select_by_a_verifier(found: tuple[torch.Tensor, Any]) -> None:
@@ -552,6 +588,49 @@ def test_ties_and_what_is_no_number() -> None:
         select_one(lambda _: None, texts, [0.0] * 3)  # type: ignore[arg-type,return-value]
     with pytest.raises(InputError, match="hashable"):
         select_one("vote", texts, [0.0] * 3, answer=lambda t: t)  # type: ignore[arg-type,return-value]
+    with pytest.raises(InputError, match="hashable"):
+        select_one("vote", texts, [0.0] * 3, answer=np.array)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("answers", "scores", "chosen"),
+    [
+        ([None, None, 3, None, None, 3, None, None], [-np.inf] * 2 + [2.0] + [-np.inf] * 2 + [2.0] + [-np.inf] * 2, 2),
+        ([5, None, None, None, None, None, None, None], [1.0] + [-np.inf] * 7, 0),
+        ([5, 6, 6, 6, 6, 6, 6, 6], [1.0] + [7.0] * 7, 1),
+        ([None] * 8, [-np.inf] * 8, 0),
+    ],
+)
+def test_no_answer_scores_below_every_answer(answers: list[int | None], scores: list[float], chosen: int) -> None:
+    texts, means = [[i] for i in range(8)], [-float(i) for i in range(8)]  # the first is the likeliest
+    got = select_one("vote", texts, means, answer=lambda t: answers[t[0]])
+    assert got == (chosen, scores)
+    assert chosen == int(np.argmax(got[1]))
+
+
+def test_of_trajectories_without_an_answer_the_likeliest_is_chosen(found: tuple[torch.Tensor, Any]) -> None:
+    ids, every = found
+    out = chosen_by(ids, select="vote", answer=lambda _: None)
+    assert torch.equal(out.chosen, every.trajectories.mean_logprobs.argmax(1))
+    assert bool((out.scores == -torch.inf).all())
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda t: torch.tensor(7),
+        lambda t: torch.tensor([7, 8]),
+        lambda t: ("seven", (torch.tensor(7),)),
+        lambda t: frozenset([torch.tensor(7)]),
+        lambda t: None if t == [1] else object(),
+    ],
+)
+def test_answers_that_are_told_apart_by_identity_are_refused(answer: Any) -> None:
+    with pytest.raises(InputError, match=r"answer: expected .*; got .*by identity.*Return an int, a str or a tuple"):
+        select_one("vote", [[1], [2], [3]], [0.0] * 3, answer=answer)
+    # By value: numpy's numbers, and what holds None.
+    for seven in (np.int64(7), (7, None), frozenset({7})):
+        assert select_one("vote", [[1], [2]], [0.0] * 2, answer=lambda _, x=seven: x)[1] == [2.0, 2.0]  # type: ignore[misc]
 
 
 # --- a model of one's own, with a value head ------------------------------------------------------------------------
