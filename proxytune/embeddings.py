@@ -61,14 +61,23 @@ class Embedding:
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
         sized = getattr(decoder.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None)
         self._per_layer = getattr(decoder, _PER_LAYER, None) if sized else None
-        if inner not in _tried:
-            self._try_out()
+        if inner not in _tried and self._try_out():
             _tried.add(inner)
 
     @property
     def device(self) -> torch.device:
         """Where the ids go."""
-        return next(self._module.parameters()).device
+        weight: torch.Tensor | None = next(iter(self._module.parameters()), None)
+        hook = getattr(self._module, "_hf_hook", None)
+        if weight is None or weight.device.type == "meta":  # accelerate has it elsewhere until it is needed
+            return torch.device(getattr(hook, "execution_device", None) or self.model.device)
+        return weight.device
+
+    @property
+    def rows(self) -> int | None:
+        """How many ids it knows; None if the module does not tell."""
+        weight = getattr(self._module, "weight", None)
+        return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
     def of(self, ids: torch.Tensor) -> Inputs:
         """What the model makes of ids.
@@ -151,24 +160,32 @@ class Embedding:
         return found
 
     @torch.no_grad()
-    def _try_out(self) -> None:
+    def _try_out(self) -> bool:
+        """Whether it could be tried."""
         if self.model.training:  # dropout would make any two passes differ
-            return
-        ids = torch.arange(1, 4, device=self.device)[None] % next(self._module.parameters()).shape[0]  # [1, 3]
+            return False
+        ids = torch.arange(1, 4, device=self.device)[None] % (self.rows or 4)  # [1, 3]
+        given: dict[str, Any] = {"use_cache": False}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            # Some models remember those of the generation that is running.
+            given["position_ids"] = torch.arange(3, device=self.device)[None]
         try:
-            by_ids = self.model(input_ids=ids, use_cache=False).logits.float()
-            by_embeddings = self.model(**self.of(ids), use_cache=False).logits.float()
+            by_ids = self.model(input_ids=ids, **given).logits.float().log_softmax(-1)
+            by_embeddings = self.model(**self.of(ids), **given).logits.float().log_softmax(-1)
         except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
             raise self._refusal(
                 "a forward pass on inputs_embeds", f"{type(error).__name__}: {str(error)[:200]}"
             ) from error
-        apart = float((by_ids - by_embeddings).abs().max())
-        scale = float(by_ids[by_ids.isfinite()].abs().max()) if by_ids.isfinite().any() else 0.0
-        if by_ids.isfinite().all() and not apart <= 1e-2 * max(scale, 1e-6):
+        # Of what has a probability at all: a mask in the head, of whatever value, says nothing.
+        apart = (by_ids - by_embeddings).abs()[by_ids > -20.0]
+        if not apart.numel():
+            return False
+        if not float(apart.max()) <= 1e-2:
             raise self._refusal(
                 "a forward pass that depends on the ids through their embedding alone",
-                f"logits that differ by {apart:.3g} between input_ids and their inputs_embeds",
+                f"log-probabilities that differ by {float(apart.max()):.3g} nats between input_ids and inputs_embeds",
             )
+        return True
 
     def _refusal(self, expected: str, got: str) -> UnsupportedModelError:
         name = getattr(self.model.config, "model_type", type(self.model).__name__)

@@ -1,16 +1,17 @@
 """One generation's latent steps: from the scores that a token is drawn from to what is fed back in its place.
 
-`capture` sees the scores after all processors and warpers, `feed` the inputs of the next forward pass; both doors (the
-`custom_generate` callable and the logits processor) call them, and nothing else. Beams are reordered in between: which
-row goes on from which is told from the texts. Without beams nothing here waits for the device.
+`write` sees the scores before they are truncated, `capture` after all processors and warpers, and `feed` the inputs of
+the next forward pass; both doors (the `custom_generate` callable and the logits processor) call these and nothing else.
+Beams are reordered in between: which row goes on from which is told from the texts. Without beams nothing here waits
+for the device.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 from proxytune import ops
 from proxytune.embeddings import Embedding, Inputs
@@ -58,6 +59,7 @@ class Feedback:
         gates: Gates,
         *,
         seed: int,
+        lengths: torch.Tensor | int,
         rows: Rows = None,
         beams: int = 1,
         impl: ops.Impl = "auto",
@@ -69,6 +71,7 @@ class Feedback:
             mixture: The law of the weights.
             gates: Where steps are latent, ids that end the text among those that never are.
             seed: The key of all noise.
+            lengths: `[B]`, int64, or one number for all: how many tokens each prompt has, without padding.
             rows: `[B]`: which stream of it each row draws from [0, 1, 2, …].
             beams: How many rows of a prompt may change places; 1 if none do.
             impl: As in `ops.step`.
@@ -78,10 +81,12 @@ class Feedback:
         """
         self._composed = isinstance(model, ProxyTunedModel)
         self._embeddings = embeddings_of(model)
+        self._known = min((e.rows for e in self._embeddings if e.rows is not None), default=None)
         self._mixture, self._gates = mixture, gates
-        self._seed, self._rows_given, self._beams = seed, rows, beams
+        self._seed, self._rows_given, self._beams, self._lengths = seed, rows, beams, lengths
         self._impl: ops.Impl = impl
         self._state: GateState | None = None
+        self._rows: torch.Tensor | None = None  # [B, V]: the scores
         self._ids: torch.Tensor | None = None  # [B, T]: the texts that the scores were for
         self._past: list[Inputs] | None = None  # of each member, [B, fed, …]: where there is no cache
         self.soft: list[torch.Tensor] = []
@@ -92,47 +97,67 @@ class Feedback:
         """Whether scores were captured whose token has not been fed back yet."""
         return self._ids is not None
 
-    def capture(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, warpers: LogitsProcessorList | None = None
-    ) -> torch.Tensor:
-        """Keep the distribution that the next token is drawn from.
+    def write(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Write the end of the thinking span where a cold stop has ended it, unless a constraint masks that token.
 
         Args:
             input_ids: `[B, T]`, int64: the whole texts.
-            scores: `[B, V]`, float32, after all processors but the warpers named here.
-            warpers: What comes after; None for nothing.
+            scores: `[B, V]`, before anything is truncated.
 
         Returns:
-            `[B, V]`: the scores, but where a cold stop ends the thinking span: there its end is certain.
+            `[B, V]`: the scores; where the end is due, it is certain.
 
         Raises:
             InputError: If `rows` does not fit the batch.
         """
-        if self._state is None:
-            self._state = GateState.begin(self._gates, len(input_ids), input_ids.device, input_ids.shape[1])
-            self._streams = streams_of(self._rows_given, len(input_ids)).to(input_ids.device)
-        due = self._state.due(self._gates, input_ids)
-        if due is not None:
-            scores = forced(scores, due.to(scores.device))
-        rows = (warpers(input_ids, scores) if warpers else scores).float().contiguous()
+        due = self._begun(input_ids).due(self._gates, input_ids)
+        if due is None or self._mixture.kind == "onehot":  # which is plain decoding, to the last bit
+            return scores
+        due = due.to(scores.device)
+        free = scores.gather(1, due.clamp(min=0)[:, None])[:, 0] > -torch.inf
+        return forced(scores, torch.where(free, due, -1))
+
+    def capture(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """Keep the distribution that the next token is drawn from.
+
+        Args:
+            input_ids: `[B, T]`, int64: the whole texts.
+            scores: `[B, V]`, float32, after all processors and warpers.
+
+        Raises:
+            InputError: If `rows` does not fit the batch.
+        """
+        self._begun(input_ids)
+        rows = scores.float().contiguous()
         found = ops.step([rows], want=("lse", "entropy"), impl=self._impl)
         assert found.lse is not None
         assert found.entropy is not None
-        top, top_ids = rows.topk(min(self._mixture.candidates, rows.shape[1]), dim=1)
+        known = rows[:, : self._known]  # a head may be wider than the embedding
+        top, top_ids = known.topk(min(self._mixture.candidates, known.shape[1]), dim=1)
         self._ids, self._rows = input_ids, rows
         self._lse, self._entropy, self._top, self._top_ids = found.lse, found.entropy, top, top_ids
         self.entropy.append(found.entropy)
-        return scores
 
-    def feed(
-        self, inputs: dict[str, Any], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> dict[str, Any]:
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UnsupportedModeError.of(
+            "latent steps",
+            expected="greedy decoding, sampling or beam search",
+            got="assisted decoding, which hands the model's arguments on to a draft",
+            remedy="Leave assistant_model out.",
+        )
+
+    def _begun(self, input_ids: torch.Tensor) -> GateState:
+        if self._state is None:
+            self._state = GateState.begin(self._gates, len(input_ids), input_ids.device, input_ids.shape[1])
+            self._streams = streams_of(self._rows_given, len(input_ids)).to(input_ids.device)
+        return self._state
+
+    def feed(self, inputs: dict[str, Any], input_ids: torch.Tensor) -> dict[str, Any]:
         """Put the mixtures into the inputs of the next forward pass.
 
         Args:
             inputs: What the model has prepared for it, with `input_ids`.
             input_ids: `[B, T]`, int64: the whole texts, the tokens drawn last included.
-            attention_mask: `[B, T]`; None if nothing is padded.
 
         Returns:
             The inputs; of a plain model with embeddings in place of the ids, of a composed one beside them.
@@ -159,9 +184,10 @@ class Feedback:
         state = self._state if parents is None else self._state.of(parents)
         place = tokens.device
         soft, self._state = state.step(self._gates, input_ids, entropy.to(place), candidates.spread.to(place))
-        position = torch.full_like(tokens, length) if attention_mask is None else attention_mask.long().sum(-1)
         noise = Noise.of(rows, seed=self._seed, device=place)
-        noise = Noise(noise.seed, self._streams, position.to(place) - 1, noise.branch)
+        start = self._lengths.to(place) if isinstance(self._lengths, torch.Tensor) else self._lengths
+        position = start + torch.full_like(tokens, length - 1 - state.start)
+        noise = Noise(noise.seed, self._streams, position, noise.branch)
         on_scores = Noise(*(x.to(candidates.ids.device) for x in vars(noise).values()))
         weights = self._mixture.weights(candidates, on_scores)
         assert self._mixture.sigma is not None
@@ -178,7 +204,7 @@ class Feedback:
             for embedding in self._embeddings
         ]
         self.soft.append(soft)
-        self._ids = None
+        self._ids = self._rows = None
         if new != 1 or self._past is not None:
             fed = self._whole(fed, input_ids, parents)
         if self._composed:
@@ -205,6 +231,7 @@ class Feedback:
 
     def _candidates(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> tuple[Candidates, torch.Tensor]:
         """The likeliest tokens of each row, the emitted one among them; and the entropy `[B]`."""
+        assert self._rows is not None
         kept = (self._rows, self._lse, self._entropy, self._top, self._top_ids)
         if parents is not None:
             kept = tuple(x.index_select(0, parents.to(x.device)) for x in kept)  # type: ignore[assignment]

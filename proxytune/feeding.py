@@ -1,7 +1,8 @@
-"""How latent steps come into a `generate()`: one processor at the end of the list, and a hook on the model's inputs.
+"""How latent steps come into a `generate()`: a hook on the inputs that a model prepares; and what is refused.
 
-The hook is put on the instance, so other models of the class are not touched, and only the generation that it belongs
-to goes through it: another one, in another thread, is decoded as ever.
+The hook is put on the instance, so other models of the class are not touched. Which generation takes latent steps is
+told by an argument that travels with it to every forward pass: another one, in another thread or inside one of its own
+processors, is decoded as ever.
 """
 
 from __future__ import annotations
@@ -10,49 +11,32 @@ import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.feedback import Feedback
+from proxytune.feedback import Feedback, embeddings_of
 from proxytune.gating import Gates
-from proxytune.member import embedding_rows
-from proxytune.model import ProxyTunedModel
+from proxytune.mixtures import Mixture
+from proxytune.ops import Impl
 
-__all__ = ["Capture", "Hook", "feeding", "gates_of_call", "put_hook", "refuse_processors", "take_hook"]
+__all__ = [
+    "ARGUMENT",
+    "Hook",
+    "checked",
+    "feeding",
+    "gates_of_call",
+    "put_hook",
+    "refuse_processors",
+    "take_hook",
+]
 
 _NAME = "prepare_inputs_for_generation"
-
-
-class Capture(LogitsProcessor):
-    """Shows the scores of each step to the latent steps of a generation."""
-
-    supports_continuous_batching = False
-
-    def __init__(self, feedback: Feedback, warpers: Sequence[LogitsProcessor] = ()) -> None:
-        """Stand at the end of a list of processors, or before its warpers.
-
-        Args:
-            feedback: The generation's latent steps.
-            warpers: The warpers that come later in the list.
-        """
-        self.feedback = feedback
-        self.warpers = LogitsProcessorList(warpers)
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Keep the distribution of a step.
-
-        Args:
-            input_ids: The whole texts, `[B, T]`, int64.
-            scores: `[B, V]`, float32.
-
-        Returns:
-            `[B, V]`: the scores, but where a cold stop writes the end of the thinking span.
-        """
-        return self.feedback.capture(input_ids, scores, self.warpers)
+ARGUMENT = "latent_feedback"
+"""The argument by which a generation carries its feedback to the hook, which takes it out again."""
 
 
 class Hook:
@@ -70,18 +54,9 @@ class Hook:
         """
         functools.update_wrapper(self, original)  # generate() reads the signature
         self.original = original
-        self._current: ContextVar[Feedback | None] = ContextVar("feedback", default=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
-
-    def begin(self, feedback: Feedback | None) -> None:
-        """Let the generation of this thread go through latent steps from now on.
-
-        Args:
-            feedback: Its latent steps; None for none.
-        """
-        self._current.set(feedback)
 
     def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Prepare the inputs of a forward pass.
@@ -97,11 +72,9 @@ class Hook:
         Raises:
             UnsupportedModeError: As `Feedback.feed`.
         """
+        feedback: Feedback | None = kwargs.pop(ARGUMENT, None)
         inputs = self.original(input_ids, *args, **kwargs)
-        feedback = self._current.get()
-        if feedback is None or not feedback.waiting:
-            return inputs
-        return feedback.feed(inputs, input_ids, kwargs.get("attention_mask"))
+        return feedback.feed(inputs, input_ids) if feedback is not None and feedback.waiting else inputs
 
 
 def put_hook(model: Any) -> Hook:
@@ -134,7 +107,10 @@ def take_hook(model: Any) -> None:
     Args:
         model: The model.
     """
-    original = vars(model)[_NAME].original
+    hook = vars(model).get(_NAME)
+    if not isinstance(hook, Hook):  # somebody has put another one in its place, and it has nothing to do any more
+        return
+    original = hook.original
     if getattr(original, "__func__", None) is getattr(type(model), _NAME, None):
         delattr(model, _NAME)
     else:  # somebody had put another one on this instance
@@ -142,22 +118,51 @@ def take_hook(model: Any) -> None:
 
 
 @contextmanager
-def feeding(model: Any, feedback: Feedback) -> Iterator[None]:
-    """Let a generation go through latent steps, for as long as the context lasts, in this thread.
+def feeding(model: Any) -> Iterator[None]:
+    """Let the generations of a model that carry a feedback go through it, for as long as the context lasts.
 
     Args:
         model: The model.
-        feedback: The latent steps.
 
     Raises:
         UnsupportedModeError: If another one is running on this model.
     """
-    hook = put_hook(model)
-    hook.begin(feedback)
+    put_hook(model)
     try:
         yield
     finally:
         take_hook(model)
+
+
+def checked(mixture: Any, gates: Any, impl: Any) -> tuple[Mixture, Gates]:
+    """The settings that both doors take.
+
+    Args:
+        mixture: The law, or its kind.
+        gates: The gates.
+        impl: The implementation.
+
+    Returns:
+        The law and the gates.
+
+    Raises:
+        InputError: If one of them is something else.
+    """
+    if isinstance(mixture, str):
+        mixture = Mixture(kind=mixture)  # type: ignore[arg-type]
+    for name, value, kind in (("mixture", mixture, Mixture), ("gates", gates, Gates)):
+        if not isinstance(value, kind):
+            raise InputError.of(
+                name,
+                expected=f"a {kind.__name__}",
+                got=repr(value),
+                remedy="Pass e.g. Mixture(kind='gumbel', tau=0.25) and Gates(max_run=64).",
+            )
+    if impl not in get_args(Impl):
+        raise InputError.of(
+            "impl", expected="'auto', 'triton' or 'torch'", got=repr(impl), remedy="Leave it out for 'auto'."
+        )
+    return mixture, gates
 
 
 def gates_of_call(gates: Gates, generation_config: Any, model: Any) -> Gates:
@@ -174,8 +179,8 @@ def gates_of_call(gates: Gates, generation_config: Any, model: Any) -> Gates:
     Raises:
         InputError: If a gate names an id that the model cannot embed.
     """
-    rows = model.usable_ids if isinstance(model, ProxyTunedModel) else embedding_rows(model)
-    if gates.largest_id >= rows:
+    rows = min((e.rows for e in embeddings_of(model) if e.rows is not None), default=None)
+    if rows is not None and gates.largest_id >= rows:
         raise InputError.of(
             "gates",
             expected=f"token ids below {rows}, which the model can embed",
@@ -195,7 +200,7 @@ def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
         processors: The processors of the call.
 
     Raises:
-        UnsupportedModeError: If one runs companions on the token ids.
+        UnsupportedModeError: If one runs a model on the token ids.
     """
     if any(getattr(p, "shifts_logits", False) for p in processors):
         raise UnsupportedModeError.of(
@@ -203,4 +208,11 @@ def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
             expected="a model whose members all get a mixture of their own embeddings",
             got="a ProxyTuningLogitsProcessor, whose companions read the token ids",
             remedy="Compose the models with proxytune.wrap.",
+        )
+    if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
+        raise UnsupportedModeError.of(
+            "latent steps",
+            expected="no guidance_scale: its unconditional branch reads the token ids",
+            got="one",
+            remedy="Leave guidance_scale out.",
         )

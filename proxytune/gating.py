@@ -106,7 +106,7 @@ class Gates:
         Raises:
             InputError: If the span does not have two parts, or one is no token of the vocabulary.
         """
-        listed = [*tokenizer.all_special_ids, *settings.pop("discrete_ids", ())]
+        listed = [*tokenizer.all_special_ids, *cls(discrete_ids=settings.pop("discrete_ids", ())).discrete_ids]
         if span is None:
             return cls(discrete_ids=listed, **settings)
         parts = span.replace("...", "…").split("…")

@@ -33,7 +33,11 @@ def token_ids(name: str, ids: Ids | None, *, needed: bool = True) -> tuple[int, 
         out = tuple(operator.index(token) for token in given)
     except TypeError:
         out = (-1,)
-    if any(token < 0 for token in out) or (not out and (needed or ids is not None)):
+    if (
+        any(token < 0 for token in out)
+        or any(isinstance(token, bool) for token in given)
+        or (not out and (needed or ids is not None))
+    ):
         raise InputError.of(
             name,
             expected="a token id or several",

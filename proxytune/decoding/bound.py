@@ -13,8 +13,8 @@ from transformers.generation.logits_process import (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
+from proxytune.capturing import Capture
 from proxytune.errors import UnsupportedModeError
-from proxytune.feeding import Capture
 from proxytune.spreading import owner_of
 
 __all__ = ["led_to_prompts"]

@@ -18,12 +18,13 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from proxytune import ops
 from proxytune.decoding.drawing import Drawing, Record
-from proxytune.decoding.stepping import is_synced, last_logits, lengths_of, padding_of, usable_columns
+from proxytune.decoding.stepping import is_synced, last_logits, padding_of, usable_columns
 from proxytune.decoding.translation import Translation, translate
 from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
 from proxytune.modes import refuse_modes
 from proxytune.noise import Noise
+from proxytune.padding import lengths_of
 from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
 
 __all__ = ["FusedDecoding"]
@@ -122,7 +123,7 @@ class FusedDecoding:
         if composed:
             model_kwargs["combine"] = False
         record = Record(generation_config)
-        position = lengths_of(input_ids, generation_config, model_kwargs)  # [B]
+        position = lengths_of(batch, input_ids.shape[1], input_ids.device, generation_config, model_kwargs)  # [B]
         translation = translate(logits_processor, bool(generation_config.do_sample))
         forward = (
             model.get_compiled_call(generation_config.compile_config)

@@ -15,15 +15,17 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
+from proxytune.capturing import with_capture
 from proxytune.decoding.fused import FusedDecoding
 from proxytune.decoding.stepping import cache_of, is_synced
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import UnsupportedModeError
 from proxytune.feedback import Feedback
-from proxytune.feeding import Capture, feeding, gates_of_call, refuse_processors
+from proxytune.feeding import ARGUMENT, checked, feeding, gates_of_call, refuse_processors
 from proxytune.gating import Gates
 from proxytune.mixtures import Kind, Mixture
 from proxytune.modes import refuse_modes
 from proxytune.ops import Impl
+from proxytune.padding import lengths_of
 from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
 
 __all__ = ["LatentOutput", "StochasticLatentSampler"]
@@ -37,7 +39,7 @@ class LatentOutput(GenerateDecoderOnlyOutput):
 
     Attributes:
         soft: `[B, N]`, bool: whether a mixture took the token's place; where it was not finite, the token's embedding
-            was fed back after all. The last token is not fed back.
+            was fed back after all. A row's last token is not fed back.
         entropy: `[B, N]`, float32, nats: of the distribution that the token was drawn from; NaN after a row's end.
     """
 
@@ -51,8 +53,9 @@ class StochasticLatentSampler:
 
     Each token is drawn as without it; then weights over the likeliest tokens are drawn, given that token, and the
     mixture of their embeddings is what the model reads next (each member of a composed model the mixture of its own).
-    No score is changed, so constraints, penalties and beams stay valid; the law of the *next* token is. Off is
-    `"onehot"`, which gives the very tokens of plain decoding.
+    No score is changed, so constraints, penalties and beams stay valid; the law of the *next* token is. (One gate does
+    write, the cold stop of a thinking span: where its end is not masked.) Off is `"onehot"`, which gives the very
+    tokens of plain decoding.
 
     Weights depend on (seed, row, position) alone. But a mixture keeps the rounding of the scores that it is made of,
     which a discrete token absorbs: in low precision, a text may change with the batch around it.
@@ -60,7 +63,8 @@ class StochasticLatentSampler:
     For greedy decoding, sampling and beams, with any cache or none, any padding, compiled forwards and streamers. One
     `generate()` with latent steps at a time on a model. Assisted decoding is refused, and so are encoder-decoders.
     `generate_batch` and `cache_implementation="paged"` on a plain model never call a callable: there transformers'
-    warning that it switches is all there is. A composed model refuses them, an attached
+    warning that it switches is all there is. An assistant is refused where `generate()` calls this object itself, not a
+    function around it. A composed model refuses them, an attached
     `StochasticLatentLogitsProcessor` too.
 
     Attributes:
@@ -87,16 +91,8 @@ class StochasticLatentSampler:
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        if isinstance(self.mixture, str):
-            object.__setattr__(self, "mixture", Mixture(kind=self.mixture))
-        for name, kind in (("mixture", Mixture), ("gates", Gates)):
-            if not isinstance(getattr(self, name), kind):
-                raise InputError.of(
-                    name,
-                    expected=f"a {kind.__name__}",
-                    got=repr(getattr(self, name)),
-                    remedy="Pass e.g. StochasticLatentSampler(Mixture(kind='gumbel', tau=0.25), Gates(max_run=64)).",
-                )
+        mixture, _ = checked(self.mixture, self.gates, self.impl)
+        object.__setattr__(self, "mixture", mixture)
         refuse_seed(self.seed, _NAME)
 
     @torch.no_grad()
@@ -148,30 +144,40 @@ class StochasticLatentSampler:
             gates_of_call(self.gates, generation_config, model),
             # Without noise there is nothing to draw, and plain decoding's own draws must not be shifted by one.
             seed=seed_of(self.seed) if self.mixture.is_random else 0,
+            lengths=lengths_of(len(input_ids), input_ids.shape[1], input_ids.device, generation_config, model_kwargs),
             rows=streams_of(self.rows, input_ids.shape[0]),
             beams=beams,
             impl=self.impl,
         )
+        if streamer is None:
+            streamer = given.get("streamer")
+        if beams > 1 and (streamer is not None or self.streamer is not None):
+            raise UnsupportedModeError.of(
+                _NAME,
+                expected="no streamer with beam search, whose texts change until the end",
+                got="one",
+                remedy="Leave it out, or num_beams.",
+            )
+        ended = _Ended(stopping_criteria)
         shared: dict[str, Any] = {
-            "logits_processor": LogitsProcessorList([*logits_processor, Capture(feedback)]),
-            "stopping_criteria": stopping_criteria,
+            "logits_processor": with_capture(logits_processor, feedback),
+            "stopping_criteria": ended,
             "generation_config": generation_config,
             "synced_gpus": is_synced(model) if synced_gpus is None else synced_gpus,
             **model_kwargs,
+            ARGUMENT: feedback,
         }
-        if streamer is None:
-            streamer = given.get("streamer")
         if streamer is None and self.streamer is not None:
             streamer = self.streamer
             streamer.put(input_ids.cpu())  # to its own, generate() has given the prompt
-        with feeding(model, feedback):
+        with feeding(model):
             if beams > 1:
                 return model._beam_search(input_ids, **shared)
             if self.loop is not None:
                 out = self.loop(model, input_ids, streamer=streamer, **shared)
             else:
                 out = model._sample(input_ids, streamer=streamer, **shared)
-        return out if isinstance(out, torch.Tensor) else _output(out, feedback, input_ids.shape[1], generation_config)
+        return out if isinstance(out, torch.Tensor) else _output(out, feedback, ended.steps, input_ids.shape[1])
 
     def _refuse_paged(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         cache = cache_of(model_kwargs)
@@ -198,16 +204,28 @@ def _given_to_generate(loop: StochasticLatentSampler) -> dict[str, Any]:
     return {}
 
 
-def _output(out: Any, feedback: Feedback, start: int, generation_config: Any) -> LatentOutput:
+class _Ended(StoppingCriteriaList):
+    """Criteria that keep what they said of each step."""
+
+    def __init__(self, criteria: StoppingCriteriaList) -> None:
+        super().__init__(criteria)
+        self.steps: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        done = super().__call__(input_ids, scores, **kwargs)
+        self.steps.append(done)
+        return done
+
+
+def _output(out: Any, feedback: Feedback, ended: list[torch.Tensor], start: int) -> LatentOutput:
     new = out.sequences[:, start:]  # [B, N]
     count = new.shape[1]
-    ends = generation_config._eos_token_tensor
-    over = torch.zeros_like(new, dtype=torch.bool)
-    if ends is not None:
-        ended = torch.isin(new, ends.to(new.device))
-        over = (ended.long().cumsum(1) - ended.long()) > 0
     # On a GPU transformers' loop may be a step ahead when it stops.
-    entropy = torch.stack([h.to(new.device) for h in feedback.entropy[:count]], 1)
+    entropy, done = (
+        torch.stack([x.to(new.device) for x in steps[:count]], 1) for steps in (feedback.entropy, ended)
+    )  # [B, N]
     fed = [soft.to(new.device) for soft in feedback.soft[: count - 1]]
-    soft = torch.stack([*fed, torch.zeros_like(new[:, 0], dtype=torch.bool)], 1)
-    return LatentOutput(**out, soft=soft & ~over, entropy=entropy.masked_fill(over, torch.nan))
+    soft = torch.stack([*fed, torch.zeros_like(done[:, 0])], 1)
+    through = done.long().cumsum(1) > 0  # from a row's last token on
+    over = through & (torch.cumsum(through.long(), 1) > 1)  # behind it
+    return LatentOutput(**out, soft=soft & ~through, entropy=entropy.masked_fill(over, torch.nan))

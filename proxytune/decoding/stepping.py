@@ -18,7 +18,6 @@ __all__ = [
     "cache_of",
     "is_synced",
     "last_logits",
-    "lengths_of",
     "padding_of",
     "selected_rows",
     "usable_columns",
@@ -64,25 +63,6 @@ def is_synced(model: Any) -> bool:
     # transformers finds this out too, but hands it to no callable.
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-
-
-def lengths_of(input_ids: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]) -> torch.Tensor:
-    """How many tokens each row has; padding does not count, what only the cache holds does.
-
-    Args:
-        input_ids: `[B, T]`, int64.
-        generation_config: The settings of the call.
-        model_kwargs: What the model is called with; the mask among them.
-
-    Returns:
-        `[B]`, int64.
-    """
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        return mask.to(input_ids.device).long().sum(-1)
-    # From 5.20 on, a mask without padding is dropped, and its length kept.
-    length = getattr(generation_config, "_mask_length", None) or input_ids.shape[1]
-    return torch.full((input_ids.shape[0],), length, dtype=torch.int64, device=input_ids.device)
 
 
 def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:

@@ -24,7 +24,7 @@ from proxytune.decoding.drawing import Drawing, Rows
 from proxytune.decoding.fork_checks import Where, refuse_extras, refuse_threshold
 from proxytune.decoding.growing import Drawn, Plot
 from proxytune.decoding.leaves import ForkOutput, leaves_of
-from proxytune.decoding.stepping import last_logits, lengths_of, selected_rows, usable_columns
+from proxytune.decoding.stepping import last_logits, selected_rows, usable_columns
 from proxytune.decoding.translation import Translation, translate
 from proxytune.decoding.tree import Branch
 from proxytune.entropy import ForkThreshold
@@ -32,6 +32,7 @@ from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
 from proxytune.model import ProxyTunedModel
 from proxytune.modes import refuse_modes
 from proxytune.noise import DECISIONS, Noise
+from proxytune.padding import lengths_of
 from proxytune.seeding import seed_of, streams_of
 from proxytune.spreading import owners
 
@@ -111,7 +112,7 @@ class TreeLoop(ABC):
                 f"{name} without sampling", expected="do_sample=True", got="greedy decoding", remedy=self._why_sampling
             )
         prompts, length = input_ids.shape
-        lengths = lengths_of(input_ids, generation_config, model_kwargs)  # [B]
+        lengths = lengths_of(prompts, length, input_ids.device, generation_config, model_kwargs)  # [B]
         ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, lengths.tolist())
         plot = self._plant(prompts, int(stopping_criteria.max_length) - length, ledgers)
         cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself

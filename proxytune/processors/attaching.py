@@ -40,6 +40,8 @@ def refuse_no_ids(length: int | None) -> None:
 class Hook:
     """What stands in for a steered model's `_get_logits_processor`; a copy of the model goes without."""
 
+    is_attached = True
+
     def __init__(self, processor: ProxyTuningLogitsProcessor, original: Callable[..., LogitsProcessorList]) -> None:
         self.processor = processor
         self.original = original

@@ -7,21 +7,23 @@ the list does not matter as long as it knows which warpers come after it: they c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.capturing import EarlyCapture, with_capture
+from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.feedback import Feedback, embeddings_of
-from proxytune.feeding import Capture, Hook, gates_of_call, put_hook, refuse_processors, take_hook
+from proxytune.feeding import ARGUMENT, Hook, checked, gates_of_call, put_hook, refuse_processors, take_hook
 from proxytune.gating import Gates
 from proxytune.generating import refuse_continuous_batching
 from proxytune.mixtures import Kind, Mixture
 from proxytune.modes import refuse_modes
 from proxytune.ops import Impl
+from proxytune.padding import lengths_of
 from proxytune.seeding import Rows, refuse_seed, seed_of
 
 __all__ = ["StochasticLatentLogitsProcessor"]
@@ -69,8 +71,7 @@ class StochasticLatentLogitsProcessor(LogitsProcessor):
         Raises:
             InputError: If a setting is out of its range.
         """
-        self.mixture = Mixture(kind=mixture) if isinstance(mixture, str) else mixture
-        self.gates = Gates() if gates is None else gates
+        self.mixture, self.gates = checked(mixture, Gates() if gates is None else gates, impl)
         refuse_seed(seed, _NAME)
         self.warpers = list(warpers)
         self.seed, self.rows = seed, rows
@@ -112,12 +113,27 @@ class StochasticLatentLogitsProcessor(LogitsProcessor):
             raise InputError.of(
                 "attach", expected="a detached processor", got="one that is attached", remedy="Call detach() first."
             )
-        # PEFT's generate() calls that of the model inside.
-        target: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError.of(
+                _NAME,
+                expected="a model whose inputs are prepared by itself",
+                got="a PEFT model that learns a prompt or prefix, which prepares them in its place",
+                remedy="Pass a StochasticLatentSampler to generate(custom_generate=…).",
+            )
+        # PEFT's generate() calls that of the model inside, and so does that of a compiled module.
+        inner = getattr(model, "_orig_mod", model)
+        target: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
         refuse_modes(_NAME, target, target.generation_config, None, beams=True)
+        put = vars(target).get("_get_logits_processor")
+        if getattr(put, "is_attached", False) and not isinstance(put, _Processors):
+            raise UnsupportedModeError.of(
+                "attach",
+                expected="a model to which nothing is attached",
+                got="one with another processor; the companions of a ProxyTuningLogitsProcessor would read the ids",
+                remedy="Detach it. To steer and take latent steps, compose the models with proxytune.wrap.",
+            )
         embeddings_of(target)
         hook = put_hook(target)
-        self._kept = {k: vars(target)[k] for k in _HOOKS if k in vars(target)}
         target._get_logits_processor = _Processors(self, target, hook, target._get_logits_processor)
         target.init_continuous_batching = refuse_continuous_batching
         self._attached = target
@@ -128,9 +144,7 @@ class StochasticLatentLogitsProcessor(LogitsProcessor):
         if self._attached is None:
             return
         for name in _HOOKS:
-            delattr(self._attached, name)
-        for name, kept in self._kept.items():
-            setattr(self._attached, name, kept)
+            vars(self._attached).pop(name, None)
         take_hook(self._attached)
         self._attached = None
 
@@ -147,6 +161,8 @@ _HOOKS = ("_get_logits_processor", "init_continuous_batching")
 class _Processors:
     """What stands in for a model's `_get_logits_processor`; a copy of the model goes without."""
 
+    is_attached = True
+
     def __init__(
         self,
         processor: StochasticLatentLogitsProcessor,
@@ -159,10 +175,24 @@ class _Processors:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copy.deepcopy(self.original, memo)
 
-    def __call__(self, generation_config: GenerationConfig, *args: Any, **kwargs: Any) -> LogitsProcessorList:
+    def __call__(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        *args: Any,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
         """Build the processors of one `generate()`, with one that shows the scores to its latent steps."""
-        found = self.original(generation_config, *args, **kwargs)
+        found = self.original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
         own = self.processor
+        if model_kwargs is None or self.model.prepare_inputs_for_generation is not self.hook:
+            raise UnsupportedModeError.of(
+                _NAME,
+                expected="a generate() in which the model prepares its inputs, through what attach() has put on it",
+                got="no arguments for the model" if model_kwargs is None else "another method in its place",
+                remedy="Attach the processor last, or pass a StochasticLatentSampler to generate(custom_generate=…).",
+            )
         if generation_config.is_assistant:
             raise UnsupportedModeError.of(
                 _NAME,
@@ -177,14 +207,16 @@ class _Processors:
             own.mixture,
             gates_of_call(own.gates, generation_config, self.model),
             seed=seed_of(own.seed) if own.mixture.is_random else 0,
+            lengths=_lengths(generation_config, input_ids_seq_length or 0, model_kwargs),
             rows=own.rows,
             beams=int(generation_config.num_beams or 1),
             impl=own.impl,
         )
-        self.hook.begin(feedback)
+        # generate() hands these on to every step.
+        model_kwargs[ARGUMENT] = feedback
         places = [i for i, p in enumerate(found) if isinstance(p, StochasticLatentLogitsProcessor)]
         if not places:
-            return LogitsProcessorList([*found, Capture(feedback)])
+            return with_capture(found, feedback)
         at = places[0]
         if len(places) > 1 or found[at] is not own:
             raise InputError.of(
@@ -201,7 +233,13 @@ class _Processors:
                 got=", ".join(map(_shown, own.warpers)) or "none",
                 remedy="Pass them to the processor, or leave it out of logits_processor: attached, it comes last.",
             )
-        return LogitsProcessorList([*found[:at], Capture(feedback, own.warpers), *after])
+        return LogitsProcessorList([*found[:at], EarlyCapture(feedback, own.warpers), *after])
+
+
+def _lengths(generation_config: GenerationConfig, width: int, model_kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """As many as there are rows, if some are padded; else one for all, `[1]`."""
+    mask = model_kwargs.get("attention_mask")
+    return lengths_of(1, width, torch.device("cpu") if mask is None else mask.device, generation_config, model_kwargs)
 
 
 def _settings(processor: LogitsProcessor) -> tuple[type, dict[str, str]]:

@@ -226,7 +226,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         # PEFT's generate() calls that of the model inside.
         target = model.get_base_model() if hasattr(model, "get_base_model") else model
         composed = isinstance(target, ComposedGenerationMixin)
-        if composed or isinstance(vars(target).get("_get_logits_processor"), Hook):
+        if composed or getattr(vars(target).get("_get_logits_processor"), "is_attached", False):
             raise InputError.of(
                 "attach",
                 expected="a model that is not steered yet",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from typing import Any
 
@@ -390,10 +391,12 @@ def test_companions_that_read_ids_are_refused() -> None:
     with processor.attach(base):
         with pytest.raises(UnsupportedModeError, match=r"proxytune\.wrap"):
             run(base, 1, custom_generate=StochasticLatentSampler("mean"))
-        with StochasticLatentLogitsProcessor("mean").attach(base), pytest.raises(UnsupportedModeError, match="wrap"):
-            run(base, 1)
+        with pytest.raises(UnsupportedModeError, match=r"proxytune\.wrap"):
+            StochasticLatentLogitsProcessor("mean").attach(base)
         # In its place again, and still attached.
         assert not torch.equal(run(base, 1), run(build("llama", 1), 1))
+    with StochasticLatentLogitsProcessor("mean").attach(base), pytest.raises(InputError, match="not steered yet"):
+        processor.attach(base)
 
 
 def test_trees_are_refused_on_a_model_with_latent_steps() -> None:
@@ -489,3 +492,201 @@ def test_gates_by_text() -> None:
             Gates.for_tokenizer(words, span)
     with pytest.raises(InputError, match="another"):
         Gates(begin_ids=5, end_ids=5)
+
+
+# --- generations inside generations, other inputs, other places -------------------------------------------------------
+
+
+class Nested(StoppingCriteria):
+    """Looks ahead with the same model, and stops nothing."""
+
+    def __init__(self, model: PreTrainedModel, tokens: int) -> None:
+        self.model, self.tokens = model, tokens
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.model.generate(input_ids, max_new_tokens=self.tokens)
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class NestedProcessor(LogitsProcessor):
+    def __init__(self, model: PreTrainedModel, tokens: int) -> None:
+        self.nested = Nested(model, tokens)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.nested(input_ids, scores)
+        return scores
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("where", ["criterion", "processor"])
+@pytest.mark.parametrize("door", ["sampler", "attached"])
+@pytest.mark.smoke
+def test_a_generation_inside_a_generation_changes_nothing(door: str, where: str, tokens: int) -> None:
+    model = build("llama", 1)
+    inside = (
+        {"stopping_criteria": [Nested(model, tokens)]}
+        if where == "criterion"
+        else {"logits_processor": [NestedProcessor(model, tokens)]}
+    )
+    sampler = StochasticLatentSampler("gumbel", seed=3)
+    want = run(model, custom_generate=sampler)
+    assert not torch.equal(want, run(model))
+    if door == "sampler":
+        assert torch.equal(run(model, custom_generate=sampler, **inside), want)
+        return
+    with StochasticLatentLogitsProcessor("gumbel", seed=3).attach(model):
+        assert torch.equal(run(model, **inside), want)
+
+
+@pytest.mark.parametrize("door", ["sampler", "attached"])
+@pytest.mark.smoke
+def test_weights_do_not_depend_on_how_the_prompt_was_given(door: str) -> None:
+    model = build("llama", 1).double()
+    ids, mask = prompts()
+    embeds = model.get_input_embeddings()(ids)
+    loop = FusedDecoding(seed=1)
+
+    def once(rows: list[int], *args: Any, **kwargs: Any) -> Any:
+        settings = {"max_new_tokens": 6, **kwargs}
+        if door == "sampler":
+            sampler = StochasticLatentSampler("gumbel", seed=3, rows=rows)
+            return model.generate(*args, **settings, custom_generate=sampler)
+        with StochasticLatentLogitsProcessor("gumbel", seed=3, rows=rows).attach(model):
+            return model.generate(*args, **settings, custom_generate=loop)
+
+    want = once([0, 1, 2], ids, attention_mask=mask)[:, 12:]
+    assert torch.equal(once([0, 1, 2], inputs_embeds=embeds, attention_mask=mask)[:, -6:], want)
+    assert torch.equal(once([0], inputs_embeds=embeds[:1], attention_mask=mask[:1])[:, -6:], want[:1])
+    assert torch.equal(once([0], inputs_embeds=embeds[:1])[:, -6:], want[:1])
+    # A cache that holds the beginning of the prompt, and only the new ids.
+    cache = model(ids[:1, :5], use_cache=True).past_key_values
+    more = once([0], ids[:1, 5:], past_key_values=cache, attention_mask=mask[:1])
+    assert torch.equal(more[:, 7:], want[:1])
+
+
+def test_rows_that_a_criterion_ends_are_told_apart() -> None:
+    class FirstRow(StoppingCriteria):
+        def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+            return torch.tensor([input_ids.shape[1] >= 14, False, False])
+
+    settings = {"eos_token_id": None, "return_dict_in_generate": True, "stopping_criteria": [FirstRow()]}
+    out = run(build("llama", 1), **settings, custom_generate=StochasticLatentSampler("mean"))
+    assert out.soft[0].tolist() == [True] + [False] * (NEW - 1)
+    assert out.entropy[0].isnan().tolist() == [False, False] + [True] * (NEW - 2)
+    assert out.entropy[1:].isfinite().all()
+    assert out.soft[1:, : NEW - 1].sum() > 10
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_an_offloaded_model_is_mixed_where_it_runs() -> None:
+    from accelerate import cpu_offload
+
+    want = run(build("llama", 1), custom_generate=StochasticLatentSampler("gumbel", seed=3))
+    model = cpu_offload(build("llama", 1), execution_device=torch.device("cpu"))
+    assert model.get_input_embeddings().weight.device.type == "meta"
+    assert torch.equal(run(model, custom_generate=StochasticLatentSampler("gumbel", seed=3)), want)
+
+
+def test_a_head_that_is_wider_than_the_embedding() -> None:
+    model = build("llama", 1)
+    head = model.lm_head.weight.data
+    model.lm_head = torch.nn.Linear(32, 300, bias=False)
+    model.lm_head.weight.data = torch.cat([head, -5 * head[:44]])
+    model.config.vocab_size = 300
+    out = run(
+        model, custom_generate=StochasticLatentSampler(Mixture(kind="mean", candidates=300)), suppress_tokens=None
+    )
+    assert out[:, 12:].max() < 300
+
+
+# --- wrong use, again -------------------------------------------------------------------------------------------------
+
+
+def test_the_cold_stop_respects_constraints_and_onehot() -> None:
+    model = build("llama", 1)
+    cold = Gates(end_ids=[9], cold_steps=2, cold_entropy=50.0)
+    free = run(model, custom_generate=StochasticLatentSampler("mean", cold))
+    assert (free[:, 12:] == 9).any(1).all()
+    masked = run(model, custom_generate=StochasticLatentSampler("mean", cold), suppress_tokens=[9])
+    assert not (masked[:, 12:] == 9).any()
+    few = run(
+        model,
+        custom_generate=StochasticLatentSampler("mean", cold),
+        prefix_allowed_tokens_fn=lambda batch, ids: [20, 21],
+    )
+    assert set(few[:, 12:].flatten().tolist()) <= {20, 21}
+    assert torch.equal(run(model, custom_generate=StochasticLatentSampler("onehot", cold)), run(model))
+
+
+def test_guidance_is_refused() -> None:
+    model = build("llama", 1)
+    with pytest.raises(UnsupportedModeError, match="guidance_scale"):
+        run(model, 1, guidance_scale=1.5, custom_generate=StochasticLatentSampler("mean"))
+    with StochasticLatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError, match="guidance"):
+        run(model, 1, guidance_scale=1.5)
+
+
+def test_a_streamer_with_beams_is_refused() -> None:
+    model = build("llama", 1)
+    with pytest.raises(UnsupportedModeError, match="streamer"):
+        run(model, 1, num_beams=2, streamer=Kept(), custom_generate=StochasticLatentSampler("mean"))
+    with pytest.raises(UnsupportedModeError, match="streamer"):
+        run(model, 1, num_beams=2, custom_generate=StochasticLatentSampler("mean", streamer=Kept()))
+
+
+def test_a_model_that_was_first_seen_in_training_is_tried_out_later() -> None:
+    model = KeyedByIds().train()
+    run(model, 1, max_new_tokens=2, custom_generate=StochasticLatentSampler("mean"))
+    with pytest.raises(UnsupportedModelError, match="their embedding alone"):
+        run(model.eval(), 1, custom_generate=StochasticLatentSampler("mean"))
+
+
+@pytest.mark.parametrize("masked", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
+def test_a_mask_in_the_head_hides_nothing(masked: float) -> None:
+    model = KeyedByIds()
+    model.register_forward_hook(lambda module, args, out: out.logits[..., 200:].fill_(masked) is None or out)
+    with pytest.raises(UnsupportedModelError, match="their embedding alone"):
+        run(model, 1, custom_generate=StochasticLatentSampler("mean"))
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_peft_models_that_learn_a_prompt_are_not_attached_to() -> None:
+    peft = pytest.importorskip("peft")
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    model = peft.get_peft_model(build("llama", 1), config).eval()
+    with pytest.raises(UnsupportedModelError, match="custom_generate"):
+        StochasticLatentLogitsProcessor("mean").attach(model)
+
+
+def test_somebody_else_s_method_in_the_hook_s_place_is_noticed() -> None:
+    model = build("llama", 1)
+    processor = StochasticLatentLogitsProcessor("mean").attach(model)
+    model.prepare_inputs_for_generation = type(model).prepare_inputs_for_generation.__get__(model)
+    with pytest.raises(UnsupportedModeError, match="another method in its place"):
+        run(model)
+    processor.detach()
+    assert "_get_logits_processor" not in vars(model)
+    run(model)
+
+
+def test_an_attached_model_can_be_pickled_and_asked_by_hand() -> None:
+    model = build("llama", 1)
+    plain = run(model)
+    with StochasticLatentLogitsProcessor("mean").attach(model):
+        soft = run(model)
+        assert torch.equal(run(pickle.loads(pickle.dumps(model))), soft)
+        inputs = model.prepare_inputs_for_generation(prompts()[0], attention_mask=prompts()[1])
+        assert inputs["input_ids"].shape == (3, 12)
+    assert torch.equal(run(model), plain)
+
+
+def test_settings_are_checked_where_they_are_given() -> None:
+    for kind in (StochasticLatentSampler, StochasticLatentLogitsProcessor):
+        with pytest.raises(InputError, match="mixture: expected a Mixture; got 3"):
+            kind(3)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="gates: expected a Gates; got 3"):
+            kind("mean", 3)  # type: ignore[arg-type]
+        with pytest.raises(InputError, match="impl"):
+            kind("mean", impl="cuda")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="end_ids"):
+        Gates(end_ids=True)

@@ -50,7 +50,7 @@ def test_nothing_waits_for_the_device_in_a_step(kind: Any) -> None:
     model = build("llama", 1).cuda()
     ids = prompts()[0].cuda()
     gates = Gates(begin_ids=[7], end_ids=[8, 9], min_entropy=0.1, dwell=2, max_run=5, discrete_ids=[PAD, EOS])
-    feedback = Feedback(model, Mixture(kind=kind, sigma=0.1), gates, seed=3)
+    feedback = Feedback(model, Mixture(kind=kind, sigma=0.1), gates, seed=3, lengths=12)
     scores = model(ids).logits[:, -1].float()
     feedback.capture(ids, scores)  # the first makes what stays on the device
     for step in range(3):
@@ -59,7 +59,7 @@ def test_nothing_waits_for_the_device_in_a_step(kind: Any) -> None:
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error" if step else "default")
         try:
-            fed = feedback.feed(inputs, ids, None)
+            fed = feedback.feed(inputs, ids)
             feedback.capture(ids, scores)
         finally:
             torch.cuda.set_sync_debug_mode("default")
