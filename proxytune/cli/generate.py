@@ -67,7 +67,7 @@ def generate(
         int | None,
         typer.Option(min=1, help="Prompts per batch (default: 1 on a terminal, which streams; 8 otherwise)."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed for do_sample=true, and for --latent.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed for do_sample=true, and for --latent.")] = 0,
     latent: Latent = None,
     tau: Tau = None,
     latent_span: LatentSpan = None,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["check_names", "merged_settings", "parse_value", "read_prompts", "refuse_empty", "split_arguments"]
 
 _FLAG = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+_BARE_FRACTION = re.compile(r"[+-]?\.\d+")
 _WORDS = {"true": True, "false": False, "none": None}
 _NOT_SETTABLE = ("transformers_version",)
 # What does nothing without sampling.
@@ -69,7 +70,8 @@ def parse_value(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text
+        # JSON wants a digit before the point, people do not.
+        return float(text) if _BARE_FRACTION.fullmatch(text) else text
 
 
 def check_names(flags: Mapping[str, Any]) -> None:
