@@ -50,6 +50,7 @@ class Feedback:
     Attributes:
         soft: For each step but the last, `[B]`, bool: whether a mixture was fed back. Rows as they were then.
         entropy: For each step, `[B]`, float32, nats: of the distribution that the token was drawn from.
+        known: How many ids all members can embed; None if that is not known.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Feedback:
         """
         self._composed = isinstance(model, ProxyTunedModel)
         self._embeddings = embeddings_of(model)
-        self._known = min((e.rows for e in self._embeddings if e.rows is not None), default=None)
+        self.known = min((e.rows for e in self._embeddings if e.rows is not None), default=None)
         self._mixture, self._gates = mixture, gates
         self._seed, self._rows_given, self._beams, self._lengths = seed, rows, beams, lengths
         self._impl: ops.Impl = impl
@@ -132,7 +133,7 @@ class Feedback:
         found = ops.step([rows], want=("lse", "entropy"), impl=self._impl)
         assert found.lse is not None
         assert found.entropy is not None
-        known = rows[:, : self._known]  # a head may be wider than the embedding
+        known = rows[:, : self.known]  # a head may be wider than the embedding
         top, top_ids = known.topk(min(self._mixture.candidates, known.shape[1]), dim=1)
         self._ids, self._rows = input_ids, rows
         self._lse, self._entropy, self._top, self._top_ids = found.lse, found.entropy, top, top_ids

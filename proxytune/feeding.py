@@ -18,17 +18,18 @@ from transformers import LogitsProcessor
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.feedback import Feedback, embeddings_of
+from proxytune.feedback import Feedback
 from proxytune.gating import Gates
 from proxytune.mixtures import Mixture
 from proxytune.ops import Impl
+from proxytune.seeding import Rows, seed_of
 
 __all__ = [
     "ARGUMENT",
     "Hook",
     "checked",
+    "feedback_of",
     "feeding",
-    "gates_of_call",
     "put_hook",
     "refuse_processors",
     "take_hook",
@@ -165,32 +166,58 @@ def checked(mixture: Any, gates: Any, impl: Any) -> tuple[Mixture, Gates]:
     return mixture, gates
 
 
-def gates_of_call(gates: Gates, generation_config: Any, model: Any) -> Gates:
-    """The gates of one `generate()`: what ends, begins and pads its texts is discrete.
+def feedback_of(
+    model: Any,
+    mixture: Mixture,
+    gates: Gates,
+    generation_config: Any,
+    *,
+    seed: int | None,
+    lengths: torch.Tensor,
+    rows: Rows,
+    impl: Impl,
+) -> Feedback:
+    """The latent steps of one `generate()`: what ends, begins and pads its texts is discrete.
 
     Args:
+        model: The composed model, or a plain causal LM.
+        mixture: The law.
         gates: The gates.
         generation_config: The settings of the call.
-        model: The composed model, or a plain causal LM.
+        seed: The key of all noise; None for one from torch's default generator.
+        lengths: `[B]` or `[1]`, int64: how many tokens each prompt has, without padding.
+        rows: `[B]`: which stream of the seed each row draws from.
+        impl: As in `ops.step`.
 
     Returns:
-        The gates.
+        The latent steps.
 
     Raises:
         InputError: If a gate names an id that the model cannot embed.
+        UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
     """
-    rows = min((e.rows for e in embeddings_of(model) if e.rows is not None), default=None)
-    if rows is not None and gates.largest_id >= rows:
-        raise InputError.of(
-            "gates",
-            expected=f"token ids below {rows}, which the model can embed",
-            got=f"{gates.largest_id}",
-            remedy="Take them from the tokenizer of this model.",
-        )
     names = ("_eos_token_tensor", "_pad_token_tensor", "_bos_token_tensor")
     found = [getattr(generation_config, name, None) for name in names]
     special = {int(i) for x in found if x is not None for i in x.flatten().tolist() if i >= 0}
-    return gates.with_discrete(sorted(special)) if special else gates
+    feedback = Feedback(
+        model,
+        mixture,
+        gates.with_discrete(sorted(special)) if special else gates,
+        # Without noise there is nothing to draw, and plain decoding's own draws must not be shifted by one.
+        seed=seed_of(seed) if mixture.is_random else 0,
+        lengths=lengths,
+        rows=rows,
+        beams=int(generation_config.num_beams or 1),
+        impl=impl,
+    )
+    if feedback.known is not None and gates.largest_id >= feedback.known:
+        raise InputError.of(
+            "gates",
+            expected=f"token ids below {feedback.known}, which the model can embed",
+            got=f"{gates.largest_id}",
+            remedy="Take them from the tokenizer of this model.",
+        )
+    return feedback
 
 
 def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:

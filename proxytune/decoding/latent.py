@@ -20,13 +20,13 @@ from proxytune.decoding.fused import FusedDecoding
 from proxytune.decoding.stepping import cache_of, is_synced
 from proxytune.errors import UnsupportedModeError
 from proxytune.feedback import Feedback
-from proxytune.feeding import ARGUMENT, checked, feeding, gates_of_call, refuse_processors
+from proxytune.feeding import ARGUMENT, checked, feedback_of, feeding, refuse_processors
 from proxytune.gating import Gates
 from proxytune.mixtures import Kind, Mixture
 from proxytune.modes import refuse_modes
 from proxytune.ops import Impl
 from proxytune.padding import lengths_of
-from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
+from proxytune.seeding import Rows, refuse_seed, streams_of
 
 __all__ = ["LatentOutput", "StochasticLatentSampler"]
 
@@ -138,15 +138,14 @@ class StochasticLatentSampler:
         refuse_processors(logits_processor)
         assert isinstance(self.mixture, Mixture)
         beams = int(generation_config.num_beams or 1)
-        feedback = Feedback(
+        feedback = feedback_of(
             model,
             self.mixture,
-            gates_of_call(self.gates, generation_config, model),
-            # Without noise there is nothing to draw, and plain decoding's own draws must not be shifted by one.
-            seed=seed_of(self.seed) if self.mixture.is_random else 0,
+            self.gates,
+            generation_config,
+            seed=self.seed,
             lengths=lengths_of(len(input_ids), input_ids.shape[1], input_ids.device, generation_config, model_kwargs),
             rows=streams_of(self.rows, input_ids.shape[0]),
-            beams=beams,
             impl=self.impl,
         )
         if streamer is None:

@@ -16,15 +16,15 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from proxytune.capturing import EarlyCapture, with_capture
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
-from proxytune.feedback import Feedback, embeddings_of
-from proxytune.feeding import ARGUMENT, Hook, checked, gates_of_call, put_hook, refuse_processors, take_hook
+from proxytune.feedback import embeddings_of
+from proxytune.feeding import ARGUMENT, Hook, checked, feedback_of, put_hook, refuse_processors, take_hook
 from proxytune.gating import Gates
 from proxytune.generating import refuse_continuous_batching
 from proxytune.mixtures import Kind, Mixture
 from proxytune.modes import refuse_modes
 from proxytune.ops import Impl
 from proxytune.padding import lengths_of
-from proxytune.seeding import Rows, refuse_seed, seed_of
+from proxytune.seeding import Rows, refuse_seed
 
 __all__ = ["StochasticLatentLogitsProcessor"]
 
@@ -202,14 +202,14 @@ class _Processors:
             )
         refuse_modes(_NAME, self.model, generation_config, None, beams=True)
         refuse_processors(found)
-        feedback = Feedback(
+        feedback = feedback_of(
             self.model,
             own.mixture,
-            gates_of_call(own.gates, generation_config, self.model),
-            seed=seed_of(own.seed) if own.mixture.is_random else 0,
+            own.gates,
+            generation_config,
+            seed=own.seed,
             lengths=_lengths(generation_config, input_ids_seq_length or 0, model_kwargs),
             rows=own.rows,
-            beams=int(generation_config.num_beams or 1),
             impl=own.impl,
         )
         # generate() hands these on to every step.
