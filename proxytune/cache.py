@@ -37,13 +37,14 @@ def view(cache: Cache, start: int, stop: int) -> Cache:
     return part
 
 
-def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str) -> None:
+def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahead: bool = False) -> None:
     """Make a cache this model's, or refuse it.
 
     Args:
         cache: A cache that `generate()` or the caller made. While it is empty it gets the members' layers, in place.
         configs: The members' text configs, in the order of their layers.
         owner: A name for the composed model; written on the cache, and kept by copies of it.
+        ahead: Whether some members have run ahead of the others, as drafts do.
 
     Raises:
         CacheError: If the cache holds tokens that another model put there, or that only some members have seen; or it
@@ -57,7 +58,8 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str) -> None
             remedy="Pass the past_key_values that this model returned, or none.",
         )
     if getattr(cache, _OWNER, None) == owner:
-        _refuse_torn(cache)
+        if not ahead:
+            _refuse_torn(cache)
         return
     if _filled(cache):
         raise CacheError.of(

@@ -20,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from proxytune import ops
-from proxytune.cache import adopt, view
+from proxytune.cache import adopt
 from proxytune.config import ProxyTunedConfig, load_recipe
 from proxytune.errors import InputError, RecipeError
 from proxytune.formula import FORMULAS, Formula
@@ -28,6 +28,7 @@ from proxytune.generating import ComposedGenerationMixin, MemberOutput, refuse_a
 from proxytune.member import Member, check_ids, positions_of
 from proxytune.opening import adapters_of, open_members
 from proxytune.recipe import ROLES, Recipe
+from proxytune.running import run_members
 from proxytune.saving import save_adapter
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
@@ -153,7 +154,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
             **kwargs: `combine=False` for the members' own logits; `latent_inputs`, what each member takes in place of
-                the ids; all else is refused, if not None or False.
+                the ids; `known`, logits of members that have already run over the first of these drafts (see
+                `proxytune.running`); all else is refused, if not None or False.
 
         Returns:
             Logits `[B, K, V]`, float32, V the base's width; the loss; the cache. With `combine=False` a `MemberOutput`.
@@ -166,6 +168,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         # Not in the signature, so that generate() refuses them from a user: its own loops need combined logits.
         combine = kwargs.pop("combine", None) is not False
         latent = kwargs.pop("latent_inputs", None) or [None] * len(self.members)
+        known = kwargs.pop("known", None)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         refuse_shapes(input_ids, attention_mask)
         assert input_ids is not None
@@ -174,25 +177,26 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         if cache is None and use_cache in (None, True):
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            adopt(cache, self.config.member_configs, self.cache_owner)
+            adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
-        # Waits for the device, so for prompts only: what is sampled afterwards is within every member's reach.
-        if (is_first_iteration or cache is None or input_ids.shape[1] != 1) and not torch.compiler.is_compiling():
+        # Waits for the device, so for prompts only: what is sampled or drafted is within every member's reach.
+        prompt = is_first_iteration or cache is None or (input_ids.shape[1] != 1 and known is None)
+        if prompt and not torch.compiler.is_compiling():
             check_ids(input_ids, self.members)
 
-        members = [
-            member.forward(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                cache=None if cache is None else view(cache, *span),
-                logits_to_keep=logits_to_keep,
-                latent=fed,
-            )
-            for member, span, fed in zip(self.members, self.config.spans, latent, strict=True)
-        ]  # [B, K, V_i] each
+        members = run_members(
+            self.members,
+            self.config.spans,
+            input_ids,
+            cache=cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+            latent=latent,
+            known=known or {},
+        )  # [B, K, V_i] each
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(past_key_values=cache, member_logits=tuple(members))
         logits = ops.combine(members, self.formula.weights())  # [B, K, V]
