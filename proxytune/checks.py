@@ -11,8 +11,16 @@ from proxytune.noise import Noise
 from proxytune.sampling import Sampling
 
 __all__ = [
-    "DTYPES", "MAX_MEMBERS", "OF_DRAWS", "OUTPUTS", "refuse_ids", "refuse_members", "refuse_mixture", "refuse_request",
-]  # fmt: skip
+    "DTYPES",
+    "MAX_MEMBERS",
+    "OF_DRAWS",
+    "OUTPUTS",
+    "refuse_drafts",
+    "refuse_ids",
+    "refuse_members",
+    "refuse_mixture",
+    "refuse_request",
+]
 
 MAX_MEMBERS = 5
 """Base and companions together."""
@@ -133,7 +141,7 @@ def refuse_request(
         raise InputError.of(
             "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
         )
-    _refuse_settings(base, sampling, noise)
+    _refuse_settings(base, len(base), sampling, noise)
 
 
 def refuse_ids(base: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> None:
@@ -155,7 +163,56 @@ def refuse_ids(base: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> Non
             got=f"shape {list(ids.shape)}, {ids.dtype}, on {ids.device}",
             remedy="Fill shorter rows up with −1.",
         )
-    _refuse_settings(base, sampling, None)
+    _refuse_settings(base, rows, sampling, None)
+
+
+def refuse_drafts(
+    base: torch.Tensor, drafted: torch.Tensor, draft: torch.Tensor | None, sampling: Sampling, noise: Noise
+) -> None:
+    """Refuse drafts, or settings, that do not fit the logits. Never looks at the drafts, so never waits.
+
+    Args:
+        base: The base's logits, `[B · (K + 1), V]`.
+        drafted: The drafts.
+        draft: The logits that they were drawn from, or None.
+        sampling: The settings.
+        noise: The keys of the noise.
+
+    Raises:
+        InputError: If a shape, dtype, device or stride is not as `proxytune.ops.verify` says.
+    """
+    if drafted.ndim != 2 or drafted.dtype != torch.int64 or drafted.device != base.device:
+        raise InputError.of(
+            "drafted",
+            expected=f"token ids [B, K], torch.int64, on {base.device}",
+            got=_described(drafted),
+            remedy="Fill shorter drafts up with −1.",
+        )
+    rows, most = drafted.shape
+    if len(base) != rows * (most + 1):
+        raise InputError.of(
+            "members",
+            expected=f"{rows * (most + 1)} rows of logits: {rows} texts of {most} drafts, {most + 1} each",
+            got=f"{len(base)}",
+            remedy="A text's first row follows it without a draft, its last one follows all of them.",
+        )
+    if draft is not None and most:
+        if draft.ndim != 2 or len(draft) != rows * most or draft.dtype not in DTYPES or draft.device != base.device:
+            raise InputError.of(
+                "draft",
+                expected=f"logits [{rows * most}, V], float32, float16 or bfloat16, on {base.device}",
+                got=_described(draft),
+                remedy="Pass the rows that the drafts were drawn from; None for drafts that are given.",
+            )
+        refuse_members([draft], (1.0,))
+        if sampling.largest_k > draft.shape[1]:
+            raise InputError.of(
+                "top_k",
+                expected=f"at most {draft.shape[1]}, the width of the draft's logits",
+                got=f"{sampling.largest_k}",
+                remedy="Lower it.",
+            )
+    _refuse_settings(base, rows, sampling, noise)
 
 
 def refuse_mixture(
@@ -253,8 +310,8 @@ def _described(x: torch.Tensor) -> str:
     return f"shape {list(x.shape)}, {x.dtype}, on {x.device}"
 
 
-def _refuse_settings(base: torch.Tensor, sampling: Sampling, noise: Noise | None) -> None:
-    rows, width = base.shape
+def _refuse_settings(base: torch.Tensor, rows: int, sampling: Sampling, noise: Noise | None) -> None:
+    width = base.shape[1]
     s = sampling
     whole, real = torch.int64, torch.float32
     given = {"sampling": [(s.temperature, real), (s.top_k, torch.int32), (s.top_p, real), (s.log_min_p, real)]}

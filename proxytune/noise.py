@@ -6,8 +6,9 @@ random numbers: as easy as 1, 2, 3"). The Triton kernels compute the same words,
 of them agree to rounding.
 
 Counter of a word: `(index, position, row, branch · 4 + stream)`, key: the 64 bits of the seed. `index` is a token id in
-the stream `TOKENS`, and the number of a tile of the vocabulary in the stream `TILES`. In the stream `LATENT` it holds
-two numbers, see `slotted`.
+the stream `TOKENS`, and the number of a tile of the vocabulary in the stream `TILES`: there word 0 is a draw's, and
+word 1 that of the draw after a rejected draft, which has to be independent of the draft's. In the stream `LATENT` the
+index holds two numbers, see `slotted`.
 """
 
 from __future__ import annotations
@@ -218,6 +219,18 @@ class Noise:
         """
         return Noise(self.seed, self.row, position, self.branch)
 
+    def pick(self, index: torch.Tensor) -> Noise:
+        """The keys of some of the rows; does not wait for the device.
+
+        Args:
+            index: `[N]`, int64: which rows; one may be there more than once.
+
+        Returns:
+            Keys for N rows.
+        """
+        keys = (self.seed, self.row, self.position, self.branch)
+        return Noise(*(x.index_select(0, index) for x in keys))
+
     def uniform(self, stream: int) -> torch.Tensor:
         """One uniform variate for each row.
 
@@ -227,20 +240,20 @@ class Noise:
         Returns:
             `[B]`, float32, in (0, 1].
         """
-        nothing = torch.zeros_like(self.row)
-        return unit(philox(self.seed, nothing, self.position, self.row, self.branch * 4 + stream)[0])
+        return unit(self.words(torch.zeros_like(self.row)[:, None], stream)[0][:, 0])
 
-    def gumbel(self, index: torch.Tensor, stream: int) -> torch.Tensor:
+    def gumbel(self, index: torch.Tensor, stream: int, word: int = 0) -> torch.Tensor:
         """A Gumbel variate for each index.
 
         Args:
             index: `[B, N]` or `[1, N]`, int64: token ids or tile numbers.
             stream: `TOKENS` or `TILES`.
+            word: 0 for a draw; 1 for one that is independent of it.
 
         Returns:
             `[B, N]`, float32.
         """
-        return gumbel(self.words(index, stream)[0])
+        return gumbel(self.words(index, stream)[word])
 
     def normal(self, index: torch.Tensor, stream: int) -> torch.Tensor:
         """A standard normal variate for each index.

@@ -22,17 +22,38 @@ from typing import Any, Literal
 
 import torch
 
-from proxytune.checks import DTYPES, MAX_MEMBERS, OUTPUTS, refuse_ids, refuse_members, refuse_request
-from proxytune.errors import InputError
+from proxytune.checks import (
+    DTYPES,
+    MAX_MEMBERS,
+    OUTPUTS,
+    refuse_drafts,
+    refuse_ids,
+    refuse_members,
+    refuse_request,
+)
+from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.formula import shift
 from proxytune.noise import Noise
 from proxytune.rows import Rows
 from proxytune.sampling import Sampling
-from proxytune.step_outputs import Step
+from proxytune.step_outputs import Step, Verdict
 from proxytune.torch_step import decide
 from proxytune.torch_step import draw_logprobs as _draw_logprobs
+from proxytune.torch_verify import judge
 
-__all__ = ["MAX_MEMBERS", "OUTPUTS", "Impl", "Step", "choose", "combine", "draw_logprobs", "step", "why_not_triton"]
+__all__ = [
+    "MAX_MEMBERS",
+    "OUTPUTS",
+    "Impl",
+    "Step",
+    "Verdict",
+    "choose",
+    "combine",
+    "draw_logprobs",
+    "step",
+    "verify",
+    "why_not_triton",
+]
 
 Impl = Literal["auto", "triton", "torch"]
 
@@ -148,6 +169,64 @@ def draw_logprobs(
     refuse_ids(members[0], sampling, ids)
     weights = weights if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
     return _draw_logprobs(Rows(members, weights), sampling, ids)
+
+
+def verify(
+    members: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor = (1.0,),
+    *,
+    drafted: torch.Tensor,
+    draft: torch.Tensor | None = None,
+    sampling: Sampling,
+    noise: Noise,
+    impl: Impl = "auto",
+) -> Verdict:
+    """Accept or reject drafted tokens so that what comes out is distributed as draws of `step` are.
+
+    A draft x drawn from q is accepted with probability min(1, p(x) / q(x)), with p what `step` would draw from there;
+    at the first that is not, a token is drawn from the residual max(0, p − q), normalised; after the last one, from p
+    (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318). K = 0 is a draw.
+
+    The drafts may be drawn with the same keys: `step([rows], sampling=…, noise=noise.at(position))`. The decision and
+    the residual's draw take other words of the noise. A draw where no draft stood is `step`'s with these keys, bit for
+    bit. Whether a position has a draft may depend on the text before it and on q, and on nothing of the draft itself:
+    drafts that are left out because of what was drawn make the rest another distribution.
+
+    Where p is q to rounding and a draft is rejected all the same, the token is drawn from p. So it is where the draft's
+    row has no distribution (NaN, +inf, all −inf): the draft is ignored then, as one that is not there.
+
+    Not for use inside torch.compile, which breaks the graph here.
+
+    Args:
+        members: As in `step`, `[B · (K + 1), V_i]`: row b · (K + 1) + j follows text b with its first j drafts.
+        weights: One finite weight per member, or a float32 tensor `[B · (K + 1), M]`.
+        drafted: `[B, K]`, int64, on the logits' device; −1 for no draft, from there on in that row. A token past V has
+            probability 0 and is rejected.
+        draft: `[B · K, V_q]`, float32, float16 or bfloat16: the logits that the drafts were drawn from, with the same
+            settings. None where they were not drawn: they are accepted with probability p(x), which is right for any
+            drafts that do not depend on the noise's decisions.
+        sampling: The settings of B rows, each for all positions of its text.
+        noise: The keys of B rows, at the position of `drafted[:, 0]`; those that follow take the positions after it.
+        impl: As in `step`.
+
+    Returns:
+        The tokens, and how many drafts were accepted.
+
+    Raises:
+        InputError: If shapes, dtypes, devices or strides do not fit, or k is larger than V or V_q. Nothing has been
+            launched then.
+        UnsupportedModeError: If torch.compile takes this into a graph.
+    """
+    if torch.compiler.is_compiling():
+        raise UnsupportedModeError.of(
+            "verify", expected="a call outside of a graph", got="torch.compile", remedy="Compile what is around it."
+        )
+    refuse_members(members, weights)
+    refuse_drafts(members[0], drafted, draft, sampling, noise)
+    weights = weights if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
+    choose(impl, members[0].device)
+    proposal = None if draft is None or not drafted.shape[1] else Rows([draft], (1.0,))
+    return Verdict(*judge(Rows(members, weights), proposal, drafted, sampling, noise))
 
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,7 @@ import torch
 from proxytune.formula import shift
 from proxytune.sampling import Sampling
 
-__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "Rows", "first_largest", "measure"]
+__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "Rows", "block_of", "first_largest", "measure"]
 
 TILE = 1024
 """Columns per tile; it keys the noise, so it is part of the contract."""
@@ -50,8 +51,27 @@ class Rows:
             self._base_weight, self._weights = weights[:, 0], weights[:, 1:]
         else:
             self._base_weight, self._weights = weights[0], weights[1:]
+        self._index: torch.Tensor | None = None
         self.count, self.width = members[0].shape
         self.device = members[0].device
+
+    def pick(self, index: torch.Tensor) -> Rows:
+        """Some of the rows, as rows of their own; no logits are copied before they are read.
+
+        Args:
+            index: `[N]`, int64, on the logits' device: which rows.
+
+        Returns:
+            N rows.
+        """
+        picked = copy(self)
+        picked._index = index if self._index is None else self._index.index_select(0, index)
+        picked.count = len(index)
+        if isinstance(self._weights, torch.Tensor):
+            assert isinstance(self._base_weight, torch.Tensor)
+            picked._base_weight = self._base_weight.index_select(0, index)
+            picked._weights = self._weights.index_select(0, index)
+        return picked
 
     def empty(self, count: int) -> torch.Tensor:
         """Memory beside the rows.
@@ -75,7 +95,10 @@ class Rows:
         Returns:
             The base's own logits there, `[rows, columns]`, in its dtype.
         """
-        base, *companions = (x[rows, columns] for x in self._members)
+        if self._index is None:
+            base, *companions = (x[rows, columns] for x in self._members)
+        else:
+            base, *companions = (x[:, columns].index_select(0, self._index[rows]) for x in self._members)
         weights, base_weight = self._weights, self._base_weight
         if isinstance(weights, torch.Tensor):
             weights = weights[rows]
@@ -96,11 +119,14 @@ class Rows:
         # On the CPU one look at the ids saves the masks for all members that are wide enough.
         end = int(ids.max()) + 1 if self.device.type == "cpu" else None
 
+        def taken(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return x.gather(1, ids) if self._index is None else x[self._index[:, None], ids]
+
         def picked(x: torch.Tensor) -> torch.Tensor:
             if end is not None and end <= x.shape[1]:
-                return x.gather(1, ids)
+                return taken(x, ids)
             # −inf past a companion's width is "no shift" by the rule, past the base's it is "no such token".
-            return x.gather(1, ids.clamp(max=x.shape[1] - 1)).masked_fill_(ids >= x.shape[1], -torch.inf)
+            return taken(x, ids.clamp(max=x.shape[1] - 1)).masked_fill_(ids >= x.shape[1], -torch.inf)
 
         base, *companions = (picked(x) for x in self._members)
         base = base.float()
@@ -125,7 +151,7 @@ def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dic
     plan = _Plan.of(rows, sampling, want)
     blocks: list[dict[str, torch.Tensor]] = []  # one per block of rows
     tiles = -(-rows.width // TILE)
-    high, wide = _block(rows, tiles)
+    high, wide = block_of(rows)
     scratch = [rows.empty(high * wide * TILE) for _ in range(plan.buffers)]
     for row in range(0, rows.count, high):
         there = slice(row, min(row + high, rows.count))
@@ -243,8 +269,16 @@ class _Plan:
         )
 
 
-def _block(rows: Rows, tiles: int) -> tuple[int, int]:
-    """Rows and tiles of a block. On the CPU small enough for the cache, elsewhere everything at once."""
+def block_of(rows: Rows) -> tuple[int, int]:
+    """The size of the blocks that a pass goes by: on the CPU small enough for the cache, elsewhere everything at once.
+
+    Args:
+        rows: The members' rows.
+
+    Returns:
+        How many rows, and how many tiles of them.
+    """
+    tiles = -(-rows.width // TILE)
     if rows.device.type != "cpu":
         return rows.count, tiles
     most = _BLOCK * torch.get_num_threads()

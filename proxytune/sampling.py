@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -115,6 +116,21 @@ class Sampling:
             all_truncated=bool(truncated.all()),
             largest_k=int(k.max()),
         )
+
+    def pick(self, index: torch.Tensor) -> Sampling:
+        """The settings of some of the rows; does not wait for the device.
+
+        Args:
+            index: `[N]`, int64: which rows; one may be there more than once.
+
+        Returns:
+            Settings for N rows. What the host knows of them stays what it knew of all, so `some_truncated` and
+            `largest_k` are bounds.
+        """
+        columns: dict[str, Any] = {
+            name: x.index_select(0, index) for name, x in vars(self).items() if isinstance(x, torch.Tensor)
+        }
+        return replace(self, **columns)
 
 
 def _setting(

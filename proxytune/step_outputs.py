@@ -1,4 +1,4 @@
-"""What a decoding step can be asked for, and what each of it means."""
+"""What a decoding step can be asked for, or the verification of drafts, and what each of it means."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Step"]
+__all__ = ["Step", "Verdict"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,3 +48,17 @@ class Step:
     confidence: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Verdict:
+    """What became of drafted tokens. B rows, K drafts at most.
+
+    Attributes:
+        tokens: `[B, K + 1]`, int64: the accepted drafts, then the token that was drawn after them (−1 where there is no
+            distribution to draw from), then −1.
+        accepted: `[B]`, int64: how many drafts were accepted, 0 to K.
+    """
+
+    tokens: torch.Tensor
+    accepted: torch.Tensor

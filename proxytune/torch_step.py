@@ -19,7 +19,7 @@ from proxytune.sampling import Sampling
 from proxytune.torch_draws import draw, shares
 from proxytune.torch_truncation import mean_of_largest
 
-__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs"]
+__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs", "statistics"]
 
 CONFIDENCE_TOKENS = 20
 """How many of the most probable tokens the confidence looks at (DeepConf, arXiv 2508.15260)."""
@@ -49,7 +49,7 @@ def decide(
     top = tiles["max"].amax(1)  # [B]
     bad, dead = top == torch.inf, top == FINITE
     undecided = bad | dead
-    out = _statistics(tiles, top)
+    out = statistics(tiles, top)
     if "confidence" in want:
         out["confidence"] = out["log_total"] - mean_of_largest(rows, tiles["groups"], top, CONFIDENCE_TOKENS)
     if "argmax" in tiles:
@@ -94,7 +94,7 @@ def draw_logprobs(rows: Rows, sampling: Sampling, ids: torch.Tensor) -> tuple[to
     tiles = measure(rows, sampling, ())
     top = tiles["max"].amax(1)  # [B]
     undecided = (top == torch.inf) | (top == FINITE)
-    logprobs, rest = shares(rows, tiles, _statistics(tiles, top).get("entropy"), top, sampling, ids)
+    logprobs, rest = shares(rows, tiles, statistics(tiles, top).get("entropy"), top, sampling, ids)
     return _masked(logprobs, undecided, torch.nan), _masked(rest, undecided, torch.nan)
 
 
@@ -102,8 +102,16 @@ def _masked(x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:
     return x.masked_fill(rows[:, None] if x.ndim == 2 else rows, value)
 
 
-def _statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Merge the tiles' sums, each relative to its own maximum, into those of the row: at temperature 1, in nats."""
+def statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Merge the tiles' sums, each relative to its own maximum, into those of the row: at temperature 1, in nats.
+
+    Args:
+        tiles: What `proxytune.rows.measure` gave.
+        top: `[B]`, the largest logit.
+
+    Returns:
+        `[B]` by name, of "log_total" (of e^(z − top)), "lse", "entropy", "varentropy" and "kl" what was measured.
+    """
     out: dict[str, torch.Tensor] = {}
     if "s" not in tiles:
         return out

@@ -36,6 +36,17 @@ class Truncation:
     nucleus: torch.Tensor
     least: torch.Tensor
 
+    def pick(self, index: torch.Tensor | slice) -> Truncation:
+        """What is left of some of the rows.
+
+        Args:
+            index: Which rows, `[N]`, int64.
+
+        Returns:
+            That of N rows.
+        """
+        return Truncation(**{name: x[index] for name, x in vars(self).items()})
+
     def keeps(self, s: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
         """Whether logits are within all bounds, be they of candidates or not.
 
