@@ -144,6 +144,8 @@ def exchange(file: Path, data: Any, what: str, *, error: Error = InputError) -> 
     try:
         with open(staged, "x", encoding="utf-8") as out:
             out.write(text)
+            out.flush()
+            os.fsync(out.fileno())  # before it takes the place of what is on the disk
         if file.exists():
             os.chmod(staged, file.stat().st_mode)
         os.replace(staged, file)

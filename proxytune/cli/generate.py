@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.text import Text
 
 from proxytune.cli import terminal
+from proxytune.cli.answers import AnswerFile, settings_of_run
 from proxytune.cli.inputs import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
 from proxytune.cli.latent import Latent, LatentGates, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.loading import check_members, encode, load
+from proxytune.cli.loading import check_members, chosen_device, encode, load, named
 from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
+from proxytune.errors import InputError
 
 if TYPE_CHECKING:
     import torch
@@ -73,8 +76,11 @@ def generate(
     latent_span: LatentSpan = None,
     latent_gates: LatentGates = None,
     out: Annotated[
-        Path | None, typer.Option(help="Write the JSON lines to this file, each as soon as it is there.")
+        Path | None, typer.Option(help="Write the JSON lines to this file, those of each batch as soon as it is done.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where a run that wrote to --out stopped, with the same call.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines even on a terminal.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
@@ -86,6 +92,8 @@ def generate(
 
     Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given.
     """
+    if resume and out is None:
+        raise InputError.of("--resume", expected="--out with it", got="none", remedy="Name the file to go on with.")
     prompts, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
     prompts += read_prompts(file, prompts_given=bool(prompts))
@@ -94,47 +102,72 @@ def generate(
     check_names(flags)
     mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
 
-    from transformers import set_seed
-
     on_terminal = terminal.is_terminal(sys.stdout) and not as_json
     size = batch_size or (1 if on_terminal and out is None else _PIPED_BATCH)
-    # Opened before the models are: a path that cannot be written should not cost their loading first.
-    with open(out, "w", encoding="utf-8") if out is not None else nullcontext() as lines:
+    said = {"seed": seed, "batch_size": size, "chat": chat, "device": chosen_device(device), "dtype": dtype}
+    said |= {"latent": latent, "tau": tau, "latent_span": latent_span, "latent_gates": latent_gates}
+    said |= {"recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
+    # Opened before the models are: what is wrong with it should not cost their loading first.
+    opened = nullcontext() if out is None else AnswerFile(out, prompts, settings_of_run(**said), resume=resume)
+    with opened as answers:
+        if answers is not None and answers.done:
+            terminal.show_note(f"{answers.done} lines are there" + (", which is all" if answers.finished else ""))
+            if answers.finished:
+                return
         model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
         if save_recipe is not None:
             model.save_pretrained(save_recipe)
             tokenizer.save_pretrained(save_recipe)
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         config = merged_settings(model.generation_config, flags)
+        per_prompt = config.num_return_sequences or 1
+        if answers is not None:
+            answers.begin(_resolved(config), per_prompt)
         # A streamer takes one sequence that only grows.
         several = any(n not in (None, 1) for n in (config.num_beams, config.num_return_sequences))
         stream = on_terminal and size == 1 and not several
-        set_seed(seed)
-        for first in range(0, len(prompts), size):
-            batch = prompts[first : first + size]
+        done = 0 if answers is None else answers.done
+        complete = partial(_complete, model, tokenizer, config, sampler, seed, chat=chat, stream=stream)
+        # The batches of a resumed run are those of one that was not interrupted: padding rounds in low precision.
+        for first in range(done // (size * per_prompt) * size, len(prompts), size):
             if stream:
-                terminal.output().print(_shown(batch[0], ""), end="", soft_wrap=True)
-            for completion in _complete(model, tokenizer, batch, first, config, sampler, chat=chat, stream=stream):
-                if lines is not None:
-                    _write_line(lines, completion)
+                terminal.output().print(_shown(prompts[first], ""), end="", soft_wrap=True)
+            completions = complete(first, prompts[first : first + size])
+            if answers is not None:
+                completions = completions[max(0, done - first * per_prompt) :]  # the others are there
+                answers.append([_line(completion) for completion in completions])
+            for completion in completions:
                 if on_terminal and not stream:
                     terminal.output().print(_shown(completion.prompt, completion.completion), soft_wrap=True)
-                elif not on_terminal and lines is None:
-                    _write_line(sys.stdout, completion)
+                elif not on_terminal and answers is None:
+                    sys.stdout.write(_line(completion) + "\n")
+                    sys.stdout.flush()
+
+
+def _resolved(config: GenerationConfig) -> Mapping[str, Any]:
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {name: value for name, value in settings.items() if name != "transformers_version"}
 
 
 def _complete(
     model: ProxyTunedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[str],
-    first: int,
     config: GenerationConfig,
     sampler: SamplerOf,
+    seed: int,
+    first: int,
+    prompts: Sequence[str],
     *,
     chat: bool,
     stream: bool,
-) -> Iterator[Completion]:
+) -> list[Completion]:
     """Complete one batch, which begins with prompt number `first`."""
+    from transformers import set_seed
+
+    from proxytune.keying import key_of
+
+    # Where the loop does not key its draws by itself, they still depend on no batch before.
+    set_seed(key_of("proxytune generate", "", seed, first) % (1 << 32))
     batch = encode(tokenizer, prompts, chat).to(model.base.device)
     streamer = _streamer(tokenizer) if stream else None
     each = max(config.num_beams or 1, config.num_return_sequences or 1)
@@ -144,19 +177,37 @@ def _complete(
         generation_config=config,
         tokenizer=tokenizer,
         streamer=streamer,
-        custom_generate=sampler(range(first * each, (first + len(prompts)) * each)),
+        custom_generate=_loop(config, sampler, seed, range(first * each, (first + len(prompts)) * each)),
     )
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
     new_ids = sequences[:, batch["input_ids"].shape[1] :].cpu()
     per_prompt = len(new_ids) // len(prompts)
     ends = set(_listed(config.eos_token_id))
     stops = _listed(config.stop_strings)
+    completions: list[Completion] = []
     for index, row in enumerate(new_ids.tolist()):
         row, ended = _until_end(row, ends, tokenizer.pad_token_id)
         text = tokenizer.decode(row, skip_special_tokens=True)
         assert isinstance(text, str)
         stopped = ended or any(stop in text for stop in stops)
-        yield Completion(prompts[index // per_prompt], text, len(row), "stop" if stopped else "length")
+        completions.append(Completion(prompts[index // per_prompt], text, len(row), "stop" if stopped else "length"))
+    return completions
+
+
+def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, rows: Sequence[int]) -> Any:
+    """What decodes a batch, given the numbers of its rows in the whole run; None for transformers' own loop.
+
+    Plain samples depend on (seed, row, position) alone, so on neither the batches nor where a run was resumed.
+    """
+    from transformers.generation.configuration_utils import GenerationMode
+
+    from proxytune.decoding.fused import FusedDecoding
+
+    latent = sampler(rows)
+    if config.get_generation_mode() != GenerationMode.SAMPLE:
+        return latent
+    fused = FusedDecoding(seed=seed, rows=list(rows))
+    return fused if latent is None else replace(latent, loop=fused)
 
 
 def _listed(value: Any) -> list[Any]:
@@ -190,6 +241,5 @@ def _until_end(row: list[int], ends: set[int], pad: int | None) -> tuple[list[in
     return row[:length], length < len(row)
 
 
-def _write_line(stream: TextIO, completion: Completion) -> None:
-    stream.write(json.dumps(asdict(completion), ensure_ascii=False) + "\n")
-    stream.flush()
+def _line(completion: Completion) -> str:
+    return json.dumps(asdict(completion), ensure_ascii=False)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from proxytune.model import ProxyTunedModel
     from proxytune.recipe import MemberRef
 
-__all__ = ["DTYPES", "check_device", "check_members", "encode", "load", "load_tokenizer"]
+__all__ = ["DTYPES", "check_device", "check_members", "chosen_device", "encode", "load", "load_tokenizer", "named"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -75,15 +75,13 @@ def load(
         InputError: If the dtype or the device is not one.
         MemberError: If a member or its tokenizer cannot be opened.
     """
-    import torch
-
     from proxytune.model import ProxyTunedModel
     from proxytune.recipe import MemberRef, Recipe
     from proxytune.wrapping import wrap
 
     if dtype not in DTYPES:
         raise InputError.of("--dtype", expected=", ".join(DTYPES), got=dtype, remedy="Use one of these.")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen_device(device)
     check_device(device)
     settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
     if recipe is None:
@@ -99,6 +97,52 @@ def load(
     # A tokenizer beside the recipe was put there to be used; otherwise the base's is the one the ids belong to.
     beside = [MemberRef(str(folder))] if (folder / "tokenizer_config.json").exists() else []
     return model, load_tokenizer([*beside, read.base])
+
+
+def named(
+    base: str | None, expert: str | None, antiexpert: str | None, alpha: float | None, recipe: Path | None
+) -> dict[str, Any]:
+    """The adapter that the options name, without opening a model.
+
+    Args:
+        base: A hub id or folder; None with a recipe.
+        expert: Likewise.
+        antiexpert: Likewise.
+        alpha: α; None for the recipe's, else 1.
+        recipe: A folder or file; None with three models.
+
+    Returns:
+        The members, the formula and α, as in a recipe.
+
+    Raises:
+        RecipeError: If the recipe cannot be read.
+    """
+    from proxytune.formula import ProxyTuning
+    from proxytune.recipe import Recipe
+
+    if recipe is not None:
+        found = Recipe.load(recipe).to_json()
+        for name in ("format_version", "fork_threshold"):  # of which no answer depends
+            found.pop(name, None)
+    else:
+        members = {"base": base, "expert": expert, "antiexpert": antiexpert}
+        found = {role: {"id": name, "revision": None} for role, name in members.items()}
+        found |= {"formula": ProxyTuning.name, "alpha": 1.0}
+    return found if alpha is None else found | {"alpha": alpha}
+
+
+def chosen_device(device: str | None) -> str:
+    """The device that is used.
+
+    Args:
+        device: The one that was asked for; None to choose.
+
+    Returns:
+        Its name.
+    """
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_device(device: str) -> None:

@@ -7,7 +7,7 @@ from typing import TextIO
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["errors", "is_terminal", "output", "quiet", "safe", "show_error", "show_warning"]
+__all__ = ["errors", "is_terminal", "output", "quiet", "safe", "show_error", "show_note", "show_warning"]
 
 # Control characters but tab and line feed, as the pictures that Unicode has for them; C1 controls become one sign.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
@@ -54,6 +54,11 @@ def show_error(message: str) -> None:
     errors().print(
         Text("error: ", style="bold red").append(" ".join(message.split()), style="not bold"), soft_wrap=True
     )
+
+
+def show_note(message: str) -> None:
+    """Print what is no fault as one line on stderr."""
+    errors().print(Text("note: ", style="dim").append(message, style="not dim"), soft_wrap=True)
 
 
 def show_warning(

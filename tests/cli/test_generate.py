@@ -8,9 +8,10 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoTokenizer, GenerationConfig, set_seed
+from transformers import AutoTokenizer, GenerationConfig
 
 import proxytune
+from proxytune import FusedDecoding
 from proxytune.cli import generate as command
 from proxytune.cli import inputs, terminal
 from proxytune.errors import InputError
@@ -68,8 +69,8 @@ def test_the_seed_decides_a_sample(run, members, model, tokenizer):
 
     assert sample(3) == sample(3)
     assert len({sample(seed) for seed in range(4)}) > 1
-    set_seed(3)
-    expected, _ = complete_alone(model, tokenizer, "x", max_new_tokens=12, do_sample=True, temperature=2.0)
+    settings = {"max_new_tokens": 12, "do_sample": True, "temperature": 2.0, "custom_generate": FusedDecoding(seed=3)}
+    expected, _ = complete_alone(model, tokenizer, "x", **settings)
     assert sample(3) == expected
 
 
@@ -113,7 +114,7 @@ def test_lines_go_to_a_file_one_by_one(run, members, tmp_path, monkeypatch):
 
     def watching(*arguments, **options):
         seen.append(out.read_text().count("\n"))
-        yield from real(*arguments, **options)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(command, "_complete", watching)
     ended = run("generate", *PROMPTS, *members, "max_new_tokens=2", "--out", out, "--batch-size", "1")
