@@ -7,6 +7,8 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 `ProxyTunedModel`          that model: a `PreTrainedModel` whose logits are the combined ones
 `ProxyTuningLogitsProcessor` the same as a logits processor, for a pipeline of your own
 `FusedDecoding`            a loop for `generate(custom_generate=…)`: one step on the members' logits per token
+`SpeculativeDecoding`      a loop in which a draft runs ahead, and nothing is lost: the expert, a `DraftModel`,
+                           `PromptLookup`, `Bigrams`
 `ForkThreshold`            the entropy above which a token is a fork: fixed, calibrated or streaming
 `ForkSamplingLogitsProcessor` two temperatures (or a soft form): calm on most tokens, lively at forks
 `ForkDecoding`             a loop that grows a tree: branches part at forks, with exact weights and a hard budget
@@ -32,11 +34,14 @@ import wrapt
 from proxytune._version import __version__
 
 if TYPE_CHECKING:
+    from proxytune.decoding.drafts import DraftModel
     from proxytune.decoding.forks import ForkDecoding
     from proxytune.decoding.fused import FusedDecoding
     from proxytune.decoding.latent import StochasticLatentSampler
+    from proxytune.decoding.lookups import Bigrams, PromptLookup
     from proxytune.decoding.recursion import LatentRecursion, register_recursion
     from proxytune.decoding.siblings import SiblingDecoding
+    from proxytune.decoding.speculative import SpeculativeDecoding
     from proxytune.entropy import ForkThreshold
     from proxytune.formula import ProxyTuning
     from proxytune.gating import Gates
@@ -53,6 +58,8 @@ if TYPE_CHECKING:
     from proxytune.wrapping import wrap
 
 __all__ = [
+    "Bigrams",
+    "DraftModel",
     "ForkDecoding",
     "ForkSamplingLogitsProcessor",
     "ForkThreshold",
@@ -61,6 +68,7 @@ __all__ = [
     "LatentRecursion",
     "Mixture",
     "Noise",
+    "PromptLookup",
     "ProxyTunedConfig",
     "ProxyTunedModel",
     "ProxyTuning",
@@ -68,6 +76,7 @@ __all__ = [
     "Recipe",
     "Sampling",
     "SiblingDecoding",
+    "SpeculativeDecoding",
     "StochasticLatentLogitsProcessor",
     "StochasticLatentSampler",
     "StochasticRecursion",
@@ -78,6 +87,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "Bigrams": "proxytune.decoding.lookups",
+    "DraftModel": "proxytune.decoding.drafts",
     "ForkDecoding": "proxytune.decoding.forks",
     "ForkSamplingLogitsProcessor": "proxytune.processors.forks",
     "ForkThreshold": "proxytune.entropy",
@@ -86,6 +97,7 @@ _HOME = {
     "LatentRecursion": "proxytune.decoding.recursion",
     "Mixture": "proxytune.mixtures",
     "Noise": "proxytune.noise",
+    "PromptLookup": "proxytune.decoding.lookups",
     "ProxyTunedConfig": "proxytune.model",
     "ProxyTunedModel": "proxytune.model",
     "ProxyTuning": "proxytune.formula",
@@ -93,6 +105,7 @@ _HOME = {
     "Recipe": "proxytune.recipe",
     "Sampling": "proxytune.sampling",
     "SiblingDecoding": "proxytune.decoding.siblings",
+    "SpeculativeDecoding": "proxytune.decoding.speculative",
     "StochasticLatentLogitsProcessor": "proxytune.processors.latent",
     "StochasticLatentSampler": "proxytune.decoding.latent",
     "StochasticRecursion": "proxytune.trajectories",

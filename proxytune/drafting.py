@@ -1,21 +1,23 @@
 """Assisted decoding on a composed model: drafts whose head is narrower or wider than the base's.
 
 A draft only proposes; what is accepted is decided by the combined logits. So a draft of another width needs nothing but
-rows of the same width, ids that it can embed, and no proposals that some member cannot embed.
+rows of the same width, ids that it can embed, and no proposals that some member cannot embed. The model's own expert as
+the draft is another matter: it runs ahead on the composite cache, in the loop of `proxytune.decoding.speculative`.
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
-from transformers.generation.candidate_generator import CandidateGenerator
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 
-from proxytune.errors import UnsupportedModeError
+from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.member import embedding_rows
 
-__all__ = ["FittedDraft", "TailMask", "refuse_self_speculation"]
+__all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
 
 # Settings of generate() that draft with layers, heads or embeddings of the one model it takes itself to be running.
 _SELF_SPECULATION = {"assistant_early_exit": (None,), "use_mtp": (None, False), "speculation_type": (None,)}
@@ -119,3 +121,44 @@ def refuse_self_speculation(generation_config: GenerationConfig) -> None:
                 got=f"{name}={value!r}, which drafts with a part of one model",
                 remedy="Pass assistant_model= or prompt_lookup_num_tokens=.",
             )
+
+
+class AssistedMixin:
+    """What `generate(assistant_model=…)` does on a composed model; comes before `GenerationMixin` among the bases."""
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        refuse_self_speculation(generation_config)
+        if not generation_mode_kwargs.get("assistant_tokenizer"):
+            # transformers takes another head width for another tokenizer; here the rows are fitted instead.
+            generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
+        parent: Any = super()
+        parent._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        parent: Any = super()
+        inner: CandidateGenerator = parent._get_candidate_generator(*args, **kwargs)
+        width: int = self.config.vocab_size  # type: ignore[attr-defined]
+        return FittedDraft(inner, width) if type(inner) is AssistedCandidateGenerator else inner
+
+    def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+        parent: Any = super()
+        expert: Any = getattr(self, "expert", None)
+        if expert is None or assistant_model is not expert:
+            return parent._assisted_decoding(*args, assistant_model=assistant_model, **kwargs)
+        config = kwargs["generation_config"]
+        if config.assistant_ensemble_weight is not None:
+            raise InputError.of(
+                "assistant_ensemble_weight",
+                expected="None: with the expert as the draft nothing is lost",
+                got=f"{config.assistant_ensemble_weight}, which mixes the draft into the model",
+                remedy="Leave it out, or change alpha, which is the weight of the expert.",
+            )
+        for name in ("inputs_tensor", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        tokens = expert.generation_config.num_assistant_tokens
+        # By name: the loops stand above the model, and know it.
+        loops = importlib.import_module("proxytune.decoding.speculative")
+        loop = loops.SpeculativeDecoding(draft_tokens="auto" if tokens is None else tokens)
+        return loop(self, *args, **kwargs)

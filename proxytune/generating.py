@@ -14,12 +14,11 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, StaticCache
-from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.cache import adopt, refuse_short_cache
-from proxytune.drafting import FittedDraft, TailMask, refuse_self_speculation
+from proxytune.drafting import AssistedMixin, TailMask
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.padding import refuse_ambiguous_padding
 
@@ -112,7 +111,7 @@ def refuse_shapes(input_ids: Any, attention_mask: Any) -> None:
         )
 
 
-class ComposedGenerationMixin(GenerationMixin):
+class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     """`GenerationMixin` for a model that is composed of several, the base among them.
 
     Its name has to end like `GenerationMixin`: `can_generate()`, which pipelines ask, looks for that in the bases.
@@ -228,15 +227,6 @@ class ComposedGenerationMixin(GenerationMixin):
         # Members differ in head counts and sizes, so each layer initialises itself at its first update.
         return None
 
-    def _validate_generation_mode(
-        self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
-    ) -> None:
-        refuse_self_speculation(generation_config)
-        if not generation_mode_kwargs.get("assistant_tokenizer"):
-            # transformers takes another head width for another tokenizer; here the rows are fitted instead.
-            generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
-
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **named: Any
     ) -> dict[str, Any]:
@@ -247,10 +237,6 @@ class ComposedGenerationMixin(GenerationMixin):
         # transformers keeps the streamer, the tokenizer and the draft from a callable; here it gets what it names.
         names = inspect.signature(custom_generate).parameters
         return {name: value for name, value in given.items() if name in names} | found
-
-    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
-        inner = super()._get_candidate_generator(*args, **kwargs)
-        return FittedDraft(inner, self.config.vocab_size) if type(inner) is AssistedCandidateGenerator else inner
 
     init_continuous_batching = staticmethod(refuse_continuous_batching)
 

@@ -18,7 +18,7 @@ from proxytune.errors import NumericalError
 from proxytune.noise import Noise
 from proxytune.sampling import Sampling
 
-__all__ = ["Drawing", "Record", "Rows"]
+__all__ = ["Drawing", "Record", "Rows", "combined", "failure", "row_on"]
 
 Rows = tuple[list[torch.Tensor], Sequence[float]]
 """Members' rows, `[B, V_i]` each, on one device, and their weights."""
@@ -144,14 +144,14 @@ class Drawing:
             What was asked for, with a token of −1 in a row that has no distribution; and the rows it was drawn from.
             These may be the forward pass's own memory: let go of them before the next.
         """
-        rows = [self._row(x) for x in members]
+        rows = [row_on(self._place, x) for x in members]
         rows[0] = rows[0][:, : self.usable]  # a view: ids beyond are not masked but absent
         logits = scores = rows[0]
         if self._translation.before or (record is not None and record.asked):
-            logits = self._combined(rows, weights).to(input_ids.device)  # [B, V]
+            logits = combined((rows, weights), self._width, self._impl).to(input_ids.device)  # [B, V]
             scores = self._translation.before(input_ids, logits)  # [B, V]
         if self._translation.before:
-            rows, weights = [self._row(scores)], (1.0,)
+            rows, weights = [row_on(self._place, scores)], (1.0,)
         found = ops.step(
             rows, weights, sampling=self._sampling, noise=self._noise, draws=draws, want=want, impl=self._impl
         )
@@ -192,30 +192,67 @@ class Drawing:
         Returns:
             The error to raise.
         """
-        row = int(bad.int().argmax())
-        lse = ops.step(*rows, want=("lse",), impl=self._impl).lse
-        assert lse is not None
-        masked = float(lse[row]) == -torch.inf
-        who = "after the logits processors" if self._translation.before else "of the members"
-        error = NumericalError.of(
-            f"row {row} of {len(bad)}, step {step} (new tokens counted from 0)",
-            expected="logits of which a token can be drawn",
-            got=f"−inf for every token, {who}" if masked else f"NaN or +inf among the logits {who}",
-            remedy="See which constraints leave no token, or relax them."
-            if masked
-            else "Run the members in bfloat16 or float32 rather than float16, look at model.member_logits(...) on this "
-            "row's prefix, or pass remove_invalid_values=True to go on with finite values in their place.",
-        )
-        assert isinstance(error, NumericalError)
-        return error
+        return failure(rows, int(bad.int().argmax()), len(bad), step, bool(self._translation.before), self._impl)
 
-    def _row(self, x: torch.Tensor) -> torch.Tensor:
-        # Not waiting is safe only towards a GPU, see `proxytune.formula.shift`.
-        x = x.to(self._place, x.dtype if x.dtype in _TAKEN else torch.float32, non_blocking=self._place.type != "cpu")
-        return x if x.stride(1) == 1 else x.contiguous()
 
-    def _combined(self, rows: Sequence[torch.Tensor], weights: Sequence[float]) -> torch.Tensor:
-        scores = ops.step(rows, weights, want=("scores",), impl=self._impl).scores
-        assert scores is not None
-        missing = self._width - self.usable
-        return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
+def row_on(place: torch.device, x: torch.Tensor) -> torch.Tensor:
+    """Rows of logits as a step takes them.
+
+    Args:
+        place: Where the draws are made.
+        x: `[N, V_i]`, of any float dtype, on any device.
+
+    Returns:
+        The same there, the columns next to each other; not a copy where none is needed.
+    """
+    # Not waiting is safe only towards a GPU, see `proxytune.formula.shift`.
+    x = x.to(place, x.dtype if x.dtype in _TAKEN else torch.float32, non_blocking=place.type != "cpu")
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def combined(rows: Rows, width: int, impl: ops.Impl) -> torch.Tensor:
+    """The combined logits for processors, which expect all columns.
+
+    Args:
+        rows: Members' rows; the base's may have fewer columns.
+        width: The base's width V.
+        impl: As in `ops.step`.
+
+    Returns:
+        `[N, V]`, float32; −inf in the columns that the base's rows lack.
+    """
+    scores = ops.step(*rows, want=("scores",), impl=impl).scores
+    assert scores is not None
+    missing = width - scores.shape[1]
+    return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
+
+
+def failure(rows: Rows, row: int, batch: int, step: int, processed: bool, impl: ops.Impl) -> NumericalError:
+    """Say that a row had no distribution, and why. Waits for the device.
+
+    Args:
+        rows: What was drawn from.
+        row: Which of them.
+        batch: How many rows there are.
+        step: How many tokens were generated before.
+        processed: Whether logits processors had run.
+        impl: As in `ops.step`.
+
+    Returns:
+        The error to raise.
+    """
+    lse = ops.step(*rows, want=("lse",), impl=impl).lse
+    assert lse is not None
+    masked = float(lse[row]) == -torch.inf
+    who = "after the logits processors" if processed else "of the members"
+    error = NumericalError.of(
+        f"row {row} of {batch}, step {step} (new tokens counted from 0)",
+        expected="logits of which a token can be drawn",
+        got=f"−inf for every token, {who}" if masked else f"NaN or +inf among the logits {who}",
+        remedy="See which constraints leave no token, or relax them."
+        if masked
+        else "Run the members in bfloat16 or float32 rather than float16, look at model.member_logits(...) on this "
+        "row's prefix, or pass remove_invalid_values=True to go on with finite values in their place.",
+    )
+    assert isinstance(error, NumericalError)
+    return error

@@ -1,0 +1,163 @@
+"""The columns of caches whose rows have come differently far: which hold a token, and how rows are brought in line.
+
+A cache has one column per token for all rows of a batch, but drafts are accepted row by row. Rows are kept in line at
+their *last* token: a row that got fewer tokens is moved to the right by the difference, which is more padding at its
+left, and columns that have become padding in every row that goes on are cut off. So each row's tokens stay next to each
+other, and masks, positions and sliding windows are those of an ordinary left-padded batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from proxytune.errors import CacheError
+
+__all__ = ["Columns", "record", "refuse_cache"]
+
+
+class Columns:
+    """The columns that all caches of one generation have in common.
+
+    Attributes:
+        lengths: `[B]`, int64: how many tokens each row holds, padding not counted.
+        width: How many columns there are.
+    """
+
+    def __init__(self, lengths: torch.Tensor, width: int, mask: torch.Tensor | None) -> None:
+        """Take over what a prompt has left; waits for the device, so this is for before the loop.
+
+        Args:
+            lengths: `[B]`, int64.
+            width: How many columns the caches have.
+            mask: `[B, width]`, 1 for tokens and 0 for padding; None if nothing is padded.
+        """
+        self.lengths = lengths.clone()
+        self.width = width
+        self._mask = mask
+        leading = torch.zeros_like(lengths) if mask is None else (mask.cumsum(1) == 0).sum(1)
+        self._pads: list[int] = leading.tolist()
+
+    def mask(self, new: int) -> torch.Tensor | None:
+        """The mask of a forward pass.
+
+        Args:
+            new: How many tokens it gets for each row.
+
+        Returns:
+            `[B, width + new]`, int64; None if nothing is padded.
+        """
+        return None if self._mask is None else torch.nn.functional.pad(self._mask, (0, new), value=1)
+
+    def positions(self, new: int, ahead: int = 0) -> torch.Tensor:
+        """The positions of a forward pass's tokens.
+
+        Args:
+            new: How many tokens it gets for each row.
+            ahead: How many were given before them, and are not settled.
+
+        Returns:
+            `[B, new]`, int64.
+        """
+        return self.lengths[:, None] + torch.arange(ahead, ahead + new, device=self.lengths.device)
+
+    def settle(self, caches: Sequence[Cache], new: int, kept: Sequence[int], going: Sequence[bool]) -> None:
+        """Keep the first tokens of those that the last forward passes have added, of each row its own number.
+
+        Args:
+            caches: The caches, all of which have the same `width + new` columns.
+            new: How many columns were added.
+            kept: How many of them each row keeps, at least 1 for a row that goes on.
+            going: Which rows go on; what becomes of the others does not matter.
+        """
+        most = max((n for n, on in zip(kept, going, strict=True) if on), default=new)
+        shifts = [most - n if on else 0 for n, on in zip(kept, going, strict=True)]
+        device = self.lengths.device
+        self.lengths = self.lengths + torch.tensor([most - s for s in shifts], device=device)
+        self._pads = [pad + shift for pad, shift in zip(self._pads, shifts, strict=True)]
+        if not any(shifts):
+            for cache in caches:
+                cache.crop(most - new)
+            self.width += most
+            self._mask = self.mask(most)
+            return
+        drop = min(pad for pad, on in zip(self._pads, going, strict=True) if on)
+        self._pads = [max(pad - drop, 0) for pad in self._pads]
+        shift = torch.tensor(shifts, device=device)
+        old = self.width + new
+        self.width += most - drop
+        self._mask = self._in_line(drop, shift)
+        for cache in caches:
+            for layer in cache.layers:
+                if layer.is_initialized:
+                    _move(layer, shift, old, self.width, new - most)
+
+    def _in_line(self, drop: int, shift: torch.Tensor) -> torch.Tensor:
+        """The mask after rows have moved by `shift`, and `drop` columns have gone."""
+        rows, device = shift.shape[0], shift.device
+        column = torch.arange(drop, drop + self.width, device=device)[None] - shift[:, None]  # where it was
+        if self._mask is None:
+            return (column >= 0).long()
+        before = torch.nn.functional.pad(self._mask, (0, int(drop + self.width - self._mask.shape[1])), value=1)
+        return before.gather(1, column.clamp(min=0).expand(rows, -1)) * (column >= 0)
+
+
+def _move(layer: DynamicLayer, shift: torch.Tensor, old: int, width: int, cut: int) -> None:
+    """Move rows to the right, cut columns off at the right and, down to what is needed, at the left.
+
+    Args:
+        layer: A layer of a dynamic cache.
+        shift: `[B]`, int64.
+        old: How many columns the layer stands for; a sliding one holds the last of them.
+        width: How many it has to stand for afterwards.
+        cut: How many to cut off at the right.
+    """
+    stored = layer.keys.shape[-2]
+    keep = min(width, stored - cut)
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer.cumulative_length = width
+        keep = min(keep, layer.sliding_window - 1)
+    # Past the left end of a row there is only padding, which any finite numbers will do for.
+    index = torch.arange(stored - cut - keep, stored - cut, device=shift.device)[None] - shift[:, None]
+    index = index.clamp(min=0).to(layer.keys.device)[:, None, :, None]
+    for name in ("keys", "values"):
+        states = getattr(layer, name)  # [B, heads, stored, D]
+        setattr(layer, name, states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3])))
+
+
+def record(cache: Cache) -> list[DynamicSlidingWindowLayer]:
+    """Make sliding layers keep what a rejected draft would push out of their window, until they are settled.
+
+    Args:
+        cache: The cache.
+
+    Returns:
+        The layers that did not do so before.
+    """
+    layers = [x for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer) and not x.record_past]
+    for layer in layers:
+        layer.activate_past_recording()
+    return layers
+
+
+def refuse_cache(cache: Cache | None) -> None:
+    """Refuse a cache that rejected drafts cannot be taken out of, row by row.
+
+    Args:
+        cache: The cache of the generation.
+
+    Raises:
+        CacheError: If it is not a dynamic one of plain attention layers, or there is none.
+    """
+    layers = getattr(cache, "layers", None)
+    if layers is not None and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers):
+        return
+    kinds = sorted({type(x).__name__ for x in layers or ()})
+    raise CacheError.of(
+        "past_key_values",
+        expected="a DynamicCache, out of which rejected drafts can be taken row by row",
+        got="no cache" if cache is None else f"a {type(cache).__name__}" + (f" of {', '.join(kinds)}" if kinds else ""),
+        remedy="Leave cache_implementation out, and use_cache=False too.",
+    )

@@ -1,0 +1,316 @@
+"""Where drafted tokens come from: the composed model's own expert, another model, the prompt, or bigrams of a model.
+
+A draft only proposes; what is accepted is decided by the model's own distribution, so none of them can change what
+comes out, but only how fast. `Draft` is the setting, `Drafter` its state in one generation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from proxytune.cache import view
+from proxytune.costs import DraftCosts
+from proxytune.decoding.columns import Columns, record
+from proxytune.decoding.texts import Texts
+from proxytune.errors import InputError
+from proxytune.member import Member, check_ids, positions_of
+from proxytune.model import ProxyTunedModel
+from proxytune.weights import pass_bytes
+
+__all__ = ["Draft", "DraftModel", "Drafter", "ExpertDraft", "Start"]
+
+Draw = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From raw logits `[B, V_q]` and the drafts before them `[B, j]` to tokens `[B]` and the rows they were drawn from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a generation begins with.
+
+    Attributes:
+        model: The composed model, or a plain causal LM.
+        cache: Its cache, which holds the prompts.
+        input_ids: `[B, T]`, int64: the prompts.
+        attention_mask: `[B, T]`, or longer where a cache was given and only new ids; None if nothing is padded.
+        usable: How many ids may be drafted.
+    """
+
+    model: Any
+    cache: Cache
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    usable: int
+
+
+class Drafter(ABC):
+    """A draft in one generation.
+
+    Attributes:
+        caches: Its own caches, which have as many columns as the model's when a round is settled.
+    """
+
+    caches: tuple[Cache, ...] = ()
+
+    @abstractmethod
+    def propose(
+        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft a continuation of each row.
+
+        Args:
+            count: At most how many tokens, at least 1.
+            last: `[B, 1]`, int64: the last token of each row, which no cache holds yet.
+            texts: The texts.
+            columns: What the caches hold.
+            draw: Draws from a model's logits as the verification will.
+
+        Returns:
+            `[B, K]`, int64, K ≤ `count`, −1 from where a row has no draft; and the rows that they were drawn from,
+            `[B · K, V_q]`, None if they were not drawn.
+        """
+
+    def known(self) -> Mapping[str, torch.Tensor]:
+        """What members have already said about the first tokens of the verifying pass, and hold in the cache.
+
+        Returns:
+            Role → `[B, J, V_i]`.
+        """
+        return {}
+
+    def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
+        """See a round without a draft go by: caches of its own have to take in the last token all the same.
+
+        Args:
+            last: `[B, 1]`, int64.
+            columns: What the caches hold.
+        """
+        raise NotImplementedError  # what has no caches of its own is not asked
+
+
+class Draft(ABC):
+    """A source of drafted tokens, for any number of generations."""
+
+    @abstractmethod
+    def begin(self, start: Start) -> Drafter:
+        """Begin a generation.
+
+        Args:
+            start: What it begins with.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: If the model is not one that it can draft for.
+        """
+
+    @abstractmethod
+    def costs(self, model: Any) -> DraftCosts:
+        """What a round takes, as far as the number of bytes that have to be read tells.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The costs.
+        """
+
+
+def verifying_bytes(model: Any, *, without: str | None = None) -> list[Any]:
+    """What one pass of each verifying member has to read.
+
+    Args:
+        model: The composed model, or a plain causal LM.
+        without: The role of a member that drafts.
+
+    Returns:
+        `PassBytes` of each.
+    """
+    if not isinstance(model, ProxyTunedModel):
+        return [pass_bytes(model)]
+    return [pass_bytes(member.model) for member in model.members if member.role != without]
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+
+
+class _ModelDrafter(Drafter):
+    """What drafts with a model: one pass per token, each on the one before."""
+
+    def __init__(self, forward: Forward, usable: int) -> None:
+        self._forward = forward
+        self._usable = usable
+
+    def propose(
+        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        drafted = last[:, :0]
+        token, rows = last, []
+        for ahead in range(count):
+            logits = self._forward(token, columns.mask(ahead + 1), columns.positions(1, ahead))  # [B, 1, V_q]
+            self._keep(logits)
+            tokens, drawn_from = draw(logits[:, -1, : self._usable], drafted)
+            rows.append(drawn_from)
+            token = tokens.clamp(min=0)[:, None]  # where there was nothing to draw from, nothing will be accepted
+            drafted = torch.cat([drafted, tokens[:, None]], 1)
+        self._finish(token, columns, count)
+        return drafted, torch.stack(rows, 1).flatten(0, 1)
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        pass
+
+    def _finish(self, token: torch.Tensor, columns: Columns, count: int) -> None:
+        pass
+
+
+class _OwnExpert(_ModelDrafter):
+    """The expert of the composed model, ahead of the others on its own layers of the composite cache."""
+
+    def __init__(self, start: Start) -> None:
+        place = [member.role for member in start.model.members].index("expert")
+        member, span = start.model.members[place], start.model.config.spans[place]
+
+        def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+            part = view(start.cache, *span)
+            return member.forward(ids, attention_mask=mask, position_ids=positions, cache=part)
+
+        super().__init__(forward, start.usable)
+        self._said: list[torch.Tensor] = []
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        self._said.append(logits)
+
+    def known(self) -> Mapping[str, torch.Tensor]:
+        said, self._said = self._said, []
+        return {"expert": torch.cat(said, 1)} if said else {}
+
+
+@dataclass(frozen=True)
+class ExpertDraft(Draft):
+    """The composed model's own expert drafts: it has to run anyway, and hands its logits to the verification."""
+
+    def begin(self, start: Start) -> Drafter:
+        """Begin a generation.
+
+        Args:
+            start: What it begins with.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: If the model is not a composed one.
+        """
+        self._refuse(start.model)
+        return _OwnExpert(start)
+
+    def costs(self, model: Any) -> DraftCosts:
+        """What has to be read in a round.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The costs, in bytes.
+
+        Raises:
+            InputError: If the model is not a composed one.
+        """
+        self._refuse(model)
+        return DraftCosts.of_bytes(verifying_bytes(model, without="expert"), pass_bytes(model.expert))
+
+    @staticmethod
+    def _refuse(model: Any) -> None:
+        if not isinstance(model, ProxyTunedModel):
+            raise InputError.of(
+                "draft='expert'",
+                expected="a composed model, made by proxytune.wrap",
+                got=f"a {type(model).__name__}, which has no expert",
+                remedy="Pass another draft, such as DraftModel(small_model) or PromptLookup().",
+            )
+
+
+class _OtherModel(_ModelDrafter):
+    """A model outside the composition, with a cache of its own."""
+
+    def __init__(self, member: Member, start: Start) -> None:
+        ids, mask = start.input_ids, start.attention_mask
+        if start.cache.get_seq_length() != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
+            raise InputError.of(
+                "input_ids",
+                expected="the whole text, for a draft that has a cache of its own",
+                got=f"{ids.shape[1]} ids, beside a cache that holds {start.cache.get_seq_length()} tokens",
+                remedy="Pass the ids of the whole text together with past_key_values.",
+            )
+        check_ids(ids, [member])
+        cache = DynamicCache(config=member.model.config.get_text_config(decoder=True))
+        positions = None if mask is None else positions_of(mask)
+        # Of a prompt only what it leaves in the cache is of use.
+        member.forward(ids, attention_mask=mask, position_ids=positions, cache=cache, logits_to_keep=1)
+        record(cache)
+        self.caches = (cache,)
+
+        def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+            logits = member.forward(ids, attention_mask=mask, position_ids=positions, cache=cache)
+            return logits.to(start.input_ids.device)
+
+        super().__init__(forward, min(start.usable, member.rows))
+
+    def _finish(self, token: torch.Tensor, columns: Columns, count: int) -> None:
+        # The last draft may be accepted too: a cache without it would be a column short.
+        self._forward(token, columns.mask(count + 1), columns.positions(1, count))
+
+    def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
+        self._forward(last, columns.mask(1), columns.positions(1))
+
+
+class DraftModel(Draft):
+    """A third causal LM drafts, with a cache of its own.
+
+    Attributes:
+        model: The causal LM. Its ids have to mean what the steered model's mean; its head may be wider or narrower.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Check that the model can draft.
+
+        Args:
+            model: A decoder-only causal LM with attention layers only.
+
+        Raises:
+            UnsupportedModelError: If it is none.
+        """
+        self.model = model
+        self._member = Member(model, "draft")
+
+    def begin(self, start: Start) -> Drafter:
+        """Begin a generation: the draft reads the prompts.
+
+        Args:
+            start: What it begins with.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: If the prompts are not the whole text, or too long for the draft, or have ids that it cannot
+                embed.
+        """
+        return _OtherModel(self._member, start)
+
+    def costs(self, model: Any) -> DraftCosts:
+        """What has to be read in a round.
+
+        Args:
+            model: The model.
+
+        Returns:
+            The costs, in bytes.
+        """
+        return DraftCosts.of_bytes(verifying_bytes(model), pass_bytes(self.model), member=False)

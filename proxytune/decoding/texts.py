@@ -1,0 +1,115 @@
+"""The texts of a batch whose rows have come differently far, laid out as in a loop in which they go together.
+
+Processors and stopping criteria take a rectangle of ids in which all rows have the same number of generated tokens.
+`Texts.upto(step)` is that rectangle for any number of tokens: rows that have more are cut, rows that have fewer are
+filled up with padding, and what is said of them does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+__all__ = ["Texts"]
+
+
+class Texts:
+    """Prompts and what was generated after each.
+
+    Attributes:
+        prompts: `[B, T]`, int64, padded at the left.
+        counts: How many tokens each row has got.
+        lengths: `[B]`, int64: the same on the device.
+    """
+
+    def __init__(self, prompts: torch.Tensor, most: int, pad: int) -> None:
+        """Begin with the prompts alone.
+
+        Args:
+            prompts: `[B, T]`, int64.
+            most: How many tokens a row may get.
+            pad: What stands behind a row's end.
+        """
+        self.prompts = prompts
+        self.counts = [0] * prompts.shape[0]
+        self.lengths = torch.zeros(prompts.shape[0], dtype=torch.int64, device=prompts.device)
+        self._pad = pad
+        self._most = most
+        self._tokens = prompts.new_full((prompts.shape[0], most), pad)  # [B, most]
+
+    def upto(self, step: int) -> torch.Tensor:
+        """The batch as it stands when each row has got so many tokens.
+
+        Args:
+            step: How many.
+
+        Returns:
+            `[B, T + step]`, int64.
+        """
+        return torch.cat([self.prompts, self._tokens[:, :step]], 1)
+
+    def steps(self, new: int, going: Sequence[bool]) -> list[int]:
+        """The numbers of generated tokens that some row has when each gets up to so many more.
+
+        Args:
+            new: How many more tokens; 0 for those it has.
+            going: Which rows go on; the others do not count.
+
+        Returns:
+            In order; none above the most that a row may get.
+        """
+        found = {n + j for n, on in zip(self.counts, going, strict=True) if on for j in range(new + 1)}
+        return sorted(n for n in found if n <= self._most)
+
+    def written(self, new: torch.Tensor) -> Texts:
+        """The same texts with something behind them, such as drafts.
+
+        Args:
+            new: `[B, N]`, int64; below 0 for nothing.
+
+        Returns:
+            New texts, with the counts of these.
+        """
+        out = Texts.__new__(Texts)
+        out.prompts, out.counts, out.lengths = self.prompts, self.counts, self.lengths
+        out._pad, out._most = self._pad, self._most
+        column = self.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
+        wide = torch.nn.functional.pad(self._tokens, (0, new.shape[1]), value=self._pad)
+        wide = wide.scatter(1, column, new.where(new >= 0, self._pad))
+        out._tokens = wide[:, : self._most]
+        return out
+
+    def accept(self, written: Texts, counts: list[int]) -> None:
+        """Take over what is behind the texts, of each row its own number of tokens.
+
+        Args:
+            written: These texts with something behind them.
+            counts: How many tokens each row has from now on.
+        """
+        self.counts = counts
+        self.lengths = torch.tensor(counts, device=self.prompts.device)
+        beyond = torch.arange(self._most, device=self._tokens.device) >= self.lengths[:, None]
+        self._tokens = written._tokens.masked_fill(beyond, self._pad)
+
+    def last(self) -> torch.Tensor:
+        """The last generated token of each row.
+
+        Returns:
+            `[B, 1]`, int64; each row has one.
+        """
+        return self._tokens.gather(1, self.lengths[:, None] - 1)
+
+    def column(self, step: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where among the next positions of each row it has so many tokens.
+
+        Args:
+            step: How many tokens.
+            columns: How many positions there are: the first is that behind the text.
+
+        Returns:
+            `[B]`, int64: the position, clamped to those there are; `[B]`, bool: whether it is one of them.
+        """
+        column = step - self.lengths
+        inside = column.clamp(0, columns - 1)
+        return inside, column == inside
