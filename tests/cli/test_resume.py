@@ -118,6 +118,13 @@ def test_samples_do_not_depend_on_the_batches(run, words, tmp_path):
     assert (tmp_path / "out.jsonl").read_bytes() != found[0]
 
 
+@pytest.mark.parametrize("flags", [["num_beams=2"], ["num_return_sequences=2"]])
+def test_each_batch_has_draws_of_its_own(run, members, flags):
+    words = ["generate", *["x"] * 4, *members, "--batch-size", "1", "do_sample=true", "max_new_tokens=8"]
+    lines = [line["completion"] for line in run(*words, "temperature=3.0", *flags).lines]
+    assert len(set(lines)) == len(lines)
+
+
 def test_what_another_call_wrote_is_refused_by_name(run, words, members, family, tmp_path, monkeypatch):
     out, prompts = tmp_path / "out.jsonl", tmp_path / "prompts.jsonl"
     flags = ["do_sample=true", "max_new_tokens=3"]
@@ -255,8 +262,11 @@ def test_a_finished_file_is_overwritten_without_resume(run, words, tmp_path, mon
         assert run(*words, "max_new_tokens=3").code == 1
     assert out.read_bytes() == whole, "what cannot be replaced stays"
     assert run(*words, "max_new_tokens=3").code == 0
-    assert out.read_bytes() != whole
-    assert out.read_bytes().count(b"\n") == 7
+    longer = out.read_bytes()
+    assert longer != whole
+    assert longer.count(b"\n") == 7
+    run(*words, "max_new_tokens=2")
+    assert out.read_bytes() == whole, "nothing of the longer ones is left behind it"
 
 
 def test_one_run_at_a_time(run, words, tmp_path):
