@@ -12,18 +12,50 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from transformers import LogitsProcessor
+from transformers.generation.logits_process import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 
 from proxytune import ops
 from proxytune.decoding.drawing import Rows, combined, failure, row_on
 from proxytune.decoding.texts import Texts
 from proxytune.decoding.translation import Translation
-from proxytune.errors import NumericalError
+from proxytune.errors import NumericalError, UnsupportedModeError
 from proxytune.noise import Noise
 from proxytune.sampling import Sampling
 
-__all__ = ["Accept", "Judge"]
+__all__ = ["Accept", "Judge", "refuse_stateful"]
 
 Accept = Literal["rejection", "coupled"]
+
+
+# They take each call for one more token of every row: the one feeds it to a model, the other rolls on a context.
+_STATEFUL = {
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    SynthIDTextWatermarkLogitsProcessor: "a SynthID watermark",
+}
+
+
+def refuse_stateful(processors: Sequence[LogitsProcessor]) -> None:
+    """Refuse processors that would silently be wrong where positions are asked again, or out of order.
+
+    Args:
+        processors: The processors.
+
+    Raises:
+        UnsupportedModeError: If there is one.
+    """
+    for processor in processors:
+        for kind, what in _STATEFUL.items():
+            if isinstance(processor, kind):
+                raise UnsupportedModeError.of(
+                    what,
+                    expected="processors that depend on the text alone",
+                    got=f"{type(processor).__name__}, which counts its calls; drafts are asked about more than once",
+                    remedy="Leave it out, or decode without speculation.",
+                )
 
 
 class Judge:
@@ -80,6 +112,8 @@ class Judge:
             `[B]`, int64, −1 where the draft has no distribution; and the rows they were drawn from.
         """
         rows = row_on(self._place, logits)
+        if (missing := self._usable - rows.shape[1]) > 0:  # the settings are for rows of the base's width
+            rows = torch.nn.functional.pad(rows, (0, missing), value=-torch.inf)
         ahead = drafted.shape[1]
         if self._translation.before:
             scores = combined(([rows], (1.0,)), self._width, self._impl).to(drafted.device)
