@@ -15,14 +15,15 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from proxytune.errors import CacheError
 
-__all__ = ["Columns", "record", "refuse_cache"]
+__all__ = ["Columns", "forget", "record", "refuse_cache"]
 
 
 class Columns:
     """The columns that all caches of one generation have in common.
 
     Attributes:
-        lengths: `[B]`, int64: how many tokens each row holds, padding not counted.
+        lengths: `[B]`, int64: the position of each row's next token. That is how many tokens it holds, padding not
+            counted, unless the caller's own positions began elsewhere.
         width: How many columns there are.
     """
 
@@ -74,25 +75,31 @@ class Columns:
         """
         most = max((n for n, on in zip(kept, going, strict=True) if on), default=new)
         shifts = [most - n if on else 0 for n, on in zip(kept, going, strict=True)]
-        device = self.lengths.device
-        self.lengths = self.lengths + torch.tensor([most - s for s in shifts], device=device)
         self._pads = [pad + shift for pad, shift in zip(self._pads, shifts, strict=True)]
-        if not any(shifts):
-            for cache in caches:
-                cache.crop(most - new)
-            self.width += most
-            self._mask = self.mask(most)
-            return
-        drop = min(pad for pad, on in zip(self._pads, going, strict=True) if on)
-        self._pads = [max(pad - drop, 0) for pad in self._pads]
-        shift = torch.tensor(shifts, device=device)
+        # A row alone keeps its padding: the cache that is handed back belongs to ids that have it.
+        drop = min(pad for pad, on in zip(self._pads, going, strict=True) if on) if len(shifts) > 1 else 0
         old = self.width + new
         self.width += most - drop
+        self._advance(kept, going)
+        if not any(shifts) and not drop:
+            for cache in caches:
+                cache.crop(most - new)
+            if self._mask is not None:
+                self._mask = torch.nn.functional.pad(self._mask, (0, most), value=1)
+            return
+        self._pads = [max(pad - drop, 0) for pad in self._pads]
+        shift = torch.tensor(shifts, device=self.lengths.device)
         self._mask = self._in_line(drop, shift)
         for cache in caches:
             for layer in cache.layers:
                 if layer.is_initialized:
                     _move(layer, shift, old, self.width, new - most)
+
+    def _advance(self, kept: Sequence[int], going: Sequence[bool]) -> None:
+        new = [n if on else -1 for n, on in zip(kept, going, strict=True)]
+        moved = torch.tensor(new, device=self.lengths.device)
+        # What becomes of a row that does not go on does not matter, but it must stay within every member's positions.
+        self.lengths = torch.where(moved < 0, self.lengths.clamp(max=self.width), self.lengths + moved)
 
     def _in_line(self, drop: int, shift: torch.Tensor) -> torch.Tensor:
         """The mask after rows have moved by `shift`, and `drop` columns have gone."""
@@ -142,6 +149,16 @@ def record(cache: Cache) -> list[DynamicSlidingWindowLayer]:
     return layers
 
 
+def forget(cache: Cache) -> None:
+    """Empty a cache whose rows are not in line with the sequences: its owner may hold it, and would go on from it.
+
+    Args:
+        cache: The cache.
+    """
+    for layer in cache.layers:
+        layer.crop(-int(layer.get_seq_length()))
+
+
 def refuse_cache(cache: Cache | None) -> None:
     """Refuse a cache that rejected drafts cannot be taken out of, row by row.
 
@@ -152,9 +169,10 @@ def refuse_cache(cache: Cache | None) -> None:
         CacheError: If it is not a dynamic one of plain attention layers, or there is none.
     """
     layers = getattr(cache, "layers", None)
-    if layers is not None and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers):
+    plain = layers is not None and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
+    if plain and not getattr(cache, "offloading", False):  # whose layers are under way while rows would be moved
         return
-    kinds = sorted({type(x).__name__ for x in layers or ()})
+    kinds = ["offloaded layers"] if plain else sorted({type(x).__name__ for x in layers or ()})
     raise CacheError.of(
         "past_key_values",
         expected="a DynamicCache, out of which rejected drafts can be taken row by row",

@@ -57,6 +57,17 @@ class Drafter(ABC):
 
     caches: tuple[Cache, ...] = ()
 
+    def room(self, width: int) -> int:
+        """How many tokens it can draft, as far as its own context goes.
+
+        Args:
+            width: How many columns the caches have.
+
+        Returns:
+            At least 0.
+        """
+        return 1 << 30
+
     @abstractmethod
     def propose(
         self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
@@ -248,19 +259,29 @@ class _OtherModel(_ModelDrafter):
                 got=f"{ids.shape[1]} ids, beside a cache that holds {start.cache.get_seq_length()} tokens",
                 remedy="Pass the ids of the whole text together with past_key_values.",
             )
-        check_ids(ids, [member])
+        check_ids(ids.clamp(max=member.rows - 1), [member])
+        self._context = member.context
         cache = DynamicCache(config=member.model.config.get_text_config(decoder=True))
         positions = None if mask is None else positions_of(mask)
         # Of a prompt only what it leaves in the cache is of use.
-        member.forward(ids, attention_mask=mask, position_ids=positions, cache=cache, logits_to_keep=1)
+        known = ids.clamp(max=member.rows - 1)
+        member.forward(known, attention_mask=mask, position_ids=positions, cache=cache, logits_to_keep=1)
         record(cache)
         self.caches = (cache,)
 
         def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-            logits = member.forward(ids, attention_mask=mask, position_ids=positions, cache=cache)
+            # Text that it has no embedding for reaches it as another token: its drafts get worse, nothing else.
+            known = ids.clamp(max=member.rows - 1)
+            logits = member.forward(known, attention_mask=mask, position_ids=positions, cache=cache)
             return logits.to(start.input_ids.device)
 
         super().__init__(forward, min(start.usable, member.rows))
+
+    def room(self, width: int) -> int:
+        left = 1 << 30 if self._context is None else self._context - width - 1
+        if left < 0:
+            self.caches = ()  # it cannot even read on: from here the model goes on without a draft
+        return max(0, left) if self.caches else 0
 
     def _finish(self, token: torch.Tensor, columns: Columns, count: int) -> None:
         # The last draft may be accepted too: a cache without it would be a column short.
@@ -299,8 +320,7 @@ class DraftModel(Draft):
             The state.
 
         Raises:
-            InputError: If the prompts are not the whole text, or too long for the draft, or have ids that it cannot
-                embed.
+            InputError: If the prompts are not the whole text, or too long for the draft.
         """
         return _OtherModel(self._member, start)
 

@@ -16,10 +16,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from proxytune import ops
 from proxytune.costs import DraftCosts
-from proxytune.decoding.columns import Columns, record, refuse_cache
+from proxytune.decoding.columns import Columns, forget, record, refuse_cache
 from proxytune.decoding.draft_length import DraftLength
 from proxytune.decoding.drafts import Draft, ExpertDraft, Start
-from proxytune.decoding.judging import Accept, Judge
+from proxytune.decoding.judging import Accept, Judge, refuse_stateful
 from proxytune.decoding.speculative_output import Record, SpeculativeOutput
 from proxytune.decoding.standing import Standing
 from proxytune.decoding.stepping import is_synced, last_logits, padding_of, usable_columns
@@ -89,6 +89,13 @@ class SpeculativeDecoding:
                 got=repr(self.draft) if isinstance(self.draft, str) else f"a {type(self.draft).__name__}",
                 remedy="Wrap a model: draft=DraftModel(model).",
             )
+        if self.costs is not None and not isinstance(self.costs, DraftCosts):
+            raise InputError.of(
+                "costs",
+                expected="DraftCosts, or None for the bytes that have to be read",
+                got=f"a {type(self.costs).__name__}",
+                remedy="Pass DraftCosts(round=…, draft=…), in any unit of time.",
+            )
         if self.draft_tokens != "auto":
             whole("draft_tokens", self.draft_tokens, "of tokens, or 'auto'")
         for name, value, allowed in (("accept", self.accept, Accept), ("impl", self.impl, ops.Impl)):
@@ -119,7 +126,8 @@ class SpeculativeDecoding:
         Args:
             model: The composed model, or a plain causal LM.
             input_ids: `[B, T]`, int64, expanded by `num_return_sequences`.
-            logits_processor: The processors, the user's among them.
+            logits_processor: The processors, the user's among them. They have to take any text, as in assisted
+                decoding: drafts that will be rejected, and padding behind rows that have not come as far as others.
             stopping_criteria: The criteria. They are asked at every token, and get no scores.
             generation_config: The settings.
             synced_gpus: Refused.
@@ -133,7 +141,8 @@ class SpeculativeDecoding:
             rows, which have come differently far.
 
         Raises:
-            UnsupportedModeError: For encoder-decoders and for every mode but greedy decoding and sampling.
+            UnsupportedModeError: For encoder-decoders, for every mode but greedy decoding and sampling, and for
+                processors that count their calls (`guidance_scale`, SynthID watermarks).
             InputError: If the draft does not fit, or there is an EOS but no padding token.
             CacheError: If rejected drafts cannot be taken out of the cache.
             NumericalError: If an unfinished row has no distribution, with the row and the step.
@@ -148,6 +157,7 @@ class SpeculativeDecoding:
         streamer = self._streamer(streamer, input_ids)
         lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)
         translation = translate(logits_processor, bool(generation_config.do_sample))
+        refuse_stateful(translation.before)
         keys = self._keys(batch)
         if isinstance(model, ProxyTunedModel):
             model_kwargs["combine"] = False
@@ -155,7 +165,9 @@ class SpeculativeDecoding:
         cache = outputs.past_key_values
         refuse_cache(cache)
         mask = model_kwargs.get("attention_mask")
-        columns = Columns(lengths, int(cache.get_seq_length()), mask)
+        given = model_kwargs.get("position_ids")
+        following = lengths if given is None else (given[:, -1] + 1).expand(batch)
+        columns = Columns(following, int(cache.get_seq_length()), mask)
         recorded = record(cache)
         last, weights = last_logits(model, outputs)
         members = [z[:, None] for z in last]  # [B, 1, V_i]
@@ -203,7 +215,7 @@ class SpeculativeDecoding:
                 break
             if new:
                 columns.settle((cache, *drafter.caches), new, got, rows.going)
-            count = length.choose(min(rows.room, verifying.room(columns.width)))
+            count = length.choose(min(rows.room, verifying.room(columns.width), drafter.room(columns.width)))
             noted.lengths.append(count)
             token = texts.last()
             if count:
@@ -223,6 +235,8 @@ class SpeculativeDecoding:
         sequences = texts.upto(rows.steps)
         if batch == 1 and new:
             columns.settle((cache,), new, [max(got[0], 1)], [True])
+        if batch > 1:
+            forget(cache)
         for layer in recorded:
             layer.record_past = False
         if not generation_config.return_dict_in_generate:
@@ -254,7 +268,9 @@ class SpeculativeDecoding:
         assistant_model: Any,
         model_kwargs: dict[str, Any],
     ) -> None:
-        if assistant_model is not None and assistant_model is not getattr(model, "expert", None):
+        if assistant_model is not None and (
+            assistant_model is not getattr(model, "expert", None) or not isinstance(self.draft, str)
+        ):
             raise InputError.of(
                 "assistant_model",
                 expected="none beside SpeculativeDecoding, which has a draft of its own",

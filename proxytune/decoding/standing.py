@@ -88,12 +88,14 @@ class Standing:
             if not self.going[row]:
                 continue
             stop = next((i for i, done in enumerate(stops[: accepted + (not bad)]) if done), None)
-            if stop is None and bad:
+            if stop is None and bad and self._ends[row] is None:
                 raise ruling.failure(row, before[row] + accepted)
             goes_on = stop is None or not self._fills_up
             counts[row] = before[row] + (accepted + 1 if goes_on and not bad else (stop or 0) + 1)
             if stop is not None and self._ends[row] is None:
                 self._ends[row] = before[row] + stop + 1
+        if not self._fills_up and None not in self._ends:  # no row has to go on beyond the last end
+            counts = [min(n, self.steps) for n in counts]
         was = self.going
         self._texts.accept(written, counts)
         if self._fills_up:
