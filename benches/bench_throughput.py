@@ -1,0 +1,136 @@
+"""Measure what a steered token costs beside a tuned model's, by every door, and keep the figures.
+
+::
+
+    python benches/bench_throughput.py --write          measure the CPU part and keep it
+    python benches/bench_throughput.py --write --quick  the set of `proxytune bench`, in minutes
+    python benches/bench_throughput.py --write --gpu    the GPU part alone, under ten minutes; refuses without a GPU
+    python benches/bench_throughput.py --write --gpu --long   the same with the protocol's own lengths
+    python benches/bench_throughput.py --markdown       the README's tables, from the JSON
+    pytest benches/bench_throughput.py --benchmark-only each method on the lab's family, by pytest-benchmark
+
+Writes benches/results/throughput.json, after each family. What is measured is `proxytune.lab.throughput`. On the CPU:
+the lab's family with its own acceptance, and random members in the ratio of 13B + 7B + 7B and 32B + 1.5B + 1.5B. On a
+GPU: random members of these shapes and of 8B + 1B + 1B, in bfloat16. Acceptance in random members is planted, and
+called so. What was not run says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import transformers
+
+from proxytune.lab.throughput import cpu_plans, gpu_plans, measure
+from proxytune.lab.throughput_cases import Cell, Subject, lab_subject
+from proxytune.lab.throughput_counting import FirstToken
+from proxytune.lab.throughput_methods import methods_for
+from proxytune.lab.throughput_report import markdown
+
+RESULTS = Path(__file__).resolve().parent / "results" / "throughput.json"
+DEADLINE = 420.0
+"""Seconds after which a GPU run begins no further family."""
+CELL = Cell(8, 16)
+
+
+def kept() -> dict[str, Any]:
+    """What the JSON holds, and what it says where nothing was run."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    reason = "no CUDA device" if not torch.cuda.is_available() else "not asked for"
+    return {
+        "command": "python benches/bench_throughput.py --write",
+        "cpu": found.get("cpu", {"status": "not run", "reason": "not asked for"}),
+        "gpu": found.get("gpu", {"status": "not run", "reason": reason}),
+    }
+
+
+def write(part: str, found: dict[str, Any]) -> None:
+    """Put one part into the JSON and keep the other."""
+    record = kept() | {part: found}
+    RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def throughput_table(record: dict[str, Any]) -> str:
+    """Both parts as Markdown."""
+    blocks = []
+    for part, words in (("cpu", "On a CPU"), ("gpu", "On a GPU")):
+        found = record[part]
+        blocks.append(markdown(found) if found["status"] == "run" else f"{words}: not run ({found['reason']}).")
+    return "\n\n".join(blocks)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="keep what is measured")
+    parser.add_argument("--quick", action="store_true", help="the CPU set of `proxytune bench`")
+    parser.add_argument("--gpu", action="store_true", help="the GPU part alone")
+    parser.add_argument("--long", action="store_true", help="the protocol's own lengths on a GPU")
+    parser.add_argument("--markdown", action="store_true", help="print the tables that are kept, and measure nothing")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
+    wanted = parser.parse_args(arguments)
+    if wanted.markdown:
+        print(throughput_table(kept()))
+        return
+    if wanted.gpu and not torch.cuda.is_available():
+        raise SystemExit("bench_throughput --gpu: expected a CUDA device; got none. Leave --gpu out for the CPU part.")
+    torch.set_num_threads(wanted.threads)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    part = "gpu" if wanted.gpu else "cpu"
+    if wanted.gpu:
+        plans, deadline = gpu_plans("full" if wanted.long else "quick"), float("inf") if wanted.long else DEADLINE
+    else:
+        plans, deadline = cpu_plans("quick" if wanted.quick else "full"), float("inf")
+    found = measure(
+        plans,
+        gpu=wanted.gpu,
+        deadline=deadline,
+        report=lambda text: print(text, file=sys.stderr, flush=True),
+        keep=lambda so_far: write(part, so_far) if wanted.write else None,
+    )
+    print(throughput_table(kept() | {part: found}))
+
+
+# --- pytest-benchmark ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    torch.set_num_threads(1)
+    return lab_subject()
+
+
+NAMES = (
+    "base alone", "tuned alone", "expert alone", "naive loop", "processor door", "composite door", "fused loop",
+    "fused, overlap", "speculation",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_throughput(benchmark: Any, subject: Subject, name: str) -> None:
+    (method,) = (method for method in methods_for(subject) if method.name == name)
+    if reason := method.missing(subject):
+        pytest.skip(reason)
+    ids, config = subject.prompts(CELL), CELL.config
+    benchmark.group = f"throughput, {CELL.name}"
+    ran = benchmark.pedantic(
+        lambda run: run(ids, config, FirstToken(subject.device)),
+        setup=lambda: ((method.prepare(subject),), {}),
+        rounds=5,
+        warmup_rounds=1,
+    )
+    assert ran.sequences.shape == (1, CELL.prompt + CELL.new)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Next tokens planted in models with random weights: an expert agrees with the composition as often as is wanted.
+
+Each token has a successor. A model's table of embeddings is made so large that the last hidden state is the embedding
+of the last token whatever the layers add, and its head answers that embedding with the successor. So the text of a
+composition is known, is far from ties in any dtype, and runs through all ids before it repeats itself. Expert and
+antiexpert have wrong successors for a share of the tokens, the same wrong ones, which cancel out in the sum: there the
+expert, as a draft, is rejected. All else of a pass, and so its time, is as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from transformers import PreTrainedModel
+
+from proxytune.errors import InputError
+
+__all__ = ["plant", "successors"]
+
+_LOUD = 100.0
+"""Standard deviation of the embeddings; layers with usual random weights add a few units."""
+_SURE = 30.0
+"""The planted token's logit, in nats; the others' are near 0."""
+_BLOCK = 40
+"""Of so many tokens in a row, the share is as near as can be: short texts have the rate that was asked for, too."""
+
+
+def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What follows each token, in the composition and by the expert.
+
+    Args:
+        width: V, how many ids there are.
+        rate: The share of ids after which both are the same.
+        seed: Of the order of the ids and of which share it is.
+
+    Returns:
+        Two `[V]`, int64: the first is one cycle through all ids.
+
+    Raises:
+        InputError: If the rate is outside [0, 1].
+    """
+    if not 0.0 <= rate <= 1.0:
+        raise InputError.of("rate", expected="a share in [0, 1]", got=repr(rate), remedy="Pass e.g. 0.7.")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(width, generator=generator)
+    blocks = [torch.randperm(_BLOCK, generator=generator) for _ in range(-(-width // _BLOCK))]
+    # The same for every rate: a higher one agrees wherever a lower does.
+    coins = (torch.cat(blocks)[:width] + 0.5) / _BLOCK
+    right, expert = torch.empty_like(order), torch.empty_like(order)
+    right[order] = order.roll(-1)
+    expert[order] = torch.where(coins < rate, order.roll(-1), order.roll(-2))
+    return right, expert
+
+
+@torch.no_grad()
+def plant(models: Mapping[str, PreTrainedModel], rate: float, *, seed: int = 0) -> None:
+    """Plant next tokens, in place. May be called again with another rate.
+
+    Args:
+        models: `base`, `expert` and `antiexpert`, none with a head that is its table of embeddings.
+        rate: The share of ids after which the expert says what the composition says.
+        seed: Of what is planted.
+
+    Raises:
+        InputError: If the rate is outside [0, 1], or a head is tied.
+    """
+    tables = {role: model.get_input_embeddings().weight for role, model in models.items()}
+    heads = {role: model.get_output_embeddings().weight for role, model in models.items()}
+    for role, table in tables.items():
+        if heads[role] is table:
+            raise InputError.of(
+                f"the {role}", expected="a head of its own", got="a tied one", remedy="Build it with tied=False."
+            )
+    width = min(len(table) for table in tables.values())
+    right, expert = successors(width, rate, seed=seed)
+    for i, (role, table) in enumerate(tables.items()):
+        if table.std() < _LOUD / 2:  # not planted yet
+            generator = torch.Generator(table.device).manual_seed(seed + i)
+            table.normal_(std=_LOUD, generator=generator)
+        follows = (right if role == "base" else expert).to(table.device)
+        head = heads[role].zero_()
+        head.index_add_(0, follows, table[:width], alpha=_SURE / _LOUD / table.shape[1])

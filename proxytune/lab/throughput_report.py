@@ -1,0 +1,183 @@
+"""What the throughput bench says, as lines of text: for the command line's tables, the README's, and the plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = [
+    "DRAFTS",
+    "METHODS",
+    "bar",
+    "cell_name",
+    "drafts",
+    "interval",
+    "lines",
+    "markdown",
+    "not_run",
+    "steps",
+    "verdicts",
+]
+
+METHODS = ("method", "tokens/s", "first, ms", "ms/token", "× tuned [95 %]", "bytes alone", "accepted")
+DRAFTS = ("drafted", "tokens per round", "ms per round", "ms per token")
+_FULL, _MARK, _EMPTY = "█", "│", " "
+
+
+def cell_name(cell: Mapping[str, Any]) -> str:
+    """A line of the protocol."""
+    sampled = "" if cell["setting"] == "greedy" else ", sampled"
+    return f"{cell['prompt']}→{cell['new']}, batch {cell['rows']}{sampled}"
+
+
+def interval(found: Mapping[str, float]) -> str:
+    """A figure with its interval."""
+    return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+
+def lines(cell: Mapping[str, Any]) -> list[list[str]]:
+    """The methods on one line of the protocol.
+
+    Args:
+        cell: With floors.
+
+    Returns:
+        A line for each method that ran, of as many texts as `METHODS`. Empty where there is nothing to say.
+    """
+    out = []
+    for name, found in cell["methods"].items():
+        if found["status"] != "run":
+            continue
+        accepted = found.get("acceptance")
+        out.append(
+            [
+                name,
+                f"{found['tokens_per_s']:,.0f}" if found["tokens_per_s"] >= 100 else f"{found['tokens_per_s']:.1f}",
+                f"{found['ms_first']:.0f}",
+                f"{found['ms_per_token']:.1f}" if found["ms_per_token"] >= 10 else f"{found['ms_per_token']:.2f}",
+                interval(found["over_tuned"]) if "over_tuned" in found else "",
+                f"{found['floor_over_tuned']:.2f}",
+                "" if accepted is None else f"{accepted:.2f}",
+            ]
+        )
+    return out
+
+
+def not_run(cell: Mapping[str, Any]) -> list[str]:
+    """The methods that could not run, and why."""
+    return [f"{name}: {found['status']}" for name, found in cell["methods"].items() if found["status"] != "run"]
+
+
+def bar(value: float, mark: float, most: float, width: int) -> str:
+    """A bar as long as a value, with a sign where another one ends.
+
+    Args:
+        value: At least 0.
+        mark: At least 0.
+        most: The value of a bar of full length.
+        width: Characters of it.
+
+    Returns:
+        So many characters.
+    """
+    length = max(0, min(width, round(width * value / most)))
+    place = max(0, min(width - 1, round(width * mark / most) - 1))
+    filled = _FULL * length + _EMPTY * (width - length)
+    return filled[:place] + _MARK + filled[place + 1 :]
+
+
+def steps(cell: Mapping[str, Any]) -> list[list[str]]:
+    """How the composed methods compare with the members' own passes and the naive loop, and what they hold.
+
+    Args:
+        cell: A line of the protocol.
+
+    Returns:
+        A line for each method of three models: its name, both ratios, megabytes, megabytes read per token.
+    """
+    return [
+        [
+            name,
+            interval(found["over_members"]),
+            interval(found["over_naive"]) if "over_naive" in found else "",
+            f"{found['peak_mb']:.1f}",
+            f"{found['mb_per_token']:.1f}",
+        ]
+        for name, found in cell["methods"].items()
+        if found["status"] == "run" and found["kind"] != "alone"
+    ]
+
+
+def drafts(family: Mapping[str, Any]) -> list[list[str]]:
+    """The cost model beside the measurement.
+
+    Args:
+        family: A measured family.
+
+    Returns:
+        A line for each draft length, of as many texts as `DRAFTS`; none where it was not compared.
+    """
+    return [
+        [
+            str(line["draft_length"]),
+            *(
+                f"{line[what]['predicted']:.2f} · {line[what]['measured']:.2f}"
+                for what in ("tokens_per_round", "ms_per_round", "ms_per_token")
+            ),
+        ]
+        for line in family.get("drafting", {}).get("lines", [])
+    ]
+
+
+def verdicts(family: Mapping[str, Any]) -> list[str]:
+    """What came of each aim.
+
+    Args:
+        family: A measured family.
+
+    Returns:
+        A sentence for each aim: how often it was met, and the worst that came instead.
+    """
+    by_aim: dict[str, list[Mapping[str, Any]]] = {}
+    for one in family["aims"]:
+        by_aim.setdefault(one["aim"], []).append(one)
+    out = []
+    for aim, found in by_aim.items():
+        met = sum(one["met"] for one in found)
+        worst = max(found, key=lambda one: one["value"]["value"])
+        where = f"{worst['method']}, {worst['at']}"
+        text = f"{aim}: met in {met} of {len(found)}, the worst {interval(worst['value'])} ({where})"
+        floors = [one["floor"] for one in found if "floor" in one]
+        if floors and max(floors) > worst["bound"]:
+            text += f"; out of reach, bytes alone make {max(floors):.2f}"
+        out.append(text)
+    return out
+
+
+def markdown(part: Mapping[str, Any]) -> str:
+    """A measured part as Markdown: the first line of the protocol of each family, its aims, the cost model.
+
+    Args:
+        part: What `measure` returned.
+
+    Returns:
+        Tables and paragraphs.
+    """
+    blocks = []
+    for family in part["families"]:
+        cell = family["cells"][0]
+        head = f"| {family['name']}, {cell_name(cell)} | " + " | ".join(METHODS[1:]) + " |"
+        rows = [head, "|---|" + "--:|" * (len(METHODS) - 1)]
+        rows += ["| " + " | ".join(line) + " |" for line in lines(cell)]
+        blocks += ["\n".join(rows), ". ".join(verdicts(family)) + "."]
+    found = [family for family in part["families"] if "drafting" in family]
+    if found:
+        rows = ["| predicted · measured | " + " | ".join(DRAFTS) + " |", "|---|" + "--:|" * len(DRAFTS)]
+        rows += ["| " + " | ".join([family["name"], *line]) + " |" for family in found for line in drafts(family)]
+        blocks.append("\n".join(rows))
+    of = part["machine"]
+    blocks.append(
+        f"{of['processor']}, {of['cores']} cores (load when it began: {of['load']}), threads: {of['threads']}, "
+        f"torch {of['torch']}; took {part['seconds']:.0f} s."
+    )
+    return "\n\n".join(blocks)

@@ -1,0 +1,139 @@
+"""`proxytune bench`: its tables, its JSON and its plot, on a set small enough for a test."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from proxytune.cli import bench as command
+from proxytune.lab import throughput
+from proxytune.lab.throughput_cases import Cell, lab_subject, random_subject
+from proxytune.lab.throughput_shapes import Shape, Trio
+
+TINY = Trio("tiny trio", Shape(96, 1, 2, 2, 64, 80), Shape(64, 1, 2, 1, 48, 72, tied=True))
+CELLS = (Cell(4, 12), Cell(4, 6, 1, "sampled"))
+
+
+def small(size: str, folder: Any) -> list[throughput.Plan]:
+    """Two families, one of them trained, in the place of the command's own set."""
+    assert size == "quick"
+    return [
+        throughput.Plan(lambda: lab_subject(folder), CELLS, 2, 0.0),
+        throughput.Plan(
+            lambda: random_subject(TINY, dtype=torch.float32), CELLS, 2, 0.0, (0.7,), CELLS[0], lengths=(0, 2)
+        ),
+    ]
+
+
+@pytest.fixture(scope="module")
+def record(family) -> dict[str, Any]:
+    return throughput.measure(small("quick", family))
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], family) -> list[Any]:
+    """The command with what was measured once; what it asked for."""
+    asked: list[Any] = []
+
+    def plans(*words: Any) -> list[Any]:
+        asked.append(words)
+        return []
+
+    monkeypatch.setattr(throughput, "cpu_plans", plans)
+    monkeypatch.setattr(throughput, "measure", lambda plans, report: report("measuring") or record)
+    return asked
+
+
+def test_json_is_one_object_and_nothing_else(run, measured, record, family) -> None:
+    ended = run("bench", "--json", "--family", family)
+    assert ended.code == 0, ended.err
+    assert json.loads(ended.out) == record
+    assert measured == [("quick", family)]
+    assert torch.get_num_threads() == 1
+
+
+def test_full_asks_for_the_longer_set(run, measured) -> None:
+    assert run("bench", "--full", "--json").code == 0
+    assert measured == [("full", None)]
+
+
+@pytest.mark.parametrize("columns", ["80", "60"])
+def test_the_tables_fit_80_columns_and_show_every_method(run, measured, record, monkeypatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    monkeypatch.setenv("NO_COLOR", "1")
+    ended = run("bench")
+    assert ended.code == 0, ended.err
+    assert "…" not in ended.out, "a column was cut off"
+    assert max(len(line) for line in ended.out.splitlines()) <= 80
+    for words in ("lab, float32: 4→12, batch 1", "tiny trio", "naive loop", "speculation, 0.7 planted", "│", "█"):
+        assert words in ended.out
+    for found in record["families"]:
+        for name, one in found["cells"][0]["methods"].items():
+            if one["status"] == "run":
+                assert f"{one['over_tuned']['value']:.2f}" in ended.out, name
+    assert "members' own passes" in ended.out
+    assert "predicted" in ended.out
+
+
+def test_the_plot_has_a_bar_for_each_method(run, measured, record, tmp_path) -> None:
+    place = tmp_path / "out.svg"
+    ended = run("bench", "--plot", place)
+    assert ended.code == 0, ended.err
+    drawn = place.read_text()
+    for found in record["families"]:
+        assert f"<!-- {found['name']}: 4→12, batch 1 -->" in drawn
+    assert "<!-- speculation, 0.7 planted -->" in drawn
+    place = tmp_path / "out.png"
+    assert run("bench", "--plot", place).code == 0
+    assert place.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "words"), [("out.nothing", "ends in one of"), ("no/folder/out.png", "exists")])
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_measured(
+    run, measured, tmp_path, name: str, words: str
+) -> None:
+    ended = run("bench", "--plot", tmp_path / name)
+    assert ended.code == 2
+    assert words in ended.err
+    assert measured == []
+
+
+def test_without_matplotlib_the_error_names_the_extra(run, measured, monkeypatch, tmp_path) -> None:
+    there = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return there(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    ended = run("bench", "--plot", tmp_path / "out.png")
+    assert ended.code == 2
+    assert "pip install 'proxytune[plot]'" in ended.err
+    assert measured == []
+
+
+def test_a_folder_without_a_family_is_a_clear_error(run, tmp_path) -> None:
+    ended = run("bench", "--family", tmp_path)
+    assert ended.code == 2
+    assert "large-base" in ended.err
+
+
+def test_the_bars_of_the_figures_are_the_figures(record) -> None:
+    """From the picture's own objects, not from its pixels."""
+    from matplotlib.figure import Figure
+
+    kept: list[Any] = []
+    saved = Figure.savefig
+    try:
+        Figure.savefig = lambda self, path: kept.append(self)
+        command.draw(record, "nowhere")
+    finally:
+        Figure.savefig = saved
+    for axes, found in zip(kept[0].axes, record["families"], strict=True):
+        ran = [one for one in found["cells"][0]["methods"].values() if one["status"] == "run"]
+        assert [bar.get_width() for bar in axes.patches] == [one["over_tuned"]["value"] for one in ran]
