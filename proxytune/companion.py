@@ -6,11 +6,15 @@ the rest. It knows nothing of formulas, and holds one batch at a time; threads t
 other left it.
 
 The comparison makes the host wait for the device once per step. The composed model has no such wait.
+
+On a GPU a companion may be asked on any stream: it waits for the one on which its cache was used last.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from transformers.cache_utils import DynamicCache
 
 from proxytune.errors import InputError
 from proxytune.member import Member, check_ids
+from proxytune.overlapping import Turns, tensors_of
 
 __all__ = ["Companion"]
 
@@ -50,6 +55,8 @@ class Companion:
         # long as nobody rolls back (sampling, beams); the first rollback they cannot do switches to full layers.
         self._keep_all = False
         self._turn = threading.RLock()
+        self._turns = Turns()
+        self._asked_by: int | None = None  # the thread
         self.reset()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -102,8 +109,32 @@ class Companion:
         ids = input_ids.to(self.member.device)
         mask = _full_mask(ids, attention_mask)  # [B, T] or None
         key = ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
-        with self._turn:
+        with self._turn, self._turns.on(self.member.device, self._held()):
+            self._asked_by = threading.get_ident()
             return self._advance(ids, mask, key, last)
+
+    def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """Run over the next token of a text before its logits are asked for, so that `logits_for` remembers them.
+
+        Where the cache holds another number of rows or tokens, or another thread has asked since, nothing is done: then
+        there is more to run than one token, and it may be in vain.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            attention_mask: As in `logits_for`.
+
+        Raises:
+            InputError: As `logits_for`.
+        """
+        rows, length = input_ids.shape
+        with self._turn:
+            follows = self._ids is not None and self._ids.shape == (rows, length - 1)
+            if follows and self._asked_by == threading.get_ident():
+                self.logits_for(input_ids, attention_mask)
+
+    def _held(self) -> Iterator[torch.Tensor | None]:
+        """All tensors that outlive a step."""
+        return chain(tensors_of(self._cache), [self._ids], self._logits)
 
     def _advance(self, ids: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor, last: int) -> torch.Tensor:
         """Bring the cache to the prefixes `key` and return their last logits; see `logits_for`."""

@@ -27,6 +27,7 @@ from proxytune.formula import FORMULAS, Formula
 from proxytune.generating import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
 from proxytune.member import Member, check_ids, positions_of
 from proxytune.opening import adapters_of, open_members
+from proxytune.overlapping import SideStreams
 from proxytune.recipe import ROLES, Recipe
 from proxytune.running import run_members
 from proxytune.saving import save_adapter
@@ -46,6 +47,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         expert: The small tuned model.
         antiexpert: The small model that the expert was tuned from.
         formula: The formula with its α.
+        overlap: Whether companions on a GPU run on streams beside the base's [True]; no effect on a CPU.
     """
 
     base: PreTrainedModel
@@ -79,7 +81,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         for role, model in members.items():
             setattr(self, role, model.eval())
         self.formula = formula
+        self.overlap = True
         self.members = wrapped
+        self._sides = SideStreams()
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
         # Written on the caches that this model fills, and kept by copies of them.
         self.cache_owner = uuid.uuid4().hex
@@ -196,6 +200,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             logits_to_keep=logits_to_keep,
             latent=latent,
             known=known or {},
+            sides=self._sides if self.overlap else None,
         )  # [B, K, V_i] each
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(past_key_values=cache, member_logits=tuple(members))

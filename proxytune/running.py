@@ -1,15 +1,21 @@
-"""The members' forward passes of one step: who runs over which tokens, on which part of the composite cache."""
+"""The members' forward passes of one step: who runs over which tokens, on which part of the composite cache.
+
+On a GPU the base is launched first and the companions beside it (`proxytune.overlapping`): what the host has to do for
+them then happens while the device is busy with the base. Members on different devices overlap by themselves.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from itertools import chain
 
 import torch
 from transformers.cache_utils import Cache
 
 from proxytune.cache import view
 from proxytune.member import Member
+from proxytune.overlapping import Fork, SideStreams, tensors_of
 
 __all__ = ["run_members"]
 
@@ -28,6 +34,7 @@ def run_members(
     logits_to_keep: int | torch.Tensor,
     latent: Latent,
     known: Mapping[str, torch.Tensor],
+    sides: SideStreams | None = None,
 ) -> list[torch.Tensor]:
     """Run every member over a span of tokens that follows what the composite cache holds.
 
@@ -42,28 +49,43 @@ def run_members(
         latent: What each member takes in place of the ids.
         known: Role → `[B, J, V_i]`, logits of the first J ≤ N of these tokens, which that member has already run over,
             and holds in its layers of the cache; only with `logits_to_keep=0`. It runs over the others.
+        sides: The side streams for companions on a GPU; None to run the members in turn.
 
     Returns:
         Raw logits of each, `[B, K, V_i]`, in its dtype and on its device.
     """
-    out = []
-    for member, span, fed in zip(members, spans, latent, strict=True):
-        ids, positions = input_ids, position_ids
-        before = known.get(member.role)
-        if before is not None:
-            ids = ids[:, before.shape[1] :]
-            positions = None if positions is None else positions[:, before.shape[1] :]
-        given: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "position_ids": positions,
-            "cache": None if cache is None else view(cache, *span),
-            "logits_to_keep": logits_to_keep,
-            "latent": fed,
-        }
-        if before is None:
-            out.append(member.forward(ids, **given))
-        elif ids.shape[1]:
-            out.append(torch.cat([before, member.forward(ids, **given)], 1))
-        else:
-            out.append(before)
-    return out
+    # Offloaded layers come back on a stream for which only the device's default stream waits.
+    fork = Fork(None if getattr(cache, "offloading", False) else sides)
+    new: list[torch.Tensor | None] = []
+    with fork:
+        for companion in members[1:]:
+            fork.open(companion.device)  # before the base is launched
+        for i, (member, span, fed) in enumerate(zip(members, spans, latent, strict=True)):
+            ids, positions = input_ids, position_ids
+            if (before := known.get(member.role)) is not None:
+                ids = ids[:, before.shape[1] :]
+                positions = None if positions is None else positions[:, before.shape[1] :]
+            if not ids.shape[1]:
+                new.append(None)
+                continue
+            part = None if cache is None else view(cache, *span)
+            work = partial(
+                member.forward,
+                ids,
+                attention_mask=attention_mask,
+                position_ids=positions,
+                cache=part,
+                logits_to_keep=logits_to_keep,
+                latent=fed,
+            )
+            if i == 0:
+                new.append(work())
+            else:
+                reads = chain((ids, attention_mask, positions), (fed or {}).values(), tensors_of(part))
+                new.append(fork.run(member.role, member.device, work, reads))
+    return [_joined(known.get(member.role), logits) for member, logits in zip(members, new, strict=True)]
+
+
+def _joined(before: torch.Tensor | None, logits: torch.Tensor | None) -> torch.Tensor:
+    found = [x for x in (before, logits) if x is not None]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)

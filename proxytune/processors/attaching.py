@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,9 @@ from proxytune.padding import spread
 if TYPE_CHECKING:
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
 
-__all__ = ["Hook", "Steering", "refuse_no_ids"]
+__all__ = ["Hook", "Start", "Steering", "refuse_no_ids"]
+
+_PREPARE = "prepare_inputs_for_generation"
 
 
 def refuse_no_ids(length: int | None) -> None:
@@ -115,6 +118,69 @@ class Hook:
                 remedy="Pass all ids; generate() forwards through the base only those that the cache has not seen.",
             )
         return Steering(self.processor, mask, normalise=generation_config.num_beams > 1)
+
+
+class Start:
+    """What stands in for a steered model's `prepare_inputs_for_generation`; a copy of the model goes without.
+
+    It is called right before every forward pass of the base, with the whole prefix, beams in their new order, which a
+    hook on the module would not see. So the companions begin with the same step there; the processor asks them for it
+    afterwards, and finds it remembered. Where this was the wrong prefix, or came not at all, they run when asked.
+    """
+
+    def __init__(self, processor: ProxyTuningLogitsProcessor, original: Callable[..., dict[str, Any]]) -> None:
+        functools.update_wrapper(self, original)  # generate() reads the signature
+        self.processor = processor
+        self.original = original
+
+    @classmethod
+    def put_on(cls, model: Any, processor: ProxyTuningLogitsProcessor) -> None:
+        """Stand in for the method of a model.
+
+        Args:
+            model: The model.
+            processor: Whose companions begin.
+        """
+        setattr(model, _PREPARE, cls(processor, getattr(model, _PREPARE)))
+
+    @classmethod
+    def take_off(cls, model: Any) -> None:
+        """Undo `put_on`; without effect if somebody has put something else on top.
+
+        Args:
+            model: The model.
+        """
+        put = vars(model).get(_PREPARE)
+        if not isinstance(put, cls):
+            return
+        delattr(model, _PREPARE)
+        if getattr(put.original, "__func__", None) is not getattr(type(model), _PREPARE):
+            setattr(model, _PREPARE, put.original)  # it was on the instance before
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Prepare the inputs of a forward pass, and let the companions begin.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            *args: As in transformers.
+            **kwargs: As in transformers.
+
+        Returns:
+            The inputs.
+
+        Raises:
+            InputError: As `ProxyTuningLogitsProcessor`.
+        """
+        inputs = self.original(input_ids, *args, **kwargs)
+        mask = kwargs.get("attention_mask")
+        # Not for prompts, which may come in chunks, nor for drafts, about which the companions have been asked already.
+        step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        if step and self.processor.overlap and (mask is None or mask.shape == input_ids.shape):
+            self.processor.begin(input_ids, mask)
+        return inputs
 
 
 class Steering(LogitsProcessor):
