@@ -27,9 +27,11 @@ from typing import Any
 
 import triton
 from proxytune_kernels.launch import FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, shape_of_mix
+from proxytune_kernels.laws import laws_of
 from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.resolve import resolve
 from proxytune_kernels.tiles import FIELDS, steer_tiles
+from proxytune_kernels.verdicts import residue, settle
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -69,13 +71,29 @@ MIX_VARIANTS: dict[str, dict[str, Any]] = {
     "bf16, D=8192, soft, noise": {"dtypes": ("bf16",), "D": 8192, "SOFT": True, "NOISE": True},
     "bf16, D=16384": {"dtypes": ("bf16",), "D": 16384},
 }
+LAWS_VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {"num_warps": 4},
+    "fork": {"num_warps": 4, "FORK": True},
+    "truncated": {"num_warps": 8, "TRUNCATED": True},
+    "draft, truncated": {"dtypes": ("bf16",), "num_warps": 8, "TRUNCATED": True},
+}
+RESIDUE_VARIANTS: dict[str, dict[str, Any]] = {
+    "drawn": {"num_warps": 1},
+    "drawn, truncated": {"num_warps": 1, "TRUNCATED": True},
+    "given": {"num_warps": 1, "GIVEN": True},
+}
+SETTLE_VARIANTS: dict[str, dict[str, Any]] = {
+    "drawn": {"num_warps": 4},
+    "drawn, fork, truncated": {"num_warps": 4, "FORK": True, "TRUNCATED": True},
+    "given, truncated": {"num_warps": 4, "GIVEN": True, "TRUNCATED": True},
+}
 _POINTERS = {
     "top_k": "i32", "seed": "i64", "stream": "i64", "position": "i64", "branch": "i64", "live_groups": "i32",
     "block_ids": "i32", "argmax": "i64", "kept": "i64", "fork": "i1", "tokens": "i64", "ids": "i64",
-    "soft": "i1",
+    "soft": "i1", "bounds": "i32", "draft_bounds": "i32", "drafted": "i64", "accepted_out": "i64",
 }  # fmt: skip
-_SIZES = {"V", "inside", "tiles", "scores_stride", "rows", "n_groups", "draws", "D", "K", "stride"}
-_MULTIPLES = {"V", "inside", "scores_stride", "D", "stride"}
+_SIZES = {"V", "inside", "tiles", "scores_stride", "rows", "n_groups", "draws", "D", "K", "stride", "V_draft", "each"}
+_MULTIPLES = {"V", "V_draft", "inside", "scores_stride", "D", "stride"}
 
 
 def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
@@ -95,7 +113,7 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
     warps = variant.pop("num_warps", warps)
     fixed = {
         "M": len(dtypes), "TILE": TILE, "GROUP": GROUP, "FIELDS": len(FIELDS), "PER_READ": PER_READ,
-        "TILES_PADDED": 128, "GROUPS_PADDED": 1024,
+        "TILES_PADDED": 128, "GROUPS_PADDED": 1024, "K_PADDED": 8,
     }  # fmt: skip
     if fn is mix_rows:
         fixed |= {"BLOCK": block, "PER_READ": PER_READ_MIX, "FIRST": FIRST}
@@ -113,6 +131,9 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
         elif name in ("strides", "widths"):
             signature[name] = ("i32",) * len(dtypes)
             aligned |= {(i, j): multiple for j in range(len(dtypes))}
+        elif name in ("draft", "draft_strides", "draft_widths"):
+            signature[name] = (f"*{dtypes[0]}" if name == "draft" else "i32",)
+            aligned[(i, 0)] = multiple
         elif name == "weights" and fn is not mix_rows and not variant.get("PER_ROW"):
             signature[name] = ("fp32",) * len(dtypes)
         elif name in _SIZES:
@@ -185,6 +206,9 @@ def measure() -> dict[str, dict[str, dict[str, int]]]:
                 ("steer_tiles", steer_tiles, TILES_VARIANTS),
                 ("resolve", resolve, RESOLVE_VARIANTS),
                 ("mix_rows", mix_rows, MIX_VARIANTS),
+                ("laws_of", laws_of, LAWS_VARIANTS),
+                ("residue", residue, RESIDUE_VARIANTS),
+                ("settle", settle, SETTLE_VARIANTS),
             )
             for variant, settings in variants.items()
         }

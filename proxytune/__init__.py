@@ -18,6 +18,7 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
                            let it
 `StochasticLatentLogitsProcessor` the same as a logits processor to attach
 `step`                     one decision on members' logits: combine, measure, draw; with `Sampling` and `Noise`
+`verify`                   drafted tokens accepted or rejected so that their law is that of `step`'s draws (`Verdict`)
 `ProxyTuning`              the formula `base + alpha * (expert - antiexpert)`
 `Recipe`                   the adapter as a small JSON file
 `errors`                   what can go wrong, drawn as a tree
@@ -48,12 +49,13 @@ if TYPE_CHECKING:
     from proxytune.mixtures import Mixture
     from proxytune.model import ProxyTunedConfig, ProxyTunedModel
     from proxytune.noise import Noise
-    from proxytune.ops import step
+    from proxytune.ops import step, verify
     from proxytune.processors.forks import ForkSamplingLogitsProcessor
     from proxytune.processors.latent import StochasticLatentLogitsProcessor
     from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
     from proxytune.recipe import Recipe
     from proxytune.sampling import Sampling
+    from proxytune.step_outputs import Verdict
     from proxytune.trajectories import StochasticRecursion
     from proxytune.wrapping import wrap
 
@@ -80,9 +82,11 @@ __all__ = [
     "StochasticLatentLogitsProcessor",
     "StochasticLatentSampler",
     "StochasticRecursion",
+    "Verdict",
     "__version__",
     "register_recursion",
     "step",
+    "verify",
     "wrap",
 ]
 
@@ -109,8 +113,10 @@ _HOME = {
     "StochasticLatentLogitsProcessor": "proxytune.processors.latent",
     "StochasticLatentSampler": "proxytune.decoding.latent",
     "StochasticRecursion": "proxytune.trajectories",
+    "Verdict": "proxytune.step_outputs",
     "register_recursion": "proxytune.decoding.recursion",
     "step": "proxytune.ops",
+    "verify": "proxytune.ops",
     "wrap": "proxytune.wrapping",
 }
 

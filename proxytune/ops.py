@@ -224,8 +224,12 @@ def verify(
     refuse_members(members, weights)
     refuse_drafts(members[0], drafted, draft, sampling, noise)
     weights = weights if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
-    choose(impl, members[0].device)
-    proposal = None if draft is None or not drafted.shape[1] else Rows([draft], (1.0,))
+    draft = draft if drafted.shape[1] else None
+    if choose(impl, members[0].device) == "triton":
+        weights = weights.contiguous() if isinstance(weights, torch.Tensor) else weights
+        packed = drafted.contiguous()
+        return Verdict(*_kernels().verify(members, weights, packed, draft, _packed(sampling), _packed(noise)))
+    proposal = None if draft is None else Rows([draft], (1.0,))
     return Verdict(*judge(Rows(members, weights), proposal, drafted, sampling, noise))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from proxytune_kernels.candidates import gather, group_bound, read_block, threshold_by_count, threshold_by_mass
-from proxytune_kernels.rows import CLAMP, combined, conditioned, gumbel, key_of
+from proxytune_kernels.candidates import gather, group_bound, read_block, threshold_by_count
+from proxytune_kernels.rows import combined, conditioned, gumbel, key_of
+from proxytune_kernels.truncation import truncate
 
-__all__ = ["confidence", "draw_plain", "draw_truncated"]
+__all__ = ["NOWHERE", "ROUNDS", "TILES", "TOKENS", "confidence", "draw_plain", "draw_truncated", "first_after"]
 
 # Streams of noise, as in `proxytune.noise`.
 TOKENS = tl.constexpr(0)
@@ -18,8 +19,18 @@ NOWHERE = tl.constexpr(2147483647)
 
 
 @triton.jit
-def _first_after(key, ids, previous_key, previous_id):
-    """The largest key after another one in the order (key falling, id rising), and its id."""
+def first_after(key, ids, previous_key, previous_id):
+    """The largest key after another one in the order (key falling, id rising), and its id.
+
+    Args:
+        key: Block of float32.
+        ids: Block of int32, rising.
+        previous_key: The key before it; +inf for the first.
+        previous_id: The id of that one; −1 for the first.
+
+    Returns:
+        float32 and int32; −inf where there is none.
+    """
     left = (key < previous_key) | ((key == previous_key) & (ids > previous_id))
     best = tl.max(tl.where(left, key, float("-inf")), axis=0)
     return best, tl.min(tl.where(left & (key == best), ids, NOWHERE), axis=0)
@@ -64,12 +75,12 @@ def draw_plain(
     tile_key = log_mass + gumbel(noise, t, TILES, ROUNDS)
     columns = tl.arange(0, TILE)
     if ONE:
-        key, tile = _first_after(tile_key, t, float("inf"), -1)
+        key, tile = first_after(tile_key, t, float("inf"), -1)
         ids = tile * TILE + columns
         z, base = combined(logits, row, ids, M, PER_ROW, False)
         logp = (z - top) * inverse - log_total
         perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
-        unused, token = _first_after(perturbed, ids, float("inf"), -1)
+        unused, token = first_after(perturbed, ids, float("inf"), -1)
         rel = tl.max(tl.where(ids == token, z - top, float("-inf")), axis=0)
         _store(out, row, token, rel - log_total_raw, rel * inverse - log_total, key)
     else:
@@ -83,14 +94,14 @@ def draw_plain(
             tile = tl.full((), -1, tl.int32)
             # The n-th best token lies in one of the n best tiles.
             for rank in range(draw + 1):  # noqa: B007, a name that nothing else has
-                above, tile = _first_after(tile_key, t, above, tile)
+                above, tile = first_after(tile_key, t, above, tile)
                 if above > float("-inf"):
                     ids = tile * TILE + columns
                     z, base = combined(logits, row, ids, M, PER_ROW, False)
                     logp = (z - top) * inverse - log_total
                     perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
                     within = conditioned(perturbed, above)
-                    best, at = _first_after(within, ids, last_key, last)
+                    best, at = first_after(within, ids, last_key, last)
                     if (best > key) | ((best == key) & (at < token)):
                         key = best
                         token = at
@@ -138,63 +149,10 @@ def draw_truncated(
         How many tokens were kept, int32.
     """
     inverse = tl.div_rn(1.0, temperature)
-    at = tl.arange(0, GROUPS_PADDED)
-    g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
-    present = g > float("-inf")
-    wanted = tl.where(top_k > 0, top_k, 32)
-    floor = tl.full((), 0.0, tl.float32)
-    live = tl.full((), 0, tl.int32)
-    count = tl.full((), 0, tl.int32)
-    enough = tl.full((), 0, tl.int32)
-    while enough == 0:
-        floor = group_bound(g, present, wanted, n_groups)
-        live, count, mass = gather(
-            logits, work, row, g, present, floor, temperature, top,
-            M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
-        )  # fmt: skip
-        nothing_below = (floor - top) * inverse < log_min_p
-        by_k = (count >= top_k) | (nothing_below & (top_p == 1.0))
-        by_p = nothing_below | ((mass >= top_p * total) & (top_p < 1.0))
-        certain = ((top_k > 0) & by_k) | ((top_k == 0) & by_p) | (floor == float("-inf"))
-        enough = certain.to(tl.int32)
-        wanted = tl.minimum(wanted, 536870911) * 4
-
-    floor_s = tl.div_rn(floor, temperature)
-    in_block = count <= PER_READ * GROUP
-    hi = key_of(tl.div_rn(top, temperature)).to(tl.int64) + 1
-    least = key_of(tl.maximum(floor_s, -3.4028234663852886e38)).to(tl.int64)
-    total_inside = total
-    if top_k > 0:
-        least = threshold_by_count(
-            logits, work, row, live, floor_s, temperature,
-            in_block, count, least, hi, top_k, M, PER_ROW, GROUP, PER_READ,
-        )  # fmt: skip
-    parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
-    if top_p < 1.0:
-        if top_k > 0:
-            total_inside = 0.0
-            for number in range(parts):
-                z, s, ids, ok = read_block(
-                    logits, work, row, number, live, floor_s,
-                    temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
-                )  # fmt: skip
-                ok = ok & (key_of(s) >= least.to(tl.int32))
-                total_inside += tl.sum(tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
-        least = threshold_by_mass(
-            logits, work, row, live, floor_s, temperature,
-            in_block, count, least, hi, top_p * total_inside, top, M, PER_ROW, GROUP, PER_READ,
-        )  # fmt: skip
-    kept = tl.full((), 0, tl.int32)
-    mass_kept = tl.full((), 0.0, tl.float32)
-    for number in range(parts):
-        z, s, ids, ok = read_block(
-            logits, work, row, number, live, floor_s,
-            temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
-        )  # fmt: skip
-        rel = (z - top) * inverse
-        ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
-        kept += tl.sum(ok.to(tl.int32), axis=0)
-        mass_kept += tl.sum(tl.where(ok, tl.exp(tl.maximum(rel, CLAMP)), 0.0), axis=0)
+    least, floor_s, live, count, in_block, parts, kept, mass_kept = truncate(
+        logits, work, groups, row, top, temperature, total, top_k, top_p, log_min_p,
+        n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
+    )  # fmt: skip
     log_kept = tl.log(mass_kept)
     last_key = tl.full((), float("inf"), tl.float32)
     last = tl.full((), -1, tl.int32)
@@ -210,7 +168,7 @@ def draw_truncated(
             rel = (z - top) * inverse
             ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
             added = gumbel(noise, ids, TOKENS, ROUNDS)
-            best, best_id = _first_after(tl.where(ok, rel - log_kept + added, float("-inf")), ids, last_key, last)
+            best, best_id = first_after(tl.where(ok, rel - log_kept + added, float("-inf")), ids, last_key, last)
             if (best > key) | ((best == key) & (best_id < token)):
                 key = best
                 token = best_id

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 
+from proxytune_kernels.laws import LAW, laws_of
 from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.resolve import resolve
 from proxytune_kernels.tiles import FIELDS, steer_tiles
+from proxytune_kernels.verdicts import residue, settle
 
-__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "shape_of_mix", "step"]
+__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "shape_of_mix", "step", "verify"]
 
 TILE = 1024
 """Columns per tile of K1. It keys the noise, so it is part of the contract and never tuned."""
@@ -80,7 +82,7 @@ def step(
         "FIELDS": len(FIELDS),
     }
     flags = {"RAW": raw, "MOMENTS": moments, "KL": "kl" in want, "LIVE": "kept" in want}
-    read = (tuple(members), tuple(x.stride(0) for x in members), tuple(x.shape[1] for x in members), weights)
+    read = _read(members, weights)
     # Unused ones are never read; a pointer has to be given all the same.
     one = part
     temperature = sampling.temperature if sample else one
@@ -122,6 +124,119 @@ def step(
     out |= {"argmax": argmax, "kept": kept, "fork": fork, "tokens": tokens, "logprobs": logprobs}
     out |= {"draw_logprobs": draw_logprobs, "keys": keys}
     return {name: out[name] for name in want}
+
+
+def verify(
+    members: Sequence[torch.Tensor],
+    weights: torch.Tensor | tuple[float, ...],
+    drafted: torch.Tensor,
+    draft: torch.Tensor | None,
+    sampling: Any,
+    noise: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept or reject drafts and draw the token after them: at most six launches, no wait for the device.
+
+    Args:
+        members: `[B · (K + 1), V_i]` each, float32, float16 or bfloat16, inner stride 1, the base first.
+        weights: `[B · (K + 1), M]`, float32, or M numbers.
+        drafted: `[B, K]`, int64, contiguous.
+        draft: `[B · K, V_q]`, as the members; None for drafts that are given.
+        sampling: `proxytune.sampling.Sampling`, of B rows.
+        noise: `proxytune.noise.Noise`, of B rows.
+
+    Returns:
+        `[B, K + 1]` and `[B]`, int64, see `proxytune.ops.Verdict`. Nothing is checked here.
+    """
+    device = drafted.device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return verify(members, weights, drafted, draft, sampling, noise)
+    texts, most = drafted.shape
+    target = _laws(members, weights, sampling, most + 1)
+    given = draft is None
+    # Unused ones are never read; a pointer has to be given all the same.
+    proposal = target if draft is None else _laws([draft], (1.0,), sampling, most)
+    rows = list(members) if draft is None else [draft]
+    read = (
+        *_read(members, weights), *_read(rows[:1], ())[:3],
+        sampling.top_k, sampling.top_p, sampling.log_min_p, noise.seed, noise.row, noise.position, noise.branch,
+    )  # fmt: skip
+    of_rows = (target.laws, target.bounds, proposal.laws, proposal.bounds, drafted)
+    width, other = members[0].shape[1], rows[0].shape[1]
+    tiles = triton.cdiv(width, TILE)
+    shared = {
+        "M": len(members), "PER_ROW": isinstance(weights, torch.Tensor), "TILE": TILE,
+        "K_PADDED": triton.next_power_of_2(most + 1), "GIVEN": given, "TRUNCATED": sampling.some_truncated,
+    }  # fmt: skip
+    masses = torch.empty(texts, tiles, device=device)
+    if most and not sampling.all_truncated:
+        residue[(texts * tiles,)](
+            *read, *of_rows, masses,
+            most, width, other, min(x.shape[1] for x in (*members, *rows)), tiles,
+            **shared, num_warps=1, enable_fp_fusion=False,
+        )  # fmt: skip
+    tokens = torch.empty(texts, most + 1, dtype=torch.int64, device=device)
+    accepted = torch.empty(texts, dtype=torch.int64, device=device)
+    settle[(texts,)](
+        *read, target.part, *of_rows, masses, tokens, accepted, torch.empty(texts * (most + 1), device=device),
+        most, width, other, tiles,
+        **shared, FIELDS=len(FIELDS), TILES_PADDED=triton.next_power_of_2(tiles),
+        FORK=sampling.fork_threshold is not None, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return tokens, accepted
+
+
+class _Laws(NamedTuple):
+    part: torch.Tensor
+    laws: torch.Tensor
+    bounds: torch.Tensor
+
+
+def _laws(
+    members: Sequence[torch.Tensor], weights: torch.Tensor | tuple[float, ...], sampling: Any, each: int
+) -> _Laws:
+    """The tiles' sums and the laws of rows of which `each` next to each other have one text's settings."""
+    rows, width = members[0].shape
+    device = members[0].device
+    tiles = triton.cdiv(width, TILE)
+    n_groups = tiles * (TILE // GROUP)
+    truncated, forks = sampling.some_truncated, sampling.fork_threshold is not None
+
+    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def spread(x: torch.Tensor) -> torch.Tensor:
+        return x[:, None].expand(-1, each).contiguous()
+
+    part = new(rows, len(FIELDS), tiles)
+    groups = new(rows, n_groups) if truncated else part
+    shared = {
+        "M": len(members), "PER_ROW": isinstance(weights, torch.Tensor), "GROUP": GROUP, "FIELDS": len(FIELDS),
+        "FORK": forks,
+    }  # fmt: skip
+    read = _read(members, weights)
+    steer_tiles[(tiles * rows,)](
+        *read, spread(sampling.temperature), spread(sampling.fork_temperature) if forks else part, part, groups, part,
+        width, min(x.shape[1] for x in members), tiles, width,
+        **shared, TILE=TILE, RAW=forks, MOMENTS=forks, KL=False, LIVE=False, MASS=True, GROUPS=truncated, SCORES=False,
+        num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    laws, bounds = new(rows, len(LAW)), new(rows, dtype=torch.int32)
+    block = PER_READ * GROUP if truncated else 1
+    laws_of[(rows,)](
+        *read, sampling.temperature, sampling.fork_temperature if forks else part,
+        sampling.fork_threshold if forks else part, sampling.top_k, sampling.top_p, sampling.log_min_p,
+        part, groups, new(rows, n_groups if truncated else 1, dtype=torch.int32), new(rows, block),
+        new(rows, block, dtype=torch.int32), laws, bounds, each, tiles, n_groups,
+        **shared, PER_READ=PER_READ, TRUNCATED=truncated,
+        TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups),
+        num_warps=8 if truncated else 4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return _Laws(part, laws, bounds)
+
+
+def _read(members: Sequence[torch.Tensor], weights: Any) -> tuple[Any, ...]:
+    return tuple(members), tuple(x.stride(0) for x in members), tuple(x.shape[1] for x in members), weights
 
 
 def mix(

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from proxytune_kernels.draws import confidence, draw_plain, draw_truncated
+from proxytune_kernels.merging import first_moments, tempered
 from proxytune_kernels.rows import CLAMP, FINITE, combined
 
 __all__ = ["resolve"]
@@ -113,9 +114,9 @@ def resolve(
             log_total_raw = tl.log(total)
             tl.store(statistics + 0 * rows + row, top + log_total_raw)
             if MOMENTS:
+                total, mean = first_moments(part, t, there, tiles, clamped)
                 t1 = tl.load(part + 2 * tiles + t, mask=there, other=0.0)
                 t2 = tl.load(part + 3 * tiles + t, mask=there, other=0.0)
-                mean = tl.div_rn(tl.sum((t1 + clamped * s) * weight, axis=0), total)
                 square = tl.sum((t2 + 2.0 * clamped * t1 + clamped * clamped * s) * weight, axis=0)
                 square = tl.div_rn(square, total)
                 entropy = tl.maximum(log_total_raw - mean, 0.0)
@@ -144,18 +145,13 @@ def resolve(
                 tl.store(logprobs + row, -log_total_raw)
         if SAMPLE:
             chosen = tl.load(temperature + row)
-            mass = tl.load(part + 4 * tiles + t, mask=there, other=0.0)
+            is_fork = top != top  # False; never a number
             if FORK:
                 is_fork = entropy > tl.load(fork_threshold + row)
-                tl.store(fork + row, is_fork)
                 chosen = tl.where(is_fork, tl.load(fork_temperature + row), chosen)
-                mass = tl.where(is_fork, tl.load(part + 5 * tiles + t, mask=there, other=0.0), mass)
-            else:
-                tl.store(fork + row, top != top)
+            tl.store(fork + row, is_fork)
             tl.store(statistics + 5 * rows + row, chosen)
-            inverse = tl.div_rn(1.0, chosen)
-            relative = relative * inverse
-            total_at_t = tl.sum(mass * tl.exp(tl.maximum(relative, CLAMP)), axis=0)
+            mass, relative, inverse, total_at_t = tempered(part, t, there, tiles, relative, chosen, is_fork, FORK)
             noise = (
                 tl.load(seed + row),
                 tl.load(position + row).to(tl.uint32),

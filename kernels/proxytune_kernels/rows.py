@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["CLAMP", "FINITE", "combined", "conditioned", "gumbel", "key_of", "normal", "value_of"]
+__all__ = [
+    "CLAMP", "FINITE", "combined", "conditioned", "gumbel", "gumbel_apart", "key_of", "normal", "uniform", "value_of",
+]  # fmt: skip
 
 # A maximum that can be subtracted where all is −inf, and exponents from where exp() is 0: with both, −inf never meets
 # −inf or 0, and a masked row gives 0, not NaN.
@@ -82,6 +84,41 @@ def gumbel(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
     """
     r, _ = _words(noise, index.to(tl.uint32), STREAM, ROUNDS)
     return -tl.log(_exponential(r))
+
+
+@triton.jit
+def gumbel_apart(noise, index, apart, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
+    """As `gumbel`, or variates that are independent of those.
+
+    Args:
+        noise: As in `gumbel`.
+        index: As in `gumbel`.
+        apart: Scalar of bool: whether to take the independent ones, made of another word.
+        STREAM: As in `gumbel`.
+        ROUNDS: As in `gumbel`.
+
+    Returns:
+        Block of float32.
+    """
+    r, other = _words(noise, index.to(tl.uint32), STREAM, ROUNDS)
+    return -tl.log(_exponential(tl.where(apart, other, r)))
+
+
+@triton.jit
+def uniform(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
+    """Uniform variates of one Philox word each, in (0, 1].
+
+    Args:
+        noise: As in `gumbel`; the position may be a block.
+        index: Block of uint32.
+        STREAM: Which stream.
+        ROUNDS: Rounds of Philox.
+
+    Returns:
+        Block of float32.
+    """
+    r, _ = _words(noise, index, STREAM, ROUNDS)
+    return _unit(r)
 
 
 @triton.jit
