@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -71,6 +71,9 @@ def generate(
         typer.Option(min=1, help="Prompts per batch (default: 1 on a terminal, which streams; 8 otherwise)."),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed for do_sample=true, and for --latent.")] = 0,
+    speculate: Annotated[
+        bool, typer.Option("--speculate", help="Let the expert draft ahead: the same text, faster where it agrees.")
+    ] = False,
     latent: Latent = None,
     tau: Tau = None,
     latent_span: LatentSpan = None,
@@ -101,12 +104,22 @@ def generate(
     terminal.quiet()
     check_names(flags)
     mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
+    if speculate and mixture is not None:
+        raise InputError.of(
+            "--speculate", expected="no --latent: drafts are tokens", got="both", remedy="Leave one of them out."
+        )
 
     on_terminal = terminal.is_terminal(sys.stdout) and not as_json
     size = batch_size or (1 if on_terminal and out is None else _PIPED_BATCH)
     said = {"seed": seed, "batch_size": size, "chat": chat, "device": chosen_device(device), "dtype": dtype}
-    said |= {"latent": latent, "tau": tau, "latent_span": latent_span, "latent_gates": latent_gates}
-    said |= {"recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
+    said |= {
+        "latent": latent,
+        "tau": tau,
+        "latent_span": latent_span,
+        "latent_gates": latent_gates,
+        "speculate": speculate,
+    }
+    said |= {"speculate": speculate, "recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
     # Opened before the models are: what is wrong with it should not cost their loading first.
     opened = nullcontext() if out is None else AnswerFile(out, prompts, settings_of_run(**said), resume=resume)
     with opened as answers:
@@ -120,6 +133,7 @@ def generate(
             tokenizer.save_pretrained(save_recipe)
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         config = merged_settings(model.generation_config, flags)
+        loop = partial(_loop, config, sampler, seed, speculate)
         per_prompt = config.num_return_sequences or 1
         if answers is not None:
             answers.begin(_resolved(config), per_prompt)
@@ -127,7 +141,7 @@ def generate(
         several = any(n not in (None, 1) for n in (config.num_beams, config.num_return_sequences))
         stream = on_terminal and size == 1 and not several
         done = 0 if answers is None else answers.done
-        complete = partial(_complete, model, tokenizer, config, sampler, seed, chat=chat, stream=stream)
+        complete = partial(_complete, model, tokenizer, config, loop, seed, chat=chat, stream=stream)
         # The batches of a resumed run are those of one that was not interrupted: padding rounds in low precision.
         for first in range(done // (size * per_prompt) * size, len(prompts), size):
             if stream:
@@ -153,7 +167,7 @@ def _complete(
     model: ProxyTunedModel,
     tokenizer: PreTrainedTokenizerBase,
     config: GenerationConfig,
-    sampler: SamplerOf,
+    loop: Callable[[Sequence[int]], Any],
     seed: int,
     first: int,
     prompts: Sequence[str],
@@ -177,7 +191,7 @@ def _complete(
         generation_config=config,
         tokenizer=tokenizer,
         streamer=streamer,
-        custom_generate=_loop(config, sampler, seed, range(first * each, (first + len(prompts)) * each)),
+        custom_generate=loop(range(first * each, (first + len(prompts)) * each)),
     )
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
     new_ids = sequences[:, batch["input_ids"].shape[1] :].cpu()
@@ -194,7 +208,7 @@ def _complete(
     return completions
 
 
-def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, rows: Sequence[int]) -> Any:
+def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, speculate: bool, rows: Sequence[int]) -> Any:
     """What decodes a batch, given the numbers of its rows in the whole run; None for transformers' own loop.
 
     Plain samples depend on (seed, row, position) alone, so on neither the batches nor where a run was resumed.
@@ -204,6 +218,11 @@ def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, rows: Sequenc
     from proxytune.decoding.fused import FusedDecoding
 
     latent = sampler(rows)
+    if speculate:
+        from proxytune.decoding.speculative import SpeculativeDecoding
+
+        # Coupled: a sample must not depend on the draft lengths, which depend on the batch.
+        return SpeculativeDecoding(accept="coupled", seed=seed, rows=list(rows))
     if config.get_generation_mode() != GenerationMode.SAMPLE:
         return latent
     fused = FusedDecoding(seed=seed, rows=list(rows))

@@ -347,3 +347,33 @@ def test_the_dtype_reaches_the_models(family):
     settings = (str(family / "large-base"), str(family / "tiny-tuned"), str(family / "tiny-base"), None, None, "cpu")
     model, _ = command.load(*settings, "bfloat16")
     assert {m.dtype for m in (model.base, model.expert, model.antiexpert)} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("settings", [[], ["do_sample=true", "temperature=0.9", "top_k=0"]])
+def test_speculation_changes_no_text(run, members, monkeypatch, settings):
+    rounds = []
+    loop = proxytune.SpeculativeDecoding
+
+    class Watched(loop):
+        def __call__(self, *args, **kwargs):
+            kwargs["generation_config"].return_dict_in_generate = True
+            out = super().__call__(*args, **kwargs)
+            rounds.append((out.rounds, int(out.drafted.sum())))
+            return out
+
+    words = ["generate", *PROMPTS, "max_new_tokens=12", *settings, *members, "--seed", 3]
+    plain = run(*words)
+    monkeypatch.setattr("proxytune.decoding.speculative.SpeculativeDecoding", Watched)
+    for size in (1, 2, 8):
+        ended = run(*words, "--speculate", "--batch-size", size)
+        assert ended.code == 0, ended.err
+        assert ended.lines == plain.lines
+    assert len(rounds) == 3 + 2 + 1
+    assert all(drafted > 0 for _, drafted in rounds)  # it did run ahead
+
+
+def test_speculation_is_refused_where_drafts_are_no_tokens(run, members):
+    ended = run("generate", "x", *members, "--speculate", "--latent", "mean")
+    assert (ended.code, "--speculate: expected no --latent" in ended.err) == (2, True)
+    ended = run("generate", "x", *members, "--speculate", "num_beams=2")
+    assert (ended.code, "beam search" in ended.err) == (2, True)
