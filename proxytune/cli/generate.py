@@ -112,13 +112,7 @@ def generate(
     on_terminal = terminal.is_terminal(sys.stdout) and not as_json
     size = batch_size or (1 if on_terminal and out is None else _PIPED_BATCH)
     said = {"seed": seed, "batch_size": size, "chat": chat, "device": chosen_device(device), "dtype": dtype}
-    said |= {
-        "latent": latent,
-        "tau": tau,
-        "latent_span": latent_span,
-        "latent_gates": latent_gates,
-        "speculate": speculate,
-    }
+    said |= {"latent": latent, "tau": tau, "latent_span": latent_span, "latent_gates": latent_gates}
     said |= {"speculate": speculate, "recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
     # Opened before the models are: what is wrong with it should not cost their loading first.
     opened = nullcontext() if out is None else AnswerFile(out, prompts, settings_of_run(**said), resume=resume)
