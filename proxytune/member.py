@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
+from proxytune.compiling import CompiledStep
 from proxytune.errors import InputError, UnsupportedModelError
 
 __all__ = ["Member", "check_ids", "embedding_rows", "positions_of"]
@@ -77,6 +78,7 @@ class Member:
         rows: How many ids it can embed.
         context: The largest number of positions it was built for; None if its config names none.
         token_forwards: Tokens × rows that went through it so far; what it cost.
+        step: Its compiled decode step; None if all passes run as they are.
     """
 
     def __init__(self, model: PreTrainedModel, role: str) -> None:
@@ -96,6 +98,7 @@ class Member:
         text_config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.token_forwards = 0
+        self.step: CompiledStep | None = None
         # A PEFT model hands everything on, so the signature that counts is that of the model inside.
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(inner.forward).parameters
@@ -114,6 +117,27 @@ class Member:
         """The device its inputs go to (the first one, if it is spread over several)."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
+
+    def compile_step(self, config: CompileConfig | None) -> None:
+        """Compile the decode step, see `proxytune.compiling`.
+
+        Args:
+            config: The settings; None to run it as it is again.
+
+        Raises:
+            UnsupportedModelError: If the model is offloaded, or quantized in a way that cannot be compiled.
+        """
+        places = {str(place) for place in (getattr(self.model, "hf_device_map", None) or {}).values()}
+        away = places & {"cpu", "disk"} if len(places) > 1 else places & {"disk"}
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if config is not None and (away or not getattr(quantizer, "is_compileable", True)):
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="a model that can be compiled",
+                got=f"one with layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
+                remedy="Leave it out: compile_members(roles=[…]).",
+            )
+        self.step = None if config is None else CompiledStep(self.model, config)
 
     def refuse_length(self, length: int) -> None:
         """Refuse a text that is longer than the model's context.
@@ -169,6 +193,15 @@ class Member:
             # Not waiting is safe only towards a GPU, see `proxytune.formula.shift`.
             return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
+        if not torch.compiler.is_compiling():
+            self.token_forwards += input_ids.shape[0] * n
+        if self.step is not None and CompiledStep.serves(n, cache, logits_to_keep, latent):
+            assert cache is not None
+            inputs = {"input_ids": here(input_ids), "attention_mask": here(attention_mask)}
+            if self._takes_position_ids:
+                inputs["position_ids"] = here(position_ids)
+            return self.step(inputs, cache)
+
         kwargs: dict[str, Any] = {"attention_mask": here(attention_mask), "use_cache": cache is not None}
         if cache is not None:
             kwargs["past_key_values"] = cache
@@ -176,8 +209,6 @@ class Member:
             kwargs["position_ids"] = here(position_ids)
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
-        if not torch.compiler.is_compiling():
-            self.token_forwards += input_ids.shape[0] * n
         given = {"input_ids": here(input_ids)} if latent is None else {k: here(x) for k, x in latent.items()}
         logits: torch.Tensor = self.model(**given, **kwargs, return_dict=True).logits  # [B, K, V]
         if not self._takes_logits_to_keep:

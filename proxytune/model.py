@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -128,6 +128,34 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     def token_forwards(self) -> dict[str, int]:
         """Role → tokens × rows that went through that member so far."""
         return {m.role: m.token_forwards for m in self.members}
+
+    def compile_members(self, config: CompileConfig | None = None, *, roles: Collection[str] | None = None) -> None:
+        """Compile the members' decode steps, each by itself, for `generate(cache_implementation="static")`.
+
+        For members whose step is bound by what the host has to launch, not by the memory that it reads: small
+        companions on a fast GPU. Prompts, drafts to verify and every other cache run as they are. The first steps after
+        a prompt are slow: they compile, and again for another size of the batch. Compiled members run in turn, not on
+        streams beside the base.
+
+        Args:
+            config: The settings, transformers' own [inductor, `mode="reduce-overhead"`: CUDA graphs on a GPU].
+            roles: The members to compile [all]; the others run as they are, so `roles=()` undoes it.
+
+        Raises:
+            InputError: If there is no such member, or the settings are something else.
+            UnsupportedModelError: If a member is offloaded, or quantized in a way that cannot be compiled.
+        """
+        chosen = [m.role for m in self.members] if roles is None else list(roles)
+        unknown = [role for role in chosen if role not in {m.role for m in self.members}]
+        if unknown or isinstance(roles, str) or not isinstance(config, CompileConfig | None):
+            raise InputError.of(
+                "compile_members",
+                expected=f"a CompileConfig, and roles of {', '.join(m.role for m in self.members)}",
+                got=repr(roles) if unknown or isinstance(roles, str) else repr(config),
+                remedy='Call e.g. compile_members(CompileConfig(mode="reduce-overhead"), roles=["expert"]).',
+            )
+        for member in self.members:
+            member.compile_step((config or CompileConfig()) if member.role in chosen else None)
 
     # --- the decode step -----------------------------------------------------------------------------------------
 

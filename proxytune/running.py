@@ -78,7 +78,8 @@ def run_members(
                 logits_to_keep=logits_to_keep,
                 latent=fed,
             )
-            if i == 0:
+            # Compiled steps share one pool of memory for their graphs, so they take turns.
+            if i == 0 or member.step is not None:
                 new.append(work())
             else:
                 reads = chain((ids, attention_mask, positions), (fed or {}).values(), tensors_of(part))
