@@ -34,8 +34,10 @@ import transformers
 from proxytune.lab.throughput import cpu_plans, gpu_plans, measure
 from proxytune.lab.throughput_cases import Cell, Subject, lab_subject
 from proxytune.lab.throughput_counting import FirstToken
-from proxytune.lab.throughput_methods import methods_for
+from proxytune.lab.throughput_floors import published_floors
+from proxytune.lab.throughput_methods import RATES, methods_for
 from proxytune.lab.throughput_report import markdown
+from proxytune.lab.throughput_shapes import PUBLISHED
 
 RESULTS = Path(__file__).resolve().parent / "results" / "throughput.json"
 DEADLINE = 420.0
@@ -51,6 +53,7 @@ def kept() -> dict[str, Any]:
         "command": "python benches/bench_throughput.py --write",
         "cpu": found.get("cpu", {"status": "not run", "reason": "not asked for"}),
         "gpu": found.get("gpu", {"status": "not run", "reason": reason}),
+        "floors": [published_floors(trio, RATES) for trio in PUBLISHED],
     }
 
 
@@ -66,7 +69,21 @@ def throughput_table(record: dict[str, Any]) -> str:
     for part, words in (("cpu", "On a CPU"), ("gpu", "On a GPU")):
         found = record[part]
         blocks.append(markdown(found) if found["status"] == "run" else f"{words}: not run ({found['reason']}).")
-    return "\n\n".join(blocks)
+    return "\n\n".join([*blocks, floors_table(record["floors"])])
+
+
+def floors_table(floors: Sequence[dict[str, Any]]) -> str:
+    """What bytes alone make of the published shapes."""
+    rates = [one["acceptance"] for one in floors[0]["speculation"]]
+    heads = ["three passes per token", *(f"speculation, {rate:g} accepted" for rate in rates if rate)]
+    lines = [
+        "| bytes per token, tuned = 1 (drafted tokens) | " + " | ".join(heads) + " |",
+        "|---|" + "--:|" * len(heads),
+    ]
+    for one in floors:
+        ratios = [f"{of['ratio']:.2f} ({of['drafted']})" for of in one["speculation"] if of["acceptance"]]
+        lines.append(f"| {one['name']} | " + " | ".join([f"{one['step']:.2f}", *ratios]) + " |")
+    return "\n".join(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

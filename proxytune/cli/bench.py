@@ -67,6 +67,7 @@ def show(record: Mapping[str, Any]) -> None:
         tables = [
             _methods(family),
             _bars(family),
+            _counts(family),
             _protocol(family, "over_tuned", "time per token, tuned = 1"),
             _protocol(family, "over_members", "whole generation, the members' own passes = 1"),
             *([_drafts(family)] if drafts(family) else []),
@@ -119,6 +120,18 @@ def _bars(family: Mapping[str, Any]) -> Table:
     for name, found in ran.items():
         value = found["over_tuned"]["value"]
         table.add_row(name, bar(value, found["floor_over_tuned"], most, BAR), f"{value:.2f}")
+    return table
+
+
+def _counts(family: Mapping[str, Any]) -> Table:
+    """What was counted on the first line."""
+    from proxytune.lab.throughput_report import COUNTED, counted
+
+    table = _table("passes of base, expert, antiexpert; megabytes per token")
+    for i, heading in enumerate(COUNTED):
+        table.add_column(heading, justify="right" if i else "left", no_wrap=True)
+    for line in counted(family["cells"][0]):
+        table.add_row(*line)
     return table
 
 

@@ -34,13 +34,13 @@ __all__ = ["Plan", "Size", "cpu_plans", "gpu_plans", "machine", "measure", "meas
 Size = Literal["quick", "full"]
 
 _SHORT = (
-    Cell(8, 48), Cell(256, 8), Cell(8, 8), Cell(8, 12, 8), Cell(8, 6, 32), Cell(8, 12, 1, "sampled"),
+    Cell(8, 40), Cell(128, 8), Cell(8, 8), Cell(8, 8, 8), Cell(8, 4, 32), Cell(8, 10, 1, "sampled"),
 )  # fmt: skip
 _LONG = (
     Cell(8, 128), Cell(512, 8), Cell(8, 8), Cell(8, 32, 8), Cell(8, 16, 32), Cell(8, 32, 1, "sampled"),
 )  # fmt: skip
 _LAB = (
-    Cell(8, 96), Cell(500, 8), Cell(8, 8), Cell(8, 24, 8), Cell(8, 24, 32), Cell(8, 24, 1, "sampled"),
+    Cell(8, 64), Cell(500, 8), Cell(8, 8), Cell(8, 16, 8), Cell(8, 16, 32), Cell(8, 16, 1, "sampled"),
 )  # fmt: skip
 _GPU = (
     Cell(8, 96), Cell(512, 8), Cell(8, 8), Cell(8, 32, 8), Cell(8, 32, 32), Cell(8, 32, 1, "sampled"),
@@ -56,10 +56,11 @@ class Plan:
         cells: The lines of the protocol.
         rounds: Of each line, at most.
         seconds: When the last line should be done; at least two rounds of each line are made.
-        rates: The acceptances planted in random members, on lines with one row.
+        rates: The acceptances planted in random members, on the first line.
         drafting: The line on which the cost model is compared; None to leave it out.
         rate: The acceptance planted there, and in batches.
         lengths: The draft lengths that are compared there.
+        graphs: Whether companions are compiled, on the first line.
     """
 
     build: Callable[[], Subject]
@@ -70,6 +71,7 @@ class Plan:
     drafting: Cell | None = None
     rate: float = 0.7
     lengths: tuple[int, ...] = LENGTHS
+    graphs: bool = False
 
 
 def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
@@ -114,6 +116,7 @@ def gpu_plans(size: Size = "quick", device: str = "cuda") -> list[Plan]:
             3 if quick else 7,
             seconds if quick else 3600.0,
             drafting=_GPU[0],
+            graphs=not quick,
         )
         for trio, seconds in zip(PUBLISHED, (140.0, 190.0, 110.0), strict=True)
     ]
@@ -173,12 +176,12 @@ def measure_family(
     bytes_of = subject.bytes
     cells = []
     for i, cell in enumerate(plan.cells):
-        # Batches and samples at one acceptance: the others would only repeat what the first lines show.
-        rates = plan.rates if cell.rows == 1 and cell.setting == "greedy" else (plan.rate,)
+        # The other lines at one acceptance: the rest would only repeat what the first one shows.
+        rates = plan.rates if i == 0 else (plan.rate,)
         measured = measure_cell(
             subject,
             cell,
-            methods_for(subject, rates),
+            methods_for(subject, rates, graphs=plan.graphs and i == 0),
             rounds=plan.rounds,
             least=min(2, plan.rounds),
             until=began + plan.seconds * (i + 1) / len(plan.cells),

@@ -86,6 +86,7 @@ class Subject:
         steered: The composed model.
         text: `[N]`, int64: what prompts are cut from.
         trained: Whether the weights are; if not, acceptance is planted.
+        compiled: Whether the companions' steps are.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Subject:
     steered: ProxyTunedModel
     text: torch.Tensor
     trained: bool
+    compiled: bool = False
 
     @property
     def device(self) -> torch.device:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from proxytune.costs import DraftCosts, PassBytes, best_draft_length, bytes_per_token, time_per_token
 from proxytune.lab.throughput_methods import COMPOSITE, FUSED, TRIO, TUNED
+from proxytune.lab.throughput_shapes import Trio
+from proxytune.weights import pass_bytes
 
-__all__ = ["LONGEST_DRAFT", "aims", "floor_bytes", "with_floors"]
+__all__ = ["LONGEST_DRAFT", "aims", "floor_bytes", "published_floors", "with_floors"]
 
 LONGEST_DRAFT = 16
 _MEMORY_BOUND = 50.0
@@ -52,6 +56,31 @@ def floor_bytes(
     costs = DraftCosts.of_bytes(verifying, bytes_of["expert"], context=context, rows=rows)
     rate = acceptance or 0.0
     return time_per_token(rate, best_draft_length(rate, costs, LONGEST_DRAFT), costs) / rows
+
+
+def published_floors(trio: Trio, rates: Sequence[float], *, context: float = 264.0) -> dict[str, Any]:
+    """What bytes alone make of published shapes, beside a tuned model of the base's size: no model is run.
+
+    Args:
+        trio: The shapes.
+        rates: Acceptances.
+        context: Tokens in the cache.
+
+    Returns:
+        JSON values: the ratio of a `step` of three models, and for each rate the ratio and the draft length.
+    """
+    base, small = (pass_bytes(shape.build(dtype=torch.bfloat16, device="meta")) for shape in (trio.base, trio.small))
+    costs = DraftCosts.of_bytes([base, small], small, context=context)
+    tuned = base.at(context=context)
+    best = {rate: best_draft_length(rate, costs, LONGEST_DRAFT) for rate in rates}
+    return {
+        "name": trio.name,
+        "step": round(costs.of_round(0) / tuned, 4),
+        "speculation": [
+            {"acceptance": rate, "drafted": k, "ratio": round(time_per_token(rate, k, costs) / tuned, 4)}
+            for rate, k in best.items()
+        ],
+    }
 
 
 def with_floors(cell: dict[str, Any], bytes_of: Mapping[str, PassBytes]) -> dict[str, Any]:
@@ -119,21 +148,21 @@ def _of_cell(family: dict[str, Any], cell: dict[str, Any], gpu: bool) -> Iterato
 
     for name in (COMPOSITE, FUSED):
         if name in ran:
-            yield judged("at most 1.05 × the members' own passes", name, ran[name]["over_members"], 1.05)
+            yield judged("At most 1.05 × the members' own passes", name, ran[name]["over_members"], 1.05)
     if cell["rows"] != 1:
         return
     if gpu and FUSED in ran and "over_naive" in ran[FUSED]:
-        yield judged("at most 0.6 × the naive loop", FUSED, ran[FUSED]["over_naive"], 0.6)
+        yield judged("At most 0.6 × the naive loop", FUSED, ran[FUSED]["over_naive"], 0.6)
     weights = family["mb_per_pass"]
     if cell["new"] <= 8 or TUNED not in ran or weights["base"] < _MEMORY_BOUND:  # too few tokens for a time per token
         return
     if FUSED in ran and max(weights["expert"], weights["antiexpert"]) <= _SMALL * weights["base"]:
         floor = ran[FUSED]["floor_over_tuned"]
-        yield judged("small companions: at most 1.10 × the tuned model", FUSED, ran[FUSED]["over_tuned"], 1.1, floor)
+        yield judged("Small companions: at most 1.10 × the tuned model", FUSED, ran[FUSED]["over_tuned"], 1.1, floor)
     for name, found in ran.items():
         if found["kind"] == "speculation":
-            yield judged("speculation: at most 1.10 × its byte floor", name, found["over_floor"], 1.1)
+            yield judged("Speculation: at most 1.10 × its byte floor", name, found["over_floor"], 1.1)
             bound = _OF_TUNED.get((family["name"], found["planted"]))
             if bound is not None:
-                aim = f"speculation: at most {bound:.2f} × the tuned model"
+                aim = f"Speculation: at most {bound:.2f} × the tuned model"
                 yield judged(aim, name, found["over_tuned"], bound, found["floor_over_tuned"])

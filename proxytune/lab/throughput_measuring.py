@@ -159,7 +159,7 @@ def _run(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor, told: 
 
 def _counted(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
     """Run once, watched: what it did, and its text. Also what warms everything up."""
-    models = {role: subject.models[role] for role in method.roles}
+    models = {role: subject.models[role] for role in method.roles if method.hooked}
     with counting(models) as passes, _memory(subject.device) as peak:
         told = FirstToken(subject.device, passes)
         _, _, ran = _run(subject, cell, method, ids, told)
@@ -178,7 +178,7 @@ def _counted(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) ->
 def _reads(subject: Subject, cell: Cell, passes: Passes, method: Method) -> dict[str, Any]:
     """Passes and bytes behind the first token, per token that came behind it."""
     tokens = cell.rows * (cell.new - 1)
-    if not tokens:
+    if not tokens or not passes.of:
         return {}
     each = subject.bytes
     read = sum(

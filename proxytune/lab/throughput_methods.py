@@ -21,7 +21,9 @@ __all__ = [
     "COMPOSITE",
     "EXPERT",
     "FUSED",
+    "GRAPHS",
     "NAIVE",
+    "OVERLAP",
     "PROCESSOR",
     "RATES",
     "TRIO",
@@ -36,7 +38,7 @@ __all__ = [
 BASE, TUNED, EXPERT = "base alone", "tuned alone", "expert alone"
 NAIVE, PROCESSOR = "naive loop", "processor door"
 COMPOSITE, FUSED = "composite door", "fused loop"
-OVERLAP, SPECULATION = "fused, overlap", "speculation"
+OVERLAP, GRAPHS, SPECULATION = "fused, overlap", "fused, graphs", "speculation"
 RATES = (0.0, 0.5, 0.7, 0.9)
 """Acceptances that are planted where the models are random."""
 TRIO = ("base", "expert", "antiexpert")
@@ -73,6 +75,7 @@ class Method:
         prepare: Makes what runs it once; not timed.
         missing: Why it cannot run; None where it can.
         rate: The acceptance that is planted; None for the models' own, and for methods without a draft.
+        hooked: Whether its passes can be counted by hooks, which a compiled pass would be compiled with.
     """
 
     name: str
@@ -81,14 +84,16 @@ class Method:
     prepare: Callable[[Subject], Run]
     missing: Callable[[Subject], str | None] = lambda _: None
     rate: float | None = None
+    hooked: bool = True
 
 
-def methods_for(subject: Subject, rates: Sequence[float] = RATES) -> list[Method]:
+def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: bool = False) -> list[Method]:
     """All methods, in the order of the table.
 
     Args:
         subject: The models: a trained family has the acceptance that it has.
         rates: What is planted in a random one.
+        graphs: Whether companions may be compiled, which takes minutes.
 
     Returns:
         The methods.
@@ -101,7 +106,15 @@ def methods_for(subject: Subject, rates: Sequence[float] = RATES) -> list[Method
         Method(PROCESSOR, "steered", TRIO, _processor),
         Method(COMPOSITE, "steered", TRIO, _steered(lambda: None, overlap=False)),
         Method(FUSED, "steered", TRIO, _steered(lambda: FusedDecoding(seed=0), overlap=False)),
-        Method(OVERLAP, "steered", TRIO, _steered(lambda: FusedDecoding(seed=0), overlap=True), _no_overlap),
+        Method(OVERLAP, "steered", TRIO, _steered(lambda: FusedDecoding(seed=0), overlap=True), _no_gpu),
+        Method(
+            GRAPHS,
+            "steered",
+            TRIO,
+            _compiled,
+            lambda of: _no_gpu(of) or (None if graphs else "compiling takes minutes, see --long"),
+            hooked=False,
+        ),
         *(
             Method(
                 SPECULATION if rate is None else f"{SPECULATION}, {rate:g} planted",
@@ -115,7 +128,9 @@ def methods_for(subject: Subject, rates: Sequence[float] = RATES) -> list[Method
     ]
 
 
-def generated(model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Any:
+def generated(
+    model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig, told: FirstToken, **settings: Any
+) -> Any:
     """Call `generate()` as all methods do.
 
     Args:
@@ -124,6 +139,7 @@ def generated(model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig
         ids: `[B, T]`, int64, without padding.
         config: The settings.
         told: Is told of each token.
+        **settings: For the one method that has a setting of its own.
 
     Returns:
         The output, as an object.
@@ -135,6 +151,7 @@ def generated(model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig
         stopping_criteria=StoppingCriteriaList([told]),
         custom_generate=loop,
         return_dict_in_generate=True,
+        **settings,
     )
 
 
@@ -157,6 +174,7 @@ def _processor(subject: Subject) -> Run:
     # A new one each time: its companions would find the prompt in their caches.
     companions = {role: subject.models[role] for role in TRIO[1:]}
     processor = ProxyTuningLogitsProcessor(**companions, alpha=subject.alpha, check_vocabulary=False)
+    processor.overlap = False
     generate = _generate(subject.models["base"], None)
 
     def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
@@ -171,8 +189,8 @@ def _steered(loop: Callable[[], Any], *, overlap: bool | None) -> Callable[[Subj
         generate = _generate(subject.steered, loop())
 
         def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
-            model: Any = subject.steered
-            if overlap is None or not hasattr(model, "overlap"):
+            model = subject.steered
+            if overlap is None:
                 return generate(ids, config, told)
             before, model.overlap = model.overlap, overlap
             try:
@@ -185,9 +203,18 @@ def _steered(loop: Callable[[], Any], *, overlap: bool | None) -> Callable[[Subj
     return prepare
 
 
-def _generate(model: Any, loop: Any) -> Run:
+def _compiled(subject: Subject) -> Run:
+    # Once: it serves static caches only, which no other method has.
+    model: Any = subject.steered
+    if not subject.compiled:
+        model.compile_members(roles=("expert", "antiexpert"))
+        subject.compiled = True
+    return _generate(model, FusedDecoding(seed=0), cache_implementation="static")
+
+
+def _generate(model: Any, loop: Any, **settings: Any) -> Run:
     def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
-        out = generated(model, loop, ids, config, told)
+        out = generated(model, loop, ids, config, told, **settings)
         if isinstance(loop, SpeculativeDecoding):
             return Ran(out.sequences, out.rounds, out.acceptance)
         return Ran(out.sequences)
@@ -195,7 +222,5 @@ def _generate(model: Any, loop: Any) -> Run:
     return run
 
 
-def _no_overlap(subject: Subject) -> str | None:
-    if not hasattr(subject.steered, "overlap"):
-        return "members run one after the other"
+def _no_gpu(subject: Subject) -> str | None:
     return None if subject.device.type == "cuda" else "no CUDA device"

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 __all__ = [
+    "COUNTED",
     "DRAFTS",
     "METHODS",
     "bar",
     "cell_name",
+    "counted",
     "drafts",
     "interval",
     "lines",
     "markdown",
     "not_run",
-    "steps",
     "verdicts",
 ]
 
 METHODS = ("method", "tokens/s", "first, ms", "ms/token", "× tuned [95 %]", "bytes alone", "accepted")
+COUNTED = ("", "passes per token", "MB read", "at least", "MB held")
 DRAFTS = ("drafted", "tokens per round", "ms per round", "ms per token")
 _FULL, _MARK, _EMPTY = "█", "│", " "
 
@@ -86,25 +88,25 @@ def bar(value: float, mark: float, most: float, width: int) -> str:
     return filled[:place] + _MARK + filled[place + 1 :]
 
 
-def steps(cell: Mapping[str, Any]) -> list[list[str]]:
-    """How the composed methods compare with the members' own passes and the naive loop, and what they hold.
+def counted(cell: Mapping[str, Any]) -> list[list[str]]:
+    """What the methods did on one line of the protocol.
 
     Args:
-        cell: A line of the protocol.
+        cell: With floors.
 
     Returns:
-        A line for each method of three models: its name, both ratios, megabytes, megabytes read per token.
+        A line for each method that was counted, of as many texts as `COUNTED`.
     """
     return [
         [
             name,
-            interval(found["over_members"]),
-            interval(found["over_naive"]) if "over_naive" in found else "",
-            f"{found['peak_mb']:.1f}",
+            " ".join(f"{count:.2f}" for count in found["passes_per_token"].values()),
             f"{found['mb_per_token']:.1f}",
+            f"{found['floor_mb_per_token']:.1f}",
+            f"{found['peak_mb']:.1f}",
         ]
         for name, found in cell["methods"].items()
-        if found["status"] == "run" and found["kind"] != "alone"
+        if "mb_per_token" in found
     ]
 
 
@@ -155,29 +157,54 @@ def verdicts(family: Mapping[str, Any]) -> list[str]:
 
 
 def markdown(part: Mapping[str, Any]) -> str:
-    """A measured part as Markdown: the first line of the protocol of each family, its aims, the cost model.
+    """A measured part as Markdown: the first line of the protocol of each family, the aims, the cost model.
 
     Args:
         part: What `measure` returned.
 
     Returns:
-        Tables and paragraphs.
+        Two tables and what is to be said of them.
     """
-    blocks = []
-    for family in part["families"]:
-        cell = family["cells"][0]
-        head = f"| {family['name']}, {cell_name(cell)} | " + " | ".join(METHODS[1:]) + " |"
-        rows = [head, "|---|" + "--:|" * (len(METHODS) - 1)]
-        rows += ["| " + " | ".join(line) + " |" for line in lines(cell)]
-        blocks += ["\n".join(rows), ". ".join(verdicts(family)) + "."]
-    found = [family for family in part["families"] if "drafting" in family]
-    if found:
-        rows = ["| predicted · measured | " + " | ".join(DRAFTS) + " |", "|---|" + "--:|" * len(DRAFTS)]
-        rows += ["| " + " | ".join([family["name"], *line]) + " |" for family in found for line in drafts(family)]
-        blocks.append("\n".join(rows))
+    families = part["families"]
+    firsts = [family["cells"][0] for family in families]
+    names = list(dict.fromkeys(name for cell in firsts for name in cell["methods"]))
+    heads = [f"{family['name']}, {cell_name(cell)}" for family, cell in zip(families, firsts, strict=True)]
+    rows = [[name, *(_beside(cell["methods"].get(name, {})) for cell in firsts)] for name in names]
+    blocks = [_table(["time per token, tuned = 1 (bytes alone)", *heads], [row for row in rows if any(row[1:])])]
+    blocks += [f"- **{family['name']}**: {'. '.join(verdicts(family))}." for family in families]
+    compared = [family for family in families if "drafting" in family]
+    if compared:
+        lengths = dict.fromkeys(line["draft_length"] for family in compared for line in family["drafting"]["lines"])
+        rows = [[str(k), *(_predicted(family, k) for family in compared)] for k in lengths]
+        heads = [f"{family['name']}: tokens per round; ms per token" for family in compared]
+        blocks.append(_table(["drafted", *heads], rows))
     of = part["machine"]
     blocks.append(
         f"{of['processor']}, {of['cores']} cores (load when it began: {of['load']}), threads: {of['threads']}, "
-        f"torch {of['torch']}; took {part['seconds']:.0f} s."
+        f"torch {of['torch']}; took {part['seconds']:.0f} s. Of the cost model: predicted · measured."
     )
-    return "\n\n".join(blocks)
+    return "\n\n".join(blocks).replace(".\n\n- **", ".\n- **")
+
+
+def _beside(found: Mapping[str, Any]) -> str:
+    if found.get("status") != "run":
+        return ""
+    accepted = found.get("acceptance")
+    said = "" if accepted is None else f", {accepted:.2f} accepted"
+    return f"{interval(found['over_tuned'])} ({found['floor_over_tuned']:.2f}){said}"
+
+
+def _predicted(family: Mapping[str, Any], length: int) -> str:
+    for line in family["drafting"]["lines"]:
+        if line["draft_length"] == length:
+            tokens, took = line["tokens_per_round"], line["ms_per_token"]
+            return (
+                f"{tokens['predicted']:.2f} · {tokens['measured']:.2f}; "
+                f"{took['predicted']:.1f} · {took['measured']:.1f}"
+            )
+    return ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines_of = ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
+    return "\n".join(lines_of + ["| " + " | ".join(row) + " |" for row in rows])
