@@ -5,6 +5,7 @@
     python benches/bench_kernels.py --write          measure the CPU part, and the GPU part where there is a GPU
     python benches/bench_kernels.py --write --gpu    the GPU part alone, under ten minutes; the CPU part is kept
     python benches/bench_kernels.py --write --mix    the mixtures of embeddings alone, on the CPU; all else is kept
+    python benches/bench_kernels.py --write --verify the verification of drafts alone, on the CPU; all else is kept
     python benches/bench_kernels.py --markdown       the README's table, from the JSON
     pytest benches/bench_kernels.py --benchmark-only the CPU part once more, by pytest-benchmark
 
@@ -36,11 +37,13 @@ import kernels_cases as cases
 import kernels_cuda
 import kernels_gpu as gpu
 import kernels_mix
+import kernels_verify
 import pytest
 import torch
 import transformers
 from kernels_cases import CASES, GREEDY, TRUNCATED, Case, Members
 from kernels_mix import MIXTURES, Mixture
+from kernels_verify import ROUNDS_OF_DRAFTS, Round
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -133,6 +136,36 @@ def measure_mix(
         kernels_mix.shape(mixture) | _timed(found, kernels_mix.given(mixture, "cpu"), rounds, target_ms)
         for mixture in mixtures
     ]
+
+
+def measure_verify(
+    of: Sequence[Round] = ROUNDS_OF_DRAFTS, rounds: int = ROUNDS, target_ms: float = 8.0
+) -> list[dict[str, Any]]:
+    """Time the verification of drafts on the CPU, and find the memory that it takes.
+
+    Args:
+        of: The shapes.
+        rounds: How many times each implementation has its turn.
+        target_ms: About how long a turn is.
+
+    Returns:
+        What goes into the JSON, beside the decisions' cells.
+    """
+    cells = []
+    for what in of:
+        found: Implementations = {
+            OURS: kernels_verify.ours(what, "cpu", "torch"), kernels_verify.PLAIN: kernels_verify.plain(what)
+        }  # fmt: skip
+        logits = kernels_verify.given(what, "cpu")
+        accepted = float(found[OURS](logits)[1].float().mean())
+        # In units of one float32 number per logit of the base, at all positions.
+        memory = 4 * what.rows * (what.drafts + 1) * what.width
+        peak = {name: round(peak_bytes(f, logits) / memory, 3) for name, f in found.items()}
+        timed = _timed(found, logits, rounds, target_ms)
+        load = round(os.getloadavg()[0], 1)
+        more = {"accepted": accepted, "rounds": rounds, "threads": torch.get_num_threads(), "load": load}
+        cells.append(kernels_verify.shape(what) | more | timed | {"peak_extra": peak})
+    return cells
 
 
 def _timed(found: Implementations, logits: Members, rounds: int, target_ms: float) -> dict[str, Any]:
@@ -230,7 +263,9 @@ def kernels_table(record: dict[str, Any] | None = None) -> str:
         A table for the CPU, one for the GPU or the reason why there is none, and what the columns say.
     """
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if record is None else record
-    return "\n\n".join([_cpu_table(record["cpu"]), *_mix_table(record), _gpu_table(record["gpu"])])
+    return "\n\n".join(
+        [_cpu_table(record["cpu"]), *_verify_table(record), *_mix_table(record), _gpu_table(record["gpu"])]
+    )
 
 
 def _mix_table(record: dict[str, Any]) -> list[str]:
@@ -250,6 +285,29 @@ def _mix_table(record: dict[str, Any]) -> list[str]:
             line += f" {took['cold']:.1f}, {took['warm']:.1f} | {100 * there['floor_us'] / took['cold']:.0f} % | "
             line += f"{there['times_ours']['cold']:.1f}× |"
         lines.append(line)
+    return ["\n".join(lines)]
+
+
+def _verify_table(record: dict[str, Any]) -> list[str]:
+    """Verification of drafts, where it was measured."""
+    lines = [
+        "| drafts verified, CPU, bfloat16 | V | B | K | ms | plain torch | memory: ours, plain |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    for cell in record["cpu"].get("verify", []):
+        memory = f"{cell['peak_extra'][OURS]:.2f}, {cell['peak_extra'][kernels_verify.PLAIN]:.2f}"
+        lines.append(
+            f"| {cell['case']} | {cell['width']:,} | {cell['rows']} | {cell['drafts']} | {cell['ms'][OURS]:.2f} | "
+            f"{_interval(cell['times_ours'][kernels_verify.PLAIN])} | {memory} |"
+        )
+    if len(lines) == 2:
+        return []
+    load = max(cell["load"] for cell in record["cpu"]["verify"])
+    if load > max(cell["threads"] for cell in record["cpu"]["verify"]) + 1:
+        lines += [
+            "",
+            f"Measured beside other work on the machine (load {load:.1f}): ratios count, milliseconds do not.",
+        ]
     return ["\n".join(lines)]
 
 
@@ -324,14 +382,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="keep the figures")
     parser.add_argument("--gpu", action="store_true", help="only the GPU part; the CPU part is the one that was kept")
     parser.add_argument("--mix", action="store_true", help="only the mixtures, on the CPU; all else is kept")
+    parser.add_argument("--verify", action="store_true", help="only the verification of drafts; all else is kept")
     parser.add_argument("--markdown", action="store_true", help="print the table of the figures that were kept")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds for the GPU part")
     parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
     wanted = parser.parse_args(arguments)
-    if wanted.mix:
+    if wanted.mix or wanted.verify:
         torch.set_num_threads(wanted.threads)
         record = json.loads(RESULTS.read_text(encoding="utf-8"))
-        record["cpu"]["mix"] = measure_mix()
+        if wanted.mix:
+            record["cpu"]["mix"] = measure_mix()
+        if wanted.verify:
+            record["cpu"]["verify"] = measure_verify()
         if wanted.write:
             RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(kernels_table(record))
@@ -342,6 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not wanted.gpu:
             record["cpu"] = measure_cpu()
             record["cpu"]["mix"] = measure_mix()
+            record["cpu"]["verify"] = measure_verify()
         elif RESULTS.exists():
             record["cpu"] = json.loads(RESULTS.read_text(encoding="utf-8"))["cpu"]
         else:

@@ -58,6 +58,8 @@ def test_the_script_writes_what_it_prints(
     monkeypatch.setattr(kernels, "measure_cpu", lambda: {"status": "not run", "reason": "a test"})
     mixtures = kernels.measure_mix(tiny_mixtures(), 3, 0.1)
     monkeypatch.setattr(kernels, "measure_mix", lambda: mixtures)
+    verified = kernels.measure_verify(tiny_rounds(), 3, 0.1)
+    monkeypatch.setattr(kernels, "measure_verify", lambda: verified)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     kernels.main(["--write"])
     record = json.loads((tmp_path / "kernels.json").read_text())
@@ -67,9 +69,41 @@ def test_the_script_writes_what_it_prints(
     kernels.main(["--write", "--mix"])
     assert json.loads((tmp_path / "kernels.json").read_text()) == record
     assert record["cpu"]["mix"] == mixtures
+    kernels.main(["--write", "--verify"])
+    assert json.loads((tmp_path / "kernels.json").read_text()) == record
+    assert record["cpu"]["verify"] == verified
     monkeypatch.setattr(kernels, "measure_cpu", lambda: pytest.fail("not asked for"))
     kernels.main(["--write", "--gpu"])
     assert json.loads((tmp_path / "kernels.json").read_text()) == record
+
+
+def tiny_rounds() -> tuple[Any, ...]:
+    what = bench("kernels_verify")
+    return what.Round(what.TEMPERATURE, 1, 2, 1500), what.Round(what.TRUNCATED, 3, 3, 1500)
+
+
+def test_verification_is_timed_beside_a_composition_of_the_same_law() -> None:
+    kernels, what = bench("bench_kernels"), bench("kernels_verify")
+    cells = kernels.measure_verify(tiny_rounds(), 3, 0.1)
+    assert [(c["case"], c["rows"], c["drafts"], c["width"]) for c in cells] == [
+        ("temperature draw", 1, 2, 1500), ("k50 + p.9", 3, 3, 1500),
+    ]  # fmt: skip
+    for cell in cells:
+        assert 0 <= cell["accepted"] <= cell["drafts"]
+        assert set(cell["ms"]) == set(cell["peak_extra"]) == {"proxytune", "plain"}
+    part = {"status": "not run", "reason": "a test", "verify": cells}
+    shown = kernels.kernels_table({"cpu": part, "gpu": {"status": "not run", "reason": "no CUDA device"}})
+    assert "| k50 + p.9 | 1,500 | 3 | 3 |" in shown
+    busy = max(c["load"] for c in cells) > cells[0]["threads"] + 1
+    assert ("beside other work" in shown) == busy
+    # The two have the same law: as many drafts are accepted, within four standard errors of 200 texts.
+    many = what.Round(what.TRUNCATED, 200, 3, 1500)
+    given = what.given(many, "cpu")
+    torch.manual_seed(0)
+    ours, plain = (f(given)[1].double() for f in (what.ours(many, "cpu", "torch"), what.plain(many)))
+    assert 0.2 < float(ours.mean()) < 2.8
+    error = ((ours.var() + plain.var()) / 200).sqrt()
+    assert abs(float(ours.mean() - plain.mean())) <= 4 * float(error)
 
 
 def tiny_mixtures() -> tuple[Any, ...]:
