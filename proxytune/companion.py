@@ -92,7 +92,7 @@ class Companion:
             last: How many of the last positions to return.
 
         Returns:
-            `[B, last, V]`, float32, on the model's device.
+            `[B, last, V]`, in the model's dtype and on its device; not to be written to.
 
         Raises:
             InputError: If the prefix is shorter than `last`, longer than the model's context, or has ids that the model
@@ -150,7 +150,7 @@ class Companion:
             keep = n - last  # the cache holds these positions, but their logits have to be computed again
         if keep == n:
             known = self._remembered(n)
-            return torch.stack(self._logits[known - last : known], 1)
+            return _stacked(self._logits[known - last : known])
         keep = self._rollback(keep)
         if self._cache is None or n - keep > 1:
             check_ids(ids[:, keep:], [self.member])
@@ -159,18 +159,20 @@ class Companion:
             self._weights = _weights_of(self.member.model)
         # An interrupted forward leaves some layers longer than others. Without its ids the cache counts for nothing.
         self._ids = None
+        new = min(last, n - keep)
+        memo = max(last, self._memo if ids.shape[0] == 1 else 1)
+        # Logits are remembered without gaps; those that will not be go before there are others.
+        self._logits = self._logits[-(memo - new) :] if n - keep <= last and memo > new else []
         logits = self.member.forward(
             ids[:, keep:],
             attention_mask=mask,
             position_ids=None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, keep:],  # [B, N]
             cache=self._cache,
-            logits_to_keep=min(last, n - keep),
-        ).float()  # [B, K, V]
+            logits_to_keep=new,
+        )  # [B, K, V]
         self._ids = key
-        memo = max(last, self._memo if ids.shape[0] == 1 else 1)
-        unbroken = self._logits if n - keep <= last else []  # logits are remembered without gaps
-        self._logits = [*unbroken, *logits.unbind(1)][-memo:]
-        return torch.stack(self._logits[-last:], 1)
+        self._logits += logits.unbind(1)
+        return _stacked(self._logits[-last:])
 
     def _remembered(self, length: int) -> int:
         """How many positions up to `length`, which the cache covers, have remembered logits."""
@@ -217,6 +219,11 @@ class Companion:
         self._ids = self._ids[:, :keep]
         self._logits = self._logits[:-surplus]
         return keep
+
+
+def _stacked(logits: list[torch.Tensor]) -> torch.Tensor:
+    """`[B, V]` each → `[B, n, V]`; of one no copy."""
+    return logits[0][:, None] if len(logits) == 1 else torch.stack(logits, 1)
 
 
 def _weights_of(model: Any) -> object:

@@ -28,6 +28,7 @@ from proxytune.generating import ComposedGenerationMixin, MemberOutput, refuse_a
 from proxytune.member import Member, check_ids, positions_of
 from proxytune.opening import adapters_of, open_members
 from proxytune.overlapping import SideStreams
+from proxytune.parting import forward_in_parts, part_length
 from proxytune.recipe import ROLES, Recipe
 from proxytune.running import run_members
 from proxytune.saving import save_adapter
@@ -217,6 +218,18 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         prompt = is_first_iteration or cache is None or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
             check_ids(input_ids, self.members)
+        part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
+        if part is not None:
+            out = forward_in_parts(
+                self.forward,
+                input_ids,
+                length=part,
+                cache=DynamicCache(config=self.config) if cache is None else cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                labels=labels,
+            )
+            return out if cache is not None else CausalLMOutputWithPast(loss=out.loss, logits=out.logits)
 
         members = run_members(
             self.members,

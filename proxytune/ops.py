@@ -50,6 +50,7 @@ __all__ = [
     "choose",
     "combine",
     "draw_logprobs",
+    "normalise_",
     "step",
     "verify",
     "why_not_triton",
@@ -129,15 +130,32 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
     base = members[0]
     # The kernels have no derivative, and what compiles the model fuses these few operations by itself.
     graph = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in members))
-    together = all(x.device == base.device and x.shape[:-1] == base.shape[:-1] for x in members)
+    alike = all(x.shape[:-1] == base.shape[:-1] for x in members)
     known = 1 <= len(members) <= MAX_MEMBERS and len(weights) == len(members) - 1 and base.numel() > 0
     plain = all(x.dtype in DTYPES and (x.shape[-1] == 1 or x.stride(-1) == 1) for x in members)
-    if graph or not (together and known and plain) or choose(impl, base.device) == "torch":
+    if graph or not (alike and known and plain):
+        choose(impl, base.device)
         return shift(base, members[1:], weights)
-    flat = [x.reshape(-1, x.shape[-1]) for x in members]
+    # Not waiting is safe only towards a GPU, see `proxytune.formula.shift`.
+    unwaited = base.device.type != "cpu"
+    flat = [x.to(base.device, non_blocking=unwaited).reshape(-1, x.shape[-1]) for x in members]
     scores = step(flat, (1.0, *weights), want=("scores",), impl=impl).scores
     assert scores is not None
     return scores.view(base.shape)
+
+
+def normalise_(logits: torch.Tensor) -> torch.Tensor:
+    """Logits become log-probabilities in place: `log_softmax` without a second tensor of their size.
+
+    Args:
+        logits: `[B, V]`, float32; written to.
+
+    Returns:
+        The same tensor, in nats; NaN in rows that have no distribution.
+    """
+    lse = step([logits], want=("lse",)).lse
+    assert lse is not None
+    return logits.sub_(lse[:, None])
 
 
 def draw_logprobs(

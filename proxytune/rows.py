@@ -12,7 +12,7 @@ import torch
 from proxytune.formula import shift
 from proxytune.sampling import Sampling
 
-__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "Rows", "block_of", "first_largest", "measure"]
+__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "Rows", "block_of", "combined", "first_largest", "measure"]
 
 TILE = 1024
 """Columns per tile; it keys the noise, so it is part of the contract."""
@@ -27,6 +27,8 @@ _LOG2E = 1.0 / math.log(2.0)
 # Tiles of a block, for each thread: half a megabyte in float32. Smaller ones spend their time in calls, larger ones
 # only take more memory.
 _BLOCK = 128
+# Elsewhere calls cost more than the memory does: parts of the columns.
+_PARTS = 8
 
 
 class Rows:
@@ -153,10 +155,11 @@ def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dic
     tiles = -(-rows.width // TILE)
     high, wide = block_of(rows)
     scratch = [rows.empty(high * wide * TILE) for _ in range(plan.buffers)]
+    scores = rows.empty(rows.count * rows.width).view(rows.count, -1) if plan.scores else None
     for row in range(0, rows.count, high):
         there = slice(row, min(row + high, rows.count))
         parts = [
-            _reduce(rows, there, slice(tile * TILE, min((tile + wide) * TILE, rows.width)), plan, scratch)
+            _reduce(rows, there, slice(tile * TILE, min((tile + wide) * TILE, rows.width)), plan, scratch, scores)
             for tile in range(0, tiles, wide)
         ]
         if plan.argmax and len(parts) > 1:
@@ -175,6 +178,28 @@ def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dic
             out[name] *= math.log(2.0) ** power  # they were summed in bits
     if plan.unit:
         out["mass"] = out["s"]
+    if scores is not None:
+        out["scores"] = scores
+    return out
+
+
+def combined(rows: Rows) -> torch.Tensor:
+    """The combined logits, made in parts: nothing else of their size is.
+
+    Args:
+        rows: The members' rows.
+
+    Returns:
+        `[B, V]`, float32.
+    """
+    out = rows.empty(rows.count * rows.width).view(rows.count, rows.width)
+    high, wide = block_of(rows)
+    if rows.device.type != "cpu":
+        wide = -(-wide // _PARTS)
+    for row in range(0, rows.count, high):
+        for column in range(0, rows.width, wide * TILE):
+            there, columns = slice(row, row + high), slice(column, column + wide * TILE)
+            rows.read(there, columns, out[there, columns])
     return out
 
 
@@ -288,9 +313,14 @@ def block_of(rows: Rows) -> tuple[int, int]:
 
 
 def _reduce(
-    rows: Rows, there: slice, columns: slice, plan: _Plan, scratch: list[torch.Tensor]
+    rows: Rows,
+    there: slice,
+    columns: slice,
+    plan: _Plan,
+    scratch: list[torch.Tensor],
+    scores: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """The numbers of `measure` for a block of rows and columns, by name; "argmax" is `[rows, 1]`.
+    """The numbers of `measure` for a block of rows and columns, by name; "argmax" is `[rows, 1]`, `scores` is filled.
 
     Every sum is over one tile, so that no block's shape changes a bit of it. On the CPU, masks are slow and exp() is:
     2^x takes a quarter of its time there, and bounds handle −inf.
@@ -300,8 +330,8 @@ def _reduce(
     z, *more = (x[: count * padded].view(count, padded) for x in scratch)
     base = rows.read(there, columns, z[:, :width])
     out: dict[str, torch.Tensor] = {}
-    if plan.scores:
-        out["scores"] = z[:, :width].clone()
+    if scores is not None:
+        scores[there, columns] = z[:, :width]
     if width < padded:
         z[:, width:] = -torch.inf
     z, *more = (x.unflatten(1, (-1, TILE)) for x in (z, *more))  # [rows, tiles, TILE]

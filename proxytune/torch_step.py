@@ -14,7 +14,7 @@ from collections.abc import Collection
 import torch
 
 from proxytune.noise import Noise
-from proxytune.rows import CLAMP, FINITE, Rows, first_largest, measure
+from proxytune.rows import CLAMP, FINITE, Rows, combined, first_largest, measure
 from proxytune.sampling import Sampling
 from proxytune.torch_draws import draw, shares
 from proxytune.torch_truncation import mean_of_largest
@@ -45,6 +45,8 @@ def decide(
         token, top = first_largest(rows)  # [B, 1]
         token = token.masked_fill(~((top > FINITE) & (top < torch.inf)), -1)
         return {name: token if name == "tokens" else token[:, 0].clone() for name in want}
+    if set(want) == {"scores"}:
+        return {"scores": combined(rows)}
     tiles = measure(rows, sampling, want)
     top = tiles["max"].amax(1)  # [B]
     bad, dead = top == torch.inf, top == FINITE

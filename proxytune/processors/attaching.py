@@ -12,6 +12,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from proxytune.drafting import refuse_self_speculation
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.ops import normalise_
 from proxytune.padding import spread
 
 if TYPE_CHECKING:
@@ -213,4 +214,4 @@ class Steering(LogitsProcessor):
         if mask is None and self.attention_mask is not None:
             mask = spread(self.attention_mask, input_ids)
         combined = self.processor.shifted(input_ids, scores, mask)
-        return combined.log_softmax(-1) if self.normalise else combined
+        return normalise_(combined) if self.normalise else combined

@@ -17,7 +17,7 @@ from proxytune.errors import InputError
 from proxytune.formula import ProxyTuning
 from proxytune.generating import ComposedGenerationMixin, refuse_continuous_batching
 from proxytune.opening import check_vocabularies, open_members, reference_of
-from proxytune.ops import combine
+from proxytune.ops import combine, normalise_
 from proxytune.overlapping import SideStreams, may_overlap
 from proxytune.padding import mask_of_padding, refuse_ambiguous_padding, spread
 from proxytune.processors.attaching import Hook, Start, refuse_no_ids
@@ -138,7 +138,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         """
         refuse_no_ids(input_ids.shape[1])
         mask = self._inferred_mask(input_ids) if self._explicit_mask is None else self.explicit_mask(input_ids)
-        return self.shifted(input_ids, scores, mask).log_softmax(-1)
+        return normalise_(self.shifted(input_ids, scores, mask))
 
     def shifted(
         self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None
