@@ -164,6 +164,14 @@ def latent() -> str:
     return wrapped(latent_block(load("latent.json")))
 
 
+def overlap() -> str:
+    """What running members at the same time brings on a CPU."""
+    _find_benches()
+    from bench_overlap import overlap_table
+
+    return wrapped(overlap_table(load("overlap.json")))
+
+
 def _find_benches() -> None:
     """Let the benches beside this file be imported, also where this file was loaded by its path."""
     if str(ROOT / "benches") not in sys.path:
@@ -186,6 +194,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": kernels,
     "forks": forks,
     "latent": latent,
+    "overlap": overlap,
 }
 
 
