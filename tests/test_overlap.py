@@ -13,7 +13,13 @@ from tiny import build, shared
 from transformers import PreTrainedModel
 
 import proxytune
-from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor, overlapping
+from proxytune import (
+    FusedDecoding,
+    ProxyTunedModel,
+    ProxyTuningLogitsProcessor,
+    SpeculativeDecoding,
+    overlapping,
+)
 from proxytune.overlapping import Fork, SideStreams, Turns, may_overlap, tensors_of
 
 ALPHA, NEW = 0.7, 6
@@ -93,6 +99,16 @@ def test_an_attached_processor_on_side_streams(
     assert torch.equal(got, want)
     assert torch.equal(again, want)
     assert len(books.streams) == (1 if mode == "no-cache" else 3)
+
+
+@pytest.mark.parametrize("loop", [FusedDecoding(seed=0), SpeculativeDecoding(seed=0)], ids=["fused", "speculative"])
+def test_loops_of_our_own_on_side_streams(
+    members: dict[str, PreTrainedModel], loop: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want, model = expected(members, "greedy"), composed(members)
+    with streams(monkeypatch) as books:
+        assert torch.equal(run(model, "greedy", custom_generate=loop), want)
+    assert books.crossings > 0
 
 
 def test_companions_run_on_their_own_streams_and_the_base_is_launched_first(
