@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Companion:
 
     Attributes:
         member: The model, with its role and the count of tokens it was run on.
+        prefill_chunk_size: In parts of how many tokens a text is read; None for at once. Changes rounding only.
     """
 
     def __init__(self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32) -> None:
@@ -51,6 +52,7 @@ class Companion:
         """
         self.member = Member(model.eval(), role)
         self._memo = memo
+        self.prefill_chunk_size: int | None = None
         # Sliding-window layers forget what fell out of the window, and then cannot be rolled back. They are used as
         # long as nobody rolls back (sampling, beams); the first rollback they cannot do switches to full layers.
         self._keep_all = False
@@ -163,13 +165,17 @@ class Companion:
         memo = max(last, self._memo if ids.shape[0] == 1 else 1)
         # Logits are remembered without gaps; those that will not be go before there are others.
         self._logits = self._logits[-(memo - new) :] if n - keep <= last and memo > new else []
-        logits = self.member.forward(
-            ids[:, keep:],
-            attention_mask=mask,
-            position_ids=None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)[:, keep:],  # [B, N]
-            cache=self._cache,
-            logits_to_keep=new,
-        )  # [B, K, V]
+        position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]
+        chunk = self.prefill_chunk_size or n
+        # The last part holds all positions whose logits are asked for.
+        for start, end in pairwise([keep, *range(keep + chunk, n - new + 1, chunk), n]):
+            logits = self.member.forward(
+                ids[:, start:end],
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=None if position_ids is None else position_ids[:, start:end],
+                cache=self._cache,
+                logits_to_keep=new if end == n else 1,
+            )  # [B, K, V]
         self._ids = key
         self._logits += logits.unbind(1)
         return _stacked(self._logits[-last:])

@@ -451,3 +451,32 @@ def test_answers_are_the_model_s_own_without_a_graph_and_the_model_is_not_traine
     assert (out.dtype, out.requires_grad, model.training) == (torch.bfloat16, False, False)
     want = model(ids, use_cache=False).logits[:, -1:].float()
     assert torch.equal(out, want)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("last", [1, 3, 7])
+@pytest.mark.parametrize("length", [5, 9, 10, 12])
+def test_a_text_in_chunks(kind: str, last: int, length: int) -> None:
+    """Parts of 4 tokens, the last of which holds what was asked for; windows of 8 slide in between."""
+    if last > length:
+        return
+    model = build(kind, 1)
+    companion, ids, mask = Companion(model), tokens(2, length), torch.ones(2, length, dtype=torch.long)
+    mask[1, :2] = 0
+    companion.prefill_chunk_size = 4
+    spans: list[int] = []
+    handle = model.get_input_embeddings().register_forward_hook(lambda _, args, __: spans.append(args[0].shape[1]))
+    got = companion.logits_for(ids, mask, last=last)
+    handle.remove()
+    assert sum(spans) == length
+    assert spans[:-1] == [4] * (len(spans) - 1)
+    assert last <= spans[-1] < 4 + last
+    with torch.no_grad():
+        want = model(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits[:, -last:]
+    there = mask[:, -last:] == 1
+    torch.testing.assert_close(got[there], want[there], atol=1e-4, rtol=1e-4)
+    # What was read in parts is gone on from.
+    longer = torch.cat([ids, tokens(2, 1)], 1)
+    assert companion.member.token_forwards == 2 * length
+    companion.logits_for(longer, mask)
+    assert companion.member.token_forwards == 2 * (length + 1)

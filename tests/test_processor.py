@@ -280,3 +280,23 @@ def test_sampling_follows_the_combined_law() -> None:
     bound = degrees * (1 - 2 / (9 * degrees) + 3.09 * (2 / (9 * degrees)) ** 0.5) ** 3
     assert degrees >= 5
     assert statistic < bound
+
+
+def test_companions_read_a_prompt_in_the_base_s_chunks() -> None:
+    base, expert, antiexpert = (build("mistral", seed) for seed in (1, 2, 3))
+    processor = ProxyTuningLogitsProcessor(expert, antiexpert, check_vocabulary=False)
+    ids, spans = torch.randint(3, 240, (2, 23)), {"base": [], "expert": []}
+    for name, model in (("base", base), ("expert", expert)):
+        kept: list[int] = spans[name]
+        model.get_input_embeddings().register_forward_hook(lambda _, args, __, kept=kept: kept.append(args[0].shape[1]))
+    run: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    with processor.attach(base):
+        whole = base.generate(ids, eos_token_id=None, **run)
+        assert spans["expert"] == [23, 1, 1]
+        spans["expert"].clear()
+        spans["base"].clear()
+        ids[:, 0] += 1  # another text: the companions begin anew
+        parts = base.generate(ids, eos_token_id=None, prefill_chunk_size=8, **run)
+        assert spans["expert"] == spans["base"] == [8, 8, 7, 1, 1]
+        assert torch.equal(parts, base.generate(ids, eos_token_id=None, **run))
+    assert whole.shape == parts.shape

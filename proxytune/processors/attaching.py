@@ -118,6 +118,7 @@ class Hook:
                 got=f"only the {seen} new ids",
                 remedy="Pass all ids; generate() forwards through the base only those that the cache has not seen.",
             )
+        self.processor.read_in_chunks(generation_config.prefill_chunk_size)
         return Steering(self.processor, mask, normalise=generation_config.num_beams > 1)
 
 

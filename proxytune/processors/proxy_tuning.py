@@ -184,6 +184,15 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             else:
                 companion.begin(input_ids, mask)
 
+    def read_in_chunks(self, size: int | None) -> None:
+        """Let the companions read long texts in parts, as `generate(prefill_chunk_size=…)` of an attached base does.
+
+        Args:
+            size: Tokens per part; None for at once.
+        """
+        for companion in self._companions:
+            companion.prefill_chunk_size = size
+
     def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """The mask that was given to the processor, for these rows.
 
