@@ -213,7 +213,7 @@ def verify(
     Where p is q to rounding and a draft is rejected all the same, the token is drawn from p. So it is where the draft's
     row has no distribution (NaN, +inf, all −inf): the draft is ignored then, as one that is not there.
 
-    Not for use inside torch.compile, which breaks the graph here.
+    Not for use inside torch.compile: call it beside what is compiled.
 
     Args:
         members: As in `step`, `[B · (K + 1), V_i]`: row b · (K + 1) + j follows text b with its first j drafts.
@@ -233,7 +233,7 @@ def verify(
     Raises:
         InputError: If shapes, dtypes, devices or strides do not fit, or k is larger than V or V_q. Nothing has been
             launched then.
-        UnsupportedModeError: If torch.compile takes this into a graph.
+        UnsupportedModeError: If torch.compile is about to take this into a graph.
     """
     if torch.compiler.is_compiling():
         raise UnsupportedModeError.of(

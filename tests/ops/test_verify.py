@@ -62,16 +62,17 @@ def test_the_matrix_of_lengths_members_and_dtypes(verify: Verify, slow_one: bool
     tally.assert_rare()
 
 
-@pytest.mark.parametrize("apart", [0.0, 0.3, 3.0])
+@pytest.mark.parametrize("apart", [0.0, 0.3, 1.5])
 @pytest.mark.parametrize("settings", [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.05}, {"top_k": 30, "top_p": 0.9}])
 def test_drafts_near_and_far(verify: Verify, slow_one: bool, settings: dict[str, Any], apart: float) -> None:
     if slow_one and (apart == 0.3 or len(settings) == 1):
         pytest.skip("the interpreter is slow: near and far, plain and truncated are enough")
-    case = drafts(2 if slow_one else 24, 3, 300 if slow_one else 1500, apart=apart, settings=settings, seed=4)
+    most, texts = (1, 12) if slow_one else (3, 24)
+    case = drafts(texts, most, 200 if slow_one else 1500, apart=apart, settings=settings, seed=4)
     check(case, verify).assert_rare()
-    accepted = case.verify(verify).accepted
-    assert apart > 0 or (accepted == 3).all(), "p is q, and a draft was rejected"
-    assert apart < 3 or (accepted < 3).any(), "the case is too easy"
+    accepted = truth(case).accepted
+    assert apart > 0 or (accepted == most).all(), "p is q, and a draft was rejected"
+    assert apart == 0 or ((accepted < most).sum() > 4 and (accepted > 0).any()), "the case is too easy"
 
 
 @pytest.mark.parametrize("other", [1100, 1400, 5])
