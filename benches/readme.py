@@ -164,6 +164,14 @@ def latent() -> str:
     return wrapped(latent_block(load("latent.json")))
 
 
+def throughput() -> str:
+    """What a steered token costs."""
+    _find_benches()
+    from bench_throughput import throughput_table
+
+    return wrapped(throughput_table(load("throughput.json")))
+
+
 def overlap() -> str:
     """What running members at the same time brings on a CPU."""
     _find_benches()
@@ -195,6 +203,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "forks": forks,
     "latent": latent,
     "overlap": overlap,
+    "throughput": throughput,
 }
 
 
