@@ -1,12 +1,13 @@
-"""How many bytes a forward pass of a model has to read, from its parameters and its config."""
+"""What a forward pass of a model has to read and to do, from its parameters and its config."""
 
 from __future__ import annotations
 
 from transformers import PreTrainedModel
 
 from proxytune.costs import PassBytes
+from proxytune.machines import Work
 
-__all__ = ["pass_bytes"]
+__all__ = ["pass_bytes", "pass_work"]
 
 
 def pass_bytes(model: PreTrainedModel) -> PassBytes:
@@ -31,3 +32,17 @@ def pass_bytes(model: PreTrainedModel) -> PassBytes:
         width = config.hidden_size // config.num_attention_heads
     cached = 2 * config.num_hidden_layers * heads * width * table.element_size() if heads and width else 0
     return PassBytes(float(sum(parts.values())), float(cached))
+
+
+def pass_work(model: PreTrainedModel) -> Work:
+    """What one forward pass has to do.
+
+    Args:
+        model: A causal LM.
+
+    Returns:
+        Its bytes, parameters and layers.
+    """
+    read = pass_bytes(model)
+    size = model.get_input_embeddings().weight.element_size()
+    return Work(read, read.weights / size, int(model.config.get_text_config(decoder=True).num_hidden_layers))

@@ -19,9 +19,10 @@ from proxytune.costs import DraftCosts
 from proxytune.decoding.columns import Columns, record
 from proxytune.decoding.texts import Texts
 from proxytune.errors import InputError
+from proxytune.machines import draft_costs, machine_of
 from proxytune.member import Member, check_ids, positions_of
 from proxytune.model import ProxyTunedModel
-from proxytune.weights import pass_bytes
+from proxytune.weights import pass_work
 
 __all__ = ["Draft", "DraftModel", "Drafter", "ExpertDraft", "Start"]
 
@@ -122,30 +123,39 @@ class Draft(ABC):
         """
 
     @abstractmethod
-    def costs(self, model: Any) -> DraftCosts:
-        """What a round takes, as far as the number of bytes that have to be read tells.
+    def costs(self, model: Any, rows: int) -> DraftCosts:
+        """What a round takes, by the figures of `proxytune.machines`.
 
         Args:
             model: The model.
+            rows: B.
 
         Returns:
-            The costs.
+            The costs, in seconds.
+
+        Raises:
+            InputError: If the model is not one that it can draft for.
         """
 
 
-def verifying_bytes(model: Any, *, without: str | None = None) -> list[Any]:
-    """What one pass of each verifying member has to read.
+def costs_of_round(model: Any, draft: Any, rows: int) -> DraftCosts:
+    """What a round takes, by the figures of `proxytune.machines`.
 
     Args:
         model: The composed model, or a plain causal LM.
-        without: The role of a member that drafts.
+        draft: The model that drafts, which may be one of its members; None for a draft without a model.
+        rows: B.
 
     Returns:
-        `PassBytes` of each.
+        The costs, in seconds.
     """
-    if not isinstance(model, ProxyTunedModel):
-        return [pass_bytes(model)]
-    return [pass_bytes(member.model) for member in model.members if member.role != without]
+    members = [member.model for member in model.members] if isinstance(model, ProxyTunedModel) else [model]
+    verifying = [one for one in members if one is not draft]
+    machine = machine_of(members[0].device.type)
+    drafting = None if draft is None else pass_work(draft)
+    return draft_costs(
+        machine, [pass_work(one) for one in verifying], drafting, rows, member=len(verifying) < len(members)
+    )
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
@@ -221,20 +231,21 @@ class ExpertDraft(Draft):
         self._refuse(start.model)
         return _OwnExpert(start)
 
-    def costs(self, model: Any) -> DraftCosts:
-        """What has to be read in a round.
+    def costs(self, model: Any, rows: int) -> DraftCosts:
+        """What a round takes.
 
         Args:
             model: The model.
+            rows: B.
 
         Returns:
-            The costs, in bytes.
+            The costs, in seconds.
 
         Raises:
             InputError: If the model is not a composed one.
         """
         self._refuse(model)
-        return DraftCosts.of_bytes(verifying_bytes(model, without="expert"), pass_bytes(model.expert))
+        return costs_of_round(model, model.expert, rows)
 
     @staticmethod
     def _refuse(model: Any) -> None:
@@ -324,13 +335,14 @@ class DraftModel(Draft):
         """
         return _OtherModel(self._member, start)
 
-    def costs(self, model: Any) -> DraftCosts:
-        """What has to be read in a round.
+    def costs(self, model: Any, rows: int) -> DraftCosts:
+        """What a round takes.
 
         Args:
             model: The model.
+            rows: B.
 
         Returns:
-            The costs, in bytes.
+            The costs, in seconds.
         """
-        return DraftCosts.of_bytes(verifying_bytes(model), pass_bytes(self.model), member=False)
+        return costs_of_round(model, self.model, rows)

@@ -12,7 +12,7 @@ import torch
 
 from proxytune.costs import DraftCosts
 from proxytune.decoding.columns import Columns
-from proxytune.decoding.drafts import Draft, Drafter, Draw, Start, verifying_bytes
+from proxytune.decoding.drafts import Draft, Drafter, Draw, Start, costs_of_round
 from proxytune.decoding.texts import Texts
 from proxytune.errors import InputError
 from proxytune.member import embedding_rows
@@ -24,16 +24,17 @@ __all__ = ["Bigrams", "PromptLookup"]
 class _Free(Draft):
     """A draft that costs nothing beside the positions that are verified."""
 
-    def costs(self, model: Any) -> DraftCosts:
-        """What has to be read in a round.
+    def costs(self, model: Any, rows: int) -> DraftCosts:
+        """What a round takes.
 
         Args:
             model: The model.
+            rows: B.
 
         Returns:
-            The costs, in bytes.
+            The costs, in seconds.
         """
-        return DraftCosts.of_bytes(verifying_bytes(model), None, member=False)
+        return costs_of_round(model, None, rows)
 
 
 @dataclass(frozen=True)

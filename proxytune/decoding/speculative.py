@@ -60,7 +60,7 @@ class SpeculativeDecoding:
         seed: The key of all draws; None for another one in each call, from torch's default generator. With "rejection"
             a text depends on the draft lengths too, so only a fixed `draft_tokens` gives a row the same text in another
             batch.
-        costs: What a round takes; None for the bytes that it has to read.
+        costs: What a round takes; None for round figures of the kind of device (`proxytune.machines`).
         impl: "triton", "torch", or "auto" for Triton where it runs.
         rows: As for `FusedDecoding`.
         branches: As for `FusedDecoding`.
@@ -92,7 +92,7 @@ class SpeculativeDecoding:
         if self.costs is not None and not isinstance(self.costs, DraftCosts):
             raise InputError.of(
                 "costs",
-                expected="DraftCosts, or None for the bytes that have to be read",
+                expected="DraftCosts, or None for the figures of proxytune.machines",
                 got=f"a {type(self.costs).__name__}",
                 remedy="Pass DraftCosts(round=…, draft=…), in any unit of time.",
             )
@@ -151,7 +151,7 @@ class SpeculativeDecoding:
         batch, width = input_ids.shape
         draft = ExpertDraft() if isinstance(self.draft, str) else self.draft
         fixed = None if isinstance(self.draft_tokens, str) else self.draft_tokens
-        length = DraftLength(draft.costs(model) if self.costs is None else self.costs, fixed)
+        length = DraftLength(draft.costs(model, batch) if self.costs is None else self.costs, fixed)
         pads = padding_of(stopping_criteria, generation_config, input_ids.device)
         pad = 0 if pads is None else int(pads)
         streamer = self._streamer(streamer, input_ids)
