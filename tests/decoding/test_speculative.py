@@ -134,7 +134,8 @@ def test_rows_that_accept_very_different_numbers_for_long(kind: str) -> None:
         right = want.gather(1, begun.clamp(max=12 + new - 1))
         # A round of every kind: all right, all wrong, none drafted, and right up to some token.
         which = [1, 3, sum(texts.counts) % 4, 0]
-        for row, good in enumerate((count, 0, 0, which[2])):
+        leads = texts.counts[0] < 20 or texts.counts[1] > 20  # then the row that led falls behind
+        for row, good in enumerate((count if leads else 0, 0 if leads else count, 0, which[2])):
             right[row, good:] = (right[row, good:] + 1) % 240
         right[2] = -1 if sum(texts.counts) % 3 else right[2]
         return right, None
@@ -142,9 +143,10 @@ def test_rows_that_accept_very_different_numbers_for_long(kind: str) -> None:
     out = run(model, ids, mask, SpeculativeDecoding(draft=ByHeart(), draft_tokens=6), do_sample=False,
               eos_token_id=None, max_new_tokens=new)  # fmt: skip
     assert torch.equal(out.sequences, want)
-    assert out.accepted[0] >= new * 6 // 7 - 2
-    assert out.accepted[1] == 0
-    assert 0 < out.accepted[3] < out.accepted[0]
+    assert out.accepted[0] > 20
+    assert out.accepted[1] > 8
+    assert out.accepted[2] == 0
+    assert 0 < out.accepted[3] < 30
     assert out.rounds == new, "the slowest row takes a token per round"
 
 
