@@ -128,10 +128,15 @@ def _move(layer: DynamicLayer, shift: torch.Tensor, old: int, width: int, cut: i
         keep = min(keep, layer.sliding_window - 1)
     # Past the left end of a row there is only padding, which any finite numbers will do for.
     index = torch.arange(stored - cut - keep, stored - cut, device=shift.device)[None] - shift[:, None]
-    index = index.clamp(min=0).to(layer.keys.device)[:, None, :, None]
+    index = index.clamp(min=0).to(layer.keys.device)  # [B, keep]
     for name in ("keys", "values"):
         states = getattr(layer, name)  # [B, heads, stored, D]
-        setattr(layer, name, states.gather(2, index.expand(-1, states.shape[1], -1, states.shape[3])))
+        rows, heads = states.shape[:2]
+        # Whole vectors by their number: several times faster on a CPU than a gather of their elements.
+        first = torch.arange(0, rows * heads * stored, stored, device=index.device).view(rows, heads, 1)
+        numbers = (first + index[:, None]).flatten()
+        moved = states.flatten(0, 2).index_select(0, numbers)
+        setattr(layer, name, moved.view(rows, heads, keep, states.shape[3]))
 
 
 def record(cache: Cache) -> list[DynamicSlidingWindowLayer]:
