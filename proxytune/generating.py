@@ -81,15 +81,17 @@ def refuse_arguments(**given: Any) -> None:
         )
 
 
-def refuse_shapes(input_ids: Any, attention_mask: Any) -> None:
-    """Refuse ids and masks of another form than `[B, T]`.
+def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> None:
+    """Refuse ids, masks and labels of another form than `[B, T]`.
 
     Args:
         input_ids: What was given as the ids.
         attention_mask: What was given as their mask; it may cover cached tokens before them. None if there is none.
+        labels: What was given as their labels; None if there are none.
 
     Raises:
-        InputError: If the ids are no tensor of whole numbers `[B, T]`, or the mask has other rows or fewer positions.
+        InputError: If the ids are no tensor of whole numbers `[B, T]`, the mask has other rows or fewer positions, or
+            the labels have another shape.
     """
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
@@ -98,6 +100,13 @@ def refuse_shapes(input_ids: Any, attention_mask: Any) -> None:
             expected="a tensor of token ids with two dimensions [B, T]",
             got=f"a {type(input_ids).__name__}" if shape is None else f"shape {shape}, {input_ids.dtype}",
             remedy='Pass what tokenizer(prompts, return_tensors="pt", padding=True) returns.',
+        )
+    if labels is not None and labels.shape != input_ids.shape:
+        raise InputError.of(
+            "labels",
+            expected=f"the shape of input_ids, {list(input_ids.shape)}",
+            got=f"{list(labels.shape)}",
+            remedy="Pass the ids themselves, -100 where there is none to foretell; they are shifted here.",
         )
     if attention_mask is None:
         return

@@ -194,8 +194,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             Logits `[B, K, V]`, float32, V the base's width; the loss; the cache. With `combine=False` a `MemberOutput`.
 
         Raises:
-            InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; or an
-                argument is not supported.
+            InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; if the
+                labels have another shape; or an argument is not supported.
             CacheError: If the cache was filled by another model.
         """
         # Not in the signature, so that generate() refuses them from a user: its own loops need combined logits.
@@ -203,7 +203,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         latent = kwargs.pop("latent_inputs", None) or [None] * len(self.members)
         known = kwargs.pop("known", None)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
-        refuse_shapes(input_ids, attention_mask)
+        refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
         # A cache that is given is used, as in transformers: without it, its tokens would be missing from the prefix.
         cache = past_key_values
@@ -212,6 +212,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         if cache is not None:
             adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, int):  # before any member has run: what fails leaves the cache as it was
+            for member in self.members:
+                member.refuse_length(past + input_ids.shape[1])
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: what is sampled or drafted is within every member's reach.

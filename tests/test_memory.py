@@ -17,6 +17,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTuningLogitsProcessor, ops, parting
+from proxytune.errors import InputError
 
 ROWS, WIDTH = 16, 32_768
 UNIT = ROWS * WIDTH * 4  # [B, V] in float32
@@ -161,6 +162,22 @@ def test_parts_are_lossless(kind: str, mode: str) -> None:
     # With a gradient wanted the text goes through at once, and the gradient is there.
     model(ids, labels=labels).loss.backward()
     assert all(m.get_input_embeddings().weight.grad is not None for m in roles.values())
+
+
+@pytest.mark.usefixtures("short_parts")
+def test_what_cannot_be_scored_is_refused_before_the_first_part() -> None:
+    kinds = {"base": build("llama", 0), "expert": build("llama", 1, context=40), "antiexpert": build("llama", 2)}
+    model = proxytune.wrap(**kinds, **PLAIN)
+    ids = torch.randint(3, 240, (2, 45))
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        with pytest.raises(InputError, match="length for the expert: expected at most 40 tokens .*; got 45"):
+            model(ids, past_key_values=cache)
+        assert cache.get_seq_length() == 0
+        for labels in (ids[:, :31], ids[:1, :40]):  # in parts, the first would be the loss of a part of the text
+            with pytest.raises(InputError, match=r"labels: expected the shape of input_ids, \[2, 40\]; got \["):
+                model(ids[:, :40], labels=labels)
+    assert model.token_forwards == {"base": 0, "expert": 0, "antiexpert": 0}
 
 
 def positions(model: PreTrainedModel, mask: torch.Tensor) -> dict[str, torch.Tensor]:
