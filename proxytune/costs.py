@@ -3,7 +3,8 @@
 A decode step of a large model waits for memory: every weight is read once per pass, however few tokens pass. So the
 time of a method has a floor, the bytes it reads over the bandwidth, and two methods compare by their bytes. Speculation
 (Leviathan et al. 2023, arXiv 2211.17192) reads the verifying members once per round instead of once per token. In the
-composed model the expert is the draft: it runs anyway, so a round of k drafted tokens has k + 1 passes of it, one of
+composed model the expert is the draft: it runs anyway, so a round of k drafted tokens has k passes of it, one more
+where all k were accepted, and one of
 the base and one of the antiexpert. Pure Python: nothing here is measured, and times may be in any unit, as long as it
 is one.
 """
@@ -91,9 +92,9 @@ def bytes_per_token(
 class DraftCosts:
     """What a round of speculative decoding takes, in any unit of time (or in bytes, for the floor).
 
-    A round at draft length k takes `round + (k + 1) draft + k position`: all members that verify make one pass over
-    k + 1 positions; the draft makes k passes to draft and one over the last drafted token. At k = 0 that is a plain
-    step: the expert's one pass is its own.
+    A round at draft length k takes `round + (k + a^k) draft + k position`: all members that verify make one pass over
+    k + 1 positions; the draft makes k passes to draft, and one over the last drafted token if that was accepted. At
+    k = 0 that is a plain step: the expert's one pass is its own.
 
     Attributes:
         round: One pass of each member that verifies, over one position: base and antiexpert if the expert drafts, all
@@ -152,22 +153,30 @@ class DraftCosts:
         draft = 0.0 if drafting is None else drafting.at(context=context, rows=rows)
         return cls(together, draft, plain=None if member else together)
 
-    def of_round(self, draft_length: int) -> float:
+    def of_round(self, draft_length: int, acceptance: float | Sequence[float] = 1.0) -> float:
         """What a round takes.
 
         Args:
             draft_length: k, at least 0.
+            acceptance: As for `expected_tokens`. The draft's last pass is made if any row needs it.
 
         Returns:
-            In the unit of the costs.
+            In the unit of the costs, on average.
 
         Raises:
-            InputError: If k is no whole number of at least 0.
+            InputError: If an a is outside [0, 1], or k is no whole number of at least 0.
         """
-        k = whole("draft_length", draft_length, "of tokens")
+        powers = (
+            [a**k for a in _rates(acceptance)] if (k := whole("draft_length", draft_length, "of tokens")) else [1.0]
+        )
+        return self._of_round(k, powers)
+
+    def _of_round(self, k: int, powers: Sequence[float]) -> float:
+        """With the chance of each row that all of its k drafts are accepted."""
         if k == 0 and self.plain is not None:
             return self.plain
-        return self.round + (k + 1) * self.draft + k * self.position
+        some = 1.0 - math.prod(1.0 - p for p in powers)
+        return self.round + (k + some) * self.draft + k * self.position
 
 
 def acceptance_of(accepted: int, rejected: int) -> float:
@@ -226,7 +235,7 @@ def time_per_token(acceptance: float | Sequence[float], draft_length: int, costs
     Raises:
         InputError: As `expected_tokens`.
     """
-    return costs.of_round(draft_length) / expected_tokens(acceptance, draft_length)
+    return costs.of_round(draft_length, acceptance) / expected_tokens(acceptance, draft_length)
 
 
 def best_draft_length(acceptance: float | Sequence[float], costs: DraftCosts, most: int) -> int:
@@ -245,14 +254,14 @@ def best_draft_length(acceptance: float | Sequence[float], costs: DraftCosts, mo
     """
     rates = _rates(acceptance)
     powers = [1.0] * len(rates)
-    best, least, tokens = 0, math.inf, 0.0
+    times: list[float] = []
+    tokens = 0.0
     for k in range(whole("most", most, "of tokens") + 1):
         tokens += math.fsum(powers) / len(rates)
+        times.append(costs._of_round(k, powers) / tokens)
         powers = [p * a for p, a in zip(powers, rates, strict=True)]
-        took = costs.of_round(k) / tokens
-        if took < least * (1 - 1e-12):  # what differs by rounding alone is equally good
-            best, least = k, took
-    return best
+    near = min(times) * (1 + 1e-13)  # what differs by rounding alone is equally good
+    return next(k for k, time in enumerate(times) if time <= near)
 
 
 def _rates(acceptance: float | Sequence[float]) -> list[float]:

@@ -48,7 +48,7 @@ def run_members(
         logits_to_keep: The last that many positions (0: all), or a tensor of positions.
         latent: What each member takes in place of the ids.
         known: Role → `[B, J, V_i]`, logits of the first J ≤ N of these tokens, which that member has already run over,
-            and holds in its layers of the cache; only with `logits_to_keep=0`. It runs over the others.
+            and holds in its layers of the cache. It does not run.
         sides: The side streams for companions on a GPU; None to run the members in turn.
 
     Returns:
@@ -56,37 +56,28 @@ def run_members(
     """
     # Offloaded layers come back on a stream for which only the device's default stream waits.
     fork = Fork(None if getattr(cache, "offloading", False) else sides)
-    new: list[torch.Tensor | None] = []
+    out: list[torch.Tensor] = []
     with fork:
         for companion in members[1:]:
             fork.open(companion.device)  # before the base is launched
         for i, (member, span, fed) in enumerate(zip(members, spans, latent, strict=True)):
-            ids, positions = input_ids, position_ids
-            if (before := known.get(member.role)) is not None:
-                ids = ids[:, before.shape[1] :]
-                positions = None if positions is None else positions[:, before.shape[1] :]
-            if not ids.shape[1]:
-                new.append(None)
+            if (said := known.get(member.role)) is not None:
+                out.append(said)
                 continue
             part = None if cache is None else view(cache, *span)
             work = partial(
                 member.forward,
-                ids,
+                input_ids,
                 attention_mask=attention_mask,
-                position_ids=positions,
+                position_ids=position_ids,
                 cache=part,
                 logits_to_keep=logits_to_keep,
                 latent=fed,
             )
             # Compiled steps share one pool of memory for their graphs, so they take turns.
             if i == 0 or member.step is not None:
-                new.append(work())
+                out.append(work())
             else:
-                reads = chain((ids, attention_mask, positions), (fed or {}).values(), tensors_of(part))
-                new.append(fork.run(member.role, member.device, work, reads))
-    return [_joined(known.get(member.role), logits) for member, logits in zip(members, new, strict=True)]
-
-
-def _joined(before: torch.Tensor | None, logits: torch.Tensor | None) -> torch.Tensor:
-    found = [x for x in (before, logits) if x is not None]
-    return found[0] if len(found) == 1 else torch.cat(found, 1)
+                reads = chain((input_ids, attention_mask, position_ids), (fed or {}).values(), tensors_of(part))
+                out.append(fork.run(member.role, member.device, work, reads))
+    return out

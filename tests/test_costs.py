@@ -33,7 +33,6 @@ def play(acceptance: float, k: int, rounds: int, seed: int = 0) -> Counter[str]:
     for _ in range(rounds):
         for _ in range(k):
             seen["expert"] += 1  # drafts a token
-        seen["expert"] += 1  # over the last drafted token: its logits are part of the sum there
         seen["base"] += 1
         seen["antiexpert"] += 1
         for _ in range(k):
@@ -43,6 +42,8 @@ def play(acceptance: float, k: int, rounds: int, seed: int = 0) -> Counter[str]:
                 break
             seen["accepted"] += 1
             seen["tokens"] += 1
+        else:
+            seen["expert"] += 1  # over the last drafted token: its logits are part of the sum behind it
         seen["tokens"] += 1  # the verifier's own: in the place of the rejected one, or after all accepted ones
     return seen
 
@@ -138,10 +139,22 @@ def test_published_sizes() -> None:
     tuned, large = model["13B"].at(), model["32B"].at()
     assert time_per_token(0.0, 0, heavy) / tuned == pytest.approx((13.02 + 2 * 6.74) / 13.02)
     assert best_draft_length(0.7, heavy, 16) == 2
-    assert time_per_token(0.7, 2, heavy) / tuned == pytest.approx((13.02 + 4 * 6.74) / 13.02 / 2.19)
+    assert time_per_token(0.7, 2, heavy) / tuned == pytest.approx((13.02 + (1 + 2 + 0.49) * 6.74) / 13.02 / 2.19)
     assert best_draft_length(0.7, light, 16) == 6
     tokens = 1 + 0.7 + 0.49 + 0.343 + 0.2401 + 0.16807 + 0.117649
-    assert time_per_token(0.7, 6, light) / large == pytest.approx((32.76 + 8 * 1.54) / 32.76 / tokens)
+    passes = 1 + 6 + 0.7**6  # the antiexpert's, the drafting ones, and the last, where it was accepted
+    assert time_per_token(0.7, 6, light) / large == pytest.approx((32.76 + passes * 1.54) / 32.76 / tokens)
+
+
+@given(st.lists(RATES, min_size=1, max_size=4), LENGTHS, COSTS)
+def test_the_last_pass_is_made_if_any_row_needs_it(rates: list[float], k: int, costs: DraftCosts) -> None:
+    none = math.prod(1 - a**k for a in rates)
+    without = costs.round + k * (costs.draft + costs.position)
+    expected = without + (1 - none) * costs.draft
+    if k == 0 and costs.plain is not None:
+        expected = costs.plain
+    assert costs.of_round(k, rates) == pytest.approx(expected)
+    assert costs.of_round(k) == pytest.approx(costs.of_round(k, 1.0))
 
 
 def test_bytes_are_weights_and_caches_of_every_pass() -> None:

@@ -64,25 +64,23 @@ class Columns:
         """
         return self.lengths[:, None] + torch.arange(ahead, ahead + new, device=self.lengths.device)
 
-    def settle(self, caches: Sequence[Cache], new: int, kept: Sequence[int], going: Sequence[bool]) -> None:
+    def settle(self, caches: Sequence[tuple[Cache, int]], kept: Sequence[int], going: Sequence[bool]) -> None:
         """Keep the first tokens of those that the last forward passes have added, of each row its own number.
 
         Args:
-            caches: The caches, all of which have the same `width + new` columns.
-            new: How many columns were added.
+            caches: The caches, and how many columns each holds beyond `width`: no fewer than any row keeps.
             kept: How many of them each row keeps, at least 1 for a row that goes on.
-            going: Which rows go on; what becomes of the others does not matter.
+            going: Which rows go on, at least one; what becomes of the others does not matter.
         """
-        most = max((n for n, on in zip(kept, going, strict=True) if on), default=new)
+        most = max(n for n, on in zip(kept, going, strict=True) if on)
         shifts = [most - n if on else 0 for n, on in zip(kept, going, strict=True)]
         self._pads = [pad + shift for pad, shift in zip(self._pads, shifts, strict=True)]
         # A row alone keeps its padding: the cache that is handed back belongs to ids that have it.
         drop = min(pad for pad, on in zip(self._pads, going, strict=True) if on) if len(shifts) > 1 else 0
-        old = self.width + new
         self.width += most - drop
         self._advance(kept, going)
         if not any(shifts) and not drop:
-            for cache in caches:
+            for cache, new in caches:
                 cache.crop(most - new)
             if self._mask is not None:
                 self._mask = torch.nn.functional.pad(self._mask, (0, most), value=1)
@@ -90,10 +88,10 @@ class Columns:
         self._pads = [max(pad - drop, 0) for pad in self._pads]
         shift = torch.tensor(shifts, device=self.lengths.device)
         self._mask = self._in_line(drop, shift)
-        for cache in caches:
+        for cache, new in caches:
             for layer in cache.layers:
                 if layer.is_initialized:
-                    _move(layer, shift, old, self.width, new - most)
+                    _move(layer, shift, self.width, new - most)
 
     def _advance(self, kept: Sequence[int], going: Sequence[bool]) -> None:
         new = [n if on else -1 for n, on in zip(kept, going, strict=True)]
@@ -111,14 +109,13 @@ class Columns:
         return before.gather(1, column.clamp(min=0).expand(rows, -1)) * (column >= 0)
 
 
-def _move(layer: DynamicLayer, shift: torch.Tensor, old: int, width: int, cut: int) -> None:
+def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> None:
     """Move rows to the right, cut columns off at the right and, down to what is needed, at the left.
 
     Args:
         layer: A layer of a dynamic cache.
         shift: `[B]`, int64.
-        old: How many columns the layer stands for; a sliding one holds the last of them.
-        width: How many it has to stand for afterwards.
+        width: How many columns it has to stand for afterwards; a sliding layer holds the last of them.
         cut: How many to cut off at the right.
     """
     stored = layer.keys.shape[-2]

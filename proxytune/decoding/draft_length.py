@@ -21,15 +21,17 @@ class DraftLength:
         fixed: The length that was asked for; None to choose.
     """
 
-    def __init__(self, costs: DraftCosts, fixed: int | None) -> None:
+    def __init__(self, costs: DraftCosts, fixed: int | None, rows: int = 1) -> None:
         """Begin without any evidence.
 
         Args:
             costs: What a round takes.
             fixed: A draft length; None to choose.
+            rows: B.
         """
         self.fixed = fixed
         self._costs = costs
+        self._rows = rows
         self._accepted, self._decided = _PRIOR
         self._rested = 0
 
@@ -49,7 +51,7 @@ class DraftLength:
         """
         if self.fixed is not None:
             return min(self.fixed, room)
-        length = best_draft_length(self.acceptance, self._costs, MOST_DRAFTED)
+        length = best_draft_length([self.acceptance] * self._rows, self._costs, MOST_DRAFTED)
         if not length:
             self._rested += 1
             if self._rested > _REST:

@@ -7,7 +7,7 @@ comes out, but only how fast. `Draft` is the setting, `Drafter` its state in one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +53,14 @@ class Drafter(ABC):
     """A draft in one generation.
 
     Attributes:
-        caches: Its own caches, which have as many columns as the model's when a round is settled.
+        caches: The caches that it runs ahead on.
+        added: How many columns they hold beyond what is settled.
+        role: The role of the member that it is; None for none.
     """
 
     caches: tuple[Cache, ...] = ()
+    added: int = 0
+    role: str | None = None
 
     def room(self, width: int) -> int:
         """How many tokens it can draft, as far as its own context goes.
@@ -87,13 +91,24 @@ class Drafter(ABC):
             `[B · K, V_q]`, None if they were not drawn.
         """
 
-    def known(self) -> Mapping[str, torch.Tensor]:
-        """What members have already said about the first tokens of the verifying pass, and hold in the cache.
+    def known(self) -> torch.Tensor | None:
+        """What the member that it is has already said about the first tokens of the verifying pass.
 
         Returns:
-            Role → `[B, J, V_i]`.
+            `[B, K, V_i]`; None if it is none, or has drafted nothing.
         """
-        return {}
+        return None
+
+    def finish(self, columns: Columns) -> torch.Tensor | None:
+        """Run over the last draft too, since some row's has been accepted: only then is there a use for it.
+
+        Args:
+            columns: What the caches hold.
+
+        Returns:
+            `[B, 1, V_q]`: what it says about the token behind it; None for a draft without a model.
+        """
+        return None
 
     def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
         """See a round without a draft go by: caches of its own have to take in the last token all the same.
@@ -102,7 +117,7 @@ class Drafter(ABC):
             last: `[B, 1]`, int64.
             columns: What the caches hold.
         """
-        raise NotImplementedError  # what has no caches of its own is not asked
+        self.added = 1
 
 
 class Draft(ABC):
@@ -167,6 +182,7 @@ class _ModelDrafter(Drafter):
     def __init__(self, forward: Forward, usable: int) -> None:
         self._forward = forward
         self._usable = usable
+        self._last = torch.empty(0)
 
     def propose(
         self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
@@ -180,13 +196,14 @@ class _ModelDrafter(Drafter):
             rows.append(drawn_from)
             token = tokens.clamp(min=0)[:, None]  # where there was nothing to draw from, nothing will be accepted
             drafted = torch.cat([drafted, tokens[:, None]], 1)
-        self._finish(token, columns, count)
+        self._last, self.added = token, count
         return drafted, torch.stack(rows, 1).flatten(0, 1)
 
-    def _keep(self, logits: torch.Tensor) -> None:
-        pass
+    def finish(self, columns: Columns) -> torch.Tensor | None:
+        ahead, self.added = self.added, self.added + 1
+        return self._forward(self._last, columns.mask(ahead + 1), columns.positions(1, ahead))
 
-    def _finish(self, token: torch.Tensor, columns: Columns, count: int) -> None:
+    def _keep(self, logits: torch.Tensor) -> None:
         pass
 
 
@@ -194,22 +211,23 @@ class _OwnExpert(_ModelDrafter):
     """The expert of the composed model, ahead of the others on its own layers of the composite cache."""
 
     def __init__(self, start: Start) -> None:
-        place = [member.role for member in start.model.members].index("expert")
-        member, span = start.model.members[place], start.model.config.spans[place]
+        self.role = "expert"
+        place = [member.role for member in start.model.members].index(self.role)
+        member, part = start.model.members[place], view(start.cache, *start.model.config.spans[place])
 
         def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-            part = view(start.cache, *span)
             return member.forward(ids, attention_mask=mask, position_ids=positions, cache=part)
 
         super().__init__(forward, start.usable)
+        self.caches = (part,)
         self._said: list[torch.Tensor] = []
 
     def _keep(self, logits: torch.Tensor) -> None:
         self._said.append(logits)
 
-    def known(self) -> Mapping[str, torch.Tensor]:
+    def known(self) -> torch.Tensor | None:
         said, self._said = self._said, []
-        return {"expert": torch.cat(said, 1)} if said else {}
+        return torch.cat(said, 1) if said else None
 
 
 @dataclass(frozen=True)
@@ -294,12 +312,10 @@ class _OtherModel(_ModelDrafter):
             self.caches = ()  # it cannot even read on: from here the model goes on without a draft
         return max(0, left) if self.caches else 0
 
-    def _finish(self, token: torch.Tensor, columns: Columns, count: int) -> None:
-        # The last draft may be accepted too: a cache without it would be a column short.
-        self._forward(token, columns.mask(count + 1), columns.positions(1, count))
-
     def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
-        self._forward(last, columns.mask(1), columns.positions(1))
+        super().undrafted(last, columns)
+        if self.caches:
+            self._forward(last, columns.mask(1), columns.positions(1))
 
 
 class DraftModel(Draft):

@@ -151,7 +151,7 @@ class SpeculativeDecoding:
         batch, width = input_ids.shape
         draft = ExpertDraft() if isinstance(self.draft, str) else self.draft
         fixed = None if isinstance(self.draft_tokens, str) else self.draft_tokens
-        length = DraftLength(draft.costs(model, batch) if self.costs is None else self.costs, fixed)
+        length = DraftLength(draft.costs(model, batch) if self.costs is None else self.costs, fixed, batch)
         pads = padding_of(stopping_criteria, generation_config, input_ids.device)
         pad = 0 if pads is None else int(pads)
         streamer = self._streamer(streamer, input_ids)
@@ -199,11 +199,15 @@ class SpeculativeDecoding:
         rows = Standing(texts, stopping_criteria, most=most, fills_up=pads is not None)
         drafted, drawn_from, new = input_ids[:, :0], None, 0
         while True:
-            ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
+            reading = rows.read(judge.verdict(members, weights, drafted, drawn_from, texts, rows.going), drafted)
+            # The host waits for the device here, and again below if a row came through. A draft that was rejected
+            # before its end needs no pass over its last token, which a large draft takes long for.
+            if rows.through(reading) and (behind := drafter.finish(columns)) is not None and drafter.role is not None:
+                members = verifying.finished(members, drafter, behind)
+                reading = rows.read(judge.verdict(members, weights, drafted, drawn_from, texts, rows.going), drafted)
             del members, drawn_from
-            before = texts.counts
-            # The one place where the host waits for the device.
-            decided, accepted = rows.take(ruling, drafted)
+            before, ruling = texts.counts, reading.ruling
+            decided, accepted = rows.take(reading)
             taken = noted.count(decided, accepted)
             length.learn(*taken)
             got = [after - n for after, n in zip(texts.counts, before, strict=True)]
@@ -214,7 +218,7 @@ class SpeculativeDecoding:
             if rows.finished:
                 break
             if new:
-                columns.settle((cache, *drafter.caches), new, got, rows.going)
+                columns.settle(verifying.caches(drafter, new), got, rows.going)
             count = length.choose(min(rows.room, verifying.room(columns.width), drafter.room(columns.width)))
             noted.lengths.append(count)
             token = texts.last()
@@ -226,15 +230,15 @@ class SpeculativeDecoding:
             else:
                 drafted, drawn_from = token[:, :0], None
             new = drafted.shape[1] + 1
-            if new == 1 and drafter.caches:
+            if new == 1:
                 drafter.undrafted(token, columns)
             ids = torch.cat([token, drafted.clamp(min=0)], 1)
-            members = verifying(ids, columns, drafter.known())  # [B, K + 1, V_i]
+            members = verifying(ids, columns, drafter)  # [B, K + 1, V_i]
         if streamer is not None:
             streamer.end()
         sequences = texts.upto(rows.steps)
         if batch == 1 and new:
-            columns.settle((cache,), new, [max(got[0], 1)], [True])
+            columns.settle(verifying.caches(drafter, new), [max(got[0], 1)], [True])
         if batch > 1:
             forget(cache)
         for layer in recorded:

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from transformers import StoppingCriteriaList
 
 from proxytune.decoding.judging import Ruling
 from proxytune.decoding.texts import Texts
 
-__all__ = ["Standing"]
+__all__ = ["Reading", "Standing"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """What the host sees of a round.
+
+    Attributes:
+        ruling: What was decided.
+        written: The texts with its tokens behind them.
+        rows: Of each row: how many drafts were accepted, how many there were, whether there was no distribution to draw
+            the next token from, and for each new token whether the text ends there.
+    """
+
+    ruling: Ruling
+    written: Texts
+    rows: list[list[int]]
 
 
 class Standing:
@@ -66,12 +84,42 @@ class Standing:
         there = ((drafted >= 0) & fits).long().cumprod(1).bool()
         return drafted.masked_fill(~there, -1)
 
-    def take(self, ruling: Ruling, drafted: torch.Tensor) -> tuple[list[int], list[int]]:
-        """Take over what stands. Waits for the device, once.
+    def read(self, ruling: Ruling, drafted: torch.Tensor) -> Reading:
+        """Let the host see what was decided, and where texts end by it. Waits for the device.
 
         Args:
             ruling: What was decided.
             drafted: `[B, K]`, int64, −1 from where a row has no draft.
+
+        Returns:
+            What it sees.
+        """
+        written = self._texts.written(ruling.tokens)
+        ends = self._asked(written, ruling.tokens.shape[1])  # [B, K + 1]
+        failed = ruling.tokens.gather(1, ruling.accepted[:, None]) < 0
+        parts = (ruling.accepted[:, None], (drafted >= 0).sum(1, keepdim=True), failed.long(), ends.long())
+        return Reading(ruling, written, torch.cat(parts, 1).tolist())
+
+    def through(self, reading: Reading) -> bool:
+        """Whether some row gets a token behind a draft of full length, all of which was accepted.
+
+        Args:
+            reading: What the host sees.
+
+        Returns:
+            Whether.
+        """
+        for (accepted, _, _, *stops), on in zip(reading.rows, self.going, strict=True):
+            last = len(stops) - 1  # K
+            if on and accepted == last > 0 and not (self._fills_up and any(stops[:last])):
+                return True
+        return False
+
+    def take(self, reading: Reading) -> tuple[list[int], list[int]]:
+        """Take over what stands.
+
+        Args:
+            reading: What the host sees.
 
         Returns:
             How many tokens each row had drafted, 0 for one that does not go on; and how many of them were accepted.
@@ -79,11 +127,8 @@ class Standing:
         Raises:
             NumericalError: If a row that goes on has no distribution.
         """
-        written = self._texts.written(ruling.tokens)
-        ends = self._asked(written, ruling.tokens.shape[1])  # [B, K + 1]
-        failed = ruling.tokens.gather(1, ruling.accepted[:, None]) < 0
-        parts = (ruling.accepted[:, None], (drafted >= 0).sum(1, keepdim=True), failed.long(), ends.long())
-        before, counts, rows = self._texts.counts, list(self._texts.counts), torch.cat(parts, 1).tolist()
+        ruling, written, rows = reading.ruling, reading.written, reading.rows
+        before, counts = self._texts.counts, list(self._texts.counts)
         for row, (accepted, _, bad, *stops) in enumerate(rows):
             if not self.going[row]:
                 continue

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
+from proxytune.cache import view
 from proxytune.decoding.columns import Columns
+from proxytune.decoding.drafts import Drafter
 from proxytune.member import Member
 from proxytune.model import ProxyTunedModel
 
@@ -45,32 +46,70 @@ class Verifying:
         contexts = [member.context for member in self._members if member.context is not None]
         return max(0, min(contexts) - width - 1) if contexts else 1 << 30
 
-    def __call__(
-        self, input_ids: torch.Tensor, columns: Columns, known: Mapping[str, torch.Tensor]
-    ) -> list[torch.Tensor]:
+    def caches(self, drafter: Drafter, new: int) -> list[tuple[Cache, int]]:
+        """All caches, and how many columns they hold beyond what is settled.
+
+        Args:
+            drafter: The draft, with caches of its own or a part of the composite one.
+            new: How many columns the verifying pass has added.
+
+        Returns:
+            Caches with the same columns each.
+        """
+        own = [(cache, drafter.added) for cache in drafter.caches]
+        if drafter.role is None:
+            return [(self._cache, new), *own]
+        spans = zip(self._members, self._model.config.spans, strict=True)
+        return [(view(self._cache, *span), new) for member, span in spans if member.role != drafter.role] + own
+
+    def finished(self, members: list[torch.Tensor], drafter: Drafter, behind: torch.Tensor) -> list[torch.Tensor]:
+        """The members' logits, after the draft has run over its last token too.
+
+        Args:
+            members: What `__call__` returned.
+            drafter: The draft.
+            behind: `[B, 1, V_q]`: what it says about the token behind.
+
+        Returns:
+            Raw logits of each member, `[B, N, V_i]`.
+        """
+        return [
+            torch.cat([z[:, :-1], behind], 1) if member.role == drafter.role else z
+            for member, z in zip(self._members, members, strict=True)
+        ]
+
+    def __call__(self, input_ids: torch.Tensor, columns: Columns, drafter: Drafter) -> list[torch.Tensor]:
         """Run the members.
 
         Args:
             input_ids: `[B, N]`, int64: the last token and the drafts.
             columns: What the cache holds.
-            known: Role → `[B, J, V_i]`: what members have already said about the first J of them.
+            drafter: The draft. If it is a member, it has said all but what comes after the last token.
 
         Returns:
-            Raw logits of each member, `[B, N, V_i]`.
+            Raw logits of each member, `[B, N, V_i]`. Of a member that drafts, the last position is a stand-in: who
+            comes that far needs `finished`.
         """
         new = input_ids.shape[1]
         mask, positions = columns.mask(new), columns.positions(new)
         if not self._composed:
             base = self._members[0]
             return [base.forward(input_ids, attention_mask=mask, position_ids=positions, cache=self._cache)]
+        said = drafter.known()  # [B, N − 1, V_i]
         outputs = self._model(
             input_ids=input_ids,
             past_key_values=self._cache,
             is_first_iteration=False,
             combine=False,
-            known=known,
+            known={} if said is None else {drafter.role: said},
             return_dict=True,
             attention_mask=mask,
             position_ids=positions,
         )
-        return list(outputs.member_logits)
+        logits = list(outputs.member_logits)
+        return logits if said is None else self.finished([_longer(z, new) for z in logits], drafter, said[:, -1:])
+
+
+def _longer(logits: torch.Tensor, length: int) -> torch.Tensor:
+    """`[B, N, V]` at least so long; the last position again where it is shorter."""
+    return logits if logits.shape[1] == length else torch.cat([logits, logits[:, -1:]], 1)

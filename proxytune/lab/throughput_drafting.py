@@ -113,7 +113,10 @@ def compare_drafts(
                     "predicted": round(expected_tokens(rates, k), 4),
                     "measured": round((cell.new - 1) / verified, 4),
                 },
-                "ms_per_round": {"predicted": round(costs.of_round(k), 4), "measured": round(took / verified, 4)},
+                "ms_per_round": {
+                    "predicted": round(costs.of_round(k, rates), 4),
+                    "measured": round(took / verified, 4),
+                },
                 "ms_per_token": {
                     "predicted": round(time_per_token(rates, k, costs), 4),
                     "measured": round(took / (cell.new - 1), 4),

@@ -325,7 +325,7 @@ def test_the_floor_by_hand(subject: Subject) -> None:
     alone = floor_bytes(each, "speculation", trio, context=0, acceptance=0.0)
     assert alone == pytest.approx(sum(weights[r] for r in trio))
     best = min(
-        (weights["base"] + weights["antiexpert"] + (k + 1) * weights["expert"]) / expected_tokens(0.8, k)
+        (weights["base"] + weights["antiexpert"] + (k + 0.8**k) * weights["expert"]) / expected_tokens(0.8, k)
         for k in range(17)
     )
     assert floor_bytes(each, "speculation", trio, context=0, acceptance=0.8) == pytest.approx(best)
@@ -338,9 +338,9 @@ def test_floors_of_published_shapes_by_hand() -> None:
     assert found["speculation"][0] == {"acceptance": 0.0, "drafted": 0, "ratio": found["step"]}
     spoken = found["speculation"][1]
     tokens = sum(0.7**i for i in range(spoken["drafted"] + 1))
-    want = (31.985 + 1.5437 * (spoken["drafted"] + 2)) / tokens / 31.985
+    want = (31.985 + 1.5437 * (1 + spoken["drafted"] + 0.7 ** spoken["drafted"])) / tokens / 31.985
     assert spoken["ratio"] == pytest.approx(want, abs=1e-3)
-    others = [(31.985 + 1.5437 * (k + 2)) / sum(0.7**i for i in range(k + 1)) / 31.985 for k in range(12)]
+    others = [(31.985 + 1.5437 * (1 + k + 0.7**k)) / sum(0.7**i for i in range(k + 1)) / 31.985 for k in range(12)]
     assert spoken["ratio"] == pytest.approx(min(others), abs=1e-3)
 
 
