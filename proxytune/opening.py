@@ -43,7 +43,8 @@ def open_members(
 
     Raises:
         InputError: If a member is missing, or arguments contradict each other.
-        MemberError: If a member cannot be opened, or means other tokens by its ids.
+        MemberError: If a member cannot be opened, means other tokens by its ids, or is the model inside another one of
+            PEFT, with its adapter.
 
     Warns:
         VocabularyWarning: If there was no tokenizer to compare by.
@@ -74,10 +75,25 @@ def open_members(
         role: open_member(source if isinstance(source, nn.Module) else references[role], role, **from_pretrained)
         for role, source in sources.items()
     }
+    _refuse_injected(members)
     if check_vocabulary:
         hub = {k: v for k, v in from_pretrained.items() if k in (*_HUB_ARGUMENTS, "trust_remote_code")}
         check_vocabularies(references, tokenizers, **hub)
     return members, references
+
+
+def _refuse_injected(members: Mapping[str, Any]) -> None:
+    """Refuse a PEFT model beside the model that it was made of: that one carries the adapter too, and is no other."""
+    for role, model in members.items():
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else None
+        for other, plain in members.items():
+            if plain is inner:
+                raise MemberError.of(
+                    f"the {other}",
+                    expected=f"a model of its own beside the {role}, a {type(model).__name__}",
+                    got="the model inside it: PEFT has put the adapter into that one too, so both are tuned alike",
+                    remedy=f"Load the {other} once more, without the adapter.",
+                )
 
 
 def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:

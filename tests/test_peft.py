@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor
-from proxytune.errors import RecipeError, UnsupportedModelError
+from proxytune.errors import MemberError, RecipeError, UnsupportedModelError
 
 # PEFT calls transformers by names that the newest version has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -67,6 +67,17 @@ def test_attaching_to_a_peft_base_steers_it() -> None:
     assert processor.token_forwards["expert"] == 9 + 7
     assert torch.equal(base.generate(input_ids=ids, **RUN), alone)
     assert not torch.equal(alone, want)
+
+
+def test_the_model_that_got_the_adapter_is_no_untuned_one() -> None:
+    expert = lora()
+    inside = expert.get_base_model()
+    with pytest.raises(MemberError, match="the antiexpert: expected a model of its own beside the expert"):
+        proxytune.wrap(build("llama", 1), expert=expert, antiexpert=inside, check_vocabulary=False)
+    with pytest.raises(MemberError, match="the base: expected a model of its own beside the expert"):
+        proxytune.wrap(inside, expert=expert, antiexpert=build("llama", 2), check_vocabulary=False)
+    with pytest.raises(MemberError, match="the antiexpert: expected a model of its own"):
+        ProxyTuningLogitsProcessor(expert, inside, check_vocabulary=False)
 
 
 def test_prompt_learning_is_refused() -> None:
