@@ -99,6 +99,13 @@ def generate(
         raise InputError.of("--resume", expected="--out with it", got="none", remedy="Name the file to go on with.")
     prompts, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
+    if out is not None and file not in (None, "-") and out.exists() and out.samefile(str(file)):
+        raise InputError.of(
+            "--out",
+            expected="another file than that of the prompts",
+            got=f"{out}, which would be overwritten",
+            remedy="Choose another --out.",
+        )
     prompts += read_prompts(file, prompts_given=bool(prompts))
     refuse_empty(prompts)
     terminal.quiet()

@@ -228,6 +228,17 @@ def test_files_of_others_are_refused_and_left_alone(run, words, tmp_path):
         assert "no answer at all" in ended.err
 
 
+def test_the_prompts_are_not_overwritten(run, members, tmp_path):
+    prompts, link = tmp_path / "prompts.txt", tmp_path / "link"
+    prompts.write_text("a\nb\n")
+    link.symlink_to(prompts)
+    for out in (prompts, link):
+        ended = run("generate", "--file", str(prompts), *members, "--out", str(out), "max_new_tokens=2")
+        assert ended.code == 2
+        assert "--out: expected another file than that of the prompts" in ended.err
+        assert prompts.read_text() == "a\nb\n"
+
+
 def test_resume_needs_a_file(run, members):
     ended = run("generate", "a", *members, "--resume")
     assert ended.code == 2
