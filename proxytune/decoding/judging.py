@@ -213,7 +213,7 @@ class Judge:
             return logits
         columns, width = logits.shape[1:]
         out = logits.clone()
-        for step in texts.steps(columns - 1, going):
+        for step in texts.steps(range(columns), going):
             column, there = texts.column(step, columns)
             at = column[:, None, None].expand(-1, 1, width)
             now = logits.gather(1, at)  # [B, 1, V]

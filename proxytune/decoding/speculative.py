@@ -199,14 +199,17 @@ class SpeculativeDecoding:
         rows = Standing(texts, stopping_criteria, most=most, fills_up=pads is not None)
         drafted, drawn_from, new = input_ids[:, :0], None, 0
         while True:
-            reading = rows.read(judge.verdict(members, weights, drafted, drawn_from, texts, rows.going), drafted)
+            whole = drafter.role is None or not drafted.shape[1]  # a member that drafts has not read its last token
+            ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
+            reading = rows.read(ruling, drafted, last=whole)
             # The host waits for the device here, and again below if a row came through. A draft that was rejected
             # before its end needs no pass over its last token, which a large draft takes long for.
             if rows.through(reading) and (behind := drafter.finish(columns)) is not None and drafter.role is not None:
                 members = verifying.finished(members, drafter, behind)
-                reading = rows.read(judge.verdict(members, weights, drafted, drawn_from, texts, rows.going), drafted)
+                ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
+                reading = rows.read(ruling, drafted, before=reading)
             del members, drawn_from
-            before, ruling = texts.counts, reading.ruling
+            before = texts.counts
             decided, accepted = rows.take(reading)
             taken = noted.count(decided, accepted)
             length.learn(*taken)

@@ -22,11 +22,13 @@ class Reading:
         written: The texts with its tokens behind them.
         rows: Of each row: how many drafts were accepted, how many there were, whether there was no distribution to draw
             the next token from, and for each new token whether the text ends there.
+        ends: The latter on the device, `[B, K + 1]`, bool.
     """
 
     ruling: Ruling
     written: Texts
     rows: list[list[int]]
+    ends: torch.Tensor
 
 
 class Standing:
@@ -84,21 +86,29 @@ class Standing:
         there = ((drafted >= 0) & fits).long().cumprod(1).bool()
         return drafted.masked_fill(~there, -1)
 
-    def read(self, ruling: Ruling, drafted: torch.Tensor) -> Reading:
+    def read(
+        self, ruling: Ruling, drafted: torch.Tensor, *, last: bool = True, before: Reading | None = None
+    ) -> Reading:
         """Let the host see what was decided, and where texts end by it. Waits for the device.
 
         Args:
             ruling: What was decided.
             drafted: `[B, K]`, int64, −1 from where a row has no draft.
+            last: Whether the token behind a whole draft is one, and not drawn from a stand-in: of that the criteria
+                must not hear.
+            before: What was read without it, so that they are not asked twice; None for nothing.
 
         Returns:
             What it sees.
         """
         written = self._texts.written(ruling.tokens)
-        ends = self._asked(written, ruling.tokens.shape[1])  # [B, K + 1]
+        most = drafted.shape[1]
+        ends = self._asked(written, range(0 if before is None else most, most + last), most + 1)  # [B, K + 1]
+        if before is not None:
+            ends = ends | before.ends
         failed = ruling.tokens.gather(1, ruling.accepted[:, None]) < 0
         parts = (ruling.accepted[:, None], (drafted >= 0).sum(1, keepdim=True), failed.long(), ends.long())
-        return Reading(ruling, written, torch.cat(parts, 1).tolist())
+        return Reading(ruling, written, torch.cat(parts, 1).tolist(), ends)
 
     def through(self, reading: Reading) -> bool:
         """Whether some row gets a token behind a draft of full length, all of which was accepted.
@@ -152,13 +162,14 @@ class Standing:
             [row[0] if on else 0 for row, on in zip(rows, was, strict=True)],
         )
 
-    def _asked(self, written: Texts, columns: int) -> torch.Tensor:
-        """Whether each row ends at each of its new tokens, `[B, columns]`, bool."""
+    def _asked(self, written: Texts, which: range, columns: int) -> torch.Tensor:
+        """Whether each row ends at each of its new tokens, `[B, columns]`, bool; False for those that are not asked."""
         texts = self._texts
         ends = torch.zeros((len(texts.counts), columns), dtype=torch.bool, device=texts.lengths.device)
-        for step in texts.steps(columns - 1, self.going):
+        for step in texts.steps(which, self.going):
             if step < self._most:
                 column, there = texts.column(step, columns)
+                there = there & (column >= which.start) & (column < which.stop)
                 done = self._criteria(written.upto(step + 1), None) & there
                 ends.scatter_(1, column[:, None], done[:, None] | ends.gather(1, column[:, None]))
         return ends

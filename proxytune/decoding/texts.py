@@ -49,17 +49,17 @@ class Texts:
         """
         return torch.cat([self.prompts, self._tokens[:, :step]], 1)
 
-    def steps(self, new: int, going: Sequence[bool]) -> list[int]:
-        """The numbers of generated tokens that some row has when each gets up to so many more.
+    def steps(self, new: range, going: Sequence[bool]) -> list[int]:
+        """The numbers of generated tokens that some row has when each gets so many more.
 
         Args:
-            new: How many more tokens; 0 for those it has.
+            new: How many more tokens; 0 is for those it has.
             going: Which rows go on; the others do not count.
 
         Returns:
             In order; none above the most that a row may get.
         """
-        found = {n + j for n, on in zip(self.counts, going, strict=True) if on for j in range(new + 1)}
+        found = {n + j for n, on in zip(self.counts, going, strict=True) if on for j in new}
         return sorted(n for n in found if n <= self._most)
 
     def written(self, new: torch.Tensor) -> Texts:

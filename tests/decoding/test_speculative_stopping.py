@@ -63,6 +63,40 @@ class At(StoppingCriteria):
         return input_ids.shape[1] >= 12 + self.lengths.expand(len(input_ids))
 
 
+class Hears(StoppingCriteria):
+    """Notes what it is asked about, and never ends anything."""
+
+    def __init__(self) -> None:
+        self.heard: list[list[int]] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.heard.append(input_ids[0].tolist())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+def test_criteria_hear_of_no_token_that_does_not_stand() -> None:
+    """With one row and drafts of one token: of each once, also where a whole draft is accepted, and no other."""
+    ids, mask = prompts(1)
+    loop = SpeculativeDecoding(draft_tokens=1)
+    criterion = Hears()
+    out = run(
+        composed("mistral"),
+        loop,
+        ids,
+        mask,
+        eos_token_id=None,
+        stopping_criteria=[criterion],
+        return_dict_in_generate=True,
+    )
+    text = out.sequences[0].tolist()
+    assert out.accepted.sum() > 0
+    assert out.rejected.sum() > 0
+    # Behind a rejected draft there is padding.
+    heard = [x for x in criterion.heard if x[-1] != PAD]
+    assert PAD not in text[12:]
+    assert heard == [text[:n] for n in range(13, len(text) + 1)]
+
+
 class Says(StoppingCriteria):
     """A row ends once it has said a token twice in a row of two."""
 
