@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import build
 
+import proxytune
+from proxytune import DraftModel
 from proxytune.costs import PassBytes, best_draft_length
+from proxytune.decoding.drafts import ExpertDraft
 from proxytune.machines import Machine, Work, draft_costs, machine_of
 from proxytune.weights import pass_work
 
@@ -76,3 +81,13 @@ def test_costs_are_what_passes_take(kind, large, small, deep, shallow, rows, mem
     assert costs.position >= 0
     assert costs.of_round(0) == pytest.approx(costs.round + (costs.draft if member else 0.0))
     assert draft_costs(machine, [base], None, rows, member=False).draft == 0
+
+
+def test_a_model_with_two_roles_is_counted_in_both():
+    base, expert, antiexpert = build("llama", 1, hidden=64), build("llama", 2), build("llama", 3)
+    model = proxytune.wrap(base, expert=expert, antiexpert=antiexpert, check_vocabulary=False)
+    # Beside the composition the expert reads a cache of its own, and is asked again when it verifies.
+    assert DraftModel(expert).costs(model, 1) == DraftModel(copy.deepcopy(expert)).costs(model, 1)
+    assert ExpertDraft().costs(model, 1).round < DraftModel(expert).costs(model, 1).round
+    alike = proxytune.wrap(base, expert=expert, antiexpert=expert, check_vocabulary=False)
+    assert ExpertDraft().costs(alike, 1) == ExpertDraft().costs(model, 1)

@@ -153,24 +153,23 @@ class Draft(ABC):
         """
 
 
-def costs_of_round(model: Any, draft: Any, rows: int) -> DraftCosts:
+def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None) -> DraftCosts:
     """What a round takes, by the figures of `proxytune.machines`.
 
     Args:
         model: The composed model, or a plain causal LM.
-        draft: The model that drafts, which may be one of its members; None for a draft without a model.
+        draft: The model that drafts; None for a draft without a model.
         rows: B.
+        role: The role in which it drafts, on the composite cache; None for a cache of its own, or none. The same model
+            may have two roles.
 
     Returns:
         The costs, in seconds.
     """
-    members = [member.model for member in model.members] if isinstance(model, ProxyTunedModel) else [model]
-    verifying = [one for one in members if one is not draft]
-    machine = machine_of(members[0].device.type)
+    members = [(m.role, m.model) for m in model.members] if isinstance(model, ProxyTunedModel) else [("base", model)]
+    verifying = [pass_work(one) for name, one in members if name != role]
     drafting = None if draft is None else pass_work(draft)
-    return draft_costs(
-        machine, [pass_work(one) for one in verifying], drafting, rows, member=len(verifying) < len(members)
-    )
+    return draft_costs(machine_of(members[0][1].device.type), verifying, drafting, rows, member=role is not None)
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
@@ -263,7 +262,7 @@ class ExpertDraft(Draft):
             InputError: If the model is not a composed one.
         """
         self._refuse(model)
-        return costs_of_round(model, model.expert, rows)
+        return costs_of_round(model, model.expert, rows, role="expert")
 
     @staticmethod
     def _refuse(model: Any) -> None:

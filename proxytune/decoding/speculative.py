@@ -46,7 +46,8 @@ class SpeculativeDecoding:
     low precision may decide between two tokens that are nearly equal, as another batch size may.
 
     By default the expert of a composed model drafts, on the composite's own cache: it has to run anyway, so a round of
-    k drafted tokens costs k + 1 passes of it, and one of the base and of the antiexpert. Batches go on row by row.
+    k drafted tokens costs k passes of it, one more if all k are accepted, and one of the base and of the antiexpert.
+    Batches go on row by row.
 
     Attributes:
         draft: "expert", or a `Draft`: `DraftModel(model)`, `PromptLookup()`, `Bigrams.of(model.base)`.
