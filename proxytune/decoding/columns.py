@@ -8,14 +8,15 @@ other, and masks, positions and sliding windows are those of an ordinary left-pa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from proxytune.errors import CacheError
 
-__all__ = ["Columns", "forget", "record", "refuse_cache"]
+__all__ = ["Columns", "ahead", "forget", "record", "refuse_cache"]
 
 
 class Columns:
@@ -149,6 +150,24 @@ def record(cache: Cache) -> list[DynamicSlidingWindowLayer]:
     for layer in layers:
         layer.activate_past_recording()
     return layers
+
+
+@contextmanager
+def ahead(cache: Cache) -> Iterator[None]:
+    """Let drafts stand in a cache. What is interrupted leaves it empty: nobody could tell which of them were rejected.
+
+    Args:
+        cache: The cache.
+    """
+    recorded = record(cache)
+    try:
+        yield
+    except BaseException:
+        forget(cache)
+        raise
+    finally:
+        for layer in recorded:
+            layer.record_past = False
 
 
 def forget(cache: Cache) -> None:

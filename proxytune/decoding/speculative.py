@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from proxytune import ops
 from proxytune.costs import DraftCosts
-from proxytune.decoding.columns import Columns, forget, record, refuse_cache
+from proxytune.decoding.columns import Columns, ahead, forget, refuse_cache
 from proxytune.decoding.draft_length import DraftLength
 from proxytune.decoding.drafts import Draft, ExpertDraft, Start
 from proxytune.decoding.judging import Accept, Judge, refuse_stateful
@@ -169,7 +169,6 @@ class SpeculativeDecoding:
         given = model_kwargs.get("position_ids")
         following = lengths if given is None else (given[:, -1] + 1).expand(batch)
         columns = Columns(following, int(cache.get_seq_length()), mask)
-        recorded = record(cache)
         last, weights = last_logits(model, outputs)
         members = [z[:, None] for z in last]  # [B, 1, V_i]
         del outputs, last  # the logits of a whole prompt may hang on it
@@ -196,57 +195,57 @@ class SpeculativeDecoding:
         most = int(stopping_criteria.max_length) - width
         texts = Texts(input_ids, most, pad)
         verifying = Verifying(model, cache)
-        drafter = draft.begin(Start(model, cache, input_ids, mask, usable))
-        rows = Standing(texts, stopping_criteria, most=most, fills_up=pads is not None)
-        drafted, drawn_from, new = input_ids[:, :0], None, 0
-        while True:
-            whole = drafter.role is None or not drafted.shape[1]  # a member that drafts has not read its last token
-            ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
-            reading = rows.read(ruling, drafted, last=whole)
-            # The host waits for the device here, and again below if a row came through. A draft that was rejected
-            # before its end needs no pass over its last token, which a large draft takes long for.
-            if rows.through(reading) and (behind := drafter.finish(columns)) is not None and drafter.role is not None:
-                members = verifying.finished(members, drafter, behind)
+        with ahead(cache):
+            drafter = draft.begin(Start(model, cache, input_ids, mask, usable))
+            rows = Standing(texts, stopping_criteria, most=most, fills_up=pads is not None)
+            drafted, drawn_from, new = input_ids[:, :0], None, 0
+            while True:
+                whole = drafter.role is None or not drafted.shape[1]  # a member that drafts has not read its last token
                 ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
-                reading = rows.read(ruling, drafted, before=reading)
-            del members, drawn_from
-            before = texts.counts
-            decided, accepted = rows.take(reading)
-            taken = noted.count(decided, accepted)
-            length.learn(*taken)
-            got = [after - n for after, n in zip(texts.counts, before, strict=True)]
-            noted.keep(ruling, before, got, pad)
+                reading = rows.read(ruling, drafted, last=whole)
+                # The host waits for the device here, and again below if a row came through. A draft that was rejected
+                # before its end needs no pass over its last token, which a large draft takes long for.
+                behind = drafter.finish(columns) if rows.through(reading) else None
+                if behind is not None and drafter.role is not None:
+                    members = verifying.finished(members, drafter, behind)
+                    ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
+                    reading = rows.read(ruling, drafted, before=reading)
+                del members, drawn_from
+                before = texts.counts
+                decided, accepted = rows.take(reading)
+                taken = noted.count(decided, accepted)
+                length.learn(*taken)
+                got = [after - n for after, n in zip(texts.counts, before, strict=True)]
+                noted.keep(ruling, before, got, pad)
+                if streamer is not None:
+                    for token in texts.upto(texts.counts[0])[0, width + before[0] :].cpu():
+                        streamer.put(token[None])
+                if rows.finished:
+                    break
+                if new:
+                    columns.settle(verifying.caches(drafter, new), got, rows.going)
+                count = length.choose(min(rows.room, verifying.room(columns.width), drafter.room(columns.width)))
+                noted.lengths.append(count)
+                token = texts.last()
+                if count:
+                    drafted, drawn_from = drafter.propose(
+                        count, token, texts, columns, lambda z, d: judge.draw(z, d, texts, rows.going)
+                    )
+                    drafted = rows.within(drafted)
+                else:
+                    drafted, drawn_from = token[:, :0], None
+                new = drafted.shape[1] + 1
+                if new == 1:
+                    drafter.undrafted(token, columns)
+                ids = torch.cat([token, drafted.clamp(min=0)], 1)
+                members = verifying(ids, columns, drafter)  # [B, K + 1, V_i]
             if streamer is not None:
-                for token in texts.upto(texts.counts[0])[0, width + before[0] :].cpu():
-                    streamer.put(token[None])
-            if rows.finished:
-                break
-            if new:
-                columns.settle(verifying.caches(drafter, new), got, rows.going)
-            count = length.choose(min(rows.room, verifying.room(columns.width), drafter.room(columns.width)))
-            noted.lengths.append(count)
-            token = texts.last()
-            if count:
-                drafted, drawn_from = drafter.propose(
-                    count, token, texts, columns, lambda z, d: judge.draw(z, d, texts, rows.going)
-                )
-                drafted = rows.within(drafted)
-            else:
-                drafted, drawn_from = token[:, :0], None
-            new = drafted.shape[1] + 1
-            if new == 1:
-                drafter.undrafted(token, columns)
-            ids = torch.cat([token, drafted.clamp(min=0)], 1)
-            members = verifying(ids, columns, drafter)  # [B, K + 1, V_i]
-        if streamer is not None:
-            streamer.end()
-        sequences = texts.upto(rows.steps)
-        if batch == 1 and new:
-            columns.settle(verifying.caches(drafter, new), [max(got[0], 1)], [True])
-        if batch > 1:
-            forget(cache)
-        for layer in recorded:
-            layer.record_past = False
+                streamer.end()
+            sequences = texts.upto(rows.steps)
+            if batch == 1 and new:
+                columns.settle(verifying.caches(drafter, new), [max(got[0], 1)], [True])
+            if batch > 1:
+                forget(cache)
         if not generation_config.return_dict_in_generate:
             return sequences
         return noted.output(sequences, rows.steps, cache if batch == 1 else None)

@@ -8,7 +8,7 @@ import torch
 from speculation import composed, draft, members, near, prompts, slow, steered
 from tiny import PAD, build
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache
+from transformers import DynamicCache, StoppingCriteria
 
 import proxytune
 from proxytune import Bigrams, DraftModel, PromptLookup, SpeculativeDecoding, ops
@@ -71,6 +71,34 @@ def test_a_batchs_cache_is_not_for_going_on_from(kind: str) -> None:
         longer = torch.cat([out.sequences, ids[:, -3:]], 1)
         more = torch.nn.functional.pad(mask, (0, NEW + 3), value=1)
         assert torch.equal(run(one, longer, more, past_key_values=cache), run(one, longer, more))
+
+
+class Interrupts(StoppingCriteria):
+    """Ctrl-C, between a pass over drafts and the verdict about them."""
+
+    def __init__(self) -> None:
+        self.left = 18
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+def test_an_interruption_leaves_no_drafts_in_the_cache(rows: int) -> None:
+    model, (ids, mask) = composed("mistral"), prompts(rows)
+    want = run(model, ids, mask)
+    cache = DynamicCache(config=model.config)
+    loop = SpeculativeDecoding(
+        draft=PromptLookup(longest=2, shortest=1), draft_tokens=4
+    )  # as many columns in each layer
+    with pytest.raises(KeyboardInterrupt):
+        run(model, ids, mask, loop, past_key_values=cache, stopping_criteria=[Interrupts()], max_new_tokens=40)
+    assert {layer.get_seq_length() for layer in cache.layers} == {0}
+    assert not any(layer.record_past for layer in cache.layers)  # mistral has windows throughout
+    assert torch.equal(run(model, ids, mask, past_key_values=cache), want)
 
 
 def test_a_batch_goes_on_from_a_filled_cache() -> None:
