@@ -32,6 +32,7 @@ from proxytune.parting import forward_in_parts, part_length
 from proxytune.recipe import ROLES, Recipe
 from proxytune.running import run_members
 from proxytune.saving import save_adapter
+from proxytune.side_thread import SideThread
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 
@@ -49,6 +50,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         antiexpert: The small model that the expert was tuned from.
         formula: The formula with its α.
         overlap: Whether companions on a GPU run on streams beside the base's [True]; no effect on a CPU.
+        split_threads: Whether companions on a CPU run in a thread beside the base's, on half of torch's threads each
+            [False]; for large members it can be faster, so measure.
     """
 
     base: PreTrainedModel
@@ -83,8 +86,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             setattr(self, role, model.eval())
         self.formula = formula
         self.overlap = True
+        self.split_threads = False
         self.members = wrapped
         self._sides = SideStreams()
+        self._thread = SideThread()
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
         # Written on the caches that this model fills, and kept by copies of them.
         self.cache_owner = uuid.uuid4().hex
@@ -246,6 +251,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             latent=latent,
             known=known or {},
             sides=self._sides if self.overlap else None,
+            thread=self._thread if self.split_threads else None,
         )  # [B, K, V_i] each
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(past_key_values=cache, member_logits=tuple(members))

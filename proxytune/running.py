@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from proxytune.cache import view
 from proxytune.member import Member
 from proxytune.overlapping import Fork, SideStreams, tensors_of
+from proxytune.side_thread import SideThread, may_split
 
 __all__ = ["run_members"]
 
@@ -35,6 +36,7 @@ def run_members(
     latent: Latent,
     known: Mapping[str, torch.Tensor],
     sides: SideStreams | None = None,
+    thread: SideThread | None = None,
 ) -> list[torch.Tensor]:
     """Run every member over a span of tokens that follows what the composite cache holds.
 
@@ -50,22 +52,18 @@ def run_members(
         known: Role → `[B, J, V_i]`, logits of the first J ≤ N of these tokens, which that member has already run over,
             and holds in its layers of the cache. It does not run.
         sides: The side streams for companions on a GPU; None to run the members in turn.
+        thread: The side thread for companions on a CPU; None likewise.
 
     Returns:
         Raw logits of each, `[B, K, V_i]`, in its dtype and on its device.
     """
-    # Offloaded layers come back on a stream for which only the device's default stream waits.
-    fork = Fork(None if getattr(cache, "offloading", False) else sides)
-    out: list[torch.Tensor] = []
-    with fork:
-        for companion in members[1:]:
-            fork.open(companion.device)  # before the base is launched
-        for i, (member, span, fed) in enumerate(zip(members, spans, latent, strict=True)):
-            if (said := known.get(member.role)) is not None:
-                out.append(said)
-                continue
-            part = None if cache is None else view(cache, *span)
-            work = partial(
+    running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in known]
+    works, parts = [], []
+    for member, span, fed in running:
+        part = None if cache is None else view(cache, *span)
+        parts.append(part)
+        works.append(
+            partial(
                 member.forward,
                 input_ids,
                 attention_mask=attention_mask,
@@ -74,10 +72,22 @@ def run_members(
                 logits_to_keep=logits_to_keep,
                 latent=fed,
             )
-            # Compiled steps share one pool of memory for their graphs, so they take turns.
-            if i == 0 or member.step is not None:
-                out.append(work())
-            else:
-                reads = chain((input_ids, attention_mask, position_ids), (fed or {}).values(), tensors_of(part))
-                out.append(fork.run(member.role, member.device, work, reads))
-    return out
+        )
+    eager = all(member.step is None for member, _, _ in running)
+    if thread is not None and eager and may_split([member.device for member, _, _ in running]):
+        found = thread.run(works)
+    else:
+        # Offloaded layers come back on a stream for which only the device's default stream waits.
+        found = []
+        with Fork(None if getattr(cache, "offloading", False) else sides) as fork:
+            for companion in members[1:]:
+                fork.open(companion.device)  # before the base is launched
+            for i, ((member, _, fed), work, part) in enumerate(zip(running, works, parts, strict=True)):
+                # Compiled steps share one pool of memory for their graphs, so they take turns.
+                if i == 0 or member.step is not None:
+                    found.append(work())
+                else:
+                    reads = chain((input_ids, attention_mask, position_ids), (fed or {}).values(), tensors_of(part))
+                    found.append(fork.run(member.role, member.device, work, reads))
+    said = dict(known) | {member.role: logits for (member, _, _), logits in zip(running, found, strict=True)}
+    return [said[member.role] for member in members]
