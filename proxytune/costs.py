@@ -4,9 +4,8 @@ A decode step of a large model waits for memory: every weight is read once per p
 time of a method has a floor, the bytes it reads over the bandwidth, and two methods compare by their bytes. Speculation
 (Leviathan et al. 2023, arXiv 2211.17192) reads the verifying members once per round instead of once per token. In the
 composed model the expert is the draft: it runs anyway, so a round of k drafted tokens has k passes of it, one more
-where all k were accepted, and one of
-the base and one of the antiexpert. Pure Python: nothing here is measured, and times may be in any unit, as long as it
-is one.
+where all k were accepted, and one of the base and one of the antiexpert. Pure Python: nothing here is measured, and
+times may be in any unit, as long as it is one.
 """
 
 from __future__ import annotations
