@@ -13,7 +13,12 @@ from dataclasses import dataclass
 
 from proxytune.costs import DraftCosts, PassBytes
 
-__all__ = ["Machine", "Work", "draft_costs", "machine_of"]
+__all__ = ["DECIDING", "DRAWING", "Machine", "Work", "draft_costs", "machine_of"]
+
+DECIDING = 1.5e-3
+"""Seconds that a round takes the host beside its passes: the verdict, what stands of it, rows brought in line."""
+DRAWING = 2e-4
+"""Seconds that a drafted token takes beside its pass."""
 
 
 @dataclass(frozen=True)
@@ -103,4 +108,9 @@ def draft_costs(
 
     one = together(1)
     draft = 0.0 if drafting is None else machine.seconds(drafting, rows)
-    return DraftCosts(one, draft, (together(1 + ahead) - one) / ahead, plain=None if member else one)
+    return DraftCosts(
+        one + DECIDING,
+        draft + (DRAWING if drafting is not None else 0.0),
+        (together(1 + ahead) - one) / ahead,
+        plain=one + draft if member else one,
+    )

@@ -14,7 +14,7 @@ import proxytune
 from proxytune import DraftModel
 from proxytune.costs import PassBytes, best_draft_length
 from proxytune.decoding.drafts import ExpertDraft
-from proxytune.machines import Machine, Work, draft_costs, machine_of
+from proxytune.machines import DECIDING, DRAWING, Machine, Work, draft_costs, machine_of
 from proxytune.weights import pass_work
 
 BILLION = 1e9
@@ -76,10 +76,10 @@ def test_costs_are_what_passes_take(kind, large, small, deep, shallow, rows, mem
     machine = machine_of(kind)
     base, draft = work(large, deep), work(small, shallow)
     costs = draft_costs(machine, [base], draft, rows, member=member)
-    assert costs.round == machine.seconds(base, rows)
-    assert costs.draft == machine.seconds(draft, rows)
+    assert costs.round == pytest.approx(machine.seconds(base, rows) + DECIDING)
+    assert costs.draft == pytest.approx(machine.seconds(draft, rows) + DRAWING)
     assert costs.position >= 0
-    assert costs.of_round(0) == pytest.approx(costs.round + (costs.draft if member else 0.0))
+    assert costs.of_round(0) == pytest.approx(machine.seconds(base, rows) + member * machine.seconds(draft, rows))
     assert draft_costs(machine, [base], None, rows, member=False).draft == 0
 
 

@@ -364,6 +364,7 @@ def test_speculation_changes_no_text(run, members, monkeypatch, settings):
     words = ["generate", *PROMPTS, "max_new_tokens=12", *settings, *members, "--seed", 3]
     plain = run(*words)
     monkeypatch.setattr("proxytune.decoding.speculative.SpeculativeDecoding", Watched)
+    monkeypatch.setattr("proxytune.machines.DECIDING", 0.0)  # models so small would not be worth drafting for
     for size in (1, 2, 8):
         ended = run(*words, "--speculate", "--batch-size", size)
         assert ended.code == 0, ended.err
