@@ -8,8 +8,9 @@ other, and masks, positions and sliding windows are those of an ordinary left-pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
@@ -17,6 +18,8 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 from proxytune.errors import CacheError
 
 __all__ = ["Columns", "ahead", "forget", "record", "refuse_cache"]
+
+Update = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class Columns:
@@ -137,19 +140,30 @@ def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> Non
         setattr(layer, name, moved.view(rows, heads, keep, states.shape[3]))
 
 
-def record(cache: Cache) -> list[DynamicSlidingWindowLayer]:
+def record(cache: Cache) -> list[tuple[DynamicSlidingWindowLayer, bool]]:
     """Make sliding layers keep what a rejected draft would push out of their window, until they are settled.
 
     Args:
         cache: The cache.
 
     Returns:
-        The layers that did not do so before.
+        The layers, and whether they did so before.
     """
-    layers = [x for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer) and not x.record_past]
-    for layer in layers:
+    layers = [(x, x.record_past) for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer)]
+    for layer, _ in layers:
         layer.activate_past_recording()
+        layer.update = _of_window(layer, layer.update)
     return layers
+
+
+def _of_window(layer: DynamicSlidingWindowLayer, update: Update) -> Update:
+    # Over several passes without a crop, transformers before 5.20 returns more states than it tells the mask of.
+    def visible(keys: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        most = layer.sliding_window - 1 + keys.shape[-2]
+        all_keys, all_values = update(keys, *args, **kwargs)
+        return all_keys[:, :, -most:], all_values[:, :, -most:]
+
+    return visible
 
 
 @contextmanager
@@ -166,8 +180,9 @@ def ahead(cache: Cache) -> Iterator[None]:
         forget(cache)
         raise
     finally:
-        for layer in recorded:
-            layer.record_past = False
+        for layer, before in recorded:
+            layer.record_past = before
+            vars(layer).pop("update", None)
 
 
 def forget(cache: Cache) -> None:
