@@ -170,19 +170,18 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             attention_mask: `[B, T]`, 1 for tokens and 0 for padding; None if nothing is padded.
 
         Raises:
-            InputError: As `shifted`; or if the processor's own mask was given for other prompts.
+            InputError: As `shifted`.
         """
-        if self._attached is None:
+        # Which row a mask of one's own belongs to, a tree tells when it asks for logits, and not before.
+        if self._attached is None or self._explicit_mask is not None:
             return
-        own = self.explicit_mask(input_ids)
-        mask = attention_mask if own is None else own
         for companion in self._companions:
             device = companion.member.device
             if may_overlap(device):
-                with self._sides.beside(companion.member.role, device, [input_ids, mask]):
-                    companion.begin(input_ids, mask)
+                with self._sides.beside(companion.member.role, device, [input_ids, attention_mask]):
+                    companion.begin(input_ids, attention_mask)
             else:
-                companion.begin(input_ids, mask)
+                companion.begin(input_ids, attention_mask)
 
     def read_in_chunks(self, size: int | None) -> None:
         """Let the companions read long texts in parts, as `generate(prefill_chunk_size=…)` of an attached base does.
