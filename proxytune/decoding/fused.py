@@ -18,14 +18,14 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from proxytune import ops
 from proxytune.decoding.drawing import Drawing, Record
-from proxytune.decoding.stepping import is_synced, last_logits, padding_of, usable_columns
+from proxytune.decoding.stepping import is_synced, keys_of, last_logits, padding_of, usable_columns
 from proxytune.decoding.translation import Translation, translate
 from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
 from proxytune.modes import refuse_modes
 from proxytune.noise import Noise
 from proxytune.padding import lengths_of
-from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
+from proxytune.seeding import Rows, refuse_seed, seed_of
 
 __all__ = ["FusedDecoding"]
 
@@ -115,7 +115,7 @@ class FusedDecoding:
         """
         refuse_modes("FusedDecoding", model, generation_config, assistant_model)
         batch = input_ids.shape[0]
-        keys = self._keys(batch)
+        keys = keys_of(self.rows, self.branches, batch)
         pads = padding_of(stopping_criteria, generation_config, input_ids.device)
         synced = is_synced(model) if synced_gpus is None else synced_gpus
         streamer = self._streamer(streamer, input_ids)
@@ -195,11 +195,6 @@ class FusedDecoding:
             keys = Noise.of(batch, seed=seed_of(self.seed), row=keys.row, branch=keys.branch, device=place)
             noise = keys.at(position.to(place))
         return Drawing(translation, sampling, noise, width=width, usable=usable, place=place, impl=self.impl)
-
-    def _keys(self, batch: int) -> Noise:
-        # All but the seed: where nothing is drawn, none is taken from torch's generator.
-        branch = 0 if self.branches is None else torch.as_tensor(self.branches)
-        return Noise.of(batch, row=streams_of(self.rows, batch), branch=branch)
 
     def _streamer(self, given: BaseStreamer | None, input_ids: torch.Tensor) -> BaseStreamer | None:
         if given is None and self.streamer is not None:

@@ -22,7 +22,7 @@ from proxytune.decoding.drafts import Draft, ExpertDraft, Start
 from proxytune.decoding.judging import Accept, Judge, refuse_stateful
 from proxytune.decoding.speculative_output import Record, SpeculativeOutput
 from proxytune.decoding.standing import Standing
-from proxytune.decoding.stepping import is_synced, last_logits, padding_of, usable_columns
+from proxytune.decoding.stepping import is_synced, keys_of, last_logits, padding_of, usable_columns
 from proxytune.decoding.texts import Texts
 from proxytune.decoding.translation import translate
 from proxytune.decoding.verifying import Verifying
@@ -32,7 +32,7 @@ from proxytune.modes import refuse_modes
 from proxytune.noise import Noise
 from proxytune.padding import lengths_of
 from proxytune.prefixes import whole
-from proxytune.seeding import Rows, refuse_seed, seed_of, streams_of
+from proxytune.seeding import Rows, refuse_seed, seed_of
 
 __all__ = ["SpeculativeDecoding"]
 
@@ -159,7 +159,7 @@ class SpeculativeDecoding:
         lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)
         translation = translate(logits_processor, bool(generation_config.do_sample))
         refuse_stateful(translation.before)
-        keys = self._keys(batch)
+        keys = keys_of(self.rows, self.branches, batch)
         if isinstance(model, ProxyTunedModel):
             model_kwargs["combine"] = False
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
@@ -249,10 +249,6 @@ class SpeculativeDecoding:
         if not generation_config.return_dict_in_generate:
             return sequences
         return noted.output(sequences, rows.steps, cache if batch == 1 else None)
-
-    def _keys(self, batch: int) -> Noise:
-        branch = 0 if self.branches is None else torch.as_tensor(self.branches)
-        return Noise.of(batch, row=streams_of(self.rows, batch), branch=branch)
 
     def _streamer(self, given: BaseStreamer | None, input_ids: torch.Tensor) -> BaseStreamer | None:
         if given is None and self.streamer is not None:

@@ -13,10 +13,13 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from proxytune.decoding.translation import Translation
 from proxytune.errors import InputError
 from proxytune.model import ProxyTunedModel
+from proxytune.noise import Noise
+from proxytune.seeding import Rows, streams_of
 
 __all__ = [
     "cache_of",
     "is_synced",
+    "keys_of",
     "last_logits",
     "padding_of",
     "selected_rows",
@@ -63,6 +66,24 @@ def is_synced(model: Any) -> bool:
     # transformers finds this out too, but hands it to no callable.
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def keys_of(rows: Rows, branches: Rows, batch: int) -> Noise:
+    """The keys of the noise but the seed: where nothing is drawn, none is taken from torch's generator.
+
+    Args:
+        rows: Which stream each row draws from; None for 0, 1, 2, …
+        branches: Which continuation of its stream each row is; None for 0.
+        batch: The number of rows B.
+
+    Returns:
+        Keys for B rows, with the seed 0.
+
+    Raises:
+        InputError: If they do not fit the batch.
+    """
+    branch = 0 if branches is None else torch.as_tensor(branches)
+    return Noise.of(batch, row=streams_of(rows, batch), branch=branch)
 
 
 def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
