@@ -4,7 +4,7 @@
     python benches/bench_forks.py --out FOLDER --seeds 1   one training seed, e.g. in a process of its own
     python benches/bench_forks.py --out FOLDER --write     put all parts together: benches/results/forks.json
 
-The studies (`proxytune.lab.studies`) are trained with three seeds from the bundled family, in FOLDER/seed0, …; each
+The studies (`lab.studies.studies`) are trained with three seeds from the bundled family, in FOLDER/seed0, …; each
 part of the measurements is a file in FOLDER/parts. One process uses one thread. Nothing here is gated on a gain: what
 comes out is written down.
 """
@@ -19,18 +19,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import forks_pondering
-import forks_sampling
-import forks_votes
 import torch
 import transformers
-from forks_common import Subject, mean_interval, record
+from _forks import pondering as forks_pondering
+from _forks import sampling as forks_sampling
+from _forks import votes as forks_votes
+from _forks.common import Subject, mean_interval, record
+from lab.studies.pondering import KINDS
+from lab.studies.studies import STUDIES, train_studies
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 import proxytune
-from proxytune.lab.bundle import STUDIES, bundled
-from proxytune.lab.pondering import KINDS
-from proxytune.lab.studies import train_studies
+from proxytune.demo.bundle import bundled
 
 RESULTS = Path(__file__).parent / "results" / "forks.json"
 SEEDS = (0, 1, 2)

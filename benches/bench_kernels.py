@@ -10,8 +10,8 @@
     pytest benches/bench_kernels.py --benchmark-only the CPU part once more, by pytest-benchmark
 
 Writes benches/results/kernels.json. On the CPU the implementations take turns within one run, and the ratios are those
-of each round. On a GPU correctness comes first, see `kernels_gpu.py` and
-`kernels_cuda.py`. What was not run says so.
+of each round. On a GPU correctness comes first, see `_kernels/gpu.py` and
+`_kernels/cuda.py`. What was not run says so.
 """
 
 from __future__ import annotations
@@ -33,17 +33,16 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces each start and stop
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # pytest imports this file by its path
 
-import kernels_cases as cases
-import kernels_cuda
-import kernels_gpu as gpu
-import kernels_mix
-import kernels_verify
 import pytest
 import torch
 import transformers
-from kernels_cases import CASES, GREEDY, TRUNCATED, Case, Members
-from kernels_mix import MIXTURES, Mixture
-from kernels_verify import ROUNDS_OF_DRAFTS, Round
+from _kernels import cases, gpu
+from _kernels import cuda as kernels_cuda
+from _kernels import mix as kernels_mix
+from _kernels import verify as kernels_verify
+from _kernels.cases import CASES, GREEDY, TRUNCATED, Case, Members
+from _kernels.mix import MIXTURES, Mixture
+from _kernels.verify import ROUNDS_OF_DRAFTS, Round
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"

@@ -4,7 +4,7 @@
     python benches/bench_latent.py --out FOLDER --seeds 1   one training seed, e.g. in a process of its own
     python benches/bench_latent.py --out FOLDER --write     put all together: benches/results/latent.json
 
-Three puzzles whose solutions are enumerated (`proxytune.lab.puzzles`: 3-colouring, six queens row by row, Countdown
+Three puzzles whose solutions are enumerated (`lab.puzzles.puzzles`: 3-colouring, six queens row by row, Countdown
 with a scratchpad), two architectures (a Llama, and an HRM that recurs), a twin of each that was trained on one solution
 per instance ("collapsed"), three training seeds. One process uses one thread.
 
@@ -17,8 +17,8 @@ bound of a sampler that is uniform over the solutions). Figures of independent s
 samples; a tree counts as it is.
 
 **Reference**: plain sampling at the best of 20 temperatures from 0.05 to 4, at as many forward passes
-(`latent_measures`). Every family's knobs, the reference's among them, are chosen for each model, puzzle and metric on
-validation instances, and judged on test instances with other draws. The temperature of the other families is one of:
+(`_latent/measures.py`). Every family's knobs, the reference's among them, are chosen for each model, puzzle and metric
+on validation instances, and judged on test instances with other draws. The temperature of the other families is one of:
 greedy, the plain temperature with the best coverage@16 on validation, and 1 (0.6 if that is it).
 
 **A win** is a 95 % interval above 0 of the paired difference to the reference, pooled over three training seeds
@@ -61,13 +61,13 @@ from typing import Any, cast
 
 import torch
 import transformers
-from latent_cells import Size, cell
-from latent_methods import Asked, thresholds
-from latent_verdicts import over_seeds, verdicts
+from _latent.cells import Size, cell
+from _latent.methods import Asked, thresholds
+from _latent.verdicts import over_seeds, verdicts
+from lab.puzzles.models import PUZZLERS, PuzzlerName, load_puzzler, train_puzzlers
+from lab.puzzles.puzzles import PUZZLES, PuzzleName
 
 import proxytune
-from proxytune.lab.puzzlers import PUZZLERS, PuzzlerName, load_puzzler, train_puzzlers
-from proxytune.lab.puzzles import PUZZLES, PuzzleName
 
 RESULTS = Path(__file__).parent / "results" / "latent.json"
 SEEDS = (0, 1, 2)

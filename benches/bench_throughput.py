@@ -9,7 +9,7 @@
     python benches/bench_throughput.py --markdown       the README's tables, from the JSON
     pytest benches/bench_throughput.py --benchmark-only each method on the lab's family, by pytest-benchmark
 
-Writes benches/results/throughput.json, after each family. What is measured is `proxytune.lab.throughput`. On the CPU:
+Writes benches/results/throughput.json, after each family. What is measured is `proxytune.throughput.run`. On the CPU:
 the lab's family with its own acceptance, and random members in the ratio of 13B + 7B + 7B and 32B + 1.5B + 1.5B. On a
 GPU: random members of these shapes and of 8B + 1B + 1B, in bfloat16. Acceptance in random members is planted, and
 called so. What was not run says so.
@@ -31,13 +31,13 @@ import pytest
 import torch
 import transformers
 
-from proxytune.lab.throughput import cpu_plans, gpu_plans, measure
-from proxytune.lab.throughput_cases import Cell, Subject, lab_subject
-from proxytune.lab.throughput_counting import FirstToken
-from proxytune.lab.throughput_floors import published_floors
-from proxytune.lab.throughput_methods import RATES, methods_for
-from proxytune.lab.throughput_report import markdown
-from proxytune.lab.throughput_shapes import PUBLISHED
+from proxytune.throughput.byte_floors import published_floors
+from proxytune.throughput.counters import FirstToken
+from proxytune.throughput.methods import RATES, methods_for
+from proxytune.throughput.report import markdown
+from proxytune.throughput.run import cpu_plans, gpu_plans, measure
+from proxytune.throughput.shapes import PUBLISHED
+from proxytune.throughput.subjects import Cell, Subject, lab_subject
 
 RESULTS = Path(__file__).resolve().parent / "results" / "throughput.json"
 DEADLINE = 420.0

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from proxytune_kernels.decide import resolve
+from proxytune_kernels.distribution import laws_of
 from proxytune_kernels.launch import FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, shape_of_mix
-from proxytune_kernels.laws import laws_of
+from proxytune_kernels.measure import FIELDS, steer_tiles
 from proxytune_kernels.mix import mix_rows
-from proxytune_kernels.resolve import resolve
-from proxytune_kernels.tiles import FIELDS, steer_tiles
-from proxytune_kernels.verdicts import residue, settle
+from proxytune_kernels.verify import residue, settle
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -20,14 +20,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from proxytune.lab.bundle import MEMBERS
+from proxytune.demo.bundle import MEMBERS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 RESULTS = ROOT / "benches" / "results"
 QUICKSTART = """\
 import proxytune
-from proxytune.lab.bundle import bundled
+from proxytune.demo.bundle import bundled
 from transformers import pipeline
 
 model = proxytune.wrap(bundled("large-base"), expert=bundled("tiny-tuned"), antiexpert=bundled("tiny-base"), alpha=@)
@@ -151,7 +151,7 @@ def kernels() -> str:
 def forks() -> str:
     """What the bench of forks found."""
     _find_benches()
-    from forks_report import forks_block
+    from _forks.report import forks_block
 
     return wrapped(forks_block(load("forks.json")))
 
@@ -159,7 +159,7 @@ def forks() -> str:
 def latent() -> str:
     """What the bench of latent steps and recursion found."""
     _find_benches()
-    from latent_report import latent_block
+    from _latent.report import latent_block
 
     return wrapped(latent_block(load("latent.json")))
 
@@ -228,7 +228,7 @@ def measure() -> None:
 
 def weights() -> dict[str, str]:
     """The hashes of the bundled family: figures of other weights are not this README's."""
-    folder = ROOT / "proxytune" / "lab" / "weights"
+    folder = ROOT / "proxytune" / "demo" / "weights"
     return {
         member: hashlib.sha256((folder / member / "model.safetensors").read_bytes()).hexdigest()
         for member in sorted(MEMBERS)

@@ -35,29 +35,29 @@ import wrapt
 from proxytune._version import __version__
 
 if TYPE_CHECKING:
-    from proxytune.decoding.drafts import DraftModel
-    from proxytune.decoding.forks import ForkDecoding
-    from proxytune.decoding.fused import FusedDecoding
-    from proxytune.decoding.latent import StochasticLatentSampler
-    from proxytune.decoding.lookups import Bigrams, PromptLookup
-    from proxytune.decoding.recursion import LatentRecursion, register_recursion
-    from proxytune.decoding.siblings import SiblingDecoding
-    from proxytune.decoding.speculative import SpeculativeDecoding
-    from proxytune.entropy import ForkThreshold
-    from proxytune.formula import ProxyTuning
-    from proxytune.gating import Gates
-    from proxytune.mixtures import Mixture
-    from proxytune.model import ProxyTunedConfig, ProxyTunedModel
-    from proxytune.noise import Noise
+    from proxytune.formulas.shift import ProxyTuning
+    from proxytune.generation.fused import FusedDecoding
+    from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
+    from proxytune.methods.forks.threshold import ForkThreshold
+    from proxytune.methods.latent.decoding import StochasticLatentSampler
+    from proxytune.methods.latent.gates import Gates
+    from proxytune.methods.latent.mixture import Mixture
+    from proxytune.methods.latent.processor import StochasticLatentLogitsProcessor
+    from proxytune.methods.recursion.adapters import LatentRecursion, register_recursion
+    from proxytune.methods.recursion.decoding import StochasticRecursion
+    from proxytune.methods.speculation.decoding import SpeculativeDecoding
+    from proxytune.methods.speculation.lookup_drafts import Bigrams, PromptLookup
+    from proxytune.methods.speculation.model_drafts import DraftModel
+    from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
+    from proxytune.methods.trees.fork_decoding import ForkDecoding
+    from proxytune.methods.trees.sibling_decoding import SiblingDecoding
+    from proxytune.models.model import ProxyTunedConfig, ProxyTunedModel
+    from proxytune.models.wrap import wrap
     from proxytune.ops import step, verify
-    from proxytune.processors.forks import ForkSamplingLogitsProcessor
-    from proxytune.processors.latent import StochasticLatentLogitsProcessor
-    from proxytune.processors.proxy_tuning import ProxyTuningLogitsProcessor
+    from proxytune.ops.noise import Noise
+    from proxytune.ops.outputs import Verdict
+    from proxytune.ops.sampling_params import Sampling
     from proxytune.recipe import Recipe
-    from proxytune.sampling import Sampling
-    from proxytune.step_outputs import Verdict
-    from proxytune.trajectories import StochasticRecursion
-    from proxytune.wrapping import wrap
 
 __all__ = [
     "Bigrams",
@@ -91,33 +91,33 @@ __all__ = [
 ]
 
 _HOME = {
-    "Bigrams": "proxytune.decoding.lookups",
-    "DraftModel": "proxytune.decoding.drafts",
-    "ForkDecoding": "proxytune.decoding.forks",
-    "ForkSamplingLogitsProcessor": "proxytune.processors.forks",
-    "ForkThreshold": "proxytune.entropy",
-    "FusedDecoding": "proxytune.decoding.fused",
-    "Gates": "proxytune.gating",
-    "LatentRecursion": "proxytune.decoding.recursion",
-    "Mixture": "proxytune.mixtures",
-    "Noise": "proxytune.noise",
-    "PromptLookup": "proxytune.decoding.lookups",
-    "ProxyTunedConfig": "proxytune.model",
-    "ProxyTunedModel": "proxytune.model",
-    "ProxyTuning": "proxytune.formula",
-    "ProxyTuningLogitsProcessor": "proxytune.processors.proxy_tuning",
+    "Bigrams": "proxytune.methods.speculation.lookup_drafts",
+    "DraftModel": "proxytune.methods.speculation.model_drafts",
+    "ForkDecoding": "proxytune.methods.trees.fork_decoding",
+    "ForkSamplingLogitsProcessor": "proxytune.methods.forks.processor",
+    "ForkThreshold": "proxytune.methods.forks.threshold",
+    "FusedDecoding": "proxytune.generation.fused",
+    "Gates": "proxytune.methods.latent.gates",
+    "LatentRecursion": "proxytune.methods.recursion.adapters",
+    "Mixture": "proxytune.methods.latent.mixture",
+    "Noise": "proxytune.ops.noise",
+    "PromptLookup": "proxytune.methods.speculation.lookup_drafts",
+    "ProxyTunedConfig": "proxytune.models.model",
+    "ProxyTunedModel": "proxytune.models.model",
+    "ProxyTuning": "proxytune.formulas.shift",
+    "ProxyTuningLogitsProcessor": "proxytune.methods.steering.processor",
     "Recipe": "proxytune.recipe",
-    "Sampling": "proxytune.sampling",
-    "SiblingDecoding": "proxytune.decoding.siblings",
-    "SpeculativeDecoding": "proxytune.decoding.speculative",
-    "StochasticLatentLogitsProcessor": "proxytune.processors.latent",
-    "StochasticLatentSampler": "proxytune.decoding.latent",
-    "StochasticRecursion": "proxytune.trajectories",
-    "Verdict": "proxytune.step_outputs",
-    "register_recursion": "proxytune.decoding.recursion",
+    "Sampling": "proxytune.ops.sampling_params",
+    "SiblingDecoding": "proxytune.methods.trees.sibling_decoding",
+    "SpeculativeDecoding": "proxytune.methods.speculation.decoding",
+    "StochasticLatentLogitsProcessor": "proxytune.methods.latent.processor",
+    "StochasticLatentSampler": "proxytune.methods.latent.decoding",
+    "StochasticRecursion": "proxytune.methods.recursion.decoding",
+    "Verdict": "proxytune.ops.outputs",
+    "register_recursion": "proxytune.methods.recursion.adapters",
     "step": "proxytune.ops",
     "verify": "proxytune.ops",
-    "wrap": "proxytune.wrapping",
+    "wrap": "proxytune.models.wrap",
 }
 
 
@@ -135,4 +135,4 @@ def __dir__() -> list[str]:
 def _register(_module: Any) -> None:
     # `import proxytune` must be enough for AutoModelForCausalLM to open a saved recipe, in either order of imports,
     # and must not itself import transformers: the command line's --help would take seconds.
-    importlib.import_module("proxytune.model")
+    importlib.import_module("proxytune.models.model")

@@ -29,7 +29,7 @@ from typing import Any
 
 from proxytune.calibration import ForkCalibration
 from proxytune.errors import InputError, RecipeError
-from proxytune.jsonfiles import check_form, exchange, read, refuse_unknown
+from proxytune.json_files import check_form, exchange, read, refuse_unknown
 
 __all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe", "read_json", "write_fork_threshold"]
 
@@ -109,7 +109,7 @@ class Recipe:
         base: The frozen large model.
         expert: The small tuned model.
         antiexpert: The small model that the expert was tuned from.
-        formula: The name of the formula (`proxytune.formula.FORMULAS`).
+        formula: The name of the formula (`proxytune.formulas.shift.FORMULAS`).
         alpha: The strength α of the shift; finite.
         fork_threshold: From which entropy on a token of this adapter is a fork; None if it was not calibrated.
     """
@@ -151,7 +151,7 @@ class Recipe:
             RecipeError: If keys are missing or unknown, the format is newer than this version reads, or a value has
                 the wrong form.
         """
-        from proxytune.formula import FORMULAS, validate_alpha
+        from proxytune.formulas.shift import FORMULAS, validate_alpha
 
         data = check_form(
             data,

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import proxytune
-from proxytune.config import load_recipe
 from proxytune.errors import RecipeError
-from proxytune.formula import FORMULAS
+from proxytune.formulas.shift import FORMULAS
+from proxytune.models.config import load_recipe
 from proxytune.recipe import FORMAT_VERSION, RECIPE_FILE, ROLES, MemberRef, Recipe
 
 PLAIN: dict[str, Any] = {
@@ -252,7 +252,7 @@ def test_a_recipe_from_the_hub_is_read_with_the_same_care(tmp_path: Path, monkey
     # The hub's cache gives a file; what lies beside it there is not the user's.
     cached = write(tmp_path, base="base") / RECIPE_FILE
     (tmp_path / "base").mkdir()
-    monkeypatch.setattr("proxytune.config.cached_file", lambda name, file, **hub: str(cached))
+    monkeypatch.setattr("proxytune.models.config.cached_file", lambda name, file, **hub: str(cached))
     assert load_recipe("org/kit").base == MemberRef("base")
     cached.write_text("{")
     with pytest.raises(RecipeError, match="expected JSON; got "):

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from proxytune_kernels.laws import LAW, laws_of
+from proxytune_kernels.decide import resolve
+from proxytune_kernels.distribution import LAW, laws_of
+from proxytune_kernels.measure import FIELDS, steer_tiles
 from proxytune_kernels.mix import mix_rows
-from proxytune_kernels.resolve import resolve
-from proxytune_kernels.tiles import FIELDS, steer_tiles
-from proxytune_kernels.verdicts import residue, settle
+from proxytune_kernels.verify import residue, settle
 
 __all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "shape_of_mix", "step", "verify"]
 
@@ -25,7 +25,7 @@ PER_READ = 8
 PER_READ_MIX = 4
 """Candidates' rows that the mixing kernel has on their way at once."""
 FIRST = 31 << 27
-"""The counter's first word for the noise on a mixture's coordinate 0; see `proxytune.noise.slotted`."""
+"""The counter's first word for the noise on a mixture's coordinate 0; see `proxytune.ops.noise.slotted`."""
 
 _STATISTICS = ("lse", "entropy", "varentropy", "kl", "confidence", "temperature")
 _OF_ROWS = frozenset({"lse", "entropy", "varentropy", "kl", "confidence", "logprobs"})
@@ -44,8 +44,8 @@ def step(
     Args:
         members: `[B, V_i]` each, float32, float16 or bfloat16, inner stride 1, the base first.
         weights: `[B, M]`, float32, or M numbers.
-        sampling: `proxytune.sampling.Sampling`, or None for the argmax.
-        noise: `proxytune.noise.Noise`, or None without `sampling`.
+        sampling: `proxytune.ops.sampling_params.Sampling`, or None for the argmax.
+        noise: `proxytune.ops.noise.Noise`, or None without `sampling`.
         draws: How many draws without replacement.
         want: Names of the outputs, see `proxytune.ops.Step`.
 
@@ -141,8 +141,8 @@ def verify(
         weights: `[B · (K + 1), M]`, float32, or M numbers.
         drafted: `[B, K]`, int64, contiguous.
         draft: `[B · K, V_q]`, as the members; None for drafts that are given.
-        sampling: `proxytune.sampling.Sampling`, of B rows.
-        noise: `proxytune.noise.Noise`, of B rows.
+        sampling: `proxytune.ops.sampling_params.Sampling`, of B rows.
+        noise: `proxytune.ops.noise.Noise`, of B rows.
 
     Returns:
         `[B, K + 1]` and `[B]`, int64, see `proxytune.ops.Verdict`. Nothing is checked here.
@@ -257,10 +257,10 @@ def mix(
         tokens: `[B]`, int64.
         soft: `[B]`, bool, or None.
         sigma: Relative size of the noise; not read without `noise`.
-        noise: `proxytune.noise.Noise`, or None.
+        noise: `proxytune.ops.noise.Noise`, or None.
 
     Returns:
-        `[B, D]`, the table's dtype. Nothing is checked here: `proxytune.mixing.mix` does.
+        `[B, D]`, the table's dtype. Nothing is checked here: `proxytune.ops.mix.mix` does.
     """
     device = table.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():

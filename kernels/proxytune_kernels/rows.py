@@ -53,7 +53,7 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
     members, strides, widths, weights = logits
     base = _read(members[0] + row * strides[0], cols, widths[0], FULL)
     silent = base == float("-inf")
-    # Companions first, one after the other, then the base: as in `proxytune.formula.shift`, to the bit.
+    # Companions first, one after the other, then the base: as in `proxytune.formulas.shift.shift`, to the bit.
     delta = tl.zeros_like(base)
     for i in tl.static_range(1, M):
         x = _read(members[i] + row * strides[i], cols, widths[i], FULL)
@@ -71,7 +71,7 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
 
 @triton.jit
 def gumbel(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
-    """Standard Gumbel variates `−log E` of one Philox word each; see `proxytune.noise` for the counter and the series.
+    """Standard Gumbel variates `−log E` of one Philox word each; counter and series: see `proxytune.ops.noise`.
 
     Args:
         noise: Tuple of the keys: seed (int64), position, row and branch (uint32).
@@ -123,11 +123,11 @@ def uniform(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
 
 @triton.jit
 def normal(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
-    """Standard normal variates of two Philox words each, by the transform of Box and Muller; see `proxytune.noise`.
+    """Standard normal variates of two Philox words each, by the transform of Box and Muller; see `proxytune.ops.noise`.
 
     Args:
         noise: Tuple of the keys: seed (int64), position, row and branch (uint32).
-        index: Block of uint32, as `proxytune.noise.slotted` makes it.
+        index: Block of uint32, as `proxytune.ops.noise.slotted` makes it.
         STREAM: Which stream.
         ROUNDS: Rounds of Philox.
 
@@ -199,7 +199,7 @@ def value_of(key):
 def conditioned(perturbed, maximum):
     """Gumbel variates of a set, given that their maximum is another one: `−log(e^−K − e^−Z + e^−G)`, kept stable.
 
-    Kool et al. 2019 (arXiv 1903.06059), appendix B.3; the same arithmetic as in `proxytune.torch_draws`.
+    Kool et al. 2019 (arXiv 1903.06059), appendix B.3; the same arithmetic as in `proxytune.ops.torch_impl.draw`.
 
     Args:
         perturbed: Block G, float32; −inf for what is not in the set.

@@ -1,4 +1,4 @@
-"""The command line: `proxytune demo`, `generate`, `sample`, `calibrate`, `doctor`, `bench` and `lab`.
+"""The command line: `proxytune demo`, `generate`, `sample`, `calibrate`, `doctor` and `bench`.
 
 This module and the ones beside it import torch and transformers inside their commands only, so that `--help` answers at
 once. Whatever goes wrong ends in one line on stderr and an exit code: 2 where the call has to change (a wrong flag, a
@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from proxytune._version import __version__
-from proxytune.cli import bench, calibrate, demo, doctor, generate, lab, sample, terminal
+from proxytune.cli import bench, calibrate, demo, doctor, generate, sample, terminal
 from proxytune.errors import ProxytuneError
 
 __all__ = ["app", "main"]
@@ -38,7 +38,6 @@ app.command("sample")(sample.sample)
 app.command("calibrate")(calibrate.calibrate)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
-app.add_typer(lab.app, name="lab")
 
 
 def _show_version(wanted: bool) -> None:

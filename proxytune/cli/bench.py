@@ -39,7 +39,7 @@ def bench(
     terminal.quiet()
     import torch
 
-    from proxytune.lab.throughput import cpu_plans, measure
+    from proxytune.throughput.run import cpu_plans, measure
 
     torch.set_num_threads(threads)
     with terminal.errors().status("loading") as status:
@@ -56,9 +56,9 @@ def show(record: Mapping[str, Any]) -> None:
     """Print tables, bars and verdicts.
 
     Args:
-        record: What `proxytune.lab.throughput.measure` returned.
+        record: What `proxytune.throughput.run.measure` returned.
     """
-    from proxytune.lab.throughput_report import drafts, verdicts
+    from proxytune.throughput.report import drafts, verdicts
 
     wide = terminal.output()
     wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show other numbers
@@ -95,7 +95,7 @@ def show(record: Mapping[str, Any]) -> None:
 
 def _methods(family: Mapping[str, Any]) -> Table:
     """The first line of the protocol."""
-    from proxytune.lab.throughput_report import cell_name, lines
+    from proxytune.throughput.report import cell_name, lines
 
     cell = family["cells"][0]
     table = _table(f"{family['name']}, {family['dtype']}: {cell_name(cell)}")
@@ -108,7 +108,7 @@ def _methods(family: Mapping[str, Any]) -> Table:
 
 def _bars(family: Mapping[str, Any]) -> Table:
     """Its times per token as bars."""
-    from proxytune.lab.throughput_report import bar
+    from proxytune.throughput.report import bar
 
     ran = {name: found for name, found in family["cells"][0]["methods"].items() if found["status"] == "run"}
     most = max(found["over_tuned"]["value"] for found in ran.values())
@@ -125,7 +125,7 @@ def _bars(family: Mapping[str, Any]) -> Table:
 
 def _counts(family: Mapping[str, Any]) -> Table:
     """What was counted on the first line."""
-    from proxytune.lab.throughput_report import COUNTED, counted
+    from proxytune.throughput.report import COUNTED, counted
 
     table = _table("passes of base, expert, antiexpert; megabytes per token")
     for i, heading in enumerate(COUNTED):
@@ -137,7 +137,7 @@ def _counts(family: Mapping[str, Any]) -> Table:
 
 def _protocol(family: Mapping[str, Any], key: str, title: str) -> Table:
     """One ratio on all lines of the protocol."""
-    from proxytune.lab.throughput_report import cell_name
+    from proxytune.throughput.report import cell_name
 
     cells = family["cells"]
     table = _table(title)
@@ -154,7 +154,7 @@ def _protocol(family: Mapping[str, Any], key: str, title: str) -> Table:
 
 
 def _drafts(family: Mapping[str, Any]) -> Table:
-    from proxytune.lab.throughput_report import DRAFTS, drafts
+    from proxytune.throughput.report import DRAFTS, drafts
 
     table = _table("cost model, predicted · measured")
     for heading in DRAFTS:
@@ -199,7 +199,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     """Draw the first line of the protocol of each family: time per token beside the tuned model's, with byte floors.
 
     Args:
-        record: What `proxytune.lab.throughput.measure` returned.
+        record: What `proxytune.throughput.run.measure` returned.
         path: The file.
 
     Raises:
@@ -208,7 +208,7 @@ def draw(record: Mapping[str, Any], path: Path) -> None:
     # A figure of its own instead of pyplot: no display is asked for, and none of its state is changed.
     from matplotlib.figure import Figure
 
-    from proxytune.lab.throughput_report import cell_name
+    from proxytune.throughput.report import cell_name
 
     families = record["families"]
     figure = Figure(figsize=(8, 0.9 + 3.0 * len(families)), layout="constrained")

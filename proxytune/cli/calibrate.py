@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.inputs import read_prompts, refuse_empty
-from proxytune.cli.loading import DTYPES, check_device, check_members, encode, load, load_tokenizer
+from proxytune.cli.models import DTYPES, check_device, check_members, encode, load, load_tokenizer
 from proxytune.cli.options import Alpha, Antiexpert, Chat, Device, Dtype, Expert, PromptFile, RecipePath
+from proxytune.cli.prompts import read_prompts, refuse_empty
 from proxytune.errors import CalibrationWarning, InputError
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrai
     """Load a model that nothing steers, and its tokenizer."""
     import torch
 
-    from proxytune.opening import open_members
+    from proxytune.models.loading import open_members
     from proxytune.recipe import MemberRef
 
     if dtype not in DTYPES:
@@ -168,7 +168,7 @@ def sampled_entropies(
     """
     from transformers import GenerationConfig
 
-    from proxytune.processors.forks import ForkSamplingLogitsProcessor
+    from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
 
     own = model.generation_config
     special = {name: getattr(own, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -216,7 +216,7 @@ def forced_entropies(
     """
     import torch
 
-    from proxytune.entropy import entropy
+    from proxytune.methods.forks.threshold import entropy
 
     found = []
     for text in texts:
@@ -253,7 +253,7 @@ def report(found: Sequence[Entropies], share: float) -> dict[str, Any]:
     """
     import numpy as np
 
-    from proxytune.entropy import ForkThreshold
+    from proxytune.methods.forks.threshold import ForkThreshold
 
     tokens = np.concatenate(found) if found else np.empty(0)
     if not len(tokens):

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.text import Text
     from transformers import PreTrainedTokenizerBase
 
-    from proxytune.lab.tasks import Problem, Task
-    from proxytune.model import ProxyTunedModel
+    from proxytune.demo.tasks import Problem, Task
+    from proxytune.models.model import ProxyTunedModel
 
 __all__ = ["Step", "demo", "measure", "shift_steps"]
 
@@ -58,7 +58,7 @@ def demo(
     terminal.quiet()
     import torch
 
-    from proxytune.lab.bundle import bundled_family, read_record
+    from proxytune.demo.bundle import bundled_family, read_record
 
     # Models this small gain nothing from a second thread, and lose a lot to it where the cores are busy.
     torch.set_num_threads(1)
@@ -98,11 +98,11 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
         LabError: If a model is missing from the folder.
     """
     import torch
+    from lab.family.family import load_family
 
     import proxytune
-    from proxytune.lab.evaluation import Row, answer, held_out, shots_of, table_record
-    from proxytune.lab.family import load_family
-    from proxytune.lab.world import build_world
+    from proxytune.demo.evaluation import Row, answer, held_out, shots_of, table_record
+    from proxytune.demo.world import build_world
 
     began = time.perf_counter()
     models, tokenizer = load_family(folder)
@@ -181,8 +181,7 @@ def _tokens_per_second(
     All models take turns, so that what else the machine does in the meantime falls on all of them.
     """
     import torch
-
-    from proxytune.lab.corpus import prompt_of
+    from lab.family.corpus import prompt_of
 
     batches = []
     for _, shots in entrants:
@@ -204,9 +203,9 @@ def _answers(
 ) -> dict[str, Any]:
     """One problem, answered three ways."""
     import torch
+    from lab.family.corpus import prompt_of
 
-    from proxytune.lab.corpus import prompt_of
-    from proxytune.lab.evaluation import answer
+    from proxytune.demo.evaluation import answer
 
     with torch.inference_mode():
         own, directly = (answer(model, tokenizer, [problem])[0].text for model in (base, tuned))

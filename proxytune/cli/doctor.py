@@ -181,7 +181,7 @@ def _memory(index: int) -> float:
 
 
 def _weights() -> tuple[WeightFile, ...]:
-    from proxytune.lab.bundle import MEMBERS, bundled
+    from proxytune.demo.bundle import MEMBERS, bundled
 
     return tuple(_weight_file(member, Path(bundled(member)) / "model.safetensors") for member in MEMBERS)
 

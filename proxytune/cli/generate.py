@@ -15,18 +15,18 @@ import typer
 from rich.text import Text
 
 from proxytune.cli import terminal
-from proxytune.cli.answers import AnswerFile, settings_of_run
-from proxytune.cli.inputs import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
-from proxytune.cli.latent import Latent, LatentGates, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.loading import check_members, chosen_device, encode, load, named
+from proxytune.cli.answer_file import AnswerFile, settings_of_run
+from proxytune.cli.latent_options import Latent, LatentGates, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
+from proxytune.cli.models import check_members, chosen_device, encode, load, named
 from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
+from proxytune.cli.prompts import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-    from proxytune.model import ProxyTunedModel
+    from proxytune.models.model import ProxyTunedModel
 
 __all__ = ["Completion", "generate"]
 
@@ -179,7 +179,7 @@ def _complete(
     """Complete one batch, which begins with prompt number `first`."""
     from transformers import set_seed
 
-    from proxytune.keying import key_of
+    from proxytune.search.keyed_noise import key_of
 
     # Where the loop does not key its draws by itself, they still depend on no batch before.
     set_seed(key_of("proxytune generate", "", seed, first) % (1 << 32))
@@ -216,11 +216,11 @@ def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, speculate: bo
     """
     from transformers.generation.configuration_utils import GenerationMode
 
-    from proxytune.decoding.fused import FusedDecoding
+    from proxytune.generation.fused import FusedDecoding
 
     latent = sampler(rows)
     if speculate:
-        from proxytune.decoding.speculative import SpeculativeDecoding
+        from proxytune.methods.speculation.decoding import SpeculativeDecoding
 
         # Coupled: a sample must not depend on the draft lengths, which depend on the batch.
         return SpeculativeDecoding(accept="coupled", seed=seed, rows=list(rows))

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.inputs import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
-from proxytune.cli.loading import check_members, load
+from proxytune.cli.models import check_members, load
 from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
-from proxytune.cli.samples import Drawing, Meter, Result, Vote, extractor
+from proxytune.cli.prompts import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
+from proxytune.cli.sample_run import Drawing, Meter, Result, Vote, extractor
 from proxytune.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -96,9 +96,9 @@ def sample(
     terminal.quiet()
     check_names(flags)
 
-    from proxytune.decoding.forks import ForkDecoding
-    from proxytune.decoding.siblings import SiblingDecoding
-    from proxytune.decoding.tree_loop import TreeLoop
+    from proxytune.methods.trees.fork_decoding import ForkDecoding
+    from proxytune.methods.trees.loop import TreeLoop
+    from proxytune.methods.trees.sibling_decoding import SiblingDecoding
 
     # Refused here if something is out of its range, before the models are loaded.
     repels = repulsion != 0 or ngram is not None
@@ -174,7 +174,7 @@ def _refuse_repulsion(repulsion: float, ngram: int | None) -> None:
 
 def _threshold(given: float | None, recipe: Path | None, alpha: float | None, *, forks: bool) -> Any:
     """The threshold of the call, or what the recipe was calibrated to."""
-    from proxytune.entropy import ForkThreshold
+    from proxytune.methods.forks.threshold import ForkThreshold
     from proxytune.recipe import Recipe
 
     if given is not None:

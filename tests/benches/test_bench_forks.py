@@ -15,9 +15,9 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from proxytune.lab.bundle import bundled
-from proxytune.lab.tasks import problems
-from proxytune.lab.world import build_world
+from proxytune.demo.bundle import bundled
+from proxytune.demo.tasks import problems
+from proxytune.demo.world import build_world
 
 BENCHES = Path(__file__).resolve().parents[2] / "benches"
 
@@ -32,7 +32,7 @@ def bench(name: str) -> Any:
 def subjects() -> dict[str, Any]:
     def opened(name: Any) -> Any:
         model = LlamaForCausalLM.from_pretrained(bundled(name), dtype=torch.float32).eval()
-        return bench("forks_common").Subject(name, 0, model, AutoTokenizer.from_pretrained(bundled(name)))
+        return bench("_forks.common").Subject(name, 0, model, AutoTokenizer.from_pretrained(bundled(name)))
 
     return {name: opened(name) for name in ("routes", "large-tuned")}
 
@@ -46,7 +46,7 @@ def finite(record: Any) -> bool:
 
 
 def test_coverage_and_solutions_are_means_over_all_choices_of_samples() -> None:
-    sampling = bench("forks_sampling")
+    sampling = bench("_forks.sampling")
     written = ["a", "a", "b", None, None, "c", None]
     right = {text: written.count(text) for text in "abc"}
     answers = sampling.Answers(len(written), right, 70)
@@ -59,7 +59,7 @@ def test_coverage_and_solutions_are_means_over_all_choices_of_samples() -> None:
 
 
 def test_answers_are_graded_strictly_and_counted_by_their_text() -> None:
-    sampling = bench("forks_sampling")
+    sampling = bench("_forks.sampling")
     problem = problems("countdown", "test", 1, build_world())[0]
     answers = sampling.Answers.of(problem, [f" {problem.answer}", f" {problem.answer}", " I do not know."], 30)
     assert (answers.samples, answers.tokens) == (3, 30)
@@ -67,7 +67,7 @@ def test_answers_are_graded_strictly_and_counted_by_their_text() -> None:
 
 
 def test_an_interval_covers_its_mean_and_is_paired() -> None:
-    common = bench("forks_common")
+    common = bench("_forks.common")
     rng = np.random.default_rng(0)
     first = rng.random(400)
     second = first + 0.01  # a small gain on every problem
@@ -79,7 +79,7 @@ def test_an_interval_covers_its_mean_and_is_paired() -> None:
 
 
 def test_independent_samples_do_not_depend_on_the_batch(subjects: dict[str, Any], monkeypatch: Any) -> None:
-    common = bench("forks_common")
+    common = bench("_forks.common")
     prompts = ["Question: Use 1, 2, 3 to make 6.\nAnswer:", "Question: Start with 1, add 2, add 3.\nAnswer:"]
     whole = common.independent(subjects["large-tuned"], prompts, 4, seed=1, max_new_tokens=12)
     monkeypatch.setattr(common, "ROWS", 3)
@@ -88,7 +88,7 @@ def test_independent_samples_do_not_depend_on_the_batch(subjects: dict[str, Any]
 
 
 def test_detection_and_votes_in_small(subjects: dict[str, Any]) -> None:
-    votes = bench("forks_votes")
+    votes = bench("_forks.votes")
     found = votes.detection(subjects["routes"], problems=4, samples=4)
     assert found["auroc of the entropy"] > 0.99
     assert found["target share as taught"]["recall"] > 0.9
@@ -104,7 +104,7 @@ def test_detection_and_votes_in_small(subjects: dict[str, Any]) -> None:
 
 
 def test_countdown_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) -> None:
-    sampling = bench("forks_sampling")
+    sampling = bench("_forks.sampling")
     assert len(sampling.SETTINGS) == len(set(sampling.SETTINGS)) == 26
     monkeypatch.setattr(sampling, "SETTINGS", ((0.5, 0.5), (1.0, 1.0), (0.4, 1.0)))
     found = sampling.temperatures(subjects["large-tuned"], 0.36, seed=0, chosen_on=3, judged_on=3, few=1, many=2)
@@ -120,7 +120,7 @@ def test_countdown_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) ->
 
 def test_pondering_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) -> None:
     # Of a model that knows nothing of pondering: every part has to cope with answers that are all alike or none.
-    pondering = bench("forks_pondering")
+    pondering = bench("_forks.pondering")
     monkeypatch.setattr(pondering, "MAX_NEW_TOKENS", 60)
     tuned = subjects["large-tuned"]
     found = pondering._length(tuned, pondering.ponders("worsens", "test", 2), 2, extra=1)
@@ -143,7 +143,7 @@ def test_the_readme_s_tables_are_made_of_the_committed_record() -> None:
     record = json.loads(place.read_text(encoding="utf-8"))
     assert finite(record)
     assert record["seeds"] == [0, 1, 2]
-    block = bench("forks_report").forks_block(record)
+    block = bench("_forks.report").forks_block(record)
     assert "nan" not in block
     for table in block.split("\n\n"):
         rows = [line for line in table.split("\n") if line.startswith("|")]

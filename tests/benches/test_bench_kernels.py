@@ -78,12 +78,12 @@ def test_the_script_writes_what_it_prints(
 
 
 def tiny_rounds() -> tuple[Any, ...]:
-    what = bench("kernels_verify")
+    what = bench("_kernels.verify")
     return what.Round(what.TEMPERATURE, 1, 2, 1500), what.Round(what.TRUNCATED, 3, 3, 1500)
 
 
 def test_verification_is_timed_beside_a_composition_of_the_same_law() -> None:
-    kernels, what = bench("bench_kernels"), bench("kernels_verify")
+    kernels, what = bench("bench_kernels"), bench("_kernels.verify")
     cells = kernels.measure_verify(tiny_rounds(), 3, 0.1)
     assert [(c["case"], c["rows"], c["drafts"], c["width"]) for c in cells] == [
         ("temperature draw", 1, 2, 1500), ("k50 + p.9", 3, 3, 1500),
@@ -107,12 +107,12 @@ def test_verification_is_timed_beside_a_composition_of_the_same_law() -> None:
 
 
 def tiny_mixtures() -> tuple[Any, ...]:
-    mixture = bench("kernels_mix").Mixture
+    mixture = bench("_kernels.mix").Mixture
     return mixture(1, 64, 3, 50), mixture(4, 64, 3, 50)
 
 
 def test_mixtures_are_timed_beside_a_composition_that_gives_the_same() -> None:
-    kernels, mixing = bench("bench_kernels"), bench("kernels_mix")
+    kernels, mixing = bench("bench_kernels"), bench("_kernels.mix")
     for mixture in tiny_mixtures():
         x = mixing.given(mixture, "cpu")
         torch.testing.assert_close(mixing.ours("torch")(x), mixing.eager(x), rtol=1e-2, atol=1e-2)
@@ -148,7 +148,7 @@ def test_the_figures_that_are_kept_are_of_this_form() -> None:
 @pytest.mark.parametrize("width", [40_000, 130_000])
 def test_memory_does_not_grow_with_the_batch(width: int) -> None:
     """No temporary has the size of the batch: three blocks of scratch and two products, half a megabyte each."""
-    kernels, cases = bench("bench_kernels"), bench("kernels_cases")
+    kernels, cases = bench("bench_kernels"), bench("_kernels.cases")
     assert torch.get_num_threads() == 1
     for rows in (8, 24):
         logits = cases.members(rows, width, torch.bfloat16, "cpu")
@@ -160,7 +160,7 @@ def test_memory_does_not_grow_with_the_batch(width: int) -> None:
 
 @pytest.mark.parametrize("rows_like", ["peaked", "flat"])
 def test_all_compositions_make_the_same_decision(rows_like: str) -> None:
-    cases = bench("kernels_cases")
+    cases = bench("_kernels.cases")
     logits = cases.members(4, 3000, torch.bfloat16, "cpu", rows_like)
     for case in (*cases.CASES, cases.GREEDY):
         ours = cases.decision(case, 4, "cpu", "torch")(logits)
@@ -212,7 +212,7 @@ class Pretended:
 
 
 def test_cells_and_the_floor() -> None:
-    gpu = bench("kernels_gpu")
+    gpu = bench("_kernels.gpu")
     cells = gpu.cells()
     assert len(cells) == len(set(cells)) == 4 * 4 * 3 + 3
     cell = next(c for c in cells if (c.rows, c.width) == (64, 128_256))
@@ -227,7 +227,7 @@ def test_cells_and_the_floor() -> None:
 
 
 def test_the_deadline_leaves_out_the_least_important_and_says_so() -> None:
-    gpu, pretended = bench("kernels_gpu"), Pretended()
+    gpu, pretended = bench("_kernels.gpu"), Pretended()
     part = gpu.measure(pretended, 540.0, gpu.cells(), pretended.clock)
     assert part["status"] == "run"
     assert pretended.now - 100.0 < 600.0
@@ -248,14 +248,14 @@ def test_the_deadline_leaves_out_the_least_important_and_says_so() -> None:
 
 
 def test_nothing_is_timed_where_a_decision_is_wrong() -> None:
-    gpu, pretended = bench("kernels_gpu"), Pretended("entropy is off by 1")
+    gpu, pretended = bench("_kernels.gpu"), Pretended("entropy is off by 1")
     with pytest.raises(SystemExit, match="statistics, B=1, V=32000, peaked: entropy is off by 1"):
         gpu.measure(pretended, 540.0, gpu.cells(), pretended.clock)
     assert pretended.done == []
 
 
 def test_the_checks_and_the_functions_run_where_only_the_graphs_are_missing() -> None:
-    cuda, gpu = bench("kernels_cuda"), bench("kernels_gpu")
+    cuda, gpu = bench("_kernels.cuda"), bench("_kernels.gpu")
 
     class OnTheCpu(cuda.CudaBench):  # type: ignore[misc, name-defined]
         DEVICE, IMPL, STEPS = "cpu", "torch", 2
@@ -277,7 +277,7 @@ def test_the_checks_and_the_functions_run_where_only_the_graphs_are_missing() ->
 
 
 def test_the_checks_see_what_is_wrong() -> None:
-    cuda, cases = bench("kernels_cuda"), bench("kernels_cases")
+    cuda, cases = bench("_kernels.cuda"), bench("_kernels.cases")
     logits = cases.members(4, 3000, torch.bfloat16, "cpu")
     good = cases.decision(cases.STATISTICS, 4, "cpu", "torch")(logits)
     for name in good:

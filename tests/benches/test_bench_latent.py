@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-
-from proxytune.lab.puzzlers import PuzzlerRecipe, build_puzzler
-from proxytune.lab.puzzles import PUZZLES
+from lab.puzzles.models import PuzzlerRecipe, build_puzzler
+from lab.puzzles.puzzles import PUZZLES
 
 BENCHES = Path(__file__).resolve().parents[2] / "benches"
 RECIPE = PuzzlerRecipe(width=16, heads=2, feed_forward=24, layers={"llama": 1, "hrm": 1})
@@ -34,12 +33,12 @@ def models() -> dict[str, Any]:
 
 
 def answered(found: list[Any], passes: int = 10, **how: Any) -> Any:
-    return bench("latent_measures").Answered(found=found, passes=passes, solutions=how.pop("solutions", 4), **how)
+    return bench("_latent.measures").Answered(found=found, passes=passes, solutions=how.pop("solutions", 4), **how)
 
 
 def asked(model: Any, puzzle: Any = "colouring", count: int = 1, nats: float = 1.0) -> Any:
     of = PUZZLES[puzzle]
-    return bench("latent_methods").Asked(model, of, of.held_out("validation", count), (nats, nats / 2))
+    return bench("_latent.methods").Asked(model, of, of.held_out("validation", count), (nats, nats / 2))
 
 
 def finite(record: Any) -> bool:
@@ -77,7 +76,7 @@ def test_the_uniform_bound_is_what_a_uniform_sampler_covers() -> None:
     for solutions, n in ((3, 4), (40, 16), (6, 1)):
         drawn = rng.integers(solutions, size=(4000, n))
         covered = [len(set(row)) / solutions for row in drawn.tolist()]
-        bound = bench("latent_measures").uniform_bound(solutions, n)
+        bound = bench("_latent.measures").uniform_bound(solutions, n)
         assert np.mean(covered) == pytest.approx(bound, abs=4 * np.std(covered) / 4000**0.5 + 1e-9)
 
 
@@ -99,7 +98,7 @@ def test_a_selector_does_not_see_what_is_right() -> None:
 
 
 def test_methods_are_compared_at_equal_passes() -> None:
-    measures = bench("latent_measures")
+    measures = bench("_latent.measures")
     reference = [answered(["a"] * 8 + [None] * 24, passes=32 * 6)]
     slow = [answered(["a"] * 8 + [None] * 24, passes=32 * 8)]
     pair = measures.compare(slow, reference, "pass@16")
@@ -137,9 +136,9 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 @pytest.mark.parametrize("kind", ["llama", "hrm"])
 def test_passes_are_those_that_run(models: dict[str, Any], kind: str) -> None:
-    methods = bench("latent_methods")
+    methods = bench("_latent.methods")
     one = asked(models[kind])
-    each = bench("latent_measures").stack_passes(models[kind].config)
+    each = bench("_latent.measures").stack_passes(models[kind].config)
     assert each == (6 if kind == "hrm" else 1)
     settings = [
         methods.Setting.of("temperature", 1.0),
@@ -159,7 +158,7 @@ def test_passes_are_those_that_run(models: dict[str, Any], kind: str) -> None:
 
 
 def test_a_shared_prompt_changes_no_answer(models: dict[str, Any]) -> None:
-    methods = bench("latent_methods")
+    methods = bench("_latent.methods")
     one = asked(models["llama"], count=3)
     plain = methods.Setting.of("temperature", 1.0)
     onehot = methods.Setting.of("latent", 1.0, kind="onehot")
@@ -172,7 +171,7 @@ def test_a_shared_prompt_changes_no_answer(models: dict[str, Any]) -> None:
 
 
 def test_knobs_are_chosen_on_validation_and_judged_on_test(models: dict[str, Any], monkeypatch: Any) -> None:
-    cells, methods = bench("latent_cells"), bench("latent_methods")
+    cells, methods = bench("_latent.cells"), bench("_latent.methods")
     validation = asked(models["llama"], count=2)
     of = PUZZLES["colouring"]
     test = methods.Asked(models["llama"], of, of.held_out("test", 3), (1.0, 0.5))
@@ -207,7 +206,7 @@ def test_knobs_are_chosen_on_validation_and_judged_on_test(models: dict[str, Any
 
 
 def test_a_pooled_interval_resamples_within_seeds() -> None:
-    measures = bench("latent_measures")
+    measures = bench("_latent.measures")
     far = measures.pooled([[0.0] * 30, [1.0] * 50])  # nothing varies within a seed; both weigh alike
     assert (far.value, far.low, far.high) == (0.5, 0.5, 0.5)
     rng = np.random.default_rng(0)
@@ -228,11 +227,11 @@ def test_a_pooled_interval_resamples_within_seeds() -> None:
     ],
 )
 def test_a_win_needs_the_interval_and_every_seed(low: float, high: float, means: list[float], said: str) -> None:
-    assert bench("latent_verdicts").outcome({"low": low, "high": high}, means) == said
+    assert bench("_latent.verdicts").outcome({"low": low, "high": high}, means) == said
 
 
 def test_verdicts_are_those_that_were_registered() -> None:
-    verdict = bench("latent_verdicts").verdict
+    verdict = bench("_latent.verdicts").verdict
     assert [verdict("H1", found) for found in (["win"] * 2, ["win", "null"], ["win", "loss"])] == [
         "supported",
         "supported in part",
@@ -244,7 +243,7 @@ def test_verdicts_are_those_that_were_registered() -> None:
 
 @pytest.mark.parametrize(("kind", "puzzle"), [("llama", "countdown"), ("hrm", "queens")])
 def test_a_cell_in_small(models: dict[str, Any], monkeypatch: Any, kind: str, puzzle: str) -> None:
-    cells, methods = bench("latent_cells"), bench("latent_methods")
+    cells, methods = bench("_latent.cells"), bench("_latent.methods")
     monkeypatch.setattr(cells, "TEMPERATURES", (0.5, 1.0))
     monkeypatch.setattr(methods, "MIXTURES", ({"kind": "gumbel", "tau": 0.25}, {"kind": "mean"}))
     monkeypatch.setattr(methods, "SIGMAS", (0.2,))
@@ -253,7 +252,7 @@ def test_a_cell_in_small(models: dict[str, Any], monkeypatch: Any, kind: str, pu
     families = set(methods.FAMILIES) - ({"scratchpad"} if puzzle == "queens" else {"recursion"})
     assert {row["family"] for row in record["validation"]} == families
     assert set(record["test"]["coverage@16"]) == families
-    pooled = bench("latent_verdicts").over_seeds([record, record])
+    pooled = bench("_latent.verdicts").over_seeds([record, record])
     assert finite(pooled)
     assert json.loads(json.dumps(record)) == record
     assert ("vote@16" in record["test"]) == (kind == "hrm")
@@ -271,7 +270,7 @@ def test_the_record_has_all_seeds_methods_intervals_and_verdicts(committed: Any)
     assert len(committed["seeds"]) >= 3
     assert len(committed["cells"]) == 12
     assert finite(committed)
-    methods, measures = bench("latent_methods"), bench("latent_measures")
+    methods, measures = bench("_latent.methods"), bench("_latent.measures")
     for name, cell in committed["cells"].items():
         families = set(methods.FAMILIES)
         families -= set() if "countdown" in name else {"scratchpad"}
@@ -287,7 +286,7 @@ def test_the_record_has_all_seeds_methods_intervals_and_verdicts(committed: Any)
 
 
 def test_every_registered_hypothesis_has_the_verdict_of_its_cells(committed: Any) -> None:
-    verdicts = bench("latent_verdicts")
+    verdicts = bench("_latent.verdicts")
     assert committed["hypotheses"] == verdicts.verdicts(committed["cells"])
     registered = bench("bench_latent").__doc__
     for name in committed["hypotheses"]:
@@ -296,7 +295,7 @@ def test_every_registered_hypothesis_has_the_verdict_of_its_cells(committed: Any
 
 
 def test_the_readme_s_tables_are_made_of_the_committed_record(committed: Any) -> None:
-    block = bench("latent_report").latent_block(committed)
+    block = bench("_latent.report").latent_block(committed)
     assert "nan" not in block
     assert len(bench("readme").wrapped(block).splitlines()) <= 45
     for table in block.split("\n\n"):

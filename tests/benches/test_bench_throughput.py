@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from proxytune.lab import throughput
-from proxytune.lab.throughput_cases import Cell, random_subject
-from proxytune.lab.throughput_shapes import Shape, Trio
+from proxytune.throughput import run as throughput
+from proxytune.throughput.shapes import Shape, Trio
+from proxytune.throughput.subjects import Cell, random_subject
 
 BENCHES = Path(__file__).resolve().parents[2] / "benches"
 TINY = Trio("tiny trio", Shape(96, 1, 2, 2, 64, 80), Shape(64, 1, 2, 1, 48, 72, tied=True))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from lab.family.family import Architecture, save_member
+from lab.family.tokenizer import build_tokenizer
 
 from proxytune.cli import main
-from proxytune.lab.bundle import MEMBERS
-from proxytune.lab.family import Architecture, save_member
-from proxytune.lab.tokenizer import build_tokenizer
-from proxytune.lab.world import build_world
+from proxytune.demo.bundle import MEMBERS
+from proxytune.demo.world import build_world
 
 ALPHA = 0.75
 

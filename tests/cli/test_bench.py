@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from proxytune.cli import bench as command
-from proxytune.lab import throughput
-from proxytune.lab.throughput_cases import Cell, lab_subject, random_subject
-from proxytune.lab.throughput_shapes import Shape, Trio
+from proxytune.throughput import run as throughput
+from proxytune.throughput.shapes import Shape, Trio
+from proxytune.throughput.subjects import Cell, lab_subject, random_subject
 
 TINY = Trio("tiny trio", Shape(96, 1, 2, 2, 64, 80), Shape(64, 1, 2, 1, 48, 72, tied=True))
 CELLS = (Cell(4, 12), Cell(4, 6, 1, "sampled"))

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import proxytune
 from proxytune.cli import calibrate as command
-from proxytune.cli import inputs, terminal
-from proxytune.entropy import ForkThreshold, entropy
-from proxytune.processors.forks import ForkSamplingLogitsProcessor
+from proxytune.cli import prompts as inputs
+from proxytune.cli import terminal
+from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
+from proxytune.methods.forks.threshold import ForkThreshold, entropy
 from proxytune.recipe import RECIPE_FILE, Recipe
 
 # Few tokens are enough to compare with; that they are few is told on stderr.
@@ -209,7 +210,7 @@ def test_the_intervals_cover_what_other_texts_give():
     ],
 )
 def test_wrong_settings_are_told_before_a_model_is_loaded(run, members, monkeypatch, words, message):
-    monkeypatch.setattr(proxytune.opening, "open_member", None)  # it would be a TypeError, exit code 1
+    monkeypatch.setattr(proxytune.models.loading, "open_member", None)  # it would be a TypeError, exit code 1
     ended = run("calibrate", "x", *members, *words)
     assert ended.code == 2
     assert message in ended.err

@@ -6,14 +6,14 @@ import json
 
 import pytest
 import torch
+from lab.family.family import load_family
 
 import proxytune
 from proxytune.cli import demo as command
 from proxytune.cli import terminal
-from proxytune.lab.bundle import bundled_family, bundled_record
-from proxytune.lab.evaluation import evaluate, held_out
-from proxytune.lab.family import load_family
-from proxytune.lab.world import build_world
+from proxytune.demo.bundle import bundled_family, bundled_record
+from proxytune.demo.evaluation import evaluate, held_out
+from proxytune.demo.world import build_world
 
 ROWS = ["base, 0-shot", "base, 3-shot", "expert alone", "proxy, α = 0.75", "tuned directly"]
 

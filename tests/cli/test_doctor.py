@@ -14,7 +14,7 @@ import transformers
 
 from proxytune import ops
 from proxytune.cli import doctor
-from proxytune.lab import bundle
+from proxytune.demo import bundle
 
 
 @pytest.mark.smoke

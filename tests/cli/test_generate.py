@@ -13,7 +13,8 @@ from transformers import AutoTokenizer, GenerationConfig
 import proxytune
 from proxytune import FusedDecoding
 from proxytune.cli import generate as command
-from proxytune.cli import inputs, terminal
+from proxytune.cli import prompts as inputs
+from proxytune.cli import terminal
 from proxytune.errors import InputError
 
 PROMPTS = ["Question: Start with 3", "Question: Who", "x"]
@@ -363,8 +364,8 @@ def test_speculation_changes_no_text(run, members, monkeypatch, settings):
 
     words = ["generate", *PROMPTS, "max_new_tokens=12", *settings, *members, "--seed", 3]
     plain = run(*words)
-    monkeypatch.setattr("proxytune.decoding.speculative.SpeculativeDecoding", Watched)
-    monkeypatch.setattr("proxytune.machines.DECIDING", 0.0)  # models so small would not be worth drafting for
+    monkeypatch.setattr("proxytune.methods.speculation.decoding.SpeculativeDecoding", Watched)
+    monkeypatch.setattr("proxytune.costs.devices.DECIDING", 0.0)  # models so small would not be worth drafting for
     for size in (1, 2, 8):
         ended = run(*words, "--speculate", "--batch-size", size)
         assert ended.code == 0, ended.err

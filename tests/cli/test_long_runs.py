@@ -16,13 +16,13 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from proxytune.lab.bundle import MEMBERS, bundled
+from proxytune.demo.bundle import MEMBERS, bundled
 
 BATCH = 8
 COMMAND = "from proxytune.cli import main; main()"
 # The mutation: each batch's cache is never let go.
 LEAK = """
-from proxytune.model import ProxyTunedModel
+from proxytune.models.model import ProxyTunedModel
 kept, forward = [], ProxyTunedModel.forward
 def leaking(self, *args, **kwargs):
     out = forward(self, *args, **kwargs)

@@ -22,7 +22,7 @@ HELPS = (
     ["demo", "--help"],
     ["generate", "--help"],
     ["doctor", "--help"],
-    ["lab", "--help"],
+    ["sample", "--help"],
     ["calibrate", "--help"],
 )
 
@@ -56,7 +56,7 @@ def test_help_leaves_nothing_out_of_what_options_say(run, monkeypatch):
     # Wide, so that no line is broken; what stands in brackets would be taken for markup, and vanish.
     monkeypatch.setattr(rich_utils, "MAX_WIDTH", 400)
     found = dict(commands(typer.main.get_command(app)))
-    assert {("sample",), ("lab", "table")} <= found.keys()
+    assert {("sample",), ("generate",)} <= found.keys()
     for words, command in found.items():
         shown = " ".join(run(*words, "--help").out.split())
         for parameter in command.params:
@@ -97,9 +97,8 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(run, words, expected):
     assert expected in ended.err
 
 
-@pytest.mark.parametrize("words", [[], ["lab"]])
-def test_no_command_prints_the_help(run, words):
-    ended = run(*words)
+def test_no_command_prints_the_help(run):
+    ended = run()
     assert ended.code == 2
     assert "Usage: proxytune" in ended.out
     assert ended.err == ""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from proxytune.lab.bundle import bundled_record
+from proxytune.demo.bundle import bundled_record
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -97,9 +97,8 @@ def test_all_its_python_parses():
 @pytest.mark.parametrize("command", re.findall(r"^proxytune (\w+.*?)(?:\s+#.*)?$", README, re.MULTILINE))
 def test_every_option_it_names_exists(run, command):
     words = shlex.split(command)
-    depth = 2 if words[0] == "lab" else 1
-    helped = run(*words[:depth], "--help")
+    helped = run(words[0], "--help")
     assert helped.code == 0
-    for word in words[depth:]:
+    for word in words[1:]:
         if word.startswith("--"):
             assert word in helped.out

@@ -14,11 +14,12 @@ from transformers import AutoTokenizer
 import proxytune
 from proxytune import FusedDecoding
 from proxytune.calibration import ForkCalibration
-from proxytune.cli import samples, terminal
-from proxytune.decoding.forks import ForkDecoding
-from proxytune.decoding.siblings import SiblingDecoding
+from proxytune.cli import sample_run as samples
+from proxytune.cli import terminal
+from proxytune.methods.trees.fork_decoding import ForkDecoding
+from proxytune.methods.trees.sibling_decoding import SiblingDecoding
 from proxytune.recipe import RECIPE_FILE, write_fork_threshold
-from proxytune.voting import Sample, vote
+from proxytune.voting.vote import Sample, vote
 
 PROMPTS = ["Question: Start with 3", "Question: Who"]
 NEW = 12
@@ -385,7 +386,7 @@ def test_answers_by_pattern():
     ],
 )
 def test_wrong_settings_are_told_before_a_model_is_loaded(run, members, monkeypatch, words, message):
-    monkeypatch.setattr(proxytune.opening, "open_member", None)  # it would be a TypeError, exit code 1
+    monkeypatch.setattr(proxytune.models.loading, "open_member", None)  # it would be a TypeError, exit code 1
     # Settings come last among the arguments.
     ended = run("sample", *members, "x", *words)
     assert ended.code == 2

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.checks import Run
+from support.decisions import Run
 
 from proxytune import ops
 from proxytune.ops import Step
-from proxytune.rows import Rows
+from proxytune.ops.torch_impl.measure import Rows
 
 
 class _RowsElsewhere(Rows):

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.checks import Case, logits, random_case, random_keys, settings_for
 from ops.conftest import _RowsElsewhere
+from support.decisions import Case, logits, random_case, random_keys, settings_for
 
 from proxytune import ops
 from proxytune.errors import InputError
-from proxytune.sampling import Sampling
+from proxytune.ops.sampling_params import Sampling
 
 NAN, INF = float("nan"), float("inf")
 

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from ops.checks import Run
+from support.decisions import Run
 
 from proxytune.errors import InputError
-from proxytune.noise import Noise
 from proxytune.ops import step
-from proxytune.sampling import Sampling
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

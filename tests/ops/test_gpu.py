@@ -10,12 +10,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.checks import ALL, UNDRAWN, Case, Run, Tally, check, logits, random_case, random_keys, same, settings_for
+from support.decisions import (
+    ALL,
+    UNDRAWN,
+    Case,
+    Run,
+    Tally,
+    check,
+    logits,
+    random_case,
+    random_keys,
+    same,
+    settings_for,
+)
 
 from proxytune import ops
-from proxytune.noise import Noise
 from proxytune.ops import Step
-from proxytune.sampling import Sampling
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

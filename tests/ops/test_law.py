@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from proxytune import ops
-from proxytune.noise import Noise
 from proxytune.ops import Step
-from proxytune.sampling import Sampling
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
 
 CHUNK = 128  # rows at once: the words of their noise stay in the cache
 

@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops import oracle
-from ops.checks import poisoned, random_keys
 from ops.test_gpu import gpu, in_a_graph, needs_gpu, no_waiting
+from support import oracle
+from support.decisions import poisoned, random_keys
 
-from proxytune import mixing
 from proxytune.errors import InputError
-from proxytune.mixing import mix
-from proxytune.noise import Noise
+from proxytune.ops import mix as mixing
+from proxytune.ops.mix import mix
+from proxytune.ops.noise import Noise
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -9,11 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ops import oracle
-from ops.checks import Run, random_keys
+from support import oracle
+from support.decisions import Run, random_keys
 
-from proxytune.noise import LATENT, SLOTS, TILES, TOKENS, Noise, gumbel, normal, philox, slotted
-from proxytune.sampling import Sampling
+from proxytune.ops.noise import LATENT, SLOTS, TILES, TOKENS, Noise, gumbel, normal, philox, slotted
+from proxytune.ops.sampling_params import Sampling
 
 # The known answers of Random123 1.14 (`kat_vectors`, philox4x32 with 10 rounds): counter, key, result.
 KNOWN = [

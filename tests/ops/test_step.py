@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops import oracle
-from ops.checks import (
+from support import oracle
+from support.decisions import (
     ALL,
     MIXED,
     UNDRAWN,
@@ -30,8 +30,8 @@ from ops.checks import (
 )
 
 from proxytune import ops
-from proxytune.noise import Noise
-from proxytune.sampling import Sampling
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
 
 NAN, INF = float("nan"), float("inf")
 
@@ -529,7 +529,7 @@ def test_scores_are_within_rounding_of_float64(run: Run, device: str) -> None:
 def test_auto_on_the_cpu_imports_no_triton() -> None:
     program = (
         "import sys, torch, proxytune.ops as ops\n"
-        "from proxytune.noise import Noise\nfrom proxytune.sampling import Sampling\n"
+        "from proxytune.ops.noise import Noise\nfrom proxytune.ops.sampling_params import Sampling\n"
         "got = ops.step([torch.zeros(2, 9)], sampling=Sampling.of(2, top_k=3), noise=Noise.of(2))\n"
         "assert got.tokens.shape == (2, 1)\n"
         "print([m for m in sys.modules if m.partition('.')[0] in ('triton', 'proxytune_kernels')])"

@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.checks import MIXED, Tally
 from ops.conftest import _RowsElsewhere
 from ops.test_law import counts_of, law, sigmas
-from ops.verdicts import Drafts, Verify, check, drafts, same, truth
+from support.decisions import MIXED, Tally
+from support.verifications import Drafts, Verify, check, drafts, same, truth
 
-from proxytune import ops, torch_verify
+from proxytune import ops
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.noise import Noise
-from proxytune.sampling import Sampling
-from proxytune.step_outputs import Verdict
+from proxytune.ops.noise import Noise
+from proxytune.ops.outputs import Verdict
+from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.torch_impl import verify as torch_verify
 
 NAN, INF = float("nan"), float("inf")
 

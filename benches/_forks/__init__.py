@@ -1,0 +1,1 @@
+"""What `bench_forks.py` is made of."""

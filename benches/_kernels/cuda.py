@@ -1,0 +1,234 @@
+"""Decisions on a GPU: checked against float64, and timed under CUDA graphs. What to run says `gpu.py`."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+
+from _kernels import cases
+from _kernels import mix as kernels_mix
+from _kernels.cases import WEIGHTS, Case, Members, Outputs
+from _kernels.gpu import AUTOTUNE, EAGER, EAGER_CANDIDATES, OURS, Cell, cells, measure
+from proxytune import ops
+
+
+def run(deadline: float) -> dict[str, Any]:
+    """The GPU part of the JSON; where there is no GPU it says so."""
+    if not torch.cuda.is_available():
+        return {"status": "not run", "reason": "no CUDA device"}
+    bench = CudaBench()
+    start = time.monotonic()
+    mixtures = kernels_mix.measure_gpu(bench)
+    return measure(bench, deadline - (time.monotonic() - start), cells()) | {"mix": mixtures}
+
+
+# --- correctness ----------------------------------------------------------------------------------------------------
+
+
+def wrong(case: Case, logits: Members, out: Outputs, again: Outputs) -> str | None:
+    """Compare a decision with float64, and its tokens with the other implementation's.
+
+    Args:
+        case: What was decided.
+        logits: From these.
+        out: What is checked.
+        again: The same decision by torch.
+
+    Returns:
+        What is wrong; None for nothing.
+    """
+    rows = logits[0].shape[0]
+    part = max(1, (1 << 24) // logits[0].shape[1])  # rows at a time: float64 is large
+    for start in range(0, rows, part):
+        there = slice(start, start + part)
+        few = [x[there] for x in logits]
+        said = _wrong(case, few, {k: v[there] for k, v in out.items()})
+        if said:
+            return f"rows from {start}: {said}"
+    if "tokens" in out:
+        differ = int((out["tokens"] != again["tokens"]).sum())
+        # The noise agrees to rounding, so that two tokens may change places where their keys all but tie.
+        if differ > max(1, rows // 100):
+            return f"{differ} of {rows} tokens differ from torch's"
+    return None
+
+
+def _wrong(case: Case, logits: Members, out: Outputs) -> str | None:
+    z = sum(w * x.double() for w, x in zip(WEIGHTS, logits, strict=True))
+    assert isinstance(z, torch.Tensor)
+    logp = z.log_softmax(1)
+    p = logp.exp()
+    entropy = -(p * logp).sum(1)
+    true = {"entropy": entropy}
+    if "lse" in out:
+        true["lse"] = z.logsumexp(1)
+        true["varentropy"] = (p * (logp + entropy[:, None]).square()).sum(1)
+        true["kl"] = (p * (logp - logits[0].double().log_softmax(1))).sum(1)
+    if "tokens" in out:
+        tokens = out["tokens"]
+        if not bool(((tokens >= 0) & (tokens < z.shape[1])).all()):
+            return "no token"
+        true["logprobs"] = logp.gather(1, tokens)
+        if not bool(_may_be_drawn(case, z, tokens).all()):
+            return "a token outside the support"
+    for name, expected in true.items():
+        off = float((out[name].double() - expected).abs().max())
+        scale = 1.0 + float(expected.abs().max())
+        if not off <= 5e-5 * scale:
+            return f"{name} is off by {off:.3g}"
+    # The largest in float32, of which rounding may have made several; the first of them.
+    if "argmax" in out and not bool((out["argmax"] == _first_largest(logits)).all()):
+        return "argmax is not the first of the largest"
+    return None
+
+
+def _first_largest(logits: Members) -> torch.Tensor:
+    z = cases.combined(logits)
+    column = torch.arange(z.shape[1], device=z.device)
+    return torch.where(z == z.amax(1, keepdim=True), column, z.shape[1]).amin(1)
+
+
+def _may_be_drawn(case: Case, z: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Whether float64 keeps the tokens, with room for the rounding of float32 at the edges."""
+    own = z.gather(1, tokens)
+    edge = 1e-5 * (1 + own.abs())
+    kept = own > -torch.inf
+    if case.top_k:
+        best = z.topk(case.top_k, 1).values
+        kept &= own >= best[:, -1:] - edge
+        best = (best / case.temperature).softmax(1)
+        above = torch.where(z.topk(case.top_k, 1).values > own + edge, best, 0.0).sum(1, keepdim=True)
+        kept &= above <= case.top_p + 1e-4
+    return kept
+
+
+# --- times ----------------------------------------------------------------------------------------------------------
+
+
+class CudaBench:
+    """Times under CUDA graphs.
+
+    A graph holds many decisions in a row, and its time is divided by their number, so that launching costs nothing.
+    Cold: each decision has rows of its own, and a large read before the graph leaves nothing of them in the L2 cache.
+    Warm: all have the same rows.
+    """
+
+    DEVICE = "cuda"
+    IMPL: ops.Impl = "triton"
+    STEPS = 32
+    REPLAYS = 15
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(0)
+        self._l2 = int(getattr(properties, "L2_cache_size", 50 << 20))
+        # Read, not written: written lines would be evicted at the cost of the decisions.
+        self._eviction = torch.zeros(self._l2, dtype=torch.float32, device="cuda")  # four times the cache
+        self._logits: tuple[tuple[Any, ...], Members] | None = None
+
+    def describe(self) -> dict[str, Any]:
+        """The device and the versions."""
+        return {
+            "device": torch.cuda.get_device_name(0),
+            "l2_bytes": self._l2,
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+
+    def bandwidth(self) -> float:
+        """Of a copy of a gigabyte; read and written bytes count."""
+        a = torch.zeros(1 << 28, dtype=torch.float32, device="cuda")
+        b = torch.empty_like(a)
+        return 2 * a.nbytes / (self.replayed([lambda: b.copy_(a)] * 4, cold=False) * 1e-6)
+
+    def check(self, cell: Cell) -> str | None:
+        """What is wrong with the kernels' decision."""
+        logits = self._members(cell)
+        ours = cases.decision(cell.case, cell.rows, self.DEVICE, self.IMPL)(logits)
+        again = cases.decision(cell.case, cell.rows, self.DEVICE, "torch")(logits)
+        return wrong(cell.case, logits, ours, again)
+
+    def time(self, cell: Cell, what: str) -> dict[str, float]:
+        """Microseconds of a decision, cold and warm."""
+        function = self._function(cell, what)
+        logits = self._members(cell)
+        # Large ones push each other out of the cache and are few, small ones are many.
+        copies = max(2, min(self.STEPS, math.ceil(4 * self._l2 / cell.bytes)))
+        apart = [[x.clone() for x in logits] for _ in range(copies)]
+        return {
+            "cold": self.replayed([lambda x=x: function(x) for x in apart], cold=True),
+            "warm": self.replayed([lambda: function(logits)] * copies, cold=False),
+        }
+
+    def _function(self, cell: Cell, what: str) -> Callable[[Members], Any]:
+        if what == OURS:
+            return cases.decision(cell.case, cell.rows, self.DEVICE, self.IMPL)
+        if what == EAGER_CANDIDATES:
+            return cases.plain_candidates(cell.case)
+        if what == "FlashInfer":
+            return cases.flashinfer(cell.case)
+        if what == "transformers":
+            return cases.transformers_chain(cell.case)
+        plain = cases.plain(cell.case)
+        if what == EAGER:
+            return plain
+        # Forgotten each time: after eight recompilations dynamo would silently run the function as it is. The graphs
+        # are captured here, as for all others, so the mode is the one without its own.
+        torch._dynamo.reset()
+        mode = "max-autotune-no-cudagraphs" if what == AUTOTUNE else "default"
+        return torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
+
+    def _members(self, cell: Cell) -> Members:
+        key = (cell.rows, cell.width, cell.rows_like)
+        if self._logits is None or self._logits[0] != key:
+            self._logits = None
+            torch.cuda.empty_cache()
+            made = cases.members(cell.rows, cell.width, torch.bfloat16, self.DEVICE, cell.rows_like)
+            self._logits = key, made
+        return self._logits[1]
+
+    def replayed(self, calls: list[Callable[[], Any]], cold: bool) -> float:
+        """Microseconds per call: the median of replays of a graph of all calls."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                calls[0]()
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        took = []
+        spent = time.monotonic()
+        for replay in range(self.REPLAYS + 2):
+            if cold:
+                self._eviction.amax()
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            if replay >= 2:  # the first ones upload the graph
+                took.append(begin.elapsed_time(end))
+            if len(took) >= 5 and time.monotonic() - spent > 1.0:  # slow ones need no more
+                break
+        graph.reset()
+        return statistics.median(took) * 1000 / len(calls)
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return "unknown"

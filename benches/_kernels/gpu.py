@@ -1,0 +1,183 @@
+"""What `bench_kernels.py` does on a GPU, and in which order; `cuda.py` runs and times it.
+
+Work is done in the order of its importance until the deadline: every decision is checked, then the kernels and the
+eager compositions are timed everywhere, then other libraries, then what torch.compile makes of the compositions, which
+takes longest. What the deadline leaves out says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from _kernels.cases import CASES, STATISTICS, TRUNCATED, WEIGHTS, Case
+
+WIDTHS = (32_000, 128_256, 151_936, 256_000)
+ROWS = (1, 8, 64, 256)
+MAIN = (64, 128_256)
+"""Rows and columns that the aims are about."""
+COMPILED = ((1, 128_256), MAIN)
+"""What torch.compile is timed at first; its longest search is run only here."""
+BYTES = 2  # bfloat16
+
+OURS = "proxytune"
+EAGER, EAGER_CANDIDATES = "eager", "eager, top-k first"
+COMPILE, AUTOTUNE = "torch.compile", "torch.compile, max-autotune"
+PEERS = ("FlashInfer", "transformers")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One decision at one shape.
+
+    Attributes:
+        case: The decision.
+        rows: B.
+        width: V.
+        rows_like: One of `cases.ROWS_LIKE`.
+    """
+
+    case: Case
+    rows: int
+    width: int
+    rows_like: str = "peaked"
+
+    @property
+    def bytes(self) -> int:
+        """Of the members' rows."""
+        return len(WEIGHTS) * self.rows * self.width * BYTES
+
+
+class Bench(Protocol):
+    """What runs and times the work; tests have one that only pretends."""
+
+    def describe(self) -> dict[str, Any]:
+        """The device and the versions."""
+        ...
+
+    def bandwidth(self) -> float:
+        """Bytes per second that a large copy reads and writes."""
+        ...
+
+    def check(self, cell: Cell) -> str | None:
+        """What is wrong with the kernels' decision; None for nothing."""
+        ...
+
+    def time(self, cell: Cell, what: str) -> dict[str, float]:
+        """Microseconds, "cold" and "warm"; raises ImportError where a library is missing."""
+        ...
+
+
+def cells(widths: tuple[int, ...] = WIDTHS, rows: tuple[int, ...] = ROWS) -> list[Cell]:
+    """All shapes with peaked rows, and flat rows at one of them."""
+    flat = (MAIN[0] if MAIN[0] in rows else rows[-1], MAIN[1] if MAIN[1] in widths else widths[-1])
+    return [Cell(case, b, v) for v in widths for b in rows for case in CASES] + [
+        Cell(case, *flat, "flat") for case in CASES
+    ]
+
+
+def plan(all_cells: list[Cell]) -> Iterator[tuple[Cell, str]]:
+    """What to time, the most important first."""
+    first = [c for c in all_cells if (c.rows, c.width) in COMPILED and c.rows_like == "peaked"]
+    rest = [c for c in all_cells if c not in first]
+    for cell in (*first, *rest):
+        yield cell, OURS
+        yield cell, EAGER
+    for cell in (*first, *rest):
+        if cell.case is TRUNCATED:
+            yield cell, EAGER_CANDIDATES
+        if cell.case is not STATISTICS:
+            yield cell, PEERS[0]
+    for cell in first:
+        yield cell, COMPILE
+    for cell in first:
+        yield cell, AUTOTUNE
+    for cell in rest:
+        yield cell, COMPILE
+    # Last: should torch.multinomial not be capturable, the failed capture would leave the generator unusable.
+    for cell in (*first, *rest):
+        if cell.case is not STATISTICS:
+            yield cell, PEERS[1]
+
+
+def floor_us(cell: Cell, bandwidth: float) -> float:
+    """What reading the members' rows once takes at the bandwidth of a copy, in microseconds."""
+    return cell.bytes / bandwidth * 1e6
+
+
+def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callable[[], float] = time.monotonic) -> Any:
+    """Check, then time, until the deadline.
+
+    Args:
+        bench: What runs it.
+        deadline: Seconds from now.
+        all_cells: See `cells`.
+        clock: Seconds.
+
+    Returns:
+        What goes into the JSON.
+
+    Raises:
+        SystemExit: If a decision is wrong: times of wrong results are worth nothing.
+    """
+    start = clock()
+    for cell in all_cells:
+        wrong = bench.check(cell)
+        if wrong:
+            raise SystemExit(f"{cell.case.name}, B={cell.rows}, V={cell.width}, {cell.rows_like}: {wrong}")
+    checked = clock() - start
+    bandwidth = bench.bandwidth()
+    records = {
+        cell: {
+            "case": cell.case.name,
+            "rows": cell.rows,
+            "width": cell.width,
+            "rows_like": cell.rows_like,
+            "floor_us": round(floor_us(cell, bandwidth), 3),
+            "times": {},
+        }
+        for cell in all_cells
+    }
+    longest: dict[str, float] = {}  # of each kind of work: what takes as long as the last time must still fit
+    for cell, what in plan(all_cells):
+        before = clock()
+        times = records[cell]["times"]
+        if before - start + 1.2 * longest.get(what, 0.0) > deadline:
+            times[what] = "not run: deadline"
+            continue
+        try:
+            times[what] = {k: round(v, 3) for k, v in bench.time(cell, what).items()}
+        except ImportError:
+            times[what] = "not run: not installed"
+        except Exception as error:  # a peer that fails is a result, and the others go on
+            if what == OURS:
+                raise
+            first, _, _ = str(error).strip().partition("\n")
+            times[what] = f"not run: {type(error).__name__}: {first}"
+        longest[what] = max(longest.get(what, 0.0), clock() - before)
+    for record in records.values():
+        record |= _derived(record)
+    return {
+        "status": "run",
+        **bench.describe(),
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+        "deadline_s": deadline,
+        "checked_s": round(checked, 1),
+        "seconds": round(clock() - start, 1),
+        "cells": list(records.values()),
+    }
+
+
+def _derived(record: dict[str, Any]) -> dict[str, Any]:
+    """Share of the floor, and how many times as long the others take, each cold and warm."""
+    ours = record["times"].get(OURS)
+    if not isinstance(ours, dict):
+        return {}
+    times = {
+        what: {temper: round(t[temper] / ours[temper], 3) for temper in ours}
+        for what, t in record["times"].items()
+        if what != OURS and isinstance(t, dict)
+    }
+    return {"share_of_floor": {"cold": round(record["floor_us"] / ours["cold"], 4)}, "times_ours": times}

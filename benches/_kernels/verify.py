@@ -1,0 +1,115 @@
+"""What `bench_kernels.py` measures of `proxytune.verify`: drafts accepted or rejected, and the token after them.
+
+The composition to compare with is the algorithm as it is written down (Leviathan et al. 2023, arXiv 2211.17192): the
+warped distributions of all positions and of all drafts, softmax of both, the ratios at the drafts against uniform
+numbers, the product of the decisions from the left, the positive part of the difference at the first rejection, and one
+draw from it by `torch.multinomial`. Drafts are close to the target: a third to two thirds of them are accepted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+from _kernels.cases import TEMPERATURE, TRUNCATED, WEIGHTS, Case, combined, members
+from proxytune import ops
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
+
+OURS, PLAIN = "proxytune", "plain"
+Given = list[torch.Tensor]
+"""The members' rows, then the draft's, then the drafted tokens."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of verification.
+
+    Attributes:
+        case: The settings of the draw.
+        rows: B.
+        drafts: K.
+        width: V.
+    """
+
+    case: Case
+    rows: int
+    drafts: int = 4
+    width: int = 128_256
+
+
+ROUNDS_OF_DRAFTS = tuple(Round(case, rows) for rows in (1, 8) for case in (TEMPERATURE, TRUNCATED))
+
+
+def given(what: Round, device: str) -> Given:
+    """Logits at all positions, the draft's logits, and drafts drawn from them."""
+    each = what.drafts + 1
+    rows = members(what.rows * each, what.width, torch.bfloat16, device)
+    random = torch.Generator(device).manual_seed(2)
+    z = combined(rows).view(what.rows, each, -1)[:, :-1].flatten(0, 1)
+    draft = (z + 0.4 * torch.randn(z.shape, generator=random, device=device)).bfloat16()
+    sampling, noise = _keys(what, device)
+    texts = torch.arange(what.rows, device=device).repeat_interleave(what.drafts)
+    step = torch.arange(what.drafts, device=device).repeat(what.rows)
+    own = noise.pick(texts)
+    tokens = ops.step([draft], sampling=sampling.pick(texts), noise=own.at(own.position + step)).tokens
+    assert tokens is not None
+    return [*rows, draft, tokens.view(what.rows, what.drafts)]
+
+
+def ours(what: Round, device: str, impl: ops.Impl) -> Callable[[Given], tuple[torch.Tensor, torch.Tensor]]:
+    """The verdict by `proxytune.verify`; settings and noise are made once, as before a decoding loop."""
+    sampling, noise = _keys(what, device)
+
+    def run(x: Given) -> tuple[torch.Tensor, torch.Tensor]:
+        *rows, draft, drafted = x
+        out = ops.verify(rows, WEIGHTS, drafted=drafted, draft=draft, sampling=sampling, noise=noise, impl=impl)
+        return out.tokens, out.accepted
+
+    return run
+
+
+def plain(what: Round) -> Callable[[Given], tuple[torch.Tensor, torch.Tensor]]:
+    """The verdict as a composition of torch functions and of transformers' warpers."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(what.case.temperature)])
+    if what.case.top_k:
+        warpers.append(TopKLogitsWarper(what.case.top_k))
+    if what.case.top_p < 1:
+        warpers.append(TopPLogitsWarper(what.case.top_p))
+
+    def run(x: Given) -> tuple[torch.Tensor, torch.Tensor]:
+        *rows, draft, drafted = x
+        texts, most = drafted.shape
+        p = warpers(None, combined(rows)).softmax(1).view(texts, most + 1, -1)
+        q = warpers(None, draft.float()).softmax(1).view(texts, most, -1)
+        ratio = p[:, :-1].gather(2, drafted[..., None]) / q.gather(2, drafted[..., None])
+        agreed = torch.rand(texts, most, device=p.device) <= ratio[..., 0]
+        accepted = agreed.long().cumprod(1).sum(1)
+        text = torch.arange(texts, device=p.device)
+        here = p[text, accepted]
+        rest = (here - q[text, accepted.clamp(max=most - 1)]).clamp(min=0)
+        law = torch.where((accepted == most)[:, None], here, rest)
+        final = torch.multinomial(law, 1)
+        place = torch.arange(most + 1, device=p.device)
+        drafted = torch.nn.functional.pad(drafted, (0, 1), value=-1)
+        tokens = torch.where(place < accepted[:, None], drafted, torch.where(place == accepted[:, None], final, -1))
+        return tokens, accepted
+
+    return run
+
+
+def shape(what: Round) -> dict[str, Any]:
+    """The round's sizes, for the JSON."""
+    return {"case": what.case.name, "rows": what.rows, "drafts": what.drafts, "width": what.width}
+
+
+def _keys(what: Round, device: str) -> tuple[Sampling, Noise]:
+    place = torch.device(device)
+    case = what.case
+    assert case.temperature is not None
+    settings = {"temperature": case.temperature, "top_k": case.top_k, "top_p": case.top_p}
+    return Sampling.of(what.rows, device=place, **settings), Noise.of(what.rows, seed=1, position=7, device=place)

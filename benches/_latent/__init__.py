@@ -1,0 +1,1 @@
+"""What `bench_latent.py` is made of."""

@@ -1,0 +1,146 @@
+"""What `results/latent.json` says, as the tables of the README."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from _latent.verdicts import KINDS, PUZZLES, TWINS, latent_family
+
+KIND = {"llama": "Llama", "hrm": "HRM"}
+MARKS = {"win": " ▲", "null": "", "loss": " ▼"}
+SELECTORS = {
+    "pass@16": "a verifier, of 16",
+    "logprob@16": "mean log-probability, of 16",
+    "vote@16": "a vote, of 16",
+}
+COLUMNS = {
+    "latent": "latent steps",
+    "gated": "the same, gated",
+    "recursion": "recursion",
+    "fork sampling": "fork sampling",
+    "tree": "fork tree",
+    "siblings": "siblings",
+}
+CLAIMS = {
+    "H1": "scratchpad only, varied twins: coverage",
+    "H2": "collapsed twins: coverage, latent steps and recursion",
+    "H3": "HRM: recursion with a verifier, the log-probability or a vote",
+    "H4": "answer tokens, varied twins: no gain in coverage or validity",
+}
+
+
+def cell(found: dict[str, Any] | None) -> str:
+    """A paired difference in points of a hundred, with its interval and its mark."""
+    if found is None:
+        return "–"
+    ends = [100 * found["− best temperature"][end] for end in ("value", "low", "high")]
+    # One digit more where a win or a loss is smaller than what one digit shows.
+    digits = 2 if found["outcome"] != "null" and min(map(abs, ends)) < 0.05 else 1
+    value, low, high = (_signed(end, digits) for end in ends)
+    return f"{value} [{low}, {high}]{MARKS[found['outcome']]}"
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}" if round(value, digits) else "0.0"
+
+
+def _names() -> list[tuple[str, str, str]]:
+    return [(puzzle, kind, twin) for puzzle in PUZZLES for kind in KINDS for twin in TWINS]
+
+
+def _rows(record: dict[str, Any], metric: str, families: Sequence[str]) -> list[str]:
+    lines = []
+    for puzzle, kind, twin in _names():
+        one = record["cells"][f"{kind}-{twin} {puzzle}"]
+        test = one["test"][metric]
+        plain = test["temperature"]
+        heats = sorted(float(setting.removeprefix("T ")) for setting in plain["settings"])
+        heat = f"{heats[0]:g}" if heats[0] == heats[-1] else f"{heats[0]:g}–{heats[-1]:g}"
+        shown = [cell(test.get(latent_family(puzzle) if family == "latent" else family)) for family in families]
+        lines.append(
+            f"| {puzzle}, {KIND[kind]}, {twin} | {100 * plain['value']['value']:.1f} at {heat} "
+            f"| {100 * one['uniform bound'][metric]:.1f} | {' | '.join(shown)} |"
+        )
+    return lines
+
+
+def coverage_table(record: dict[str, Any]) -> list[str]:
+    """Coverage of 16 samples' passes: every family against the best temperature."""
+    return [
+        "| coverage@16, % | best temperature | uniform sampler | " + " | ".join(COLUMNS.values()) + " |",
+        "|---|--:|--:|" + "--:|" * len(COLUMNS),
+        *_rows(record, "coverage@16", tuple(COLUMNS)),
+    ]
+
+
+def selection_table(record: dict[str, Any]) -> list[str]:
+    """Recursion and a selector, against the same selector on plain samples."""
+    lines = [
+        "| HRM, recursion − best temperature, points | " + " | ".join(SELECTORS.values()) + " |",
+        "|---|" + "--:|" * len(SELECTORS),
+    ]
+    for puzzle in PUZZLES:
+        for twin in TWINS:
+            test = record["cells"][f"hrm-{twin} {puzzle}"]["test"]
+            shown = [
+                f"{cell(test[name]['recursion'])} of {100 * test[name]['temperature']['value']['value']:.0f}"
+                for name in SELECTORS
+            ]
+            lines.append(f"| {puzzle}, {twin} | {' | '.join(shown)} |")
+    return lines
+
+
+def hypotheses_table(record: dict[str, Any]) -> list[str]:
+    """The verdicts."""
+    lines = ["| registered | verdict | wins | nulls | losses |", "|---|---|--:|--:|--:|"]
+    for name, claim in CLAIMS.items():
+        one = record["hypotheses"][name]
+        lines.append(f"| {name}: {claim} | {one['verdict']} | {one['win']} | {one['null']} | {one['loss']} |")
+    return lines
+
+
+def tally(record: dict[str, Any], metric: str, family: str) -> str:
+    """How many cells a family wins, of those that it is in."""
+    found = []
+    for puzzle, kind, twin in _names():
+        test = record["cells"][f"{kind}-{twin} {puzzle}"]["test"][metric]
+        one = test.get(latent_family(puzzle) if family == "latent" else family)
+        if one is not None:
+            found.append(one["outcome"])
+    return f"{_count(found, 'win')} of {len(found)} (losses: {_count(found, 'loss')})"
+
+
+def _count(outcomes: Iterable[str], what: str) -> int:
+    return sum(one == what for one in outcomes)
+
+
+def latent_block(record: dict[str, Any]) -> str:
+    """Everything, in the order of the README.
+
+    Args:
+        record: What `bench_latent.py --write` wrote.
+
+    Returns:
+        Markdown.
+    """
+    seeds = len(record["seeds"])
+    intro = (
+        "Three puzzles whose solutions are enumerated; a Llama and an HRM, each also trained on one solution per "
+        f'instance ("collapsed"); {seeds} trainings of each. Every method gets the forward passes of 16 plain samples '
+        "(a tree has those it needs, and is compared at these), knobs are chosen on validation, the reference's "
+        "temperature among 20 from 0.05 to 4. Differences in points; ▲ and ▼: the 95 % interval of all trainings is on "
+        "one side of 0, and so is each training by itself. Latent steps on Countdown are in the scratchpad only."
+    )
+    families = {"latent": "latent steps", "recursion": "recursion", "fork sampling": "fork sampling"}
+    families |= {"tree": "fork trees", "siblings": "siblings"}
+    counts = "; ".join(f"{name} {tally(record, 'coverage@16', family)}" for family, name in families.items())
+    valid = ", ".join(f"{name} {tally(record, 'valid', family)}" for family, name in list(families.items())[:2])
+    some = ", ".join(f"{name} {tally(record, 'pass@16', family)}" for family, name in list(families.items())[:2])
+    said = (
+        f"Cells in which coverage@16 is above the best temperature: {counts}. Share of valid answers: {valid}. "
+        f"Some of 16 valid: {some}. What was expected was registered beforehand, in the docstring of "
+        "`benches/bench_latent.py`, which also says what was amended after trial runs:"
+    )
+    blocks = [[intro], coverage_table(record), selection_table(record), [said], hypotheses_table(record)]
+    return "\n\n".join("\n".join(block) for block in blocks)

@@ -1,0 +1,1 @@
+"""The family of four small Llamas: corpus, tokenizer, training."""

@@ -1,0 +1,1 @@
+"""Tasks with several solutions, all known, and small models trained on them."""

@@ -1,0 +1,1 @@
+"""Models with one property each, trained from members of the family."""

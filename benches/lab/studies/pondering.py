@@ -1,0 +1,191 @@
+"""Pondering: answers that are made once or several times over, and get worse or better on the way.
+
+The problems are chains of two or three steps. An answer is a row of attempts, each after the word `So`, and the last
+one counts: `25+19=44, 44-19=25. So 25+19=44, 44-19=23. The answer is 23.` What the attempts are worth is in the
+training text, by construction, and depends on the wording of the question:
+
+- *worsens* (`plus`, `minus`): a first attempt is mostly right, each further one is wrong more often, and each time
+  in another way. Votes over short answers are the cure; thinking on ruins it.
+- *improves* (`add`, `take away`): a first attempt mostly leaves the last step out, so most samples agree on the same
+  wrong answer, which no vote can mend; further attempts are more and more often right.
+
+Suppressing the end of thinking (` The`) in favour of ` So` makes an answer longer by one attempt.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from proxytune.demo.holdout import Equation, HeldOut, Split
+from proxytune.demo.tasks import CHAIN_LIMIT, Problem, apply_sign, chain_problem, distinct
+
+__all__ = [
+    "CONTINUATION",
+    "END_OF_THINKING",
+    "KINDS",
+    "WRONG",
+    "Kind",
+    "Ponder",
+    "draw_ponder",
+    "ponder_examples",
+    "ponders",
+]
+
+Kind = Literal["worsens", "improves"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+END_OF_THINKING = " The"
+"""The token with which the final sentence begins."""
+CONTINUATION = " So"
+"""The token with which another attempt begins."""
+
+WRONG: dict[Kind, tuple[float, ...]] = {
+    "worsens": (0.1, 0.3, 0.5, 0.7, 0.85, 0.9),
+    "improves": (0.65, 0.4, 0.2, 0.08, 0.05, 0.05),
+}
+"""The probability that an attempt is wrong in the training text: the first, the second, …, the sixth."""
+GO_ON = 0.55
+"""The probability of one more attempt in the training text, up to six."""
+_LARGEST_SLIP = 9
+
+
+@dataclass(frozen=True)
+class Ponder:
+    """One problem.
+
+    Attributes:
+        kind: Whether its answers get worse or better on the way.
+        question: The text after `Question: `.
+        gold: The right answer.
+        steps: The right steps.
+    """
+
+    kind: Kind
+    question: str
+    gold: int
+    steps: tuple[Equation, ...]
+
+    def attempt(self, rng: random.Random, number: int) -> tuple[Equation, ...]:
+        """Draw an attempt of the training text.
+
+        Args:
+            rng: Source of randomness.
+            number: Which attempt it is, from 0.
+
+        Returns:
+            Its steps; the last one's result is its answer.
+        """
+        if rng.random() >= WRONG[self.kind][number]:
+            return self.steps
+        return self.steps[:-1] if self.kind == "improves" else _slipped(rng, self.steps)
+
+    def example(self, rng: random.Random) -> str:
+        """Draw an answer of the training text, with the leading blank.
+
+        Args:
+            rng: Source of randomness.
+
+        Returns:
+            The text.
+        """
+        count = 1
+        while count < len(WRONG[self.kind]) and rng.random() < GO_ON:
+            count += 1
+        attempts = [self.attempt(rng, number) for number in range(count)]
+        worked = f".{CONTINUATION} ".join(", ".join(map(str, steps)) for steps in attempts)
+        return f" {worked}.{END_OF_THINKING} answer is {attempts[-1][-1].result}."
+
+    @staticmethod
+    def read(text: str) -> int | None:
+        """The answer of a text.
+
+        Args:
+            text: What a model wrote after `Answer:`, without special tokens.
+
+        Returns:
+            The number of its final sentence, None if it does not end with one.
+        """
+        _, found, rest = text.rpartition(f"{END_OF_THINKING} answer is ")
+        number = rest.removesuffix(".")
+        return int(number) if found and rest.endswith(".") and number.isascii() and number.isdigit() else None
+
+
+def draw_ponder(rng: random.Random, split: Split) -> Ponder:
+    """Draw a problem.
+
+    Args:
+        rng: Source of randomness.
+        split: The split of its chain.
+
+    Returns:
+        The problem, of either kind.
+    """
+    while True:
+        problem = chain_problem(rng, split)
+        steps = _steps(problem)
+        if len(steps) <= 3:
+            kind: Kind = "worsens" if "plus" in problem.question or "minus" in problem.question else "improves"
+            return Ponder(kind, problem.question, int(problem.gold), steps)
+
+
+def ponders(kind: Kind, split: HeldOut, count: int, seed: int = 0) -> list[Ponder]:
+    """Held-out problems of one kind, all different, the same on every machine.
+
+    Args:
+        kind: Which kind.
+        split: Where they come from.
+        count: How many.
+        seed: Seed of the draw.
+
+    Returns:
+        The problems.
+    """
+    rng = random.Random(f"ponder:{kind}:{split}:{seed}")
+
+    def draw() -> Ponder:
+        while True:
+            problem = draw_ponder(rng, split)
+            if problem.kind == kind:
+                return problem
+
+    return distinct(draw, lambda problem: problem.question, count)
+
+
+def ponder_examples(rng: random.Random, count: int) -> list[tuple[Ponder, str]]:
+    """Training problems, each with an answer of the training text.
+
+    Args:
+        rng: Source of randomness.
+        count: How many.
+
+    Returns:
+        The pairs.
+    """
+    drawn = [draw_ponder(rng, "train") for _ in range(count)]
+    return [(problem, problem.example(rng)) for problem in drawn]
+
+
+def _steps(problem: Problem) -> tuple[Equation, ...]:
+    out = []
+    for step in problem.solution.split(", "):
+        worked, result = step.split("=")
+        sign = "+" if "+" in worked else "-"
+        left, right = worked.split(sign)
+        out.append(Equation(int(left), sign, int(right), int(result)))
+    return tuple(out)
+
+
+def _slipped(rng: random.Random, steps: tuple[Equation, ...]) -> tuple[Equation, ...]:
+    """The steps with one result off by up to nine, and what follows from it."""
+    while True:
+        at, off = rng.randrange(len(steps)), rng.choice((-1, 1)) * rng.randint(1, _LARGEST_SLIP)
+        out: list[Equation] = []
+        for index, step in enumerate(steps):
+            left = out[-1].result if out else step.left
+            result = apply_sign(left, step.sign, step.right)
+            assert result is not None
+            out.append(Equation(left, step.sign, step.right, result + (off if index == at else 0)))
+        if all(0 <= step.result <= CHAIN_LIMIT for step in out):
+            return tuple(out)

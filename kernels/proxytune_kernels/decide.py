@@ -1,0 +1,189 @@
+"""K2: from the tiles' sums to a decision. A program takes one row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from proxytune_kernels.draw import confidence, draw_plain, draw_truncated
+from proxytune_kernels.merge import first_moments, tempered
+from proxytune_kernels.rows import CLAMP, FINITE, combined
+
+__all__ = ["resolve"]
+
+NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def resolve(
+    members, strides, widths, weights,
+    temperature, fork_temperature, fork_threshold, top_k, top_p, log_min_p, seed, stream, position, branch,
+    part, groups, live_groups, block_z, block_ids,
+    statistics, argmax, kept, fork, tokens, logprobs, draw_logprobs, keys,
+    rows, tiles, n_groups, draws,
+    M: tl.constexpr, PER_ROW: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, FIELDS: tl.constexpr,
+    TILES_PADDED: tl.constexpr, GROUPS_PADDED: tl.constexpr, ONE: tl.constexpr,
+    RAW: tl.constexpr, MOMENTS: tl.constexpr, KL: tl.constexpr, ARGMAX: tl.constexpr, SAMPLE: tl.constexpr,
+    FORK: tl.constexpr, TRUNCATED: tl.constexpr, CONFIDENCE: tl.constexpr, LIVE: tl.constexpr,
+):  # fmt: skip
+    """Merge the tiles, measure, and draw. Grid (B).
+
+    Args:
+        members: Tuple of M pointers to rows of logits, the base first.
+        strides: Tuple of M row strides.
+        widths: Tuple of M widths.
+        weights: `[B, M]`, float32, or a tuple of M numbers.
+        temperature: `[B]`, float32.
+        fork_temperature: `[B]`, float32.
+        fork_threshold: `[B]`, float32, nats.
+        top_k: `[B]`, int32.
+        top_p: `[B]`, float32.
+        log_min_p: `[B]`, float32.
+        seed: `[B]`, int64; so the noise's other keys.
+        stream: `[B]`, int64.
+        position: `[B]`, int64.
+        branch: `[B]`, int64.
+        part: `[B, FIELDS, tiles]`, from `steer_tiles`.
+        groups: `[B, n_groups]`, from `steer_tiles`.
+        live_groups: Workspace, `[B, n_groups]`, int32.
+        block_z: Workspace, `[B, PER_READ · GROUP]`, float32.
+        block_ids: Workspace, `[B, PER_READ · GROUP]`, int32.
+        statistics: Out, `[6, B]`, float32: lse, entropy, varentropy, KL, confidence, temperature.
+        argmax: Out, `[B]`, int64.
+        kept: Out, `[B]`, int64.
+        fork: Out, `[B]`, bool.
+        tokens: Out, `[B, draws]`, int64; the argmax without SAMPLE.
+        logprobs: Out, `[B, draws]`, float32.
+        draw_logprobs: Out, `[B, draws]`, float32.
+        keys: Out, `[B, draws]`, float32.
+        rows: B.
+        tiles: Number of tiles.
+        n_groups: Number of groups.
+        draws: Number of draws.
+        M: Number of members.
+        PER_ROW: Whether the weights are `[B, M]`.
+        TILE: Columns per tile.
+        GROUP: Columns per group.
+        PER_READ: Groups that are read at once.
+        FIELDS: Number of fields of `part`.
+        TILES_PADDED: `tiles`, rounded up to a power of two.
+        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
+        ONE: Whether `draws` is 1.
+        RAW: Whether the sums at temperature 1 are there.
+        MOMENTS: Whether entropies are wanted.
+        KL: Whether the divergence is.
+        ARGMAX: Whether the argmax is.
+        SAMPLE: Whether to draw.
+        FORK: Whether the temperature depends on the entropy.
+        TRUNCATED: Whether some row has top-k, top-p or min-p.
+        CONFIDENCE: Whether the confidence is wanted.
+        LIVE: Whether the number of kept tokens is.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    logits = (members, strides, widths, weights)
+    BLOCK: tl.constexpr = PER_READ * GROUP
+    work = (live_groups + row * n_groups, block_z + row * BLOCK, block_ids + row * BLOCK)
+    t = tl.arange(0, TILES_PADDED)
+    there = t < tiles
+    part += row * FIELDS * tiles
+    tile_top = tl.load(part + t, mask=there, other=FINITE)
+    top = tl.max(tile_top, axis=0)
+    bad = top == float("inf")
+    if bad | (top == FINITE):
+        tl.store(statistics + 0 * rows + row, tl.where(bad, NAN, float("-inf")))
+        for i in tl.static_range(1, 6):
+            tl.store(statistics + i * rows + row, NAN)
+        tl.store(argmax + row, tl.full((), -1, tl.int64))
+        tl.store(kept + row, tl.full((), 0, tl.int64))
+        tl.store(fork + row, top != top)  # False; never a number
+        for draw in range(draws):
+            tl.store(tokens + row * draws + draw, tl.full((), -1, tl.int64))
+            tl.store(logprobs + row * draws + draw, NAN)
+            tl.store(draw_logprobs + row * draws + draw, NAN)
+            tl.store(keys + row * draws + draw, NAN)
+    else:
+        relative = tile_top - top
+        log_total_raw = tl.full((), 0.0, tl.float32)
+        entropy = tl.full((), 0.0, tl.float32)
+        if RAW:
+            clamped = tl.maximum(relative, CLAMP)
+            weight = tl.exp(clamped)
+            s = tl.load(part + 1 * tiles + t, mask=there, other=0.0)
+            total = tl.sum(s * weight, axis=0)
+            log_total_raw = tl.log(total)
+            tl.store(statistics + 0 * rows + row, top + log_total_raw)
+            if MOMENTS:
+                total, mean = first_moments(part, t, there, tiles, clamped)
+                t1 = tl.load(part + 2 * tiles + t, mask=there, other=0.0)
+                t2 = tl.load(part + 3 * tiles + t, mask=there, other=0.0)
+                square = tl.sum((t2 + 2.0 * clamped * t1 + clamped * clamped * s) * weight, axis=0)
+                square = tl.div_rn(square, total)
+                entropy = tl.maximum(log_total_raw - mean, 0.0)
+                tl.store(statistics + 1 * rows + row, entropy)
+                tl.store(statistics + 2 * rows + row, tl.maximum(square - mean * mean, 0.0))
+            if KL:
+                base_tops = tl.load(part + 6 * tiles + t, mask=there, other=FINITE)
+                base_s = tl.load(part + 7 * tiles + t, mask=there, other=0.0)
+                shifted = tl.load(part + 8 * tiles + t, mask=there, other=0.0)
+                base_top = tl.max(base_tops, axis=0)
+                base_relative = base_tops - base_top
+                base_total = tl.sum(base_s * tl.exp(tl.maximum(base_relative, CLAMP)), axis=0)
+                shifted += (clamped - base_relative) * s
+                mean_shift = tl.div_rn(tl.sum(shifted * weight, axis=0), total)
+                kl = mean_shift - (log_total_raw - tl.log(base_total))
+                tl.store(statistics + 3 * rows + row, tl.maximum(kl, 0.0))
+        if ARGMAX:
+            # The first tile that holds the maximum, and the first column in it.
+            tile = tl.min(tl.where(there & (tile_top == top), t, 2147483647), axis=0)
+            cols = tile * TILE + tl.arange(0, TILE)
+            z, base = combined(logits, row, cols, M, PER_ROW, False)
+            best = tl.min(tl.where(z == top, cols, 2147483647), axis=0).to(tl.int64)
+            tl.store(argmax + row, best)
+            if not SAMPLE:
+                tl.store(tokens + row, best)
+                tl.store(logprobs + row, -log_total_raw)
+        if SAMPLE:
+            chosen = tl.load(temperature + row)
+            is_fork = top != top  # False; never a number
+            if FORK:
+                is_fork = entropy > tl.load(fork_threshold + row)
+                chosen = tl.where(is_fork, tl.load(fork_temperature + row), chosen)
+            tl.store(fork + row, is_fork)
+            tl.store(statistics + 5 * rows + row, chosen)
+            mass, relative, inverse, total_at_t = tempered(part, t, there, tiles, relative, chosen, is_fork, FORK)
+            noise = (
+                tl.load(seed + row),
+                tl.load(position + row).to(tl.uint32),
+                tl.load(stream + row).to(tl.uint32),
+                tl.load(branch + row).to(tl.uint32),
+            )
+            out = (tokens, logprobs, draw_logprobs, keys)
+            plain = True
+            if TRUNCATED:
+                k = tl.load(top_k + row)
+                p = tl.load(top_p + row)
+                m = tl.load(log_min_p + row)
+                plain = (k == 0) & (p == 1.0) & (m == float("-inf"))
+                if not plain:
+                    n = draw_truncated(
+                        logits, work, groups + row * n_groups, noise, out,
+                        row, top, chosen, total_at_t, log_total_raw, k, p, m,
+                        n_groups, draws, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
+                    )  # fmt: skip
+                    tl.store(kept + row, n.to(tl.int64))
+            if plain:
+                draw_plain(
+                    logits, noise, out, row, t, mass, relative, top, log_total_raw, inverse,
+                    tl.log(total_at_t), draws, M, PER_ROW, TILE, ONE,
+                )  # fmt: skip
+                if LIVE:
+                    n_live = tl.sum(tl.load(part + 9 * tiles + t, mask=there, other=0.0), axis=0)
+                    tl.store(kept + row, n_live.to(tl.int64))
+        # Last, when hardly a register holds anything that is still needed.
+        if CONFIDENCE:
+            c = confidence(
+                logits, work, groups + row * n_groups, row, top, log_total_raw, n_groups,
+                M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED, 20,
+            )  # fmt: skip
+            tl.store(statistics + 4 * rows + row, c)

@@ -1,0 +1,243 @@
+"""The draw of one row, inside K2: in two levels where nothing is truncated, else among candidates."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from proxytune_kernels.candidates import gather, group_bound, read_block, threshold_by_count
+from proxytune_kernels.rows import combined, conditioned, gumbel, key_of
+from proxytune_kernels.truncate import truncate
+
+__all__ = ["NOWHERE", "ROUNDS", "TILES", "TOKENS", "confidence", "draw_plain", "draw_truncated", "first_after"]
+
+# Streams of noise, as in `proxytune.ops.noise`.
+TOKENS = tl.constexpr(0)
+TILES = tl.constexpr(1)
+ROUNDS = tl.constexpr(10)
+NOWHERE = tl.constexpr(2147483647)
+
+
+@triton.jit
+def first_after(key, ids, previous_key, previous_id):
+    """The largest key after another one in the order (key falling, id rising), and its id.
+
+    Args:
+        key: Block of float32.
+        ids: Block of int32, rising.
+        previous_key: The key before it; +inf for the first.
+        previous_id: The id of that one; −1 for the first.
+
+    Returns:
+        float32 and int32; −inf where there is none.
+    """
+    left = (key < previous_key) | ((key == previous_key) & (ids > previous_id))
+    best = tl.max(tl.where(left, key, float("-inf")), axis=0)
+    return best, tl.min(tl.where(left & (key == best), ids, NOWHERE), axis=0)
+
+
+@triton.jit
+def _store(out, at, token, logprob, draw_logprob, key):
+    found = key > float("-inf")
+    tl.store(out[0] + at, tl.where(found, token, -1).to(tl.int64))
+    tl.store(out[1] + at, tl.where(found, logprob, float("-inf")))
+    tl.store(out[2] + at, tl.where(found, draw_logprob, float("-inf")))
+    tl.store(out[3] + at, tl.where(found, key, float("-inf")))
+
+
+@triton.jit
+def draw_plain(
+    logits, noise, out,
+    row, t, mass, relative, top, log_total_raw, inverse, log_total, draws,
+    M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, ONE: tl.constexpr,
+):  # fmt: skip
+    """Gumbel-top-k in two levels: tiles by their perturbed mass, then tokens inside the best ones only.
+
+    Args:
+        logits: As in `combined`.
+        noise: Tuple of the noise's keys: seed (int64), position, row and branch (uint32).
+        out: Tuple of pointers to `[B, draws]`: tokens (int64), logprobs, draw_logprobs, keys.
+        row: The row.
+        t: Block of tile numbers.
+        mass: Block of tile masses at the temperature, relative to the tile's maximum; 0 for none.
+        relative: Block, (tile's maximum − top) / T.
+        top: The row's largest logit.
+        log_total_raw: log Σ exp(z − top).
+        inverse: 1/T.
+        log_total: log Σ exp((z − top)/T).
+        draws: How many.
+        M: Number of members.
+        PER_ROW: As in `combined`.
+        TILE: Columns per tile.
+        ONE: Whether `draws` is 1.
+    """
+    log_mass = tl.where(mass > 0.0, tl.log(tl.where(mass > 0.0, mass, 1.0)) + relative, float("-inf")) - log_total
+    tile_key = log_mass + gumbel(noise, t, TILES, ROUNDS)
+    columns = tl.arange(0, TILE)
+    if ONE:
+        key, tile = first_after(tile_key, t, float("inf"), -1)
+        ids = tile * TILE + columns
+        z, base = combined(logits, row, ids, M, PER_ROW, False)
+        logp = (z - top) * inverse - log_total
+        perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
+        unused, token = first_after(perturbed, ids, float("inf"), -1)
+        rel = tl.max(tl.where(ids == token, z - top, float("-inf")), axis=0)
+        _store(out, row, token, rel - log_total_raw, rel * inverse - log_total, key)
+    else:
+        last_key = tl.full((), float("inf"), tl.float32)
+        last = tl.full((), -1, tl.int32)
+        for draw in range(draws):
+            key = tl.full((), float("-inf"), tl.float32)
+            token = tl.full((), NOWHERE, tl.int32)
+            rel = tl.full((), 0.0, tl.float32)
+            above = tl.full((), float("inf"), tl.float32)
+            tile = tl.full((), -1, tl.int32)
+            # The n-th best token lies in one of the n best tiles.
+            for rank in range(draw + 1):  # noqa: B007, a name that nothing else has
+                above, tile = first_after(tile_key, t, above, tile)
+                if above > float("-inf"):
+                    ids = tile * TILE + columns
+                    z, base = combined(logits, row, ids, M, PER_ROW, False)
+                    logp = (z - top) * inverse - log_total
+                    perturbed = logp + gumbel(noise, ids, TOKENS, ROUNDS)
+                    within = conditioned(perturbed, above)
+                    best, at = first_after(within, ids, last_key, last)
+                    if (best > key) | ((best == key) & (at < token)):
+                        key = best
+                        token = at
+                        rel = tl.max(tl.where(ids == at, z - top, float("-inf")), axis=0)
+            _store(
+                out, row * draws + draw,
+                token, rel - log_total_raw, rel * inverse - log_total, key,
+            )  # fmt: skip
+            last_key = key
+            last = token
+
+
+@triton.jit
+def draw_truncated(
+    logits, work, groups, noise, out,
+    row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups,
+    draws,
+    M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Top-k, top-p and min-p in the order of transformers, ties kept, and Gumbel-top-k among what is kept.
+
+    Args:
+        logits: As in `combined`.
+        groups: The row's group maxima.
+        work: As in `read_block`.
+        noise: As in `draw_plain`.
+        out: As in `draw_plain`.
+        row: The row.
+        top: The row's largest logit.
+        temperature: Scalar.
+        total: Σ exp((z − top)/T) over all tokens.
+        log_total_raw: log Σ exp(z − top).
+        top_k: 0 for off.
+        top_p: 1 for off.
+        log_min_p: −inf for off.
+        n_groups: Number of groups.
+        draws: How many.
+        M: Number of members.
+        PER_ROW: As in `combined`.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
+
+    Returns:
+        How many tokens were kept, int32.
+    """
+    inverse = tl.div_rn(1.0, temperature)
+    least, floor_s, live, count, in_block, parts, kept, mass_kept = truncate(
+        logits, work, groups, row, top, temperature, total, top_k, top_p, log_min_p,
+        n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
+    )  # fmt: skip
+    log_kept = tl.log(mass_kept)
+    last_key = tl.full((), float("inf"), tl.float32)
+    last = tl.full((), -1, tl.int32)
+    for draw in range(draws):
+        key = tl.full((), float("-inf"), tl.float32)
+        token = tl.full((), NOWHERE, tl.int32)
+        drawn = tl.full((), 0.0, tl.float32)
+        for number in range(parts):
+            z, s, ids, ok = read_block(
+                logits, work, row, number, live, floor_s,
+                temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
+            )  # fmt: skip
+            rel = (z - top) * inverse
+            ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
+            added = gumbel(noise, ids, TOKENS, ROUNDS)
+            best, best_id = first_after(tl.where(ok, rel - log_kept + added, float("-inf")), ids, last_key, last)
+            if (best > key) | ((best == key) & (best_id < token)):
+                key = best
+                token = best_id
+                drawn = tl.max(tl.where(ok & (ids == best_id), z - top, float("-inf")), axis=0)
+        _store(
+            out, row * draws + draw,
+            token, drawn - log_total_raw, drawn * inverse - log_kept, key,
+        )  # fmt: skip
+        last_key = key
+        last = token
+    return kept
+
+
+@triton.jit
+def confidence(
+    logits, work, groups, row, top, log_total, n_groups,
+    M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    TOKENS_SEEN: tl.constexpr,
+):  # fmt: skip
+    """−mean log p of the most probable tokens (DeepConf, arXiv 2508.15260), at temperature 1.
+
+    Args:
+        logits: As in `combined`.
+        groups: The row's group maxima.
+        work: As in `read_block`.
+        row: The row.
+        top: The row's largest logit.
+        log_total: log Σ exp(z − top).
+        n_groups: Number of groups.
+        M: Number of members.
+        PER_ROW: As in `combined`.
+        GROUP: Columns per group.
+        PER_READ: Groups per part.
+        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
+        TOKENS_SEEN: How many tokens.
+
+    Returns:
+        float32, nats.
+    """
+    at = tl.arange(0, GROUPS_PADDED)
+    g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
+    present = g > float("-inf")
+    floor = group_bound(g, present, TOKENS_SEEN, n_groups)
+    live, count, mass = gather(
+        logits, work, row, g, present, floor, 1.0, top,
+        M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
+    )  # fmt: skip
+    in_block = count <= PER_READ * GROUP
+    least = key_of(tl.maximum(floor, -3.4028234663852886e38)).to(tl.int64)
+    hi = key_of(top).to(tl.int64) + 1
+    least = threshold_by_count(
+        logits, work, row, live, floor, 1.0, in_block, count,
+        least, hi, TOKENS_SEEN, M, PER_ROW, GROUP, PER_READ,
+    )  # fmt: skip
+    above = tl.full((), 0, tl.int32)
+    summed = tl.full((), 0.0, tl.float32)
+    lowest = top
+    for number in range(tl.where(in_block, 1, tl.cdiv(live, PER_READ))):
+        z, s, ids, ok = read_block(
+            logits, work, row, number, live, floor, 1.0,
+            in_block, count, M, PER_ROW, GROUP, PER_READ,
+        )  # fmt: skip
+        ok = ok & (key_of(z) >= least.to(tl.int32))
+        lowest = tl.minimum(lowest, tl.min(tl.where(ok, z, top), axis=0))
+        # Relative to the top, so that the sum keeps its digits.
+        over = ok & (key_of(z) > least.to(tl.int32))
+        above += tl.sum(over.to(tl.int32), axis=0)
+        summed += tl.sum(tl.where(over, z - top, 0.0), axis=0)
+    seen = tl.minimum(count, TOKENS_SEEN)
+    # What ties at the threshold fills up the number.
+    summed += (seen - above).to(tl.float32) * (lowest - top)
+    return log_total - tl.div_rn(summed, seen.to(tl.float32))

@@ -1,0 +1,248 @@
+"""The JSON lines of a long run as a file: what a killed process has finished stays, and a later one goes on behind it.
+
+Beside `answers.jsonl` lies `answers.jsonl.run.json`, which says what the lines were made with, so that one file never
+holds the answers of two runs. It is written before the first line, and stays:
+
+    {"format_version": 1, "lines": 2000, "lines_per_prompt": 1,
+     "settings": {…what the command line said…}, "resolved": {…the settings of generate() that came of it…}}
+
+`lines` are those of the whole run: fewer in the file, and the run is unfinished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from proxytune.errors import InputError
+from proxytune.json_files import check_form, exchange, read
+
+__all__ = ["AnswerFile", "settings_of_run"]
+
+_FORMAT_VERSION = 1
+_KEYS = ("format_version", "lines", "lines_per_prompt", "settings", "resolved")
+_SHOWN = 60
+
+
+class AnswerFile:
+    """A file of answers that is being written; a context manager.
+
+    Attributes:
+        done: How many lines of this run are in it.
+        finished: Whether there is nothing left to do.
+    """
+
+    def __init__(self, path: Path, prompts: Sequence[str], settings: Mapping[str, Any], *, resume: bool) -> None:
+        """Open the file and see what it holds. Nothing that was in it is touched before `begin`.
+
+        Args:
+            path: The file. What is no file on a disk (a pipe, `/dev/stdout`) is written to, and cannot be resumed.
+            prompts: All prompts of the run.
+            settings: What decides the answers, as far as it is known before the models are loaded; JSON values.
+            resume: Whether to go on where a run stopped. A file that is not there, or has no line, is begun anew.
+
+        Raises:
+            InputError: If another process writes to it; with `resume`, if it holds anything but the first answers to
+                these prompts with these settings; without, if it is an unfinished run that would be overwritten.
+            OSError: If it cannot be written.
+        """
+        self._prompts, self._settings = prompts, dict(settings)
+        self._on_disk = path.is_file() or not path.exists()
+        if resume and not self._on_disk:
+            raise InputError.of(
+                "--resume", expected="--out with a file on a disk", got=str(path), remedy="Write to a file."
+            )
+        self._file = os.open(path, (os.O_RDWR | os.O_CREAT) if self._on_disk else os.O_WRONLY, 0o666)
+        self._path = path.resolve() if self._on_disk else path  # behind links: there the note lies too
+        self._note_path = self._path.with_name(f"{self._path.name}.run.json")
+        self.done, self._end, self.finished = 0, 0, False  # lines, bytes
+        self._note: Mapping[str, Any] | None = None
+        try:
+            if self._on_disk:
+                self._lock()
+                self._look(resume)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def begin(self, resolved: Mapping[str, Any], per_prompt: int) -> None:
+        """Cut off what is not to stay, and write the note.
+
+        Args:
+            resolved: The settings of `generate()`, those of the model among them; JSON values.
+            per_prompt: How many lines each prompt gets.
+
+        Raises:
+            InputError: If the file was begun with others, or the note cannot be written.
+        """
+        if not self._on_disk:
+            return
+        if self.done:
+            assert self._note is not None
+            self._refuse_others(self._note["resolved"], resolved)
+        os.ftruncate(self._file, self._end)
+        os.lseek(self._file, self._end, os.SEEK_SET)
+        note = {
+            "format_version": _FORMAT_VERSION,
+            "lines": len(self._prompts) * per_prompt,
+            "lines_per_prompt": per_prompt,
+            "settings": self._settings,
+            "resolved": dict(resolved),
+        }
+        if note != self._note:
+            exchange(self._note_path, note, "note of the run")
+
+    def append(self, lines: Sequence[str]) -> None:
+        """Write lines; when this returns, they are on the disk.
+
+        Args:
+            lines: Without line feeds. All in one write, which a kill leaves out or, rarely, cuts.
+        """
+        rest = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+        if self._on_disk:
+            os.fsync(self._file)
+        self.done += len(lines)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        os.close(self._file)
+
+    # --- what is there -----------------------------------------------------------------------------------------------
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+        except BlockingIOError:
+            raise InputError.of(
+                "--out",
+                expected="a file that no other run writes to",
+                got=f"{self._path}, to which one does",
+                remedy="Wait for it, stop it, or choose another file.",
+            ) from None
+        except OSError:  # a file system without locks
+            return
+
+    def _look(self, resume: bool) -> None:
+        if os.fstat(self._file).st_size == 0:
+            return
+        note = self._read_note()
+        if not resume:
+            if note is not None and 0 < (lines := sum(1 for _ in self._lines())) < note["lines"]:
+                raise InputError.of(
+                    "--out",
+                    expected="--resume, or another file",
+                    got=f"{self._path}, an unfinished run with {lines} of {note['lines']} lines",
+                    remedy="Pass --resume to go on with it, or remove the file to begin anew.",
+                )
+            return
+        for number, line in enumerate(self._lines()):
+            if note is None:
+                raise InputError.of(
+                    "--resume",
+                    expected=f"{self._note_path.name} beside {self._path}: what its lines were made with",
+                    got="none",
+                    remedy="Choose another --out, or remove the file.",
+                )
+            if number == 0:
+                self._refuse_others(note["settings"], self._settings)
+            self._refuse_other_prompt(number, line, note["lines_per_prompt"])
+            self.done, self._end = number + 1, self._end + len(line)
+        self._note = note if self.done else None
+        self.finished = self._note is not None and self.done == len(self._prompts) * self._note["lines_per_prompt"]
+
+    def _lines(self) -> Iterator[bytes]:
+        """The whole lines; what stands behind the last line feed is half of one."""
+        with open(self._path, "rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    yield line
+
+    def _read_note(self) -> Mapping[str, Any] | None:
+        if not self._note_path.exists():
+            return None
+        what = f"note of the run {self._note_path}"
+        remedy = f"Remove it together with {self._path.name}, or choose another --out."
+        data = read(self._note_path, what, remedy=remedy)
+        data = check_form(data, what, version=_FORMAT_VERSION, keys=_KEYS, see="proxytune.cli.answer_file")
+        counts = all(isinstance(data[key], int) and data[key] > 0 for key in ("lines", "lines_per_prompt"))
+        if not counts or not all(isinstance(data[key], Mapping) for key in ("settings", "resolved")):
+            raise InputError.of(
+                what, expected="counts above 0 and two objects of settings", got="something else", remedy=remedy
+            )
+        return data
+
+    def _refuse_other_prompt(self, number: int, line: bytes, per_prompt: int) -> None:
+        found: Any = None
+        with suppress(ValueError, RecursionError):
+            found = json.loads(line)
+        got = found.get("prompt") if isinstance(found, dict) else None
+        index = number // per_prompt
+        if index >= len(self._prompts):
+            expected = f"no more lines than {len(self._prompts)} prompts get"
+        elif got == self._prompts[index]:
+            return
+        else:
+            expected = f"an answer to prompt {index + 1}, {_short(self._prompts[index])}"
+        raise InputError.of(
+            f"line {number + 1} of {self._path}",
+            expected=expected,
+            got="no answer at all" if not isinstance(got, str) else f"one to {_short(got)}",
+            remedy="Give the prompts that the run was begun with, in their order; more may follow them.",
+        )
+
+    def _refuse_others(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        then, now = _flat(then), _flat(now)
+        for name in now | then:
+            before, after = (values.get(name) for values in (then, now))
+            if before != after:
+                raise InputError.of(
+                    f"--resume with {name}",
+                    expected=f"{_short(before)}, with which {self._path} was begun",
+                    got=_short(after),
+                    remedy="Resume with the same, or choose another --out.",
+                )
+
+
+def settings_of_run(**given: Any) -> dict[str, Any]:
+    """What the answers of a run depend on, beside the prompts and the weights.
+
+    Args:
+        **given: What the command line said; JSON values.
+
+    Returns:
+        The same, and the versions of the libraries that compute them: another one may round otherwise.
+    """
+    import torch
+    import transformers
+
+    from proxytune._version import __version__
+
+    versions = {"proxytune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    found: dict[str, Any] = json.loads(json.dumps({**given, "versions": versions}))  # as it will be read again
+    return found
+
+
+def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` → `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

@@ -1,0 +1,141 @@
+"""`--latent`, `--tau`, `--latent-span` and `--latent-gates`: latent steps from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from proxytune.cli.prompts import parse_value
+from proxytune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from proxytune.methods.latent.decoding import StochasticLatentSampler
+    from proxytune.methods.latent.mixture import Mixture
+
+__all__ = ["Latent", "LatentGates", "LatentSpan", "SamplerOf", "Tau", "mixture_of", "sampler_of"]
+
+Latent = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KIND[:KEY=VALUE,…]",
+        help="Feed back a mixture of embeddings in each token's place: onehot, mean, moi, gumbel, dirichlet, multiplex "
+        "or gaussian; with settings e.g. dirichlet:alpha=2,candidates=20.",
+        show_default=False,
+    ),
+]
+Tau = Annotated[float | None, typer.Option(help="Temperature of --latent gumbel (default: 0.25).", show_default=False)]
+LatentSpan = Annotated[
+    str | None,
+    typer.Option(
+        metavar="BEGIN…END",
+        help='Only between these two tokens, e.g. "<think>…</think>" (default: everywhere).',
+        show_default=False,
+    ),
+]
+LatentGates = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY=VALUE,…",
+        help="Where else steps stay discrete, e.g. min_entropy=0.3,max_run=64,cold_steps=128; dwell=2/8 for blocks of "
+        "at least 2 latent and 8 discrete steps, dwell=4 for 4 of both.",
+        show_default=False,
+    ),
+]
+SamplerOf = Callable[[Sequence[int]], "StochasticLatentSampler | None"]
+"""The numbers of a batch's rows in the whole run → what decodes them; None for transformers' own loop."""
+
+
+def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> Mixture | None:
+    """The law that was asked for; needs no model, so what is wrong with it is said before one is loaded.
+
+    Args:
+        latent: The kind, with its settings after a colon; None for no latent steps.
+        tau: The temperature of `gumbel`.
+        **others: Options that mean nothing without `--latent`.
+
+    Returns:
+        The law; None for no latent steps.
+
+    Raises:
+        InputError: If the kind or a setting is unknown, out of its range or given twice, or there are settings without
+            a kind.
+    """
+    if latent is None:
+        given = [name for name, value in {"tau": tau, **others}.items() if value is not None]
+        if given:
+            raise InputError.of(
+                "--latent",
+                expected="a kind, beside its settings",
+                got="none, with " + ", ".join(f"--{name.replace('_', '-')}" for name in given),
+                remedy="Pass e.g. --latent gumbel.",
+            )
+        return None
+    from proxytune.methods.latent.mixture import Mixture
+
+    kind, _, rest = latent.partition(":")
+    settings = _settings("--latent", rest, [f.name for f in fields(Mixture) if f.name != "kind"])
+    if tau is not None:
+        if "tau" in settings:
+            raise InputError.of(
+                "--latent",
+                expected="each setting once",
+                got=f"tau={settings['tau']} in {latent!r}, and --tau {tau}",
+                remedy="Remove one of them.",
+            )
+        settings["tau"] = tau
+    return Mixture(kind=kind, **settings)  # type: ignore[arg-type]
+
+
+def sampler_of(
+    mixture: Mixture | None, tokenizer: PreTrainedTokenizerBase, span: str | None, gates: str | None, seed: int
+) -> SamplerOf:
+    """What decodes the batches of a run.
+
+    Args:
+        mixture: The law; None for no latent steps.
+        tokenizer: The model's tokenizer.
+        span: The thinking span, as text.
+        gates: Further gates.
+        seed: The key of all weights.
+
+    Returns:
+        For the numbers of a batch's rows in the whole run, what decodes them: so a prompt's weights do not depend on
+        the size of the batches.
+
+    Raises:
+        InputError: If the span is not made of two tokens, or a gate is unknown or out of its range.
+    """
+    if mixture is None:
+        return lambda rows: None
+    from proxytune.methods.latent.decoding import StochasticLatentSampler
+    from proxytune.methods.latent.gates import Gates
+
+    law = mixture
+    known = [f.name for f in fields(Gates) if f.name not in ("begin_ids", "end_ids", "discrete_ids")]
+    settings = _settings("--latent-gates", gates or "", known)
+    dwell = settings.get("dwell")
+    if isinstance(dwell, str) and "/" in dwell:  # a comma ends the setting
+        settings["dwell"] = tuple(parse_value(part.strip()) for part in dwell.split("/"))
+    where = Gates.for_tokenizer(tokenizer, span, **settings)
+    return lambda rows: StochasticLatentSampler(law, where, seed=seed, rows=list(rows))
+
+
+def _settings(option: str, text: str, known: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for part in filter(None, text.split(",")):
+        name, equals, value = part.partition("=")
+        name = name.strip()
+        if name not in known or not equals or name in found:
+            raise InputError.of(
+                option,
+                expected=f"KEY=VALUE, each once, of {', '.join(known)}",
+                got=repr(part),
+                remedy="Separate several with commas.",
+            )
+        found[name] = parse_value(value.strip())
+    return found

@@ -1,0 +1,225 @@
+"""From the command line's options to a model, a tokenizer and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from proxytune.errors import InputError, MemberNotFoundError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from proxytune.models.model import ProxyTunedModel
+    from proxytune.recipe import MemberRef
+
+__all__ = ["DTYPES", "check_device", "check_members", "chosen_device", "encode", "load", "load_tokenizer", "named"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def check_members(base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None) -> None:
+    """Refuse every mixture of members but all three, or a recipe.
+
+    Args:
+        base: The base, or None; so the others.
+        expert: The expert.
+        antiexpert: The antiexpert.
+        recipe: The recipe.
+
+    Raises:
+        InputError: If something is missing, or given twice.
+    """
+    given = {"--base": base, "--expert": expert, "--antiexpert": antiexpert}
+    present = [name for name, value in given.items() if value is not None]
+    if recipe is not None and present:
+        raise InputError.of(
+            "members", expected="a recipe or three models", got=f"--recipe and {', '.join(present)}", remedy="Drop one."
+        )
+    if recipe is None and len(present) < len(given):
+        missing = ", ".join(name for name in given if name not in present)
+        raise InputError.of(
+            "members",
+            expected="--base, --expert and --antiexpert, or --recipe",
+            got=f"no {missing}",
+            remedy="The shift is expert minus antiexpert, so both are needed; the antiexpert is what the expert was "
+            "tuned from.",
+        )
+
+
+def load(
+    base: str | None,
+    expert: str | None,
+    antiexpert: str | None,
+    alpha: float | None,
+    recipe: Path | None,
+    device: str | None,
+    dtype: str,
+) -> tuple[ProxyTunedModel, PreTrainedTokenizerBase]:
+    """Load the composed model and the base's tokenizer.
+
+    Args:
+        base: A hub id or folder; None with a recipe.
+        expert: Likewise.
+        antiexpert: Likewise.
+        alpha: α; None for the recipe's, else 1.
+        recipe: A folder or file; None with three models.
+        device: Where to; None to choose.
+        dtype: One of `DTYPES`.
+
+    Returns:
+        The model and the tokenizer, which pads on the left.
+
+    Raises:
+        InputError: If the dtype or the device is not one.
+        MemberError: If a member or its tokenizer cannot be opened.
+    """
+    from proxytune.models.model import ProxyTunedModel
+    from proxytune.models.wrap import wrap
+    from proxytune.recipe import MemberRef, Recipe
+
+    if dtype not in DTYPES:
+        raise InputError.of("--dtype", expected=", ".join(DTYPES), got=dtype, remedy="Use one of these.")
+    device = chosen_device(device)
+    check_device(device)
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
+    if recipe is None:
+        assert base is not None
+        # Refused here already if it is not finite; the models take longer to load than that takes to say.
+        model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
+        return model, load_tokenizer([MemberRef(base)])
+    read = Recipe.load(recipe)
+    folder = recipe if recipe.is_dir() else recipe.parent
+    model = ProxyTunedModel.from_pretrained(folder, **settings)
+    if alpha is not None:
+        model.alpha = alpha
+    # A tokenizer beside the recipe was put there to be used; otherwise the base's is the one the ids belong to.
+    beside = [MemberRef(str(folder))] if (folder / "tokenizer_config.json").exists() else []
+    return model, load_tokenizer([*beside, read.base])
+
+
+def named(
+    base: str | None, expert: str | None, antiexpert: str | None, alpha: float | None, recipe: Path | None
+) -> dict[str, Any]:
+    """The adapter that the options name, without opening a model.
+
+    Args:
+        base: A hub id or folder; None with a recipe.
+        expert: Likewise.
+        antiexpert: Likewise.
+        alpha: α; None for the recipe's, else 1.
+        recipe: A folder or file; None with three models.
+
+    Returns:
+        The members, the formula and α, as in a recipe.
+
+    Raises:
+        RecipeError: If the recipe cannot be read.
+    """
+    from proxytune.formulas.shift import ProxyTuning
+    from proxytune.recipe import Recipe
+
+    if recipe is not None:
+        found = Recipe.load(recipe).to_json()
+        for name in ("format_version", "fork_threshold"):  # of which no answer depends
+            found.pop(name, None)
+    else:
+        members = {"base": base, "expert": expert, "antiexpert": antiexpert}
+        found = {role: {"id": name, "revision": None} for role, name in members.items()}
+        found |= {"formula": ProxyTuning.name, "alpha": 1.0}
+    return found if alpha is None else found | {"alpha": alpha}
+
+
+def chosen_device(device: str | None) -> str:
+    """The device that is used.
+
+    Args:
+        device: The one that was asked for; None to choose.
+
+    Returns:
+        Its name.
+    """
+    import torch
+
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there: found while loading, it would look like a fault of the model.
+
+    Args:
+        device: Its name.
+
+    Raises:
+        InputError: If it is not there.
+    """
+    import torch
+
+    there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if torch.cuda.is_available():
+        there.insert(0, "cuda")
+    if torch.backends.mps.is_available():
+        there.append("mps")
+    if device not in there:
+        raise InputError.of("--device", expected=", ".join(there), got=device, remedy="Use one that is there.")
+
+
+def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
+    """Load a tokenizer for generation.
+
+    Args:
+        references: Where it may be, the first that counts first.
+
+    Returns:
+        The tokenizer, which pads on the left.
+
+    Raises:
+        MemberNotFoundError: If there is none.
+    """
+    from proxytune.models.loading import find_tokenizer
+
+    reference = references[0]
+    tokenizer: PreTrainedTokenizerBase | None = find_tokenizer(reference)
+    if tokenizer is None:
+        raise MemberNotFoundError.of(
+            "the base's tokenizer",
+            expected="tokenizer files beside the base",
+            got=f"none that opens at {reference.id!r}",
+            remedy="Save it there with tokenizer.save_pretrained(folder).",
+        )
+    tokenizer.padding_side = "left"
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool) -> Any:
+    """Tokenize a batch, padded on the left.
+
+    Args:
+        tokenizer: The tokenizer.
+        prompts: The prompts.
+        chat: Whether each is put into the chat template.
+
+    Returns:
+        What the model is called with.
+
+    Raises:
+        InputError: If there is no chat template.
+    """
+    if chat:
+        if tokenizer.chat_template is None:
+            raise InputError.of(
+                "--chat", expected="a tokenizer with a chat template", got="one without", remedy="Leave --chat away."
+            )
+        # The template has written the special tokens already.
+        rendered = [
+            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
+            for p in prompts
+        ]
+        batch = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
+    else:
+        batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+    batch.pop("token_type_ids", None)
+    return batch

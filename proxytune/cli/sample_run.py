@@ -1,0 +1,308 @@
+"""What `proxytune sample` draws for a prompt: a tree or samples, the answers in them, and the vote."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from proxytune.cli import terminal
+from proxytune.cli.models import encode
+from proxytune.errors import BudgetError, InputError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+    from proxytune.methods.trees.loop import TreeLoop
+    from proxytune.methods.trees.sibling_decoding import SiblingDecoding
+    from proxytune.methods.trees.tree import Branch, ForkTree
+    from proxytune.voting.vote import Tally
+
+__all__ = ["Drawing", "Meter", "Result", "Vote", "extractor"]
+
+Vote = Literal["majority", "weighted", "confidence", "deepconf"]
+
+_STATED = re.compile(r"The answer is[:\s]*([^\n]+?)\s*(?=\.(?:\s|$)|\n|$)")
+_NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was drawn for one prompt.
+
+    Attributes:
+        prompt: As it was given.
+        length: Its tokens.
+        branches: The leaves of its tree, or the samples.
+        weights: Of each, adding up to 1.
+        texts: Of each, without special tokens.
+        answers: Of each; None for no answer.
+        tally: The vote over them.
+        spent: Tokens of the budget: the prompt and all that was generated, shared tokens once.
+        drawing: In text.
+    """
+
+    prompt: str
+    length: int
+    branches: list[Branch]
+    weights: list[float]
+    texts: list[str]
+    answers: list[str | None]
+    tally: Tally
+    spent: int
+    drawing: str
+
+
+class Extract(Protocol):
+    """What finds the answer in a text; None where there is none."""
+
+    def __call__(self, text: str, cut: bool = False) -> str | None:
+        """Find it.
+
+        Args:
+            text: The text.
+            cut: Whether the text was cut off. What stands at its very end may be half of something then, and a number
+                that no words call the answer may be a step on the way; neither is taken.
+        """
+
+
+def extractor(pattern: str | None) -> Extract:
+    """What finds the answer in a text.
+
+    Args:
+        pattern: A regular expression, of which the last match counts: its first group if it has one, else all of it.
+            None for what follows "The answer is" up to the end of the sentence, else the last number.
+
+    Returns:
+        A function from a text to its answer.
+
+    Raises:
+        InputError: If it is no regular expression.
+    """
+    if pattern is None:
+        return _usual_answer
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise InputError.of(
+            "--answer", expected="a regular expression", got=repr(pattern), remedy=f"Python says: {error}."
+        ) from None
+    return lambda text, cut=False: _last(compiled, text, cut)
+
+
+def _usual_answer(text: str, cut: bool = False) -> str | None:
+    stated = _last(_STATED, text, cut)
+    if stated is not None or cut:
+        return stated
+    number = _last(_NUMBER, text)
+    return None if number is None else number.replace(",", "")
+
+
+def _last(pattern: re.Pattern[str], text: str, cut: bool = False) -> str | None:
+    found = None
+    for match in pattern.finditer(text):
+        found = match[1] if pattern.groups else match[0]
+        if cut and match.end() == len(text):
+            return None
+    return (found or "").strip() or None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """All that the prompts have in common.
+
+    Attributes:
+        model: The composed model.
+        tokenizer: Its tokenizer.
+        config: The settings of the draws.
+        loop: A `ForkDecoding` for a tree of each prompt, or a `SiblingDecoding` for samples.
+        prompts: How many prompts there are in all.
+        extract: What finds the answer in a text.
+        vote: How leaves count.
+        eta: The share of leaves that vote, in percent.
+        meter: What is told of each token.
+    """
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    config: GenerationConfig
+    loop: TreeLoop
+    prompts: int
+    extract: Extract
+    vote: Vote
+    eta: float
+    meter: Meter
+
+    def __call__(self, prompts: Sequence[str], first: int, chat: bool) -> Iterator[Result | BudgetError]:
+        """Draw for a batch; the streams of the seed go by the prompts' numbers in the whole call."""
+        from proxytune.methods.trees.sibling_decoding import SiblingDecoding
+
+        budget = self.loop.max_total_tokens
+        encoded = encode(self.tokenizer, prompts, chat)
+        lengths = encoded["attention_mask"].sum(1).tolist()
+        small = [i for i, length in enumerate(lengths) if budget is not None and length >= budget]
+        kept = [i for i in range(len(prompts)) if i not in small]
+        self.meter.spend(sum(lengths[i] for i in kept))
+        found: dict[int, Result] = {}
+        trees = self._grow(self.loop, encoded, kept, [first + i for i in kept]) if kept else []
+        for i, tree in zip(kept, trees, strict=True):
+            if isinstance(self.loop, SiblingDecoding):
+                leaves, weights = self._samples(self.loop, tree, encoded, i, first + i, lengths[i])
+                found[i] = self._result(prompts[i], lengths[i], leaves, weights, None)
+            else:
+                found[i] = self._result(prompts[i], lengths[i], list(tree), tree.weights(), tree)
+        for i, length in enumerate(lengths):
+            if i in found:
+                yield found[i]
+                continue
+            error = BudgetError.of(
+                f"prompt {first + i + 1}",
+                expected=f"--budget of at least {length + 1}: it has {length} tokens itself",
+                got=f"{budget}",
+                remedy="Raise the budget or shorten the prompt.",
+            )
+            assert isinstance(error, BudgetError)
+            yield error
+
+    def _grow(self, loop: TreeLoop, encoded: Any, rows: Sequence[int], streams: Sequence[int]) -> list[ForkTree]:
+        """Trees for rows of the batch, each from its stream of the seed."""
+        import torch
+
+        chosen = torch.tensor(list(rows))
+        batch = {name: encoded[name][chosen].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        out = self.model.generate(
+            **batch,
+            generation_config=self.config,
+            tokenizer=self.tokenizer,
+            custom_generate=replace(loop, rows=list(streams)),
+            stopping_criteria=[self.meter.criterion()],
+            return_dict_in_generate=True,
+        )
+        trees: list[ForkTree] = out.trees
+        return trees
+
+    def _samples(
+        self, loop: SiblingDecoding, tree: ForkTree, encoded: Any, row: int, number: int, length: int
+    ) -> tuple[list[Branch], list[float]]:
+        """Samples of one prompt, with weights that add up to 1.
+
+        At first as many begin as could be finished if all were as long as they may be. What they leave of the budget
+        goes to further rounds, each of which reads the prompt again, and in which samples repel those of their own
+        round only. How many samples there are then depends on how long the first ones were: shares lean a little to
+        answers with short texts, unless the budget has room for all.
+        """
+        from proxytune.methods.trees.tree import normalised
+
+        longest = self.config.max_new_tokens or max(1, int(self.config.max_length) - int(encoded["input_ids"].shape[1]))
+        budget, rounds, spent = loop.max_total_tokens, [tree], tree.tokens
+        while True:
+            missing = loop.siblings - sum(map(len, rounds))
+            if budget is None or missing == 0 or budget - length - spent < longest:
+                break
+            more = replace(loop, siblings=missing, max_total_tokens=budget - spent)
+            rounds += self._grow(more, encoded, [row], [number + len(rounds) * self.prompts])
+            spent += rounds[-1].tokens
+        leaves: list[Branch] = []
+        log_weights = []
+        for drawn in rounds:
+            for leaf in drawn:
+                log_weights.append(leaf.log_weight + math.log(len(drawn)))
+                # They share nothing that was generated, and are numbered through all rounds.
+                leaf.number, leaf.parent = len(leaves), None
+                leaves.append(leaf)
+        return leaves, normalised(log_weights)
+
+    def _result(
+        self, prompt: str, length: int, leaves: list[Branch], weights: list[float], tree: ForkTree | None
+    ) -> Result:
+        import numpy as np
+
+        from proxytune.voting.vote import How, Sample, vote
+
+        texts = [str(self.tokenizer.decode(leaf.along("tokens"), skip_special_tokens=True)) for leaf in leaves]
+        answers = [self.extract(t, cut=not leaf.finished) for t, leaf in zip(texts, leaves, strict=True)]
+        voters = [
+            Sample(a, np.array(leaf.along("confidences")), 1.0 if self.vote == "majority" else w, cut=not leaf.finished)
+            for a, leaf, w in zip(answers, leaves, weights, strict=True)
+        ]
+        how: How = "majority" if self.vote == "weighted" else self.vote
+        decode = self.tokenizer.decode
+        generated = sum(len(leaf.tokens) for leaf in leaves)  # of a tree, each leaf's own
+        if tree is not None:
+            drawing = tree.render(decode)
+        else:
+            drawing = "\n".join(
+                f"{leaf.number}: {len(leaf)} tokens{'' if leaf.finished else ', cut'}, weight {w:.3f}  "
+                f"{decode(leaf.tokens)!r}"
+                for leaf, w in zip(leaves, weights, strict=True)
+            )
+        return Result(
+            prompt=prompt,
+            length=length,
+            branches=leaves,
+            weights=weights,
+            texts=texts,
+            answers=answers,
+            tally=vote(voters, how, eta=self.eta),
+            spent=length + generated,
+            drawing=drawing,
+        )
+
+
+class Meter:
+    """A bar on stderr, where a person sees it: the tokens that are left, or spent where there is no budget."""
+
+    def __init__(self, budget: int | None, prompts: int) -> None:
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        self._whole = None if budget is None else budget * prompts
+        self._spent = 0
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            console=terminal.errors(),
+            transient=True,
+            disable=not terminal.is_terminal(sys.stderr),
+        )
+        self._task = self._bar.add_task(self._said(), total=self._whole)
+
+    def _said(self) -> str:
+        return f"{self._spent} tokens" if self._whole is None else f"{self._whole - self._spent} tokens left"
+
+    def spend(self, tokens: int) -> None:
+        """Count tokens."""
+        self._spent += tokens
+        self._bar.update(self._task, completed=self._spent, description=self._said())
+
+    def criterion(self) -> Any:
+        """A stopping criterion that never stops, and counts the rows of each step."""
+        import torch
+        from transformers import StoppingCriteria
+
+        meter = self
+
+        class Counting(StoppingCriteria):
+            def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+                meter.spend(input_ids.shape[0])
+                return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+        return Counting()
+
+    def pause(self) -> None:
+        """Take the bar away, so that something can be printed."""
+        if not self._bar.disable:
+            self._bar.stop()
+
+    def go_on(self) -> None:
+        """Show the bar."""
+        self._bar.start()
+
+    def __enter__(self) -> Meter:
+        self.go_on()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pause()

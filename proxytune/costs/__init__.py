@@ -1,0 +1,1 @@
+"""What a token has to cost, before anything is measured."""

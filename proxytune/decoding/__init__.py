@@ -1,1 +1,0 @@
-"""Decoding loops to hand to `generate(custom_generate=…)`, for what a logits processor cannot express."""

@@ -1,0 +1,72 @@
+"""Where the bundled weights are, and what was recorded about them. Needs no torch."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from proxytune.errors import InputError, LabError
+
+MemberName = Literal["large-base", "tiny-base", "tiny-tuned", "large-tuned"]
+MEMBERS: tuple[MemberName, ...] = get_args(MemberName)
+RECORD_NAME = "family.json"
+
+
+def bundled(member: MemberName) -> str:
+    """The folder of a bundled model.
+
+    Args:
+        member: `"large-base"`, `"tiny-base"` (the antiexpert), `"tiny-tuned"` (the expert) or `"large-tuned"`.
+
+    Returns:
+        A path for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`. The weights are
+        bfloat16; pass `dtype=torch.float32` to run them on a CPU.
+
+    Raises:
+        InputError: There is no such member.
+    """
+    if member not in MEMBERS:
+        names = ", ".join(MEMBERS)
+        raise InputError.of("bundled model", expected=f"one of {names}", got=repr(member), remedy="Pass one of these.")
+    return str(bundled_family() / member)
+
+
+def bundled_family() -> Path:
+    """The folder that holds the bundled models and the family's record."""
+    # The package is installed as plain files (wheel or editable), which from_pretrained needs anyway.
+    return Path(str(resources.files("proxytune.demo"))) / "weights"
+
+
+def bundled_record() -> dict[str, Any]:
+    """What was recorded when the bundled family was made.
+
+    Returns:
+        Among others `alpha` (chosen on the validation split), `seed`, the `training` cost of each member and the
+        `test` table.
+    """
+    return read_record(bundled_family())
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what was measured on a family.
+
+    Args:
+        folder: A family folder.
+
+    Returns:
+        The content of its `family.json`.
+
+    Raises:
+        LabError: The folder has no record.
+    """
+    path = folder / RECORD_NAME
+    if not path.exists():
+        raise LabError.of(
+            f"family folder {folder}",
+            expected=f"a record {RECORD_NAME} with the chosen alpha",
+            got="none",
+            remedy="Finish the training with `python -m lab train`, which writes it, or pass an alpha.",
+        )
+    return json.loads(path.read_text())

@@ -1,0 +1,342 @@
+"""Ask held-out problems, grade the answers, and set the rows of a family side by side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from lab.family.corpus import InstructionRecipe, instruction_set, prompt_of
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from proxytune.demo.bundle import MemberName
+from proxytune.demo.holdout import HeldOut
+from proxytune.demo.tasks import TASKS, Problem, Task, problems
+from proxytune.demo.verifiers import Grade, grade
+from proxytune.demo.world import World, build_world
+
+Criterion = Literal["lenient", "strict"]
+CRITERIA: tuple[Criterion, ...] = ("lenient", "strict")
+STEERED: tuple[Task, ...] = ("chain", "qa")
+"""The tasks that decide alpha."""
+Z_95 = 1.959964
+"""Two-sided 95 % quantile of the standard normal distribution."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One answered problem.
+
+    Attributes:
+        problem: What was asked.
+        text: What the model wrote after `Answer:`, without special tokens.
+        grade: The verifier's verdicts.
+    """
+
+    problem: Problem
+    text: str
+    grade: Grade
+
+    def correct(self, criterion: Criterion) -> bool:
+        """The verdict under one criterion."""
+        return self.grade.strict if criterion == "strict" else self.grade.lenient
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share of right answers.
+
+    Attributes:
+        correct: Right answers.
+        total: Problems asked.
+    """
+
+    correct: int
+    total: int
+
+    @property
+    def rate(self) -> float:
+        """The share, between 0 and 1; NaN when nothing was asked."""
+        return self.correct / self.total if self.total else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval (Wilson 1927), sound near 0 and 1 as well."""
+        if not self.total:
+            return math.nan, math.nan
+        shrink = 1.0 + Z_95**2 / self.total
+        centre = (self.rate + Z_95**2 / (2 * self.total)) / shrink
+        spread = Z_95 * math.sqrt(self.rate * (1 - self.rate) / self.total + Z_95**2 / (4 * self.total**2)) / shrink
+        return max(0.0, centre - spread), min(1.0, centre + spread)
+
+
+@dataclass(frozen=True)
+class Row:
+    """All outcomes of one way of answering.
+
+    Attributes:
+        name: How the row is called in the table.
+        outcomes: Per task, in the order of the problems.
+    """
+
+    name: str
+    outcomes: Mapping[Task, Sequence[Outcome]]
+
+    def score(self, task: Task, criterion: Criterion = "lenient") -> Score:
+        """The share of right answers on one task."""
+        outcomes = self.outcomes[task]
+        return Score(sum(outcome.correct(criterion) for outcome in outcomes), len(outcomes))
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How much of the way from the base to the directly tuned model the proxy goes.
+
+    Attributes:
+        closed: `(proxy - base) / (tuned - base)`; NaN when the gain of tuning cannot be told from 0.
+        low: Lower end of the 95 % interval, by bootstrap over problems.
+        high: Upper end.
+    """
+
+    closed: float
+    low: float
+    high: float
+
+
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Problem],
+    *,
+    shots: Sequence[Problem] = (),
+    batch_size: int = 64,
+    progress: tqdm[Any] | None = None,
+) -> list[Outcome]:
+    """Ask every problem once, greedily, through the model's own `generate()`.
+
+    Args:
+        model: Anything with the `generate()` of transformers; its saved settings decide the stop and the length.
+        tokenizer: The model's tokenizer, padding on the left.
+        asked: The problems.
+        shots: Solved problems to put before each prompt. With shots the answer ends at the first line break, because
+            that is where the next question would begin; without, everything up to the end-of-text token is graded.
+        batch_size: Prompts per call.
+        progress: A bar to advance by one per problem.
+
+    Returns:
+        The outcomes, in the order of `asked`.
+    """
+    prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
+    prompts = [prefix + prompt_of(problem.question) for problem in asked]
+    # Neighbours of like length waste little padding.
+    order = sorted(range(len(asked)), key=lambda index: len(prompts[index]))
+    texts = [""] * len(asked)
+    line_break = tokenizer.encode("\n", add_special_tokens=False)
+    stops = {"eos_token_id": [tokenizer.eos_token_id, *line_break]} if shots else {}
+    for first in range(0, len(order), batch_size):
+        chosen = order[first : first + batch_size]
+        batch = tokenizer([prompts[index] for index in chosen], return_tensors="pt", padding=True)
+        sequences = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], do_sample=False, **stops
+        )  # [B, prompt + new]
+        new_ids = sequences[:, batch["input_ids"].shape[1] :]
+        for index, text in zip(chosen, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
+            texts[index] = text.split("\n", 1)[0] if shots else text
+        if progress is not None:
+            progress.update(len(chosen))
+    return [Outcome(problem, text, grade(problem, text)) for problem, text in zip(asked, texts, strict=True)]
+
+
+def held_out(world: World, split: HeldOut, count: int, tasks: Sequence[Task] = TASKS) -> dict[Task, list[Problem]]:
+    """The problems that a table is made of: at most `count` per task, the same on every machine."""
+    return {task: problems(task, split, count, world) for task in tasks}
+
+
+def shots_of(world: World, task: Task, count: int = 3) -> list[Problem]:
+    """Solved training problems for few-shot prompts: the first of the instruction set, distinct questions."""
+    return [problem for problem in instruction_set(world, InstructionRecipe(seed=77)) if problem.task == task][:count]
+
+
+def evaluate(
+    name: str,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Mapping[Task, Sequence[Problem]],
+    *,
+    shots: Mapping[Task, Sequence[Problem]] | None = None,
+    batch_size: int = 64,
+) -> Row:
+    """One row of the table.
+
+    Args:
+        name: How to call it.
+        model: Anything with the `generate()` of transformers.
+        tokenizer: Its tokenizer.
+        asked: Problems per task.
+        shots: Solved problems per task for a few-shot row.
+        batch_size: Prompts per call.
+
+    Returns:
+        The graded answers.
+    """
+    total = sum(len(chosen) for chosen in asked.values())
+    with tqdm(total=total, desc=name, unit="problem", leave=False) as bar:
+        return Row(
+            name,
+            {
+                task: answer(
+                    model, tokenizer, chosen, shots=shots[task] if shots else (), batch_size=batch_size, progress=bar
+                )
+                for task, chosen in asked.items()
+            },
+        )
+
+
+def gap_closed(base: Row, proxy: Row, tuned: Row, task: Task, criterion: Criterion = "lenient") -> Gap:
+    """`(proxy - base) / (tuned - base)` with a paired bootstrap over problems (10,000 resamples, fixed seed).
+
+    Args:
+        base: The untuned large model.
+        proxy: The steered large model.
+        tuned: The directly tuned large model.
+        task: The task.
+        criterion: Lenient or strict grading.
+
+    Returns:
+        The share of the gap and its 95 % interval. All three are NaN when the 95 % interval of `tuned - base` reaches
+        down to 0: the share of a gap that may not exist is a number without meaning.
+    """
+    verdicts = [[outcome.correct(criterion) for outcome in row.outcomes[task]] for row in (base, proxy, tuned)]
+    right = np.array(verdicts, dtype=np.float64)  # [3, N]
+    means = right.mean(axis=1)
+    count = right.shape[1]
+    draws = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=10_000) / count  # [R, N]
+    resampled = draws @ right.T  # [R, 3]
+    gains = resampled[:, 2] - resampled[:, 0]
+    if np.quantile(gains, 0.025) <= 0.0:
+        return Gap(math.nan, math.nan, math.nan)
+    shares = (resampled[:, 1] - resampled[:, 0])[gains > 0] / gains[gains > 0]
+    low, high = np.quantile(shares, (0.025, 0.975))
+    return Gap(float((means[1] - means[0]) / (means[2] - means[0])), float(low), float(high))
+
+
+def compose(base: Any, expert: Any, antiexpert: Any, alpha: float) -> Any:
+    """The steered model, through the library's own front door."""
+    import proxytune
+
+    return proxytune.wrap(base, expert=expert, antiexpert=antiexpert, alpha=alpha)
+
+
+def family_rows(
+    models: Mapping[MemberName, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    alpha: float,
+    *,
+    split: HeldOut = "test",
+    count: int = 300,
+    world: World | None = None,
+) -> list[Row]:
+    """Every row of the family's table.
+
+    Args:
+        models: The four members under their names.
+        tokenizer: Their tokenizer.
+        alpha: Strength of the proxy row.
+        split: Where the problems come from.
+        count: Problems per task at most.
+        world: The world to ask about [the bundled one].
+
+    Returns:
+        Base with 0 and 3 shots, expert alone, antiexpert alone, proxy, directly tuned.
+    """
+    world = world or build_world()
+    asked = held_out(world, split, count)
+    shots: dict[Task, list[Problem]] = {task: shots_of(world, task) for task in asked}
+    base, expert, antiexpert = models["large-base"], models["tiny-tuned"], models["tiny-base"]
+    with torch.inference_mode():
+        return [
+            evaluate("base, 0-shot", base, tokenizer, asked),
+            evaluate("base, 3-shot", base, tokenizer, asked, shots=shots),
+            evaluate("antiexpert alone", antiexpert, tokenizer, asked),
+            evaluate("expert alone", expert, tokenizer, asked),
+            evaluate(f"proxy, alpha {alpha:g}", compose(base, expert, antiexpert, alpha), tokenizer, asked),
+            evaluate("tuned directly", models["large-tuned"], tokenizer, asked),
+        ]
+
+
+def sweep_alpha(
+    models: Mapping[MemberName, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    alphas: Sequence[float],
+    *,
+    count: int = 300,
+    world: World | None = None,
+) -> list[Row]:
+    """The proxy on the validation split, at one row per alpha."""
+    asked = held_out(world or build_world(), "validation", count)
+    members = models["large-base"], models["tiny-tuned"], models["tiny-base"]
+    with torch.inference_mode():
+        return [evaluate(f"{alpha:g}", compose(*members, alpha), tokenizer, asked) for alpha in alphas]
+
+
+def best_alpha(rows: Sequence[Row]) -> float:
+    """Choose alpha from a sweep: the smallest whose score is within one standard error of the best.
+
+    The score is the strict share of right answers, averaged over chains and people; Countdown has no vote, because
+    tuning hardly gains anything there. Neighbouring alphas differ by less than 200 problems can tell apart, so the
+    one-standard-error rule (Breiman et al. 1984) takes the gentlest of the equally good.
+
+    Args:
+        rows: One row per alpha, named by it.
+
+    Returns:
+        The chosen alpha.
+    """
+
+    def score(row: Row) -> float:
+        return sum(row.score(task, "strict").rate for task in STEERED) / len(STEERED)
+
+    best = max(rows, key=score)
+    shares = [best.score(task, "strict") for task in STEERED]
+    error = math.sqrt(sum(share.rate * (1 - share.rate) / share.total for share in shares)) / len(shares)
+    return min(float(row.name) for row in rows if score(row) >= score(best) - error)
+
+
+def table_record(rows: Sequence[Row]) -> dict[str, Any]:
+    """The table as plain JSON values: scores with intervals, and the gap closed by the row before the last."""
+    base, proxy, tuned = rows[0], rows[-2], rows[-1]
+    tasks = list(base.outcomes)
+    return {
+        "rows": [
+            {
+                "name": row.name,
+                "scores": {
+                    task: {
+                        criterion: {
+                            "rate": round(row.score(task, criterion).rate, 4),
+                            "interval": [round(end, 4) for end in row.score(task, criterion).interval],
+                            "problems": row.score(task, criterion).total,
+                        }
+                        for criterion in CRITERIA
+                    }
+                    for task in tasks
+                },
+            }
+            for row in rows
+        ],
+        "gap_closed": {
+            task: {criterion: _gap_record(gap_closed(base, proxy, tuned, task, criterion)) for criterion in CRITERIA}
+            for task in tasks
+        },
+    }
+
+
+def _gap_record(gap: Gap) -> dict[str, Any]:
+    """JSON has no NaN, so an undefined gap becomes null."""
+    if math.isnan(gap.closed):
+        return {"closed": None, "interval": None}
+    return {"closed": round(gap.closed, 4), "interval": [round(gap.low, 4), round(gap.high, 4)]}

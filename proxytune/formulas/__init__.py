@@ -1,0 +1,1 @@
+"""How the members' logits become one row; pure tensors."""

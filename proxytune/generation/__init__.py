@@ -1,0 +1,1 @@
+"""What every loop shares around transformers' `generate()`."""

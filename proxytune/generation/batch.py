@@ -1,0 +1,151 @@
+"""What a loop of `custom_generate` needs around its forward passes: padding, positions, last logits, the cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import StoppingCriteriaList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from proxytune.errors import InputError
+from proxytune.generation.processor_plan import Translation
+from proxytune.generation.seeds import Rows, streams_of
+from proxytune.models.model import ProxyTunedModel
+from proxytune.ops.noise import Noise
+
+__all__ = [
+    "cache_of",
+    "is_synced",
+    "keys_of",
+    "last_logits",
+    "padding_of",
+    "selected_rows",
+    "usable_columns",
+]
+
+
+def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
+    """The padding token, where finished rows get one: as in transformers, only if there is an EOS.
+
+    Args:
+        criteria: The stopping criteria.
+        generation_config: The settings of the call.
+        device: Where the ids are.
+
+    Returns:
+        The token, int64 without dimensions; None if finished rows go on.
+
+    Raises:
+        InputError: If there is an EOS but no padding token.
+    """
+    if not any(hasattr(criterion, "eos_token_id") for criterion in criteria):
+        return None
+    pad: torch.Tensor | None = generation_config._pad_token_tensor
+    if pad is None:
+        raise InputError.of(
+            "pad_token_id",
+            expected="a padding token for rows that have finished",
+            got="None, beside a stopping criterion with an EOS token",
+            remedy="Pass pad_token_id= to generate().",
+        )
+    return pad.to(device)
+
+
+def is_synced(model: Any) -> bool:
+    """Whether this process has to go on until all have finished (ZeRO-3, FSDP).
+
+    Args:
+        model: The model.
+
+    Returns:
+        Whether.
+    """
+    # transformers finds this out too, but hands it to no callable.
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
+
+
+def keys_of(rows: Rows, branches: Rows, batch: int) -> Noise:
+    """The keys of the noise but the seed: where nothing is drawn, none is taken from torch's generator.
+
+    Args:
+        rows: Which stream each row draws from; None for 0, 1, 2, …
+        branches: Which continuation of its stream each row is; None for 0.
+        batch: The number of rows B.
+
+    Returns:
+        Keys for B rows, with the seed 0.
+
+    Raises:
+        InputError: If they do not fit the batch.
+    """
+    branch = 0 if branches is None else torch.as_tensor(branches)
+    return Noise.of(batch, row=streams_of(rows, batch), branch=branch)
+
+
+def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
+    """The last position's raw logits of all members; a plain model is its own only one.
+
+    Args:
+        model: The model.
+        outputs: What it returned; a composed one with `combine=False`.
+
+    Returns:
+        `[B, V_i]` of each member, and their weights, the base's first.
+    """
+    composed = isinstance(model, ProxyTunedModel)
+    logits = outputs.member_logits if composed else (outputs.logits,)
+    weights = (1.0, *model.formula.weights()) if composed else (1.0,)
+    # A view of one position; of the logits of a whole prompt a copy, so that they can go.
+    return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in logits], weights
+
+
+def usable_columns(model: Any, translation: Translation, width: int) -> int:
+    """How many columns can be drawn from: the others are absent, not masked.
+
+    Args:
+        model: The model; some member of a composed one may embed fewer ids than the base.
+        translation: The processors; a tail mask at their front cuts columns too.
+        width: How many columns there are.
+
+    Returns:
+        At most `width`.
+    """
+    embedded = model.usable_ids if isinstance(model, ProxyTunedModel) else width
+    return min(width, embedded, width if translation.usable is None else translation.usable)
+
+
+def cache_of(model_kwargs: dict[str, Any]) -> Any:
+    """The cache that a model is called with.
+
+    Args:
+        model_kwargs: What the model is called with.
+
+    Returns:
+        The cache, of a recurrent model too; None if there is none.
+    """
+    return model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
+
+
+def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) -> dict[str, Any]:
+    """The rows of a batch in another choice: the cache in place, every other tensor of the batch anew.
+
+    Args:
+        model_kwargs: What the model is called with; the cache among them.
+        select: Which old row each new one goes on from; any number of them, in any order.
+        rows: How many rows there were.
+
+    Returns:
+        What the model is called with from now on.
+    """
+    out = dict(model_kwargs)
+    for name, value in model_kwargs.items():
+        if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == rows:
+            out[name] = value.index_select(0, torch.tensor(select, device=value.device))
+    cache = cache_of(model_kwargs)
+    if cache is not None:
+        cache.reorder_cache(torch.tensor(select))  # each layer takes it to its own device
+    return out

@@ -1,0 +1,111 @@
+"""Which of `generate()`'s logits processors the fused step does by itself, and which have to run before it.
+
+transformers puts the processors in one list: penalties and constraints, the user's own, then the warpers. What
+`Sampling` can say stands at the end of it, in the same order: temperature, top-k, top-p, min-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from proxytune.models.assisted import TailMask
+from proxytune.ops.sampling_params import LEAST_TEMPERATURE, Sampling
+
+__all__ = ["Translation", "translate"]
+
+_SETTINGS: dict[type[LogitsProcessor], str] = {
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+"""Warper → its setting, in the order in which `Sampling` applies them."""
+_ORDER = tuple(_SETTINGS)
+
+
+@dataclass(frozen=True, eq=False)
+class Translation:
+    """A list of processors in three parts, which together do what the list does.
+
+    Attributes:
+        usable: How many ids a tail mask at the front leaves; None without one.
+        before: What runs as it is, on the combined logits.
+        warpers: What became settings of the draw.
+        do_sample: Whether there is a draw at all.
+    """
+
+    usable: int | None
+    before: LogitsProcessorList
+    warpers: LogitsProcessorList
+    do_sample: bool
+
+    def sampling(self, rows: int, width: int, device: torch.device, **more: Any) -> Sampling:
+        """The settings that the warpers became; waits for the device, so this is for before the loop.
+
+        Args:
+            rows: The number of rows B.
+            width: How many columns the rows have that are drawn from.
+            device: Where they are.
+            **more: Further settings of `Sampling.of`.
+
+        Returns:
+            The settings, the same for all rows.
+        """
+        settings: dict[str, Any] = {_SETTINGS[type(w)]: _value(w) for w in self.warpers}
+        if "top_k" in settings:
+            settings["top_k"] = min(settings["top_k"], width)  # as the warper does
+        return Sampling.of(rows, **settings, **more, device=device)
+
+
+def translate(processors: Sequence[LogitsProcessor], do_sample: bool) -> Translation:
+    """Split a list of processors.
+
+    Args:
+        processors: The processors as `generate()` made them.
+        do_sample: Whether tokens are drawn. If not, warpers that somebody added run as they are.
+
+    Returns:
+        The longest end of the list that is settings of a draw, and the rest.
+    """
+    rest = list(processors)
+    # A mask of the tail that comes first is the same as fewer columns; anywhere else it mends what came before it.
+    usable = rest.pop(0).width if rest and type(rest[0]) is TailMask else None
+    warpers: list[LogitsProcessor] = []
+    allowed = len(_ORDER)
+    while do_sample and rest and _translatable(rest[-1]) and _ORDER.index(type(rest[-1])) < allowed:
+        allowed = _ORDER.index(type(rest[-1]))
+        warpers.insert(0, rest.pop())
+    return Translation(usable, LogitsProcessorList(rest), LogitsProcessorList(warpers), do_sample)
+
+
+def _translatable(processor: LogitsProcessor) -> bool:
+    # Exact classes: a subclass may do anything. A smallest number of tokens to keep, or another value than −inf for the
+    # rest, is for beams and for callers of their own.
+    if type(processor) not in _SETTINGS:
+        return False
+    if getattr(processor, "min_tokens_to_keep", 1) != 1 or getattr(processor, "filter_value", -torch.inf) != -torch.inf:
+        return False
+    name, value = _SETTINGS[type(processor)], _value(processor)
+    if name == "top_k":
+        return value < 2**31
+    # What the warper takes in float64 may be 0 or infinite in the float32 of the step.
+    rounded = float(torch.tensor(value, dtype=torch.float32))
+    if name == "temperature":
+        return LEAST_TEMPERATURE <= rounded <= torch.finfo(torch.float32).max
+    return name == "min_p" or 0 < rounded <= 1
+
+
+def _value(warper: LogitsProcessor) -> Any:
+    return getattr(warper, _SETTINGS[type(warper)])

@@ -1,0 +1,258 @@
+"""One decision of the fused loop, and the record of what `generate()` was asked to report.
+
+Everything that a decision needs is on the device before the loop starts; a decision itself copies nothing there, and
+reads nothing back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from transformers.generation import GenerateDecoderOnlyOutput
+
+from proxytune import ops
+from proxytune.errors import NumericalError
+from proxytune.generation.processor_plan import Translation
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
+
+__all__ = ["Drawing", "Record", "Rows", "combined", "failure", "row_on"]
+
+Rows = tuple[list[torch.Tensor], Sequence[float]]
+"""Members' rows, `[B, V_i]` each, on one device, and their weights."""
+
+_TAKEN = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class Record:
+    """The scores, logits and states of each step, as far as they were asked for.
+
+    Attributes:
+        scores: `[B, V]` for each step, float32, after all processors; None if not asked for.
+        logits: `[B, V]` for each step, float32, before any; None if not asked for.
+    """
+
+    def __init__(self, generation_config: Any) -> None:
+        """See what is asked for.
+
+        Args:
+            generation_config: The settings.
+        """
+        asked = generation_config.return_dict_in_generate
+
+        def empty(wanted: bool | None) -> tuple[Any, ...] | None:
+            return () if asked and wanted else None
+
+        self.scores = empty(generation_config.output_scores)
+        self.logits = empty(generation_config.output_logits)
+        self._attentions = empty(generation_config.output_attentions)
+        self._hidden_states = empty(generation_config.output_hidden_states)
+
+    @property
+    def asked(self) -> bool:
+        """Whether scores or logits were asked for."""
+        return self.scores is not None or self.logits is not None
+
+    def add(self, outputs: Any) -> None:
+        """Keep the states of a forward pass.
+
+        Args:
+            outputs: What the model returned.
+        """
+        if self._attentions is not None:
+            self._attentions += (outputs.attentions,)
+        if self._hidden_states is not None:
+            self._hidden_states += (outputs.hidden_states,)
+
+    def output(self, sequences: torch.Tensor, cache: Any) -> GenerateDecoderOnlyOutput:
+        """What `generate()` returns.
+
+        Args:
+            sequences: `[B, T + new]`, int64.
+            cache: The cache; None if there is none.
+
+        Returns:
+            The output of transformers' own loop.
+        """
+        return GenerateDecoderOnlyOutput(
+            sequences=sequences,
+            scores=self.scores,
+            logits=self.logits,
+            attentions=self._attentions,
+            hidden_states=self._hidden_states,
+            past_key_values=cache,
+        )
+
+
+class Drawing:
+    """From the members' rows to tokens: processors that have to run, then one `ops.step`."""
+
+    def __init__(
+        self,
+        translation: Translation,
+        sampling: Sampling | None,
+        noise: Noise | None,
+        *,
+        width: int,
+        usable: int,
+        place: torch.device,
+        impl: ops.Impl,
+    ) -> None:
+        """Keep what all steps share.
+
+        Args:
+            translation: Which processors run, and which are settings.
+            sampling: The settings; None for greedy decoding.
+            noise: The keys of the noise at the next position; None with `sampling`.
+            width: The base's width V.
+            usable: How many ids may be drawn; the others are −inf to the processors, and no columns to the step.
+            place: Where the draws are made.
+            impl: As in `ops.step`.
+        """
+        self._translation = translation
+        self._sampling = sampling
+        self._noise = noise
+        self._width = width
+        self.usable = usable
+        self._place = place
+        self._impl: ops.Impl = impl
+
+    def __call__(
+        self,
+        members: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        input_ids: torch.Tensor,
+        record: Record | None = None,
+        *,
+        draws: int = 1,
+        want: Collection[str] = ("tokens",),
+    ) -> tuple[ops.Step, Rows]:
+        """Measure and draw for each row, and go on to the next position.
+
+        Args:
+            members: Raw logits of the base and its companions, `[B, V_i]`; companions may be on other devices.
+            weights: One per member, the base's first.
+            input_ids: `[B, T]`, for the processors.
+            record: Gets this step's scores and logits, if they were asked for. The tokens do not depend on it. None for
+                no record.
+            draws: How many tokens, without replacement.
+            want: As in `ops.step`. What is measured is the distribution after the processors that had to run.
+
+        Returns:
+            What was asked for, with a token of −1 in a row that has no distribution; and the rows it was drawn from.
+            These may be the forward pass's own memory: let go of them before the next.
+        """
+        rows = [row_on(self._place, x) for x in members]
+        rows[0] = rows[0][:, : self.usable]  # a view: ids beyond are not masked but absent
+        logits = scores = rows[0]
+        if self._translation.before or (record is not None and record.asked):
+            logits = combined((rows, weights), self._width, self._impl).to(input_ids.device)  # [B, V]
+            scores = self._translation.before(input_ids, logits)  # [B, V]
+        if self._translation.before:
+            rows, weights = [row_on(self._place, scores)], (1.0,)
+        found = ops.step(
+            rows, weights, sampling=self._sampling, noise=self._noise, draws=draws, want=want, impl=self._impl
+        )
+        if self._noise is not None:
+            self._noise.position.add_(1)  # in place: a captured graph would go on by itself
+        if record is not None and record.scores is not None:
+            record.scores += (self._translation.warpers(input_ids, scores),)
+        if record is not None and record.logits is not None:
+            record.logits += (logits,)
+        return found, (rows, weights)
+
+    @property
+    def samples(self) -> bool:
+        """Whether it draws; else it takes the argmax."""
+        return self._sampling is not None
+
+    def draw_logprobs(self, rows: Rows, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What given tokens had in the distribution that a step drew from.
+
+        Args:
+            rows: What it was drawn from.
+            ids: `[B, K]`, int64, on any device; −1 for none.
+
+        Returns:
+            As `ops.draw_logprobs`: of each, `[B, K]`, and of all others together, `[B]`.
+        """
+        assert self._sampling is not None
+        return ops.draw_logprobs(*rows, sampling=self._sampling, ids=ids.to(self._place))
+
+    def failure(self, rows: Rows, bad: torch.Tensor, step: int) -> NumericalError:
+        """Say which row of a step had no distribution, and why. Waits for the device.
+
+        Args:
+            rows: What was drawn from.
+            bad: `[B]`, bool; some row is.
+            step: How many tokens were generated before.
+
+        Returns:
+            The error to raise.
+        """
+        return failure(rows, int(bad.int().argmax()), len(bad), step, bool(self._translation.before), self._impl)
+
+
+def row_on(place: torch.device, x: torch.Tensor) -> torch.Tensor:
+    """Rows of logits as a step takes them.
+
+    Args:
+        place: Where the draws are made.
+        x: `[N, V_i]`, of any float dtype, on any device.
+
+    Returns:
+        The same there, the columns next to each other; not a copy where none is needed.
+    """
+    # Not waiting is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+    x = x.to(place, x.dtype if x.dtype in _TAKEN else torch.float32, non_blocking=place.type != "cpu")
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def combined(rows: Rows, width: int, impl: ops.Impl) -> torch.Tensor:
+    """The combined logits for processors, which expect all columns.
+
+    Args:
+        rows: Members' rows; the base's may have fewer columns.
+        width: The base's width V.
+        impl: As in `ops.step`.
+
+    Returns:
+        `[N, V]`, float32; −inf in the columns that the base's rows lack.
+    """
+    scores = ops.step(*rows, want=("scores",), impl=impl).scores
+    assert scores is not None
+    missing = width - scores.shape[1]
+    return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
+
+
+def failure(rows: Rows, row: int, batch: int, step: int, processed: bool, impl: ops.Impl) -> NumericalError:
+    """Say that a row had no distribution, and why. Waits for the device.
+
+    Args:
+        rows: What was drawn from.
+        row: Which of them.
+        batch: How many rows there are.
+        step: How many tokens were generated before.
+        processed: Whether logits processors had run.
+        impl: As in `ops.step`.
+
+    Returns:
+        The error to raise.
+    """
+    lse = ops.step(*rows, want=("lse",), impl=impl).lse
+    assert lse is not None
+    masked = float(lse[row]) == -torch.inf
+    who = "after the logits processors" if processed else "of the members"
+    error = NumericalError.of(
+        f"row {row} of {batch}, step {step} (new tokens counted from 0)",
+        expected="logits of which a token can be drawn",
+        got=f"−inf for every token, {who}" if masked else f"NaN or +inf among the logits {who}",
+        remedy="See which constraints leave no token, or relax them."
+        if masked
+        else "Run the members in bfloat16 or float32 rather than float16, look at model.member_logits(...) on this "
+        "row's prefix, or pass remove_invalid_values=True to go on with finite values in their place.",
+    )
+    assert isinstance(error, NumericalError)
+    return error

@@ -1,0 +1,1 @@
+"""Entropy thresholds and fork temperatures."""

@@ -1,0 +1,354 @@
+"""Fork sampling as a logits processor: lively where the model is undecided, calm everywhere else."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from proxytune.calibration import MEASURES, ForkCalibration, Measure, finite
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.methods.forks.call_tracker import Following, ForkRecord
+from proxytune.methods.forks.threshold import ForkThreshold, entropy
+from proxytune.recipe import Recipe
+
+__all__ = ["FLOOR", "ForkSamplingLogitsProcessor", "Form"]
+
+Form = Literal["two", "dynamic", "edt"]
+FLOOR = 0.01
+"""The lowest temperature of the EDT form, which goes to 0 with the entropy."""
+
+# In generate()'s own order.
+_WARPERS: dict[str, type[LogitsProcessor]] = {
+    "temperature": TemperatureLogitsWarper,
+    "top_k": TopKLogitsWarper,
+    "top_p": TopPLogitsWarper,
+    "min_p": MinPLogitsWarper,
+}
+_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+
+
+class ForkSamplingLogitsProcessor(LogitsProcessor):
+    """Divides each row's scores by a temperature that depends on that row's entropy H.
+
+    ========= ============================================================================ =========================
+    form      temperature                                                                  source
+    ========= ============================================================================ =========================
+    "two"     `fork_temperature` where H > h, else `exec_temperature`                      after arXiv 2506.01939
+    "dynamic" `exec + (fork − exec) · (H / ln n)^exponent`, n tokens not masked            "dynamic temperature"
+    "edt"     `fork_temperature · 0.8^(theta / H)`, at least `FLOOR`                       arXiv 2403.14541
+    ========= ============================================================================ =========================
+
+    For any `generate(logits_processor=[processor])`: of a plain model, of a `ProxyTunedModel`, of a model with a
+    `ProxyTuningLogitsProcessor` attached, or after one in the same list. There H is that of the combined row.
+
+    **What H is taken of.** A user's processor is called after generate()'s penalties and masks (`repetition_penalty`,
+    `bad_words_ids`, …) and before its warpers. So with
+
+    - `measure="raw"` it is the entropy of the row that it is handed, at temperature 1: after penalties, before any
+      truncation. Without penalties that is the raw combined distribution, as in a calibration.
+    - `"scaled"` it is that of this row at generate()'s own temperature, which it has to be told (`temperature`).
+    - `"truncated"` it is that after generate()'s temperature, top-k, top-p and min-p, which it has to be told too. They
+      are applied for the measurement only; generate() applies them to what this processor returns, that is after its
+      temperature.
+
+    **generate()'s temperature multiplies on top** of the one chosen here. Many models ship one in their generation
+    settings. So one other than 1 is an error, unless it was told (`temperature=0.6`), which says that it is meant.
+
+    **Greedy decoding**: any temperature keeps the order of the tokens, so the text is as without; entropies and forks
+    are counted and recorded all the same. **Beam search** adds up log-probabilities, and would compare sums that were
+    taken at different temperatures: it is refused. **Assisted decoding** hands the processor to the draft as well, and
+    asks for positions again. With a fixed threshold the law is right, and the record that of the verifying model, with
+    the end of the last draft perhaps left over; from the first position asked again nothing is counted any more, as
+    counts would mix two models. With a streaming threshold it is an error. (A second `generate()` that starts inside
+    the last one's text looks the same: call `reset()` before.)
+
+    Wrong use is found where it can be seen: in the list that calls the processor, in the loop that calls the list, and
+    by `check_settings` wherever a caller has the generation settings. A loop of another package that does beam search
+    under a name of its own is not seen. `generate_batch` drops processors without a word.
+
+    One processor serves many generations, one at a time.
+
+    Attributes:
+        threshold: The threshold, with the counts; None for a soft form without one.
+        measure: Of what the entropy is taken.
+        form: How the temperature follows from it.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        threshold: float | ForkThreshold | ForkCalibration | Recipe | None,
+        *,
+        fork_temperature: float = 1.0,
+        exec_temperature: float = 0.6,
+        measure: Measure = "raw",
+        form: Form = "two",
+        exponent: float = 1.0,
+        theta: float = 0.1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        eos_token_id: int | Sequence[int] | None = None,
+        record: bool = False,
+    ) -> None:
+        """Check the settings.
+
+        Args:
+            threshold: From which entropy on a token is a fork: a number in nats, a `ForkThreshold`, or what a recipe
+                holds. None only with a soft form, which then counts no forks.
+            fork_temperature: The temperature at forks, T_fork; of the soft forms the largest one (T_max, T₀).
+            exec_temperature: The temperature elsewhere, T_exec; of the dynamic form the smallest one (T_min).
+            measure: "raw", "scaled" or "truncated", see above.
+            form: "two", "dynamic" or "edt".
+            exponent: Of the dynamic form, > 0.
+            theta: Of the EDT form, nats, > 0: the entropy at which the temperature is 0.8 T₀.
+            temperature: The temperature that generate() applies itself.
+            top_k: The top-k that generate() applies itself, for `measure="truncated"`.
+            top_p: Its top-p, likewise.
+            min_p: Its min-p, likewise.
+            eos_token_id: The end-of-text tokens. Rows go on being asked after their end until the last row has ended;
+                with this they are not counted then.
+            record: Whether to keep each step's entropies, forks and temperatures, for `record`.
+
+        Raises:
+            InputError: If a value is out of its range, settings contradict each other, or the threshold belongs to
+                another measure or to another α than the recipe has now.
+        """
+        for name, value, known in (("measure", measure, MEASURES), ("form", form, get_args(Form))):
+            if value not in known:
+                raise InputError.of(
+                    name, expected=" or ".join(map(repr, known)), got=repr(value), remedy="Use one of these."
+                )
+        self.measure, self.form = measure, form
+        self.threshold = _threshold(threshold, measure, form)
+        self._hot = finite("fork_temperature", fork_temperature, positive=True)
+        self._cold = finite("exec_temperature", exec_temperature, positive=True)
+        self._exponent = finite("exponent", exponent, positive=True)
+        self._theta = finite("theta", theta, positive=True)
+        given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        self._told = {name: _OFF[name] if value is None else value for name, value in given.items()}
+        self._warpers = _warpers(self._told, measure)
+        self._ends = _listed(eos_token_id)
+        self._following = Following(keeps=record)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Divide the scores of one step by their rows' temperatures.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            scores: `[B, V]`: logits, or log-probabilities that a processor before has normalised.
+
+        Returns:
+            `[B, V]`, float32; unchanged in rows at temperature 1, elsewhere shifted so that the largest is 0, by which
+            tokens that differ go on doing so. Rows without a distribution (NaN, +inf, all −inf) keep being so.
+
+        Raises:
+            InputError: If generate() has other settings than it was told, or the shift would come after it.
+            UnsupportedModeError: In beam search; in assisted decoding with a streaming threshold.
+
+        Warns:
+            DriftWarning: As `ForkThreshold.observe`.
+        """
+        self._look_at_caller()
+        scores = scores.float()
+        measured = scores
+        for warper in self._warpers:
+            measured = warper(input_ids, measured)
+        h = entropy(measured)  # [B]
+        live = self._following.follow(input_ids, self._ends)
+        fork = torch.zeros_like(h, dtype=torch.bool) if self.threshold is None else self.threshold.is_fork(h)
+        t = self._temperature(h, fork, measured)  # [B]
+        self._following.note(h, fork, t, live)
+        self._count(h, live)
+        # A plain division could make two neighbouring scores equal, and then another token the first of the largest.
+        top = scores.amax(-1)
+        pivot = torch.where((t == 1.0) | ~top.isfinite(), 0.0, top)
+        return (scores - pivot[:, None]) / t[:, None]
+
+    def record(self) -> ForkRecord:
+        """What was decided in the last generation; needs `record=True`.
+
+        Returns:
+            Entropies, forks and temperatures, `[B, T]` each, T the number of tokens generated.
+
+        Raises:
+            InputError: If nothing was recorded, or two generations could not be told apart.
+        """
+        return self._following.record()
+
+    def reset(self) -> None:
+        """Take the next call as the start of a generation. The threshold keeps its counts: see its own `reset`."""
+        self._following.reset()
+
+    def check_settings(self, generation_config: GenerationConfig) -> None:
+        """Compare with the settings of a `generate()`, for callers that see them; takes its end-of-text tokens over.
+
+        Args:
+            generation_config: The settings.
+
+        Raises:
+            InputError: If they are not those that the processor was told.
+            UnsupportedModeError: If they ask for beams.
+        """
+        if (generation_config.num_beams or 1) > 1:
+            raise _beams(f"num_beams={generation_config.num_beams}")
+        if generation_config.do_sample:
+            found = {name: getattr(generation_config, name, None) for name in _WARPERS}
+            self._compare({name: _OFF[name] if value is None else value for name, value in found.items()})
+        if not self._ends:
+            self._ends = _listed(generation_config.eos_token_id)
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    def _temperature(self, h: torch.Tensor, fork: torch.Tensor, measured: torch.Tensor) -> torch.Tensor:
+        if self.form == "two":
+            t = torch.where(fork, self._hot, self._cold)
+        elif self.form == "dynamic":
+            n = (measured > -torch.inf).sum(-1)
+            # Of a single candidate the entropy is 0, and so is the logarithm of 1.
+            relative = (h / n.clamp(min=2).log()).clamp(max=1.0)
+            t = self._cold + (self._hot - self._cold) * relative**self._exponent
+        else:
+            t = (self._hot * 0.8 ** (self._theta / h)).clamp(min=FLOOR)
+        return t.float().masked_fill(h.isnan(), 1.0)
+
+    def _count(self, h: torch.Tensor, live: torch.Tensor | None) -> None:
+        if self.threshold is None:
+            return
+        if not self._following.asked_again:
+            self.threshold.observe(h, live)
+        elif self.threshold.is_streaming:
+            raise UnsupportedModeError.of(
+                "streaming threshold",
+                expected="a generation that asks for each position once",
+                got="a position asked again: assisted decoding, whose draft has other entropies, or a generate() that "
+                "starts inside the text of the last one",
+                remedy="Use a calibrated threshold with assisted decoding; else call the processor's reset() before.",
+            )
+
+    # --- wrong use -----------------------------------------------------------------------------------------------
+
+    def _look_at_caller(self) -> None:
+        """Find what would go wrong silently. A processor is told nothing of the mode: its callers are the witnesses."""
+        caller = sys._getframe(2)
+        if caller.f_code is LogitsProcessorList.__call__.__code__:
+            # Of this frame only, which ends with the step: looking at a loop's locals would keep its tensors alive.
+            self._look_at_neighbours(caller.f_locals["self"])
+            assert caller.f_back is not None
+            caller = caller.f_back
+        if caller.f_code.co_name.endswith("beam_search"):
+            raise _beams("beam search")
+
+    def _look_at_neighbours(self, processors: Sequence[LogitsProcessor]) -> None:
+        own = next((i for i, p in enumerate(processors) if p is self), 0)
+        if any(getattr(p, "shifts_logits", False) for p in processors[own + 1 :]):
+            raise InputError.of(
+                "logits_processor",
+                expected="the ForkSamplingLogitsProcessor after the ProxyTuningLogitsProcessor",
+                got="before it: the entropy would be the base's, and the shift would escape the temperature",
+                remedy="Change their order, or attach() the ProxyTuningLogitsProcessor.",
+            )
+        if sum(isinstance(p, ForkSamplingLogitsProcessor) for p in processors) > 1:
+            raise InputError.of(
+                "logits_processor",
+                expected="one ForkSamplingLogitsProcessor",
+                got="several, whose temperatures would multiply",
+                remedy="Leave one.",
+            )
+        kinds = {kind: name for name, kind in _WARPERS.items()}
+        self._compare({kinds[type(p)]: getattr(p, kinds[type(p)]) for p in processors if type(p) in kinds})
+
+    def _compare(self, found: Mapping[str, float]) -> None:
+        """Refuse settings of generate() that are not those it was told; what truncates matters for one measure only."""
+        for name, value in found.items():
+            if value == self._told[name] or (name != "temperature" and self.measure != "truncated"):
+                continue
+            matters = "multiplies on top of the one chosen here" if name == "temperature" else "changes the entropy"
+            raise InputError.of(
+                f"generate()'s {name}",
+                expected=f"{self._told[name]}, which the processor was told",
+                got=f"{value}, which {matters}",
+                remedy=f"Pass {name}={_OFF[name]} to generate(), or {name}={value} to the processor if it is meant.",
+            )
+
+
+def _threshold(given: Any, measure: Measure, form: Form) -> ForkThreshold | None:
+    if isinstance(given, Recipe):
+        calibration = given.fork_threshold
+        fits = calibration is not None and calibration.alpha in (None, given.alpha)
+        if not fits:
+            raise InputError.of(
+                "recipe",
+                expected=f"a fork_threshold calibrated at its α, {given.alpha}",
+                got="none" if calibration is None else f"one calibrated at α = {calibration.alpha}",
+                remedy="Run proxytune calibrate --recipe … --write.",
+            )
+        given = calibration
+    if isinstance(given, ForkCalibration):
+        given = ForkThreshold.of(given)
+    if given is None and form != "two":
+        return None
+    threshold = given if isinstance(given, ForkThreshold) else ForkThreshold(given)
+    if threshold.measure not in (None, measure):
+        raise InputError.of(
+            "measure",
+            expected=f"{threshold.measure!r}, for which the threshold was calibrated",
+            got=repr(measure),
+            remedy=f"Pass measure={threshold.measure!r}, or calibrate for the other.",
+        )
+    return threshold
+
+
+def _warpers(told: Mapping[str, float], measure: Measure) -> list[LogitsProcessor]:
+    """What leads from the scores to the distribution that is measured."""
+    active = {name: value for name, value in told.items() if value != _OFF[name]}
+    try:
+        made = {name: _WARPERS[name](value) for name, value in active.items()}
+    except (ValueError, TypeError) as error:
+        raise InputError.of(
+            "sampling settings",
+            expected="values that generate() takes",
+            got=", ".join(f"{name}={value!r}" for name, value in active.items()),
+            remedy=f"transformers says: {error}",
+        ) from None
+    truncating = [name for name in made if name != "temperature"]
+    if bool(truncating) != (measure == "truncated"):
+        raise InputError.of(
+            "measure",
+            expected="'truncated' and at least one of top_k, top_p and min_p, or neither",
+            got=f"measure={measure!r} and {', '.join(truncating) or 'none of them'}",
+            remedy="They are told for this measure only; generate() is given its own.",
+        )
+    return [] if measure == "raw" else list(made.values())
+
+
+def _beams(got: str) -> UnsupportedModeError:
+    error = UnsupportedModeError.of(
+        "beam search",
+        expected="greedy decoding or sampling",
+        got=f"{got}: beams are compared by sums of log-probabilities, which a temperature that changes from token to "
+        "token makes sums of different things",
+        remedy="Leave num_beams out, or the processor.",
+    )
+    assert isinstance(error, UnsupportedModeError)
+    return error
+
+
+def _listed(value: Any) -> list[int]:
+    if isinstance(value, torch.Tensor):
+        value = value.tolist()
+    return [] if value is None else [value] if isinstance(value, int) else list(value)

@@ -1,0 +1,347 @@
+"""How spread out a next-token distribution is, in nats, and from which entropy on a token counts as a fork.
+
+Pure tensors. The measures take raw logits of any leading shape and agree with what `proxytune.ops.step` measures in its
+one pass over the rows; here they are for logits that are at hand already. `ForkThreshold` holds the entropy h above
+which a token is a fork (arXiv 2506.01939): a quantile of that model's own token entropies. The paper's 0.672 nats are
+the 80th percentile of one 8B model, and mean nothing for another.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+
+from proxytune.calibration import ForkCalibration, Measure, as_values, finite, proper_share, share_threshold
+from proxytune.errors import CalibrationWarning, DriftWarning, InputError
+from proxytune.methods.forks.quantile_sketch import Sketch, Watch
+
+__all__ = ["ForkThreshold", "branching_factor", "entropy", "kl_divergence", "varentropy"]
+
+_CLAMP = -200.0  # exp() is 0 from about −104 on in float32, and 0 · −inf would be NaN
+
+
+# --- measures ------------------------------------------------------------------------------------------------------
+
+
+def entropy(logits: torch.Tensor) -> torch.Tensor:
+    """`H = −Σ p log p` with `p = softmax(logits)`.
+
+    Args:
+        logits: `[..., V]`, any floating dtype, normalised or not. −inf is a masked token: it has no probability.
+
+    Returns:
+        `[...]`, float32, nats, from 0 to ln V. NaN for a row with NaN or +inf, and for one that is −inf throughout.
+
+    Raises:
+        InputError: If the logits are no floating tensor with at least one column.
+    """
+    d, e, total, top = _exponentials(logits)
+    value = (total.log() - (e * d).sum(-1) / total).clamp(min=0.0)
+    return value.masked_fill(~top.isfinite(), torch.nan)
+
+
+def varentropy(logits: torch.Tensor) -> torch.Tensor:
+    """`Σ p (log p + H)²`: how unequal the surprises of the tokens are; 0 for a uniform or a certain distribution.
+
+    Args:
+        logits: `[..., V]`, as for `entropy`.
+
+    Returns:
+        `[...]`, float32, nats²; NaN as for `entropy`.
+
+    Raises:
+        InputError: As `entropy`.
+    """
+    d, e, total, top = _exponentials(logits)
+    mean = (e * d).sum(-1) / total
+    value = (e * (d - mean[..., None]).square()).sum(-1) / total
+    return value.masked_fill(~top.isfinite(), torch.nan)
+
+
+def branching_factor(logits: torch.Tensor) -> torch.Tensor:
+    """`e^H`: among how many equally probable tokens the choice would be as open.
+
+    Args:
+        logits: `[..., V]`, as for `entropy`.
+
+    Returns:
+        `[...]`, float32, from 1 to V; NaN as for `entropy`.
+
+    Raises:
+        InputError: As `entropy`.
+    """
+    return entropy(logits).exp()
+
+
+def kl_divergence(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`KL(p ‖ q) = Σ p (log p − log q)`, p from `logits` and q from `base`.
+
+    A token that p masks adds nothing, whatever q says. A token that q masks and p does not makes the divergence
+    infinite. Rows that were combined by proxytune never do that: the base owns the support.
+
+    Args:
+        logits: `[..., V]`, as for `entropy`: the combined row.
+        base: `[..., V]`, likewise; leading dimensions broadcast.
+
+    Returns:
+        `[...]`, float32, nats, ≥ 0. NaN where either row has no distribution (see `entropy`).
+
+    Raises:
+        InputError: If either is no floating tensor with at least one column, or they differ in V.
+    """
+    p_d, p_e, p_total, p_top = _exponentials(logits)
+    q_d, _, q_total, q_top = _exponentials(base)
+    if p_d.shape[-1] != q_d.shape[-1]:
+        raise InputError.of(
+            "logits",
+            expected=f"two rows of the same width, {q_d.shape[-1]} as the base's",
+            got=f"{p_d.shape[-1]} columns",
+            remedy="Compare rows over the same vocabulary, e.g. the combined one with the base's.",
+        )
+    escaped = ((p_e > 0) & (base == -torch.inf)).any(-1)
+    value = (p_e * (p_d - q_d)).sum(-1) / p_total - p_total.log() + q_total.log()
+    value = value.clamp(min=0.0).masked_fill(escaped, torch.inf)
+    return value.masked_fill(~(p_top.isfinite() & q_top.isfinite()), torch.nan)
+
+
+def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of logits `[..., V]`: d = z − max and e^d, `[..., V]`; Σ e^d and the max, `[...]`. d is finite at −inf."""
+    if (
+        not isinstance(logits, torch.Tensor)
+        or not logits.is_floating_point()
+        or not logits.ndim
+        or not logits.shape[-1]
+    ):
+        tensor = isinstance(logits, torch.Tensor)
+        raise InputError.of(
+            "logits",
+            expected="a floating tensor [..., V] with V ≥ 1",
+            got=f"shape {list(logits.shape)}, {logits.dtype}" if tensor else f"a {type(logits).__name__}",
+            remedy="Pass raw logits, e.g. model(ids).logits.",
+        )
+    z = logits.float()
+    top = z.amax(-1)  # NaN if there is one
+    d = (z - top.masked_fill(~top.isfinite(), 0.0)[..., None]).clamp(min=_CLAMP)
+    e = d.exp()
+    return d, e, e.sum(-1), top
+
+
+# --- the threshold -------------------------------------------------------------------------------------------------
+
+
+class ForkThreshold:
+    """The entropy h above which a token is a fork, and a count of how many were.
+
+    Three ways to one: `ForkThreshold(0.4)`, a number of one's own; `ForkThreshold.calibrated(entropies)` or
+    `.of(calibration)`, the quantile of a calibration run; `ForkThreshold.streaming()`, the quantile of what it has seen
+    so far. `is_fork` decides, `observe` counts; a step decides for all its rows before it counts any of them, so the
+    order of the rows changes nothing.
+
+    With a target share it also watches for drift: at the end of every `window` tokens the share of forks among them is
+    compared with a band, and the first time that it lies outside, a `DriftWarning` is given. The band is
+
+        share ± (margin + 4 · √(inflation · share (1 − share) / window)),
+
+    where `inflation` makes room for tokens not being independent. With the defaults (4096 tokens, 2 points, 4) it is
+    ±7 points around a fifth.
+
+    Counts stay on the device of the entropies; the host reads them once per window, and when it is asked. A threshold
+    belongs to one model at one α, and may serve many generations, one at a time: what it has counted, and what a stream
+    has learnt, goes on from one to the next until `reset()`.
+
+    Attributes:
+        share: The share of tokens that are to be forks; None for a number of one's own, which has no band.
+        measure: Of what the entropies are to be taken; None if the threshold does not say.
+        alpha: The α it was calibrated at; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        nats: float,
+        *,
+        share: float | None = None,
+        measure: Measure | None = None,
+        alpha: float | None = None,
+        **watch: Any,
+    ) -> None:
+        """Take a fixed number.
+
+        Args:
+            nats: The threshold h; finite. Below 0, every token is a fork.
+            share: The share of forks that it should give, in (0, 1); None to watch nothing.
+            measure: Of what the entropies are to be taken; None for whatever `observe` is given.
+            alpha: The α it belongs to.
+            **watch: `window`, in tokens [4096], `margin` [0.02] and `inflation` [4.0] of the band.
+
+        Raises:
+            InputError: If a value is out of its range.
+        """
+        self.share = None if share is None else proper_share(share)
+        self.measure, self.alpha = measure, alpha
+        self._nats: torch.Tensor | float = finite("threshold", nats)
+        self._watch = Watch(self.share, **watch)
+        self._sketch: Sketch | None = None
+        self._warned = False
+
+    @classmethod
+    def calibrated(cls, entropies: Any, share: float = 0.2, **settings: Any) -> ForkThreshold:
+        """The quantile of a calibration run.
+
+        Args:
+            entropies: The run's token entropies, nats, any shape: a tensor, an array or a sequence.
+            share: The share of tokens that are to be forks.
+            **settings: As for `ForkThreshold`.
+
+        Returns:
+            A threshold with `share` of these tokens above it, or as nearly as their ties allow.
+
+        Raises:
+            InputError: If the share is not in (0, 1), there are fewer than ten tokens on one side of the quantile, or a
+                value is no entropy.
+
+        Warns:
+            CalibrationWarning: If ties (often at 0) keep the share more than 2 points away from its target.
+        """
+        values = as_values(entropies)
+        needed = math.ceil(10 / min(proper_share(share), 1 - share))
+        if len(values) < needed:
+            raise InputError.of(
+                "entropies",
+                expected=f"at least {needed} tokens for a share of {share:g}, ten on either side of the quantile",
+                got=f"{len(values)}",
+                remedy="Calibrate on more text.",
+            )
+        nats, realised = share_threshold(values, share)
+        if abs(realised - share) > 0.02:
+            warnings.warn(
+                f"{realised:.1%} of the calibration tokens are forks, not {share:.1%}: many have the very same "
+                f"entropy, so that no threshold comes nearer than {nats:.4g} nats. Take another share, or other text.",
+                CalibrationWarning,
+                stacklevel=2,
+            )
+        return cls(nats, share=share, **settings)
+
+    @classmethod
+    def of(cls, calibration: ForkCalibration, **watch: Any) -> ForkThreshold:
+        """The threshold that a recipe holds.
+
+        Args:
+            calibration: What the calibration run found.
+            **watch: `window`, `margin` and `inflation`, as for `ForkThreshold`.
+
+        Returns:
+            The threshold, with the calibration's share, measure and α.
+
+        Raises:
+            InputError: If a setting is out of its range.
+        """
+        c = calibration
+        return cls(c.nats, share=c.share, measure=c.measure, alpha=c.alpha, **watch)
+
+    @classmethod
+    def streaming(
+        cls, share: float = 0.2, *, warm_up: int = 256, initial: float | None = None, **settings: Any
+    ) -> ForkThreshold:
+        """The quantile of all tokens observed so far, for a model without a calibration run.
+
+        It is kept in a histogram of logarithmic bins, 0.2 % wide (`proxytune.methods.forks.quantile_sketch.Sketch`),
+        so its memory is bounded, and the order of the tokens does not matter. Where more than a few points of all
+        tokens lie within 0.2 % of one entropy, the share is off by up to that much.
+
+        Args:
+            share: The share of tokens that are to be forks.
+            warm_up: How many tokens to see before the quantile counts. They are in its histogram, but not in the
+                realised share. The first tokens of a text are not like the rest, so a few steps of a batch are no
+                measure of it.
+            initial: The threshold until then, nats; None for no forks until then.
+            **settings: As for `ForkThreshold`.
+
+        Returns:
+            The threshold.
+
+        Raises:
+            InputError: If a value is out of its range.
+        """
+        start = math.inf if initial is None else finite("initial", initial)
+        threshold = cls(0.0, share=proper_share(share), **settings)
+        threshold._sketch = Sketch(share, warm_up, start)
+        threshold._nats = start
+        return threshold
+
+    @property
+    def is_streaming(self) -> bool:
+        """Whether the threshold moves with what is observed."""
+        return self._sketch is not None
+
+    @property
+    def nats(self) -> float:
+        """The threshold h as it stands, nats; +inf while a stream warms up. Waits for the device if it is streaming."""
+        return float(self._nats)
+
+    @property
+    def band(self) -> tuple[float, float] | None:
+        """What the share of forks in a window should lie between; None without a target share."""
+        return self._watch.band
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were counted, without a warm-up. Waits for the device."""
+        return self._watch.counts()[1]
+
+    @property
+    def realised_share(self) -> float:
+        """The share of forks among the tokens counted; NaN before the first. Waits for the device."""
+        forks, tokens = self._watch.counts()
+        return forks / tokens if tokens else math.nan
+
+    def is_fork(self, entropies: torch.Tensor) -> torch.Tensor:
+        """Which tokens are forks.
+
+        Args:
+            entropies: `[...]`, nats.
+
+        Returns:
+            `[...]`, bool: H > h. NaN is no fork.
+        """
+        if isinstance(self._nats, torch.Tensor):
+            self._nats = self._nats.to(entropies.device)
+        return entropies > self._nats
+
+    def observe(self, entropies: torch.Tensor, counted: torch.Tensor | None = None) -> None:
+        """Count the tokens of a step, after it was decided which are forks.
+
+        Args:
+            entropies: `[...]`, nats. NaN is not counted.
+            counted: `[...]`, bool: which tokens count; None for all.
+
+        Warns:
+            DriftWarning: Once, if the share of forks in a window leaves its band.
+        """
+        counted = ~entropies.isnan() if counted is None else counted & ~entropies.isnan()
+        forks, watched = self.is_fork(entropies), counted
+        if self._sketch is not None:
+            watched = counted & self._sketch.warm.to(counted.device)
+            self._nats = self._sketch.add(entropies, counted)
+        outside = self._watch.add(forks, watched)
+        if outside is not None and not self._warned:
+            self._warned = True
+            assert self.share is not None
+            assert self.band is not None
+            warnings.warn(
+                f"{outside[0]:.1%} of the last {outside[1]} tokens were forks, where {self.share:.1%} were to be (band "
+                f"{self.band[0]:.1%} to {self.band[1]:.1%}): the threshold, {self.nats:.4g} nats, does not fit this "
+                "model, temperature or kind of text. Calibrate again (`proxytune calibrate`), or take a streaming one.",
+                DriftWarning,
+                stacklevel=2,
+            )
+
+    def reset(self) -> None:
+        """Forget what was observed: the counts, what a stream has learnt, and that a warning was given."""
+        self._watch.clear()
+        self._warned = False
+        if self._sketch is not None:
+            self._sketch.clear()
+            self._nats = self._sketch.initial

@@ -1,0 +1,1 @@
+"""Mixtures of embeddings in a token's place."""

@@ -1,0 +1,199 @@
+"""What a causal LM makes of token ids before its first layer, and mixtures of that.
+
+Mixed are the outputs of the embedding *module*: some families scale them, and a weight's rows would not be. Families
+that look the ids up a second time (the per-layer embeddings of Gemma 3n and Gemma 4) get a mixture of these too. That
+nothing else of a forward pass depends on the ids is tried out once for each model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from proxytune.errors import UnsupportedModelError
+from proxytune.ops import Impl
+from proxytune.ops.mix import mix
+from proxytune.ops.noise import Noise
+
+__all__ = ["Embedding", "Inputs"]
+
+Inputs = dict[str, torch.Tensor]
+"""Arguments of a forward pass in place of `input_ids`, `[B, N, …]` each: `inputs_embeds` and what goes with it."""
+
+_PER_LAYER = "get_per_layer_inputs"
+_tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+class Embedding:
+    """The way from ids to what can be passed in their place.
+
+    Attributes:
+        role: What the model is called in messages.
+        model: The causal LM.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str = "model") -> None:
+        """Find the embedding, and try it out if that has not been done for this model.
+
+        Args:
+            model: A decoder-only causal LM, or a PEFT model around one.
+            role: For messages.
+
+        Raises:
+            UnsupportedModelError: If the model takes no embeddings, has none, or makes more of its ids than it tells.
+        """
+        self.role, self.model = role, model
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        module = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
+        takes = "inputs_embeds" in inspect.signature(inner.forward).parameters
+        if not isinstance(module, nn.Module) or not takes:
+            lacks = "inputs_embeds in its forward pass" if isinstance(module, nn.Module) else "an input embedding"
+            raise self._refusal(
+                "an input embedding, and a forward pass that takes inputs_embeds",
+                f"{type(inner).__name__} without {lacks}",
+            )
+        self._module: nn.Module = module
+        decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
+        sized = getattr(decoder.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None)
+        self._per_layer = getattr(decoder, _PER_LAYER, None) if sized else None
+        if inner not in _tried and self._try_out():
+            _tried.add(inner)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the ids go."""
+        weight: torch.Tensor | None = next(iter(self._module.parameters()), None)
+        hook = getattr(self._module, "_hf_hook", None)
+        if weight is None or weight.device.type == "meta":  # accelerate has it elsewhere until it is needed
+            return torch.device(getattr(hook, "execution_device", None) or self.model.device)
+        return weight.device
+
+    @property
+    def rows(self) -> int | None:
+        """How many ids it knows; None if the module does not tell."""
+        weight = getattr(self._module, "weight", None)
+        return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+
+    def of(self, ids: torch.Tensor) -> Inputs:
+        """What the model makes of ids.
+
+        Args:
+            ids: `[B, N]`, int64.
+
+        Returns:
+            `[B, N, …]` each.
+        """
+        ids = ids.to(self.device)
+        found: Inputs = {"inputs_embeds": self._module(ids)}
+        if self._per_layer is not None:
+            found["per_layer_inputs"] = self._second(ids)
+        return found
+
+    def mixed(
+        self,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        tokens: torch.Tensor,
+        soft: torch.Tensor,
+        sigma: float,
+        noise: Noise,
+        impl: Impl,
+    ) -> Inputs:
+        """A mixture of what it makes of several ids.
+
+        Args:
+            ids: `[B, K]`, int64: the candidates.
+            weights: `[B, K]`, float32, adding up to 1.
+            tokens: `[B]`, int64: the emitted tokens.
+            soft: `[B]`, bool: which rows are mixed; the others get what it makes of their token, bit for bit.
+            sigma: Gaussian noise on the mixture of the embeddings, relative to its root mean square.
+            noise: The keys of that noise.
+            impl: As in `proxytune.ops.mix.mix`.
+
+        Returns:
+            `[B, 1, …]` each.
+        """
+        place = self.device
+        ids, weights, tokens, soft = (x.to(place) for x in (ids, weights, tokens, soft))
+        keys = Noise(*(x.to(place) for x in (noise.seed, noise.row, noise.position, noise.branch)))
+        table = self._table()
+        if table is not None:
+            x = mix(table, ids, weights, tokens=tokens, soft=soft, sigma=sigma, noise=keys, impl=impl)
+            return {"inputs_embeds": x[:, None]}
+        out: Inputs = {}
+        for name, rows in self.of(torch.cat([ids, tokens[:, None]], 1)).items():  # [B, K + 1, …]
+            flat = rows.flatten(2).flatten(0, 1)  # [B · (K + 1), D]
+            place_of = torch.arange(len(flat), device=place).view(rows.shape[:2])
+            x = mix(
+                flat,
+                place_of[:, :-1],
+                weights,
+                tokens=place_of[:, -1],
+                soft=soft,
+                # The second look-up is told apart from the first by nothing that the noise is keyed by.
+                sigma=sigma if name == "inputs_embeds" else 0.0,
+                noise=keys,
+                impl=impl,
+            )
+            out[name] = x.view(rows.shape[0], 1, *rows.shape[2:])
+        return out
+
+    def _table(self) -> torch.Tensor | None:
+        """The weight, if the module does nothing but look rows of it up."""
+        module = self._module
+        plain = type(module) is nn.Embedding and module.max_norm is None and self._per_layer is None
+        hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+        weight = getattr(module, "weight", None)
+        known = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1
+        return weight if plain and not hooked and known else None
+
+    def _second(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self._per_layer is not None
+        more = {"inputs_embeds": None} if "inputs_embeds" in inspect.signature(self._per_layer).parameters else {}
+        found: torch.Tensor = self._per_layer(ids, **more)
+        return found
+
+    @torch.no_grad()
+    def _try_out(self) -> bool:
+        """Whether it could be tried."""
+        if self.model.training:  # dropout would make any two passes differ
+            return False
+        ids = torch.arange(1, 4, device=self.device)[None] % (self.rows or 4)  # [1, 3]
+        given: dict[str, Any] = {"use_cache": False}
+        if "position_ids" in inspect.signature(self.model.forward).parameters:
+            # Some models remember those of the generation that is running.
+            given["position_ids"] = torch.arange(3, device=self.device)[None]
+        try:
+            by_ids = self.model(input_ids=ids, **given).logits.float().log_softmax(-1)
+            by_embeddings = self.model(**self.of(ids), **given).logits.float().log_softmax(-1)
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise self._refusal(
+                "a forward pass on inputs_embeds", f"{type(error).__name__}: {str(error)[:200]}"
+            ) from error
+        # Of what has a probability at all: a mask in the head, of whatever value, says nothing.
+        apart = (by_ids - by_embeddings).abs()[by_ids > -20.0]
+        if not apart.numel():
+            return False
+        if not float(apart.max()) <= 1e-2:
+            raise self._refusal(
+                "a forward pass that depends on the ids through their embedding alone",
+                f"log-probabilities that differ by {float(apart.max()):.3g} nats between input_ids and inputs_embeds",
+            )
+        return True
+
+    def _refusal(self, expected: str, got: str) -> UnsupportedModelError:
+        name = getattr(self.model.config, "model_type", type(self.model).__name__)
+        error = UnsupportedModelError.of(
+            f"latent steps: the {self.role} ({name})",
+            expected=expected,
+            got=got,
+            remedy="Use another model, or decode without latent steps.",
+        )
+        assert isinstance(error, UnsupportedModelError)
+        return error

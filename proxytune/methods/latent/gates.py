@@ -1,0 +1,174 @@
+"""Where a latent step is taken: the settings of the gates. What they keep of each row is in `gate_state`.
+
+A gate only ever makes a step discrete, which is what decoding would have done without it. All of them are off, or wide
+open, unless they are asked for; what is always discrete are the ids that the caller lists, special ones among them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence, Set
+from dataclasses import dataclass, replace
+from typing import Any
+
+from proxytune.errors import InputError
+from proxytune.generation.token_patterns import Ids, token_ids
+
+__all__ = ["Gates"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gates:
+    """Which steps may be latent. A step is latent if every gate lets it; Ĥ = H(p) / ln k over the k candidates.
+
+    Attributes:
+        begin_ids: What opens the thinking span, outside of which all is discrete: the ids of `<think>`. Empty with
+            `end_ids` for a span that is open from the first new token on.
+        end_ids: What closes it: the ids of `</think>`. Empty for no span: every new token may be latent.
+        discrete_ids: Ids that are always fed back as they are, beside those of the span. Give the tokenizer's special
+            ids; EOS, padding and BOS of the call are added.
+        min_entropy: θ: the least Ĥ of a latent step, in [0, 1] [0].
+        dwell: Switch between the two modes as in SwiReasoning (arXiv 2510.05069): a latent block ends where Ĥ falls
+            below what it was at the block's start, a discrete one where it rises above that; a block has at least so
+            many steps. One number, or one for latent and one for discrete blocks; None to switch nothing.
+        cold_steps: After so many steps in a row with an entropy below `cold_entropy`, the thinking span ends (the cold
+            stop of Soft Thinking, 2505.15778): `end_ids` are written, and without a span all is discrete from there on.
+            None for never [256].
+        cold_entropy: In nats, of the whole distribution that the token was drawn from [.01].
+        max_run: The most latent steps in a row; one discrete step follows. None for no limit.
+        loop_ngram: n: where the last n tokens have been generated `loop_repeats` times, the step is discrete, as a
+            remedy against loops. None to look for none [8].
+        loop_repeats: How often, this time counted [3].
+
+    Raises:
+        InputError: If a setting is out of its range.
+    """
+
+    begin_ids: Ids | None = None
+    end_ids: Ids | None = None
+    discrete_ids: Sequence[int] = ()
+    min_entropy: float = 0.0
+    dwell: int | tuple[int, int] | None = None
+    cold_steps: int | None = 256
+    cold_entropy: float = 0.01
+    max_run: int | None = None
+    loop_ngram: int | None = 8
+    loop_repeats: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("begin_ids", "end_ids", "discrete_ids"):
+            ids = getattr(self, name)
+            empty = isinstance(ids, Sequence | Set) and not ids  # 0 is an id
+            object.__setattr__(self, name, token_ids(name, None if empty else ids, needed=False))
+        object.__setattr__(self, "discrete_ids", tuple(sorted(set(_tuple(self.discrete_ids)))))
+        if self.begin_ids and self.begin_ids == self.end_ids:
+            raise InputError.of(
+                "end_ids",
+                expected="another pattern than begin_ids",
+                got=f"{list(self.end)} for both, with which the span would never be open",
+                remedy="Pass what closes the thinking span.",
+            )
+        if self.begin_ids and not self.end_ids:
+            raise InputError.of(
+                "end_ids",
+                expected="what closes the thinking span",
+                got="none, beside begin_ids",
+                remedy="Pass both, e.g. the ids of '<think>' and '</think>'; or neither, for latent steps everywhere.",
+            )
+        if self.dwell is not None:
+            pair = self.dwell if isinstance(self.dwell, tuple) else (self.dwell, self.dwell)
+            if len(pair) != 2:
+                _refuse("dwell", "a whole number, or two", self.dwell)
+            object.__setattr__(self, "dwell", tuple(_least("dwell", n, 0) for n in pair))
+        for name, least in (("cold_steps", 1), ("max_run", 1), ("loop_ngram", 1)):
+            if getattr(self, name) is not None:
+                _least(name, getattr(self, name), least)
+        _least("loop_repeats", self.loop_repeats, 2)
+        for name, most in (("min_entropy", 1.0), ("cold_entropy", math.inf)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value <= most:
+                _refuse(name, f"a number from 0{f' to {most:g}' if most < math.inf else ' on'}", value)
+
+    @classmethod
+    def for_tokenizer(cls, tokenizer: Any, span: str | None = None, **settings: Any) -> Gates:
+        """Gates by text instead of ids: all special tokens are discrete, and the span is that of two tokens.
+
+        Args:
+            tokenizer: The model's tokenizer.
+            span: `"<think>…</think>"`, or with three dots: what opens the thinking span and what closes it, a single
+                token of the vocabulary each; nothing before the dots for a span that is open from the start. None for
+                no span.
+            **settings: Further settings of `Gates`.
+
+        Returns:
+            The gates.
+
+        Raises:
+            InputError: If the span does not have two parts, or one is no token of the vocabulary.
+        """
+        listed = [*tokenizer.all_special_ids, *cls(discrete_ids=settings.pop("discrete_ids", ())).discrete_ids]
+        if span is None:
+            return cls(discrete_ids=listed, **settings)
+        parts = span.replace("...", "…").split("…")
+        if len(parts) != 2 or not parts[1].strip():
+            raise InputError.of(
+                "span",
+                expected="what opens thinking and what closes it, with … or ... between them",
+                got=repr(span),
+                remedy='Pass e.g. "<think>…</think>".',
+            )
+        # Not by encode(): a text that is no token of its own falls into pieces that differ with what stands around it.
+        known = tokenizer.get_vocab()
+        begin, end = ((known.get(part.strip()),) if part.strip() else () for part in parts)
+        for part, ids in zip(parts, (begin, end), strict=True):
+            if None in ids:
+                raise InputError.of(
+                    "span",
+                    expected=f"tokens of {type(tokenizer).__name__}'s vocabulary",
+                    got=f"{part.strip()!r}, which is none",
+                    remedy="Take the thinking tokens of this model (its chat template shows them), or pass Gates the "
+                    "begin_ids and end_ids of several tokens.",
+                )
+        return cls(begin_ids=begin, end_ids=end, discrete_ids=listed, **settings)
+
+    def with_discrete(self, ids: Sequence[int]) -> Gates:
+        """The same gates with more ids that are always discrete.
+
+        Args:
+            ids: The ids.
+
+        Returns:
+            The gates.
+        """
+        return replace(self, discrete_ids=(*self.discrete_ids, *ids))
+
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """`begin_ids` as they are kept; empty for none."""
+        return _tuple(self.begin_ids)
+
+    @property
+    def end(self) -> tuple[int, ...]:
+        """`end_ids` as they are kept; empty for none."""
+        return _tuple(self.end_ids)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest id that a gate names; −1 for none."""
+        return max((*self.begin, *self.end, *self.discrete_ids), default=-1)
+
+
+def _tuple(ids: Ids | None) -> tuple[int, ...]:
+    # After __post_init__ it is one; the annotation tells what may be given.
+    assert isinstance(ids, tuple)
+    return ids
+
+
+def _least(name: str, value: Any, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        _refuse(name, f"a whole number of at least {least}", value)
+    return int(value)
+
+
+def _refuse(name: str, expected: str, value: Any) -> None:
+    raise InputError.of(name, expected=expected, got=repr(value), remedy="Leave it out for the default.")

@@ -1,0 +1,243 @@
+"""What is fed back instead of a token: weights over the likeliest tokens, drawn given the token that was emitted.
+
+The emitted token is drawn as ever; the weights are drawn *after* it, conditionally on it, so no token is forced and the
+law of the next token is touched through the model alone. y is the emitted token's one-hot, p the distribution it was
+drawn from, renormalised over the candidates, and Ĥ = H(p) / ln k with k candidates:
+
+============ ===================================================== ====================================================
+`onehot`      y                                                     discrete decoding, exactly
+`mean`        p                                                     Soft Thinking, arXiv 2505.15778
+`moi`         (Ĥp + (1 + β − Ĥ) y) / (1 + β)                        Mixture of Inputs, 2505.14827
+`gumbel`      softmax(g / τ), the token's g ~ Gumbel(0), the        2508.03440; the conditional form is ours. Over the
+              others' Gumbel(log p) truncated at it                 draw of y it is the Gumbel-softmax of p
+`dirichlet`   Dir(αp + y)                                           same; over the draw of y it is Dir(αp)
+`multiplex`   (y + Σ_{j<K} one-hot of i_j) / K, i_j ~ p             2601.08808
+`gaussian`    y, with noise of σ · rms(x) on the embedding x        2605.08221
+============ ===================================================== ====================================================
+
+Noise is keyed by (seed, row, position, token): neither the order of the candidates nor the batch changes a weight.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+
+from proxytune.errors import InputError
+from proxytune.ops.noise import LATENT, SLOTS, Noise, exponential, normal, slotted, unit
+
+__all__ = ["Candidates", "Kind", "Mixture"]
+
+Kind = Literal["onehot", "mean", "moi", "gumbel", "dirichlet", "multiplex", "gaussian"]
+
+_OWN: dict[str, dict[str, float]] = {
+    "moi": {"beta": 1.0},
+    "gumbel": {"tau": 0.25},
+    "dirichlet": {"alpha": 1.0},
+    "multiplex": {"samples": 3},
+    "gaussian": {"sigma": 0.1},
+}
+"""Kind → its settings and their defaults; `sigma` is everybody's, but 0 elsewhere."""
+_ATTEMPTS = 8  # each is accepted with a probability of at least .95; all fail once in 10¹⁰ draws
+_MOST_SAMPLES = SLOTS // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Candidates:
+    """The tokens that may be mixed, of each row.
+
+    Attributes:
+        ids: `[B, K]`, int64, all different where they have a probability.
+        logprobs: `[B, K]`, float32, nats, normalised over the candidates; −inf for none.
+        own: `[B, K]`, bool: which of them is the emitted token, one in each row.
+    """
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    own: torch.Tensor
+
+    @property
+    def spread(self) -> torch.Tensor:
+        """Ĥ = H(p) / ln k, `[B]`, float32, between 0 and 1; 0 with one candidate, NaN in a row without distribution."""
+        count = self.ids.shape[1]
+        if count == 1:
+            return self.logprobs[:, 0] * 0.0
+        p = self.logprobs.exp()
+        entropy = -torch.where(p > 0, p * self.logprobs, p).sum(1)  # a NaN stays one
+        return (entropy / math.log(count)).clamp(0.0, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """A law of the weights, and its settings.
+
+    Attributes:
+        kind: Which law.
+        candidates: Over how many of the likeliest tokens (k); the emitted one is always among them [10].
+        tau: The temperature τ > 0 of `gumbel` [.25].
+        alpha: The concentration α > 0 of `dirichlet` [1].
+        beta: The weight β ≥ 0 of the emitted token in `moi` [1].
+        samples: How many tokens K `multiplex` averages, the emitted one among them [3].
+        sigma: Gaussian noise on the mixture, relative to its root mean square [.1 for `gaussian`, else 0].
+
+    Raises:
+        InputError: If the kind is unknown, or a setting is out of its range or not one of that kind.
+    """
+
+    kind: Kind = "gumbel"
+    candidates: int = 10
+    tau: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    samples: int | None = None
+    sigma: float | None = None
+
+    def __post_init__(self) -> None:
+        kinds = get_args(Kind)
+        if self.kind not in kinds:
+            near = difflib.get_close_matches(str(self.kind), kinds, n=1)
+            raise InputError.of(
+                "kind",
+                expected=", ".join(kinds),
+                got=repr(self.kind),
+                remedy=f"Did you mean {near[0]}?" if near else "Use one of these.",
+            )
+        own = {"sigma": 0.0} | _OWN.get(self.kind, {})
+        for name in ("tau", "alpha", "beta", "samples", "sigma"):
+            given = getattr(self, name)
+            if given is None:
+                object.__setattr__(self, name, own.get(name))
+            elif name not in own:
+                of = next(kind for kind, settings in _OWN.items() if name in settings)
+                raise InputError.of(
+                    name,
+                    expected=f"only settings of {self.kind!r} ({', '.join(sorted(own))})",
+                    got=f"{name}={given!r}, a setting of {of!r}",
+                    remedy=f"Leave it out, or pass kind={of!r}.",
+                )
+        _above(self.tau, "tau", 0.0, strict=True)
+        _above(self.alpha, "alpha", 0.0, strict=True)
+        _above(self.beta, "beta", 0.0)
+        _above(self.sigma, "sigma", 0.0)
+        _whole(self.candidates, "candidates", None)
+        _whole(self.samples, "samples", _MOST_SAMPLES)
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the embedding that is fed back depends on more than the emitted token and its distribution."""
+        return self.kind in ("gumbel", "dirichlet", "multiplex") or bool(self.sigma)
+
+    def weights(self, candidates: Candidates, noise: Noise) -> torch.Tensor:
+        """Draw the weights.
+
+        Args:
+            candidates: The candidates, the emitted token among them.
+            noise: The keys, at the position of the emitted token.
+
+        Returns:
+            `[B, K]`, float32, ≥ 0, adding up to 1. The emitted token's one-hot in a row without distribution.
+        """
+        y = candidates.own.float()  # [B, K]
+        drawn: torch.Tensor
+        match self.kind:
+            case "onehot" | "gaussian":
+                return y
+            case "mean":
+                drawn = candidates.logprobs.exp()
+            case "moi":
+                assert self.beta is not None
+                h = candidates.spread[:, None]
+                drawn = (h * candidates.logprobs.exp() + (1.0 + self.beta - h) * y) / (1.0 + self.beta)
+            case "gumbel":
+                drawn = _gumbel(candidates, noise, self.tau)
+            case "dirichlet":
+                drawn = _dirichlet(candidates, noise, self.alpha)
+            case "multiplex":
+                drawn = _multiplex(candidates, noise, self.samples)
+        drawn = drawn / drawn.sum(1, keepdim=True)
+        return torch.where(drawn.isfinite().all(1, keepdim=True), drawn, y)
+
+
+def _gumbel(candidates: Candidates, noise: Noise, tau: Any) -> torch.Tensor:
+    """`softmax(g / τ)`, g the Gumbel variates of log p given that the emitted token's is the largest.
+
+    The largest of Gumbel(log p_i) variates is Gumbel(log Σp) = Gumbel(0), whichever token it falls on (Maddison et al.
+    2014, "A* sampling"); given it, the others are independent and truncated at it.
+    """
+    variates = noise.gumbel(slotted(0, candidates.ids), LATENT)  # [B, K]
+    # The emitted token's own variate, which no other needs.
+    largest = torch.where(candidates.own, variates, 0.0).sum(1, keepdim=True)
+    truncated = -torch.logaddexp(-largest, -(candidates.logprobs + variates))
+    keys = torch.where(candidates.own, largest, truncated)
+    keys = torch.where(candidates.own | (candidates.logprobs > -torch.inf), keys, -torch.inf)
+    return ((keys - largest) / tau).softmax(1)
+
+
+def _dirichlet(candidates: Candidates, noise: Noise, alpha: Any) -> torch.Tensor:
+    """`Dir(αp + y)` from Gamma variates, in logarithms, since those of small shapes are smaller than float32 holds."""
+    shape = alpha * candidates.logprobs.exp() + candidates.own
+    log_gamma = _log_gamma(shape, candidates.ids, noise)
+    return torch.where(shape > 0, log_gamma, -torch.inf).softmax(1)
+
+
+def _log_gamma(shape: torch.Tensor, ids: torch.Tensor, noise: Noise) -> torch.Tensor:
+    """Logarithms of Gamma variates, `[B, K]`.
+
+    By Marsaglia & Tsang (2000), "A simple method for generating gamma variables", with a fixed number of attempts;
+    shapes below 1 by Gamma(a) = Gamma(a + 1) · U^(1/a).
+    """
+    rows, count = ids.shape
+    attempts = torch.arange(_ATTEMPTS, device=ids.device)
+    index = slotted(attempts, ids[..., None]).flatten(1)  # [B, K · attempts]
+    first, second, third, fourth = (w.view(rows, count, _ATTEMPTS) for w in noise.words(index, LATENT))
+    small = shape < 1
+    d = (torch.where(small, shape + 1.0, shape) - 1.0 / 3.0)[..., None]  # [B, K, 1]
+    x = normal(first, second)
+    v = (1.0 + x / (9.0 * d).sqrt()).pow(3)
+    log_v = v.clamp(min=torch.finfo(torch.float32).tiny).log()
+    accepted = (v > 0) & (unit(third).log() < 0.5 * x.square() + d * (1.0 - v + log_v))
+    chosen = accepted.int().argmax(-1, keepdim=True)  # the first
+    found = d.log() + torch.where(accepted.any(-1, keepdim=True), log_v.gather(-1, chosen), 0.0)
+    return found[..., 0] - torch.where(small, exponential(fourth[..., 0]) / shape, 0.0)
+
+
+def _multiplex(candidates: Candidates, noise: Noise, samples: Any) -> torch.Tensor:
+    """The mean of the emitted token's one-hot and of K − 1 further draws from p, by the Gumbel-max trick."""
+    rows, count = candidates.ids.shape
+    total = candidates.own.float()
+    if samples == 1:
+        return total
+    slots = torch.arange(samples - 1, device=total.device)[:, None]
+    index = slotted(slots, candidates.ids[:, None]).flatten(1)  # [B, (K − 1) · count]
+    keys = noise.gumbel(index, LATENT).view(rows, samples - 1, count) + candidates.logprobs[:, None]
+    further = torch.nn.functional.one_hot(keys.argmax(-1), count).sum(1)
+    # NaN has no largest key: such a row has no weights.
+    return total + torch.where(candidates.logprobs.isnan().any(1, keepdim=True), torch.nan, further.float())
+
+
+def _above(value: Any, name: str, least: float, *, strict: bool = False) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is None or (number and math.isfinite(value) and (value > least or (value == least and not strict))):
+        return
+    raise InputError.of(
+        name,
+        expected=f"a finite number {'above' if strict else 'of at least'} {least:g}",
+        got=repr(value),
+        remedy="Leave it out for the default.",
+    )
+
+
+def _whole(value: Any, name: str, most: int | None) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if (value is None and most is not None) or (whole and value >= 1 and (most is None or value <= most)):
+        return
+    raise InputError.of(
+        name,
+        expected="a whole number of at least 1" if most is None else f"a whole number from 1 to {most}",
+        got=repr(value),
+        remedy="Leave it out for the default.",
+    )

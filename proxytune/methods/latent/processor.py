@@ -1,0 +1,263 @@
+"""Latent steps as a logits processor, for pipelines that can pass nothing but processors.
+
+The processor sees the scores, and `attach` lets it reach the inputs of the model it is attached to. Where it stands in
+the list does not matter as long as it knows which warpers come after it: they change what a token is drawn from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, NoReturn, Self
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
+from proxytune.generation.modes import refuse_modes
+from proxytune.generation.seeds import Rows, refuse_seed
+from proxytune.methods.latent.capture import EarlyCapture, with_capture
+from proxytune.methods.latent.gates import Gates
+from proxytune.methods.latent.input_hook import (
+    ARGUMENT,
+    Hook,
+    checked,
+    feedback_of,
+    put_hook,
+    refuse_processors,
+    take_hook,
+)
+from proxytune.methods.latent.mixture import Kind, Mixture
+from proxytune.methods.latent.steps import embeddings_of
+from proxytune.models.generation_mixin import refuse_continuous_batching
+from proxytune.models.padding import lengths_of
+from proxytune.ops import Impl
+
+__all__ = ["StochasticLatentLogitsProcessor"]
+
+_NAME = "StochasticLatentLogitsProcessor"
+
+
+class StochasticLatentLogitsProcessor(LogitsProcessor):
+    """What `StochasticLatentSampler` does, for any `generate()`, pipeline or trainer around a model.
+
+    `processor.attach(model)` is needed in both ways of using it, and `detach()` ends it; also a context manager:
+
+    - attached alone, every `generate()` of the model takes latent steps, and the processor finds its own place behind
+      the warpers;
+    - attached and passed in `logits_processor=[…]`, it stands before generate()'s warpers. It has to be told which they
+      are (`warpers`), and refuses a call in which others come after it. The result is the same.
+
+    With the same seed the steps are those of the sampler. Assisted decoding, paged caches, `generate_batch` and models
+    that run as somebody's draft are refused.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        mixture: Mixture | Kind = "gumbel",
+        gates: Gates | None = None,
+        *,
+        warpers: Sequence[LogitsProcessor] = (),
+        seed: int | None = None,
+        rows: Rows = None,
+        impl: Impl = "auto",
+    ) -> None:
+        """Keep the settings.
+
+        Args:
+            mixture: The law of the weights, or its kind for the defaults.
+            gates: Where steps are latent [everywhere but at ids that end, begin or pad the text].
+            warpers: The processors that come after this one in the list, in their order, as generate() makes them:
+                e.g. `[TemperatureLogitsWarper(0.8), TopKLogitsWarper(50)]`. Not needed if it is only attached.
+            seed: The key of all weights; None for another one in each call, from torch's default generator.
+            rows: `[B]`: which stream of the seed each row draws from [0, 1, 2, …].
+            impl: "triton", "torch" or "auto".
+
+        Raises:
+            InputError: If a setting is out of its range.
+        """
+        self.mixture, self.gates = checked(mixture, Gates() if gates is None else gates, impl)
+        refuse_seed(seed, _NAME)
+        self.warpers = list(warpers)
+        self.seed, self.rows = seed, rows
+        self.impl: Impl = impl
+        self._attached: Any = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> NoReturn:
+        """Refuse: in a `generate()` of the model that it is attached to, something else stands in for it.
+
+        Args:
+            input_ids: `[B, T]`.
+            scores: `[B, V]`.
+
+        Raises:
+            UnsupportedModeError: Always.
+        """
+        raise UnsupportedModeError.of(
+            _NAME,
+            expected="a generate() of the model that it is attached to",
+            got="a call in which it is not attached" if self._attached is None else "a call by another model, or loop",
+            remedy="Call processor.attach(model) before model.generate(...).",
+        )
+
+    def attach(self, model: PreTrainedModel) -> Self:
+        """Let every `generate()` of a model take latent steps.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+
+        Returns:
+            Itself, so that `with processor.attach(model):` detaches at the end.
+
+        Raises:
+            InputError: If the processor is attached already.
+            UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
+            UnsupportedModeError: If something else takes latent steps on the model, or it is an encoder-decoder.
+        """
+        if self._attached is not None:
+            raise InputError.of(
+                "attach", expected="a detached processor", got="one that is attached", remedy="Call detach() first."
+            )
+        if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+            raise UnsupportedModelError.of(
+                _NAME,
+                expected="a model whose inputs are prepared by itself",
+                got="a PEFT model that learns a prompt or prefix, which prepares them in its place",
+                remedy="Pass a StochasticLatentSampler to generate(custom_generate=…).",
+            )
+        # PEFT's generate() calls that of the model inside, and so does that of a compiled module.
+        inner = getattr(model, "_orig_mod", model)
+        target: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        refuse_modes(_NAME, target, target.generation_config, None, beams=True)
+        put = vars(target).get("_get_logits_processor")
+        if getattr(put, "is_attached", False) and not isinstance(put, _Processors):
+            raise UnsupportedModeError.of(
+                "attach",
+                expected="a model to which nothing is attached",
+                got="one with another processor; the companions of a ProxyTuningLogitsProcessor would read the ids",
+                remedy="Detach it. To steer and take latent steps, compose the models with proxytune.wrap.",
+            )
+        embeddings_of(target)
+        hook = put_hook(target)
+        target._get_logits_processor = _Processors(self, target, hook, target._get_logits_processor)
+        target.init_continuous_batching = refuse_continuous_batching
+        self._attached = target
+        return self
+
+    def detach(self) -> None:
+        """Undo `attach`; without effect if the processor is not attached."""
+        if self._attached is None:
+            return
+        for name in _HOOKS:
+            vars(self._attached).pop(name, None)
+        take_hook(self._attached)
+        self._attached = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.detach()
+
+
+_HOOKS = ("_get_logits_processor", "init_continuous_batching")
+
+
+class _Processors:
+    """What stands in for a model's `_get_logits_processor`; a copy of the model goes without."""
+
+    is_attached = True
+
+    def __init__(
+        self,
+        processor: StochasticLatentLogitsProcessor,
+        model: Any,
+        hook: Hook,
+        original: Callable[..., LogitsProcessorList],
+    ) -> None:
+        self.processor, self.model, self.hook, self.original = processor, model, hook, original
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self.original, memo)
+
+    def __call__(
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        *args: Any,
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        """Build the processors of one `generate()`, with one that shows the scores to its latent steps."""
+        found = self.original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
+        own = self.processor
+        if model_kwargs is None or self.model.prepare_inputs_for_generation is not self.hook:
+            raise UnsupportedModeError.of(
+                _NAME,
+                expected="a generate() in which the model prepares its inputs, through what attach() has put on it",
+                got="no arguments for the model" if model_kwargs is None else "another method in its place",
+                remedy="Attach the processor last, or pass a StochasticLatentSampler to generate(custom_generate=…).",
+            )
+        if generation_config.is_assistant:
+            raise UnsupportedModeError.of(
+                _NAME,
+                expected="a model that generates for itself",
+                got="one that drafts for another",
+                remedy="Call detach() first.",
+            )
+        refuse_modes(_NAME, self.model, generation_config, None, beams=True)
+        refuse_processors(found)
+        feedback = feedback_of(
+            self.model,
+            own.mixture,
+            own.gates,
+            generation_config,
+            seed=own.seed,
+            lengths=_lengths(generation_config, input_ids_seq_length or 0, model_kwargs),
+            rows=own.rows,
+            impl=own.impl,
+        )
+        # generate() hands these on to every step.
+        model_kwargs[ARGUMENT] = feedback
+        places = [i for i, p in enumerate(found) if isinstance(p, StochasticLatentLogitsProcessor)]
+        if not places:
+            return with_capture(found, feedback)
+        at = places[0]
+        if len(places) > 1 or found[at] is not own:
+            raise InputError.of(
+                "logits_processor",
+                expected="the processor that is attached, once",
+                got=f"{len(places)} of this kind",
+                remedy="Pass that one alone, or none.",
+            )
+        after = found[at + 1 :]
+        if [_settings(p) for p in after] != [_settings(p) for p in own.warpers]:
+            raise InputError.of(
+                "warpers",
+                expected=f"those that come after it in the list: {', '.join(map(_shown, after)) or 'none'}",
+                got=", ".join(map(_shown, own.warpers)) or "none",
+                remedy="Pass them to the processor, or leave it out of logits_processor: attached, it comes last.",
+            )
+        return LogitsProcessorList([*found[:at], EarlyCapture(feedback, own.warpers), *after])
+
+
+def _lengths(generation_config: GenerationConfig, width: int, model_kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """As many as there are rows, if some are padded; else one for all, `[1]`."""
+    mask = model_kwargs.get("attention_mask")
+    return lengths_of(1, width, torch.device("cpu") if mask is None else mask.device, generation_config, model_kwargs)
+
+
+def _settings(processor: LogitsProcessor) -> tuple[type, dict[str, str]]:
+    # As texts, since some are tensors. A 1 is a 1.0, and where the tensors lie does not matter.
+    return type(processor), {
+        k: repr(x.tolist() if isinstance(x, torch.Tensor) else float(x) if isinstance(x, int) else x)
+        for k, x in vars(processor).items()
+        if k != "device"
+    }
+
+
+def _shown(processor: LogitsProcessor) -> str:
+    return f"{type(processor).__name__}({', '.join(f'{k}={x}' for k, x in _settings(processor)[1].items())})"

@@ -1,0 +1,266 @@
+"""One generation's latent steps: from the scores that a token is drawn from to what is fed back in its place.
+
+`write` sees the scores before they are truncated, `capture` after all processors and warpers, and `feed` the inputs of
+the next forward pass; both doors (the `custom_generate` callable and the logits processor) call these and nothing else.
+Beams are reordered in between: which row goes on from which is told from the texts. Without beams nothing here waits
+for the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from transformers import PreTrainedModel
+
+from proxytune import ops
+from proxytune.errors import UnsupportedModeError
+from proxytune.generation.seeds import Rows, streams_of
+from proxytune.generation.token_patterns import forced
+from proxytune.methods.latent.embedding import Embedding, Inputs
+from proxytune.methods.latent.gate_state import GateState
+from proxytune.methods.latent.gates import Gates
+from proxytune.methods.latent.mixture import Candidates, Mixture
+from proxytune.models.model import ProxyTunedModel
+from proxytune.ops.noise import Noise
+
+__all__ = ["Feedback", "embeddings_of"]
+
+
+def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
+    """The embeddings that a mixture is taken of: each member has its own.
+
+    Args:
+        model: The composed model, or a plain causal LM.
+
+    Returns:
+        One for each member.
+
+    Raises:
+        UnsupportedModelError: As `Embedding`.
+    """
+    if isinstance(model, ProxyTunedModel):
+        return [Embedding(member.model, member.role) for member in model.members]
+    return [Embedding(model)]
+
+
+class Feedback:
+    """The latent steps of one generation.
+
+    Attributes:
+        soft: For each step but the last, `[B]`, bool: whether a mixture was fed back. Rows as they were then.
+        entropy: For each step, `[B]`, float32, nats: of the distribution that the token was drawn from.
+        known: How many ids all members can embed; None if that is not known.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        mixture: Mixture,
+        gates: Gates,
+        *,
+        seed: int,
+        lengths: torch.Tensor | int,
+        rows: Rows = None,
+        beams: int = 1,
+        impl: ops.Impl = "auto",
+    ) -> None:
+        """Start before the first token.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+            mixture: The law of the weights.
+            gates: Where steps are latent, ids that end the text among those that never are.
+            seed: The key of all noise.
+            lengths: `[B]`, int64, or one number for all: how many tokens each prompt has, without padding.
+            rows: `[B]`: which stream of it each row draws from [0, 1, 2, …].
+            beams: How many rows of a prompt may change places; 1 if none do.
+            impl: As in `ops.step`.
+
+        Raises:
+            UnsupportedModelError: As `Embedding`.
+        """
+        self._composed = isinstance(model, ProxyTunedModel)
+        self._embeddings = embeddings_of(model)
+        self.known = min((e.rows for e in self._embeddings if e.rows is not None), default=None)
+        self._mixture, self._gates = mixture, gates
+        self._seed, self._rows_given, self._beams, self._lengths = seed, rows, beams, lengths
+        self._impl: ops.Impl = impl
+        self._state: GateState | None = None
+        self._rows: torch.Tensor | None = None  # [B, V]: the scores
+        self._ids: torch.Tensor | None = None  # [B, T]: the texts that the scores were for
+        self._past: list[Inputs] | None = None  # of each member, [B, fed, …]: where there is no cache
+        self.soft: list[torch.Tensor] = []
+        self.entropy: list[torch.Tensor] = []
+
+    @property
+    def waiting(self) -> bool:
+        """Whether scores were captured whose token has not been fed back yet."""
+        return self._ids is not None
+
+    def write(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Write the end of the thinking span where a cold stop has ended it, unless a constraint masks that token.
+
+        Args:
+            input_ids: `[B, T]`, int64: the whole texts.
+            scores: `[B, V]`, before anything is truncated.
+
+        Returns:
+            `[B, V]`: the scores; where the end is due, it is certain.
+
+        Raises:
+            InputError: If `rows` does not fit the batch.
+        """
+        due = self._begun(input_ids).due(self._gates, input_ids)
+        if due is None or self._mixture.kind == "onehot":  # which is plain decoding, to the last bit
+            return scores
+        due = due.to(scores.device)
+        free = scores.gather(1, due.clamp(min=0)[:, None])[:, 0] > -torch.inf
+        return forced(scores, torch.where(free, due, -1))
+
+    def capture(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
+        """Keep the distribution that the next token is drawn from.
+
+        Args:
+            input_ids: `[B, T]`, int64: the whole texts.
+            scores: `[B, V]`, float32, after all processors and warpers.
+
+        Raises:
+            InputError: If `rows` does not fit the batch.
+        """
+        self._begun(input_ids)
+        rows = scores.float().contiguous()
+        found = ops.step([rows], want=("lse", "entropy"), impl=self._impl)
+        assert found.lse is not None
+        assert found.entropy is not None
+        known = rows[:, : self.known]  # a head may be wider than the embedding
+        top, top_ids = known.topk(min(self._mixture.candidates, known.shape[1]), dim=1)
+        self._ids, self._rows = input_ids, rows
+        self._lse, self._entropy, self._top, self._top_ids = found.lse, found.entropy, top, top_ids
+        self.entropy.append(found.entropy)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
+        raise UnsupportedModeError.of(
+            "latent steps",
+            expected="greedy decoding, sampling or beam search",
+            got="assisted decoding, which hands the model's arguments on to a draft",
+            remedy="Leave assistant_model out.",
+        )
+
+    def _begun(self, input_ids: torch.Tensor) -> GateState:
+        if self._state is None:
+            self._state = GateState.begin(self._gates, len(input_ids), input_ids.device, input_ids.shape[1])
+            self._streams = streams_of(self._rows_given, len(input_ids)).to(input_ids.device)
+        return self._state
+
+    def feed(self, inputs: dict[str, Any], input_ids: torch.Tensor) -> dict[str, Any]:
+        """Put the mixtures into the inputs of the next forward pass.
+
+        Args:
+            inputs: What the model has prepared for it, with `input_ids`.
+            input_ids: `[B, T]`, int64: the whole texts, the tokens drawn last included.
+
+        Returns:
+            The inputs; of a plain model with embeddings in place of the ids, of a composed one beside them.
+
+        Raises:
+            UnsupportedModeError: If the loop does not take one token at a time, or the model prepares no ids.
+        """
+        ids = inputs.get("input_ids")
+        before = self._ids
+        assert before is not None
+        assert self._state is not None
+        rows, length = input_ids.shape
+        new = None if ids is None else ids.shape[1]
+        if input_ids.shape != (before.shape[0], before.shape[1] + 1) or new not in (1, length):
+            raise UnsupportedModeError.of(
+                "latent steps",
+                expected="a loop that takes one token per row and step, and feeds it back",
+                got=f"{rows} texts of {length} tokens after {len(before)} of {before.shape[1]}, {new} of them fed back",
+                remedy="Use greedy decoding, sampling or beam search.",
+            )
+        tokens = input_ids[:, -1]
+        parents = self._parents(input_ids)
+        candidates, entropy = self._candidates(tokens, parents)
+        state = self._state if parents is None else self._state.of(parents)
+        place = tokens.device
+        soft, self._state = state.step(self._gates, input_ids, entropy.to(place), candidates.spread.to(place))
+        noise = Noise.of(rows, seed=self._seed, device=place)
+        start = self._lengths.to(place) if isinstance(self._lengths, torch.Tensor) else self._lengths
+        position = start + torch.full_like(tokens, length - 1 - state.start)
+        noise = Noise(noise.seed, self._streams, position, noise.branch)
+        on_scores = Noise(*(x.to(candidates.ids.device) for x in vars(noise).values()))
+        weights = self._mixture.weights(candidates, on_scores)
+        assert self._mixture.sigma is not None
+        fed = [
+            embedding.mixed(
+                candidates.ids,
+                weights,
+                tokens=tokens,
+                soft=soft,
+                sigma=self._mixture.sigma,
+                noise=noise,
+                impl=self._impl,
+            )
+            for embedding in self._embeddings
+        ]
+        self.soft.append(soft)
+        self._ids = self._rows = None
+        if new != 1 or self._past is not None:
+            fed = self._whole(fed, input_ids, parents)
+        if self._composed:
+            return {**inputs, "latent_inputs": tuple(fed)}
+        return {**inputs, "input_ids": None, **fed[0]}
+
+    def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Which row of the last step each row goes on from; None if rows stay where they are. `[B]`, int64."""
+        if self._beams == 1:
+            return None
+        assert self._ids is not None
+        now, before = (x.unflatten(0, (-1, self._beams)) for x in (input_ids[:, :-1], self._ids))  # [P, beams, T]
+        same = (now[:, :, None] == before[:, None]).all(-1)  # [P, beams, beams]
+        # Waits for the device, as beam search itself does in every step.
+        if not bool(same.any(-1).all()):
+            raise UnsupportedModeError.of(
+                "latent steps",
+                expected="beams that go on from beams of the same prompt",
+                got="a text that goes on from none of them",
+                remedy="Use transformers' own beam search.",
+            )
+        first = torch.arange(0, len(input_ids), self._beams, device=input_ids.device)
+        return (same.int().argmax(-1) + first[:, None]).flatten()
+
+    def _candidates(self, tokens: torch.Tensor, parents: torch.Tensor | None) -> tuple[Candidates, torch.Tensor]:
+        """The likeliest tokens of each row, the emitted one among them; and the entropy `[B]`."""
+        assert self._rows is not None
+        kept = (self._rows, self._lse, self._entropy, self._top, self._top_ids)
+        if parents is not None:
+            kept = tuple(x.index_select(0, parents.to(x.device)) for x in kept)  # type: ignore[assignment]
+        rows, lse, entropy, top, ids = kept
+        emitted = tokens.to(ids.device)[:, None]  # [B, 1]
+        own = ids == emitted
+        # An emitted token that is not among the likeliest takes the place of the last of them.
+        missing = ~own.any(1, keepdim=True)
+        last = torch.zeros_like(own)
+        last[:, -1:] = missing
+        own = own | last
+        z = torch.where(last, rows.gather(1, emitted), top)
+        logprobs = z - lse[:, None]
+        logprobs = logprobs - logprobs.logsumexp(1, keepdim=True)
+        # Masked tokens may be beyond what a member can embed.
+        return Candidates(torch.where(own | (z == -torch.inf), emitted, ids), logprobs, own), entropy
+
+    def _whole(self, fed: list[Inputs], input_ids: torch.Tensor, parents: torch.Tensor | None) -> list[Inputs]:
+        """The whole texts' inputs, for a loop without a cache: what was fed back before is fed again."""
+        past = self._past
+        if past is not None:
+            if parents is not None:
+                past = [{k: x[parents.to(x.device)] for k, x in one.items()} for one in past]
+            fed = [{k: torch.cat([old[k], x], 1) for k, x in one.items()} for old, one in zip(past, fed, strict=True)]
+        self._past = fed
+        out = []
+        for embedding, one in zip(self._embeddings, fed, strict=True):
+            count = one["inputs_embeds"].shape[1]
+            prompt = embedding.of(input_ids[:, :-count])
+            out.append({k: torch.cat([prompt[k], x], 1) for k, x in one.items()})
+        return out

@@ -1,0 +1,1 @@
+"""Noise at the high-level state of models that recur."""

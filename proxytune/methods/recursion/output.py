@@ -1,0 +1,97 @@
+"""What stochastic recursion hands back: all trajectories of all prompts, and which of them was selected."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from proxytune.methods.recursion.adapters import ValueHead
+from proxytune.methods.recursion.meter import Meter
+
+__all__ = ["RecursionOutput", "Trajectories", "measured"]
+
+
+@dataclass(frozen=True, eq=False)
+class Trajectories:
+    """All trajectories of all prompts. What follows a trajectory's end counts nowhere.
+
+    Attributes:
+        sequences: `[B, N, T]`, int64: prompt and generated tokens, padded at the right: behind a trajectory's length
+            stands the padding token, and where the call has none, the trajectory's last token again.
+        lengths: `[B, N]`, int64: how many tokens were generated, an EOS token among them.
+        mean_logprobs: `[B, N]`, float64, nats: the mean over them, of the trajectory's own noisy model, at temperature
+            1 and before all processors.
+        cycles: `[B, N]`, int64: the cycles that were used to predict them, in sum.
+        values: `[B, N]`, float64: of the model's value head, at the state that the last token was predicted from; None
+            without one.
+    """
+
+    sequences: torch.Tensor
+    lengths: torch.Tensor
+    mean_logprobs: torch.Tensor
+    cycles: torch.Tensor
+    values: torch.Tensor | None = None
+
+
+@dataclass
+class RecursionOutput(ModelOutput):
+    """What `StochasticRecursion` returns with `return_dict_in_generate`.
+
+    Attributes:
+        sequences: `[B, T]`, int64: the selected trajectories, cut to the longest and padded as those are; with
+            `select=None` all of them, `[B · N, T]`, prompt after prompt.
+        chosen: `[B]`, int64: which of its N trajectories each prompt got; None with `select=None`. Among equal scores
+            the highest mean log-probability was chosen, also where all are −inf.
+        scores: `[B, N]`, float64: what they were compared by; in a vote how many of the N have the same answer, −inf
+            without an answer. None with `select=None`.
+        trajectories: All of them.
+    """
+
+    sequences: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    scores: torch.Tensor | None = None
+    trajectories: Trajectories | None = None
+
+
+def measured(
+    texts: torch.Tensor,
+    meter: Meter,
+    head: ValueHead | None,
+    prompts: int,
+    *,
+    length: int,
+    pad: torch.Tensor | None,
+) -> Trajectories:
+    """Gather what was measured, prompt after prompt.
+
+    Args:
+        texts: `[B · N, T]`, int64.
+        meter: What was measured of its rows.
+        head: The model's value head; None if it has none.
+        prompts: B.
+        length: How many of the T columns are the prompt's.
+        pad: The padding token, without dimensions; None if there is none.
+
+    Returns:
+        The trajectories.
+    """
+    values = None
+    if head is not None:
+        assert meter.states is not None
+        values = head(meter.states).to(texts.device, torch.float64).view(prompts, -1)
+    return Trajectories(
+        sequences=_padded(texts, length + meter.lengths, pad).view(prompts, -1, texts.shape[1]),
+        lengths=meter.lengths.view(prompts, -1),
+        mean_logprobs=(meter.logprobs / meter.lengths.clamp(min=1)).view(prompts, -1),
+        cycles=meter.cycles.view(prompts, -1),
+        values=values,
+    )
+
+
+def _padded(texts: torch.Tensor, ends: torch.Tensor, pad: torch.Tensor | None) -> torch.Tensor:
+    """The same texts `[R, T]`, without what was generated behind their ends `[R]`, where rows without an EOS go on."""
+    last = texts.gather(1, (ends - 1).clamp(min=0)[:, None])
+    filler = last if pad is None else pad.to(texts.device)
+    return torch.where(torch.arange(texts.shape[1], device=texts.device) < ends[:, None], texts, filler)

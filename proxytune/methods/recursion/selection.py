@@ -1,0 +1,126 @@
+"""Which of several texts of a prompt: by their log-probability, a vote, a value, or a verifier of the caller's own.
+
+Ties go to the higher mean log-probability, then to the first. What is not a number is never better than a number.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+
+from proxytune.errors import InputError
+from proxytune.voting.vote import Sample, vote
+
+__all__ = ["Select", "Verifier", "check_select", "select_one"]
+
+Verifier: TypeAlias = Callable[[list[int]], float]
+"""Generated ids, without padding, to a score; larger is better."""
+Named = Literal["logprob", "vote", "value"]
+Select: TypeAlias = Named | Verifier | None
+
+
+def check_select(select: Select) -> None:
+    """Refuse what is no way to select.
+
+    Args:
+        select: One of the names, a verifier, or None.
+
+    Raises:
+        InputError: If it is none of them.
+    """
+    if not (select is None or select in get_args(Named) or callable(select)):
+        raise InputError.of(
+            "select",
+            expected="'logprob', 'vote', 'value', a callable from ids to a score, or None for all trajectories",
+            got=repr(select),
+            remedy="Leave it out for 'logprob'.",
+        )
+
+
+def select_one(
+    select: Named | Verifier,
+    texts: Sequence[list[int]],
+    mean_logprobs: Sequence[float],
+    *,
+    values: Sequence[float] | None = None,
+    answer: Callable[[list[int]], Hashable | None] | None = None,
+) -> tuple[int, list[float]]:
+    """Select one of the texts of a prompt.
+
+    Args:
+        select: `"logprob"` for the mean log-probability, `"vote"` for the answer that most texts have, `"value"` for
+            the values, or a verifier.
+        texts: N ≥ 1 lists of generated ids, without padding.
+        mean_logprobs: `[N]`, nats.
+        values: `[N]`, for `"value"`.
+        answer: For `"vote"`: ids to a hashable answer, None for no answer; the ids themselves if left out. No answer
+            never wins against an answer; if no text has one, the highest mean log-probability wins.
+
+    Returns:
+        Its number, and what each text was compared by, `[N]`; for `"vote"` how many texts have its answer, −inf for no
+        answer.
+
+    Raises:
+        InputError: If a verifier returns no number, or an answer is not hashable, or only by its identity, as a tensor.
+    """
+    if select == "logprob":
+        scores = list(mean_logprobs)
+    elif select == "value":
+        assert values is not None
+        scores = list(values)
+    elif select == "vote":
+        scores = _votes([tuple(ids) if answer is None else answer(list(ids)) for ids in texts])
+    else:
+        assert callable(select)
+        scores = [_score(select, ids) for ids in texts]
+    return _best(scores, mean_logprobs), scores
+
+
+def _votes(answers: Sequence[Hashable | None]) -> list[float]:
+    """How many texts have the answer of each; −inf for no answer."""
+    for answer in answers:
+        if _by_identity(answer):
+            raise InputError.of(
+                "answer",
+                expected="a value that equal answers share, or None for no answer",
+                got=f"{answer!r} of type {type(answer).__name__}, which is counted by identity: no two would agree",
+                remedy="Return an int, a str or a tuple of them; of a tensor its item(), or tuple(x.tolist()).",
+            )
+    totals = vote([Sample(answer) for answer in answers]).totals
+    return [-math.inf if answer is None else totals[answer] for answer in answers]
+
+
+def _by_identity(answer: Any) -> bool:
+    """Whether a value, or one in it, hashes by what it is instead of by what it says."""
+    if isinstance(answer, tuple | frozenset):
+        return any(map(_by_identity, answer))
+    kind: Any = type(answer)
+    return isinstance(answer, torch.Tensor) or (answer is not None and kind.__hash__ is object.__hash__)
+
+
+def _best(scores: Sequence[float], mean_logprobs: Sequence[float]) -> int:
+    pairs = zip(map(_number, scores), map(_number, mean_logprobs), strict=True)
+    return max(enumerate(pairs), key=lambda item: (*item[1], -item[0]))[0]
+
+
+def _number(x: float) -> float:
+    return -math.inf if math.isnan(x) else x
+
+
+def _score(verifier: Verifier, ids: list[int]) -> float:
+    found = verifier(list(ids))
+    try:
+        score = float(found)
+    except (TypeError, ValueError):
+        score = math.nan
+    if math.isnan(score):
+        raise InputError.of(
+            "select",
+            expected="a verifier that returns a number",
+            got=f"{found!r} for {ids[:8]}",
+            remedy="Return e.g. 1.0 for right and 0.0 for wrong, -inf for what must not be selected.",
+        )
+    return score

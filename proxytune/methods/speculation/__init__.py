@@ -1,0 +1,1 @@
+"""Lossless speculation: a draft runs ahead, the model verifies."""

@@ -1,0 +1,363 @@
+"""Where drafted tokens come from: the composed model's own expert, another model, the prompt, or bigrams of a model.
+
+A draft only proposes; what is accepted is decided by the model's own distribution, so none of them can change what
+comes out, but only how fast. `Draft` is the setting, `Drafter` its state in one generation.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from proxytune.costs.devices import draft_costs, machine_of
+from proxytune.costs.model_size import pass_work
+from proxytune.costs.speculation import DraftCosts
+from proxytune.errors import InputError
+from proxytune.methods.speculation.ragged_cache import Columns, record
+from proxytune.methods.speculation.ragged_text import Texts
+from proxytune.models.members.composite_cache import view
+from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.model import ProxyTunedModel
+
+__all__ = ["Draft", "DraftModel", "Drafter", "ExpertDraft", "Start"]
+
+Draw = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""From raw logits `[B, V_q]` and the drafts before them `[B, j]` to tokens `[B]` and the rows they were drawn from."""
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a generation begins with.
+
+    Attributes:
+        model: The composed model, or a plain causal LM.
+        cache: Its cache, which holds the prompts.
+        input_ids: `[B, T]`, int64: the prompts.
+        attention_mask: `[B, T]`, or longer where a cache was given and only new ids; None if nothing is padded.
+        usable: How many ids may be drafted.
+    """
+
+    model: Any
+    cache: Cache
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    usable: int
+
+
+class Drafter(ABC):
+    """A draft in one generation.
+
+    Attributes:
+        caches: The caches that it runs ahead on.
+        added: How many columns they hold beyond what is settled.
+        role: The role of the member that it is; None for none.
+    """
+
+    caches: tuple[Cache, ...] = ()
+    added: int = 0
+    role: str | None = None
+
+    def room(self, width: int) -> int:
+        """How many tokens it can draft, as far as its own context goes.
+
+        Args:
+            width: How many columns the caches have.
+
+        Returns:
+            At least 0.
+        """
+        return 1 << 30
+
+    @abstractmethod
+    def propose(
+        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft a continuation of each row.
+
+        Args:
+            count: At most how many tokens, at least 1.
+            last: `[B, 1]`, int64: the last token of each row, which no cache holds yet.
+            texts: The texts.
+            columns: What the caches hold.
+            draw: Draws from a model's logits as the verification will.
+
+        Returns:
+            `[B, K]`, int64, K ≤ `count`, −1 from where a row has no draft; and the rows that they were drawn from,
+            `[B · K, V_q]`, None if they were not drawn.
+        """
+
+    def known(self) -> torch.Tensor | None:
+        """What the member that it is has already said about the first tokens of the verifying pass.
+
+        Returns:
+            `[B, K, V_i]`; None if it is none, or has drafted nothing.
+        """
+        return None
+
+    def finish(self, columns: Columns) -> torch.Tensor | None:
+        """Run over the last draft too, since some row's has been accepted: only then is there a use for it.
+
+        Args:
+            columns: What the caches hold.
+
+        Returns:
+            `[B, 1, V_q]`: what it says about the token behind it; None for a draft without a model.
+        """
+        return None
+
+    def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
+        """See a round without a draft go by: caches of its own have to take in the last token all the same.
+
+        Args:
+            last: `[B, 1]`, int64.
+            columns: What the caches hold.
+        """
+        self.added = 1
+
+
+class Draft(ABC):
+    """A source of drafted tokens, for any number of generations."""
+
+    @abstractmethod
+    def begin(self, start: Start) -> Drafter:
+        """Begin a generation.
+
+        Args:
+            start: What it begins with.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: If the model is not one that it can draft for.
+        """
+
+    @abstractmethod
+    def costs(self, model: Any, rows: int) -> DraftCosts:
+        """What a round takes, by the figures of `proxytune.costs.devices`.
+
+        Args:
+            model: The model.
+            rows: B.
+
+        Returns:
+            The costs, in seconds.
+
+        Raises:
+            InputError: If the model is not one that it can draft for.
+        """
+
+
+def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None) -> DraftCosts:
+    """What a round takes, by the figures of `proxytune.costs.devices`.
+
+    Args:
+        model: The composed model, or a plain causal LM.
+        draft: The model that drafts; None for a draft without a model.
+        rows: B.
+        role: The role in which it drafts, on the composite cache; None for a cache of its own, or none. The same model
+            may have two roles.
+
+    Returns:
+        The costs, in seconds.
+    """
+    members = [(m.role, m.model) for m in model.members] if isinstance(model, ProxyTunedModel) else [("base", model)]
+    verifying = [pass_work(one) for name, one in members if name != role]
+    drafting = None if draft is None else pass_work(draft)
+    return draft_costs(machine_of(members[0][1].device.type), verifying, drafting, rows, member=role is not None)
+
+
+Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+
+
+class _ModelDrafter(Drafter):
+    """What drafts with a model: one pass per token, each on the one before."""
+
+    def __init__(self, forward: Forward, usable: int) -> None:
+        self._forward = forward
+        self._usable = usable
+        self._last = torch.empty(0)
+
+    def propose(
+        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        drafted = last[:, :0]
+        token, rows = last, []
+        for ahead in range(count):
+            logits = self._forward(token, columns.mask(ahead + 1), columns.positions(1, ahead))  # [B, 1, V_q]
+            self._keep(logits)
+            tokens, drawn_from = draw(logits[:, -1, : self._usable], drafted)
+            rows.append(drawn_from)
+            token = tokens.clamp(min=0)[:, None]  # where there was nothing to draw from, nothing will be accepted
+            drafted = torch.cat([drafted, tokens[:, None]], 1)
+        self._last, self.added = token, count
+        return drafted, torch.stack(rows, 1).flatten(0, 1)
+
+    def finish(self, columns: Columns) -> torch.Tensor | None:
+        ahead, self.added = self.added, self.added + 1
+        return self._forward(self._last, columns.mask(ahead + 1), columns.positions(1, ahead))
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        pass
+
+
+class _OwnExpert(_ModelDrafter):
+    """The expert of the composed model, ahead of the others on its own layers of the composite cache."""
+
+    def __init__(self, start: Start) -> None:
+        self.role = "expert"
+        place = [member.role for member in start.model.members].index(self.role)
+        member, part = start.model.members[place], view(start.cache, *start.model.config.spans[place])
+
+        def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+            return member.forward(ids, attention_mask=mask, position_ids=positions, cache=part)
+
+        super().__init__(forward, start.usable)
+        self.caches = (part,)
+        self._said: list[torch.Tensor] = []
+
+    def _keep(self, logits: torch.Tensor) -> None:
+        self._said.append(logits)
+
+    def known(self) -> torch.Tensor | None:
+        said, self._said = self._said, []
+        return torch.cat(said, 1) if said else None
+
+
+@dataclass(frozen=True)
+class ExpertDraft(Draft):
+    """The composed model's own expert drafts: it has to run anyway, and hands its logits to the verification."""
+
+    def begin(self, start: Start) -> Drafter:
+        """Begin a generation.
+
+        Args:
+            start: What it begins with.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: If the model is not a composed one.
+        """
+        self._refuse(start.model)
+        return _OwnExpert(start)
+
+    def costs(self, model: Any, rows: int) -> DraftCosts:
+        """What a round takes.
+
+        Args:
+            model: The model.
+            rows: B.
+
+        Returns:
+            The costs, in seconds.
+
+        Raises:
+            InputError: If the model is not a composed one.
+        """
+        self._refuse(model)
+        return costs_of_round(model, model.expert, rows, role="expert")
+
+    @staticmethod
+    def _refuse(model: Any) -> None:
+        if not isinstance(model, ProxyTunedModel):
+            raise InputError.of(
+                "draft='expert'",
+                expected="a composed model, made by proxytune.wrap",
+                got=f"a {type(model).__name__}, which has no expert",
+                remedy="Pass another draft, such as DraftModel(small_model) or PromptLookup().",
+            )
+
+
+class _OtherModel(_ModelDrafter):
+    """A model outside the composition, with a cache of its own."""
+
+    def __init__(self, member: Member, start: Start) -> None:
+        ids, mask = start.input_ids, start.attention_mask
+        if start.cache.get_seq_length() != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
+            raise InputError.of(
+                "input_ids",
+                expected="the whole text, for a draft that has a cache of its own",
+                got=f"{ids.shape[1]} ids, beside a cache that holds {start.cache.get_seq_length()} tokens",
+                remedy="Pass the ids of the whole text together with past_key_values.",
+            )
+        check_ids(ids.clamp(max=member.rows - 1), [member])
+        self._context = member.context
+        cache = DynamicCache(config=member.model.config.get_text_config(decoder=True))
+        positions = None if mask is None else positions_of(mask)
+        # Of a prompt only what it leaves in the cache is of use.
+        known = ids.clamp(max=member.rows - 1)
+        member.forward(known, attention_mask=mask, position_ids=positions, cache=cache, logits_to_keep=1)
+        record(cache)
+        self.caches = (cache,)
+
+        def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
+            # Text that it has no embedding for reaches it as another token: its drafts get worse, nothing else.
+            known = ids.clamp(max=member.rows - 1)
+            logits = member.forward(known, attention_mask=mask, position_ids=positions, cache=cache)
+            return logits.to(start.input_ids.device)
+
+        super().__init__(forward, min(start.usable, member.rows))
+
+    def room(self, width: int) -> int:
+        left = 1 << 30 if self._context is None else self._context - width - 1
+        if left < 0:
+            self.caches = ()  # it cannot even read on: from here the model goes on without a draft
+        return max(0, left) if self.caches else 0
+
+    def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
+        super().undrafted(last, columns)
+        if self.caches:
+            self._forward(last, columns.mask(1), columns.positions(1))
+
+
+class DraftModel(Draft):
+    """A third causal LM drafts, with a cache of its own.
+
+    Attributes:
+        model: The causal LM. Its ids have to mean what the steered model's mean; its head may be wider or narrower.
+    """
+
+    def __init__(self, model: Any) -> None:
+        """Check that the model can draft.
+
+        Args:
+            model: A decoder-only causal LM with attention layers only.
+
+        Raises:
+            UnsupportedModelError: If it is none.
+        """
+        self.model = model
+        self._member = Member(model, "draft")
+
+    def begin(self, start: Start) -> Drafter:
+        """Begin a generation: the draft reads the prompts.
+
+        Args:
+            start: What it begins with.
+
+        Returns:
+            The state.
+
+        Raises:
+            InputError: If the prompts are not the whole text, or too long for the draft.
+        """
+        return _OtherModel(self._member, start)
+
+    def costs(self, model: Any, rows: int) -> DraftCosts:
+        """What a round takes.
+
+        Args:
+            model: The model.
+            rows: B.
+
+        Returns:
+            The costs, in seconds.
+        """
+        return costs_of_round(model, self.model, rows)

@@ -1,0 +1,266 @@
+"""A small model that follows whatever prefix it is asked about, in as few token-forwards as possible.
+
+`generate()` reorders beams and rolls back drafts behind a logits processor's back; all that the processor gets is the
+whole prefix. So the companion compares the prefix with the rows in its cache, keeps what they share, and forwards only
+the rest. It knows nothing of formulas, and holds one batch at a time; threads take turns, each finding the cache as the
+other left it.
+
+The comparison makes the host wait for the device once per step. The composed model has no such wait.
+
+On a GPU a companion may be asked on any stream: it waits for the one on which its cache was used last.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from proxytune.errors import InputError
+from proxytune.models.members.cuda_streams import Turns, tensors_of
+from proxytune.models.members.member import Member, check_ids
+
+__all__ = ["Companion"]
+
+_PADDING = -1  # no token id: a padded position equals a padded position and nothing else
+
+
+class Companion:
+    """A causal LM and a KV cache that follows any prefix.
+
+    Attributes:
+        member: The model, with its role and the count of tokens it was run on.
+        prefill_chunk_size: In parts of how many tokens a text is read; None for at once. Changes rounding only.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32) -> None:
+        """Wrap a model.
+
+        Args:
+            model: A decoder-only causal LM with attention layers. It is put in evaluation mode.
+            role: What to call it in messages.
+            memo: For how many of the last positions of a single row logits are kept, so that a draft's question and
+                the verification's repetition of it cost one forward. Batches keep one position.
+
+        Raises:
+            UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`.
+        """
+        self.member = Member(model.eval(), role)
+        self._memo = memo
+        self.prefill_chunk_size: int | None = None
+        # Sliding-window layers forget what fell out of the window, and then cannot be rolled back. They are used as
+        # long as nobody rolls back (sampling, beams); the first rollback they cannot do switches to full layers.
+        self._keep_all = False
+        self._turn = threading.RLock()
+        self._turns = Turns()
+        self._asked_by: int | None = None  # the thread
+        self.reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy starts without a prefix; a lock cannot be copied.
+        return {k: v for k, v in self.__dict__.items() if k != "_turn"} | {
+            "_cache": None,
+            "_ids": None,
+            "_logits": [],
+            "_weights": None,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._turn = threading.RLock()
+
+    def reset(self) -> None:
+        """Forget the cached prefix; the next question starts with a prefill."""
+        self._cache: DynamicCache | None = None
+        self._ids: torch.Tensor | None = None  # [B, L]: what the cache holds, padding as _PADDING
+        self._logits: list[torch.Tensor] = []  # [B, V] each: after the last cached positions, in order
+        self._weights: object = None  # what the cache was computed with
+
+    @torch.no_grad()
+    def logits_for(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, last: int = 1
+    ) -> torch.Tensor:
+        """The model's raw logits after a prefix, and after the `last − 1` prefixes before it.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; what it does not cover counts as tokens. None if
+                nothing is padded.
+            last: How many of the last positions to return.
+
+        Returns:
+            `[B, last, V]`, in the model's dtype and on its device; not to be written to.
+
+        Raises:
+            InputError: If the prefix is shorter than `last`, longer than the model's context, or has ids that the model
+                cannot embed.
+        """
+        n = input_ids.shape[1]
+        if n < last or last < 1:
+            raise InputError.of(
+                "input_ids",
+                expected=f"a prefix of at least {max(last, 1)} tokens",
+                got=f"{n}",
+                remedy="A companion needs the whole prefix, not only the new ids.",
+            )
+        ids = input_ids.to(self.member.device)
+        mask = _full_mask(ids, attention_mask)  # [B, T] or None
+        key = ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
+        with self._turn, self._turns.on(self.member.device, self._held()):
+            self._asked_by = threading.get_ident()
+            return self._advance(ids, mask, key, last)
+
+    def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
+        """Run over the next token of a text before its logits are asked for, so that `logits_for` remembers them.
+
+        Where the cache holds another number of rows or tokens, or another thread has asked since, nothing is done: then
+        there is more to run than one token, and it may be in vain.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            attention_mask: As in `logits_for`.
+
+        Raises:
+            InputError: As `logits_for`.
+        """
+        rows, length = input_ids.shape
+        with self._turn:
+            follows = self._ids is not None and self._ids.shape == (rows, length - 1)
+            if follows and self._asked_by == threading.get_ident():
+                self.logits_for(input_ids, attention_mask)
+
+    def _held(self) -> Iterator[torch.Tensor | None]:
+        """All tensors that outlive a step."""
+        return chain(tensors_of(self._cache), [self._ids], self._logits)
+
+    def _advance(self, ids: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor, last: int) -> torch.Tensor:
+        """Bring the cache to the prefixes `key` and return their last logits; see `logits_for`."""
+        n = ids.shape[1]
+        held = 0 if self._ids is None else self._ids.shape[1]
+        keep = self._match(key)
+        # Not the next step of the same text: the moment to see that the model has been trained, or switched to another
+        # adapter, since.
+        if keep and not keep == held == n - 1 and self._weights != _weights_of(self.member.model):
+            self.reset()
+            keep = 0
+        if keep > n - last and self._remembered(keep) < keep - (n - last):
+            keep = n - last  # the cache holds these positions, but their logits have to be computed again
+        if keep == n:
+            known = self._remembered(n)
+            return _stacked(self._logits[known - last : known])
+        keep = self._rollback(keep)
+        if self._cache is None or n - keep > 1:
+            check_ids(ids[:, keep:], [self.member])
+        if self._cache is None:
+            self._cache = DynamicCache() if self._keep_all else DynamicCache(config=self.member.model.config)
+            self._weights = _weights_of(self.member.model)
+        # An interrupted forward leaves some layers longer than others. Without its ids the cache counts for nothing.
+        self._ids = None
+        new = min(last, n - keep)
+        memo = max(last, self._memo if ids.shape[0] == 1 else 1)
+        # Logits are remembered without gaps; those that will not be go before there are others.
+        self._logits = self._logits[-(memo - new) :] if n - keep <= last and memo > new else []
+        position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]
+        chunk = self.prefill_chunk_size or n
+        # The last part holds all positions whose logits are asked for.
+        for start, end in pairwise([keep, *range(keep + chunk, n - new + 1, chunk), n]):
+            logits = self.member.forward(
+                ids[:, start:end],
+                attention_mask=None if mask is None else mask[:, :end],
+                position_ids=None if position_ids is None else position_ids[:, start:end],
+                cache=self._cache,
+                logits_to_keep=new if end == n else 1,
+            )  # [B, K, V]
+        self._ids = key
+        self._logits += logits.unbind(1)
+        return _stacked(self._logits[-last:])
+
+    def _remembered(self, length: int) -> int:
+        """How many positions up to `length`, which the cache covers, have remembered logits."""
+        return 0 if self._ids is None else len(self._logits) - (self._ids.shape[1] - length)
+
+    def _match(self, key: torch.Tensor) -> int:
+        """Rearrange the cached rows to share as much as possible with the prefixes; return the length they share."""
+        if self._ids is None or self._cache is None:
+            self.reset()
+            return 0
+        length = min(key.shape[1], self._ids.shape[1])
+        if key.shape[0] == self._ids.shape[0] and torch.equal(key[:, :length], self._ids[:, :length]):
+            return length
+        # Row by row: all pairs at once would be B² copies of the text.
+        shared = torch.stack([_shared_length(self._ids[:, :length], row) for row in key[:, :length]])  # [B, cached B]
+        # On a tie the row stays where it is: that spares a reordering.
+        stay = torch.eye(key.shape[0], self._ids.shape[0], device=key.device, dtype=torch.long)
+        rows = (2 * shared + stay).argmax(1)  # [B]
+        keep = int(shared.gather(1, rows[:, None]).min())
+        if keep == 0:
+            self.reset()
+            return 0
+        self._cache.reorder_cache(rows)
+        self._ids = self._ids[rows]
+        self._logits = [z[rows] for z in self._logits]
+        return keep
+
+    def _rollback(self, keep: int) -> int:
+        """Shorten the cache to `keep` positions; return the length it really has now (0 after starting over)."""
+        if self._ids is None or self._cache is None:
+            return 0
+        surplus = self._ids.shape[1] - keep
+        if surplus == 0:
+            return keep
+        if keep == 0:
+            self.reset()
+            return 0
+        try:
+            self._cache.crop(-surplus)
+        except RuntimeError:  # what a sliding layer says when the positions to go back to have left its window
+            self._keep_all = True
+            self.reset()
+            return 0
+        self._ids = self._ids[:, :keep]
+        self._logits = self._logits[:-surplus]
+        return keep
+
+
+def _stacked(logits: list[torch.Tensor]) -> torch.Tensor:
+    """`[B, V]` each → `[B, n, V]`; of one no copy."""
+    return logits[0][:, None] if len(logits) == 1 else torch.stack(logits, 1)
+
+
+def _weights_of(model: Any) -> object:
+    """Something that changes when the model's weights are changed in place, or its adapters are switched."""
+    versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
+    if not getattr(model, "peft_config", None):
+        return versions
+    # PEFT's layers; on models of transformers themselves these names are methods.
+    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
+    return versions, repr([(m.active_adapters, m.disable_adapters) for m in layers])
+
+
+def _shared_length(cached: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
+    """How many leading positions `[L]` of a row each cached row `[C, L]` shares with it: `[C]`."""
+    differs = cached != row
+    return torch.where(differs.any(-1), differs.byte().argmax(-1), row.shape[0])
+
+
+def _full_mask(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """The mask over the whole prefix, or None if nothing is padded."""
+    if attention_mask is None:
+        return None
+    mask = attention_mask.to(ids.device, torch.long)
+    missing = ids.shape[1] - mask.shape[1]
+    if mask.shape[0] != ids.shape[0] or missing < 0:
+        raise InputError.of(
+            "attention_mask",
+            expected=f"{ids.shape[0]} rows of at most {ids.shape[1]} positions, as input_ids",
+            got=f"shape {list(mask.shape)}",
+            remedy="Pass the mask of this very prompt.",
+        )
+    if bool((mask == 1).all()):
+        return None
+    return torch.nn.functional.pad(mask, (0, missing), value=1)

@@ -1,0 +1,1 @@
+"""A budget for thinking."""

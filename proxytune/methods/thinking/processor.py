@@ -1,0 +1,239 @@
+"""A budget for thinking, per request (s1: Muennighoff et al. 2025, arXiv 2501.19393).
+
+Two rules, both of a single row:
+
+- *At least*: the first n times that the end of thinking would be sampled, a continuation word ("Wait") comes instead.
+- *At most*: after so many tokens of thinking, the end of thinking is forced, token by token.
+
+What to do is read off `input_ids` alone at every call, since beams are reordered, assisted decoding takes positions
+back, and rows of a batch have nothing to do with each other. That settles two questions:
+
+*Where would the end be sampled?* No look ahead, and no draw of our own: the token that would end thinking is exchanged
+for the continuation's first token, in the scores. The latter gets the larger of both scores, the former −inf. Greedy
+decoding then continues exactly where it would have ended. Sampling continues just where it would have drawn the end:
+the law of the step is that of the unchanged scores, in which the continuation's own mass, if it is the smaller one,
+is left out, and the end is read as the continuation. That holds under any temperature, top-k, top-p and min-p that
+comes later. What ends thinking is the *last* token of `end_ids` after all the others, and any EOS.
+
+*How often was it suppressed?* As often as the continuation stands in the thinking. A model that writes "Wait" by itself
+has continued by itself, and that counts too. Of a longer continuation, the first token is followed by the others also
+where the model wrote it by itself: choose one whose first token starts nothing else (not a line break).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from transformers import LogitsProcessor
+
+from proxytune.errors import InputError
+from proxytune.generation.prompt_rows import spread_rows
+from proxytune.generation.token_patterns import Ids, continued, count_of, ends_of, forced, token_ids
+
+__all__ = ["ThinkingBudgetLogitsProcessor"]
+
+PerRow = int | None | Sequence[int | None]
+
+_NEVER = torch.iinfo(torch.int64).max
+
+
+class ThinkingBudgetLogitsProcessor(LogitsProcessor):
+    """Suppresses the end of thinking n times, and forces it at a cap; for any `generate(logits_processor=…)`.
+
+    Thinking starts after `begin_ids`, where they are given: after the first ones that stand behind the last end of
+    thinking or EOS, so earlier turns of a conversation do not count, and each new thinking has a budget of its own.
+    Without them it starts at `prompt_length`, once. With both, thinking that the prompt has opened is limited, and
+    measured from `prompt_length` on. It is over at the first whole `end_ids`, or at EOS; then scores are left alone.
+
+    Works with greedy decoding, sampling, beams (a changed row is returned as log-probabilities, which beam search adds
+    up), assisted decoding and left padding. Continuous batching is not supported: it does not hand over whole rows.
+
+    Attributes:
+        end_ids: The token ids that end thinking.
+        continuation_ids: Those that take their place; empty for none.
+        begin_ids: Those that begin it; empty for none.
+        eos_token_ids: Those that end the text.
+        prompt_length: The length of the padded prompts; None if thinking is found by `begin_ids` alone.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(
+        self,
+        end_ids: Ids,
+        *,
+        extra: int | Sequence[int] = 0,
+        max_thinking_tokens: PerRow = None,
+        continuation_ids: Ids | None = None,
+        begin_ids: Ids | None = None,
+        prompt_length: int | None = None,
+        eos_token_id: Ids | None = None,
+    ) -> None:
+        """Check the settings; nothing is read off a model.
+
+        Args:
+            end_ids: What ends thinking: the id of `</think>`, or several ids.
+            extra: How often to suppress the end; one number, or one for each prompt.
+            max_thinking_tokens: The cap, in tokens between the start of thinking and its end, continuations included
+                and `end_ids` not; one number or None for no cap, or one of them for each prompt. 0 is no thinking.
+            continuation_ids: What comes instead of a suppressed end, e.g. the ids of "Wait". Needed with `extra`: only
+                by it can be seen how often the end was suppressed. Must not overlap with itself (`a b a`).
+            begin_ids: What begins thinking, e.g. the id of `<think>`; may stand in the prompt.
+            prompt_length: `input_ids.shape[1]` of the prompts, left padding included.
+            eos_token_id: What ends the text. While ends are suppressed, so is EOS inside thinking; afterwards it is
+                left alone before the cap, and ends thinking.
+
+        Raises:
+            InputError: If a setting is missing or cannot be right.
+        """
+        self.end_ids = token_ids("end_ids", end_ids)
+        self.continuation_ids = token_ids("continuation_ids", continuation_ids, needed=False)
+        self.begin_ids = token_ids("begin_ids", begin_ids, needed=False)
+        self.eos_token_ids = token_ids("eos_token_id", eos_token_id, needed=False)
+        self.prompt_length = None if prompt_length is None else _count("prompt_length", prompt_length)
+        counts = extra if isinstance(extra, Sequence) else [extra]
+        caps = max_thinking_tokens if isinstance(max_thinking_tokens, Sequence) else [max_thinking_tokens]
+        # [1] or [prompts] each
+        self._extra = torch.tensor([_count("extra", n) for n in counts], dtype=torch.int64)
+        self._caps = torch.tensor(
+            [_NEVER if n is None else _count("max_thinking_tokens", n) for n in caps], dtype=torch.int64
+        )
+        self._check()
+
+    def _check(self) -> None:
+        continuation, ends = self.continuation_ids, (self.end_ids[-1], *self.eos_token_ids)
+        if not len(self._extra) or not len(self._caps):
+            raise InputError.of(
+                "extra, max_thinking_tokens",
+                expected="a number, or one for each prompt",
+                got="an empty list",
+                remedy="Pass one number for all prompts.",
+            )
+        if self.prompt_length is None and not self.begin_ids:
+            raise InputError.of(
+                "begin_ids",
+                expected="begin_ids or prompt_length, to know where thinking starts",
+                got="neither",
+                remedy="Pass begin_ids (the id of '<think>'), or prompt_length=input_ids.shape[1].",
+            )
+        if bool(self._extra.any()) and not continuation:
+            raise InputError.of(
+                "continuation_ids",
+                expected="what comes instead of a suppressed end, since only that shows how often it was suppressed",
+                got=f"none, with extra={self._extra.tolist()}",
+                remedy="Pass e.g. tokenizer.encode('Wait', add_special_tokens=False).",
+            )
+        if any(token in ends for token in continuation):
+            raise InputError.of(
+                "continuation_ids",
+                expected=f"none of the tokens that end thinking, {list(ends)}",
+                got=f"{list(continuation)}",
+                remedy="Pass the ids of a word; encode it with add_special_tokens=False.",
+            )
+        if any(continuation[:n] == continuation[-n:] for n in range(1, len(continuation))):
+            raise InputError.of(
+                "continuation_ids",
+                expected="ids that do not start as they end, or two of them in a row could not be counted",
+                got=f"{list(continuation)}",
+                remedy="Drop the last token.",
+            )
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Exchange or force the end of thinking, where it is due.
+
+        Args:
+            input_ids: The whole prefix, `[B, T]`, int64.
+            scores: `[B, V]`: logits, or log-probabilities in beam search; not changed in place.
+
+        Returns:
+            `[B, V]`: rows where nothing is due as they came; others as log-probabilities. A forced row is 0 at the
+            forced token, −inf elsewhere.
+
+        Raises:
+            InputError: If an id is not in the vocabulary, the prefix is shorter than the prompt, or the lists of
+                budgets do not fit the number of rows.
+        """
+        self._refuse_misfit(input_ids, scores)
+        start, open_ = self._thinking(input_ids)  # [B], [B]
+        length = input_ids.shape[1] - start  # [B]
+        at_cap = open_ & (length >= _per_row(self._caps, input_ids))
+        due = torch.where(at_cap, continued(input_ids, self.end_ids, torch.zeros_like(start), least=0), -1)
+        if self.continuation_ids:
+            missing = count_of(input_ids, self.continuation_ids, start) < _per_row(self._extra, input_ids)
+            more = open_ & ~at_cap & missing
+            # The rest of a continuation that has begun.
+            due = torch.where(more, continued(input_ids, self.continuation_ids, start, least=1), due)
+            scores = self._exchanged(input_ids, scores, more & (due < 0))
+        return forced(scores, due)
+
+    def _thinking(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where each row's thinking starts (`[B]`, int64), and whether it goes on (`[B]`, bool)."""
+        position = torch.arange(ids.shape[1], device=ids.device)  # [T]
+        closed = ends_of(ids, self.end_ids)  # [B, T]
+        for token in self.eos_token_ids:
+            closed = closed | (ids == token)
+        if not self.begin_ids:
+            start = torch.full((len(ids),), self.prompt_length or 0, device=ids.device)
+            return start, ~(closed & (position >= start[:, None])).any(1)
+        last = torch.where(closed, position, -1).amax(1)  # [B]
+        begins = ends_of(ids, self.begin_ids) & (position > last[:, None])
+        # Of several, the first counts: begin_ids inside thinking are text, and must not renew the budget.
+        start = begins.long().argmax(1) + 1
+        return start.clamp(min=self.prompt_length or 0), begins.any(1)
+
+    def _exchanged(self, ids: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """In some rows, the continuation's first token in place of whatever would end thinking now."""
+        *before, last = self.end_ids
+        completes = rows & ends_of(ids, before)[:, -1] if before else rows  # [B]
+        first = self.continuation_ids[0]
+        out = scores.clone()
+        for token, where in ((last, completes), *((eos, rows) for eos in self.eos_token_ids)):
+            out[:, first] = torch.where(where, torch.maximum(out[:, first], out[:, token]), out[:, first])
+            out[:, token] = torch.where(where, -torch.inf, out[:, token])
+        lse = out.logsumexp(-1, keepdim=True)
+        # A row of −inf has nothing to be divided by.
+        out = out - torch.where(lse.isfinite(), lse, 0.0)
+        return torch.where((completes | rows if self.eos_token_ids else completes)[:, None], out, scores)
+
+    def _refuse_misfit(self, ids: torch.Tensor, scores: torch.Tensor) -> None:
+        largest = max(*self.end_ids, *self.continuation_ids, *self.eos_token_ids, 0)
+        if largest >= scores.shape[-1]:
+            raise InputError.of(
+                "end_ids, continuation_ids, eos_token_id",
+                expected=f"token ids below {scores.shape[-1]}, the width of the scores",
+                got=f"{largest}",
+                remedy="Take them from the tokenizer of this model.",
+            )
+        if self.prompt_length is not None and ids.shape[1] < self.prompt_length:
+            raise InputError.of(
+                "prompt_length",
+                expected=f"at most the {ids.shape[1]} ids of the prefix",
+                got=f"{self.prompt_length}",
+                remedy="Pass input_ids.shape[1] of these prompts, padding included, and their input_ids to generate().",
+            )
+
+
+def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Budgets of the prompts for the rows that go on from them (beams, several sequences, branches); `[B]` or `[1]`."""
+    rows, prompts = len(ids), len(budgets)
+    out = budgets if prompts == 1 else spread_rows(budgets, rows)
+    if out is None:
+        raise InputError.of(
+            "extra, max_thinking_tokens",
+            expected=f"one number, or one for each prompt of {rows} rows (beams included)",
+            got=f"{prompts}",
+            remedy="Make a processor for this very batch.",
+        )
+    return out.to(ids.device)
+
+
+def _count(name: str, value: object) -> int:
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = -1
+    if number < 0 or isinstance(value, bool):
+        raise InputError.of(name, expected="a whole number of at least 0", got=repr(value), remedy="Pass an int.")
+    return number

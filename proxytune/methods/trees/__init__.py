@@ -1,0 +1,1 @@
+"""Branches and siblings with exact weights."""

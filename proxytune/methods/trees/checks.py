@@ -1,0 +1,152 @@
+"""Wrong use of a loop over trees, refused before the first forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from transformers import StaticCache
+
+from proxytune.budget.ledger import TokenLedger
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.generation.batch import cache_of
+from proxytune.generation.seeds import refuse_seed
+from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.models.model import ProxyTunedModel
+from proxytune.ops import Impl
+
+if TYPE_CHECKING:
+    from proxytune.methods.trees.loop import TreeLoop
+
+__all__ = ["Where", "refuse_extras", "refuse_settings", "refuse_threshold"]
+
+Where = Literal["forks", "random", "start"]
+"""Where a tree forks, see `proxytune.methods.trees.fork_decoding.ForkDecoding`."""
+
+
+def refuse_settings(loop: TreeLoop, least: Mapping[str, int], *, needed: bool, allowed: Sequence[str] = ()) -> None:
+    """Refuse settings of a loop that are out of their ranges.
+
+    Args:
+        loop: The settings.
+        least: The whole numbers among them that are its own, each with its least value.
+        needed: Whether it cannot do without a threshold.
+        allowed: What `where` can be; all that there is, if empty.
+
+    Raises:
+        InputError: If one is.
+    """
+    name = type(loop).__name__
+
+    def refuse(what: str, expected: str, got: object, remedy: str) -> None:
+        raise InputError.of(what, expected=expected, got=repr(got), remedy=remedy)
+
+    def is_number(x: object) -> bool:
+        return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < float("inf")
+
+    allowed = allowed or get_args(Where)
+    if loop.where not in allowed:
+        *others, last = map(repr, allowed)
+        refuse("where", f"{', '.join(others)} or {last}", loop.where, "Leave it out for 'forks'.")
+    for what, lowest in least.items():
+        value = getattr(loop, what)
+        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+            refuse(what, f"a whole number of at least {lowest}", value, f"Pass e.g. {name}({what}={max(lowest, 8)}).")
+    threshold = loop.threshold
+    if isinstance(threshold, ForkThreshold):
+        if threshold.is_streaming:
+            refuse(
+                "threshold",
+                "a fixed or calibrated one: a tree must not depend on the batch",
+                "a streaming one",
+                _CALIBRATE,
+            )
+        if threshold.measure not in (None, "raw"):
+            refuse("threshold", "one of the raw entropy", f"one of the {threshold.measure} entropy", _CALIBRATE)
+    elif threshold is None:
+        if needed:
+            refuse("threshold", "an entropy in nats", None, _CALIBRATE)
+    elif not is_number(threshold):
+        refuse("threshold", "a finite entropy in nats", threshold, _CALIBRATE)
+    if not is_number(loop.share) or not 0 < loop.share < 1:
+        refuse("share", "a share in (0, 1)", loop.share, "Pass e.g. share=0.2.")
+    if loop.fork_temperature is not None and (not is_number(loop.fork_temperature) or loop.fork_temperature <= 0):
+        refuse(
+            "fork_temperature", "a finite number > 0, or None", loop.fork_temperature, "Pass e.g. fork_temperature=1.0."
+        )
+    if loop.max_total_tokens is not None:
+        TokenLedger(loop.max_total_tokens)
+    refuse_seed(loop.seed, name)
+    if loop.impl not in get_args(Impl):
+        refuse("impl", "'auto', 'triton' or 'torch'", loop.impl, "Leave it out for 'auto'.")
+
+
+_CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one of a run."
+
+
+def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> None:
+    """Refuse a threshold that was calibrated at another α than the model's.
+
+    Args:
+        threshold: In nats; a number of the caller's own has no α.
+        model: The model; a plain one has no α either.
+
+    Raises:
+        InputError: If it was.
+    """
+    calibrated = threshold.alpha if isinstance(threshold, ForkThreshold) else None
+    if isinstance(model, ProxyTunedModel) and calibrated not in (None, model.alpha):
+        raise InputError.of(
+            "threshold", expected=f"one calibrated at α = {model.alpha}", got=f"at α = {calibrated}", remedy=_CALIBRATE
+        )
+
+
+def refuse_extras(
+    loop: str, generation_config: Any, streamer: Any, synced_gpus: bool | None, model_kwargs: dict[str, Any]
+) -> None:
+    """Refuse what `generate()` may be asked for but a tree cannot give.
+
+    Args:
+        loop: Its name, for the message.
+        generation_config: The settings of the call.
+        streamer: A streamer, or None.
+        synced_gpus: Whether processes have to go on together.
+        model_kwargs: What the model is called with; the cache among them.
+
+    Raises:
+        UnsupportedModeError: If something else is given.
+        InputError: If there is no padding token.
+    """
+    asked = [
+        name
+        for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
+        if getattr(generation_config, name, False)
+    ]
+    refused = {
+        "streamer": streamer is not None,
+        "synced_gpus": bool(synced_gpus),
+        asked[0] if asked else "outputs": bool(asked),
+        "a static cache": isinstance(cache_of(model_kwargs), StaticCache),
+    }
+    for what, given in refused.items():
+        if given:
+            raise UnsupportedModeError.of(
+                what,
+                expected=f"none with {loop}: the number of rows changes as branches come and go",
+                got="one",
+                remedy="Leave it out; the trees hold each token's log-probability, entropy and confidence.",
+            )
+    if model_kwargs.get("use_cache") and cache_of(model_kwargs) is None:
+        raise UnsupportedModeError.of(
+            "use_cache",
+            expected=f"a model whose state is a cache that generate() makes, for {loop}: rows take their part along",
+            got="one that keeps it otherwise",
+            remedy="Pass use_cache=False.",
+        )
+    if generation_config._pad_token_tensor is None:
+        raise InputError.of(
+            "pad_token_id",
+            expected="a padding token, since leaves differ in length",
+            got="None",
+            remedy="Pass pad_token_id= to generate().",
+        )

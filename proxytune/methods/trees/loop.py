@@ -1,0 +1,285 @@
+"""The loop that all trees of `custom_generate` share: a batch whose rows are the live branches of all prompts.
+
+Each step is one forward pass, one draw for every live row, and one small record that the host reads beside what the
+stopping criteria say, since it has to know the trees: which rows go on from which, which part, which have ended. What
+is planted and what is made of the draws is a `Plot`'s business; a row that leaves, or comes, takes its copy of the
+cache along.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTimeCriteria
+
+from proxytune import ops
+from proxytune.budget.ledger import TokenLedger
+from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
+from proxytune.generation.batch import last_logits, selected_rows, usable_columns
+from proxytune.generation.modes import refuse_modes
+from proxytune.generation.processor_plan import Translation, translate
+from proxytune.generation.processor_rules import led_to_prompts
+from proxytune.generation.prompt_rows import owners
+from proxytune.generation.sampler import Drawing, Rows
+from proxytune.generation.seeds import seed_of, streams_of
+from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.methods.trees.checks import Where, refuse_extras, refuse_threshold
+from proxytune.methods.trees.frontier import Drawn, Plot
+from proxytune.methods.trees.output import ForkOutput, leaves_of
+from proxytune.methods.trees.tree import Branch
+from proxytune.models.model import ProxyTunedModel
+from proxytune.models.padding import lengths_of
+from proxytune.ops.noise import DECISIONS, Noise
+
+__all__ = ["TreeLoop"]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TreeLoop(ABC):
+    """What a loop over trees needs to know, and the loop; see `ForkDecoding` and `SiblingDecoding` for the settings."""
+
+    threshold: float | ForkThreshold | None = None
+    where: Where = "forks"
+    share: float = 0.2
+    fork_temperature: float | None = None
+    max_total_tokens: int | None = None
+    seed: int | None = None
+    rows: Sequence[int] | torch.Tensor | None = None
+    impl: ops.Impl = "auto"
+
+    _why_sampling: ClassVar[str] = ""
+    """Why greedy decoding is refused; empty where it is not."""
+
+    @abstractmethod
+    def _plant(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Plot:
+        """The first branches of each prompt, whose paths have at most `length` tokens."""
+
+    def _gains(self, drawing: Drawing, rows: Rows, plot: Plot, tokens: Sequence[int]) -> torch.Tensor | None:
+        """What a step adds to the live branches' log-weights, float64 `[rows]`, on the device; None for nothing.
+
+        Nothing that is drawn may depend on it: it is read at the end.
+        """
+        return None
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        synced_gpus: bool | None = None,
+        streamer: Any = None,
+        tokenizer: Any = None,
+        assistant_model: Any = None,
+        **model_kwargs: Any,
+    ) -> ForkOutput | torch.Tensor:
+        """Grow the trees; `generate()` calls this with what it has prepared.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+            input_ids: `[B, T]`, int64: a tree for each row.
+            logits_processor: The processors.
+            stopping_criteria: The criteria.
+            generation_config: The settings.
+            synced_gpus: Refused.
+            streamer: Refused.
+            tokenizer: The stop strings' criterion has taken it.
+            assistant_model: Refused.
+            **model_kwargs: What the forward passes need; the cache among them.
+
+        Returns:
+            With `return_dict_in_generate` a `ForkOutput`, else its sequences.
+
+        Raises:
+            UnsupportedModeError: For what a tree cannot do.
+            InputError: If there is no padding token, or the threshold belongs to another α.
+            BudgetError: If the budget leaves no token to generate after a prompt.
+            NumericalError: If a row has no distribution.
+        """
+        name = type(self).__name__
+        refuse_modes(name, model, generation_config, assistant_model)
+        refuse_extras(name, generation_config, streamer, synced_gpus, model_kwargs)
+        refuse_threshold(self.threshold, model)
+        if self._why_sampling and not generation_config.do_sample:
+            raise UnsupportedModeError.of(
+                f"{name} without sampling", expected="do_sample=True", got="greedy decoding", remedy=self._why_sampling
+            )
+        prompts, length = input_ids.shape
+        lengths = lengths_of(prompts, length, input_ids.device, generation_config, model_kwargs)  # [B]
+        ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, lengths.tolist())
+        plot = self._plant(prompts, int(stopping_criteria.max_length) - length, ledgers)
+        cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself
+        criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
+        clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
+        translation = translate(led_to_prompts(name, logits_processor), bool(generation_config.do_sample))
+        streams = streams_of(self.rows, prompts)
+        seed = seed_of(self.seed)
+        if isinstance(model, ProxyTunedModel):
+            model_kwargs["combine"] = False
+        texts = input_ids
+        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        drawing: Drawing | None = None
+        chances: Noise | None = None
+        gains: list[tuple[list[Branch], torch.Tensor]] = []
+        step = 0
+        while True:
+            model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
+            members, weights = last_logits(model, outputs)
+            del outputs  # the logits of a whole prompt may hang on it
+            roots = [prompt for prompt, _ in plot.rows]
+            if step == 0 and roots != list(range(prompts)):  # a prompt is forwarded once, however many begin at it
+                input_ids = input_ids.index_select(0, torch.tensor(roots, device=input_ids.device))
+                model_kwargs = selected_rows(model_kwargs, roots, prompts)
+                members = [z.index_select(0, torch.tensor(roots, device=z.device)) for z in members]
+            if drawing is None or chances is None:
+                chances = _noise(plot, lengths, streams, seed)
+                drawing = self._prepare(model, translation, members[0], chances.at(chances.position + step))
+            wishes = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
+            drawn, drawn_from = self._draw(drawing, members, weights, input_ids, plot, wishes, step)
+            branches = plot.branches
+            parents, tokens = plot.grow(drawn)
+            gained = self._gains(drawing, drawn_from, plot, tokens)
+            if gained is not None:
+                gains.append((branches, gained))
+            del members, drawn_from
+            here = torch.tensor([parents, tokens], device=input_ids.device)
+            input_ids = torch.cat([input_ids.index_select(0, here[0]), here[1][:, None]], -1)
+            done = criteria(input_ids, None).tolist() if len(criteria) else [False] * len(parents)
+            keep = plot.prune(done, halt=bool(clocks) and bool(clocks(input_ids, None).any()))
+            step += 1
+            if not keep:
+                break
+            # Not by the parents alone: where a row has ended, its child may stand in its place.
+            if keep != list(range(len(drawn))) or len(parents) > len(drawn):
+                input_ids = input_ids.index_select(0, torch.tensor(keep, device=input_ids.device))
+                model_kwargs = selected_rows(model_kwargs, [parents[row] for row in keep], len(drawn))
+                drawing = None
+            new = 1 if model_kwargs["use_cache"] else None
+            inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+            outputs = model(**inputs, return_dict=True)
+        _settle(gains)
+        out = leaves_of(plot.trees, texts, generation_config._pad_token_tensor, ledgers)
+        assert out.sequences is not None
+        return out if generation_config.return_dict_in_generate else out.sequences
+
+    def _prepare(self, model: Any, translation: Translation, base: torch.Tensor, noise: Noise) -> Drawing:
+        width = base.shape[1]
+        usable = usable_columns(model, translation, width)
+        place = noise.position.device if translation.before else base.device
+        if not translation.do_sample:
+            return Drawing(translation, None, None, width=width, usable=usable, place=place, impl=self.impl)
+        more: dict[str, float] = {}
+        if self.fork_temperature is not None:
+            more = {"fork_threshold": self._nats(), "fork_temperature": self.fork_temperature}
+        rows = len(noise.position)
+        sampling = translation.sampling(rows, width if translation.before else usable, place, **more)
+        keys = Noise(*(x.to(place) for x in (noise.seed, noise.row, noise.position, noise.branch)))
+        return Drawing(translation, sampling, keys, width=width, usable=usable, place=place, impl=self.impl)
+
+    def _draw(
+        self,
+        drawing: Drawing,
+        members: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        input_ids: torch.Tensor,
+        plot: Plot,
+        wishes: torch.Tensor | None,
+        step: int,
+    ) -> tuple[list[Drawn], Rows]:
+        """Draw for every live row, and say which of them are at a place to fork; and what was drawn from."""
+        draws = min(plot.most_draws(), drawing.usable)
+        want = ["tokens", "logprobs", "entropy", "confidence"]
+        want += ["draw_logprobs", "keys"] if drawing.samples else ["scores"]
+        with owners([prompt for prompt, _ in plot.rows], len(plot.trees)):
+            found, rows = drawing(members, weights, input_ids, draws=draws if drawing.samples else 1, want=want)
+        assert found.tokens is not None
+        assert found.entropy is not None
+        tokens, keys = found.tokens, found.keys
+        logprobs, draw_logprobs = found.logprobs, found.draw_logprobs
+        if not drawing.samples:
+            assert found.scores is not None
+            tokens, logprobs = _most_probable(found.scores, tokens, draws)
+            # The children are certain: nothing that was not drawn could have been.
+            draw_logprobs, keys = logprobs, torch.full_like(logprobs, -torch.inf)
+        columns = [tokens, draw_logprobs, keys, logprobs, found.entropy, found.confidence]
+        columns.append(found.entropy if wishes is None else wishes.to(found.entropy.device))
+        parts = [x.double() if x.ndim == 2 else x.double()[:, None] for x in columns if x is not None]
+        packed = torch.cat(parts, 1).tolist()  # one read; the stopping criteria have another
+        failed = [row[0] < 0 for row in packed]
+        if any(failed):
+            prompt, branch = plot.rows[failed.index(True)]
+            failure = drawing.failure(rows, torch.tensor(failed), step)
+            raise NumericalError(f"prompt {prompt}, branch {branch}: {failure}")
+        out = [
+            Drawn(
+                tokens=[int(t) for t in row[:draws]],
+                draw_logprobs=row[draws : 2 * draws],
+                keys=row[2 * draws : 3 * draws],
+                logprobs=row[3 * draws : 4 * draws],
+                entropy=row[4 * draws],
+                confidence=row[4 * draws + 1],
+                wants=self._wants(row[4 * draws], row[4 * draws + 2], step),
+            )
+            for row in packed
+        ]
+        return out, rows
+
+    def _wants(self, entropy: float, uniform: float, step: int) -> bool:
+        if self.where == "start":
+            return step == 0
+        if self.where == "random":
+            return uniform < self.share
+        return self.threshold is not None and entropy > self._nats()
+
+    def _nats(self) -> float:
+        assert self.threshold is not None
+        return self.threshold.nats if isinstance(self.threshold, ForkThreshold) else self.threshold
+
+
+def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
+    """A ledger for each prompt, which has paid for it."""
+    ledgers = []
+    for prompt, length in enumerate(lengths):
+        ledger = TokenLedger(budget)
+        if length >= budget:
+            raise BudgetError.of(
+                "max_total_tokens",
+                expected=f"at least {length + 1}: prompt {prompt} has {length} tokens, and one has to be generated",
+                got=f"{budget}",
+                remedy="Raise max_total_tokens, or shorten the prompt.",
+            )
+        ledger.charge(length, label="prompt")
+        ledgers.append(ledger)
+    return ledgers
+
+
+def _noise(plot: Plot, lengths: torch.Tensor, streams: torch.Tensor, seed: int) -> Noise:
+    """The keys of the live rows at the first generated position."""
+    device = lengths.device
+    prompts, branches = torch.tensor(plot.rows, device=device).unbind(1)
+    noise = Noise.of(len(prompts), seed=seed, row=streams.to(device)[prompts], branch=branches, device=device)
+    return noise.at(lengths[prompts])
+
+
+def _most_probable(scores: torch.Tensor, first: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The most probable tokens and their log-probabilities, `[B, count]`, the argmax first; −1 for masked ones."""
+    best = scores.log_softmax(-1).topk(count, -1)
+    # Of equal ones topk may have put another before the first.
+    tokens = torch.where(best.indices == first, best.indices[:, :1], best.indices)
+    masked = best.values[:, 1:] == -torch.inf
+    return torch.cat([first, tokens[:, 1:].masked_fill(masked, -1)], 1), best.values
+
+
+def _settle(gains: list[tuple[list[Branch], torch.Tensor]]) -> None:
+    """Add what the steps' draws weigh to the branches."""
+    if gains:
+        values = torch.cat([gained for _, gained in gains]).tolist()
+        for branch, value in zip((branch for branches, _ in gains for branch in branches), values, strict=True):
+            branch.log_weight += value

@@ -1,0 +1,65 @@
+"""What a loop over trees hands back: the leaves of all trees as one batch, with what they weigh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+from proxytune.budget.ledger import TokenLedger
+from proxytune.methods.trees.tree import ForkTree
+
+__all__ = ["ForkOutput", "leaves_of"]
+
+
+@dataclass
+class ForkOutput(ModelOutput):
+    """The leaves of all trees, prompt after prompt, in the order of their branches' numbers.
+
+    Attributes:
+        sequences: `[L, T]`, int64: prompt and generated tokens, padded at the right.
+        prompts: `[L]`, int64: the prompt's row in the batch.
+        log_weights: `[L]`, float64, nats: over a tree's leaves, Σ exp(log_weight) · f is an unbiased estimate of E[f].
+        weights: `[L]`, float64: the same, self-normalised per tree.
+        trees: One for each prompt.
+        ledgers: One for each prompt; None without a budget.
+    """
+
+    sequences: torch.Tensor | None = None
+    prompts: torch.Tensor | None = None
+    log_weights: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
+    trees: list[ForkTree] | None = None
+    ledgers: list[TokenLedger] | None = None
+
+
+def leaves_of(
+    trees: list[ForkTree], texts: torch.Tensor, pad: torch.Tensor, ledgers: list[TokenLedger] | None
+) -> ForkOutput:
+    """Gather the leaves.
+
+    Args:
+        trees: One for each prompt, each with a branch at least.
+        texts: `[B, T]`, int64: the prompts, padded at the left.
+        pad: The padding token, int64 without dimensions.
+        ledgers: One for each prompt; None without a budget.
+
+    Returns:
+        The output.
+    """
+    leaves = [(tree.prompt, branch) for tree in trees for branch in tree]
+    longest = max(len(branch) for _, branch in leaves)
+    generated = torch.full((len(leaves), longest), int(pad), dtype=torch.int64)
+    for row, (_, branch) in enumerate(leaves):
+        generated[row, : len(branch)] = torch.tensor(branch.along("tokens"))
+    prompts = torch.tensor([prompt for prompt, _ in leaves])
+    text = texts.index_select(0, prompts.to(texts.device))
+    return ForkOutput(
+        sequences=torch.cat([text, generated.to(text.device)], 1),
+        prompts=prompts,
+        log_weights=torch.tensor([branch.log_weight for _, branch in leaves], dtype=torch.float64),
+        weights=torch.tensor([w for tree in trees for w in tree.weights()], dtype=torch.float64),
+        trees=trees,
+        ledgers=ledgers,
+    )

@@ -1,0 +1,154 @@
+"""The host's side of siblings that repel each other: who is at the same place, who chose what. No tensors, no model.
+
+Rows advance in lock step, and the siblings of a prompt decide one after the other. What a sibling is repelled by is
+known before its own draw: the choices of those before it in this step, and the texts of earlier steps. Its draw is then
+one from `q(v) ∝ p(v) · exp(−penalty(v))`, which is the argmax of `log p(v) + Gumbel(v) − penalty(v)`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+from proxytune.budget.ledger import TokenLedger
+from proxytune.methods.trees.frontier import Drawn, Plot
+from proxytune.methods.trees.tree import Branch
+
+__all__ = ["MOST_FOLLOWERS", "Siblings"]
+
+MOST_FOLLOWERS = 32
+"""How many continuations of an n-gram repel at most: the most frequent; of equally frequent ones the first seen."""
+
+_Context = tuple[int, ...]
+
+
+class Siblings(Plot):
+    """Branches that begin at the prompt and repel each other.
+
+    Attributes:
+        penalties: What was subtracted in the last step: of each row token → nats; empty where it drew from p itself.
+    """
+
+    def __init__(
+        self,
+        prompts: int,
+        *,
+        siblings: int,
+        repulsion: float,
+        ngram: int | None,
+        ngram_repulsion: float,
+        length: int,
+        ledgers: Sequence[TokenLedger] | None,
+    ) -> None:
+        """Plant the siblings of each prompt: as many as can be finished, at least one.
+
+        Args:
+            prompts: Number of prompts.
+            siblings: The most branches of a prompt, N. The log-weights begin at −log of how many there are.
+            repulsion: λ, nats for each sibling that chose a token at the same place.
+            ngram: n; None for no repulsion by n-grams.
+            ngram_repulsion: Nats for each time that a token ended the same n-gram in another sibling's text.
+            length: The most generated tokens of a branch.
+            ledgers: A ledger for each prompt, which has been charged for the prompt; None for no limit.
+        """
+        super().__init__(prompts, length=length, ledgers=ledgers)
+        self.penalties: list[dict[int, float]] = []
+        self._repulsion = repulsion
+        self._ngram = ngram if ngram_repulsion else None  # of no effect otherwise
+        self._ngram_repulsion = ngram_repulsion
+        self._places = prompts
+        self._place: dict[Branch, int] = {}  # the same number for the same prompt and text
+        self._said: list[dict[_Context, Counter[int]]] = [{} for _ in range(prompts)]  # by all siblings of a prompt
+        self._own: dict[Branch, dict[_Context, Counter[int]]] = {}
+        for tree in self.trees:
+            planted = self._plant(tree, siblings)
+            for live in planted:
+                live.branch.log_weight = -math.log(len(planted))
+                self._place[live.branch] = tree.prompt
+                self._own[live.branch] = {}
+
+    def most_draws(self) -> int:
+        """How many draws a step needs at most: one more than there are repelled tokens in a row.
+
+        Of the unrepelled tokens only the best can be chosen, and at most as many as are repelled come before it.
+        """
+        before: Counter[int] = Counter()  # at each place
+        most = 0
+        for live in self._live:
+            place = self._place[live.branch]
+            repelled = before[place] if self._repulsion else 0
+            most = max(most, repelled + len(self._followers(live.tree.prompt, live.branch)))
+            before[place] += 1
+        return most + 1
+
+    def grow(self, drawn: Sequence[Drawn]) -> tuple[list[int], list[int]]:
+        """Decide for each row in turn.
+
+        Args:
+            drawn: One for each live row. Where a place is a fork is what its first row says.
+
+        Returns:
+            The rows as they are, and their tokens.
+        """
+        chosen: dict[int, Counter[int]] = {}
+        forks: dict[int, bool] = {}
+        after: dict[tuple[int, int], int] = {}
+        tokens = []
+        self.penalties = []
+        texts: list[tuple[int, Branch]] = []
+        for live, one in zip(self._live, drawn, strict=True):
+            place = self._place[live.branch]
+            counts = chosen.setdefault(place, Counter())
+            penalties: dict[int, float] = {}
+            if forks.setdefault(place, one.wants):
+                followers = self._followers(live.tree.prompt, live.branch)
+                penalties = {token: self._ngram_repulsion * times for token, times in followers.items()}
+                for token, times in counts.items() if self._repulsion else ():
+                    penalties[token] = penalties.get(token, 0.0) + self._repulsion * times
+            best = _best(one, penalties)
+            if penalties:
+                live.branch.forks.append(len(live.branch))
+            live.append(one, best)
+            token = one.tokens[best]
+            counts[token] += 1
+            if (place, token) not in after:
+                after[place, token] = self._places
+                self._places += 1
+            self._place[live.branch] = after[place, token]
+            self.penalties.append(penalties)
+            tokens.append(token)
+            texts.append((live.tree.prompt, live.branch))
+        # Only now: what is said in this step repels from the next one on.
+        for prompt, branch in texts:
+            self._remember(prompt, branch)
+        return list(range(len(tokens))), tokens
+
+    def _followers(self, prompt: int, branch: Branch) -> dict[int, int]:
+        """What came after this branch's last n − 1 tokens in the other siblings' texts, and how often."""
+        if self._ngram is None or len(branch) < self._ngram - 1:
+            return {}
+        context = tuple(branch.tokens[1 - self._ngram :])
+        said = self._said[prompt].get(context)
+        if said is None:
+            return {}
+        others = said - self._own[branch].get(context, Counter())
+        return dict(others.most_common(MOST_FOLLOWERS))
+
+    def _remember(self, prompt: int, branch: Branch) -> None:
+        if self._ngram is None or len(branch) < self._ngram:
+            return
+        *context, token = branch.tokens[-self._ngram :]
+        for texts in (self._said[prompt], self._own[branch]):
+            texts.setdefault(tuple(context), Counter())[token] += 1
+
+
+def _best(one: Drawn, penalties: dict[int, float]) -> int:
+    """Which of the draws has the largest key after its penalty; the first of equal ones."""
+    if not penalties:
+        return 0
+    keys = [
+        key - penalties.get(token, 0.0) if token >= 0 else -math.inf
+        for token, key in zip(one.tokens, one.keys, strict=True)
+    ]
+    return keys.index(max(keys))

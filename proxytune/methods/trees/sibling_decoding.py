@@ -1,0 +1,121 @@
+"""Batch exploration: siblings of one prompt repel each other where the distribution is undecided.
+
+At a fork, a sibling draws a token v from `q(v) ∝ p(v) · exp(−λ · (how many siblings before it chose v there))`: a
+decoding-time reading of the diversity bonus of "Outcome-based Exploration for LLM Reasoning" (arXiv 2509.06941), with
+λ = 0.5. "There" is where the text so far is the same; elsewhere a sibling draws from p. Its importance weight, the
+product of p / q along its text, follows q exactly: weighted votes and pass rates are those of p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from proxytune.budget.ledger import TokenLedger
+from proxytune.errors import InputError
+from proxytune.generation.sampler import Drawing, Rows
+from proxytune.methods.trees.checks import refuse_settings
+from proxytune.methods.trees.frontier import Plot
+from proxytune.methods.trees.loop import TreeLoop
+from proxytune.methods.trees.output import ForkOutput
+from proxytune.methods.trees.repulsion import Siblings
+
+__all__ = ["ForkOutput", "SiblingDecoding"]
+
+_MOST_NATS = 1000.0
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SiblingDecoding(TreeLoop):
+    """A loop for `model.generate(..., custom_generate=SiblingDecoding(threshold=…))`, for composed and plain models.
+
+    The prompt is forwarded once, then all siblings of all prompts are one batch. They decide in turn: what repels a
+    sibling is known before its own draw, so each log-weight is Σ (log p − log q) of its tokens, less log N, and over
+    the siblings of a prompt Σ exp(log_weight) · f is an unbiased estimate of E[f] under p. Each sibling by itself is
+    one too, N times its weight; a sibling's weights vary the more the more often it was repelled.
+
+    p is the distribution after temperature and truncation. Were the penalty taken into account by the truncation, q
+    could lose tokens that p has, and no weight would make up for those; this way q has the support of p, and every
+    weight is finite. With `repulsion=0` and no n-grams the siblings are independent, and all weights are 1 / N.
+
+    A sibling draws with the keyed noise of its number: the same seed gives the same siblings, whatever the batch
+    around the prompt. The first draws as `FusedDecoding` does, up to where n-grams repel it.
+
+    Attributes:
+        threshold: Entropy in nats above which a position is a fork, see `ForkDecoding`. Needed with `where="forks"` if
+            anything repels, and with `fork_temperature`.
+        siblings: How many continuations of each prompt (N); with a budget, at most.
+        repulsion: λ, nats for each sibling that chose a token at the same place, in [0, 1000].
+        ngram: n ≥ 2: at forks, tokens that ended the same n-gram in texts of other siblings are repelled too, finished
+            ones included, the prompt not; of an n-gram's continuations the 32 most frequent. None for off.
+        ngram_repulsion: Nats for each time that one did, in [0, 1000].
+        where: "forks"; "random" for repulsion at random positions, the ablation.
+        share: With "random", the chance of a place to be one of them.
+        fork_temperature: The temperature above the threshold; None for the call's own everywhere.
+        max_total_tokens: A hard budget for each prompt, its own tokens included, counted once. As many siblings begin
+            as can be finished, at least one, which may be cut. None for no limit.
+        seed: The key of all draws; None for another one in each call, from torch's default generator.
+        rows: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
+        impl: "triton", "torch" or "auto".
+
+    Raises:
+        InputError: If a setting is out of its range.
+    """
+
+    siblings: int = 8
+    repulsion: float = 0.5
+    ngram: int | None = None
+    ngram_repulsion: float = 0.5
+
+    _why_sampling: ClassVar[str] = (
+        "Greedy siblings would all be the same, and one that a penalty turned away from the argmax has no weight."
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("repulsion", "ngram_repulsion"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_NATS:
+                raise InputError.of(
+                    name,
+                    expected=f"nats from 0 to {_MOST_NATS:g}",
+                    got=repr(value),
+                    remedy="Pass 0 for no repulsion; 0.5 is usual.",
+                )
+        least = {"siblings": 1} if self.ngram is None else {"siblings": 1, "ngram": 2}
+        repels = self.repulsion > 0 or (self.ngram is not None and self.ngram_repulsion > 0)
+        needed = self.fork_temperature is not None or (repels and self.where == "forks")
+        refuse_settings(self, least, needed=needed, allowed=("forks", "random"))
+
+    def _plant(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Siblings:
+        return Siblings(
+            prompts,
+            siblings=self.siblings,
+            repulsion=self.repulsion,
+            ngram=self.ngram,
+            ngram_repulsion=self.ngram_repulsion,
+            length=length,
+            ledgers=ledgers,
+        )
+
+    def _gains(self, drawing: Drawing, rows: Rows, plot: Plot, tokens: Sequence[int]) -> torch.Tensor | None:
+        """Of each token log p − log q: `log Σ p(v) exp(−penalty(v)) + penalty(token)`, float64 `[rows]`.
+
+        The sum is that of the tokens without a penalty, added up on the device, and of those with one. Taken from 1, it
+        would lose its digits where almost all of p is repelled.
+        """
+        assert isinstance(plot, Siblings)
+        most = max(map(len, plot.penalties))
+        if not most:
+            return None
+        # −1 in rows that are repelled by less, or by nothing.
+        ids = torch.tensor([[*p, *[-1] * (most - len(p))] for p in plot.penalties])  # [rows, K]
+        nats = torch.tensor([[*p.values(), *[0.0] * (most - len(p))] for p in plot.penalties], dtype=torch.float64)
+        own = torch.tensor([p.get(t, 0.0) for p, t in zip(plot.penalties, tokens, strict=True)], dtype=torch.float64)
+        repelled = torch.tensor([bool(p) for p in plot.penalties])
+        logprobs, rest = drawing.draw_logprobs(rows, ids)
+        place = rest.device
+        left = torch.cat([rest.double()[:, None], logprobs.double() - nats.to(place)], 1).logsumexp(1)
+        return torch.where(repelled.to(place), left + own.to(place), 0.0)

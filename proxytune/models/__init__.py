@@ -1,0 +1,1 @@
+"""Members, and the one model they make."""

@@ -1,0 +1,165 @@
+"""Assisted decoding on a composed model: drafts whose head is narrower or wider than the base's.
+
+A draft only proposes; what is accepted is decided by the combined logits. So a draft of another width needs nothing but
+rows of the same width, ids that it can embed, and no proposals that some member cannot embed. The model's own expert as
+the draft is another matter: it runs ahead on the composite cache, in the loop of
+`proxytune.methods.speculation.decoding`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.models.members.member import embedding_rows
+
+__all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
+
+# Settings of generate() that draft with layers, heads or embeddings of the one model it takes itself to be running.
+_SELF_SPECULATION = {"assistant_early_exit": (None,), "use_mtp": (None, False), "speculation_type": (None,)}
+
+
+class TailMask(LogitsProcessor):
+    """Gives −inf to the ids past a width.
+
+    The composed logits have −inf there anyway. This is for the drafts of assisted decoding, to which `generate()` hands
+    the same processors, and for what comes out of `(−inf) − (−inf)` in classifier-free guidance.
+    """
+
+    supports_continuous_batching = False
+
+    def __init__(self, width: int) -> None:
+        """Set the width.
+
+        Args:
+            width: The number of ids that stay.
+        """
+        self.width = width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """Mask the tail.
+
+        Args:
+            input_ids: `[B, T]`; not looked at.
+            scores: `[B, V]`.
+
+        Returns:
+            `[B, V]`, a new tensor if there is a tail.
+        """
+        if scores.shape[-1] <= self.width:
+            return scores
+        masked = scores.clone()
+        masked[:, self.width :] = -torch.inf
+        return masked
+
+
+class FittedDraft(CandidateGenerator):
+    """A candidate generator whose rows are brought to the base's width: the draft gives what it lacks −inf."""
+
+    def __init__(self, inner: CandidateGenerator, width: int) -> None:
+        """Wrap a candidate generator.
+
+        Args:
+            inner: The generator of transformers. `TailMask` keeps its proposals within every member's reach.
+            width: The base's width V.
+        """
+        self.inner = inner
+        self.width = width
+
+    def __getattr__(self, name: str) -> Any:
+        # The assisted loop reads and tunes settings on the generator it was given.
+        return getattr(self.inner, name)
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft a continuation.
+
+        Args:
+            input_ids: `[1, T]`.
+            **kwargs: As in transformers.
+
+        Returns:
+            The prefix with the candidates, `[1, T + K]`, and their logits, `[1, K, V]`.
+        """
+        # Text that the draft has no embedding for reaches it as another token: its proposals get worse, nothing else.
+        known = input_ids.clamp(max=embedding_rows(self.inner.assistant_model) - 1)
+        candidates, logits = self.inner.get_candidates(known, **kwargs)
+        candidates = torch.cat([input_ids, candidates[:, input_ids.shape[1] :].to(input_ids.device)], 1)
+        if logits is not None:
+            missing = self.width - logits.shape[-1]
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)  # a negative number crops
+        return candidates, logits
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Tell the draft how many candidates were accepted.
+
+        Args:
+            input_ids: `[1, T]`.
+            scores: `[1, K, V]`.
+            num_matches: The number.
+        """
+        self.inner.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+def refuse_self_speculation(generation_config: GenerationConfig) -> None:
+    """Refuse the modes in which a model drafts with parts of itself: steered, there is no such one model.
+
+    Args:
+        generation_config: The settings of the call.
+
+    Raises:
+        UnsupportedModeError: If one of these modes is on.
+    """
+    for name, off in _SELF_SPECULATION.items():
+        if (value := getattr(generation_config, name, None)) not in off:
+            raise UnsupportedModeError.of(
+                name,
+                expected="a draft of its own, or none",
+                got=f"{name}={value!r}, which drafts with a part of one model",
+                remedy="Pass assistant_model= or prompt_lookup_num_tokens=.",
+            )
+
+
+class AssistedMixin:
+    """What `generate(assistant_model=…)` does on a composed model; comes before `GenerationMixin` among the bases."""
+
+    def _validate_generation_mode(
+        self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
+    ) -> None:
+        refuse_self_speculation(generation_config)
+        if not generation_mode_kwargs.get("assistant_tokenizer"):
+            # transformers takes another head width for another tokenizer; here the rows are fitted instead.
+            generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
+        parent: Any = super()
+        parent._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
+        parent: Any = super()
+        inner: CandidateGenerator = parent._get_candidate_generator(*args, **kwargs)
+        width: int = self.config.vocab_size  # type: ignore[attr-defined]
+        return FittedDraft(inner, width) if type(inner) is AssistedCandidateGenerator else inner
+
+    def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+        parent: Any = super()
+        expert: Any = getattr(self, "expert", None)
+        if expert is None or assistant_model is not expert:
+            return parent._assisted_decoding(*args, assistant_model=assistant_model, **kwargs)
+        config = kwargs["generation_config"]
+        if config.assistant_ensemble_weight is not None:
+            raise InputError.of(
+                "assistant_ensemble_weight",
+                expected="None: with the expert as the draft nothing is lost",
+                got=f"{config.assistant_ensemble_weight}, which mixes the draft into the model",
+                remedy="Leave it out, or change alpha, which is the weight of the expert.",
+            )
+        for name in ("inputs_tensor", "assistant_tokenizer"):
+            kwargs.pop(name, None)
+        tokens = expert.generation_config.num_assistant_tokens
+        # By name: the loops stand above the model, and know it.
+        loops = importlib.import_module("proxytune.methods.speculation.decoding")
+        loop = loops.SpeculativeDecoding(draft_tokens="auto" if tokens is None else tokens)
+        return loop(self, *args, **kwargs)

@@ -1,0 +1,313 @@
+"""What transformers asks of the composed model beside its logits.
+
+The inputs of a step, masks and caches for `generate()`; the parts that `PreTrainedModel` takes one model to have; and
+the refusal of what could only go wrong silently.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
+from transformers.cache_utils import Cache, StaticCache
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.models.assisted import AssistedMixin, TailMask
+from proxytune.models.members.composite_cache import adopt, refuse_short_cache
+from proxytune.models.padding import refuse_ambiguous_padding
+
+__all__ = ["ComposedGenerationMixin", "MemberOutput", "refuse_arguments", "refuse_continuous_batching", "refuse_shapes"]
+
+
+@dataclass
+class MemberOutput(CausalLMOutputWithPast):
+    """What `forward(combine=False)` returns: each member's own logits, for a loop that combines them itself.
+
+    Attributes:
+        member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first.
+    """
+
+    member_logits: tuple[torch.Tensor, ...] | None = None
+
+
+def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
+    """Stand in for `init_continuous_batching`: paged caches hold one model's layers, and drop processors silently.
+
+    Args:
+        *args: Ignored.
+        **kwargs: Ignored.
+
+    Raises:
+        UnsupportedModeError: Always; so also from `generate_batch` and `cache_implementation="paged"`.
+    """
+    raise UnsupportedModeError.of(
+        "continuous batching",
+        expected="generate() with a dynamic or static cache",
+        got="generate_batch or a paged cache, which would run one model without the others",
+        remedy="Use generate() with a left-padded batch.",
+    )
+
+
+def refuse_arguments(**given: Any) -> None:
+    """Refuse forward arguments that the composition cannot serve.
+
+    Args:
+        **given: Name → value; None and False are as good as not given.
+
+    Raises:
+        InputError: If any other value is given.
+    """
+    for name, value in given.items():
+        if value is None or value is False:
+            continue
+        if name == "inputs_embeds":
+            raise InputError.of(
+                "inputs_embeds",
+                expected="input_ids: the members do not share an embedding space",
+                got="embeddings of one of them",
+                remedy="Pass the token ids.",
+            )
+        raise InputError.of(
+            name,
+            expected="no such argument: logits are combined, hidden states and attentions are not",
+            got=f"{name}={value!r}" if isinstance(value, str | int | float) else f"a {type(value).__name__}",
+            remedy="Ask the member itself, e.g. model.base(...).",
+        )
+
+
+def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> None:
+    """Refuse ids, masks and labels of another form than `[B, T]`.
+
+    Args:
+        input_ids: What was given as the ids.
+        attention_mask: What was given as their mask; it may cover cached tokens before them. None if there is none.
+        labels: What was given as their labels; None if there are none.
+
+    Raises:
+        InputError: If the ids are no tensor of whole numbers `[B, T]`, the mask has other rows or fewer positions, or
+            the labels have another shape.
+    """
+    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
+        shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
+        raise InputError.of(
+            "input_ids",
+            expected="a tensor of token ids with two dimensions [B, T]",
+            got=f"a {type(input_ids).__name__}" if shape is None else f"shape {shape}, {input_ids.dtype}",
+            remedy='Pass what tokenizer(prompts, return_tensors="pt", padding=True) returns.',
+        )
+    if labels is not None and labels.shape != input_ids.shape:
+        raise InputError.of(
+            "labels",
+            expected=f"the shape of input_ids, {list(input_ids.shape)}",
+            got=f"{list(labels.shape)}",
+            remedy="Pass the ids themselves, -100 where there is none to foretell; they are shifted here.",
+        )
+    if attention_mask is None:
+        return
+    rows, length = input_ids.shape
+    if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
+        raise InputError.of(
+            "attention_mask",
+            expected=f"[B, T] for {rows} rows of {length} ids: the members build their own masks from it",
+            got=f"shape {list(attention_mask.shape)}",
+            remedy="Pass the tokenizer's mask.",
+        )
+
+
+class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
+    """`GenerationMixin` for a model that is composed of several, the base among them.
+
+    Its name has to end like `GenerationMixin`: `can_generate()`, which pipelines ask, looks for that in the bases.
+    """
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Prepare a step of `generate()`; the members build their own masks, so the 2-D mask is kept as it is.
+
+        Args:
+            input_ids: `[B, T]`.
+            next_sequence_length: How many of the last ids are new; None for all.
+            past_key_values: The composite cache.
+            attention_mask: `[B, T]`.
+            inputs_embeds: Refused.
+            is_first_iteration: Whether this is a prompt.
+            **kwargs: What else `generate()` hands over.
+
+        Returns:
+            The keyword arguments of `forward`.
+
+        Raises:
+            InputError: If `inputs_embeds` is given.
+        """
+        refuse_arguments(inputs_embeds=inputs_embeds)
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        # For the stop strings; generate() hands it on with the model's arguments.
+        kwargs.pop("tokenizer", None)
+        position_ids = kwargs.pop("position_ids", None)
+        if position_ids is not None:
+            position_ids = position_ids[..., -input_ids.shape[1] :]
+        return {
+            "input_ids": input_ids,
+            "past_key_values": past_key_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "is_first_iteration": is_first_iteration,
+            **kwargs,
+        }
+
+    def _prepare_model_inputs(
+        self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:
+        given = inputs if inputs is not None else model_kwargs.get("input_ids")
+        if given is not None:
+            refuse_shapes(given, model_kwargs.get("attention_mask"))
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        # Called only if the caller gave no mask. transformers then takes padding that is also EOS for text.
+        ends = generation_config._eos_token_tensor
+        if ends is not None and inputs_tensor.ndim == 2:
+            refuse_ambiguous_padding(inputs_tensor, ends.tolist(), remedy="Pass the tokenizer's attention_mask.")
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
+
+    def _get_logits_processor(
+        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+    ) -> LogitsProcessorList:
+        tail = TailMask(self.usable_ids)
+        processors = LogitsProcessorList([tail])
+        for processor in super()._get_logits_processor(generation_config, *args, **kwargs):
+            # As somebody's draft, it is handed that one's processors, and may be steered on top: drafts only propose.
+            if getattr(processor, "shifts_logits", False) and not generation_config.is_assistant:
+                raise InputError.of(
+                    "logits_processor",
+                    expected="no ProxyTuningLogitsProcessor on a composed model",
+                    got="one: the shifts would add up",
+                    remedy="Leave it out, or use it on the base alone.",
+                )
+            if hasattr(processor, "check_settings") and not generation_config.is_assistant:
+                processor.check_settings(generation_config)  # what a step will not tell it
+            processors.append(processor)
+            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                processors.append(tail)  # it subtracts −inf from −inf there
+        return processors
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        cache = model_kwargs.get("past_key_values")
+        if cache is None:
+            return
+        # Before anything else sees the cache: assisted decoding asks its layers to record their past.
+        adopt(cache, self.config.member_configs, self.cache_owner)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        if isinstance(cache, StaticCache):
+            # Its length is known to the device only, so this is the one moment to see that it would be overrun.
+            for member in self.members:
+                member.refuse_length(max_cache_length)
+            refuse_short_cache(cache, max_cache_length)
+
+    def _get_static_cache_init_shape(self) -> None:
+        # Members differ in head counts and sizes, so each layer initialises itself at its first update.
+        return None
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **named: Any
+    ) -> dict[str, Any]:
+        given = super()._extract_generation_mode_kwargs(None, kwargs.copy(), *args, **named)
+        found: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
+        if not callable(custom_generate):
+            return found
+        # transformers keeps the streamer, the tokenizer and the draft from a callable; here it gets what it names.
+        names = inspect.signature(custom_generate).parameters
+        return {name: value for name, value in given.items() if name in names} | found
+
+    init_continuous_batching = staticmethod(refuse_continuous_batching)
+
+    # --- what PreTrainedModel takes one model to have -----------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """The base's device; logits are returned there."""
+        return self.base.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The base's dtype; logits are float32 all the same."""
+        return self.base.dtype
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's input embedding.
+
+        Returns:
+            The module.
+        """
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The base's output embedding; its logits alone are not this model's.
+
+        Returns:
+            The module.
+        """
+        return self.base.get_output_embeddings()
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: each member has tied its own weights.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+        """
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Switch the attention implementation of all members.
+
+        Args:
+            *args: As in transformers.
+            **kwargs: As in transformers.
+        """
+        for member in self.members:
+            member.model.set_attn_implementation(*args, **kwargs)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refused: ids added to one member mean nothing to the others.
+
+        Args:
+            *args: Ignored.
+            **kwargs: Ignored.
+
+        Raises:
+            UnsupportedModeError: Always.
+        """
+        raise UnsupportedModeError.of(
+            "resize_token_embeddings",
+            expected="members whose vocabularies agree",
+            got="a request to change the base's alone",
+            remedy="Resize every member before wrapping them.",
+        )

@@ -1,0 +1,257 @@
+"""Opening the members: from a model object, a hub id or a folder, with a check that their ids mean the same tokens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import cached_file
+
+from proxytune.errors import InputError, MemberError, MemberNotFoundError, VocabularyWarning
+from proxytune.models.vocabulary import check_same_tokens
+from proxytune.recipe import ROLES, MemberRef
+
+__all__ = ["adapters_of", "check_vocabularies", "find_tokenizer", "open_member", "open_members", "reference_of"]
+
+# What of `from_pretrained`'s arguments says where files are found, and so concerns the tokenizer's too.
+_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
+
+
+def open_members(
+    sources: Mapping[str, Any],
+    *,
+    revisions: Mapping[str, str] | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
+    check_vocabulary: bool = True,
+    **from_pretrained: Any,
+) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None]]:
+    """Open all members of a composition.
+
+    Args:
+        sources: Role → model object, hub id or folder; the one that owns the ids (the base) first.
+        revisions: Role → branch, tag or commit, for hub ids.
+        tokenizers: Role → tokenizer, for members that have none beside their weights.
+        check_vocabulary: Whether to compare the members' token ids.
+        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
+
+    Returns:
+        Role → model, and role → where it can be had again (None for one that exists only in memory).
+
+    Raises:
+        InputError: If a member is missing, or arguments contradict each other.
+        MemberError: If a member cannot be opened, means other tokens by its ids, or is the model inside another one of
+            PEFT, with its adapter.
+
+    Warns:
+        VocabularyWarning: If there was no tokenizer to compare by.
+    """
+    for role, source in sources.items():
+        if source is None:
+            raise InputError.of(
+                f"the {role}",
+                expected="a model, a hub id or a folder",
+                got="None",
+                remedy="Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from.",
+            )
+    revisions = revisions or {}
+    for name, given in (("revisions", revisions), ("tokenizers", tokenizers or {})):
+        if strange := sorted(set(given) - set(ROLES)):
+            raise InputError.of(
+                name, expected=f"roles out of {', '.join(ROLES)}", got=", ".join(strange), remedy="Correct the role."
+            )
+    if from_pretrained and all(isinstance(s, nn.Module) for s in sources.values()):
+        raise InputError.of(
+            "members",
+            expected="no further arguments when all of them are model objects",
+            got=", ".join(sorted(from_pretrained)),
+            remedy="They are for from_pretrained: pass them where you load the models.",
+        )
+    references = {role: reference_of(source, revisions.get(role)) for role, source in sources.items()}
+    members = {
+        role: open_member(source if isinstance(source, nn.Module) else references[role], role, **from_pretrained)
+        for role, source in sources.items()
+    }
+    _refuse_injected(members)
+    if check_vocabulary:
+        hub = {k: v for k, v in from_pretrained.items() if k in (*_HUB_ARGUMENTS, "trust_remote_code")}
+        check_vocabularies(references, tokenizers, **hub)
+    return members, references
+
+
+def _refuse_injected(members: Mapping[str, Any]) -> None:
+    """Refuse a PEFT model beside the model that it was made of: that one carries the adapter too, and is no other."""
+    for role, model in members.items():
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else None
+        for other, plain in members.items():
+            if plain is inner:
+                raise MemberError.of(
+                    f"the {other}",
+                    expected=f"a model of its own beside the {role}, a {type(model).__name__}",
+                    got="the model inside it: PEFT has put the adapter into that one too, so both are tuned alike",
+                    remedy=f"Load the {other} once more, without the adapter.",
+                )
+
+
+def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
+    """Get a member's model.
+
+    Args:
+        source: A model, which is taken as it is, or a `MemberRef` to load with `AutoModelForCausalLM`.
+        role: Its role, for messages.
+        **from_pretrained: Handed to `from_pretrained`, e.g. `dtype`, `device_map`; only with a `MemberRef`.
+
+    Returns:
+        The model.
+
+    Raises:
+        InputError: If the source is neither a model, nor a reference.
+        MemberNotFoundError: If the folder or hub id cannot be opened.
+        MemberError: If transformers refuses the arguments.
+    """
+    if isinstance(source, nn.Module):
+        return source
+    if not isinstance(source, MemberRef):
+        raise InputError.of(
+            f"the {role}",
+            expected="a model, a hub id or a folder",
+            got=repr(source),
+            remedy=f"Pass e.g. {role}='org/model'.",
+        )
+    try:
+        return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
+    except (OSError, ValueError) as error:
+        place = f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else "")
+        # A folder without a model in it is a ValueError of transformers; others are about the arguments.
+        if isinstance(error, OSError) or not (Path(source.id) / "config.json").exists():
+            raise MemberNotFoundError.of(
+                f"the {role}",
+                expected="a hub id, or a folder with a config.json and weights",
+                got=place,
+                remedy=f"transformers says: {_first_line(error)}",
+            ) from error
+        raise MemberError.of(
+            f"the {role}",
+            expected="a model that loads with these arguments",
+            got=f"{place} with {', '.join(f'{k}={v!r}' for k, v in from_pretrained.items()) or 'none'}",
+            remedy=f"transformers says: {_first_line(error)}",
+        ) from error
+
+
+def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
+    """Where a member can be had again.
+
+    Args:
+        source: A hub id, a folder, or a model.
+        revision: The revision asked for, if any.
+
+    Returns:
+        The reference, with folders made absolute; None for a model that was not loaded from anywhere, or that carries
+        an adapter, whose weights its name does not tell of.
+    """
+    if isinstance(source, nn.Module):
+        config = getattr(source, "config", None)
+        if adapters_of(source):
+            return None
+        name, revision = getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None)
+    else:
+        name = str(source)
+    if not name:
+        return None
+    folder = Path(name).expanduser()
+    return MemberRef(str(folder.resolve())) if folder.is_dir() else MemberRef(name, revision)
+
+
+def adapters_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters that a model carries.
+
+    Args:
+        model: A model of transformers, or of PEFT around one.
+
+    Returns:
+        The names, sorted; empty for a plain model.
+    """
+    return tuple(sorted(dict(getattr(model, "peft_config", None) or {})))
+
+
+def check_vocabularies(
+    references: Mapping[str, MemberRef | None], tokenizers: Mapping[str, Any] | None = None, **hub: Any
+) -> None:
+    """Compare all members' token ids with those of the first whose tokenizer is known.
+
+    Args:
+        references: Role → where the member came from, the base first.
+        tokenizers: Role → tokenizer, for members whose folder has none.
+        **hub: `token`, `cache_dir` and the like, for finding tokenizers.
+
+    Raises:
+        VocabularyMismatchError: If the ids of two members mean different tokens.
+
+    Warns:
+        VocabularyWarning: If some member's tokenizer is not to be found, so that nothing could be compared.
+    """
+    vocabularies: dict[str, Mapping[str, int]] = {}
+    seen: dict[MemberRef, Mapping[str, int]] = {}
+    unknown = []
+    for role, reference in references.items():
+        tokenizer = (tokenizers or {}).get(role)
+        if tokenizer is None and reference is not None:
+            if reference not in seen:
+                found = find_tokenizer(reference, **hub)
+                if found is None:
+                    unknown.append(role)
+                    continue
+                seen[reference] = found.get_vocab()
+            vocabularies[role] = seen[reference]
+        elif tokenizer is not None:
+            vocabularies[role] = tokenizer.get_vocab()
+        else:
+            unknown.append(role)
+    if vocabularies:
+        # With an unknown base, companions can still contradict each other.
+        against, *others = vocabularies
+        for role in others:
+            check_same_tokens(vocabularies[against], vocabularies[role], role=role, against=against)
+    if unknown:
+        warnings.warn(
+            f"the vocabularies were not compared: no tokenizer is at hand for {', '.join(unknown)}. If ids mean "
+            "different tokens there, the output is noise. Pass tokenizers={role: tokenizer}, or check_vocabulary=False "
+            "if you know that they agree.",
+            VocabularyWarning,
+            stacklevel=3,
+        )
+
+
+def find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
+    """A member's tokenizer; None if it has none, where transformers may make up an empty one of the model's family.
+
+    Args:
+        reference: Where the member is to be had.
+        **hub: `token`, `cache_dir` and the like; also what the tokenizer's `from_pretrained` takes.
+
+    Returns:
+        The tokenizer, or None.
+    """
+    where: dict[str, Any] = {"revision": reference.revision or "main", **hub}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(reference.id, **where)
+    except (OSError, ValueError):
+        return None
+    names = set(tokenizer.vocab_files_names.values())
+    where.pop("trust_remote_code", None)
+
+    def exists(name: str) -> bool:
+        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
+        return cached_file(reference.id, name, **where, **quiet) is not None
+
+    # A tokenizer of bytes or characters has no vocabulary file at all.
+    if not names or any(exists(name) for name in ("tokenizer.json", *sorted(names), "tekken.json")):
+        return tokenizer
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,1 @@
+"""One model of the composition, and how several run."""

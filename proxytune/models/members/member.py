@@ -1,0 +1,260 @@
+"""One causal LM of the composition: what it can take, and one forward pass of it over a span of tokens.
+
+Both doors run their models through `Member.forward`: the composed model on a view of its composite cache, a companion
+on a cache of its own. It does not know how caches are built, and nothing of formulas.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import CompileConfig, PreTrainedModel
+from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+
+from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.models.members.compiled_step import CompiledStep
+
+__all__ = ["Member", "check_ids", "embedding_rows", "positions_of"]
+
+_SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """How many ids a model can embed.
+
+    Args:
+        model: A causal LM.
+
+    Returns:
+        The number of rows of its input embedding; padded rows count.
+    """
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "get_input_embeddings"):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a causal LM of transformers (or PEFT)",
+            got=type(model).__name__,
+            remedy="Load it with AutoModelForCausalLM.from_pretrained.",
+        )
+    family = getattr(config, "model_type", type(model).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a decoder-only model",
+            got=f"{type(model).__name__} ({family}), an encoder-decoder",
+            remedy="Encoder-decoders are not supported.",
+        )
+    if any(getattr(c, "is_prompt_learning", False) for c in dict(getattr(model, "peft_config", None) or {}).values()):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="an adapter in the weights, such as LoRA",
+            got="a PEFT model that learns a prompt or prefix, which puts tokens of its own into the cache",
+            remedy="Use another kind of adapter, or a merged model.",
+        )
+    kinds = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
+    strange = sorted(kinds - _SUPPORTED_LAYERS)
+    if strange or getattr(model, "_is_stateful", False):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="attention layers only (full or sliding), whose cache can be rolled back",
+            got=f"{type(model).__name__} ({family}) with {', '.join(strange) or 'recurrent'} layers",
+            remedy="Recurrent and hybrid families are not supported yet; use an attention-only model.",
+        )
+
+
+class Member:
+    """A causal LM with a role in the composition.
+
+    Attributes:
+        role: `"base"`, `"expert"` or `"antiexpert"`.
+        model: The causal LM.
+        rows: How many ids it can embed.
+        context: The largest number of positions it was built for; None if its config names none.
+        token_forwards: Tokens × rows that went through it so far; what it cost.
+        step: Its compiled decode step; None if all passes run as they are.
+    """
+
+    def __init__(self, model: PreTrainedModel, role: str) -> None:
+        """Check that the model can take part.
+
+        Args:
+            model: A decoder-only causal LM of transformers, or a PEFT model around one.
+            role: Its role, for messages.
+
+        Raises:
+            UnsupportedModelError: If it is an encoder-decoder, has recurrent layers, or takes no cache.
+        """
+        _refuse_unsupported(model, role)
+        self.role = role
+        self.model = model
+        self.rows = embedding_rows(model)
+        text_config = model.config.get_text_config(decoder=True)
+        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.token_forwards = 0
+        self.step: CompiledStep | None = None
+        # A PEFT model hands everything on, so the signature that counts is that of the model inside.
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parameters = inspect.signature(inner.forward).parameters
+        if "past_key_values" not in parameters:
+            raise UnsupportedModelError.of(
+                f"the {role}",
+                expected="a model whose forward takes past_key_values",
+                got=type(model).__name__,
+                remedy="Use an attention-only causal LM of transformers.",
+            )
+        self._takes_position_ids = "position_ids" in parameters
+        self._takes_logits_to_keep = "logits_to_keep" in parameters
+
+    @property
+    def device(self) -> torch.device:
+        """The device its inputs go to (the first one, if it is spread over several)."""
+        device: torch.device = self.model.get_input_embeddings().weight.device
+        return device
+
+    def compile_step(self, config: CompileConfig | None) -> None:
+        """Compile the decode step, see `proxytune.models.members.compiled_step`.
+
+        Args:
+            config: The settings; None to run it as it is again.
+
+        Raises:
+            UnsupportedModelError: If the model is offloaded, or quantized in a way that cannot be compiled.
+        """
+        places = {str(place) for place in (getattr(self.model, "hf_device_map", None) or {}).values()}
+        away = places & {"cpu", "disk"} if len(places) > 1 else places & {"disk"}
+        quantizer = getattr(self.model, "hf_quantizer", None)
+        if config is not None and (away or not getattr(quantizer, "is_compileable", True)):
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="a model that can be compiled",
+                got=f"one with layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
+                remedy="Leave it out: compile_members(roles=[…]).",
+            )
+        self.step = None if config is None else CompiledStep(self.model, config)
+
+    def refuse_length(self, length: int) -> None:
+        """Refuse a text that is longer than the model's context.
+
+        Args:
+            length: Its number of tokens.
+
+        Raises:
+            InputError: If it is too long.
+        """
+        if self.context is not None and length > self.context:
+            raise InputError.of(
+                f"length for the {self.role}",
+                expected=f"at most {self.context} tokens (max_position_embeddings of {type(self.model).__name__})",
+                got=f"{length}",
+                remedy="Shorten the prompt, lower max_new_tokens, or use a member with a longer context.",
+            )
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        latent: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Run the model over a span of tokens that follows what its cache holds.
+
+        Args:
+            input_ids: `[B, N]`, int64, only the tokens the cache has not seen.
+            attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding; None if there is no padding.
+            position_ids: `[B, N]` or `[1, N]`; None for the model's default, 0, 1, 2, … after the cache.
+            cache: The model's own cache (or view), extended in place; None to run without.
+            logits_to_keep: The last that many positions (0: all), or a tensor of positions.
+            latent: What the model takes in place of the ids, `[B, N, …]` each (see
+                `proxytune.methods.latent.embedding`); None for the ids.
+
+        Returns:
+            Raw logits `[B, K, V]` in the model's dtype, on the model's device.
+
+        Raises:
+            InputError: If the sequence is longer than the model's context.
+        """
+        n = input_ids.shape[1]
+        past = cache.get_seq_length() if cache is not None else 0
+        # A static cache knows its length only on the device; reading it would make the host wait in every step.
+        self.refuse_length(n + (past if isinstance(past, int) else 0))
+        device = self.device
+
+        def here(t: torch.Tensor | None) -> torch.Tensor | None:
+            # Not waiting is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+            return None if t is None else t.to(device, non_blocking=device.type != "cpu")
+
+        if not torch.compiler.is_compiling():
+            self.token_forwards += input_ids.shape[0] * n
+        if self.step is not None and CompiledStep.serves(n, cache, logits_to_keep, latent):
+            assert cache is not None
+            inputs = {"input_ids": here(input_ids), "attention_mask": here(attention_mask)}
+            if self._takes_position_ids:
+                inputs["position_ids"] = here(position_ids)
+            return self.step(inputs, cache)
+
+        kwargs: dict[str, Any] = {"attention_mask": here(attention_mask), "use_cache": cache is not None}
+        if cache is not None:
+            kwargs["past_key_values"] = cache
+        if position_ids is not None and self._takes_position_ids:
+            kwargs["position_ids"] = here(position_ids)
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = logits_to_keep
+        given = {"input_ids": here(input_ids)} if latent is None else {k: here(x) for k, x in latent.items()}
+        logits: torch.Tensor = self.model(**given, **kwargs, return_dict=True).logits  # [B, K, V]
+        if not self._takes_logits_to_keep:
+            if isinstance(logits_to_keep, torch.Tensor):
+                logits = logits[:, logits_to_keep]
+            elif logits_to_keep:
+                logits = logits[:, -logits_to_keep:]
+        return logits
+
+
+def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
+    """The position of each token in its row, not counting padding.
+
+    Args:
+        attention_mask: `[B, T]`, 1 for tokens and 0 for padding.
+
+    Returns:
+        `[B, T]`, int64; 0 on padding, where it does not matter.
+    """
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+
+
+def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:
+    """Refuse a prompt with ids that some member cannot embed. Waits for the device: for prompts, not for every step.
+
+    Args:
+        input_ids: `[B, T]`, int64.
+        members: All members that will see the prompt.
+
+    Raises:
+        InputError: If the prompt is empty, or an id is negative or beyond the smallest embedding.
+    """
+    if input_ids.numel() == 0:
+        raise InputError.of(
+            "input_ids",
+            expected="a prompt of at least one token",
+            got=f"shape {list(input_ids.shape)}",
+            remedy="Start from the BOS token, or any text.",
+        )
+    least = min(members, key=lambda m: m.rows)
+    low, high = (int(x) for x in torch.aminmax(input_ids))
+    if low < 0 or high >= least.rows:
+        bad = low if low < 0 else high
+        raise InputError.of(
+            "input_ids",
+            expected=f"ids from 0 to {least.rows - 1}, which every member can embed",
+            got=f"id {bad}, which the {least.role} ({least.rows} embedding rows) has no embedding for",
+            remedy="Tokenize with the tokenizer that all members share, and leave out tokens added for one of them.",
+        )

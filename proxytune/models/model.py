@@ -1,0 +1,379 @@
+"""The composed model: a `PreTrainedModel` whose logits are the combined logits of its members.
+
+A decode step reads top to bottom in `ProxyTunedModel.forward`: members → logits → shift. What else transformers asks
+of a model is in `proxytune.models.generation_mixin`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from proxytune import ops
+from proxytune.errors import InputError, RecipeError
+from proxytune.formulas.shift import FORMULAS, Formula
+from proxytune.models.chunked_forward import forward_in_parts, part_length
+from proxytune.models.config import ProxyTunedConfig, load_recipe
+from proxytune.models.generation_mixin import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
+from proxytune.models.loading import adapters_of, open_members
+from proxytune.models.members.composite_cache import adopt
+from proxytune.models.members.cpu_threads import SideThread
+from proxytune.models.members.cuda_streams import SideStreams
+from proxytune.models.members.forward import run_members
+from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.saving import save_adapter
+from proxytune.recipe import ROLES, Recipe
+
+__all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
+
+
+class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
+    """Base, expert and antiexpert as one causal LM, made by `proxytune.wrap` or `from_pretrained`.
+
+    `forward` returns `z_base + α (z_expert − z_antiexpert)` in float32 (arXiv 2401.08565), so every mode of
+    `generate()`, pipelines and log-likelihood scoring work as with any model. One cache holds all members' layers.
+    Ids that some member cannot embed (at the tail of a padded head) get −inf: once sampled, no member could go on.
+
+    Attributes:
+        base: The frozen large model.
+        expert: The small tuned model.
+        antiexpert: The small model that the expert was tuned from.
+        formula: The formula with its α.
+        overlap: Whether companions on a GPU run on streams beside the base's [True]; no effect on a CPU.
+        split_threads: Whether companions on a CPU run in a thread beside the base's, on half of torch's threads each
+            [False]; for large members it can be faster, so measure.
+    """
+
+    base: PreTrainedModel
+    expert: PreTrainedModel
+    antiexpert: PreTrainedModel
+    formula: Formula
+
+    config_class = ProxyTunedConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    # The members check these for themselves when they are loaded; here they only must not be refused.
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    # Keeps generate() from compiling this forward by itself on static caches; members may be compiled by their owner.
+    _can_compile_fullgraph = False
+
+    def __init__(self, config: ProxyTunedConfig, members: Mapping[str, PreTrainedModel], formula: Formula) -> None:
+        """Compose the members; `wrap` and `from_pretrained` are the doors.
+
+        Args:
+            config: A config; it is bound to the members here.
+            members: Role → model, the base first, then `formula.roles` in order. They are put in evaluation mode.
+            formula: The formula.
+
+        Raises:
+            UnsupportedModelError: If a member has no attention cache (see `Member`).
+        """
+        wrapped = [Member(model, role) for role, model in members.items()]
+        config.bind([model.config for model in members.values()])
+        config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)
+        super().__init__(config)
+        for role, model in members.items():
+            setattr(self, role, model.eval())
+        self.formula = formula
+        self.overlap = True
+        self.split_threads = False
+        self.members = wrapped
+        self._sides = SideStreams()
+        self._thread = SideThread()
+        self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
+        # Written on the caches that this model fills, and kept by copies of them.
+        self.cache_owner = uuid.uuid4().hex
+        self.generation_config = GenerationConfig.from_dict(self.base.generation_config.to_dict())
+        self.eval()
+
+    # --- what the composition is ---------------------------------------------------------------------------------
+
+    @property
+    def alpha(self) -> float:
+        """The strength α of the shift; may be set to any finite number."""
+        return self.formula.alpha
+
+    @alpha.setter
+    def alpha(self, value: float) -> None:
+        self.formula = self.formula.with_alpha(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ROLES and "members" in self.__dict__:
+            raise InputError.of(
+                name,
+                expected="the member that the model was composed with",
+                got="another one",
+                remedy="Caches and checks belong to the members: call proxytune.wrap again.",
+            )
+        super().__setattr__(name, value)
+
+    @property
+    def recipe(self) -> Recipe | None:
+        """The adapter as it stands; None if some member was not loaded from anywhere, or got an adapter since."""
+        recipe: Recipe | None = self.config.recipe
+        if any(adapters_of(m.model) != self._adapters[m.role] for m in self.members):
+            return None
+        return None if recipe is None else replace(recipe, formula=self.formula.name, alpha=self.alpha)
+
+    @property
+    def usable_ids(self) -> int:
+        """How many ids every member can embed; those from there on have −inf."""
+        return min(m.rows for m in self.members)
+
+    @property
+    def token_forwards(self) -> dict[str, int]:
+        """Role → tokens × rows that went through that member so far."""
+        return {m.role: m.token_forwards for m in self.members}
+
+    def compile_members(self, config: CompileConfig | None = None, *, roles: Collection[str] | None = None) -> None:
+        """Compile the members' decode steps, each by itself, for `generate(cache_implementation="static")`.
+
+        For members whose step is bound by what the host has to launch, not by the memory that it reads: small
+        companions on a fast GPU. Prompts, drafts to verify and every other cache run as they are. The first steps after
+        a prompt are slow: they compile, and again for another size of the batch. Compiled members run in turn, not on
+        streams beside the base.
+
+        Args:
+            config: The settings, transformers' own [inductor, `mode="reduce-overhead"`: CUDA graphs on a GPU].
+            roles: The members to compile [all]; the others run as they are, so `roles=()` undoes it.
+
+        Raises:
+            InputError: If there is no such member, or the settings are something else.
+            UnsupportedModelError: If a member is offloaded, or quantized in a way that cannot be compiled.
+        """
+        chosen = [m.role for m in self.members] if roles is None else list(roles)
+        unknown = [role for role in chosen if role not in {m.role for m in self.members}]
+        if unknown or isinstance(roles, str) or not isinstance(config, CompileConfig | None):
+            raise InputError.of(
+                "compile_members",
+                expected=f"a CompileConfig, and roles of {', '.join(m.role for m in self.members)}",
+                got=repr(roles) if unknown or isinstance(roles, str) else repr(config),
+                remedy='Call e.g. compile_members(CompileConfig(mode="reduce-overhead"), roles=["expert"]).',
+            )
+        for member in self.members:
+            member.compile_step((config or CompileConfig()) if member.role in chosen else None)
+
+    # --- the decode step -----------------------------------------------------------------------------------------
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Run all members over the tokens and combine their logits.
+
+        Args:
+            input_ids: `[B, N]`, int64: the tokens that the cache has not seen.
+            attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding.
+            position_ids: `[B, N]` or `[1, N]`; None to count by the mask.
+            past_key_values: An empty cache, or one that this model filled.
+            use_cache: Whether to return a cache [True].
+            logits_to_keep: The last that many positions [0: all], or a tensor of positions.
+            labels: `[B, N]`, −100 where there is none: adds the mean next-token loss, in nats.
+            inputs_embeds: Refused; members do not share an embedding space.
+            is_first_iteration: Set by `generate()` for a prompt.
+            **kwargs: `combine=False` for the members' own logits; `latent_inputs`, what each member takes in place of
+                the ids; `known`, logits of members that have already run over the first of these drafts (see
+                `proxytune.models.members.forward`); all else is refused, if not None or False.
+
+        Returns:
+            Logits `[B, K, V]`, float32, V the base's width; the loss; the cache. With `combine=False` a `MemberOutput`.
+
+        Raises:
+            InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; if the
+                labels have another shape; or an argument is not supported.
+            CacheError: If the cache was filled by another model.
+        """
+        # Not in the signature, so that generate() refuses them from a user: its own loops need combined logits.
+        combine = kwargs.pop("combine", None) is not False
+        latent = kwargs.pop("latent_inputs", None) or [None] * len(self.members)
+        known = kwargs.pop("known", None)
+        refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
+        refuse_shapes(input_ids, attention_mask, labels)
+        assert input_ids is not None
+        # A cache that is given is used, as in transformers: without it, its tokens would be missing from the prefix.
+        cache = past_key_values
+        if cache is None and use_cache in (None, True):
+            cache = DynamicCache(config=self.config)
+        if cache is not None:
+            adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
+            self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
+        past = 0 if cache is None else cache.get_seq_length()
+        if isinstance(past, int):  # before any member has run: what fails leaves the cache as it was
+            for member in self.members:
+                member.refuse_length(past + input_ids.shape[1])
+        if attention_mask is not None and position_ids is None:
+            position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
+        # Waits for the device, so for prompts only: what is sampled or drafted is within every member's reach.
+        prompt = is_first_iteration or cache is None or (input_ids.shape[1] != 1 and known is None)
+        if prompt and not torch.compiler.is_compiling():
+            check_ids(input_ids, self.members)
+        part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
+        if part is not None:
+            out = forward_in_parts(
+                self.forward,
+                input_ids,
+                length=part,
+                cache=DynamicCache(config=self.config) if cache is None else cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                labels=labels,
+            )
+            return out if cache is not None else CausalLMOutputWithPast(loss=out.loss, logits=out.logits)
+
+        members = run_members(
+            self.members,
+            self.config.spans,
+            input_ids,
+            cache=cache,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=logits_to_keep,
+            latent=latent,
+            known=known or {},
+            sides=self._sides if self.overlap else None,
+            thread=self._thread if self.split_threads else None,
+        )  # [B, K, V_i] each
+        if not combine and labels is None:  # a loss needs combined logits
+            return MemberOutput(past_key_values=cache, member_logits=tuple(members))
+        logits = ops.combine(members, self.formula.weights())  # [B, K, V]
+        logits[..., self.usable_ids :] = -torch.inf
+
+        loss = None
+        if labels is not None:
+            targets = labels[:, 1:].to(logits.device).flatten()
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+
+    @staticmethod
+    def _refuse_mask_of_other_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> None:
+        past = cache.get_seq_length()
+        if mask is not None and isinstance(past, int) and mask.shape[1] != past + ids.shape[1]:
+            raise InputError.of(
+                "attention_mask",
+                expected=f"{past + ids.shape[1]} positions: {past} in the cache and {ids.shape[1]} new",
+                got=f"{mask.shape[1]}",
+                remedy="The mask covers the cached tokens too.",
+            )
+
+    @torch.no_grad()
+    def member_logits(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
+        """What each member says for itself, without a cache: to see what the shift changed.
+
+        Args:
+            input_ids: `[B, T]`, int64.
+            attention_mask: `[B, T]`; None if nothing is padded.
+
+        Returns:
+            Role → raw logits `[B, T, V_role]`, float32.
+
+        Raises:
+            InputError: As `forward`.
+        """
+        check_ids(input_ids, self.members)
+        position_ids = None if attention_mask is None else positions_of(attention_mask)
+        return {
+            m.role: m.forward(input_ids, attention_mask=attention_mask, position_ids=position_ids).float()
+            for m in self.members
+        }
+
+    # --- saving and opening --------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save the adapter: the recipe, what opens it, and the base's tokenizer; no weights.
+
+        Args:
+            save_directory: A folder. Nothing half-written stays in it when saving fails.
+            **kwargs: Accepted for `push_to_hub()`, which calls this; there are no weights to shard.
+
+        Raises:
+            RecipeError: If it is asked to upload as well; if a member has no folder or hub id, or expert and antiexpert
+                have the same one; if the folder is a member's, or cannot be written.
+        """
+        if kwargs.get("push_to_hub"):
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="a folder to save to",
+                got="push_to_hub=True",
+                remedy="Call model.push_to_hub(repo_id).",
+            )
+        recipe = self.recipe
+        if recipe is None:
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="members that were loaded from a folder or the hub",
+                got="a member that exists only in memory, or carries an adapter that its name does not tell of",
+                remedy="Save that member with its own save_pretrained, and wrap the folder.",
+            )
+        if recipe.expert == recipe.antiexpert and self.expert is not self.antiexpert:
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="an expert and an antiexpert from different places",
+                got=f"{recipe.expert.id!r} for both, though they are two models; one was probably tuned in memory",
+                remedy="Save the tuned one with its own save_pretrained, and wrap the folder.",
+            )
+        save_adapter(save_directory, recipe, self.generation_config)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> ProxyTunedModel:
+        """Open a saved adapter and load its members.
+
+        Args:
+            pretrained_model_name_or_path: A folder or hub id with a `proxytune_config.json`.
+            *args: None are taken.
+            **kwargs: Handed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
+
+        Returns:
+            The composed model.
+
+        Raises:
+            RecipeError: If there is no recipe, or it is refused.
+            MemberError: If a member cannot be opened or does not fit.
+        """
+        config = kwargs.pop("config", None)
+        hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
+        for_all = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
+        # What transformers' Auto classes add for the class they call; none of it is meant for the members.
+        for key in ("_from_auto", "_commit_hash", "adapter_kwargs", "adapter_name", "name_or_path", "weights_only"):
+            kwargs.pop(key, None)
+        for key in ("attn_implementation", "experts_implementation"):  # the Auto classes move these to the config
+            if (value := getattr(config, f"_{key}", None)) is not None:
+                kwargs.setdefault(key, value)
+        recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
+        members, references = open_members(
+            {role: ref.id for role, ref in recipe.members.items()},
+            revisions={role: ref.revision for role, ref in recipe.members.items() if ref.revision},
+            **kwargs,
+        )
+        found = {role: reference for role, reference in references.items() if reference is not None}
+        formula = FORMULAS[recipe.formula](alpha=recipe.alpha)
+        model = cls(ProxyTunedConfig(recipe=replace(recipe, **found)), members, formula)
+        model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
+            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)
+        return model
+
+
+AutoConfig.register(ProxyTunedConfig.model_type, ProxyTunedConfig, exist_ok=True)
+AutoModelForCausalLM.register(ProxyTunedConfig, ProxyTunedModel, exist_ok=True)

@@ -1,0 +1,121 @@
+"""Writing an adapter folder: all of it or nothing.
+
+The folder holds the recipe and what lets `AutoModelForCausalLM.from_pretrained(folder)` open it; no weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import transformers
+from transformers import GenerationConfig
+
+from proxytune.errors import RecipeError
+from proxytune.models.loading import find_tokenizer
+from proxytune.recipe import RECIPE_FILE, Recipe
+
+__all__ = ["save_adapter"]
+
+_CODE_FILE = "modeling_proxytune.py"
+# What transformers runs, with trust_remote_code=True, in a process that has not imported proxytune.
+_CODE = '''"""Opens a proxytune recipe with transformers' Auto classes. Needs `pip install proxytune`."""
+
+from proxytune.models.model import ProxyTunedConfig, ProxyTunedModel
+
+__all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
+'''
+
+
+def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_config: GenerationConfig | None) -> None:
+    """Write the recipe, a `config.json` that points at it, the generation defaults, and the base's tokenizer.
+
+    The tokenizer is what pipelines and scorers look for beside a model. One that is in the folder already stays.
+    Everything is first written to a folder of its own, and then moved; when anything fails, all is as it was.
+
+    Args:
+        folder: Where to; made if it does not exist. Other files in it stay.
+        recipe: The recipe.
+        generation_config: The generation defaults; None for none.
+
+    Raises:
+        RecipeError: If the place is a file or the folder of a member, or cannot be written to.
+    """
+    target = Path(folder).expanduser().resolve()
+    if os.path.exists(target) and not target.is_dir():
+        raise RecipeError.of("save_pretrained", expected="a folder", got=f"the file {target}", remedy="Name a folder.")
+    for role, ref in recipe.members.items():
+        if str(target) == ref.id:
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="a folder that is none of the members'",
+                got=f"{target}, the {role}'s, whose config.json would be overwritten",
+                remedy="Name another folder.",
+            )
+    config = {
+        "model_type": "proxytune",
+        # Not a class of ours: this is what lets programs that look the class up in transformers open the folder.
+        "architectures": ["AutoModelForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{Path(_CODE_FILE).stem}.ProxyTunedConfig",
+            "AutoModelForCausalLM": f"{Path(_CODE_FILE).stem}.ProxyTunedModel",
+        },
+        "transformers_version": transformers.__version__,
+    }
+    made = [place for place in (target, *target.parents) if not os.path.exists(place)]  # the deepest first
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        # Inside of it: its parent may be on another disk, or not be ours to write to.
+        with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
+            staged = Path(staging) / "new"
+            staged.mkdir()
+            (staged / RECIPE_FILE).write_text(recipe.dumps(), encoding="utf-8")
+            (staged / _CODE_FILE).write_text(_CODE, encoding="utf-8")
+            if generation_config is not None:
+                generation_config.save_pretrained(staged)
+            if not (target / "tokenizer_config.json").exists() and (tokenizer := find_tokenizer(recipe.base)):
+                tokenizer.save_pretrained(staged)
+            # config.json is written and moved last: without it the folder does not open.
+            (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            _move_in(staged, target, Path(staging) / "old")
+        made = []
+    except (OSError, ValueError, TypeError) as error:  # of the generation settings: invalid ones, or no JSON values
+        raise RecipeError.of(
+            "save_pretrained",
+            expected="a folder that can be written",
+            got=f"{target} ({error})",
+            remedy="Nothing was left behind. Choose another folder, or mend what the message says.",
+        ) from error
+    finally:
+        for place in made:
+            with contextlib.suppress(OSError):  # it was not made after all, or somebody else has written there
+                place.rmdir()
+
+
+def _move_in(staged: Path, target: Path, backup: Path) -> None:
+    """Move the staged files into the folder; undo all of it if one fails."""
+    files = [file.relative_to(staged) for file in staged.rglob("*") if file.is_file()]
+    moved: list[Path] = []
+    done = False
+    try:
+        for name in sorted(files, key=lambda f: f.name == "config.json"):
+            for place in (target / name, backup / name):
+                place.parent.mkdir(parents=True, exist_ok=True)
+            if (target / name).exists():
+                shutil.copy2(target / name, backup / name)
+            os.replace(staged / name, target / name)
+            moved.append(name)
+        done = True
+    finally:
+        for name in () if done else moved:
+            if (backup / name).exists():
+                os.replace(backup / name, target / name)
+            else:
+                (target / name).unlink()
+                if name.parent != Path():
+                    with contextlib.suppress(OSError):  # not empty: it was there before
+                        (target / name).parent.rmdir()

@@ -1,0 +1,73 @@
+"""`proxytune.wrap`: from three models, hub ids or folders to one model for `generate()`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from proxytune.errors import InputError
+from proxytune.formulas.shift import Formula, ProxyTuning
+from proxytune.models.config import ProxyTunedConfig
+from proxytune.models.loading import open_members
+from proxytune.models.model import ProxyTunedModel
+from proxytune.recipe import Recipe
+
+__all__ = ["wrap"]
+
+
+def wrap(
+    base: Any,
+    *,
+    expert: Any,
+    antiexpert: Any = None,
+    alpha: float | None = None,
+    formula: Formula | None = None,
+    revisions: Mapping[str, str] | None = None,
+    tokenizers: Mapping[str, Any] | None = None,
+    check_vocabulary: bool = True,
+    **from_pretrained: Any,
+) -> ProxyTunedModel:
+    """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
+
+    Args:
+        base: The large model: a model object, a hub id or a folder. Its weights are not changed.
+        expert: The small tuned model, likewise.
+        antiexpert: The small model that the expert was tuned from, likewise.
+        alpha: The strength α of the shift [1.0].
+        formula: A formula instead of α.
+        revisions: Role → branch, tag or commit, for hub ids.
+        tokenizers: Role → tokenizer, for members that have none beside their weights.
+        check_vocabulary: Whether to compare the members' token ids.
+        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
+
+    Returns:
+        A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
+
+    Raises:
+        InputError: If α is no finite number, the antiexpert is missing, or arguments contradict each other.
+        MemberError: If a member cannot be opened, is not supported, or means other tokens by its ids.
+
+    Warns:
+        VocabularyWarning: If there was no tokenizer to compare by.
+    """
+    if formula is None:
+        formula = ProxyTuning(alpha=1.0 if alpha is None else alpha)
+    elif alpha is not None:
+        raise InputError.of(
+            "wrap",
+            expected="alpha or formula",
+            got="both",
+            remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
+        )
+    members, references = open_members(
+        {"base": base, "expert": expert, "antiexpert": antiexpert},
+        revisions=revisions,
+        tokenizers=tokenizers,
+        check_vocabulary=check_vocabulary,
+        **from_pretrained,
+    )
+    known = {role: reference for role, reference in references.items() if reference is not None}
+    recipe = None
+    if len(known) == len(references):
+        recipe = Recipe(**known, formula=formula.name, alpha=formula.alpha, fork_threshold=None)
+    return ProxyTunedModel(ProxyTunedConfig(recipe=recipe), members, formula)

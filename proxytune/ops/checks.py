@@ -1,0 +1,337 @@
+"""Wrong use of a decoding step, refused before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from proxytune.errors import InputError
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
+
+__all__ = [
+    "DTYPES",
+    "MAX_MEMBERS",
+    "OF_DRAWS",
+    "OUTPUTS",
+    "refuse_drafts",
+    "refuse_ids",
+    "refuse_members",
+    "refuse_mixture",
+    "refuse_request",
+]
+
+MAX_MEMBERS = 5
+"""Base and companions together."""
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+"""What logits can be in."""
+
+_LARGEST = torch.finfo(torch.float32).max
+
+OF_DRAWS = ("draw_logprobs", "keys", "temperature", "fork", "kept")
+"""Outputs that only a draw has."""
+
+OUTPUTS = (
+    "tokens", "logprobs", *OF_DRAWS, "lse", "entropy", "varentropy", "argmax", "kl", "confidence", "scores",
+)  # fmt: skip
+"""The names that `want` can hold."""
+
+
+def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
+    """Refuse logits and weights that do not fit each other. Looks at shapes and strides only, never waits.
+
+    Args:
+        members: What was given as the members' logits.
+        weights: What was given as their weights.
+
+    Raises:
+        InputError: If the number, a shape, dtype, device or stride is not as `proxytune.ops.step` says.
+    """
+    if not 1 <= len(members) <= MAX_MEMBERS:
+        raise InputError.of(
+            "members",
+            expected=f"1 to {MAX_MEMBERS} tensors of logits, the base first",
+            got=f"{len(members)}",
+            remedy="Pass step([base, expert, antiexpert], (1.0, alpha, -alpha)).",
+        )
+    base = members[0]
+    for i, x in enumerate(members):
+        if not isinstance(x, torch.Tensor):
+            raise InputError.of(f"member {i}", expected="a tensor [B, V]", got=f"a {type(x).__name__}", remedy=_FIT)
+        if x.ndim != 2 or x.shape[0] != base.shape[0] or 0 in x.shape:
+            shape = f"[{base.shape[0]}, V]" if i and base.ndim == 2 else "[B, V], neither of them 0"
+            raise InputError.of(f"member {i}", expected=f"a tensor {shape}", got=f"shape {list(x.shape)}", remedy=_FIT)
+        if x.dtype not in DTYPES:
+            raise InputError.of(
+                f"member {i}", expected="float32, float16 or bfloat16", got=str(x.dtype), remedy="Convert it first."
+            )
+        if x.device != base.device:
+            raise InputError.of(
+                f"member {i}", expected=f"logits on {base.device}, where the base's are", got=str(x.device), remedy=_FIT
+            )
+        if x.shape[1] > 1 and x.stride(1) != 1:
+            raise InputError.of(
+                f"member {i}",
+                expected="columns next to each other (an inner stride of 1)",
+                got=f"strides {list(x.stride())}",
+                remedy="Call .contiguous() on it.",
+            )
+    if isinstance(weights, torch.Tensor):
+        if weights.shape != (base.shape[0], len(members)) or weights.dtype != torch.float32:
+            got = f"shape {list(weights.shape)}, {weights.dtype}"
+        elif weights.device != base.device:
+            got = f"a tensor on {weights.device}"
+        else:
+            return
+    elif len(weights) != len(members):
+        got = f"{len(weights)} numbers"
+    else:
+        wrong = [w for w in weights if not isinstance(w, int | float) or not abs(w) <= _LARGEST]
+        if not wrong:
+            return
+        got = repr(wrong[0])
+    raise InputError.of(
+        "weights",
+        expected=f"{len(members)} finite numbers, or float32 [{base.shape[0]}, {len(members)}] on {base.device}",
+        got=got,
+        remedy="The base's weight comes first: (1.0, alpha, -alpha).",
+    )
+
+
+_FIT = "All members' logits are of the same rows: pass e.g. outputs.logits[:, -1]."
+
+
+def refuse_request(
+    base: torch.Tensor, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
+) -> None:
+    """Refuse a request that cannot be answered for these logits.
+
+    Args:
+        base: The base's logits, `[B, V]`.
+        sampling: The settings, or None.
+        noise: The keys of the noise, or None.
+        draws: The number of draws.
+        want: The names of the outputs.
+
+    Raises:
+        InputError: If a name is unknown, k or `draws` is larger than V, a draw lacks settings or noise or has them for
+            other rows, or something is asked of the argmax that only a draw has.
+    """
+    width = base.shape[1]
+    unknown = [name for name in want if name not in OUTPUTS]
+    if unknown or isinstance(want, str):
+        raise InputError.of(
+            "want",
+            expected=f"names of {', '.join(OUTPUTS)}",
+            got=repr(want if isinstance(want, str) else unknown[0]),
+            remedy='Pass e.g. want=("tokens", "entropy").',
+        )
+    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= width:
+        raise InputError.of("draws", expected=f"from 1 to {width} draws", got=repr(draws), remedy="Lower it.")
+    if sampling is None:
+        if noise is not None or draws != 1 or set(OF_DRAWS) & set(want):
+            what = "noise" if noise is not None else f"draws={draws}" if draws != 1 else min(set(OF_DRAWS) & set(want))
+            raise InputError.of(
+                "sampling", expected=f"settings to draw with, beside {what}", got="None", remedy="Pass Sampling.of(B)."
+            )
+        return
+    if noise is None:
+        raise InputError.of(
+            "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
+        )
+    _refuse_settings(base, len(base), sampling, noise)
+
+
+def refuse_ids(base: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> None:
+    """Refuse tokens to ask about, or settings, that do not fit the logits. Never looks at the ids, so never waits.
+
+    Args:
+        base: The base's logits, `[B, V]`.
+        sampling: The settings.
+        ids: The tokens.
+
+    Raises:
+        InputError: If the ids are no `[B, K]` of int64 on the logits' device, or the settings are for other rows.
+    """
+    rows = base.shape[0]
+    if ids.ndim != 2 or len(ids) != rows or ids.dtype != torch.int64 or ids.device != base.device:
+        raise InputError.of(
+            "ids",
+            expected=f"token ids [{rows}, K], torch.int64, on {base.device}",
+            got=f"shape {list(ids.shape)}, {ids.dtype}, on {ids.device}",
+            remedy="Fill shorter rows up with −1.",
+        )
+    _refuse_settings(base, rows, sampling, None)
+
+
+def refuse_drafts(
+    base: torch.Tensor, drafted: torch.Tensor, draft: torch.Tensor | None, sampling: Sampling, noise: Noise
+) -> None:
+    """Refuse drafts, or settings, that do not fit the logits. Never looks at the drafts, so never waits.
+
+    Args:
+        base: The base's logits, `[B · (K + 1), V]`.
+        drafted: The drafts.
+        draft: The logits that they were drawn from, or None.
+        sampling: The settings.
+        noise: The keys of the noise.
+
+    Raises:
+        InputError: If a shape, dtype, device or stride is not as `proxytune.ops.verify` says.
+    """
+    if drafted.ndim != 2 or drafted.dtype != torch.int64 or drafted.device != base.device:
+        raise InputError.of(
+            "drafted",
+            expected=f"token ids [B, K], torch.int64, on {base.device}",
+            got=_described(drafted),
+            remedy="Fill shorter drafts up with −1.",
+        )
+    rows, most = drafted.shape
+    if len(base) != rows * (most + 1):
+        raise InputError.of(
+            "members",
+            expected=f"{rows * (most + 1)} rows of logits: {rows} texts of {most} drafts, {most + 1} each",
+            got=f"{len(base)}",
+            remedy="A text's first row follows it without a draft, its last one follows all of them.",
+        )
+    if draft is not None and most:
+        if draft.ndim != 2 or len(draft) != rows * most or draft.dtype not in DTYPES or draft.device != base.device:
+            raise InputError.of(
+                "draft",
+                expected=f"logits [{rows * most}, V], float32, float16 or bfloat16, on {base.device}",
+                got=_described(draft),
+                remedy="Pass the rows that the drafts were drawn from; None for drafts that are given.",
+            )
+        refuse_members([draft], (1.0,))
+        if sampling.largest_k > draft.shape[1]:
+            raise InputError.of(
+                "top_k",
+                expected=f"at most {draft.shape[1]}, the width of the draft's logits",
+                got=f"{sampling.largest_k}",
+                remedy="Lower it.",
+            )
+    _refuse_settings(base, rows, sampling, noise)
+
+
+def refuse_mixture(
+    table: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    tokens: torch.Tensor,
+    soft: torch.Tensor | None,
+    sigma: float,
+    noise: Noise | None,
+) -> None:
+    """Refuse what cannot be mixed. Looks at shapes and strides only, never at ids or weights, so never waits.
+
+    Args:
+        table: What was given as the rows to mix; so the others, see `proxytune.ops.mix.mix`.
+        ids: Which rows.
+        weights: Their weights.
+        tokens: The emitted tokens.
+        soft: Which rows are mixed, or None.
+        sigma: The relative size of the noise.
+        noise: The keys of the noise, or None.
+
+    Raises:
+        InputError: If a shape, dtype, device or stride is not as `proxytune.ops.mix.mix` says, or `sigma` is not a
+            finite number from 0 on, or lacks keys.
+    """
+    if table.ndim != 2 or 0 in table.shape or table.shape[1] > _WIDEST:
+        raise InputError.of(
+            "table",
+            expected=f"rows to mix, [N, D], neither of them 0, D at most {_WIDEST}",
+            got=f"shape {list(table.shape)}",
+            remedy="Pass an embedding's weight, or a module's outputs as [B · K, D].",
+        )
+    if table.dtype not in (*DTYPES, torch.float64):
+        raise InputError.of(
+            "table",
+            expected="float32, float16, bfloat16 or float64",
+            got=str(table.dtype),
+            remedy="Where a module dequantises, mix what it gives.",
+        )
+    if table.shape[1] > 1 and table.stride(1) != 1:
+        raise InputError.of(
+            "table",
+            expected="columns next to each other (an inner stride of 1)",
+            got=f"strides {list(table.stride())}",
+            remedy="Call .contiguous() on it.",
+        )
+    if ids.ndim != 2 or 0 in ids.shape or ids.dtype != torch.int64 or ids.device != table.device:
+        raise InputError.of(
+            "ids",
+            expected=f"rows of the table [B, K], neither of them 0, torch.int64, on {table.device}",
+            got=_described(ids),
+            remedy="Fill shorter rows up with any id, and give it a weight of 0.",
+        )
+    rows, candidates = ids.shape
+    wanted = {"weights": (weights, (rows, candidates), torch.float32), "tokens": (tokens, (rows,), torch.int64)}
+    if soft is not None:
+        wanted["soft"] = (soft, (rows,), torch.bool)
+    for name, (x, shape, dtype) in wanted.items():
+        if x.shape != shape or x.dtype != dtype or x.device != table.device:
+            raise InputError.of(
+                name,
+                expected=f"{list(shape)}, {dtype}, on {table.device}, beside ids {list(ids.shape)}",
+                got=_described(x),
+                remedy="Weights are one per id, tokens and soft one per row.",
+            )
+    if not isinstance(sigma, int | float) or isinstance(sigma, bool) or not 0 <= sigma <= _LARGEST:
+        raise InputError.of(
+            "sigma", expected="a finite number from 0 on", got=repr(sigma), remedy="Leave it out for no noise."
+        )
+    if noise is None:
+        if sigma > 0:
+            raise InputError.of(
+                "noise",
+                expected="the keys of the noise, beside sigma",
+                got="None",
+                remedy=f"Pass Noise.of({rows}, seed=0, position=…).",
+            )
+        return
+    for x in (noise.seed, noise.row, noise.position, noise.branch):
+        if x.shape != (rows,) or x.dtype != torch.int64 or x.device != table.device:
+            raise InputError.of(
+                "noise",
+                expected=f"keys for {rows} rows on {table.device}, these as torch.int64",
+                got=_described(x),
+                remedy=f"Pass Noise.of({rows}, …, device=table.device).",
+            )
+
+
+_WIDEST = 1 << 27
+"""How many coordinates have noise of their own, see `proxytune.ops.noise.slotted`."""
+
+
+def _described(x: torch.Tensor) -> str:
+    return f"shape {list(x.shape)}, {x.dtype}, on {x.device}"
+
+
+def _refuse_settings(base: torch.Tensor, rows: int, sampling: Sampling, noise: Noise | None) -> None:
+    width = base.shape[1]
+    s = sampling
+    whole, real = torch.int64, torch.float32
+    given = {"sampling": [(s.temperature, real), (s.top_k, torch.int32), (s.top_p, real), (s.log_min_p, real)]}
+    if noise is not None:
+        given["noise"] = [(noise.seed, whole), (noise.row, whole), (noise.position, whole), (noise.branch, whole)]
+    if s.fork_threshold is not None and s.fork_temperature is not None:
+        given["sampling"] += [(s.fork_threshold, real), (s.fork_temperature, real)]
+    for name, tensors in given.items():
+        for t, dtype in tensors:
+            if t.shape != (rows,) or t.device != base.device or t.dtype != dtype:
+                raise InputError.of(
+                    name,
+                    expected=f"keys and settings for {rows} rows on {base.device}, these as {dtype}",
+                    got=f"shape {list(t.shape)} on {t.device}, {t.dtype}",
+                    remedy=f"Pass {name.title()}.of({rows}, …, device=logits.device).",
+                )
+    if sampling.largest_k > width:
+        raise InputError.of(
+            "top_k",
+            expected=f"at most {width}, the width of the logits",
+            got=f"{sampling.largest_k}",
+            remedy="Lower it.",
+        )

@@ -1,0 +1,138 @@
+"""One decoding decision in torch: what `proxytune.ops.step` does where there is no Triton, and what it means.
+
+The same plan as the kernels', and the same noise: one pass over the members' rows leaves a few numbers per tile of 1024
+columns and the maximum of every 128; all that follows reads these, and goes back to the rows only for the tiles or
+groups that matter. On the CPU the pass goes chunk by chunk, so that no `[B, V]` temporary is made, and only a few
+hundred candidates are ever sorted. Elsewhere the sizes have to be known without waiting for the device, so all tokens
+are candidates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.torch_impl.draw import draw, shares
+from proxytune.ops.torch_impl.measure import CLAMP, FINITE, Rows, combined, first_largest, measure
+from proxytune.ops.torch_impl.truncate import mean_of_largest
+
+__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs", "statistics"]
+
+CONFIDENCE_TOKENS = 20
+"""How many of the most probable tokens the confidence looks at (DeepConf, arXiv 2508.15260)."""
+
+
+@torch.no_grad()
+def decide(
+    rows: Rows, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Measure the rows and draw.
+
+    Args:
+        rows: The members' rows.
+        sampling: The settings; None for the argmax.
+        noise: The keys of the noise; None only without `sampling`.
+        draws: How many draws without replacement.
+        want: Names of the outputs, see `proxytune.ops.Step`.
+
+    Returns:
+        The outputs by name.
+    """
+    if sampling is None and rows.device.type == "cpu" and set(want) <= {"tokens", "argmax"}:
+        token, top = first_largest(rows)  # [B, 1]
+        token = token.masked_fill(~((top > FINITE) & (top < torch.inf)), -1)
+        return {name: token if name == "tokens" else token[:, 0].clone() for name in want}
+    if set(want) == {"scores"}:
+        return {"scores": combined(rows)}
+    tiles = measure(rows, sampling, want)
+    top = tiles["max"].amax(1)  # [B]
+    bad, dead = top == torch.inf, top == FINITE
+    undecided = bad | dead
+    out = statistics(tiles, top)
+    if "confidence" in want:
+        out["confidence"] = out["log_total"] - mean_of_largest(rows, tiles["groups"], top, CONFIDENCE_TOKENS)
+    if "argmax" in tiles:
+        out["argmax"] = tiles["argmax"]
+    if sampling is None:
+        out["tokens"] = out["argmax"][:, None].clone()  # two outputs do not share their memory
+        out["relative"] = torch.zeros_like(top)[:, None]
+    else:
+        assert noise is not None
+        out |= draw(rows, tiles, out.get("entropy"), top, sampling, noise, draws)
+    if "logprobs" in want:
+        out["logprobs"] = out["relative"] - out["log_total"][:, None]
+    # Where it can be seen that all rows are well, nothing has to be masked.
+    if rows.device.type != "cpu" or bool(undecided.any()):
+        if "lse" in out:
+            out["lse"] = out["lse"].masked_fill(dead, -torch.inf).masked_fill(bad, torch.nan)
+        for name, value in (("fork", False), ("kept", 0)):
+            if name in out:
+                out[name] = _masked(out[name], undecided, value)
+        for name in out.keys() & {"tokens", "argmax"}:
+            out[name] = _masked(out[name], undecided, -1)
+        measured = {"entropy", "varentropy", "kl", "confidence", "temperature", "logprobs", "draw_logprobs", "keys"}
+        for name in out.keys() & measured:
+            out[name] = _masked(out[name], undecided, torch.nan)
+    if "scores" in want:
+        out["scores"] = tiles["scores"]
+    return {name: out[name] for name in want}
+
+
+@torch.no_grad()
+def draw_logprobs(rows: Rows, sampling: Sampling, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What given tokens have in the distribution that `decide` draws from.
+
+    Args:
+        rows: The members' rows.
+        sampling: The settings.
+        ids: `[B, K]`, int64; −1 for none.
+
+    Returns:
+        As `proxytune.ops.torch_impl.draw.shares`; NaN in rows that have no distribution.
+    """
+    tiles = measure(rows, sampling, ())
+    top = tiles["max"].amax(1)  # [B]
+    undecided = (top == torch.inf) | (top == FINITE)
+    logprobs, rest = shares(rows, tiles, statistics(tiles, top).get("entropy"), top, sampling, ids)
+    return _masked(logprobs, undecided, torch.nan), _masked(rest, undecided, torch.nan)
+
+
+def _masked(x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:
+    return x.masked_fill(rows[:, None] if x.ndim == 2 else rows, value)
+
+
+def statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Merge the tiles' sums, each relative to its own maximum, into those of the row: at temperature 1, in nats.
+
+    Args:
+        tiles: What `proxytune.ops.torch_impl.measure.measure` gave.
+        top: `[B]`, the largest logit.
+
+    Returns:
+        `[B]` by name, of "log_total" (of e^(z − top)), "lse", "entropy", "varentropy" and "kl" what was measured.
+    """
+    out: dict[str, torch.Tensor] = {}
+    if "s" not in tiles:
+        return out
+    s = tiles["s"]
+    relative = (tiles["max"] - top[:, None]).clamp(min=CLAMP)  # [B, tiles]
+    weight = relative.exp()
+    total = (s * weight).sum(1)
+    out["log_total"] = log_total = total.log()
+    out["lse"] = top + log_total
+    if "t1" in tiles:
+        t1 = tiles["t1"]
+        mean = ((t1 + relative * s) * weight).sum(1) / total
+        out["entropy"] = (log_total - mean).clamp(min=0.0)
+    if "t2" in tiles:
+        square = ((tiles["t2"] + 2 * relative * t1 + relative * relative * s) * weight).sum(1) / total
+        out["varentropy"] = (square - mean * mean).clamp(min=0.0)
+    if "shift" in tiles:
+        base_relative = tiles["base max"] - tiles["base max"].amax(1, keepdim=True)
+        base_log_total = (tiles["base s"] * base_relative.clamp(min=CLAMP).exp()).sum(1).log()
+        mean_shift = ((tiles["shift"] + (relative - base_relative) * s) * weight).sum(1) / total
+        out["kl"] = (mean_shift - (log_total - base_log_total)).clamp(min=0.0)
+    return out

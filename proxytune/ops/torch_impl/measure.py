@@ -1,0 +1,388 @@
+"""The members' rows of one step, and one pass over them that leaves a few numbers per tile and per group of columns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+
+from proxytune.formulas.shift import shift
+from proxytune.ops.sampling_params import Sampling
+
+__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "Rows", "block_of", "combined", "first_largest", "measure"]
+
+TILE = 1024
+"""Columns per tile; it keys the noise, so it is part of the contract."""
+GROUP = 128
+"""Columns per group maximum."""
+FINITE = -3.0e38
+"""A maximum that can be subtracted where all is −inf."""
+CLAMP = -200.0
+"""Exponents from here on: exp() is 0 from about −104 on, and 0 · −inf would be NaN."""
+
+_LOG2E = 1.0 / math.log(2.0)
+# Tiles of a block, for each thread: half a megabyte in float32. Smaller ones spend their time in calls, larger ones
+# only take more memory.
+_BLOCK = 128
+# Elsewhere calls cost more than the memory does: parts of the columns.
+_PARTS = 8
+
+
+class Rows:
+    """The members' rows with their weights, read in parts.
+
+    Attributes:
+        width: The base's number of columns V.
+        device: The base's device; its type says whether values may be looked at without a wait.
+    """
+
+    def __init__(self, members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
+        """Keep the rows; nothing is computed.
+
+        Args:
+            members: `[B, V_i]` each, the base first.
+            weights: One weight per member, or `[B, M]`.
+        """
+        self._members = members
+        self._base_weight: float | torch.Tensor
+        self._weights: Sequence[float] | torch.Tensor
+        if isinstance(weights, torch.Tensor):
+            self._base_weight, self._weights = weights[:, 0], weights[:, 1:]
+        else:
+            self._base_weight, self._weights = weights[0], weights[1:]
+        self._index: torch.Tensor | None = None
+        self.count, self.width = members[0].shape
+        self.device = members[0].device
+
+    def pick(self, index: torch.Tensor) -> Rows:
+        """Some of the rows, as rows of their own; no logits are copied before they are read.
+
+        Args:
+            index: `[N]`, int64, on the logits' device: which rows.
+
+        Returns:
+            N rows.
+        """
+        picked = copy(self)
+        picked._index = index if self._index is None else self._index.index_select(0, index)
+        picked.count = len(index)
+        if isinstance(self._weights, torch.Tensor):
+            assert isinstance(self._base_weight, torch.Tensor)
+            picked._base_weight = self._base_weight.index_select(0, index)
+            picked._weights = self._weights.index_select(0, index)
+        return picked
+
+    def empty(self, count: int) -> torch.Tensor:
+        """Memory beside the rows.
+
+        Args:
+            count: How many numbers.
+
+        Returns:
+            `[count]`, float32, not initialised.
+        """
+        return torch.empty(count, dtype=torch.float32, device=self._members[0].device)
+
+    def read(self, rows: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        """The combined logits of a block.
+
+        Args:
+            rows: Which rows.
+            columns: Which columns.
+            out: Where they go, `[rows, columns]`, float32.
+
+        Returns:
+            The base's own logits there, `[rows, columns]`, in its dtype.
+        """
+        if self._index is None:
+            base, *companions = (x[rows, columns] for x in self._members)
+        else:
+            base, *companions = (x[:, columns].index_select(0, self._index[rows]) for x in self._members)
+        weights, base_weight = self._weights, self._base_weight
+        if isinstance(weights, torch.Tensor):
+            weights = weights[rows]
+        if isinstance(base_weight, torch.Tensor):
+            base_weight = base_weight[rows]
+        shift(base, companions, weights, base_weight, out)
+        return base
+
+    def at(self, ids: torch.Tensor) -> torch.Tensor:
+        """The combined logits at some columns of each row.
+
+        Args:
+            ids: `[B, n]`, int64; columns past the end are −inf.
+
+        Returns:
+            `[B, n]`, float32; the same bits as `read` gives.
+        """
+        # On the CPU one look at the ids saves the masks for all members that are wide enough.
+        end = int(ids.max()) + 1 if self.device.type == "cpu" else None
+
+        def taken(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+            return x.gather(1, ids) if self._index is None else x[self._index[:, None], ids]
+
+        def picked(x: torch.Tensor) -> torch.Tensor:
+            if end is not None and end <= x.shape[1]:
+                return taken(x, ids)
+            # −inf past a companion's width is "no shift" by the rule, past the base's it is "no such token".
+            return taken(x, ids.clamp(max=x.shape[1] - 1)).masked_fill_(ids >= x.shape[1], -torch.inf)
+
+        base, *companions = (picked(x) for x in self._members)
+        base = base.float()
+        return shift(base, companions, self._weights, self._base_weight, out=base)
+
+
+def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dict[str, torch.Tensor]:
+    """Pass over all columns once.
+
+    Args:
+        rows: The members' rows.
+        sampling: The settings; None for none.
+        want: Names of the outputs, see `proxytune.ops.Step`.
+
+    Returns:
+        By name, float32. `[B, tiles]`: "max"; the sums "s", "t1", "t2" of e^d, d·e^d, d²·e^d with d = z − max; "mass"
+        and "fork mass" of e^(d/T); for the divergence "base max", "base s" and "shift" (e^d · (d − d of the base));
+        "live", how many are above −inf. `[B, groups]`: "groups", the maxima of the groups. `[B, V]`: "scores", the
+        combined logits. `[B]`, int64: "argmax", the first column that holds the maximum, of no meaning in rows that
+        have none. What nothing asked for depends on is missing.
+    """
+    plan = _Plan.of(rows, sampling, want)
+    blocks: list[dict[str, torch.Tensor]] = []  # one per block of rows
+    tiles = -(-rows.width // TILE)
+    high, wide = block_of(rows)
+    scratch = [rows.empty(high * wide * TILE) for _ in range(plan.buffers)]
+    scores = rows.empty(rows.count * rows.width).view(rows.count, -1) if plan.scores else None
+    for row in range(0, rows.count, high):
+        there = slice(row, min(row + high, rows.count))
+        parts = [
+            _reduce(rows, there, slice(tile * TILE, min((tile + wide) * TILE, rows.width)), plan, scratch, scores)
+            for tile in range(0, tiles, wide)
+        ]
+        if plan.argmax and len(parts) > 1:
+            first = torch.cat([p["max"].amax(1, keepdim=True) for p in parts], 1).argmax(1, keepdim=True)
+            column = torch.cat([p.pop("argmax") for p in parts], 1).gather(1, first)
+            blocks.append(_joined(parts, 1) | {"argmax": column})
+        else:
+            blocks.append(_joined(parts, 1))
+    out = _joined(blocks, 0)
+    # NaN as a maximum is as bad as +inf.
+    out["max"] = out["max"].nan_to_num_(nan=torch.inf, posinf=torch.inf)
+    if "argmax" in out:
+        out["argmax"] = out["argmax"][:, 0]
+    for name, power in (("t1", 1), ("t2", 2)):
+        if name in out:
+            out[name] *= math.log(2.0) ** power  # they were summed in bits
+    if plan.unit:
+        out["mass"] = out["s"]
+    if scores is not None:
+        out["scores"] = scores
+    return out
+
+
+def combined(rows: Rows) -> torch.Tensor:
+    """The combined logits, made in parts: nothing else of their size is.
+
+    Args:
+        rows: The members' rows.
+
+    Returns:
+        `[B, V]`, float32.
+    """
+    out = rows.empty(rows.count * rows.width).view(rows.count, rows.width)
+    high, wide = block_of(rows)
+    if rows.device.type != "cpu":
+        wide = -(-wide // _PARTS)
+    for row in range(0, rows.count, high):
+        for column in range(0, rows.width, wide * TILE):
+            there, columns = slice(row, row + high), slice(column, column + wide * TILE)
+            rows.read(there, columns, out[there, columns])
+    return out
+
+
+def first_largest(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    """The argmax alone, on the CPU.
+
+    Args:
+        rows: The members' rows.
+
+    Returns:
+        `[B, 1]`, int64: the first column that holds the maximum, or the first NaN; `[B, 1]`, float32: what is there.
+    """
+    high = min(rows.count, max(1, _BLOCK * torch.get_num_threads() * TILE // rows.width))
+    scratch = rows.empty(high * rows.width)
+    found = []
+    for row in range(0, rows.count, high):
+        there = slice(row, min(row + high, rows.count))
+        z = scratch[: (there.stop - row) * rows.width].view(-1, rows.width)
+        rows.read(there, slice(0, rows.width), z)
+        # NumPy's argmax is vectorised, which torch's is not on the CPU, and tells the first of equal ones as well.
+        column = torch.from_numpy(z.numpy().argmax(1, keepdims=True))
+        found.append((column, z.gather(1, column)))
+    if len(found) == 1:
+        return found[0]
+    columns, values = zip(*found, strict=True)
+    return torch.cat(columns), torch.cat(values)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a pass has to reduce.
+
+    Attributes:
+        scales: By name, `[B]`: what d is multiplied by for the exponential sums at a temperature, to the base 2.
+        unit: Whether "mass" is "s": all temperatures are 1.
+        raw: Whether "s" is needed.
+        mean: Whether "t1" is.
+        square: Whether "t2" is.
+        groups: Whether the groups' maxima are.
+        kl: Whether what the divergence is made of is.
+        live: Whether the number of columns above −inf is.
+        argmax: Whether the argmax is.
+        scores: Whether the combined logits are.
+    """
+
+    scales: dict[str, torch.Tensor]
+    unit: bool
+    raw: bool
+    mean: bool
+    square: bool
+    groups: bool
+    kl: bool
+    live: bool
+    argmax: bool
+    scores: bool
+
+    @property
+    def buffers(self) -> int:
+        """How many blocks of float32 the pass needs beside the logits'."""
+        sums = self.raw or bool(self.scales)
+        return 1 + (2 if self.kl else 1 if sums and (self.raw or len(self.scales) > 1) else 0)
+
+    @classmethod
+    def of(cls, rows: Rows, sampling: Sampling | None, want: Collection[str]) -> _Plan:
+        """The least that serves what is wanted; on the CPU the settings' values may be looked at for it."""
+        asked = set(want)
+        scales: dict[str, torch.Tensor] = {}
+        forks = sampling is not None and sampling.fork_threshold is not None
+        raw = forks or bool({"entropy", "varentropy", "lse", "logprobs", "kl", "confidence"} & asked)
+        unit = False
+        if sampling is not None:
+            seen = rows.device.type == "cpu"
+            # The tiles' masses are for draws without truncation, and for a top-p of everything.
+            if not seen or bool((~sampling.truncated | ((sampling.top_k == 0) & (sampling.top_p < 1))).any()):
+                unit = raw and seen and bool((sampling.temperature == 1.0).all())
+                if not unit:
+                    scales["mass"] = sampling.temperature.reciprocal() * _LOG2E
+                if forks:
+                    assert sampling.fork_temperature is not None
+                    scales["fork mass"] = sampling.fork_temperature.reciprocal() * _LOG2E
+        return cls(
+            scales=scales,
+            unit=unit,
+            raw=raw,
+            mean=forks or bool({"entropy", "varentropy"} & asked),
+            square="varentropy" in asked,
+            groups="confidence" in asked or (sampling is not None and sampling.some_truncated),
+            kl="kl" in asked,
+            live="kept" in asked,
+            argmax="argmax" in asked or sampling is None,
+            scores="scores" in asked,
+        )
+
+
+def block_of(rows: Rows) -> tuple[int, int]:
+    """The size of the blocks that a pass goes by: on the CPU small enough for the cache, elsewhere everything at once.
+
+    Args:
+        rows: The members' rows.
+
+    Returns:
+        How many rows, and how many tiles of them.
+    """
+    tiles = -(-rows.width // TILE)
+    if rows.device.type != "cpu":
+        return rows.count, tiles
+    most = _BLOCK * torch.get_num_threads()
+    if tiles <= most:
+        return min(rows.count, most // tiles), tiles
+    return 1, -(-tiles // -(-tiles // most))  # parts of a row, about equally wide
+
+
+def _reduce(
+    rows: Rows,
+    there: slice,
+    columns: slice,
+    plan: _Plan,
+    scratch: list[torch.Tensor],
+    scores: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """The numbers of `measure` for a block of rows and columns, by name; "argmax" is `[rows, 1]`, `scores` is filled.
+
+    Every sum is over one tile, so that no block's shape changes a bit of it. On the CPU, masks are slow and exp() is:
+    2^x takes a quarter of its time there, and bounds handle −inf.
+    """
+    count, width = there.stop - there.start, columns.stop - columns.start
+    padded = -(-width // TILE) * TILE
+    z, *more = (x[: count * padded].view(count, padded) for x in scratch)
+    base = rows.read(there, columns, z[:, :width])
+    out: dict[str, torch.Tensor] = {}
+    if scores is not None:
+        scores[there, columns] = z[:, :width]
+    if width < padded:
+        z[:, width:] = -torch.inf
+    z, *more = (x.unflatten(1, (-1, TILE)) for x in (z, *more))  # [rows, tiles, TILE]
+    if plan.groups:
+        by_group = z.unflatten(-1, (-1, GROUP)).amax(-1)
+        out["groups"] = by_group.flatten(1)
+        top = by_group.amax(-1)
+    else:
+        top = z.amax(-1)
+    out["max"] = top = top.clamp_(min=FINITE)  # −inf cannot be subtracted
+    if plan.argmax:
+        tile = top.argmax(1)  # the first; so the column
+        ahead = torch.arange(0, count * z.shape[1], z.shape[1], device=tile.device)
+        column = z.flatten(0, 1).index_select(0, tile + ahead).argmax(1)
+        out["argmax"] = (tile * TILE + column + columns.start)[:, None]
+    if plan.live:
+        out["live"] = (z > -torch.inf).sum(-1)
+    if not plan.raw and not plan.scales:
+        return out
+    d = z.sub_(top[..., None])
+    if plan.kl:
+        b, difference = more
+        b.flatten(1)[:, :width] = base
+        if width < padded:
+            b.flatten(1)[:, width:] = -torch.inf
+        base_top = b.amax(-1).clamp_(min=FINITE)
+        b.sub_(base_top[..., None]).clamp_(min=FINITE)
+        # Each relative to its own top, so that large logits lose no digits. Where d is −inf it has no weight.
+        torch.clamp(d, min=FINITE, out=difference).sub_(b)
+        out["base max"] = base_top
+        out["base s"] = b.mul_(_LOG2E).exp2_().sum(-1)
+    todo = list(plan.scales.items())
+    for i, (name, scale) in enumerate(todo):
+        last = not plan.raw and i == len(todo) - 1
+        e = torch.mul(d, scale[there, None, None], out=d if last else more[0])
+        out[name] = e.exp2_().sum(-1)  # exp2(−inf) is 0: masked tokens have no mass at any temperature
+    if not plan.raw:
+        return out
+    d.mul_(_LOG2E).clamp_(min=CLAMP)
+    e = torch.exp2(d, out=more[0])
+    out["s"] = e.sum(-1)
+    if plan.kl:
+        out["shift"] = difference.mul_(e).sum(-1)
+    if plan.mean:
+        out["t1"] = e.mul_(d).sum(-1)
+    if plan.square:
+        out["t2"] = e.mul_(d).sum(-1)
+    return out
+
+
+def _joined(parts: list[dict[str, torch.Tensor]], dim: int) -> dict[str, torch.Tensor]:
+    if len(parts) == 1:
+        return parts[0]
+    return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}

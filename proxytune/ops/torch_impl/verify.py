@@ -1,0 +1,242 @@
+"""Lossless verification of drafts in torch: what `ops.verify` does where there is no Triton, and what it means.
+
+A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); after the first that is not, a token is drawn
+from the residual max(0, p − q) / Σ max(0, p − q), and after the last of them from p. What comes out is distributed as
+if every token had been drawn from p (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
+
+The rows are measured as for a draw, once all positions together; from then on one row for each text is left. Where no
+draft stood in the way its draw is `proxytune.ops.torch_impl.draw.draw`, to the bit. The residual is drawn in the same
+two levels, tiles and tokens, or among the truncation's candidates, but with words of noise of its own: the draft's own
+words would not be independent of the draft. On the CPU the residual is made block by block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from proxytune.ops.noise import DECISIONS, TILES, TOKENS, Noise
+from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.torch_impl.decide import statistics
+from proxytune.ops.torch_impl.draw import Law, draw, law_of, tempered
+from proxytune.ops.torch_impl.measure import FINITE, TILE, Rows, block_of, measure
+from proxytune.ops.torch_impl.truncate import largest
+
+__all__ = ["judge"]
+
+_WORD = 1
+"""The word of the noise's that the draw after a rejected draft takes; drafts and other draws take word 0."""
+
+
+@torch.no_grad()
+def judge(
+    rows: Rows, draft: Rows | None, drafted: torch.Tensor, sampling: Sampling, noise: Noise
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept or reject drafts, and draw the token after them.
+
+    Args:
+        rows: The members' rows, B · (K + 1) of them, those of a text next to each other.
+        draft: The rows that the drafts were drawn from, B · K; None if they are given.
+        drafted: `[B, K]`, int64: the drafts; −1, from there on, for none.
+        sampling: The settings, `[B]`.
+        noise: The keys of the noise, `[B]`, at the positions of the first drafts.
+
+    Returns:
+        "tokens" `[B, K + 1]` and "accepted" `[B]` of `proxytune.ops.Verdict`.
+    """
+    count, most = drafted.shape
+    seen = rows.device.type == "cpu"
+    texts = torch.arange(count, device=drafted.device)
+    target = _Measured.of(rows, sampling, most + 1)
+    x = torch.nn.functional.pad(drafted, (0, 1), value=-1)  # [B, K + 1]
+    logp = target.logprobs(x.view(-1, 1)).view_as(x)
+    if draft is not None and most:
+        proposal: _Proposal = _Drawn(_Measured.of(draft, sampling, most), drafted)
+    else:
+        proposal = _Given(drafted)
+    at = texts.repeat_interleave(most + 1)
+    step = torch.arange(most + 1, device=drafted.device).repeat(count)
+    wish = noise.pick(at).at(noise.position.index_select(0, at) + step).uniform(DECISIONS).view_as(x)  # (0, 1]
+    # A draft beyond both, −inf − −inf, is NaN and rejected.
+    agreed = proposal.real & (wish <= (logp - proposal.logprobs).exp())  # [B, K + 1]
+    accepted = agreed.long().cumprod(1).sum(1)  # the last column holds no draft
+    refused = proposal.real.gather(1, accepted[:, None])[:, 0]  # [B]: a draft stood where a token is now drawn
+
+    keys = noise.at(noise.position + accepted)
+    final = torch.full_like(accepted, -1)
+    for kind, some in ((False, ~refused), (True, refused)):
+        which = some.nonzero()[:, 0] if seen else texts
+        if seen and not len(which):
+            continue
+        of = target.pick(which * (most + 1) + accepted[which])
+        own, streams = sampling.pick(which), keys.pick(which)
+        if kind:
+            drawn = _draw_residual(of, proposal.pick(which, accepted[which]), own, streams)
+        else:
+            drawn = draw(of.rows, of.tiles, of.entropy, of.top, own, streams, 1)["tokens"][:, 0]
+        drawn = drawn.masked_fill(of.undecided, -1)
+        final = final.index_copy(0, which, drawn) if seen else torch.where(some, drawn, final)
+    place = torch.arange(most + 1, device=drafted.device)
+    tokens = torch.where(place < accepted[:, None], x, torch.where(place == accepted[:, None], final[:, None], -1))
+    return tokens, accepted
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """Rows that were passed over once, and what they are drawn from."""
+
+    rows: Rows
+    tiles: dict[str, torch.Tensor]
+    entropy: torch.Tensor | None
+    top: torch.Tensor
+    law: Law
+    undecided: torch.Tensor
+
+    @classmethod
+    def of(cls, rows: Rows, sampling: Sampling, each: int) -> _Measured:
+        """Measure rows of which each text has as many."""
+        sampling = sampling.pick(torch.arange(rows.count, device=sampling.temperature.device) // each)
+        tiles = measure(rows, sampling, ())
+        top = tiles["max"].amax(1)  # [B]
+        entropy = statistics(tiles, top).get("entropy")
+        law = law_of(rows, tiles, entropy, top, sampling)
+        return cls(rows, tiles, entropy, top, law, (top == torch.inf) | (top == FINITE))
+
+    def pick(self, index: torch.Tensor) -> _Measured:
+        """Some of the rows."""
+        return _Measured(
+            self.rows.pick(index),
+            {name: x.index_select(0, index) for name, x in self.tiles.items()},
+            None if self.entropy is None else self.entropy.index_select(0, index),
+            self.top.index_select(0, index),
+            self.law.pick(index),
+            self.undecided.index_select(0, index),
+        )
+
+    def logprobs(self, ids: torch.Tensor) -> torch.Tensor:
+        """Of tokens `[B, n]`, nats: −inf for what cannot be drawn, no token at all included; NaN without a law."""
+        outside = (ids < 0) | (ids >= self.rows.width)
+        found = self.law.logprobs(self.rows.at(ids.masked_fill(outside, self.rows.width)))
+        return found.masked_fill_(self.undecided[:, None], torch.nan)
+
+    def probabilities(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        """Of a block, `[rows, columns]`; 0 past the width. `out` is memory for it."""
+        inside = max(0, min(self.rows.width, columns.stop) - columns.start)
+        if inside:
+            self.rows.read(there, slice(columns.start, columns.start + inside), out[:, :inside])
+        out[:, inside:] = -torch.inf
+        return self.law.pick(there).logprobs(out).exp_()
+
+
+class _Drawn:
+    """Drafts that were drawn from rows of logits.
+
+    A row that has no distribution says nothing about how its draft came about. No law can be restored from it, and none
+    has to be: whatever the draft is, it is ignored, and the token is drawn from p, as where there is no draft.
+    """
+
+    def __init__(self, measured: _Measured, drafted: torch.Tensor) -> None:
+        self._measured = measured
+        self._most = drafted.shape[1]
+        pad = torch.nn.functional.pad
+        real = (drafted >= 0) & ~measured.undecided.view_as(drafted)
+        self.real = pad(real, (0, 1), value=False)  # [B, K + 1]
+        self.logprobs = pad(measured.logprobs(drafted.reshape(-1, 1)).view_as(drafted), (0, 1))  # [B, K + 1]
+
+    def pick(self, which: torch.Tensor, accepted: torch.Tensor) -> _Drawn:
+        """The one row of each text that matters; rows of no meaning where all drafts were accepted."""
+        picked = object.__new__(_Drawn)
+        picked._measured = self._measured.pick(which * self._most + accepted.clamp(max=self._most - 1))
+        return picked
+
+    def at(self, ids: torch.Tensor) -> torch.Tensor:
+        """Probabilities of tokens `[B, n]`."""
+        return self._measured.logprobs(ids).exp_()
+
+    def block(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        """Probabilities of a block, `[rows, columns]`."""
+        return self._measured.probabilities(there, columns, out)
+
+
+class _Given:
+    """Drafts that were not drawn: q(x) = 1. Also right for drafts drawn with word 0 of the noise, from whatever."""
+
+    def __init__(self, drafted: torch.Tensor) -> None:
+        self._drafted = torch.nn.functional.pad(drafted, (0, 1), value=-1)
+        self.real = self._drafted >= 0
+        self.logprobs = torch.zeros_like(self._drafted, dtype=torch.float32)
+
+    def pick(self, which: torch.Tensor, accepted: torch.Tensor) -> _Given:
+        """The one draft of each text that matters."""
+        picked = object.__new__(_Given)
+        picked._drafted = self._drafted.index_select(0, which).gather(1, accepted[:, None])
+        return picked
+
+    def at(self, ids: torch.Tensor) -> torch.Tensor:
+        """Probabilities of tokens `[B, n]`: 1 or 0."""
+        return (ids == self._drafted).float()
+
+    def block(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
+        """Probabilities of a block, `[rows, columns]`."""
+        return (torch.arange(columns.start, columns.stop, device=out.device) == self._drafted[there]).float()
+
+
+_Proposal = _Drawn | _Given
+
+
+def _draw_residual(target: _Measured, proposal: _Proposal, sampling: Sampling, noise: Noise) -> torch.Tensor:
+    """Draw from max(0, p − q), one token per row, `[B]`.
+
+    Where that is 0 throughout, p is q to rounding, and a rejected draft would have been accepted with one more digit.
+    A draw from p has the right law then, since it does not depend on the draft.
+    """
+    choices = []
+    if sampling.some_truncated:
+        kept = target.law.kept
+        assert kept is not None
+        p = (kept.relative - kept.log_kept).exp().masked_fill_(~kept.kept, 0.0)  # [B, n]
+        rest = _residual(p, proposal.at(kept.ids))
+        _, best = largest(rest.log() + noise.gumbel(kept.ids, TOKENS, _WORD), 1)
+        choices.append(kept.ids.gather(1, best)[:, 0])
+    if not sampling.all_truncated:
+        mass = _masses(target, proposal)  # [B, tiles]
+        _, _, of_tiles, relative, _ = tempered(target.tiles, target.entropy, target.top, sampling)
+        assert of_tiles is not None
+        assert relative is not None
+        none = ~(mass > 0).any(1, keepdim=True)
+        log_mass = torch.where(none, of_tiles.log() + relative, mass.log())
+        number = torch.arange(mass.shape[1], device=mass.device)[None]
+        _, tile = largest(log_mass + noise.gumbel(number, TILES, _WORD), 1)
+        ids = tile * TILE + torch.arange(TILE, device=mass.device)  # [B, TILE]
+        p = target.law.logprobs(target.rows.at(ids)).exp_()
+        rest = _residual(p, proposal.at(ids).masked_fill_(none, 0.0))
+        _, best = largest(rest.log() + noise.gumbel(ids, TOKENS, _WORD), 1)
+        choices.append(ids.gather(1, best)[:, 0])
+    return choices[0] if len(choices) == 1 else torch.where(sampling.truncated, choices[0], choices[1])
+
+
+def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """`max(0, p − q)`, `[B, n]`, or p in rows in which that is 0 throughout."""
+    rest = (p - q).clamp_(min=0.0)
+    return torch.where((rest > 0).any(1, keepdim=True), rest, p)
+
+
+def _masses(target: _Measured, proposal: _Proposal) -> torch.Tensor:
+    """The residual's mass in every tile, `[B, tiles]`, block by block; 0 in all of a row where p is q to rounding."""
+    rows = target.rows
+    tiles = -(-rows.width // TILE)
+    high, wide = block_of(rows)
+    ours, theirs = (rows.empty(high * wide * TILE) for _ in range(2))
+    out = rows.empty(rows.count * tiles).view(rows.count, tiles)
+    for row in range(0, rows.count, high):
+        there = slice(row, min(row + high, rows.count))
+        for tile in range(0, tiles, wide):
+            end = min(tile + wide, tiles)
+            columns = slice(tile * TILE, end * TILE)  # in whole tiles, the last one filled up
+            shape = (there.stop - there.start, columns.stop - columns.start)
+            z, y = (x[: shape[0] * shape[1]].view(shape) for x in (ours, theirs))
+            p = target.probabilities(there, columns, z)
+            rest = p.sub_(proposal.block(there, columns, y)).clamp_(min=0.0)
+            out[there, tile:end] = rest.unflatten(1, (-1, TILE)).sum(-1)
+    return out

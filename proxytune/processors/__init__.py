@@ -1,1 +1,0 @@
-"""Logits processors: real `transformers.LogitsProcessor`s, dropped into any `generate(logits_processor=…)`."""

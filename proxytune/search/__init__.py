@@ -1,0 +1,1 @@
+"""Spending a budget on one task."""

@@ -1,0 +1,103 @@
+"""Parallel or sequential: spend what a ledger has left on one task, as a calibration run recommends.
+
+```python
+run = run_policies(policies, tasks, truths, budget=512)  # once, then run.save("run.json")
+found = allocate(task, policies, run, TokenLedger(512))
+found.tally.winner, found.spent, found.plan.why
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from proxytune.budget.ledger import TokenLedger
+from proxytune.errors import BudgetError, InputError
+from proxytune.search.calibration_run import CalibrationRun
+from proxytune.search.plan import LEAST_PROBLEMS, Plan, plan
+from proxytune.search.policy import Policy, Voting, attempt
+from proxytune.voting.vote import Sample, Tally, vote
+
+__all__ = ["Allocation", "allocate"]
+
+
+@dataclass(frozen=True, eq=False)
+class Allocation:
+    """What was spent on a task, and what came out.
+
+    Attributes:
+        plan: Which level was chosen, and why; both forms side by side.
+        samples: What its policy returned.
+        tally: The vote over them. Its winner is None if no sample has an answer.
+        spent: Tokens that the policy charged.
+        left: Tokens that the ledger has left.
+    """
+
+    plan: Plan
+    samples: tuple[Sample, ...]
+    tally: Tally
+    spent: int
+    left: int
+
+
+def allocate(
+    task: Any,
+    policies: Sequence[Policy],
+    run: CalibrationRun,
+    ledger: TokenLedger,
+    *,
+    kind: str | None = None,
+    tolerance: float = 0.0,
+    quantile: float = 0.5,
+    least: int = LEAST_PROBLEMS,
+    voting: Voting = vote,
+) -> Allocation:
+    """Choose a policy by the calibration run, and let it attempt the task.
+
+    Args:
+        task: The task, as the policies take it.
+        policies: The policies to choose from, all of them in the run.
+        run: The calibration run.
+        ledger: What is spent; nobody else may use it in the meantime.
+        kind: The kind of the task; None for any.
+        tolerance: As in `plan`.
+        quantile: As in `plan`.
+        least: As in `plan`.
+        voting: From samples to an answer; that of the calibration run.
+
+    Returns:
+        The plan, the samples, the vote and the cost.
+
+    Raises:
+        BudgetError: If no policy fits what is left, or the chosen one tried to spend more.
+        InputError: If a policy is not in the run or was another one there, or does not keep to the rules.
+    """
+    named = {policy.name: policy for policy in policies}
+    if not policies or len(named) < len(policies):
+        raise InputError.of(
+            "policies",
+            expected="at least one, all of different names",
+            got=", ".join(repr(policy.name) for policy in policies) or "none",
+            remedy="Put the level into the name, e.g. 'vote-8'.",
+        )
+    for trial in run.trials:
+        policy = named.get(trial.name)
+        if policy is not None and (policy.form, policy.level) != (trial.form, trial.level):
+            raise InputError.of(
+                f"policy {trial.name!r}",
+                expected=f"{trial.form} at level {trial.level}, as it was calibrated",
+                got=f"{policy.form} at level {policy.level}",
+                remedy="Calibrate again, or give it another name.",
+            )
+    if ledger.left < 1:
+        raise BudgetError.of(
+            "ledger",
+            expected="tokens to spend",
+            got=f"{ledger.left} left, {ledger.spent} spent and {ledger.held} reserved of {ledger.max_total_tokens}",
+            remedy="Raise max_total_tokens.",
+        )
+    found = plan(run, ledger.left, kind, names=set(named), tolerance=tolerance, quantile=quantile, least=least)
+    samples, spent = attempt(named[found.chosen.name], task, ledger)
+    return Allocation(found, tuple(samples), voting(samples), spent, ledger.left)

@@ -1,0 +1,168 @@
+"""Texts of a model after one prompt, paid for by a ledger and keyed by seed and prompt: what policies are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from proxytune.budget.ledger import TokenLedger
+from proxytune.errors import BudgetError, InputError
+from proxytune.methods.trees.fork_decoding import ForkDecoding
+from proxytune.methods.trees.tree import Branch
+from proxytune.search.keyed_noise import key_of
+from proxytune.validation import Ids, token_ids, whole
+from proxytune.voting.vote import Sample
+
+__all__ = ["Extract", "Writer"]
+
+Extract = Callable[[str], Hashable | None]
+"""From a text to its answer; None for no answer."""
+
+_OWN = (
+    "custom_generate",
+    "input_ids",
+    "attention_mask",
+    "max_length",
+    "num_return_sequences",
+    "num_beams",
+    "tokenizer",
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Writer:
+    """A model that writes under a ledger, and what finds the answer.
+
+    Attributes:
+        model: The composed model, or a plain causal LM.
+        tokenizer: Its tokenizer.
+        extract: From a generated text, without special tokens, to its answer; None for no answer.
+        max_new_tokens: The longest text, at least 1.
+        seed: The key of all draws, 64 bits.
+        generation: Arguments of `generate()`.
+
+    Raises:
+        InputError: If a setting is out of its range, or an argument of `generate()` is this class's own.
+    """
+
+    model: Any
+    tokenizer: Any
+    extract: Extract
+    max_new_tokens: int
+    seed: int
+    generation: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        whole("max_new_tokens", self.max_new_tokens, least=1)
+        own = [name for name in _OWN if name in self.generation]
+        if own:
+            raise InputError.of(
+                "generation",
+                expected="settings of the draw, such as temperature",
+                got=", ".join(own),
+                remedy="Leave out what the policy sets by itself.",
+            )
+        ForkDecoding(branches=1, where="start", seed=self.seed)
+
+    def pay(self, task: str | Ids, ledger: TokenLedger) -> list[int]:
+        """Charge the prompt, if a token can be generated after it.
+
+        Args:
+            task: The prompt.
+            ledger: Is charged for what of it is not paid for.
+
+        Returns:
+            `[T]`, its token ids.
+
+        Raises:
+            BudgetError: If there is no room for the prompt and a token; nothing is charged then.
+            InputError: If the prompt is no text and no token ids, or is empty.
+        """
+        ids = token_ids(self.tokenizer(task)["input_ids"] if isinstance(task, str) else task)
+        if not ids:
+            raise InputError.of("task", expected="a prompt of at least one token", got=repr(task), remedy="Pass one.")
+        new = ledger.cost_of_prefix(ids)
+        if not ledger.can_afford(new + 1):
+            raise BudgetError.of(
+                f"a prompt of {len(ids)} tokens, {len(ids) - new} of them already paid for,",
+                expected=f"at least {new + 1} left, since one has to be generated",
+                got=f"{ledger.left} of max_total_tokens={ledger.max_total_tokens}",
+                remedy="Raise max_total_tokens, or shorten the prompt.",
+            )
+        ledger.charge_prefix(ids)
+        return ids
+
+    def write(
+        self, ids: list[int], streams: Sequence[int], room: int, ledger: TokenLedger, label: str, *processors: Any
+    ) -> list[Branch]:
+        """Texts after a prompt, paid for.
+
+        Args:
+            ids: `[T]`, the prompt, which is paid for.
+            streams: The number of each text: the same number is the same text.
+            room: Tokens that each can have at most. Reserved beforehand, so the ledger cannot be exceeded.
+            ledger: Is charged.
+            label: Under this name.
+            *processors: Logits processors, after those of the settings.
+
+        Returns:
+            A branch for each.
+
+        Raises:
+            BudgetError: If there is less left than they may need.
+        """
+        with ledger.reserve(len(streams) * room, label=label) as reserved:
+            branches = self._branches(ids, streams, room, *processors)
+            for branch in branches:
+                reserved.spend(len(branch), text=[*ids, *map(int, branch.along("tokens"))])
+        return branches
+
+    def _branches(self, ids: list[int], streams: Sequence[int], room: int, *processors: Any) -> list[Branch]:
+        """The one place where the model is asked: independent texts after one prompt."""
+        prompts = torch.tensor([ids] * len(streams), device=self.model.device)
+        settings = dict(self.generation)
+        settings["logits_processor"] = [*(settings.get("logits_processor") or ()), *processors]
+        if self.tokenizer.pad_token_id is not None:
+            settings.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        out = self.model.generate(
+            input_ids=prompts,
+            attention_mask=torch.ones_like(prompts),
+            max_new_tokens=room,
+            tokenizer=self.tokenizer,
+            custom_generate=ForkDecoding(branches=1, where="start", seed=_key(self.seed, ids), rows=list(streams)),
+            **settings | {"return_dict_in_generate": True},
+        )
+        return [tree.branches[0] for tree in out.trees]
+
+    def sample(self, branch: Branch) -> Sample:
+        """A text as a sample with its answer and its confidences.
+
+        Args:
+            branch: The text.
+
+        Returns:
+            The sample; cut, if its length or the ledger cut it off.
+
+        Raises:
+            InputError: If `extract` raises, or gives what cannot be an answer.
+        """
+        text = str(self.tokenizer.decode([int(token) for token in branch.along("tokens")], skip_special_tokens=True))
+        try:
+            answer = self.extract(text)
+        except Exception as error:
+            raise InputError.of(
+                "extract",
+                expected="an answer, or None, for every text",
+                got=f"{type(error).__name__}: {error} for the text {text[:200]!r}",
+                remedy="Return None for texts without an answer.",
+            ) from error
+        return Sample(answer, np.array(branch.along("confidences")), cut=not branch.finished)
+
+
+def _key(seed: int, ids: Sequence[int]) -> int:
+    """A signed seed of 64 bits, of a seed and a prompt; two prompts that fell together would share noise, no more."""
+    return (key_of("policy", ids, seed) & ((1 << 64) - 1)) - (1 << 63)

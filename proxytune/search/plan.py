@@ -1,0 +1,275 @@
+"""Which level of which form to spend a budget on, by a calibration run.
+
+The rule is the plain one: of the levels that fit the budget, the one that was right within it most often; of exactly
+equal ones the one that spends less. A rule that prefers a cheaper level whenever the data cannot tell it from the
+best would be worse for what it cannot tell: with few problems nearly everything is "tied", and the cheapest level
+would win by lack of data. The most frequent is the choice of least expected loss, and its loss shrinks with the
+number of problems as the noise does. Who wants to give accuracy up for tokens says how much, as `tolerance`.
+
+The accuracy of the chosen level, measured on the problems by which it was chosen, is a little too high, the more so the
+more levels there are. Intervals are percentile bootstraps over problems, the same resamples for every level (paired).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from proxytune.calibration import finite
+from proxytune.errors import BudgetError, InputError
+from proxytune.search.calibration_run import CalibrationRun, Form, Trial
+from proxytune.stats.calibration import Interval
+from proxytune.validation import whole
+from proxytune.voting.confidence import share
+
+__all__ = ["LEAST_PROBLEMS", "LevelReport", "Plan", "plan"]
+
+LEAST_PROBLEMS = 20
+"""So many problems there have to be, of a kind or in all, to go by them."""
+
+
+@dataclass(frozen=True)
+class LevelReport:
+    """What the calibration run says of one level.
+
+    Attributes:
+        name: The policy's name.
+        form: Its form.
+        level: How many samples or extensions.
+        accuracy: Share of problems that it had right within the budget, with its interval.
+        behind: How much the best level that fits is more accurate, paired, with its interval: if 0 is in it, the data
+            do not tell the two apart.
+        tokens: What it spent on average, prompt included.
+        high_tokens: What it did not exceed on a given share of the problems.
+        fits: Whether that is within the budget.
+    """
+
+    name: str
+    form: Form
+    level: int
+    accuracy: Interval
+    behind: Interval
+    tokens: float
+    high_tokens: int
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to spend a budget on, and why.
+
+    Attributes:
+        chosen: The level to use.
+        why: The reason, with the figures.
+        budget: The tokens that there are, prompt included.
+        basis: The problems it goes by: "all kinds", or "kind 'x'".
+        problems: How many these are.
+        calibrated: Whether they decided; False if they were too few, and the default was taken.
+        levels: All levels, in the order of the run.
+        parallel: The most accurate parallel level that fits; None if none does.
+        sequential: The most accurate sequential one; None likewise.
+        difference: Accuracy of `parallel` less that of `sequential`, paired, with its interval; None without both.
+    """
+
+    chosen: LevelReport
+    why: str
+    budget: int
+    basis: str
+    problems: int
+    calibrated: bool
+    levels: tuple[LevelReport, ...]
+    parallel: LevelReport | None
+    sequential: LevelReport | None
+    difference: Interval | None
+
+    @property
+    def form(self) -> Form:
+        """The chosen form."""
+        return self.chosen.form
+
+
+def plan(
+    run: CalibrationRun,
+    budget: int,
+    kind: str | None = None,
+    *,
+    names: Collection[str] | None = None,
+    tolerance: float = 0.0,
+    quantile: float = 0.5,
+    least: int = LEAST_PROBLEMS,
+    default: Form = "parallel",
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> Plan:
+    """Choose a level.
+
+    If the kind has at least `least` problems, they alone decide; else all do, and the plan says so. If these are fewer
+    still, the largest level of the default form that fits is taken.
+
+    Args:
+        run: The calibration run.
+        budget: The tokens that there are, prompt included. Calibrated under the same budget, every level fits; under a
+            smaller one, levels that it cut short look worse than they are, which the plan says.
+        kind: The kind of the task; None for any.
+        names: The policies to choose from; None for all of the run.
+        tolerance: The accuracy to give up for fewer tokens, in [0, 1): of the levels within so much of the best, the
+            one that spends least on average.
+        quantile: A level fits if on this share of the problems it spent no more than the budget; (0, 1]. The others
+            count as wrong, since the ledger would cut them short, so a level that just fits competes on what it is
+            worth under this budget.
+        least: The number of problems to go by.
+        default: The form where they are too few.
+        level: The level of the intervals.
+        draws: Resamples of the bootstrap.
+        seed: Of the resamples; the plan does not depend on it but for its intervals.
+
+    Returns:
+        The plan.
+
+    Raises:
+        BudgetError: If no level fits.
+        InputError: If a setting is out of its range, or a name is not in the run.
+    """
+    budget, least = whole("budget", budget, least=1), whole("least", least, "of problems", least=1)
+    draws, level = whole("draws", draws, "of resamples", least=1), share("level", level, 1.0)
+    if not 0 <= finite("tolerance", tolerance) < 1:
+        raise InputError.of(
+            "tolerance", expected="a share in [0, 1)", got=repr(tolerance), remedy="0.01 is one point of a hundred."
+        )
+    if default not in get_args(Form):
+        raise InputError.of("default", expected=" | ".join(get_args(Form)), got=repr(default), remedy="Pass one.")
+    trials = _chosen_from(run, names)
+    rows, basis = _basis(run, kind, least)
+    tokens = np.stack([trial.tokens[rows] for trial in trials], 1)  # [P, L]
+    # What cost more than there is would have been cut short. Left out instead, a level would look as good as ever just
+    # below the budget and be gone just above it, and which of two is gone would be chance.
+    right = (np.stack([trial.right[rows] for trial in trials], 1) & (tokens <= budget)).astype(np.float64)  # [P, L]
+    # An observed number: what is reached by at least that share of the problems.
+    high = np.quantile(tokens, share("quantile", quantile, 1.0), axis=0, method="inverted_cdf").astype(int)
+    fits = np.flatnonzero(high <= budget).tolist()
+    if not fits:
+        cheapest = int(high.argmin())
+        raise BudgetError.of(
+            "budget",
+            expected=f"at least {high[cheapest]} tokens, which {trials[cheapest].name!r}, the cheapest level, did not "
+            f"exceed on {quantile:.0%} of the calibration problems",
+            got=f"{budget}",
+            remedy="Raise max_total_tokens, or calibrate a cheaper level.",
+        )
+    n, counts, means = len(rows), right.sum(0), tokens.mean(0)
+    resampled = _resampled(right, draws, seed)  # [draws, L]
+
+    def most_accurate(among: Sequence[int]) -> int:
+        return min(among, key=lambda i: (-counts[i], means[i], trials[i].name))
+
+    def interval(value: float, samples: NDArray[np.float64]) -> Interval:
+        low, high = np.quantile(samples, [(1 - level) / 2, (1 + level) / 2])
+        return Interval(float(value), float(low), float(high))
+
+    def lead(i: int, j: int) -> Interval:
+        return interval((counts[i] - counts[j]) / n, resampled[:, i] - resampled[:, j])
+
+    best = most_accurate(fits)
+    reports = tuple(
+        LevelReport(
+            trial.name,
+            trial.form,
+            trial.level,
+            accuracy=interval(counts[i] / n, resampled[:, i]),
+            behind=lead(best, i),
+            tokens=float(means[i]),
+            high_tokens=int(high[i]),
+            fits=i in fits,
+        )
+        for i, trial in enumerate(trials)
+    )
+    of_form = {form: [i for i in fits if trials[i].form == form] for form in get_args(Form)}
+    p, s = (most_accurate(of_form[form]) if of_form[form] else None for form in ("parallel", "sequential"))
+    if n < least:
+        chosen = max(of_form[default] or fits, key=lambda i: (trials[i].level, counts[i], -means[i], trials[i].name))
+    elif tolerance:
+        near = [i for i in fits if counts[best] - counts[i] <= tolerance * n + 1e-9]
+        chosen = min(near, key=lambda i: (means[i], -counts[i], trials[i].name))
+    else:
+        chosen = best
+    found = Plan(
+        chosen=reports[chosen],
+        why="",
+        budget=budget,
+        basis=basis,
+        problems=n,
+        calibrated=n >= least,
+        levels=reports,
+        parallel=None if p is None else reports[p],
+        sequential=None if s is None else reports[s],
+        difference=None if p is None or s is None else lead(p, s),
+    )
+    why = _why(found, least, default, reports[best])
+    if run.budget is not None and run.budget < budget:
+        why += f"; measured under {run.budget} tokens for each problem, fewer than there are now"
+    return replace(found, why=why)
+
+
+def _chosen_from(run: CalibrationRun, names: Collection[str] | None) -> list[Trial]:
+    if names is None:
+        return list(run.trials)
+    unknown = sorted(set(names) - set(run.names))
+    if unknown or not names:
+        raise InputError.of(
+            "names",
+            expected=f"policies of the calibration run: {', '.join(map(repr, run.names))}",
+            got=", ".join(map(repr, unknown)) or "none",
+            remedy="Calibrate them too, or leave them out.",
+        )
+    return [trial for trial in run.trials if trial.name in names]
+
+
+def _basis(run: CalibrationRun, kind: str | None, least: int) -> tuple[NDArray[np.intp], str]:
+    """The numbers of the problems to go by, and what they are called."""
+    everything = np.arange(run.problems)
+    if kind is None:
+        return everything, "all kinds"
+    rows = run.of_kind(kind)
+    if len(rows) >= least:
+        return rows, f"kind {kind!r}"
+    return everything, f"all kinds, since kind {kind!r} has {len(rows)} of the {least} that it takes"
+
+
+def _resampled(right: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.float64]:
+    """Accuracies of resamples of whole problems, `[draws, L]`; of right `[P, L]`."""
+    rng, n = np.random.default_rng(seed), len(right)
+    return np.stack([right[rng.integers(n, size=n)].mean(0) for _ in range(draws)])
+
+
+def _why(found: Plan, least: int, default: Form, best: LevelReport) -> str:
+    chosen = found.chosen
+    if not found.calibrated:
+        short = f"{found.problems} calibration problems ({found.basis}) are too few to go by, it takes {least}"
+        if chosen.form == default:
+            return f"{short}: the default, {default}, at the largest level that fits, {chosen.name!r}"
+        return f"{short}, and no {default} level fits {found.budget} tokens: {chosen.name!r}"
+    said = f"{_figures(chosen)} of {found.problems} problems ({found.basis})"
+    if chosen is not best:
+        said += f"; the most accurate is {_figures(best)}, which is within the tolerance"
+    if found.difference is None or found.parallel is None or found.sequential is None:
+        return f"{said}; no level of the other form fits {found.budget} tokens"
+    other = found.sequential if chosen.form == "parallel" else found.parallel
+    d = found.difference
+    verdict = "the data do not tell the forms apart" if 0 in d else "the data tell the forms apart"
+    return (
+        f"{said}; the best of the other form: {_figures(other)}; parallel less sequential: "
+        f"{100 * d.value:+.1f} points [{100 * d.low:+.1f}, {100 * d.high:+.1f}], {verdict}"
+    )
+
+
+def _figures(report: LevelReport) -> str:
+    a = report.accuracy
+    return (
+        f"{report.form} {report.name!r}, {report.tokens:.0f} tokens, right on {100 * a.value:.1f} % "
+        f"[{100 * a.low:.1f}, {100 * a.high:.1f}]"
+    )

@@ -1,0 +1,189 @@
+"""Policies, and what they may do: one attempt at a task, and a calibration run of many.
+
+A policy spends a ledger on one task, in one of two forms: *parallel*, several samples and a vote, or *sequential*, one
+text that is extended or revised (s1, arXiv 2501.19393). Its level says how often.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from numbers import Number
+from typing import Any, Protocol
+
+import numpy as np
+
+from proxytune.budget.ledger import TokenLedger
+from proxytune.errors import BudgetError, InputError
+from proxytune.search.calibration_run import CalibrationRun, Form, Trial
+from proxytune.voting.vote import Sample, Tally, vote
+
+__all__ = ["Policy", "Verifier", "Voting", "attempt", "run_policies"]
+
+Voting = Callable[[Sequence[Sample]], Tally]
+"""From samples to an answer: `vote`, or e.g. `functools.partial(vote, how="deepconf")`."""
+
+Verifier = Callable[[Any, Hashable], bool]
+"""Whether an answer to a task is right."""
+
+
+class Policy(Protocol):
+    """A way to spend a ledger on one task."""
+
+    @property
+    def name(self) -> str:
+        """What it is called in a run; two settings of the same way have two names."""
+
+    @property
+    def form(self) -> Form:
+        """Whether its samples are drawn side by side, or one text goes on."""
+
+    @property
+    def level(self) -> int:
+        """How many samples, or how many extensions."""
+
+    def __call__(self, task: Any, ledger: TokenLedger, /) -> Sequence[Sample]:
+        """Attempt a task.
+
+        Args:
+            task: The task.
+            ledger: Is charged for every token, the prompt's included; what it has left is never exceeded.
+
+        Returns:
+            At least one sample, to be voted over.
+        """
+
+
+def attempt(policy: Policy, task: Any, ledger: TokenLedger) -> tuple[list[Sample], int]:
+    """Let a policy attempt a task, and check that it kept to the rules.
+
+    Args:
+        policy: The policy.
+        task: The task.
+        ledger: What it spends. Nobody else may use it in the meantime, or what is spent is not the policy's alone.
+
+    Returns:
+        Its samples, at least one, and the tokens that it charged, at least 1.
+
+    Raises:
+        BudgetError: If it tried to spend more than was left.
+        InputError: If it returns no samples, charges nothing, or leaves tokens reserved.
+    """
+    spent, held, left = ledger.spent, ledger.held, ledger.left
+    try:
+        samples = policy(task, ledger)
+    except BudgetError as error:
+        raise BudgetError.of(
+            f"policy {policy.name!r}",
+            expected=f"an attempt within the {left} tokens that are left",
+            got=f"{type(error).__name__}: {error}",
+            remedy="Let it ask the ledger before it draws, or raise max_total_tokens.",
+        ) from error
+    good = isinstance(samples, Sequence) and len(samples) > 0 and all(isinstance(s, Sample) for s in samples)
+    if not good:
+        raise InputError.of(
+            f"policy {policy.name!r}",
+            expected="a sequence of samples, at least one",
+            got=repr(samples)[:80],
+            remedy="Return [Sample(None)] where it has no answer.",
+        )
+    charged = ledger.spent - spent
+    if charged < 1 or ledger.held != held:
+        raise InputError.of(
+            f"policy {policy.name!r}",
+            expected="every token charged, and no reservation left open",
+            got=f"{charged} tokens charged for {len(samples)} samples, {ledger.held - held} left reserved",
+            remedy="Charge the prompt and what is generated; release reservations with `with`.",
+        )
+    return list(samples), charged
+
+
+def run_policies(
+    policies: Sequence[Policy],
+    tasks: Sequence[Any],
+    truths: Sequence[Hashable] | Verifier,
+    *,
+    budget: int,
+    kinds: Sequence[str] | None = None,
+    voting: Voting = vote,
+) -> CalibrationRun:
+    """Run policies on problems whose answers are known.
+
+    Best with the budget of the later use: a level that is cut short by it is then measured as such.
+
+    Args:
+        policies: The policies, of different names.
+        tasks: The problems.
+        truths: The right answer of each; or a verifier `(task, answer) → bool`, which is not asked where there is no
+            answer.
+        budget: Tokens for each attempt, the prompt included.
+        kinds: The kind of each problem; None for none.
+        voting: From samples to the answer, e.g. `functools.partial(vote, how="deepconf")`.
+
+    Returns:
+        The run.
+
+    Raises:
+        BudgetError: If a policy cannot attempt a problem within the budget.
+        InputError: If numbers of tasks, truths and kinds differ, a truth is None, two policies have one name (all that
+            before the first attempt), answers are texts where truths are numbers or the other way round, a verifier
+            raises, or a policy does not keep to the rules.
+    """
+    if not policies or not len(tasks):
+        raise InputError.of(
+            "policies, tasks",
+            expected="at least one of each",
+            got=f"{len(policies)} and {len(tasks)}",
+            remedy="Pass both.",
+        )
+    for name, given in (("tasks", tasks), ("truths", truths), ("kinds", kinds)):
+        if isinstance(given, str):
+            raise InputError.of(name, expected="a list", got=f"the text {given[:40]!r}", remedy="Pass a list of one.")
+    if not callable(truths) and (len(truths) != len(tasks) or any(truth is None for truth in truths)):
+        raise InputError.of(
+            "truths",
+            expected=f"the right answer of each of the {len(tasks)} tasks, none of them None, or a verifier",
+            got=f"{len(truths)}, {sum(truth is None for truth in truths)} of them None",
+            remedy="Leave out problems whose answer is not known.",
+        )
+    of_tasks = None if kinds is None else tuple(kinds)
+    none, ones = np.zeros(len(tasks), bool), np.ones(len(tasks), np.int64)
+    # What the record would refuse at the end is refused before an attempt is made.
+    CalibrationRun(tuple(Trial(p.name, p.form, p.level, none, ones) for p in policies), of_tasks, budget)
+    trials = []
+    for policy in policies:
+        right, tokens = [], []
+        for i, task in enumerate(tasks):
+            samples, spent = attempt(policy, task, TokenLedger(budget))
+            answer = voting(samples).winner
+            if not callable(truths):
+                _refuse_other_type(answer, truths)
+            right.append(_verified(truths, task, answer) if callable(truths) else answer == truths[i])
+            tokens.append(spent)
+        trials.append(Trial(policy.name, policy.form, policy.level, np.array(right), np.array(tokens)))
+    return CalibrationRun(tuple(trials), of_tasks, budget)
+
+
+def _refuse_other_type(answer: Hashable | None, truths: Sequence[Hashable]) -> None:
+    """Refuse a text where all truths are numbers, or the reverse: they never equal, and all policies would be wrong."""
+    for one, other in ((str, Number), (Number, str)):
+        if isinstance(answer, one) and all(isinstance(truth, other) for truth in truths):
+            raise InputError.of(
+                "truths",
+                expected=f"answers of the policies' type, {type(answer).__name__}, which can equal {answer!r}",
+                got=f"{type(truths[0]).__name__}, such as {truths[0]!r}",
+                remedy="Let the policies' extract() make the same type, or pass a verifier.",
+            )
+
+
+def _verified(verifier: Verifier, task: Any, answer: Hashable | None) -> bool:
+    if answer is None:
+        return False
+    try:
+        return bool(verifier(task, answer))
+    except Exception as error:
+        raise InputError.of(
+            "verifier",
+            expected="whether an answer is right, for every answer",
+            got=f"{type(error).__name__}: {error} for {answer!r} to the task {str(task)[:80]!r}",
+            remedy="Return False for answers that it cannot read.",
+        ) from error

@@ -1,0 +1,38 @@
+"""How often at least one of k samples is right."""
+
+from __future__ import annotations
+
+import math
+
+from proxytune.errors import InputError
+from proxytune.validation import whole
+
+__all__ = ["pass_at_k"]
+
+
+def pass_at_k(right: int, total: int, k: int) -> float:
+    """The unbiased estimate of P(one of k independent samples is right), `1 − C(n−c, k)/C(n, k)`.
+
+    Chen et al. 2021, arXiv 2107.03374, eq. 1. For independent samples only: leaves of a tree are not.
+
+    Args:
+        right: c, how many of the samples are right.
+        total: n, how many there are.
+        k: At most n.
+
+    Returns:
+        In [0, 1].
+
+    Raises:
+        InputError: If a number is not whole, k is 0 or larger than n, or c is larger than n.
+    """
+    total = whole("total", total, "of samples", least=1)
+    right, k = whole("right", right, "of samples"), whole("k", k, "of samples", least=1)
+    if right > total or k > total:
+        raise InputError.of(
+            "pass@k",
+            expected=f"at most {total} right, and k at most {total}: so many samples there are",
+            got=f"{right} right and k = {k}",
+            remedy="Draw more samples, or lower k.",
+        )
+    return 1.0 - math.comb(total - right, k) / math.comb(total, k)

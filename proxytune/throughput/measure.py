@@ -1,0 +1,241 @@
+"""Methods in turns: what each takes beside the others of the same round, and what each does, counted apart.
+
+All methods generate the same number of tokens by one generation config. In each round every method has its turn, in an
+order that changes, so what else the machine does falls on all; ratios are of the same round, with intervals over
+rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.cache_utils import DynamicCache
+
+from proxytune.throughput.counters import FirstToken, LiveBytes, Passes, counting, now
+from proxytune.throughput.methods import COMPOSITE, NAIVE, TRIO, TUNED, Method, Ran
+from proxytune.throughput.subjects import Cell, Subject
+
+__all__ = ["Taken", "measure_cell", "members_alone", "ratio"]
+
+Taken = tuple[float, float]
+"""Seconds to the first token, and of the whole generation."""
+
+
+def measure_cell(
+    subject: Subject,
+    cell: Cell,
+    methods: Sequence[Method],
+    *,
+    rounds: int,
+    least: int = 2,
+    until: float = math.inf,
+    report: Callable[[str], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Count and time all methods on one line of the protocol.
+
+    Args:
+        subject: The models.
+        cell: The line.
+        methods: The methods; those that cannot run say why.
+        rounds: How many rounds at most.
+        least: How many at least.
+        until: When to stop, once there are `least`; seconds of `time.perf_counter`.
+        report: Called with what is being measured.
+
+    Returns:
+        JSON values: the line, `members` (seconds of each one's own passes) and `methods`, each with what was counted
+        and what was timed.
+    """
+    ids = subject.prompts(cell)
+    able = [method for method in methods if method.missing(subject) is None]
+    found: dict[str, dict[str, Any]] = {}
+    texts: dict[str, torch.Tensor] = {}
+    for method in able:
+        report(f"{subject.name}, {cell.name}: {method.name}, counted")
+        found[method.name], texts[method.name] = _counted(subject, cell, method, ids)
+    alone: list[dict[str, Taken]] = []
+    taken: dict[str, list[Taken]] = {method.name: [] for method in able}
+    done = 0
+    with _no_collection():
+        while done < least or (done < rounds and time.perf_counter() < until):
+            report(f"{subject.name}, {cell.name}: round {done + 1}")
+            # Odd rounds run backwards, and each starts elsewhere: no one always comes after the same one.
+            order = able[done % len(able) :] + able[: done % len(able)]
+            for method in order[:: -1 if done % 2 else 1]:
+                taken[method.name].append(_timed(subject, cell, method, ids))
+            alone.append(members_alone(subject, ids, texts.get(COMPOSITE, texts[able[0].name]), cell))
+            done += 1
+    for method in able:
+        found[method.name] |= _times(method.name, taken, alone, cell)
+        if cell.setting == "greedy" and method.kind != "alone" and COMPOSITE in texts:
+            same = texts[method.name] == texts[COMPOSITE]
+            found[method.name]["same_tokens"] = round(float(same[:, cell.prompt :].float().mean()), 4)
+    return {
+        "prompt": cell.prompt,
+        "new": cell.new,
+        "rows": cell.rows,
+        "setting": cell.setting,
+        "rounds": done,
+        "members": {
+            role: {
+                "ms_first": _median([1000 * one[role][0] for one in alone]),
+                "ms_per_token": _median([_step_ms(one[role], cell) for one in alone]),
+            }
+            for role in alone[0]
+        },
+        "methods": {
+            method.name: found.get(method.name, {"status": f"not run: {method.missing(subject)}"}) for method in methods
+        },
+    }
+
+
+def members_alone(subject: Subject, ids: torch.Tensor, text: torch.Tensor, cell: Cell) -> dict[str, Taken]:
+    """The forward passes that each member needs for a text, and nothing else: the least that three models take.
+
+    Args:
+        subject: The models.
+        ids: `[B, P]`, int64: the prompts.
+        text: `[B, P + new]`, int64: prompts and what followed.
+        cell: How many tokens are new; the last is not forwarded.
+
+    Returns:
+        Role → seconds of the prompt, and of all passes.
+    """
+    out = {}
+    mask = torch.ones_like(text)
+    for role in TRIO:
+        model: Any = subject.models[role]
+        with torch.no_grad():
+            began = now(subject.device)
+            cache = DynamicCache(config=model.config)
+            model(input_ids=ids, attention_mask=mask[:, : cell.prompt], past_key_values=cache, logits_to_keep=1)
+            first = now(subject.device)
+            for end in range(cell.prompt + 1, cell.prompt + cell.new):
+                model(input_ids=text[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+            out[role] = (first - began, now(subject.device) - began)
+    return out
+
+
+def ratio(above: Sequence[float], below: Sequence[float], *, draws: int = 2000) -> dict[str, float]:
+    """The median ratio of paired figures, with the 95 % percentile bootstrap interval over the pairs.
+
+    Args:
+        above: `[R]`.
+        below: `[R]`, of the same rounds.
+        draws: Resamples, with a fixed seed.
+
+    Returns:
+        `value`, `low` and `high`.
+    """
+    each = np.asarray(above, np.float64) / np.asarray(below, np.float64)
+    picked = np.random.default_rng(0).integers(0, len(each), (draws, len(each)))
+    low, high = np.quantile(np.median(each[picked], axis=1), [0.025, 0.975])
+    return {"value": round(float(np.median(each)), 4), "low": round(float(low), 4), "high": round(float(high), 4)}
+
+
+def _timed(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) -> Taken:
+    told = FirstToken(subject.device)
+    began, ended, _ = _run(subject, cell, method, ids, told)
+    assert told.at is not None
+    return told.at - began, ended - began
+
+
+def _run(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor, told: FirstToken) -> tuple[float, float, Ran]:
+    if method.rate is not None:
+        subject.accept(method.rate)
+    run, config = method.prepare(subject), cell.config
+    torch.manual_seed(0)
+    began = now(subject.device)
+    ran = run(ids, config, told)
+    return began, now(subject.device), ran
+
+
+def _counted(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
+    """Run once, watched: what it did, and its text. Also what warms everything up."""
+    models = {role: subject.models[role] for role in method.roles if method.hooked}
+    with counting(models) as passes, _memory(subject.device) as peak:
+        told = FirstToken(subject.device, passes)
+        _, _, ran = _run(subject, cell, method, ids, told)
+    made = ran.sequences.shape[1] - cell.prompt
+    assert made == cell.new, f"{method.name} made {made} of {cell.new} tokens"
+    out: dict[str, Any] = {"status": "run", "kind": method.kind, "peak_mb": round(peak() / 1e6, 3)}
+    if method.kind == "speculation":
+        out |= {
+            "acceptance": None if ran.acceptance is None or math.isnan(ran.acceptance) else round(ran.acceptance, 4),
+            "planted": method.rate,
+            "rounds": ran.rounds,
+        }
+    return out | _reads(subject, cell, passes, method), ran.sequences
+
+
+def _reads(subject: Subject, cell: Cell, passes: Passes, method: Method) -> dict[str, Any]:
+    """Passes and bytes behind the first token, per token that came behind it."""
+    tokens = cell.rows * (cell.new - 1)
+    if not tokens or not passes.of:
+        return {}
+    each = subject.bytes
+    read = sum(
+        reads.passes * each[role].weights + reads.context * each[role].cached for role, reads in passes.of.items()
+    )
+    return {
+        "passes_per_token": {role: round(reads.passes / tokens, 4) for role, reads in passes.of.items()},
+        "mb_per_token": round(read / tokens / 1e6, 4),
+    }
+
+
+def _times(
+    name: str, taken: Mapping[str, Sequence[Taken]], alone: Sequence[Mapping[str, Taken]], cell: Cell
+) -> dict[str, Any]:
+    mine = taken[name]
+    whole = [seconds for _, seconds in mine]
+    out: dict[str, Any] = {
+        "tokens_per_s": round(cell.rows * cell.new / _median(whole), 3),
+        "ms_first": _median([1000 * first for first, _ in mine]),
+        "ms_per_token": _median([_step_ms(one, cell) for one in mine]),
+        "over_members": ratio(whole, [sum(seconds for _, seconds in one.values()) for one in alone]),
+    }
+    if TUNED in taken:
+        out["over_tuned"] = ratio([_step_ms(x, cell) for x in mine], [_step_ms(x, cell) for x in taken[TUNED]])
+    if NAIVE in taken:
+        out["over_naive"] = ratio(whole, [seconds for _, seconds in taken[NAIVE]])
+    return out
+
+
+def _step_ms(taken: Taken, cell: Cell) -> float:
+    """Milliseconds per token behind the first, of each row; of the whole where there is only one token."""
+    first, whole = taken
+    return 1000 * ((whole - first) / (cell.new - 1) if cell.new > 1 else whole)
+
+
+def _median(values: Sequence[float]) -> float:
+    return round(float(np.median(values)), 4)
+
+
+@contextlib.contextmanager
+def _memory(device: torch.device) -> Iterator[Callable[[], int]]:
+    """Bytes held at once beside what was there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.max_memory_allocated(device) - before
+        return
+    with LiveBytes() as live:
+        yield lambda: live.peak
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -1,0 +1,226 @@
+"""The methods that the throughput bench compares, each prepared outside of the time that is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig, StoppingCriteriaList
+
+from proxytune.generation.fused import FusedDecoding
+from proxytune.methods.speculation.decoding import SpeculativeDecoding
+from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
+from proxytune.throughput.counters import FirstToken
+from proxytune.throughput.naive_loop import naive_generate
+from proxytune.throughput.subjects import Subject
+
+__all__ = [
+    "BASE",
+    "COMPOSITE",
+    "EXPERT",
+    "FUSED",
+    "GRAPHS",
+    "NAIVE",
+    "OVERLAP",
+    "PROCESSOR",
+    "RATES",
+    "TRIO",
+    "TUNED",
+    "Method",
+    "Ran",
+    "Run",
+    "generated",
+    "methods_for",
+]
+
+BASE, TUNED, EXPERT = "base alone", "tuned alone", "expert alone"
+NAIVE, PROCESSOR = "naive loop", "processor door"
+COMPOSITE, FUSED = "composite door", "fused loop"
+OVERLAP, GRAPHS, SPECULATION = "fused, overlap", "fused, graphs", "speculation"
+RATES = (0.0, 0.5, 0.7, 0.9)
+"""Acceptances that are planted where the models are random."""
+TRIO = ("base", "expert", "antiexpert")
+Kind = Literal["alone", "steered", "speculation"]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What a run gave.
+
+    Attributes:
+        sequences: `[B, T + new]`, int64.
+        rounds: Of speculation; None for the others.
+        acceptance: Of speculation, of the tokens that were decided upon; None for the others.
+    """
+
+    sequences: torch.Tensor
+    rounds: int | None = None
+    acceptance: float | None = None
+
+
+Run = Callable[[torch.Tensor, GenerationConfig, FirstToken], Ran]
+"""From `[B, T]` ids to what came out; the criterion is told of each token."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to generate.
+
+    Attributes:
+        name: In the table.
+        kind: A model alone, one that is steered token by token, or speculation.
+        roles: The models that it runs.
+        prepare: Makes what runs it once; not timed.
+        missing: Why it cannot run; None where it can.
+        rate: The acceptance that is planted; None for the models' own, and for methods without a draft.
+        hooked: Whether its passes can be counted by hooks, which a compiled pass would be compiled with.
+    """
+
+    name: str
+    kind: Kind
+    roles: tuple[str, ...]
+    prepare: Callable[[Subject], Run]
+    missing: Callable[[Subject], str | None] = lambda _: None
+    rate: float | None = None
+    hooked: bool = True
+
+
+def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: bool = False) -> list[Method]:
+    """All methods, in the order of the table.
+
+    Args:
+        subject: The models: a trained family has the acceptance that it has.
+        rates: What is planted in a random one.
+        graphs: Whether companions may be compiled, which takes minutes.
+
+    Returns:
+        The methods.
+    """
+    drafts: list[float | None] = [None] if subject.trained else [*rates]
+    return [
+        *(Method(name, "alone", (role,), _alone(role)) for name, role in ((BASE, "base"), (TUNED, "tuned"))),
+        Method(EXPERT, "alone", ("expert",), _alone("expert")),
+        Method(NAIVE, "steered", TRIO, _naive),
+        Method(PROCESSOR, "steered", TRIO, _processor),
+        Method(COMPOSITE, "steered", TRIO, _steered(lambda: None, overlap=False)),
+        Method(FUSED, "steered", TRIO, _steered(lambda: FusedDecoding(seed=0), overlap=False)),
+        Method(OVERLAP, "steered", TRIO, _steered(lambda: FusedDecoding(seed=0), overlap=True), _no_gpu),
+        Method(
+            GRAPHS,
+            "steered",
+            TRIO,
+            _compiled,
+            lambda of: _no_gpu(of) or (None if graphs else "compiling takes minutes, see --long"),
+            hooked=False,
+        ),
+        *(
+            Method(
+                SPECULATION if rate is None else f"{SPECULATION}, {rate:g} planted",
+                "speculation",
+                TRIO,
+                _steered(lambda: SpeculativeDecoding(seed=0), overlap=None),
+                rate=rate,
+            )
+            for rate in drafts
+        ),
+    ]
+
+
+def generated(
+    model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig, told: FirstToken, **settings: Any
+) -> Any:
+    """Call `generate()` as all methods do.
+
+    Args:
+        model: A causal LM.
+        loop: For `custom_generate`; None for transformers' own.
+        ids: `[B, T]`, int64, without padding.
+        config: The settings.
+        told: Is told of each token.
+        **settings: For the one method that has a setting of its own.
+
+    Returns:
+        The output, as an object.
+    """
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList([told]),
+        custom_generate=loop,
+        return_dict_in_generate=True,
+        **settings,
+    )
+
+
+def _alone(role: str) -> Callable[[Subject], Run]:
+    def prepare(subject: Subject) -> Run:
+        return _generate(subject.models[role], None)
+
+    return prepare
+
+
+def _naive(subject: Subject) -> Run:
+    def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
+        models = [subject.models[role] for role in TRIO]
+        return Ran(naive_generate(models, subject.alpha, ids, config, told.seen))
+
+    return run
+
+
+def _processor(subject: Subject) -> Run:
+    # A new one each time: its companions would find the prompt in their caches.
+    companions = {role: subject.models[role] for role in TRIO[1:]}
+    processor = ProxyTuningLogitsProcessor(**companions, alpha=subject.alpha, check_vocabulary=False)
+    processor.overlap = False
+    generate = _generate(subject.models["base"], None)
+
+    def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
+        with processor.attach(subject.models["base"]):
+            return generate(ids, config, told)
+
+    return run
+
+
+def _steered(loop: Callable[[], Any], *, overlap: bool | None) -> Callable[[Subject], Run]:
+    def prepare(subject: Subject) -> Run:
+        generate = _generate(subject.steered, loop())
+
+        def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
+            model = subject.steered
+            if overlap is None:
+                return generate(ids, config, told)
+            before, model.overlap = model.overlap, overlap
+            try:
+                return generate(ids, config, told)
+            finally:
+                model.overlap = before
+
+        return run
+
+    return prepare
+
+
+def _compiled(subject: Subject) -> Run:
+    # Once: it serves static caches only, which no other method has.
+    model: Any = subject.steered
+    if not subject.compiled:
+        model.compile_members(roles=("expert", "antiexpert"))
+        subject.compiled = True
+    return _generate(model, FusedDecoding(seed=0), cache_implementation="static")
+
+
+def _generate(model: Any, loop: Any, **settings: Any) -> Run:
+    def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
+        out = generated(model, loop, ids, config, told, **settings)
+        if isinstance(loop, SpeculativeDecoding):
+            return Ran(out.sequences, out.rounds, out.acceptance)
+        return Ran(out.sequences)
+
+    return run
+
+
+def _no_gpu(subject: Subject) -> str | None:
+    return None if subject.device.type == "cuda" else "no CUDA device"

@@ -1,0 +1,238 @@
+"""The throughput bench: which families, lines and methods are measured, by `proxytune bench` and by the script.
+
+On a CPU: the lab's family, and random members of scaled-down shapes. On a GPU: random members of the published shapes.
+`quick` is what the command line runs, in minutes; `full` has the protocol's own lengths on the lab's family (shortened
+to its context), and more tokens elsewhere. What a family is given of the time is a share, so that a busy machine gets
+fewer rounds instead of a longer wait.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+
+import proxytune
+from proxytune.throughput.byte_floors import aims, with_floors
+from proxytune.throughput.draft_costs import LENGTHS, compare_drafts
+from proxytune.throughput.measure import measure_cell
+from proxytune.throughput.methods import RATES, methods_for
+from proxytune.throughput.shapes import PUBLISHED, SCALED
+from proxytune.throughput.subjects import PROTOCOL, Cell, Subject, lab_subject, random_subject
+
+__all__ = ["Plan", "Size", "cpu_plans", "gpu_plans", "machine", "measure", "measure_family"]
+
+Size = Literal["quick", "full"]
+
+_SHORT = (
+    Cell(8, 40), Cell(128, 8), Cell(8, 8), Cell(8, 8, 8), Cell(8, 4, 32), Cell(8, 10, 1, "sampled"),
+)  # fmt: skip
+_LONG = (
+    Cell(8, 128), Cell(512, 8), Cell(8, 8), Cell(8, 32, 8), Cell(8, 16, 32), Cell(8, 32, 1, "sampled"),
+)  # fmt: skip
+_LAB = (
+    Cell(8, 64), Cell(500, 8), Cell(8, 8), Cell(8, 16, 8), Cell(8, 16, 32), Cell(8, 16, 1, "sampled"),
+)  # fmt: skip
+_GPU = (
+    Cell(8, 96), Cell(512, 8), Cell(8, 8), Cell(8, 32, 8), Cell(8, 32, 32), Cell(8, 32, 1, "sampled"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on a family.
+
+    Attributes:
+        build: Makes the family.
+        cells: The lines of the protocol.
+        rounds: Of each line, at most.
+        seconds: When the last line should be done; at least two rounds of each line are made.
+        rates: The acceptances planted in random members, on the first line.
+        drafting: The line on which the cost model is compared; None to leave it out.
+        rate: The acceptance planted there, and in batches.
+        lengths: The draft lengths that are compared there.
+        graphs: Whether companions are compiled, on the first line.
+    """
+
+    build: Callable[[], Subject]
+    cells: tuple[Cell, ...]
+    rounds: int = 5
+    seconds: float = 90.0
+    rates: tuple[float, ...] = RATES
+    drafting: Cell | None = None
+    rate: float = 0.7
+    lengths: tuple[int, ...] = LENGTHS
+    graphs: bool = False
+
+
+def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
+    """The CPU set.
+
+    Args:
+        size: "quick" or "full".
+        folder: A family folder in the place of the bundled one.
+
+    Returns:
+        The plans: the lab's family, and two trios of random members.
+    """
+    quick = size == "quick"
+    seconds = (45.0, 110.0, 95.0) if quick else (600.0, 900.0, 900.0)
+    lab_cells = _LAB if quick else tuple(_fitted(cell, 512) for cell in PROTOCOL)
+    rounds, cells = (4, _SHORT) if quick else (7, _LONG)
+    drafting = cells[0]
+    return [
+        Plan(lambda: lab_subject(folder), lab_cells, rounds, seconds[0], drafting=drafting),
+        *(
+            Plan(lambda trio=trio: random_subject(trio), cells, rounds, some, drafting=drafting)  # type: ignore[misc]
+            for trio, some in zip(SCALED, seconds[1:], strict=True)
+        ),
+    ]
+
+
+def gpu_plans(size: Size = "quick", device: str = "cuda") -> list[Plan]:
+    """The GPU set: members of the published shapes, with random weights in bfloat16.
+
+    Args:
+        size: "quick" for under ten minutes, "full" for the protocol's own lengths.
+        device: The device.
+
+    Returns:
+        The plans.
+    """
+    quick = size == "quick"
+    return [
+        Plan(
+            lambda trio=trio: random_subject(trio, device=device),  # type: ignore[misc]
+            _GPU if quick else PROTOCOL,
+            3 if quick else 7,
+            seconds if quick else 3600.0,
+            drafting=_GPU[0],
+            graphs=not quick,
+        )
+        for trio, seconds in zip(PUBLISHED, (140.0, 190.0, 110.0), strict=True)
+    ]
+
+
+def measure(
+    plans: Sequence[Plan],
+    *,
+    gpu: bool = False,
+    deadline: float = math.inf,
+    report: Callable[[str], object] = lambda _: None,
+    keep: Callable[[dict[str, Any]], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure families, one after the other.
+
+    Args:
+        plans: Of each.
+        gpu: Whether they are on a GPU.
+        deadline: Seconds after which no further family is begun.
+        report: Called with what is being measured.
+        keep: Called after each family with all that there is so far.
+
+    Returns:
+        JSON values: `status`, the `machine`, `families`, how many were `left_out` by the deadline, and `seconds`.
+    """
+    began = time.perf_counter()
+    record: dict[str, Any] = {"status": "run", "machine": machine(gpu=gpu), "families": [], "left_out": len(plans)}
+    for plan in plans:
+        if time.perf_counter() - began > deadline:
+            break
+        report("building models")
+        record["families"].append(measure_family(plan, gpu=gpu, report=report))
+        gc.collect()  # models are cyclic; the next ones may need their room
+        if gpu:
+            torch.cuda.empty_cache()
+        record |= {"left_out": record["left_out"] - 1, "seconds": round(time.perf_counter() - began, 1)}
+        keep(record)
+    return record
+
+
+def measure_family(
+    plan: Plan, *, gpu: bool = False, report: Callable[[str], object] = lambda _: None
+) -> dict[str, Any]:
+    """Measure one family.
+
+    Args:
+        plan: What is measured.
+        gpu: Whether it is on a GPU.
+        report: Called with what is being measured.
+
+    Returns:
+        JSON values: `name`, `parameters`, `mb_per_pass`, `cells` with floors, `aims`, and `drafting`, the cost model
+        beside the measurement.
+    """
+    began = time.perf_counter()
+    subject = plan.build()
+    bytes_of = subject.bytes
+    cells = []
+    for i, cell in enumerate(plan.cells):
+        # The other lines at one acceptance: the rest would only repeat what the first one shows.
+        rates = plan.rates if i == 0 else (plan.rate,)
+        measured = measure_cell(
+            subject,
+            cell,
+            methods_for(subject, rates, graphs=plan.graphs and i == 0),
+            rounds=plan.rounds,
+            least=min(2, plan.rounds),
+            until=began + plan.seconds * (i + 1) / len(plan.cells),
+            report=report,
+        )
+        cells.append(with_floors(measured, bytes_of))
+    family: dict[str, Any] = {
+        "name": subject.name,
+        "trained": subject.trained,
+        "dtype": str(next(subject.steered.base.parameters()).dtype).removeprefix("torch."),
+        "parameters": {role: model.num_parameters() for role, model in subject.models.items()},
+        "mb_per_pass": {role: round(of.weights / 1e6, 3) for role, of in bytes_of.items()},
+        "cells": cells,
+    }
+    family["aims"] = aims(family, gpu=gpu)
+    if plan.drafting is not None:
+        rate = None if subject.trained else plan.rate
+        family["drafting"] = compare_drafts(
+            subject, plan.drafting, rate=rate, lengths=plan.lengths, rounds=min(3, plan.rounds), report=report
+        )
+    return family
+
+
+def machine(*, gpu: bool = False) -> dict[str, Any]:
+    """What the figures depend on: the kind of processor, what else it does, threads and versions; no names.
+
+    Args:
+        gpu: Whether a GPU ran it.
+
+    Returns:
+        JSON values.
+    """
+    return {
+        "processor": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {_capability()}",
+        "cores": os.cpu_count(),
+        "load": round(os.getloadavg()[0], 1),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "proxytune": proxytune.__version__,
+    }
+
+
+def _capability() -> str:
+    return torch.backends.cpu.get_cpu_capability()
+
+
+def _fitted(cell: Cell, context: int) -> Cell:
+    """A line of the protocol, cut so that it fits a context; the longer part gives way."""
+    over = cell.prompt + cell.new - context
+    if over <= 0:
+        return cell
+    return replace(cell, prompt=cell.prompt - over) if cell.prompt > cell.new else replace(cell, new=cell.new - over)

@@ -1,0 +1,220 @@
+"""What the throughput bench runs on: the lines of the protocol, the lab's family, random members of given shapes.
+
+Weights do not decide how long a pass takes, so random ones have the times of trained ones. How many of a draft's tokens
+would be accepted they cannot tell: that is planted (see `proxytune.throughput.planted_models`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from lab.family.corpus import prompt_of
+from lab.family.family import load_family
+from transformers import GenerationConfig, PreTrainedModel
+
+from proxytune.costs.model_size import pass_bytes
+from proxytune.costs.speculation import PassBytes
+from proxytune.demo.bundle import bundled_family, read_record
+from proxytune.demo.tasks import problems
+from proxytune.demo.world import build_world
+from proxytune.errors import InputError
+from proxytune.models.model import ProxyTunedModel
+from proxytune.models.wrap import wrap
+from proxytune.throughput.planted_models import plant
+from proxytune.throughput.shapes import Trio
+
+__all__ = [
+    "LAB",
+    "PROTOCOL",
+    "Cell",
+    "Subject",
+    "lab_subject",
+    "random_subject",
+]
+
+LAB = "lab"
+Setting = Literal["greedy", "sampled"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One line of the protocol.
+
+    Attributes:
+        prompt: Tokens of each prompt.
+        new: Tokens to generate, never fewer.
+        rows: B.
+        setting: Greedy, or sampled at temperature 1 with top-k 50 and top-p 0.95.
+    """
+
+    prompt: int
+    new: int
+    rows: int = 1
+    setting: Setting = "greedy"
+
+    @property
+    def name(self) -> str:
+        """As it is called in the table."""
+        return f"{self.prompt}→{self.new}, batch {self.rows}" + ("" if self.setting == "greedy" else ", sampled")
+
+    @property
+    def config(self) -> GenerationConfig:
+        """The one generation config of all methods."""
+        drawn = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
+        return GenerationConfig(
+            max_new_tokens=self.new,
+            min_new_tokens=self.new,
+            pad_token_id=0,
+            use_cache=True,
+            **(drawn if self.setting == "sampled" else {"do_sample": False}),
+        )
+
+
+PROTOCOL = (Cell(8, 512), Cell(512, 8), Cell(8, 8), Cell(8, 128, 8), Cell(8, 128, 32), Cell(8, 128, 1, "sampled"))
+
+
+@dataclass
+class Subject:
+    """The models that are compared.
+
+    Attributes:
+        name: Of the family.
+        models: `base`, `tuned`, `expert` and `antiexpert`.
+        steered: The composed model.
+        text: `[N]`, int64: what prompts are cut from.
+        trained: Whether the weights are; if not, acceptance is planted.
+        compiled: Whether the companions' steps are.
+    """
+
+    name: str
+    models: dict[str, PreTrainedModel]
+    steered: ProxyTunedModel
+    text: torch.Tensor
+    trained: bool
+    compiled: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.steered.device
+
+    @property
+    def alpha(self) -> float:
+        """Strength of the shift."""
+        return self.steered.alpha
+
+    @property
+    def bytes(self) -> dict[str, PassBytes]:
+        """Model → what a pass of it reads."""
+        return {role: pass_bytes(model) for role, model in self.models.items()}
+
+    @property
+    def longest(self) -> int:
+        """How many tokens all members have room for."""
+        return min(int(model.config.max_position_embeddings) for model in self.models.values())
+
+    def accept(self, rate: float) -> None:
+        """Plant an acceptance; without effect on a trained family, whose own is the one that counts.
+
+        Args:
+            rate: The share of tokens at which the expert says what the composition says.
+
+        Raises:
+            InputError: If it is outside [0, 1].
+        """
+        if not self.trained:
+            plant({role: self.models[role] for role in ("base", "expert", "antiexpert")}, rate, seed=0)
+
+    def prompts(self, cell: Cell) -> torch.Tensor:
+        """Prompts without padding, each from another place of the text.
+
+        Args:
+            cell: How many, and how long.
+
+        Returns:
+            `[B, P]`, int64.
+
+        Raises:
+            InputError: If the text is too short.
+        """
+        spare = len(self.text) - cell.prompt
+        if spare < cell.rows - 1:
+            raise InputError.of(
+                cell.name,
+                expected=f"prompts from a text of {len(self.text)} tokens",
+                got=f"{cell.rows} of {cell.prompt} tokens",
+                remedy="Ask for shorter prompts or fewer rows.",
+            )
+        step = spare // max(1, cell.rows - 1) if cell.rows > 1 else 0
+        # The last one ends where the text does, in a question that waits for its answer.
+        ends = [len(self.text) - step * row for row in range(cell.rows)]
+        return torch.stack([self.text[end - cell.prompt : end] for end in ends]).to(self.device)
+
+
+def random_subject(trio: Trio, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> Subject:
+    """Random members of some shapes; the tuned model is the base itself, which takes the same time.
+
+    Heads are never the table of embeddings, so that next tokens can be planted: that takes more memory where the shape
+    says otherwise, and as many bytes per pass.
+
+    Args:
+        trio: The shapes.
+        dtype: Of the weights.
+        device: Where they are made.
+        seed: Of the weights and of the prompts.
+
+    Returns:
+        The subject, with an acceptance of 1.
+    """
+    base = replace(trio.base, tied=False).build(dtype=dtype, device=device, seed=seed)
+    expert, antiexpert = (
+        replace(trio.small, tied=False).build(dtype=dtype, device=device, seed=seed + i) for i in (1, 2)
+    )
+    ids = min(trio.base.vocabulary, trio.small.vocabulary)
+    text = torch.randint(1, ids, (4096,), generator=torch.Generator().manual_seed(seed))
+    models: dict[str, PreTrainedModel] = {"base": base, "tuned": base, "expert": expert, "antiexpert": antiexpert}
+    subject = _subject(trio.name, models, 1.0, text, trained=False)
+    subject.accept(1.0)
+    return subject
+
+
+def lab_subject(folder: Path | None = None) -> Subject:
+    """The bundled family: real weights, real text, real acceptance.
+
+    Args:
+        folder: A family folder [the bundled one].
+
+    Returns:
+        The subject, in float32 on the CPU.
+
+    Raises:
+        LabError: If a model or the record is missing from the folder.
+    """
+    folder = folder or bundled_family()
+    found, tokenizer = load_family(folder)
+    models: dict[str, PreTrainedModel] = {
+        "base": found["large-base"],
+        "tuned": found["large-tuned"],
+        "expert": found["tiny-tuned"],
+        "antiexpert": found["tiny-base"],
+    }
+    world = build_world()
+    chains, questions = (problems(task, "test", 40, world) for task in ("chain", "qa"))
+    asked = [problem for both in zip(chains, questions, strict=True) for problem in both]
+    shown = "".join(f"{prompt_of(problem.question)} {problem.answer}\n" for problem in asked[:-1])
+    ids = tokenizer(shown + prompt_of(asked[-1].question))["input_ids"]
+    return _subject(LAB, models, float(read_record(folder)["alpha"]), torch.tensor(ids), trained=True)
+
+
+def _subject(
+    name: str, models: dict[str, PreTrainedModel], alpha: float, text: torch.Tensor, *, trained: bool
+) -> Subject:
+    for model in models.values():
+        # One config on all sides: what a model brings along would be filled in where the call says nothing.
+        model.generation_config = GenerationConfig(pad_token_id=0)
+    companions = {role: models[role] for role in ("expert", "antiexpert")}
+    steered = wrap(models["base"], **companions, alpha=alpha, check_vocabulary=False)
+    return Subject(name, models, steered, text, trained)

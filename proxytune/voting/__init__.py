@@ -1,0 +1,1 @@
+"""From samples to an answer; numpy only."""

@@ -1,0 +1,227 @@
+"""Compiled decode steps: the tokens of the uncompiled members, one graph for all steps, and nothing else compiled."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.reference import Reference
+from support.tiny import PAD, build, shared
+from transformers import CompileConfig, PreTrainedModel
+from transformers.cache_utils import StaticCache
+
+import proxytune
+from proxytune import FusedDecoding, ProxyTunedModel
+from proxytune.errors import InputError, UnsupportedModelError
+
+# torch's compiler calls parts of torch by names that are deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+
+ALPHA, PROMPT, NEW = 0.7, 12, 10
+STATIC = {"cache_implementation": "static", "max_new_tokens": NEW, "eos_token_id": None}
+
+
+class Graphs:
+    """A backend that runs the graphs as they are, and counts them."""
+
+    def __init__(self) -> None:
+        self.compiled = self.runs = 0
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
+        return self  # a CompileConfig hands out copies
+
+    def __call__(self, module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        self.compiled += 1
+
+        def run(*args: Any) -> Any:
+            self.runs += 1
+            return module.forward(*args)
+
+        return run
+
+    @property
+    def config(self) -> CompileConfig:
+        # fullgraph: a graph that breaks is an error.
+        return CompileConfig(backend=self, mode=None, fullgraph=True)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    torch.compiler.reset()
+    yield Graphs()
+    torch.compiler.reset()
+
+
+def members_of(base: str, small: str) -> dict[str, PreTrainedModel]:
+    return {"base": shared(base, 1), "expert": shared(small, 2), "antiexpert": shared(small, 3)}
+
+
+def composed(members: dict[str, PreTrainedModel]) -> ProxyTunedModel:
+    return proxytune.wrap(**members, alpha=ALPHA, check_vocabulary=False)
+
+
+def padded(rows: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(3, 240, (rows, PROMPT), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    ids[-1, :5], mask[-1, :5] = PAD, 0
+    return ids, mask
+
+
+def run(model: Any, **kwargs: Any) -> Any:
+    ids, mask = padded()
+    torch.manual_seed(7)
+    return model.generate(ids, attention_mask=mask, **kwargs)
+
+
+# How many graphs a step of the family has: sliding layers count their tokens on the host, and have one for the first
+# length, and one in which the length is a variable.
+FAMILIES = {"llama": 1, "qwen3": 1, "gpt2": 1, "gemma3": 2, "mistral": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tokens_of_the_reference_from_one_graph(family: str, graphs: Graphs) -> None:
+    members, count = members_of(family, family), FAMILIES[family]
+    torch.manual_seed(7)
+    ids, mask = padded()
+    want = Reference(list(members.values()), ALPHA).generate(
+        ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, do_sample=False
+    )
+    model = composed(members)
+    model.compile_members(graphs.config)
+    assert torch.equal(run(model, do_sample=False, **STATIC), want)
+    # The prompt gives the first token, and is not compiled. Members of equal shapes share their graphs.
+    assert graphs.runs == 3 * (NEW - 1)
+    assert graphs.compiled == count
+    assert torch.equal(run(model, do_sample=False, **STATIC), want)
+    assert graphs.compiled == count, "a second generation compiles nothing"
+    assert model.token_forwards == dict.fromkeys(members, 2 * 2 * (PROMPT + NEW - 1))
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 30},
+    "return-2": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "chunked": {"do_sample": False, "prefill_chunk_size": 5},
+    "fused": {"do_sample": True, "custom_generate": FusedDecoding(seed=3)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_that_of_the_uncompiled_model(mode: str, graphs: Graphs) -> None:
+    model = composed(members_of("llama", "qwen3"))
+    settings = {k: v for k, v in MODES[mode].items() if k != "prefill_chunk_size"}
+    want = run(model, **settings, max_new_tokens=NEW, eos_token_id=None)  # with a dynamic cache
+    model.compile_members(graphs.config)
+    assert torch.equal(run(model, **MODES[mode], **STATIC), want)
+    assert graphs.runs == 3 * (NEW - 1)
+    # Two architectures; reordering beams makes new tensors of the layers, which are no longer at their static address.
+    assert graphs.compiled <= (4 if mode == "beams" else 2)
+
+
+@pytest.mark.slow
+def test_without_a_mask_positions_are_counted(graphs: Graphs) -> None:
+    for family in ("llama", "gemma3"):
+        model, (ids, _) = composed(members_of(family, "gpt2")), padded(1)
+        ids = ids.clamp(min=3)
+        with torch.no_grad():
+            out = model.generate(ids, do_sample=False, output_logits=True, return_dict_in_generate=True, **STATIC)
+            model.compile_members(graphs.config)
+            cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
+            model(ids, past_key_values=cache)
+            for step, want in enumerate(out.logits[1:]):
+                got = model(out.sequences[:, PROMPT + step : PROMPT + step + 1], past_key_values=cache).logits[:, -1]
+                torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
+
+
+def test_only_one_token_in_a_static_cache_is_compiled(graphs: Graphs) -> None:
+    model = composed(members_of("llama", "llama"))
+    model.compile_members(graphs.config)
+    run(model, max_new_tokens=4)  # a dynamic cache
+    ids, mask = padded(1)
+    model.generate(ids, attention_mask=mask, max_new_tokens=4, prompt_lookup_num_tokens=2)
+    assert graphs.runs == 0
+    ids, mask = padded()
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 2)
+    with torch.no_grad():
+        model(ids, attention_mask=mask, past_key_values=cache)
+    assert graphs.runs == 0, "a prompt"
+    new, mask = ids[:, :1], torch.nn.functional.pad(mask, (0, 1), value=1)
+    model(new, attention_mask=mask, past_key_values=copy.deepcopy(cache))
+    assert graphs.runs == 0, "with derivatives"
+    with torch.no_grad():
+        model(new, attention_mask=mask, past_key_values=cache)
+    assert graphs.runs == 3
+
+
+def test_chosen_members_and_back_again(graphs: Graphs) -> None:
+    model = composed(members_of("llama", "llama"))
+    want = run(model, do_sample=False, **STATIC)
+    model.compile_members(graphs.config, roles=["expert", "antiexpert"])
+    assert torch.equal(run(model, do_sample=False, **STATIC), want)
+    assert graphs.runs == 2 * (NEW - 1)
+    model.compile_members(roles=())
+    assert torch.equal(run(model, do_sample=False, **STATIC), want)
+    assert graphs.runs == 2 * (NEW - 1)
+
+
+def test_a_copy_compiles_its_own_members(graphs: Graphs) -> None:
+    model = composed({r: build("llama", s) for s, r in enumerate(("base", "expert", "antiexpert"), 1)})
+    model.compile_members(CompileConfig(backend="eager", mode=None))
+    want = run(model, do_sample=False, **STATIC)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(run(twin, do_sample=False, **STATIC), want)
+
+
+@pytest.mark.slow
+def test_the_default_settings(graphs: Graphs) -> None:
+    """Inductor's own code, not only its graphs."""
+    model = composed(members_of("llama", "qwen3"))
+    want = run(model, do_sample=False, **STATIC)
+    model.compile_members()
+    assert torch.equal(run(model, do_sample=False, **STATIC), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_graphs(graphs: Graphs) -> None:
+    members = {r: build("llama", s, hidden=512).double().cuda() for s, r in enumerate(("base", "expert", "antiexpert"))}
+    model = composed(members)
+    ids, mask = (x.cuda() for x in padded())
+    show = {"output_logits": True, "return_dict_in_generate": True, "do_sample": False, **STATIC}
+    want = model.generate(ids, attention_mask=mask, **show)
+    for roles in (None, ["expert", "antiexpert"], ["expert"]):
+        model.compile_members(roles=roles)
+        for _ in range(3):
+            got = model.generate(ids, attention_mask=mask, **show)
+            assert torch.equal(got.sequences, want.sequences)
+            # Kept from step to step: a replay that overwrote them would show here.
+            for ours, theirs in zip(got.logits, want.logits, strict=True):
+                torch.testing.assert_close(ours, theirs)
+
+
+def test_wrong_use() -> None:
+    model = composed(members_of("llama", "llama"))
+    with pytest.raises(InputError, match="roles of base, expert, antiexpert; got .'draft'"):
+        model.compile_members(roles=["draft"])
+    with pytest.raises(InputError, match="compile_members: expected .*; got 'expert'"):
+        model.compile_members(roles="expert")
+    with pytest.raises(InputError, match="compile_members: expected a CompileConfig.*; got 'reduce-overhead'"):
+        model.compile_members("reduce-overhead")
+
+
+def test_members_that_cannot_be_compiled_are_refused() -> None:
+    members = members_of("llama", "llama") | {"base": build("llama", 1)}
+    members["base"].hf_device_map = {"model": 0, "lm_head": "cpu"}
+    model = composed(members)
+    with pytest.raises(UnsupportedModelError, match="the base: expected a model that can be .*got .* on the cpu"):
+        model.compile_members()
+    assert all(m.step is None for m in model.members)
+    model.compile_members(CompileConfig(backend="eager"), roles=["expert"])
+    assert [m.step is None for m in model.members] == [True, False, True]

@@ -1,0 +1,409 @@
+"""Wrong use fails loudly: one clear error each, from the drawn tree, tested by its message."""
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.tiny import CONTEXT, EOS, PAD, build, shared
+from transformers import DynamicCache, StaticCache
+
+import proxytune
+from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor
+from proxytune.errors import (
+    CacheError,
+    InputError,
+    MemberNotFoundError,
+    ProxytuneError,
+    UnsupportedModeError,
+    UnsupportedModelError,
+)
+
+GREEDY = {"do_sample": False, "max_new_tokens": 4}
+
+
+def compose(**kwargs: Any) -> ProxyTunedModel:
+    members = {"base": shared("llama", 1), "expert": shared("gpt2", 2), "antiexpert": shared("gpt2", 3)}
+    return proxytune.wrap(**(members | kwargs), check_vocabulary=False)
+
+
+def processor(**kwargs: Any) -> ProxyTuningLogitsProcessor:
+    members = {"expert": shared("gpt2", 2), "antiexpert": shared("gpt2", 3)}
+    return ProxyTuningLogitsProcessor(**(members | kwargs), check_vocabulary=False)
+
+
+@pytest.fixture(params=["composed", "attached", "dropped in"])
+def door(request: pytest.FixtureRequest) -> Any:
+    """`generate(**kwargs)` through one of the doors."""
+    if request.param == "composed":
+        yield compose().generate
+        return
+    base = shared("llama", 1)
+    if request.param == "attached":
+        with processor().attach(base):
+            yield base.generate
+        return
+    yield lambda *args, **kwargs: base.generate(*args, logits_processor=[processor()], **kwargs)
+
+
+def prompt(rows: int = 1, length: int = 6) -> torch.Tensor:
+    return torch.randint(3, 240, (rows, length))
+
+
+# --- α and the members -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), float("inf"), float("-inf"), "1", None, True, [0.5]])
+def test_alpha_must_be_finite(alpha: Any) -> None:
+    match = r"alpha: expected a finite number .*; got " + re.escape(repr(alpha))
+    with pytest.raises(InputError, match=match):
+        processor(alpha=alpha)
+    with pytest.raises(InputError, match=match):
+        compose().alpha = alpha
+    if alpha is not None:  # None is "not given" here
+        with pytest.raises(InputError, match=match):
+            compose(alpha=alpha)
+
+
+@pytest.mark.parametrize("role", ["expert", "antiexpert"])
+def test_a_missing_member_is_named(role: str) -> None:
+    with pytest.raises(InputError, match=f"the {role}: expected a model, a hub id or a folder; got None"):
+        compose(**{role: None})
+    with pytest.raises(InputError, match=f"the {role}: expected .*; got None"):
+        processor(**{role: None})
+
+
+@pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
+def test_a_missing_folder_is_named(role: str, tmp_path: Path) -> None:
+    folder = str(tmp_path / "nowhere")
+    with pytest.raises(MemberNotFoundError, match=f"the {role}: expected a hub id, or a folder .*; got '.*nowhere'"):
+        compose(**{role: folder})
+
+
+def test_an_empty_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MemberNotFoundError, match="the expert: expected a hub id, or a folder with a config.json"):
+        compose(expert=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("mamba", "MambaForCausalLM"), ("jamba", "JambaForCausalLM"), ("qwen3_next", "Qwen3Next"), ("lfm2", "Lfm2")],
+)
+def test_recurrent_and_hybrid_families_are_refused_by_name(kind: str, name: str) -> None:
+    model = build(kind, 5)
+    for role in ("base", "expert", "antiexpert"):
+        with pytest.raises(UnsupportedModelError, match=f"the {role}: expected attention layers .*; got {name}"):
+            compose(**{role: model})
+    with pytest.raises(UnsupportedModelError, match=f"the expert: .*; got {name}.*not supported yet"):
+        processor(expert=model)
+
+
+def test_an_encoder_decoder_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="the expert: expected a decoder-only model; got T5"):
+        compose(expert=build("t5", 1))
+
+
+def test_something_that_is_no_model_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="the expert: expected a causal LM .*; got Linear"):
+        compose(expert=torch.nn.Linear(2, 2))
+
+
+def test_contradicting_arguments_are_refused() -> None:
+    with pytest.raises(InputError, match="wrap: expected alpha or formula; got both"):
+        compose(alpha=0.5, formula=proxytune.ProxyTuning(alpha=0.5))
+    with pytest.raises(InputError, match="members: expected no further arguments .*; got dtype"):
+        compose(dtype=torch.bfloat16)
+    with pytest.raises(InputError, match="revisions: expected roles out of base, expert, antiexpert; got exprt"):
+        compose(revisions={"exprt": "v1"})
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+
+def test_an_empty_prompt() -> None:
+    # Dropped in, the processor comes too late: the base's own forward has failed by then.
+    nothing, base = torch.zeros(1, 0, dtype=torch.long), shared("llama", 1)
+    with pytest.raises(InputError, match="input_ids: expected a prompt of at least one token; got shape"):
+        compose().generate(nothing, **GREEDY)
+    with processor().attach(base), pytest.raises(InputError, match="input_ids: expected the prompt's token ids"):
+        base.generate(nothing, **GREEDY)
+
+
+@pytest.mark.parametrize("members", ["base", "expert"])
+def test_a_prompt_longer_than_a_context(members: str) -> None:
+    short = build("llama", 7, context=16)
+    model = compose(**{members: short})
+    with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 17"):
+        model.generate(prompt(length=17), **GREEDY)
+    # The length of a static cache is known to the device only: it is the settings that are looked at, before the start.
+    for chunk in (None, 4):
+        with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 20"):
+            model.generate(prompt(length=17), cache_implementation="static", prefill_chunk_size=chunk, **GREEDY)
+    with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 17"):
+        model.generate(prompt(length=14), cache_implementation="static", eos_token_id=None, **GREEDY)
+    # 14 and 4 more: the last one is sampled, not forwarded.
+    with pytest.raises(InputError, match=f"length for the {members}: expected at most 16 tokens .*; got 17"):
+        model.generate(prompt(length=14), eos_token_id=None, **GREEDY)
+    assert model.generate(prompt(length=13), eos_token_id=None, **GREEDY).shape[1] == 17
+
+
+def test_a_prompt_longer_than_a_companions_context() -> None:
+    base = shared("llama", 1)
+    with (
+        processor(expert=build("gpt2", 7, context=16)).attach(base),
+        pytest.raises(InputError, match="length for the expert: expected at most 16 tokens"),
+    ):
+        base.generate(prompt(length=17), **GREEDY)
+    assert CONTEXT > 17, "the base itself had room"
+
+
+@pytest.mark.parametrize("bad", [-1, 250, 255])
+def test_ids_that_a_member_cannot_embed(bad: int) -> None:
+    ids = prompt()
+    ids[0, 2] = bad
+    narrow = shared("gpt2", 2, 250)
+    match = rf"input_ids: expected ids from 0 to 249, .*; got id {bad}, which the antiexpert \(250 embedding rows\)"
+    with pytest.raises(InputError, match=match):
+        compose(antiexpert=narrow).generate(ids, **GREEDY)
+    with pytest.raises(InputError, match=match):
+        compose(antiexpert=narrow)(ids)
+    if bad >= 0:  # the base itself stumbles over −1 first
+        base = shared("llama", 1)
+        with processor(antiexpert=narrow).attach(base), pytest.raises(InputError, match=match):
+            base.generate(ids, **GREEDY)
+
+
+def test_inputs_embeds_only(door: Any) -> None:
+    embeds = shared("llama", 1).get_input_embeddings()(prompt())
+    with pytest.raises(InputError, match="inputs_embeds"):
+        door(inputs_embeds=embeds, **GREEDY)
+
+
+def test_forward_refuses_what_it_cannot_serve() -> None:
+    model = compose()
+    with pytest.raises(InputError, match="output_hidden_states: expected no such argument"):
+        model(prompt(), output_hidden_states=True)
+    with pytest.raises(InputError, match="inputs_embeds: expected input_ids"):
+        model(inputs_embeds=torch.zeros(1, 2, 32))
+    with pytest.raises(InputError, match="input_ids: expected a tensor of token ids .*; got a NoneType"):
+        model()
+    for shape in ((1, 1, 6, 6), (2, 6), (1, 5)):
+        with pytest.raises(InputError, match=r"attention_mask: expected \[B, T\] for 1 rows of 6 ids.*; got shape"):
+            model(prompt(), attention_mask=torch.ones(*shape))
+        with pytest.raises(InputError, match=r"attention_mask: expected \[B, T\] for 1 rows of 6 ids.*; got shape"):
+            model.generate(prompt(), attention_mask=torch.ones(*shape), **GREEDY)
+    with pytest.raises(InputError, match="attention_mask: expected 6 positions: 0 in the cache and 6 new; got 7"):
+        model(prompt(), attention_mask=torch.ones(1, 7))
+    for ids in (prompt()[0], [[3, 4, 5]], prompt().float()):
+        with pytest.raises(InputError, match="input_ids: expected a tensor of token ids with two dimensions"):
+            model.generate(ids, **GREEDY)
+    with pytest.raises(InputError, match="output_attentions"):
+        model.generate(prompt(), output_attentions=True, return_dict_in_generate=True, **GREEDY)
+    with pytest.raises(ValueError, match="not_an_argument"):
+        model.generate(prompt(), not_an_argument=1, **GREEDY)
+
+
+# --- padding without a mask --------------------------------------------------------------------------------------
+
+
+def padded(pad: int) -> torch.Tensor:
+    ids = prompt(2, 8)
+    ids[1, :3] = pad
+    return ids
+
+
+# The configured padding token is another one in the second case, as after `tokenizer.pad_token = tokenizer.eos_token`.
+@pytest.mark.parametrize("settings", [{"pad_token_id": EOS}, {}])
+@pytest.mark.parametrize("rows", [slice(None), slice(1, 2)])
+def test_eos_tokens_at_the_start_but_no_mask(settings: dict[str, int], rows: slice) -> None:
+    ids = padded(EOS)[rows]
+    match = f"attention_mask: expected a mask, .*row {len(ids) - 1} starts with 3 × token 2, an EOS.*Pass"
+    with pytest.raises(InputError, match=match):
+        compose().generate(ids, **settings, **GREEDY)
+    base = shared("llama", 1)
+    with pytest.raises(InputError, match=match.replace("Pass", "Call processor.attach")):
+        base.generate(ids, logits_processor=[processor()], **settings, **GREEDY)
+
+
+def test_one_eos_at_the_start_of_every_prompt_is_text() -> None:
+    # Models whose BOS is their EOS start so.
+    ids = prompt(2, 8)
+    ids[:, 0] = EOS
+    want = compose().generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)
+    assert torch.equal(compose().generate(ids, **GREEDY), want)
+    assert torch.equal(shared("llama", 1).generate(ids, logits_processor=[processor()], **GREEDY), want)
+
+
+def test_a_batch_padded_with_eos_but_no_mask() -> None:
+    with pytest.raises(InputError, match="attention_mask: expected a mask"):
+        compose().generate(padded(EOS), pad_token_id=EOS, **GREEDY)
+    companions = [build("gpt2", s) for s in (2, 3)]
+    for companion in companions:
+        companion.config.pad_token_id = EOS
+    base = shared("llama", 1)
+    with pytest.raises(InputError, match=r"attention_mask: expected a mask, since some prompts start like padding"):
+        base.generate(
+            padded(EOS),
+            attention_mask=(padded(EOS) != EOS).long(),
+            logits_processor=[processor(expert=companions[0], antiexpert=companions[1])],
+            pad_token_id=EOS,
+            **GREEDY,
+        )
+
+
+def test_a_dropped_in_processor_without_any_padding_token_refuses_batches() -> None:
+    companions = [build("gpt2", s) for s in (2, 3)]
+    for companion in companions:
+        companion.config.pad_token_id = None
+    steered = {"logits_processor": [processor(expert=companions[0], antiexpert=companions[1])]}
+    base = shared("llama", 1)
+    with pytest.raises(InputError, match="padding token is not set. Call processor.attach"):
+        base.generate(prompt(2), attention_mask=torch.ones(2, 6), **steered, **GREEDY)
+    assert base.generate(prompt(1), **steered, **GREEDY).shape[1] > 6
+
+
+@pytest.mark.parametrize("shape", [(3, 6), (2, 40), (2,)])
+def test_a_mask_of_another_prompt(shape: tuple[int, ...]) -> None:
+    base = shared("llama", 1)
+    with pytest.raises(InputError, match=r"attention_mask: expected .* 2 rows .* 6 ids; got shape"):
+        base.generate(
+            prompt(2),
+            attention_mask=torch.ones(2, 6),
+            logits_processor=[processor(attention_mask=torch.ones(*shape))],
+            **GREEDY,
+        )
+
+
+# --- caches ------------------------------------------------------------------------------------------------------
+
+
+def filled(model: Any, ids: torch.Tensor) -> DynamicCache:
+    return model.generate(ids, return_dict_in_generate=True, **GREEDY).past_key_values
+
+
+def test_a_foreign_filled_cache_is_refused() -> None:
+    base, ids = shared("llama", 1), prompt()
+    model = compose()
+    foreign = {
+        "the base's": filled(base, ids),
+        "another composition's": filled(compose(), ids),
+    }
+    for cache in foreign.values():
+        with pytest.raises(
+            CacheError, match="past_key_values: expected an empty cache, or one that this composed model"
+        ):
+            model.generate(torch.cat([ids, ids], 1), past_key_values=cache, **GREEDY)
+        with pytest.raises(CacheError, match="filled by another model"):
+            model(ids, past_key_values=cache)
+
+
+def test_an_empty_cache_is_adopted_and_ones_own_is_taken_back() -> None:
+    model, ids = compose(), prompt()
+    want = model.generate(ids, **GREEDY)
+    base = shared("llama", 1)
+    for empty in (
+        DynamicCache(),
+        DynamicCache(config=base.config),
+        DynamicCache(config=model.config),
+        StaticCache(config=base.config, max_cache_len=20),
+    ):
+        assert torch.equal(model.generate(ids, past_key_values=empty, **GREEDY), want)
+    own = filled(model, ids)
+    longer = torch.cat([want, prompt()], 1)
+    want = model.generate(longer, **GREEDY)
+    for cache in (copy.deepcopy(own), own):
+        assert torch.equal(model.generate(longer, past_key_values=cache, **GREEDY), want)
+
+
+def test_new_ids_only_leave_a_processor_blind() -> None:
+    base, ids = shared("llama", 1), prompt()
+    new = prompt(length=3)
+    with processor().attach(base):
+        cache = filled(base, ids)
+        mask = torch.ones(1, cache.get_seq_length() + 3, dtype=torch.long)
+        with pytest.raises(InputError, match="input_ids: expected the whole prefix.*only the 3 new ids"):
+            base.generate(new, past_key_values=cache, attention_mask=mask, **GREEDY)
+        padded_mask = mask.clone()
+        padded_mask[:, 0] = 0
+        with pytest.raises(InputError, match="input_ids: expected the whole prefix.*only the 3 new ids"):
+            base.generate(new, past_key_values=cache, attention_mask=padded_mask, **GREEDY)
+
+
+# --- modes and attaching -----------------------------------------------------------------------------------------
+
+
+def test_continuous_batching_is_refused() -> None:
+    model, base = compose(), shared("llama", 1)
+    match = "continuous batching: expected generate.*Use generate"
+    with pytest.raises(UnsupportedModeError, match=match):
+        model.generate_batch([[3, 4, 5]], max_new_tokens=2)
+    with pytest.raises(UnsupportedModeError, match=match):
+        model.generate(prompt(), cache_implementation="paged", **GREEDY)
+    with processor().attach(base):
+        with pytest.raises(UnsupportedModeError, match=match):
+            base.generate_batch([[3, 4, 5]], max_new_tokens=2)
+        with pytest.raises(UnsupportedModeError, match=match):
+            base.generate(prompt(), cache_implementation="paged", **GREEDY)
+
+
+def test_a_vocabulary_cannot_be_resized_behind_the_members_back() -> None:
+    with pytest.raises(UnsupportedModeError, match="resize_token_embeddings"):
+        compose().resize_token_embeddings(300)
+
+
+def test_attaching_twice_is_refused_and_detaching_leaves_no_trace() -> None:
+    base, ids = build("llama", 1), prompt()
+    alone = base.generate(ids, **GREEDY)
+    before = dict(vars(base))
+    one, two = processor(), processor()
+    with one.attach(base):
+        assert not torch.equal(base.generate(ids, **GREEDY), alone), "this α and these experts do change the text"
+        with pytest.raises(InputError, match="attach: expected a detached processor"):
+            one.attach(base)
+        with pytest.raises(InputError, match="attach: expected a model that is not steered yet; got one with another"):
+            two.attach(base)
+        for dropped_in in (one, two):
+            with pytest.raises(InputError, match="logits_processor: expected no other .*; got one: the shifts would"):
+                base.generate(ids, logits_processor=[dropped_in], **GREEDY)
+    with pytest.raises(InputError, match="logits_processor: expected no ProxyTuningLogitsProcessor on a composed"):
+        compose().generate(ids, logits_processor=[one], **GREEDY)
+    assert vars(base).keys() == before.keys()
+    assert torch.equal(base.generate(ids, **GREEDY), alone)
+    one.detach()  # without effect
+    with pytest.raises(InputError, match="attach: .*; got a composed model"):
+        one.attach(compose())
+
+
+def test_guidance_and_self_speculation() -> None:
+    base, ids = shared("llama", 1), prompt()
+    with processor().attach(base):
+        with pytest.raises(UnsupportedModeError, match="guidance_scale: expected none .*; got 1.5"):
+            base.generate(ids, guidance_scale=1.5, **GREEDY)
+        with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a draft of its own"):
+            base.generate(ids, assistant_early_exit=1, **GREEDY)
+    with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a draft of its own"):
+        compose().generate(ids, assistant_early_exit=1, **GREEDY)
+
+
+def test_members_cannot_be_exchanged_behind_the_models_back() -> None:
+    model = compose()
+    with pytest.raises(InputError, match="expert: expected the member that the model was composed with"):
+        model.expert = shared("gpt2", 3)
+
+
+def test_a_static_cache_that_is_too_short() -> None:
+    model, ids = compose(), prompt()
+    short = StaticCache(config=model.config, max_cache_len=8)
+    with pytest.raises(
+        CacheError, match="past_key_values: expected a StaticCache for at least 9 tokens; got one for 8"
+    ):
+        model.generate(ids, past_key_values=short, **GREEDY)
+
+
+def test_every_message_says_expected_got_and_remedy() -> None:
+    with pytest.raises(ProxytuneError) as caught:
+        compose(expert=None)
+    assert re.fullmatch(r".+: expected .+; got .+\. .+\.", str(caught.value))
+    assert PAD != EOS

@@ -1,0 +1,202 @@
+"""What is installed and built: names, versions, the exception tree, and the content of the wheel."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import proxytune
+from proxytune import errors
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_kernels_is_a_plain_folder():
+    # A package of that name would shadow Hugging Face's `kernels`, which transformers imports.
+    assert (ROOT / "kernels" / "proxytune_kernels" / "__init__.py").is_file()
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.smoke
+def test_the_installation_imports_from_anywhere(tmp_path):
+    program = "import proxytune_kernels, proxytune, proxytune.demo, proxytune.cli; print(proxytune.__version__)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == proxytune.__version__
+
+
+@pytest.mark.smoke
+def test_version_strings_agree():
+    assert metadata.version("proxytune") == proxytune.__version__
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == proxytune.__version__
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("name", proxytune.__all__)
+def test_public_names_are_there_and_documented(name):
+    thing = getattr(proxytune, name)
+    assert name in dir(proxytune)
+    if name != "__version__":
+        assert inspect.getdoc(thing)
+        assert thing.__module__.startswith("proxytune.")
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        _ = proxytune.nothing_of_the_kind
+
+
+def test_importing_the_package_imports_neither_torch_nor_transformers():
+    program = "import sys, proxytune; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
+
+
+def _drawn_tree(docstring: str) -> dict[str, str | None]:
+    """Read the drawing: class name → parent name."""
+    parents: dict[str, str | None] = {}
+    stack: list[tuple[int, str]] = []
+    for line in docstring.split("::\n", 1)[1].splitlines():
+        found = re.match(r"^([ │├└─]*)([A-Z]\w+)", line)
+        if not found:
+            continue
+        depth, name = len(found[1]), found[2]
+        while stack and stack[-1][0] >= depth:
+            stack.pop()
+        parents[name] = stack[-1][1] if stack else None
+        stack.append((depth, name))
+    return parents
+
+
+def test_the_drawn_exception_tree_is_the_real_one():
+    drawn = _drawn_tree(errors.__doc__)
+    assert sorted(drawn) == sorted(errors.__all__)
+    for name, parent in drawn.items():
+        cls = getattr(errors, name)
+        if parent is not None:
+            assert cls.__bases__[0] is getattr(errors, parent), name
+    assert issubclass(errors.InputError, ValueError)
+    assert issubclass(errors.VocabularyWarning, UserWarning)
+    assert not issubclass(errors.VocabularyWarning, errors.ProxytuneError)
+
+
+def test_every_error_says_expected_got_and_remedy():
+    for name in errors.__all__:
+        cls = getattr(errors, name)
+        if issubclass(cls, errors.ProxytuneError):
+            error = cls.of("thing", expected="a", got="b", remedy="Do c.")
+            assert type(error) is cls
+            assert str(error) == "thing: expected a; got b. Do c."
+
+
+def test_pins_lie_inside_the_supported_ranges():
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    required = [Requirement(line) for line in [*project["dependencies"], *extras["test"], *extras["lint"]]]
+    pins = _pins("constraints.txt")
+    for requirement in required:
+        pinned = pins[_normal(requirement.name)]
+        assert requirement.specifier.contains(pinned), f"{requirement} and {pinned}"
+    oldest = _pins("constraints-oldest.txt")
+    newest_line, oldest_line = (".".join(of["transformers"].split(".")[:2]) for of in (pins, oldest))
+    supported = next(r.specifier for r in required if r.name == "transformers")
+    assert f">={oldest_line}" in str(supported), "the oldest pin is the lower bound"
+    assert supported.contains(f"{newest_line}.99"), "the newest pin is the last minor below the ceiling"
+    major, minor = newest_line.split(".")
+    assert not supported.contains(f"{major}.{int(minor) + 1}.0")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _pins(file: str) -> dict[str, str]:
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    return {_normal(n): v for n, _, v in (line.partition("==") for line in lines if line and not line.startswith("#"))}
+
+
+def _build(kind: str, source: Path, folder: Path) -> Path:
+    """Build by the build backend alone: no environment is made and nothing downloaded."""
+    command = [sys.executable, "-m", "hatchling", "build", "-t", kind, "-d", str(folder)]
+    ran = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    (built,) = folder.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    """The source distribution of this checkout, unpacked."""
+    built = _build("sdist", ROOT, tmp_path_factory.mktemp("sdist"))
+    unpacked = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(built) as archive:
+        archive.extractall(unpacked, filter="data")
+    return unpacked / f"proxytune-{proxytune.__version__}"
+
+
+@pytest.fixture(scope="module", params=["checkout", "sdist"])
+def wheel(request, tmp_path_factory) -> zipfile.ZipFile:
+    """A wheel from this checkout, and one from its source distribution, as an index would build it."""
+    source = ROOT if request.param == "checkout" else request.getfixturevalue("sdist")
+    return zipfile.ZipFile(_build("wheel", source, tmp_path_factory.mktemp("wheel")))
+
+
+def test_the_source_distribution_can_be_tested(sdist):
+    for name in ("README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
+        assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
+    for folder in ("tests", "benches", "kernels/proxytune_kernels"):
+        for source in (ROOT / folder).rglob("*.py"):
+            assert (sdist / source.relative_to(ROOT)).is_file(), source
+
+
+def test_the_wheel_holds_every_module_and_no_tests(wheel):
+    names = set(wheel.namelist())
+    for source in (ROOT / "proxytune").rglob("*.py"):
+        assert source.relative_to(ROOT).as_posix() in names
+    assert "proxytune/py.typed" in names
+    assert "proxytune_kernels/__init__.py" in names
+    assert not [name for name in names if name.startswith(("tests/", "kernels/", "benches/"))]
+
+
+def test_the_wheel_holds_the_bundled_weights_byte_for_byte(wheel):
+    weights = ROOT / "proxytune" / "demo" / "weights"
+    files = [path for path in weights.rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files if path.name == "model.safetensors"} == {
+        "large-base",
+        "tiny-base",
+        "tiny-tuned",
+        "large-tuned",
+    }
+    for path in files:
+        assert wheel.read(path.relative_to(ROOT).as_posix()) == path.read_bytes()
+
+
+def test_the_wheel_names_its_command_and_licence(wheel):
+    info = f"proxytune-{proxytune.__version__}.dist-info"
+    assert b"proxytune = proxytune.cli:main" in wheel.read(f"{info}/entry_points.txt")
+    assert f"{info}/licenses/LICENSE" in wheel.namelist()
+    found = wheel.read(f"{info}/METADATA").decode()
+    assert f"Version: {proxytune.__version__}" in found
+    assert "Requires-Python: <3.13,>=3.11" in found
+
+
+def test_the_whole_package_imports():
+    modules = sorted((ROOT / "proxytune").rglob("*.py"))
+    assert modules
+    for source in modules:
+        parts = source.relative_to(ROOT).with_suffix("").parts
+        if parts[-1] != "__main__":
+            importlib.import_module(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
