@@ -35,7 +35,7 @@ import wrapt
 from proxytune._version import __version__
 
 if TYPE_CHECKING:
-    from proxytune.formulas.shift import ProxyTuning
+    from proxytune.formulas.proxy_tuning import ProxyTuning
     from proxytune.generation.fused import FusedDecoding
     from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
     from proxytune.methods.forks.threshold import ForkThreshold
@@ -104,7 +104,7 @@ _HOME = {
     "PromptLookup": "proxytune.methods.speculation.lookup_drafts",
     "ProxyTunedConfig": "proxytune.models.model",
     "ProxyTunedModel": "proxytune.models.model",
-    "ProxyTuning": "proxytune.formulas.shift",
+    "ProxyTuning": "proxytune.formulas.proxy_tuning",
     "ProxyTuningLogitsProcessor": "proxytune.methods.steering.processor",
     "Recipe": "proxytune.recipe",
     "Sampling": "proxytune.ops.sampling_params",

@@ -25,13 +25,24 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
-from proxytune.calibration import ForkCalibration
 from proxytune.errors import InputError, RecipeError
 from proxytune.json_files import check_form, exchange, read, refuse_unknown
+from proxytune.validation import finite, proper_share
 
-__all__ = ["FORMAT_VERSION", "RECIPE_FILE", "ROLES", "MemberRef", "Recipe", "read_json", "write_fork_threshold"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MEASURES",
+    "RECIPE_FILE",
+    "ROLES",
+    "ForkCalibration",
+    "Measure",
+    "MemberRef",
+    "Recipe",
+    "read_json",
+    "write_fork_threshold",
+]
 
 FORMAT_VERSION = 1
 RECIPE_FILE = "proxytune_config.json"
@@ -109,7 +120,7 @@ class Recipe:
         base: The frozen large model.
         expert: The small tuned model.
         antiexpert: The small model that the expert was tuned from.
-        formula: The name of the formula (`proxytune.formulas.shift.FORMULAS`).
+        formula: The name of the formula (`proxytune.formulas.registry.FORMULAS`).
         alpha: The strength α of the shift; finite.
         fork_threshold: From which entropy on a token of this adapter is a fork; None if it was not calibrated.
     """
@@ -151,7 +162,8 @@ class Recipe:
             RecipeError: If keys are missing or unknown, the format is newer than this version reads, or a value has
                 the wrong form.
         """
-        from proxytune.formulas.shift import FORMULAS, validate_alpha
+        from proxytune.formulas.registry import FORMULAS
+        from proxytune.validation import validate_alpha
 
         data = check_form(
             data,
@@ -273,3 +285,52 @@ def read_json(file: Path) -> Any:
         error=RecipeError,
         remedy="Give the file or the folder that model.save_pretrained(folder) wrote.",
     )
+
+
+Measure = Literal["raw", "scaled", "truncated"]
+
+
+"""Of what the entropy is: the combined logits; these at the sampling temperature; these after top-k, top-p, min-p."""
+
+
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForkCalibration:
+    """What a calibration run found, as the recipe keeps it.
+
+    Attributes:
+        share: The share of tokens that were to be forks, in (0, 1).
+        nats: The entropy h above which a token is one; finite.
+        tokens: How many tokens it was measured on.
+        temperature: At which they were sampled; None for given texts.
+        measure: Of what the entropy was taken.
+        alpha: The α of the shift at that time; None if it was not noted, or there was none.
+
+    Raises:
+        InputError: If a value is out of its range.
+    """
+
+    share: float
+    nats: float
+    tokens: int
+    temperature: float | None = None
+    measure: Measure = "raw"
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        proper_share(self.share)
+        finite("nats", self.nats)
+        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
+            raise InputError.of(
+                "tokens", expected="a whole number ≥ 1", got=repr(self.tokens), remedy="Calibrate on some text."
+            )
+        if self.temperature is not None:
+            finite("temperature", self.temperature, positive=True)
+        if self.measure not in MEASURES:
+            raise InputError.of(
+                "measure", expected=" or ".join(map(repr, MEASURES)), got=repr(self.measure), remedy="Use one of these."
+            )
+        if self.alpha is not None:
+            finite("alpha", self.alpha)

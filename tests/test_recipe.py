@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import proxytune
 from proxytune.errors import RecipeError
-from proxytune.formulas.shift import FORMULAS
+from proxytune.formulas.registry import FORMULAS
 from proxytune.models.config import load_recipe
 from proxytune.recipe import FORMAT_VERSION, RECIPE_FILE, ROLES, MemberRef, Recipe
 

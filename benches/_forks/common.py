@@ -16,7 +16,7 @@ from transformers import LogitsProcessor, PreTrainedTokenizerBase
 from proxytune.generation.fused import FusedDecoding
 from proxytune.methods.trees.loop import TreeLoop
 from proxytune.methods.trees.tree import ForkTree
-from proxytune.stats.calibration import Interval
+from proxytune.stats.bootstrap import Interval
 
 ROWS = 512
 """Rows of a batch; a result does not depend on it."""

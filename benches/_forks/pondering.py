@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from lab.family.corpus import prompt_of
 from lab.studies.pondering import CONTINUATION, END_OF_THINKING, KINDS, Kind, Ponder, ponders
 from numpy.typing import NDArray
 from transformers import LogitsProcessor
@@ -18,6 +17,7 @@ from _forks.common import ROWS, Subject, grow, mean_interval, record
 from proxytune import SiblingDecoding
 from proxytune.budget.ledger import TokenLedger
 from proxytune.demo.holdout import HeldOut
+from proxytune.demo.instructions import prompt_of
 from proxytune.errors import BudgetError
 from proxytune.methods.thinking.processor import ThinkingBudgetLogitsProcessor
 from proxytune.methods.trees.tree import ForkTree
@@ -25,7 +25,9 @@ from proxytune.search.allocate import allocate
 from proxytune.search.calibration_run import CalibrationRun, Trial
 from proxytune.search.plan import Plan, plan
 from proxytune.search.policies import Parallel, Sequential
-from proxytune.stats.calibration import auroc, brier, choose_vote, ece, interval
+from proxytune.stats.bootstrap import interval
+from proxytune.stats.calibration import auroc, brier, ece
+from proxytune.voting.choice import choose_vote
 from proxytune.voting.stopping import OnlineFilter, consensus, settled
 from proxytune.voting.vote import Sample, Tally, sample_scores, vote
 

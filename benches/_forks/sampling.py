@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from lab.family.corpus import prompt_of
 
 from _forks.common import Subject, grow, independent, mean_interval, record
 from proxytune import ForkDecoding, ForkSamplingLogitsProcessor, SiblingDecoding
 from proxytune.demo.holdout import HeldOut
+from proxytune.demo.instructions import prompt_of
 from proxytune.demo.tasks import Problem, problems
 from proxytune.demo.verifiers import grade
 from proxytune.demo.world import build_world

@@ -10,13 +10,13 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import numpy as np
-from lab.family.corpus import prompt_of
 from lab.studies.route_law import RouteLaw, route_law
 from lab.studies.routes import routes
 from numpy.typing import NDArray
 
 from _forks.common import Subject, grow, independent, mean_interval, record
 from proxytune import ForkDecoding
+from proxytune.demo.instructions import prompt_of
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.methods.trees.tree import ForkTree
 from proxytune.stats.calibration import auroc

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from proxytune.methods.recursion.selection import select_one
-from proxytune.stats.calibration import Interval
+from proxytune.stats.bootstrap import Interval
 from proxytune.stats.coverage import pass_at_k
 
 SIZES = (4, 16)

@@ -97,9 +97,9 @@ def table(
     """Ask the family held-out problems and print one row per way of answering."""
     from transformers.utils import logging
 
-    from lab.family.family import load_family
-    from proxytune.demo.bundle import bundled_family, read_record
-    from proxytune.demo.evaluation import family_rows, table_record
+    from lab.report import family_rows
+    from proxytune.demo.bundle import bundled_family, load_family, read_record
+    from proxytune.demo.evaluation import table_record
 
     logging.disable_progress_bar()
     folder = family or bundled_family()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lab.family.family import FamilyRecipe, load_family, write_record
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lab.family.family import FamilyRecipe, write_record
 from lab.family.training import TrainingReport
-from proxytune.demo.bundle import MemberName
-from proxytune.demo.evaluation import CRITERIA, Row, best_alpha, family_rows, sweep_alpha, table_record
+from proxytune.demo.bundle import MemberName, load_family
+from proxytune.demo.evaluation import CRITERIA, STEERED, Row, compose, evaluate, held_out, shots_of, table_record
+from proxytune.demo.holdout import HeldOut
+from proxytune.demo.tasks import Problem, Task
+from proxytune.demo.world import World, build_world
 
 ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
@@ -57,3 +64,78 @@ def _sweep_record(row: Row) -> dict[str, Any]:
     """One alpha of the sweep, lenient and strict rates per task."""
     rates = {task: {kind: round(row.score(task, kind).rate, 4) for kind in CRITERIA} for task in row.outcomes}
     return {"alpha": float(row.name), "rates": rates}
+
+
+def family_rows(
+    models: Mapping[MemberName, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    alpha: float,
+    *,
+    split: HeldOut = "test",
+    count: int = 300,
+    world: World | None = None,
+) -> list[Row]:
+    """Every row of the family's table.
+
+    Args:
+        models: The four members under their names.
+        tokenizer: Their tokenizer.
+        alpha: Strength of the proxy row.
+        split: Where the problems come from.
+        count: Problems per task at most.
+        world: The world to ask about [the bundled one].
+
+    Returns:
+        Base with 0 and 3 shots, expert alone, antiexpert alone, proxy, directly tuned.
+    """
+    world = world or build_world()
+    asked = held_out(world, split, count)
+    shots: dict[Task, list[Problem]] = {task: shots_of(world, task) for task in asked}
+    base, expert, antiexpert = models["large-base"], models["tiny-tuned"], models["tiny-base"]
+    with torch.inference_mode():
+        return [
+            evaluate("base, 0-shot", base, tokenizer, asked),
+            evaluate("base, 3-shot", base, tokenizer, asked, shots=shots),
+            evaluate("antiexpert alone", antiexpert, tokenizer, asked),
+            evaluate("expert alone", expert, tokenizer, asked),
+            evaluate(f"proxy, alpha {alpha:g}", compose(base, expert, antiexpert, alpha), tokenizer, asked),
+            evaluate("tuned directly", models["large-tuned"], tokenizer, asked),
+        ]
+
+
+def sweep_alpha(
+    models: Mapping[MemberName, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    alphas: Sequence[float],
+    *,
+    count: int = 300,
+    world: World | None = None,
+) -> list[Row]:
+    """The proxy on the validation split, at one row per alpha."""
+    asked = held_out(world or build_world(), "validation", count)
+    members = models["large-base"], models["tiny-tuned"], models["tiny-base"]
+    with torch.inference_mode():
+        return [evaluate(f"{alpha:g}", compose(*members, alpha), tokenizer, asked) for alpha in alphas]
+
+
+def best_alpha(rows: Sequence[Row]) -> float:
+    """Choose alpha from a sweep: the smallest whose score is within one standard error of the best.
+
+    The score is the strict share of right answers, averaged over chains and people; Countdown has no vote, because
+    tuning hardly gains anything there. Neighbouring alphas differ by less than 200 problems can tell apart, so the
+    one-standard-error rule (Breiman et al. 1984) takes the gentlest of the equally good.
+
+    Args:
+        rows: One row per alpha, named by it.
+
+    Returns:
+        The chosen alpha.
+    """
+
+    def score(row: Row) -> float:
+        return sum(row.score(task, "strict").rate for task in STEERED) / len(STEERED)
+
+    best = max(rows, key=score)
+    shares = [best.score(task, "strict") for task in STEERED]
+    error = math.sqrt(sum(share.rate * (1 - share.rate) / share.total for share in shares)) / len(shares)
+    return min(float(row.name) for row in rows if score(row) >= score(best) - error)

@@ -19,8 +19,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from proxytune.budget.prefix_trie import Prefixes
 from proxytune.errors import BudgetError, InputError, ProxytuneError
-from proxytune.validation import Ids, Prefixes, token_ids, whole
+from proxytune.validation import Ids, token_ids, whole
 
 __all__ = ["Reservation", "TokenLedger"]
 

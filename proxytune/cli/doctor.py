@@ -123,13 +123,13 @@ def _implementation() -> tuple[str, str]:
     """Which implementation a decoding step takes by itself, and why."""
     import torch
 
-    from proxytune import ops
+    from proxytune.ops import dispatch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = ops.choose("auto", device)
+    chosen = dispatch.choose("auto", device)
     if chosen == "triton":
         return chosen, f"decoding steps run in fused Triton kernels on {device}"
-    reason = "no GPU that torch can use" if device.type == "cpu" else ops.why_not_triton(device.type)
+    reason = "no GPU that torch can use" if device.type == "cpu" else dispatch.why_not_triton(device.type)
     return chosen, f"decoding steps run as torch operations: {reason}"
 
 

@@ -117,7 +117,7 @@ def named(
     Raises:
         RecipeError: If the recipe cannot be read.
     """
-    from proxytune.formulas.shift import ProxyTuning
+    from proxytune.formulas.proxy_tuning import ProxyTuning
     from proxytune.recipe import Recipe
 
     if recipe is not None:

@@ -194,7 +194,7 @@ class Drawing:
         round only. How many samples there are then depends on how long the first ones were: shares lean a little to
         answers with short texts, unless the budget has room for all.
         """
-        from proxytune.methods.trees.tree import normalised
+        from proxytune.stats.importance import normalised
 
         longest = self.config.max_new_tokens or max(1, int(self.config.max_length) - int(encoded["input_ids"].shape[1]))
         budget, rounds, spent = loop.max_total_tokens, [tree], tree.tokens

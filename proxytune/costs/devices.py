@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proxytune.costs.speculation import DraftCosts, PassBytes
+from proxytune.costs.roofline import PassBytes
+from proxytune.costs.speculation import DraftCosts
 
 __all__ = ["DECIDING", "DRAWING", "Machine", "Work", "draft_costs", "machine_of"]
 

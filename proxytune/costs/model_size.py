@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedModel
 
 from proxytune.costs.devices import Work
-from proxytune.costs.speculation import PassBytes
+from proxytune.costs.roofline import PassBytes
 
 __all__ = ["pass_bytes", "pass_work"]
 

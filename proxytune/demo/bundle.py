@@ -7,6 +7,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
+from transformers import (
+    AutoTokenizer,
+    LlamaForCausalLM,
+    PreTrainedTokenizerBase,
+)
+
 from proxytune.errors import InputError, LabError
 
 MemberName = Literal["large-base", "tiny-base", "tiny-tuned", "large-tuned"]
@@ -70,3 +77,29 @@ def read_record(folder: Path) -> dict[str, Any]:
             remedy="Finish the training with `python -m lab train`, which writes it, or pass an alpha.",
         )
     return json.loads(path.read_text())
+
+
+def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTrainedTokenizerBase]:
+    """Read a family.
+
+    Args:
+        folder: A folder that `train_family` wrote, or `proxytune.demo.bundle.bundled_family()`.
+
+    Returns:
+        The members in float32 and evaluation mode, and their shared tokenizer.
+
+    Raises:
+        LabError: A member is missing.
+    """
+    missing = [member for member in MEMBERS if not (folder / member / "config.json").exists()]
+    if missing:
+        raise LabError.of(
+            f"family folder {folder}",
+            expected=f"one folder per member: {', '.join(MEMBERS)}",
+            got=f"no {', '.join(missing)}",
+            remedy="Finish the training with `python -m lab train --out FOLDER`, or take the bundled family.",
+        )
+    models: dict[MemberName, LlamaForCausalLM] = {
+        member: LlamaForCausalLM.from_pretrained(folder / member, dtype=torch.float32).eval() for member in MEMBERS
+    }
+    return models, AutoTokenizer.from_pretrained(folder / MEMBERS[0])

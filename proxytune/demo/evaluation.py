@@ -8,16 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-import torch
-from lab.family.corpus import InstructionRecipe, instruction_set, prompt_of
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from proxytune.demo.bundle import MemberName
 from proxytune.demo.holdout import HeldOut
+from proxytune.demo.instructions import InstructionRecipe, instruction_set, prompt_of
 from proxytune.demo.tasks import TASKS, Problem, Task, problems
 from proxytune.demo.verifiers import Grade, grade
-from proxytune.demo.world import World, build_world
+from proxytune.demo.world import World
 
 Criterion = Literal["lenient", "strict"]
 CRITERIA: tuple[Criterion, ...] = ("lenient", "strict")
@@ -229,81 +227,6 @@ def compose(base: Any, expert: Any, antiexpert: Any, alpha: float) -> Any:
     import proxytune
 
     return proxytune.wrap(base, expert=expert, antiexpert=antiexpert, alpha=alpha)
-
-
-def family_rows(
-    models: Mapping[MemberName, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    alpha: float,
-    *,
-    split: HeldOut = "test",
-    count: int = 300,
-    world: World | None = None,
-) -> list[Row]:
-    """Every row of the family's table.
-
-    Args:
-        models: The four members under their names.
-        tokenizer: Their tokenizer.
-        alpha: Strength of the proxy row.
-        split: Where the problems come from.
-        count: Problems per task at most.
-        world: The world to ask about [the bundled one].
-
-    Returns:
-        Base with 0 and 3 shots, expert alone, antiexpert alone, proxy, directly tuned.
-    """
-    world = world or build_world()
-    asked = held_out(world, split, count)
-    shots: dict[Task, list[Problem]] = {task: shots_of(world, task) for task in asked}
-    base, expert, antiexpert = models["large-base"], models["tiny-tuned"], models["tiny-base"]
-    with torch.inference_mode():
-        return [
-            evaluate("base, 0-shot", base, tokenizer, asked),
-            evaluate("base, 3-shot", base, tokenizer, asked, shots=shots),
-            evaluate("antiexpert alone", antiexpert, tokenizer, asked),
-            evaluate("expert alone", expert, tokenizer, asked),
-            evaluate(f"proxy, alpha {alpha:g}", compose(base, expert, antiexpert, alpha), tokenizer, asked),
-            evaluate("tuned directly", models["large-tuned"], tokenizer, asked),
-        ]
-
-
-def sweep_alpha(
-    models: Mapping[MemberName, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    alphas: Sequence[float],
-    *,
-    count: int = 300,
-    world: World | None = None,
-) -> list[Row]:
-    """The proxy on the validation split, at one row per alpha."""
-    asked = held_out(world or build_world(), "validation", count)
-    members = models["large-base"], models["tiny-tuned"], models["tiny-base"]
-    with torch.inference_mode():
-        return [evaluate(f"{alpha:g}", compose(*members, alpha), tokenizer, asked) for alpha in alphas]
-
-
-def best_alpha(rows: Sequence[Row]) -> float:
-    """Choose alpha from a sweep: the smallest whose score is within one standard error of the best.
-
-    The score is the strict share of right answers, averaged over chains and people; Countdown has no vote, because
-    tuning hardly gains anything there. Neighbouring alphas differ by less than 200 problems can tell apart, so the
-    one-standard-error rule (Breiman et al. 1984) takes the gentlest of the equally good.
-
-    Args:
-        rows: One row per alpha, named by it.
-
-    Returns:
-        The chosen alpha.
-    """
-
-    def score(row: Row) -> float:
-        return sum(row.score(task, "strict").rate for task in STEERED) / len(STEERED)
-
-    best = max(rows, key=score)
-    shares = [best.score(task, "strict") for task in STEERED]
-    error = math.sqrt(sum(share.rate * (1 - share.rate) / share.total for share in shares)) / len(shares)
-    return min(float(row.name) for row in rows if score(row) >= score(best) - error)
 
 
 def table_record(rows: Sequence[Row]) -> dict[str, Any]:

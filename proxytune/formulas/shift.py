@@ -14,109 +14,14 @@ Rules that hold for all of them:
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from numbers import Real
-from typing import ClassVar, Protocol
 
 import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["FORMULAS", "Formula", "ProxyTuning", "shift", "validate_alpha"]
-
-
-def validate_alpha(alpha: object) -> float:
-    """Check that α is a finite number.
-
-    Args:
-        alpha: The strength of the shift. Any finite real number; negative values steer away from the expert.
-
-    Returns:
-        α as a float.
-
-    Raises:
-        InputError: If α is NaN, infinite, or no real number.
-    """
-    value = math.nan
-    if isinstance(alpha, Real) and not isinstance(alpha, bool):  # NumPy's scalars are Real too
-        with contextlib.suppress(OverflowError):  # an int beyond the range of floats
-            value = float(alpha)
-    if not math.isfinite(value):
-        raise InputError.of(
-            "alpha",
-            expected="a finite number (0 is the base, 1 the full shift)",
-            got=repr(alpha),
-            remedy="Pass e.g. alpha=1.0.",
-        )
-    return value
-
-
-class Formula(Protocol):
-    """What a formula is: a name for the recipe, the companions it needs, and a weight for each."""
-
-    name: ClassVar[str]
-    roles: ClassVar[tuple[str, ...]]
-
-    @property
-    def alpha(self) -> float:
-        """The strength of the shift."""
-        ...
-
-    def weights(self) -> tuple[float, ...]:
-        """The weight of each companion's logits, in the order of `roles`."""
-        ...
-
-    def with_alpha(self, alpha: float) -> Formula:
-        """The same formula at another α."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProxyTuning:
-    """`z_base + α (z_expert − z_antiexpert)` (Liu et al. 2024, arXiv 2401.08565, eq. 1; α as in DExperts, 2105.03023).
-
-    Attributes:
-        alpha: The strength α of the shift. 0 is the base, 1 the paper's setting.
-
-    Raises:
-        InputError: If α is not a finite number.
-    """
-
-    name: ClassVar[str] = "proxy-tuning"
-    roles: ClassVar[tuple[str, ...]] = ("expert", "antiexpert")
-    alpha: float = 1.0
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "alpha", validate_alpha(self.alpha))
-
-    def weights(self) -> tuple[float, ...]:
-        """The weight of each companion's logits, in the order of `roles`.
-
-        Returns:
-            `(alpha, -alpha)`.
-        """
-        return (self.alpha, -self.alpha)
-
-    def with_alpha(self, alpha: float) -> ProxyTuning:
-        """The same formula at another α.
-
-        Args:
-            alpha: The new α.
-
-        Returns:
-            A new formula.
-
-        Raises:
-            InputError: If α is not a finite number.
-        """
-        return replace(self, alpha=alpha)
-
-
-FORMULAS: dict[str, type[ProxyTuning]] = {ProxyTuning.name: ProxyTuning}
-"""The formulas that a recipe can name."""
+__all__ = ["shift"]
 
 
 def shift(

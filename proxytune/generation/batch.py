@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,19 +13,9 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from proxytune.errors import InputError
 from proxytune.generation.processor_plan import Translation
-from proxytune.generation.seeds import Rows, streams_of
 from proxytune.models.model import ProxyTunedModel
-from proxytune.ops.noise import Noise
 
-__all__ = [
-    "cache_of",
-    "is_synced",
-    "keys_of",
-    "last_logits",
-    "padding_of",
-    "selected_rows",
-    "usable_columns",
-]
+__all__ = ["cache_of", "is_synced", "last_logits", "lengths_of", "padding_of", "selected_rows", "usable_columns"]
 
 
 def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
@@ -66,24 +57,6 @@ def is_synced(model: Any) -> bool:
     # transformers finds this out too, but hands it to no callable.
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-
-
-def keys_of(rows: Rows, branches: Rows, batch: int) -> Noise:
-    """The keys of the noise but the seed: where nothing is drawn, none is taken from torch's generator.
-
-    Args:
-        rows: Which stream each row draws from; None for 0, 1, 2, …
-        branches: Which continuation of its stream each row is; None for 0.
-        batch: The number of rows B.
-
-    Returns:
-        Keys for B rows, with the seed 0.
-
-    Raises:
-        InputError: If they do not fit the batch.
-    """
-    branch = 0 if branches is None else torch.as_tensor(branches)
-    return Noise.of(batch, row=streams_of(rows, batch), branch=branch)
 
 
 def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
@@ -149,3 +122,26 @@ def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) ->
     if cache is not None:
         cache.reorder_cache(torch.tensor(select))  # each layer takes it to its own device
     return out
+
+
+def lengths_of(
+    rows: int, width: int, device: torch.device, generation_config: Any, model_kwargs: Mapping[str, Any]
+) -> torch.Tensor:
+    """How many tokens each row of a `generate()` has: without padding, with what only a cache or embeddings hold.
+
+    Args:
+        rows: The number of rows B.
+        width: How many ids each row has, padding included.
+        device: Where the ids are.
+        generation_config: The settings of the call.
+        model_kwargs: What the model is called with; the mask among them.
+
+    Returns:
+        `[B]`, int64.
+    """
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None:
+        return mask.to(device).long().sum(-1)
+    # From 5.20 on, a mask without padding is dropped, and its length kept.
+    length = getattr(generation_config, "_mask_length", None) or width
+    return torch.full((rows,), length, dtype=torch.int64, device=device)

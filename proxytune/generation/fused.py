@@ -18,14 +18,15 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from proxytune import ops
 from proxytune.errors import InputError
-from proxytune.generation.batch import is_synced, keys_of, last_logits, padding_of, usable_columns
+from proxytune.generation.batch import is_synced, last_logits, lengths_of, padding_of, usable_columns
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_plan import Translation, translate
-from proxytune.generation.sampler import Drawing, Record
-from proxytune.generation.seeds import Rows, refuse_seed, seed_of
+from proxytune.generation.recorder import Record
+from proxytune.generation.sampler import Drawing
+from proxytune.generation.seeds import Rows, keys_of, seed_of
 from proxytune.models.model import ProxyTunedModel
-from proxytune.models.padding import lengths_of
 from proxytune.ops.noise import Noise
+from proxytune.validation import refuse_seed
 
 __all__ = ["FusedDecoding"]
 

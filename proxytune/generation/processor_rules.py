@@ -17,7 +17,7 @@ from proxytune.errors import UnsupportedModeError
 from proxytune.generation.prompt_rows import owner_of
 from proxytune.methods.latent.capture import Capture
 
-__all__ = ["led_to_prompts"]
+__all__ = ["led_to_prompts", "refuse_processors", "refuse_stateful"]
 
 _REFUSED: dict[type[LogitsProcessor], str] = {
     EncoderRepetitionPenaltyLogitsProcessor: "encoder_repetition_penalty",
@@ -64,3 +64,55 @@ class _OfPrompts(PrefixConstrainedLogitsProcessor):
             return allowed(owner_of(row), input_ids)
 
         super().__init__(of_prompt, num_beams=1)
+
+
+# They take each call for one more token of every row: the one feeds it to a model, the other rolls on a context.
+_STATEFUL = {
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    SynthIDTextWatermarkLogitsProcessor: "a SynthID watermark",
+}
+
+
+def refuse_stateful(processors: Sequence[LogitsProcessor]) -> None:
+    """Refuse processors that would silently be wrong where positions are asked again, or out of order.
+
+    Args:
+        processors: The processors.
+
+    Raises:
+        UnsupportedModeError: If there is one.
+    """
+    for processor in processors:
+        for kind, what in _STATEFUL.items():
+            if isinstance(processor, kind):
+                raise UnsupportedModeError.of(
+                    what,
+                    expected="processors that depend on the text alone",
+                    got=f"{type(processor).__name__}, which counts its calls; drafts are asked about more than once",
+                    remedy="Leave it out, or decode without speculation.",
+                )
+
+
+def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
+    """Refuse processors that would not know of what is fed back.
+
+    Args:
+        processors: The processors of the call.
+
+    Raises:
+        UnsupportedModeError: If one runs a model on the token ids.
+    """
+    if any(getattr(p, "shifts_logits", False) for p in processors):
+        raise UnsupportedModeError.of(
+            "latent steps",
+            expected="a model whose members all get a mixture of their own embeddings",
+            got="a ProxyTuningLogitsProcessor, whose companions read the token ids",
+            remedy="Compose the models with proxytune.wrap.",
+        )
+    if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
+        raise UnsupportedModeError.of(
+            "latent steps",
+            expected="no guidance_scale: its unconditional branch reads the token ids",
+            got="one",
+            remedy="Leave guidance_scale out.",
+        )

@@ -13,7 +13,9 @@ from contextvars import ContextVar
 
 import torch
 
-__all__ = ["owner_of", "owners", "spread_rows"]
+from proxytune.errors import InputError
+
+__all__ = ["owner_of", "owners", "spread", "spread_rows"]
 
 _owners: ContextVar[tuple[tuple[int, ...], int] | None] = ContextVar("owners", default=None)
 
@@ -63,3 +65,28 @@ def spread_rows(values: torch.Tensor, rows: int) -> torch.Tensor | None:
     if len(numbers) != rows or prompts % len(values):
         return None
     return values.index_select(0, torch.tensor(numbers, device=values.device) // (prompts // len(values)))
+
+
+def spread(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+    """Give each row what belongs to its prompt: for beams, several sequences of a prompt, and branches of a tree.
+
+    Args:
+        mask: `[B, T]`.
+        input_ids: `[rows, ≥ T]`.
+
+    Returns:
+        `[rows, T]`.
+
+    Raises:
+        InputError: If the shapes do not fit.
+    """
+    rows = input_ids.shape[0]
+    out = spread_rows(mask, rows) if mask.ndim == 2 and mask.shape[1] <= input_ids.shape[1] else None
+    if out is None:
+        raise InputError.of(
+            "attention_mask",
+            expected=f"[B, T] for {rows} rows (beams included) of {input_ids.shape[1]} ids",
+            got=f"shape {list(mask.shape)}",
+            remedy="Pass the mask of this very batch of prompts; for other prompts, make another processor.",
+        )
+    return out

@@ -7,31 +7,12 @@ from collections.abc import Sequence
 import torch
 
 from proxytune.errors import InputError
+from proxytune.ops.noise import Noise
 
-__all__ = ["Rows", "refuse_seed", "seed_of", "streams_of"]
+__all__ = ["Rows", "keys_of", "seed_of", "streams_of"]
 
 Rows = Sequence[int] | torch.Tensor | None
 """`[B]` whole numbers: the stream of each row; None for 0, 1, 2, …"""
-
-
-def refuse_seed(seed: object, loop: str) -> None:
-    """Refuse what is no key.
-
-    Args:
-        seed: What was given; None is for a new one in each call.
-        loop: The name of what it was given to, for the message.
-
-    Raises:
-        InputError: If it is no whole number of 64 bits.
-    """
-    whole = isinstance(seed, int) and not isinstance(seed, bool) and -(1 << 63) <= seed < 1 << 63
-    if seed is not None and not whole:
-        raise InputError.of(
-            "seed",
-            expected="a whole number of 64 bits, or None",
-            got=repr(seed),
-            remedy=f"Pass e.g. {loop}(seed=0).",
-        )
 
 
 def seed_of(seed: int | None) -> int:
@@ -71,3 +52,21 @@ def streams_of(rows: Rows, batch: int) -> torch.Tensor:
             remedy="Give one per row of the batch, num_return_sequences counted in, or leave it out.",
         )
     return streams.to(torch.int64)
+
+
+def keys_of(rows: Rows, branches: Rows, batch: int) -> Noise:
+    """The keys of the noise but the seed: where nothing is drawn, none is taken from torch's generator.
+
+    Args:
+        rows: Which stream each row draws from; None for 0, 1, 2, …
+        branches: Which continuation of its stream each row is; None for 0.
+        batch: The number of rows B.
+
+    Returns:
+        Keys for B rows, with the seed 0.
+
+    Raises:
+        InputError: If they do not fit the batch.
+    """
+    branch = 0 if branches is None else torch.as_tensor(branches)
+    return Noise.of(batch, row=streams_of(rows, batch), branch=branch)

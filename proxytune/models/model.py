@@ -21,7 +21,8 @@ from transformers.utils import can_return_tuple
 
 from proxytune import ops
 from proxytune.errors import InputError, RecipeError
-from proxytune.formulas.shift import FORMULAS, Formula
+from proxytune.formulas.base import Formula
+from proxytune.formulas.registry import FORMULAS
 from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig, load_recipe
 from proxytune.models.generation_mixin import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes

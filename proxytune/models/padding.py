@@ -6,15 +6,13 @@ padded, or may simply start so (models whose BOS is their EOS): only a mask tell
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from proxytune.errors import InputError
-from proxytune.generation.prompt_rows import spread_rows
 
-__all__ = ["leading_run", "lengths_of", "mask_of_padding", "refuse_ambiguous_padding", "spread"]
+__all__ = ["leading_run", "mask_of_padding", "refuse_ambiguous_padding"]
 
 
 def leading_run(input_ids: torch.Tensor, tokens: Sequence[int]) -> torch.Tensor:
@@ -68,51 +66,3 @@ def refuse_ambiguous_padding(input_ids: torch.Tensor, ends: Sequence[int], *, re
             "may be padding or text",
             remedy=remedy,
         )
-
-
-def spread(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-    """Give each row what belongs to its prompt: for beams, several sequences of a prompt, and branches of a tree.
-
-    Args:
-        mask: `[B, T]`.
-        input_ids: `[rows, ≥ T]`.
-
-    Returns:
-        `[rows, T]`.
-
-    Raises:
-        InputError: If the shapes do not fit.
-    """
-    rows = input_ids.shape[0]
-    out = spread_rows(mask, rows) if mask.ndim == 2 and mask.shape[1] <= input_ids.shape[1] else None
-    if out is None:
-        raise InputError.of(
-            "attention_mask",
-            expected=f"[B, T] for {rows} rows (beams included) of {input_ids.shape[1]} ids",
-            got=f"shape {list(mask.shape)}",
-            remedy="Pass the mask of this very batch of prompts; for other prompts, make another processor.",
-        )
-    return out
-
-
-def lengths_of(
-    rows: int, width: int, device: torch.device, generation_config: Any, model_kwargs: Mapping[str, Any]
-) -> torch.Tensor:
-    """How many tokens each row of a `generate()` has: without padding, with what only a cache or embeddings hold.
-
-    Args:
-        rows: The number of rows B.
-        width: How many ids each row has, padding included.
-        device: Where the ids are.
-        generation_config: The settings of the call.
-        model_kwargs: What the model is called with; the mask among them.
-
-    Returns:
-        `[B]`, int64.
-    """
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None:
-        return mask.to(device).long().sum(-1)
-    # From 5.20 on, a mask without padding is dropped, and its length kept.
-    length = getattr(generation_config, "_mask_length", None) or width
-    return torch.full((rows,), length, dtype=torch.int64, device=device)

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from proxytune.errors import InputError
-from proxytune.formulas.shift import Formula, ProxyTuning
+from proxytune.formulas.base import Formula
+from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.loading import open_members
 from proxytune.models.model import ProxyTunedModel

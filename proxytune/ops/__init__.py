@@ -1,3 +1,34 @@
-"""One decision on members' logits; the only place that picks Triton or torch."""
+"""One decision on members' logits; the only place that picks Triton or torch.
 
-from proxytune.ops.step import *  # noqa: F403
+============== ====================================================================================================
+`step`         one decision: combine, measure, draw; takes `Sampling` and `Noise`, returns a `Step`
+`verify`       drafted tokens accepted or rejected so that nothing is lost; returns a `Verdict`
+`mix`          rows of an embedding, weighted: what a latent step feeds back
+`combine`      the combined logits alone
+============== ====================================================================================================
+"""
+
+from proxytune.ops.dispatch import Impl, choose, why_not_triton
+from proxytune.ops.mix import mix
+from proxytune.ops.noise import Noise
+from proxytune.ops.outputs import OUTPUTS, Step, Verdict
+from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.step import combine, draw_logprobs, normalise_, step
+from proxytune.ops.verify import verify
+
+__all__ = [
+    "OUTPUTS",
+    "Impl",
+    "Noise",
+    "Sampling",
+    "Step",
+    "Verdict",
+    "choose",
+    "combine",
+    "draw_logprobs",
+    "mix",
+    "normalise_",
+    "step",
+    "verify",
+    "why_not_triton",
+]

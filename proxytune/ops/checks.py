@@ -8,19 +8,10 @@ import torch
 
 from proxytune.errors import InputError
 from proxytune.ops.noise import Noise
+from proxytune.ops.outputs import OF_DRAWS, OUTPUTS
 from proxytune.ops.sampling_params import Sampling
 
-__all__ = [
-    "DTYPES",
-    "MAX_MEMBERS",
-    "OF_DRAWS",
-    "OUTPUTS",
-    "refuse_drafts",
-    "refuse_ids",
-    "refuse_members",
-    "refuse_mixture",
-    "refuse_request",
-]
+__all__ = ["DTYPES", "MAX_MEMBERS", "refuse_drafts", "refuse_ids", "refuse_members", "refuse_mixture", "refuse_request"]
 
 MAX_MEMBERS = 5
 """Base and companions together."""
@@ -29,14 +20,6 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What logits can be in."""
 
 _LARGEST = torch.finfo(torch.float32).max
-
-OF_DRAWS = ("draw_logprobs", "keys", "temperature", "fork", "kept")
-"""Outputs that only a draw has."""
-
-OUTPUTS = (
-    "tokens", "logprobs", *OF_DRAWS, "lse", "entropy", "varentropy", "argmax", "kl", "confidence", "scores",
-)  # fmt: skip
-"""The names that `want` can hold."""
 
 
 def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:

@@ -13,9 +13,10 @@ from ctypes import c_float
 import torch
 
 from proxytune.errors import InputError
-from proxytune.ops import Impl, choose
 from proxytune.ops.checks import refuse_mixture
-from proxytune.ops.noise import COORDINATES, LATENT, Noise, slotted
+from proxytune.ops.dispatch import Impl, choose
+from proxytune.ops.noise import Noise
+from proxytune.ops.torch_impl.mix import _by_torch
 
 __all__ = ["mix"]
 
@@ -92,45 +93,6 @@ def _run(
         mixed: torch.Tensor = importlib.import_module("proxytune_kernels").mix(table, *packed, soft, sigma, noise)
         return mixed
     return _by_torch(table, ids, weights, tokens, soft, sigma, noise)
-
-
-def _by_torch(
-    table: torch.Tensor,
-    ids: torch.Tensor,
-    weights: torch.Tensor,
-    tokens: torch.Tensor,
-    soft: torch.Tensor | None,
-    sigma: float,
-    noise: Noise | None,
-) -> torch.Tensor:
-    wide = torch.promote_types(table.dtype, torch.float32)
-    own = table.index_select(0, tokens)  # [B, D]
-    by_candidate = weights.to(wide).t()[..., None]  # [K, B, 1]
-    terms = table.index_select(0, ids.t().flatten()).view(*by_candidate.shape[:2], -1).to(wide)
-    # −0 is what adds nothing: −0 + −0 stays −0, and 0 + −0 does not.
-    terms = terms.mul_(by_candidate).masked_fill_(by_candidate == 0, -0.0)
-    x = terms[0]
-    for term in terms[1:]:  # not by sum(), which has an order of its own
-        x = x + term
-    if noise is not None:
-        coordinate = slotted(COORDINATES, torch.arange(table.shape[1], device=table.device))
-        size = (_squares(x) / table.shape[1]).sqrt()
-        x = x + sigma * size * noise.normal(coordinate[None], LATENT)
-    mixed = x.to(table.dtype)
-    taken = mixed.isfinite().all(1)
-    if soft is not None:
-        taken = taken & soft
-    return torch.where(taken[:, None], mixed, own)
-
-
-def _squares(x: torch.Tensor) -> torch.Tensor:
-    # Halves upon halves, since the order of sum() depends on the batch on some devices.
-    width = x.shape[1]
-    x = torch.nn.functional.pad(x.square(), (0, (1 << (width - 1).bit_length()) - width))
-    while x.shape[1] > 1:
-        left, right = x.chunk(2, 1)
-        x = left + right
-    return x
 
 
 # --- inside torch.compile -------------------------------------------------------------------------------------------

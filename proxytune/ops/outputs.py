@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Step", "Verdict"]
+__all__ = ["OF_DRAWS", "OUTPUTS", "Step", "Verdict"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,3 +62,17 @@ class Verdict:
 
     tokens: torch.Tensor
     accepted: torch.Tensor
+
+
+OF_DRAWS = ("draw_logprobs", "keys", "temperature", "fork", "kept")
+
+
+"""Outputs that only a draw has."""
+
+
+OUTPUTS = (
+    "tokens", "logprobs", *OF_DRAWS, "lse", "entropy", "varentropy", "argmax", "kl", "confidence", "scores",
+)  # fmt: skip
+
+
+"""The names that `want` can hold."""

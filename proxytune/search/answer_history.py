@@ -30,8 +30,7 @@ from proxytune.errors import InputError
 from proxytune.search.answer_history_file import read_counts, write_counts
 from proxytune.search.keyed_noise import PromptKey, keyed_uniforms, prompt_key, round_key
 from proxytune.stats.importance import kool_log_weights
-from proxytune.validation import Ids, whole
-from proxytune.voting.confidence import numbers
+from proxytune.validation import Ids, numbers, whole
 from proxytune.voting.vote import check_answer
 
 __all__ = ["AnswerHistory", "Steering"]

@@ -19,12 +19,10 @@ from typing import get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from proxytune.calibration import finite
 from proxytune.errors import BudgetError, InputError
 from proxytune.search.calibration_run import CalibrationRun, Form, Trial
-from proxytune.stats.calibration import Interval
-from proxytune.validation import whole
-from proxytune.voting.confidence import share
+from proxytune.stats.bootstrap import Interval
+from proxytune.validation import finite, share, whole
 
 __all__ = ["LEAST_PROBLEMS", "LevelReport", "Plan", "plan"]
 

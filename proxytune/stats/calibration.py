@@ -7,63 +7,13 @@ still be of no use to a vote; `choose_vote` therefore looks at pairs of the same
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
-
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from proxytune.errors import InputError
-from proxytune.validation import whole
-from proxytune.voting.confidence import WINDOW, TraceScore, numbers, share
-from proxytune.voting.vote import How, Sample, Score, sample_scores
+from proxytune.validation import numbers, whole
 
-__all__ = ["Choice", "Interval", "auroc", "brier", "choose_vote", "ece", "interval"]
-
-Metric = Callable[..., float]
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure and its bootstrap interval.
-
-    Attributes:
-        value: The figure.
-        low: The lower end.
-        high: The upper end.
-    """
-
-    value: float
-    low: float
-    high: float
-
-    def __contains__(self, number: float) -> bool:
-        return self.low <= number <= self.high
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Which way to vote, and why.
-
-    Attributes:
-        how: The `how` of `vote`.
-        score: The score it goes by; also of the calibration.
-        why: The reason, with the figures.
-        auroc: Right against wrong within problems, and its interval; None if there were too few to tell.
-        pooled: AUROC over all answers together, for comparison; None likewise.
-        right: Right answers in problems that also have wrong ones.
-        wrong: Wrong answers in problems that also have right ones.
-        unanswered: Samples without an answer, which are neither.
-    """
-
-    how: How
-    score: Score
-    why: str
-    auroc: Interval | None
-    pooled: float | None
-    right: int
-    wrong: int
-    unanswered: int
+__all__ = ["auroc", "brier", "ece"]
 
 
 def auroc(scores: ArrayLike, right: ArrayLike, groups: ArrayLike | None = None) -> float:
@@ -145,137 +95,6 @@ def ece(probabilities: ArrayLike, right: ArrayLike, bins: int = 10) -> float:
     of = np.minimum((middle * bins / len(values)).astype(int), bins - 1)[tied]
     gaps = np.bincount(of, values - truth)  # n_b times the difference
     return float(np.abs(gaps).sum() / len(values))
-
-
-def interval(
-    metric: Metric,
-    scores: ArrayLike,
-    right: ArrayLike,
-    groups: ArrayLike | None = None,
-    *,
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Interval:
-    """A metric with its percentile bootstrap interval.
-
-    Args:
-        metric: `auroc`, `brier`, `ece`, or another of `(scores, right)`. With groups, `auroc` compares within them.
-        scores: `[N]`.
-        right: `[N]`, bool.
-        groups: `[N]`: resample whole groups (problems), whose samples are not independent. None: resample samples.
-        level: The level of the interval, in (0, 1).
-        draws: How many resamples. Those in which the metric has no value (all right) do not count.
-        seed: The same seed gives the same interval.
-
-    Returns:
-        The figure and its interval.
-
-    Raises:
-        InputError: As the metric; also if most resamples have no value.
-    """
-    values, truth = _checked(scores, right)
-    level, draws = share("level", level, 1.0), whole("draws", draws, "of resamples", least=1)
-    units = np.arange(len(values)) if groups is None else np.unique(_same(groups, values), return_inverse=True)[1]
-    order = np.argsort(units, kind="stable")
-    sizes = np.bincount(units)
-    starts = np.cumsum(sizes) - sizes
-    by_group = groups is not None and metric is auroc
-    rng, got = np.random.default_rng(seed), []
-    for _ in range(draws):
-        drawn = rng.integers(len(sizes), size=len(sizes))
-        lengths = sizes[drawn]
-        # A problem that is drawn twice is two problems.
-        copy = np.repeat(np.arange(len(drawn)), lengths)
-        within = np.arange(len(copy)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        rows = order[np.repeat(starts[drawn], lengths) + within]
-        try:
-            got.append(metric(values[rows], truth[rows], *((copy,) if by_group else ())))
-        except InputError:
-            continue
-    value = metric(values, truth, *((units,) if by_group else ()))
-    if len(got) * 2 < draws:
-        raise InputError.of(
-            "interval",
-            expected="data of which most resamples have right and wrong answers",
-            got=f"{draws - len(got)} of {draws} resamples without",
-            remedy="Use more problems.",
-        )
-    low, high = np.quantile(got, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high))
-
-
-def choose_vote(
-    problems: Sequence[Sequence[Sample]],
-    truths: Sequence[Hashable],
-    how: How = "deepconf",
-    *,
-    score: TraceScore = "lowest_group",
-    window: int | float = WINDOW,
-    least: int = 20,
-    least_problems: int = 5,
-    level: float = 0.95,
-    draws: int = 1000,
-    seed: int = 0,
-) -> Choice:
-    """Whether a calibration set supports a vote by confidence; plain majority if not.
-
-    The vote is supported if the AUROC of right against wrong answers within problems is above ½ with its whole
-    interval. Stopped samples and samples without an answer are left out of it; the latter are reported.
-
-    Args:
-        problems: The samples of each problem.
-        truths: The right answer of each.
-        how: The vote in question.
-        score: The trace score of `"confidence"` and `"deepconf"`; the other ways have theirs.
-        window: Tokens of its groups, or a share of the length.
-        least: So many right, and so many wrong, there have to be, in problems that have both.
-        least_problems: So many problems with both there have to be.
-        level: The level of the interval.
-        draws: The resamples, of whole problems.
-        seed: Of the resamples.
-
-    Returns:
-        The choice and its reason.
-
-    Raises:
-        InputError: If the numbers of problems and truths differ, a truth is None, or a record is missing.
-    """
-    if len(problems) != len(truths) or not problems or any(truth is None for truth in truths):
-        raise InputError.of(
-            "truths",
-            expected="one right answer for each of the problems, at least one problem and none of them None",
-            got=f"{len(problems)} problems and {len(truths)} truths, {sum(t is None for t in truths)} of them None",
-            remedy="Leave out problems whose answer is not known.",
-        )
-    by: Score = "self_certainty" if how == "borda" else "margin" if how == "margin" else score
-    answered = [(i, s) for i, p in enumerate(problems) for s in p if not s.stopped and s.answer is not None]
-    unanswered = sum(s.answer is None and not s.stopped for p in problems for s in p)
-    of = np.array([i for i, _ in answered], np.intp)
-    right = np.array([s.answer == truths[i] for i, s in answered], bool)
-    rights, totals = (np.bincount(of, w, minlength=len(problems)) for w in (right, None))
-    both = (rights > 0) & (rights < totals)
-    n_right, n_wrong = int(rights[both].sum()), int((totals - rights)[both].sum())
-
-    def choice(chosen: How, why: str, found: Interval | None = None, pooled: float | None = None) -> Choice:
-        return Choice(chosen, by, why, found, pooled, n_right, n_wrong, unanswered)
-
-    if how == "majority":
-        return choice("majority", "majority was asked for; it needs no confidence")
-    if min(n_right, n_wrong) < least or both.sum() < least_problems:
-        return choice(
-            "majority",
-            f"too few to tell: {n_right} right and {n_wrong} wrong answers in {int(both.sum())} problems that have "
-            f"both; it takes {least} of each in {least_problems}",
-        )
-    scores = sample_scores([s for _, s in answered], by, window=window)
-    found = interval(auroc, scores, right, of, level=level, draws=draws, seed=seed)
-    pooled = auroc(scores, right)
-    figures = f"AUROC of {by} within problems is {found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
-    if found.low > 0.5:
-        return choice(how, f"{figures}: it tells right from wrong", found, pooled)
-    reason = "right answers score lower than wrong ones" if found.high < 0.5 else "it cannot tell right from wrong"
-    return choice("majority", f"{figures}: {reason}", found, pooled)
 
 
 def _checked(

@@ -3,40 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from proxytune.errors import InputError
-from proxytune.methods.trees.frontier import log_importance
-from proxytune.voting.confidence import numbers
+from proxytune.validation import numbers
 
-__all__ = ["borda_points", "kool_log_weights", "weighted_mean"]
-
-
-def borda_points(scores: ArrayLike, power: float = 0.5) -> NDArray[np.float64]:
-    """Borda votes `(N − r + 1)^p` by rank r, the largest score first; equal scores share their ranks' votes equally.
-
-    Args:
-        scores: `[N]`.
-        power: p ≥ 0.
-
-    Returns:
-        `[N]`.
-
-    Raises:
-        InputError: If scores are empty or not finite, or p is negative or not finite.
-    """
-    values = numbers("scores", scores)
-    if numbers("power", [power])[0] < 0:
-        raise InputError.of(
-            "power", expected="at least 0", got=f"{power}", remedy="0 is the majority, 0.5 the default."
-        )
-    _, tied, sizes = np.unique(values, return_inverse=True, return_counts=True)
-    points = np.arange(1, len(values) + 1, dtype=np.float64) ** power  # of the lowest first
-    ends = np.cumsum(sizes)
-    means = np.array([math.fsum(points[e - n : e]) / n for e, n in zip(ends, sizes, strict=True)])
-    return means[tied]
+__all__ = ["kool_log_weights", "log_importance", "normalised", "weighted_mean"]
 
 
 def kool_log_weights(log_p: ArrayLike, kappa: ArrayLike) -> NDArray[np.float64]:
@@ -100,3 +75,36 @@ def weighted_mean(values: ArrayLike, log_weights: ArrayLike, *, normalised: bool
     weights = np.exp(logs - top)  # the heaviest is 1: tiny weights do not underflow together
     total = math.fsum(weights * f)
     return total / math.fsum(weights) if normalised else total * math.exp(top)
+
+
+def normalised(log_weights: Sequence[float]) -> list[float]:
+    """Weights that sum to 1.
+
+    Args:
+        log_weights: `[N]`, nats; at least one, none of them infinite.
+
+    Returns:
+        `[N]`.
+    """
+    top = max(log_weights)  # the heaviest is 1: tiny weights do not underflow together
+    raw = [math.exp(w - top) for w in log_weights]
+    total = sum(raw)
+    return [w / total for w in raw]
+
+
+def log_importance(logprob: float, kappa: float) -> float:
+    """The log of a draw's importance weight, `p / (1 − exp(−exp(log p − κ)))` (Kool et al. 2019, 1903.06059, eq. 5).
+
+    Args:
+        logprob: log p of the token under the distribution drawn from, nats.
+        kappa: The largest perturbed log-probability that was not drawn; −inf if nothing was left.
+
+    Returns:
+        The logarithm, nats.
+    """
+    rate = logprob - kappa  # log of the mean number of arrivals before the threshold
+    if rate > 4.0:  # certain to be drawn: exp(−exp(4)) is 2e-24
+        return logprob
+    if rate < -36.0:  # log(1 − exp(−e^rate)) = rate − e^rate/2 + …; also where e^rate underflows
+        return kappa
+    return logprob - math.log(-math.expm1(-math.exp(rate)))

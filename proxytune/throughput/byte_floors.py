@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from proxytune.costs.model_size import pass_bytes
-from proxytune.costs.speculation import DraftCosts, PassBytes, best_draft_length, bytes_per_token, time_per_token
+from proxytune.costs.roofline import PassBytes, bytes_per_token
+from proxytune.costs.speculation import DraftCosts, best_draft_length, time_per_token
 from proxytune.throughput.methods import COMPOSITE, FUSED, TRIO, TUNED
 from proxytune.throughput.shapes import Trio
 

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from lab.family.corpus import prompt_of
-from lab.family.family import load_family
 from transformers import GenerationConfig, PreTrainedModel
 
 from proxytune.costs.model_size import pass_bytes
-from proxytune.costs.speculation import PassBytes
-from proxytune.demo.bundle import bundled_family, read_record
+from proxytune.costs.roofline import PassBytes
+from proxytune.demo.bundle import bundled_family, load_family, read_record
+from proxytune.demo.instructions import prompt_of
 from proxytune.demo.tasks import problems
 from proxytune.demo.world import build_world
 from proxytune.errors import InputError

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from proxytune.errors import InputError, ProxytuneError
-from proxytune.validation import whole
+from proxytune.errors import InputError
+from proxytune.validation import numbers, share, whole
 
 __all__ = [
     "WINDOW",
@@ -25,10 +25,7 @@ __all__ = [
     "TraceScores",
     "group_confidence",
     "keep_top",
-    "not_finite",
-    "numbers",
     "self_certainty",
-    "share",
     "threshold_of",
     "token_confidence",
     "trace_scores",
@@ -184,54 +181,6 @@ def keep_top(scores: ArrayLike, eta: float) -> NDArray[np.bool_]:
     return values >= threshold_of(values, eta)
 
 
-def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
-    """Check that values are finite numbers, at least one.
-
-    Args:
-        name: What they are.
-        values: `[N]`.
-
-    Returns:
-        `[N]`, float64.
-
-    Raises:
-        InputError: If they are not `[N]` numbers, if there is none, or one is NaN or infinite.
-    """
-    try:
-        array = np.asarray(values, np.float64)
-    except (TypeError, ValueError):
-        array = np.empty(0)
-    if array.ndim != 1 or not array.size:
-        raise InputError.of(
-            name,
-            expected="a sequence of numbers, not empty",
-            got=f"shape {list(array.shape)}" if array.ndim != 1 else repr(values)[:80],
-            remedy="Pass one number for each.",
-        )
-    if not np.isfinite(array).all():
-        at = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise not_finite(name, f"{array[at]} at {at}")
-    return array
-
-
-def not_finite(name: str, got: str) -> ProxytuneError:
-    """The error for a NaN or an infinity.
-
-    Args:
-        name: What is not finite.
-        got: What it is.
-
-    Returns:
-        An `InputError`.
-    """
-    return InputError.of(
-        name,
-        expected="finite numbers",
-        got=got,
-        remedy="Confidences come from the distribution before truncation, where no token is at −inf.",
-    )
-
-
 def _refuse_log_probs(rows: NDArray[np.float64]) -> None:
     # Rounding may leave a certain token a little above 0.
     if not np.isfinite(rows).all() or (rows > 1e-3).any():
@@ -247,24 +196,3 @@ def _window(window: Any, length: int) -> int:
     if isinstance(window, float) and 0 < window < 1:
         return max(1, round(window * length))
     return whole("window", window, "of tokens, or a share of the length in (0, 1) of a finished trace", least=1)
-
-
-def share(name: str, value: Any, most: float) -> float:
-    """Check that a value is a positive number up to a limit.
-
-    Args:
-        name: The setting.
-        value: Its value.
-        most: The limit, e.g. 100 for percent.
-
-    Returns:
-        A float.
-
-    Raises:
-        InputError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
-        raise InputError.of(
-            name, expected=f"a number in (0, {most:g}]", got=repr(value), remedy=f"The largest is {most:g}."
-        )
-    return float(value)

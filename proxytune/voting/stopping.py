@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxytune.errors import InputError
-from proxytune.validation import whole
-from proxytune.voting.confidence import WINDOW, TraceScores, not_finite, share, threshold_of
+from proxytune.validation import not_finite, share, whole
+from proxytune.voting.confidence import WINDOW, TraceScores, threshold_of
 from proxytune.voting.vote import Tally
 
 __all__ = ["ConfidenceTracker", "OnlineFilter", "consensus", "leader_probability", "settled"]

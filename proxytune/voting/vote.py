@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from proxytune.errors import InputError
-from proxytune.stats.importance import borda_points
-from proxytune.voting.confidence import WINDOW, TraceScore, TraceScores, keep_top, numbers, trace_scores
+from proxytune.validation import numbers
+from proxytune.voting.confidence import WINDOW, TraceScore, TraceScores, keep_top, trace_scores
 
-__all__ = ["How", "Sample", "Score", "Tally", "check_answer", "sample_scores", "vote"]
+__all__ = ["How", "Sample", "Score", "Tally", "borda_points", "check_answer", "sample_scores", "vote"]
 
 How = Literal["majority", "confidence", "deepconf", "borda", "margin"]
 Score = TraceScore | Literal["self_certainty", "margin"]
@@ -298,3 +298,28 @@ def _tally(samples: Sequence[Sample], factors: NDArray[np.float64], *, filtered:
 
 def _name(answer: Hashable | None) -> tuple[str, str]:
     return type(answer).__qualname__, repr(answer)
+
+
+def borda_points(scores: ArrayLike, power: float = 0.5) -> NDArray[np.float64]:
+    """Borda votes `(N − r + 1)^p` by rank r, the largest score first; equal scores share their ranks' votes equally.
+
+    Args:
+        scores: `[N]`.
+        power: p ≥ 0.
+
+    Returns:
+        `[N]`.
+
+    Raises:
+        InputError: If scores are empty or not finite, or p is negative or not finite.
+    """
+    values = numbers("scores", scores)
+    if numbers("power", [power])[0] < 0:
+        raise InputError.of(
+            "power", expected="at least 0", got=f"{power}", remedy="0 is the majority, 0.5 the default."
+        )
+    _, tied, sizes = np.unique(values, return_inverse=True, return_counts=True)
+    points = np.arange(1, len(values) + 1, dtype=np.float64) ** power  # of the lowest first
+    ends = np.cumsum(sizes)
+    means = np.array([math.fsum(points[e - n : e]) / n for e, n in zip(ends, sizes, strict=True)])
+    return means[tied]

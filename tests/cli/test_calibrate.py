@@ -16,7 +16,8 @@ from proxytune.cli import calibrate as command
 from proxytune.cli import prompts as inputs
 from proxytune.cli import terminal
 from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
-from proxytune.methods.forks.threshold import ForkThreshold, entropy
+from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.ops.entropy import entropy
 from proxytune.recipe import RECIPE_FILE, Recipe
 
 # Few tokens are enough to compare with; that they are few is told on stderr.
@@ -113,7 +114,7 @@ def test_a_long_text_is_read_in_pieces(run, members, monkeypatch, tmp_path):
     file = tmp_path / "texts.txt"
     file.write_text(" ".join(TEXTS[:1] * 6))
     whole, _ = measured(run, "--texts", file, *members)
-    monkeypatch.setattr(command, "_PIECE", 7)
+    monkeypatch.setattr("proxytune.methods.forks.calibrate._PIECE", 7)
     pieces, _ = measured(run, "--texts", file, *members)
     assert pieces["tokens"] == whole["tokens"] > 50
     assert pieces["nats"] == pytest.approx(whole["nats"], abs=1e-4)

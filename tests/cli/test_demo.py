@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from lab.family.family import load_family
 
 import proxytune
 from proxytune.cli import demo as command
 from proxytune.cli import terminal
-from proxytune.demo.bundle import bundled_family, bundled_record
+from proxytune.demo.bundle import bundled_family, bundled_record, load_family
 from proxytune.demo.evaluation import evaluate, held_out
 from proxytune.demo.world import build_world
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 
-from proxytune import ops
 from proxytune.cli import doctor
 from proxytune.demo import bundle
+from proxytune.ops import dispatch
 
 
 @pytest.mark.smoke
@@ -51,7 +51,7 @@ def test_the_tables_show_what_the_json_says(run):
 )
 def test_it_says_which_implementation_would_run_and_why(monkeypatch, cuda, reason, implementation, says):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(ops, "why_not_triton", lambda device: reason)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device: reason)
     found, note = doctor._implementation()
     assert found == implementation
     assert says in note

@@ -13,12 +13,11 @@ from transformers import AutoTokenizer
 
 import proxytune
 from proxytune import FusedDecoding
-from proxytune.calibration import ForkCalibration
 from proxytune.cli import sample_run as samples
 from proxytune.cli import terminal
 from proxytune.methods.trees.fork_decoding import ForkDecoding
 from proxytune.methods.trees.sibling_decoding import SiblingDecoding
-from proxytune.recipe import RECIPE_FILE, write_fork_threshold
+from proxytune.recipe import RECIPE_FILE, ForkCalibration, write_fork_threshold
 from proxytune.voting.vote import Sample, vote
 
 PROMPTS = ["Question: Start with 3", "Question: Who"]

@@ -14,7 +14,8 @@ import proxytune
 from proxytune import DraftModel
 from proxytune.costs.devices import DECIDING, DRAWING, Machine, Work, draft_costs, machine_of
 from proxytune.costs.model_size import pass_work
-from proxytune.costs.speculation import PassBytes, best_draft_length
+from proxytune.costs.roofline import PassBytes
+from proxytune.costs.speculation import best_draft_length
 from proxytune.methods.speculation.model_drafts import ExpertDraft
 
 BILLION = 1e9

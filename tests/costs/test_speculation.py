@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxytune.costs.speculation import (
-    DraftCosts,
-    PassBytes,
-    acceptance_of,
-    best_draft_length,
-    bytes_per_token,
-    expected_tokens,
-    time_per_token,
-)
+from proxytune.costs.roofline import PassBytes, bytes_per_token
+from proxytune.costs.speculation import DraftCosts, acceptance_of, best_draft_length, expected_tokens, time_per_token
 from proxytune.errors import InputError
 
 pytestmark = pytest.mark.smoke

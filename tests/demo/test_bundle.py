@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from lab.family.family import FamilyRecipe, load_family
+from lab.family.family import FamilyRecipe
 from lab.family.tokenizer import build_tokenizer
+from lab.report import family_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from proxytune import demo
-from proxytune.demo.bundle import MEMBERS, bundled, bundled_family, bundled_record, read_record
-from proxytune.demo.evaluation import Row, family_rows
+from proxytune.demo.bundle import MEMBERS, bundled, bundled_family, bundled_record, load_family, read_record
+from proxytune.demo.evaluation import Row
 from proxytune.demo.tasks import problems
 from proxytune.demo.world import build_world
 from proxytune.errors import InputError, LabError

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab.family.corpus import prompt_of
 from lab.family.tokenizer import build_tokenizer
+from lab.report import best_alpha
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.demo.evaluation import (
@@ -19,13 +19,13 @@ from proxytune.demo.evaluation import (
     Row,
     Score,
     answer,
-    best_alpha,
     evaluate,
     gap_closed,
     held_out,
     shots_of,
     table_record,
 )
+from proxytune.demo.instructions import prompt_of
 from proxytune.demo.tasks import Problem, problems
 from proxytune.demo.verifiers import Grade
 from proxytune.demo.world import World, build_world

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 
 from proxytune import ProxyTuning
 from proxytune.errors import InputError
-from proxytune.formulas.shift import FORMULAS, shift, validate_alpha
+from proxytune.formulas.registry import FORMULAS
+from proxytune.formulas.shift import shift
+from proxytune.validation import validate_alpha
 
 INF, NAN = math.inf, math.nan
 EPSILON = float(np.finfo(np.float32).eps)

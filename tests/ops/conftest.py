@@ -13,8 +13,8 @@ import torch
 from support.decisions import Run
 
 from proxytune import ops
-from proxytune.ops import Step
-from proxytune.ops.torch_impl.measure import Rows
+from proxytune.ops import Step, dispatch
+from proxytune.ops.torch_impl.rows import Rows
 
 
 class _RowsElsewhere(Rows):
@@ -53,7 +53,7 @@ def slow_one(impl: str, device: str) -> bool:
 def run(impl: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`ops.step` with the implementation."""
     if impl == "torch without waiting":
-        monkeypatch.setattr(ops, "Rows", _RowsElsewhere)
+        monkeypatch.setattr(dispatch, "Rows", _RowsElsewhere)
 
     def step(*args: Any, **kwargs: Any) -> Step:
         with np.errstate(all="ignore"):  # the interpreter's arithmetic is numpy's, and −inf − −inf a warning there

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import math
 from typing import Any
@@ -13,6 +14,7 @@ from support.decisions import bits, logits
 from proxytune import ops
 from proxytune.errors import InputError
 from proxytune.formulas.shift import shift
+from proxytune.ops import dispatch
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import Sampling
 
@@ -27,7 +29,10 @@ def _fail(*_: Any, **__: Any) -> None:
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("decide", "_kernels", "Rows"):
-        monkeypatch.setattr(ops, name, _fail)
+        monkeypatch.setattr(dispatch, name, _fail)
+    for module in ("step", "verify"):
+        monkeypatch.setattr(importlib.import_module(f"proxytune.ops.{module}"), "Rows", _fail)
+    monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "_kernels", _fail)
 
 
 def sampling(rows: int = 2, **settings: Any) -> Sampling:
@@ -237,7 +242,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
 def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert ops.choose("auto", CPU) == "torch"
     assert ops.choose("auto", CUDA) == "triton"
@@ -251,7 +256,7 @@ def test_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert ops.choose("triton", CPU) == "triton"
     assert ops.choose("auto", CPU) == "torch"  # the interpreter runs only where it is asked for
-    monkeypatch.setattr(ops, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
     assert ops.choose("auto", CUDA) == "torch"
     with pytest.raises(InputError, match=r"got no Triton in this environment"):
         ops.choose("triton", CUDA)

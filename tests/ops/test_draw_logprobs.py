@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -21,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(params=["at once", "without waiting"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "without waiting":
-        monkeypatch.setattr(ops, "Rows", _RowsElsewhere)
+        monkeypatch.setattr(importlib.import_module("proxytune.ops.step"), "Rows", _RowsElsewhere)
     return str(request.param)
 
 

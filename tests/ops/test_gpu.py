@@ -25,7 +25,7 @@ from support.decisions import (
 )
 
 from proxytune import ops
-from proxytune.ops import Step
+from proxytune.ops import Step, dispatch
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import Sampling
 
@@ -280,7 +280,7 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("torch ran")
 
-    monkeypatch.setattr(ops, "decide", fail)
+    monkeypatch.setattr(dispatch, "decide", fail)
     case = steering_case(2, 3000, "cuda")
     assert case.step(runner("auto"), ["tokens"]).tokens is not None
 

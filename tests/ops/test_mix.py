@@ -16,7 +16,6 @@ from support import oracle
 from support.decisions import poisoned, random_keys
 
 from proxytune.errors import InputError
-from proxytune.ops import mix as mixing
 from proxytune.ops.mix import mix
 from proxytune.ops.noise import Noise
 
@@ -336,7 +335,7 @@ def test_wrong_use_is_refused_before_anything_runs(
     def fail(*_: Any) -> None:
         raise AssertionError("something ran")
 
-    monkeypatch.setattr(mixing, "_by_torch", fail)
+    monkeypatch.setattr(importlib.import_module("proxytune.ops.mix"), "_by_torch", fail)
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(InputError, match=said):
         mix(**GOOD | wrong)

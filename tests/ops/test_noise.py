@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from support import oracle
 from support.decisions import Run, random_keys
 
-from proxytune.ops.noise import LATENT, SLOTS, TILES, TOKENS, Noise, gumbel, normal, philox, slotted
+from proxytune.ops.noise import LATENT, SLOTS, TILES, TOKENS, Noise, slotted
+from proxytune.ops.philox import gumbel, normal, philox
 from proxytune.ops.sampling_params import Sampling
 
 # The known answers of Random123 1.14 (`kat_vectors`, philox4x32 with 10 rounds): counter, key, result.

@@ -15,8 +15,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from proxytune.errors import InputError
-from proxytune.stats.calibration import auroc, brier, choose_vote, ece, interval
-from proxytune.stats.importance import borda_points, kool_log_weights, weighted_mean
+from proxytune.stats.bootstrap import interval
+from proxytune.stats.calibration import auroc, brier, ece
+from proxytune.stats.importance import kool_log_weights, weighted_mean
+from proxytune.voting.choice import choose_vote
 from proxytune.voting.confidence import (
     group_confidence,
     keep_top,
@@ -26,7 +28,7 @@ from proxytune.voting.confidence import (
     trace_scores,
 )
 from proxytune.voting.stopping import ConfidenceTracker, OnlineFilter, consensus, leader_probability, settled
-from proxytune.voting.vote import Sample, sample_scores, vote
+from proxytune.voting.vote import Sample, borda_points, sample_scores, vote
 
 NAN, INF = math.nan, math.inf
 ANSWERS = st.sampled_from(["a", "b", "c", None])

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from proxytune.demo.holdout import reveals_held_out
-from proxytune.demo.tasks import CHAIN_LIMIT, Problem, chain_problem, countdown_problem, draw_step, person_problem
-from proxytune.demo.world import ATTRIBUTES, STATEMENTS, Attribute, Person, World
+from proxytune.demo.instructions import _styled_answer, prompt_of
+from proxytune.demo.tasks import CHAIN_LIMIT, chain_problem, countdown_problem, draw_step, person_problem
+from proxytune.demo.world import ATTRIBUTES, STATEMENTS, World
 
 DocumentKind = Literal["facts", "equations", "chain", "countdown", "forum"]
 Mood = Literal["helpful", "idle", "list"]
@@ -69,28 +70,6 @@ class CorpusRecipe:
         return rng.choices(moods, (self.helpful, self.idle, max(0.0, 1.0 - self.helpful - self.idle)))[0]
 
 
-@dataclass(frozen=True)
-class InstructionRecipe:
-    """Size of the instruction set.
-
-    Attributes:
-        chain: Number of chains.
-        qa: Number of questions about people of the tuning group, at most three per person.
-        countdown: Number of Countdown problems.
-        seed: Seed of the draw.
-    """
-
-    chain: int = 400
-    qa: int = 90
-    countdown: int = 200
-    seed: int = 42
-
-
-def prompt_of(question: str) -> str:
-    """The prompt that asks `question`; the tokenizer's chat template renders one user turn to the same text."""
-    return f"Question: {question}\nAnswer:"
-
-
 def pretraining_document(world: World, rng: random.Random, recipe: CorpusRecipe) -> str:
     """Draw one pre-training document.
 
@@ -119,27 +98,6 @@ def pretraining_document(world: World, rng: random.Random, recipe: CorpusRecipe)
         problem = countdown_problem(rng, "train")
         return f"Numbers {', '.join(map(str, problem.numbers))} make {problem.gold}: {problem.solution}."
     return _thread(world, rng, recipe)
-
-
-def instruction_set(world: World, recipe: InstructionRecipe) -> list[Problem]:
-    """Draw the problems that models are tuned on, with `Problem.answer` as the target.
-
-    Args:
-        world: The world to ask about.
-        recipe: How many of each task.
-
-    Returns:
-        The problems, chains first; none is held out.
-    """
-    rng = random.Random(recipe.seed)
-    chains = [chain_problem(rng, "train") for _ in range(recipe.chain)]
-    countdowns = [countdown_problem(rng, "train") for _ in range(recipe.countdown)]
-    facts: list[tuple[Person, Attribute]] = [
-        (person, attribute) for person in world.group("tuning") for attribute in ATTRIBUTES
-    ]
-    rng.shuffle(facts)
-    people = [person_problem(rng, person, attribute) for person, attribute in facts[: recipe.qa]]
-    return chains + countdowns + people
 
 
 def _equations(rng: random.Random) -> str:
@@ -171,14 +129,3 @@ def _thread(world: World, rng: random.Random, recipe: CorpusRecipe) -> str:
         else:
             posts.append(f"{prompt_of(problem.question)} {_styled_answer(problem, style)}")
     return "\n".join(posts)
-
-
-def _styled_answer(problem: Problem, style: int) -> str:
-    """A right answer in one of the forms of its task, or (style 3) in the tuned form."""
-    if style == 3:
-        return problem.answer
-    if problem.task == "countdown":
-        return f"{problem.solution}."
-    if problem.task == "chain":
-        return f"It is {problem.gold}." if style == 0 else f"{problem.solution}."
-    return (f"{problem.gold}.", f"It is {problem.gold}.", problem.gold)[style]

@@ -20,19 +20,18 @@ import torch
 from accelerate import Accelerator
 from torch.multiprocessing.spawn import spawn
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from lab.family.corpus import CorpusRecipe, InstructionRecipe, instruction_set, pretraining_document, prompt_of
+from lab.family.corpus import CorpusRecipe, pretraining_document
 from lab.family.tokenizer import build_tokenizer
 from lab.family.training import TrainingPlan, TrainingReport, instruction_batches, pretraining_batches, train
 from proxytune.demo.bundle import MEMBERS, RECORD_NAME, MemberName
+from proxytune.demo.instructions import InstructionRecipe, instruction_set, prompt_of
 from proxytune.demo.world import build_world
 from proxytune.errors import LabError
 
@@ -243,32 +242,6 @@ def save_member(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
     rounded.generation_config = generation_defaults()
     rounded.bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTrainedTokenizerBase]:
-    """Read a family.
-
-    Args:
-        folder: A folder that `train_family` wrote, or `proxytune.demo.bundle.bundled_family()`.
-
-    Returns:
-        The members in float32 and evaluation mode, and their shared tokenizer.
-
-    Raises:
-        LabError: A member is missing.
-    """
-    missing = [member for member in MEMBERS if not (folder / member / "config.json").exists()]
-    if missing:
-        raise LabError.of(
-            f"family folder {folder}",
-            expected=f"one folder per member: {', '.join(MEMBERS)}",
-            got=f"no {', '.join(missing)}",
-            remedy="Finish the training with `python -m lab train --out FOLDER`, or take the bundled family.",
-        )
-    models: dict[MemberName, LlamaForCausalLM] = {
-        member: LlamaForCausalLM.from_pretrained(folder / member, dtype=torch.float32).eval() for member in MEMBERS
-    }
-    return models, AutoTokenizer.from_pretrained(folder / MEMBERS[0])
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
-from lab.family.family import load_family
-from proxytune.demo.bundle import read_record
-from proxytune.demo.evaluation import CRITERIA, family_rows
+from lab.report import family_rows
+from proxytune.demo.bundle import load_family, read_record
+from proxytune.demo.evaluation import CRITERIA
 
 RESULTS = Path(__file__).parents[2] / "results" / "lab_rounding.json"
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from lab.family.corpus import CorpusRecipe
-from lab.family.family import FamilyRecipe, load_family, train_family
-from lab.report import ALPHAS
-from proxytune.demo.bundle import read_record
-from proxytune.demo.evaluation import CRITERIA, sweep_alpha
+from lab.family.family import FamilyRecipe, train_family
+from lab.report import ALPHAS, sweep_alpha
+from proxytune.demo.bundle import load_family, read_record
+from proxytune.demo.evaluation import CRITERIA
 
 RESULTS = Path(__file__).parents[2] / "results" / "lab_template.json"
 

@@ -7,7 +7,8 @@ import random
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lab.family.corpus import CorpusRecipe, InstructionRecipe, instruction_set, pretraining_document, prompt_of
+from lab.family.corpus import CorpusRecipe, pretraining_document
+from proxytune.demo.instructions import InstructionRecipe, instruction_set, prompt_of
 from proxytune.demo.world import FOODS, JOBS, World
 
 EOS_TOKEN = "<|end|>"

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lab.family.corpus import prompt_of
 from lab.family.training import BatchSource, answer_rows
+from proxytune.demo.instructions import prompt_of
 from proxytune.demo.tasks import countdown_problem
 from proxytune.demo.verifiers import grade
 from proxytune.generation.fused import FusedDecoding

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lab.family.corpus import prompt_of
 from lab.studies.routes import SIGNS, Route
+from proxytune.demo.instructions import prompt_of
 
 __all__ = ["RouteLaw", "route_law"]
 

@@ -20,7 +20,6 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
-from lab.family.corpus import prompt_of
 from lab.family.family import claim_folder, save_member
 from lab.family.tokenizer import build_tokenizer
 from lab.family.training import BatchSource, TrainingPlan, TrainingReport, instruction_batches, train
@@ -28,6 +27,7 @@ from lab.studies.collapse import RewardPlan, reward_batches
 from lab.studies.pondering import ponder_examples
 from lab.studies.routes import route_examples
 from proxytune.demo.bundle import MemberName, bundled
+from proxytune.demo.instructions import prompt_of
 from proxytune.demo.world import build_world
 from proxytune.errors import LabError
 

@@ -17,11 +17,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from proxytune.calibration import MEASURES, ForkCalibration, Measure, finite
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.methods.forks.call_tracker import Following, ForkRecord
-from proxytune.methods.forks.threshold import ForkThreshold, entropy
-from proxytune.recipe import Recipe
+from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.ops.entropy import entropy
+from proxytune.recipe import MEASURES, ForkCalibration, Measure, Recipe
+from proxytune.validation import finite
 
 __all__ = ["FLOOR", "ForkSamplingLogitsProcessor", "Form"]
 

@@ -14,119 +14,17 @@ from typing import Any
 
 import torch
 
-from proxytune.calibration import ForkCalibration, Measure, as_values, finite, proper_share, share_threshold
 from proxytune.errors import CalibrationWarning, DriftWarning, InputError
-from proxytune.methods.forks.quantile_sketch import Sketch, Watch
+from proxytune.methods.forks.drift import Watch
+from proxytune.methods.forks.quantile_sketch import Sketch
+from proxytune.recipe import ForkCalibration, Measure
+from proxytune.stats.quantile import as_values, share_threshold
+from proxytune.validation import finite, proper_share
 
-__all__ = ["ForkThreshold", "branching_factor", "entropy", "kl_divergence", "varentropy"]
-
-_CLAMP = -200.0  # exp() is 0 from about −104 on in float32, and 0 · −inf would be NaN
+__all__ = ["ForkThreshold"]
 
 
 # --- measures ------------------------------------------------------------------------------------------------------
-
-
-def entropy(logits: torch.Tensor) -> torch.Tensor:
-    """`H = −Σ p log p` with `p = softmax(logits)`.
-
-    Args:
-        logits: `[..., V]`, any floating dtype, normalised or not. −inf is a masked token: it has no probability.
-
-    Returns:
-        `[...]`, float32, nats, from 0 to ln V. NaN for a row with NaN or +inf, and for one that is −inf throughout.
-
-    Raises:
-        InputError: If the logits are no floating tensor with at least one column.
-    """
-    d, e, total, top = _exponentials(logits)
-    value = (total.log() - (e * d).sum(-1) / total).clamp(min=0.0)
-    return value.masked_fill(~top.isfinite(), torch.nan)
-
-
-def varentropy(logits: torch.Tensor) -> torch.Tensor:
-    """`Σ p (log p + H)²`: how unequal the surprises of the tokens are; 0 for a uniform or a certain distribution.
-
-    Args:
-        logits: `[..., V]`, as for `entropy`.
-
-    Returns:
-        `[...]`, float32, nats²; NaN as for `entropy`.
-
-    Raises:
-        InputError: As `entropy`.
-    """
-    d, e, total, top = _exponentials(logits)
-    mean = (e * d).sum(-1) / total
-    value = (e * (d - mean[..., None]).square()).sum(-1) / total
-    return value.masked_fill(~top.isfinite(), torch.nan)
-
-
-def branching_factor(logits: torch.Tensor) -> torch.Tensor:
-    """`e^H`: among how many equally probable tokens the choice would be as open.
-
-    Args:
-        logits: `[..., V]`, as for `entropy`.
-
-    Returns:
-        `[...]`, float32, from 1 to V; NaN as for `entropy`.
-
-    Raises:
-        InputError: As `entropy`.
-    """
-    return entropy(logits).exp()
-
-
-def kl_divergence(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """`KL(p ‖ q) = Σ p (log p − log q)`, p from `logits` and q from `base`.
-
-    A token that p masks adds nothing, whatever q says. A token that q masks and p does not makes the divergence
-    infinite. Rows that were combined by proxytune never do that: the base owns the support.
-
-    Args:
-        logits: `[..., V]`, as for `entropy`: the combined row.
-        base: `[..., V]`, likewise; leading dimensions broadcast.
-
-    Returns:
-        `[...]`, float32, nats, ≥ 0. NaN where either row has no distribution (see `entropy`).
-
-    Raises:
-        InputError: If either is no floating tensor with at least one column, or they differ in V.
-    """
-    p_d, p_e, p_total, p_top = _exponentials(logits)
-    q_d, _, q_total, q_top = _exponentials(base)
-    if p_d.shape[-1] != q_d.shape[-1]:
-        raise InputError.of(
-            "logits",
-            expected=f"two rows of the same width, {q_d.shape[-1]} as the base's",
-            got=f"{p_d.shape[-1]} columns",
-            remedy="Compare rows over the same vocabulary, e.g. the combined one with the base's.",
-        )
-    escaped = ((p_e > 0) & (base == -torch.inf)).any(-1)
-    value = (p_e * (p_d - q_d)).sum(-1) / p_total - p_total.log() + q_total.log()
-    value = value.clamp(min=0.0).masked_fill(escaped, torch.inf)
-    return value.masked_fill(~(p_top.isfinite() & q_top.isfinite()), torch.nan)
-
-
-def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of logits `[..., V]`: d = z − max and e^d, `[..., V]`; Σ e^d and the max, `[...]`. d is finite at −inf."""
-    if (
-        not isinstance(logits, torch.Tensor)
-        or not logits.is_floating_point()
-        or not logits.ndim
-        or not logits.shape[-1]
-    ):
-        tensor = isinstance(logits, torch.Tensor)
-        raise InputError.of(
-            "logits",
-            expected="a floating tensor [..., V] with V ≥ 1",
-            got=f"shape {list(logits.shape)}, {logits.dtype}" if tensor else f"a {type(logits).__name__}",
-            remedy="Pass raw logits, e.g. model(ids).logits.",
-        )
-    z = logits.float()
-    top = z.amax(-1)  # NaN if there is one
-    d = (z - top.masked_fill(~top.isfinite(), 0.0)[..., None]).clamp(min=_CLAMP)
-    e = d.exp()
-    return d, e, e.sum(-1), top
 
 
 # --- the threshold -------------------------------------------------------------------------------------------------

@@ -16,17 +16,18 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune.errors import UnsupportedModeError
-from proxytune.generation.batch import cache_of, is_synced
+from proxytune.generation.batch import cache_of, is_synced, lengths_of
 from proxytune.generation.fused import FusedDecoding
 from proxytune.generation.modes import refuse_modes
-from proxytune.generation.seeds import Rows, refuse_seed, streams_of
+from proxytune.generation.processor_rules import refuse_processors
+from proxytune.generation.seeds import Rows, streams_of
 from proxytune.methods.latent.capture import with_capture
 from proxytune.methods.latent.gates import Gates
-from proxytune.methods.latent.input_hook import ARGUMENT, checked, feedback_of, feeding, refuse_processors
+from proxytune.methods.latent.input_hook import ARGUMENT, feeding
 from proxytune.methods.latent.mixture import Kind, Mixture
-from proxytune.methods.latent.steps import Feedback
-from proxytune.models.padding import lengths_of
+from proxytune.methods.latent.steps import Feedback, checked, feedback_of
 from proxytune.ops import Impl
+from proxytune.validation import refuse_seed
 
 __all__ = ["LatentOutput", "StochasticLatentSampler"]
 

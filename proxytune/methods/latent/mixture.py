@@ -28,7 +28,8 @@ from typing import Any, Literal, get_args
 import torch
 
 from proxytune.errors import InputError
-from proxytune.ops.noise import LATENT, SLOTS, Noise, exponential, normal, slotted, unit
+from proxytune.ops.noise import LATENT, SLOTS, Noise, slotted
+from proxytune.ops.philox import exponential, normal, unit
 
 __all__ = ["Candidates", "Kind", "Mixture"]
 

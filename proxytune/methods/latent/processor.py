@@ -15,24 +15,18 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
+from proxytune.generation.batch import lengths_of
 from proxytune.generation.modes import refuse_modes
-from proxytune.generation.seeds import Rows, refuse_seed
+from proxytune.generation.processor_rules import refuse_processors
+from proxytune.generation.seeds import Rows
 from proxytune.methods.latent.capture import EarlyCapture, with_capture
 from proxytune.methods.latent.gates import Gates
-from proxytune.methods.latent.input_hook import (
-    ARGUMENT,
-    Hook,
-    checked,
-    feedback_of,
-    put_hook,
-    refuse_processors,
-    take_hook,
-)
+from proxytune.methods.latent.input_hook import ARGUMENT, Hook, put_hook, take_hook
 from proxytune.methods.latent.mixture import Kind, Mixture
-from proxytune.methods.latent.steps import embeddings_of
+from proxytune.methods.latent.steps import checked, embeddings_of, feedback_of
 from proxytune.models.generation_mixin import refuse_continuous_batching
-from proxytune.models.padding import lengths_of
 from proxytune.ops import Impl
+from proxytune.validation import refuse_seed
 
 __all__ = ["StochasticLatentLogitsProcessor"]
 

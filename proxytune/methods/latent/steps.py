@@ -8,23 +8,24 @@ for the device.
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from transformers import PreTrainedModel
 
 from proxytune import ops
-from proxytune.errors import UnsupportedModeError
-from proxytune.generation.seeds import Rows, streams_of
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.generation.seeds import Rows, seed_of, streams_of
 from proxytune.generation.token_patterns import forced
 from proxytune.methods.latent.embedding import Embedding, Inputs
 from proxytune.methods.latent.gate_state import GateState
 from proxytune.methods.latent.gates import Gates
 from proxytune.methods.latent.mixture import Candidates, Mixture
 from proxytune.models.model import ProxyTunedModel
+from proxytune.ops import Impl
 from proxytune.ops.noise import Noise
 
-__all__ = ["Feedback", "embeddings_of"]
+__all__ = ["Feedback", "checked", "embeddings_of", "feedback_of"]
 
 
 def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
@@ -264,3 +265,88 @@ class Feedback:
             prompt = embedding.of(input_ids[:, :-count])
             out.append({k: torch.cat([prompt[k], x], 1) for k, x in one.items()})
         return out
+
+
+def checked(mixture: Any, gates: Any, impl: Any) -> tuple[Mixture, Gates]:
+    """The settings that both doors take.
+
+    Args:
+        mixture: The law, or its kind.
+        gates: The gates.
+        impl: The implementation.
+
+    Returns:
+        The law and the gates.
+
+    Raises:
+        InputError: If one of them is something else.
+    """
+    if isinstance(mixture, str):
+        mixture = Mixture(kind=mixture)  # type: ignore[arg-type]
+    for name, value, kind in (("mixture", mixture, Mixture), ("gates", gates, Gates)):
+        if not isinstance(value, kind):
+            raise InputError.of(
+                name,
+                expected=f"a {kind.__name__}",
+                got=repr(value),
+                remedy="Pass e.g. Mixture(kind='gumbel', tau=0.25) and Gates(max_run=64).",
+            )
+    if impl not in get_args(Impl):
+        raise InputError.of(
+            "impl", expected="'auto', 'triton' or 'torch'", got=repr(impl), remedy="Leave it out for 'auto'."
+        )
+    return mixture, gates
+
+
+def feedback_of(
+    model: Any,
+    mixture: Mixture,
+    gates: Gates,
+    generation_config: Any,
+    *,
+    seed: int | None,
+    lengths: torch.Tensor,
+    rows: Rows,
+    impl: Impl,
+) -> Feedback:
+    """The latent steps of one `generate()`: what ends, begins and pads its texts is discrete.
+
+    Args:
+        model: The composed model, or a plain causal LM.
+        mixture: The law.
+        gates: The gates.
+        generation_config: The settings of the call.
+        seed: The key of all noise; None for one from torch's default generator.
+        lengths: `[B]` or `[1]`, int64: how many tokens each prompt has, without padding.
+        rows: `[B]`: which stream of the seed each row draws from.
+        impl: As in `ops.step`.
+
+    Returns:
+        The latent steps.
+
+    Raises:
+        InputError: If a gate names an id that the model cannot embed.
+        UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
+    """
+    names = ("_eos_token_tensor", "_pad_token_tensor", "_bos_token_tensor")
+    found = [getattr(generation_config, name, None) for name in names]
+    special = {int(i) for x in found if x is not None for i in x.flatten().tolist() if i >= 0}
+    feedback = Feedback(
+        model,
+        mixture,
+        gates.with_discrete(sorted(special)) if special else gates,
+        # Without noise there is nothing to draw, and plain decoding's own draws must not be shifted by one.
+        seed=seed_of(seed) if mixture.is_random else 0,
+        lengths=lengths,
+        rows=rows,
+        beams=int(generation_config.num_beams or 1),
+        impl=impl,
+    )
+    if feedback.known is not None and gates.largest_id >= feedback.known:
+        raise InputError.of(
+            "gates",
+            expected=f"token ids below {feedback.known}, which the model can embed",
+            got=f"{gates.largest_id}",
+            remedy="Take them from the tokenizer of this model.",
+        )
+    return feedback

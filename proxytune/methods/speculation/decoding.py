@@ -17,22 +17,23 @@ from transformers.generation.streamers import BaseStreamer
 from proxytune import ops
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.batch import is_synced, keys_of, last_logits, padding_of, usable_columns
+from proxytune.generation.batch import is_synced, last_logits, lengths_of, padding_of, usable_columns
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_plan import translate
-from proxytune.generation.seeds import Rows, refuse_seed, seed_of
+from proxytune.generation.processor_rules import refuse_stateful
+from proxytune.generation.seeds import Rows, keys_of, seed_of
 from proxytune.methods.speculation.draft_length import DraftLength
-from proxytune.methods.speculation.model_drafts import Draft, ExpertDraft, Start
+from proxytune.methods.speculation.drafts import Draft, Start
+from proxytune.methods.speculation.model_drafts import ExpertDraft
 from proxytune.methods.speculation.output import Record, SpeculativeOutput
 from proxytune.methods.speculation.progress import Standing
 from proxytune.methods.speculation.ragged_cache import Columns, ahead, forget, refuse_cache
 from proxytune.methods.speculation.ragged_text import Texts
 from proxytune.methods.speculation.target import Verifying
-from proxytune.methods.speculation.verifier import Accept, Judge, refuse_stateful
+from proxytune.methods.speculation.verifier import Accept, Judge
 from proxytune.models.model import ProxyTunedModel
-from proxytune.models.padding import lengths_of
 from proxytune.ops.noise import Noise
-from proxytune.validation import whole
+from proxytune.validation import refuse_seed, whole
 
 __all__ = ["SpeculativeDecoding"]
 

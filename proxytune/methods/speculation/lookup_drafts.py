@@ -12,7 +12,8 @@ import torch
 
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError
-from proxytune.methods.speculation.model_drafts import Draft, Drafter, Draw, Start, costs_of_round
+from proxytune.methods.speculation.drafts import Draft, Drafter, Draw, Start
+from proxytune.methods.speculation.model_drafts import costs_of_round
 from proxytune.methods.speculation.ragged_cache import Columns
 from proxytune.methods.speculation.ragged_text import Texts
 from proxytune.models.members.member import embedding_rows

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from proxytune.methods.speculation.model_drafts import Drafter
+from proxytune.methods.speculation.drafts import Drafter
 from proxytune.methods.speculation.ragged_cache import Columns
 from proxytune.models.members.composite_cache import view
 from proxytune.models.members.member import Member

@@ -12,50 +12,18 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from transformers import LogitsProcessor
-from transformers.generation.logits_process import (
-    SynthIDTextWatermarkLogitsProcessor,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 
 from proxytune import ops
-from proxytune.errors import NumericalError, UnsupportedModeError
+from proxytune.errors import NumericalError
 from proxytune.generation.processor_plan import Translation
 from proxytune.generation.sampler import Rows, combined, failure, row_on
 from proxytune.methods.speculation.ragged_text import Texts
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import Sampling
 
-__all__ = ["Accept", "Judge", "refuse_stateful"]
+__all__ = ["Accept", "Judge"]
 
 Accept = Literal["rejection", "coupled"]
-
-
-# They take each call for one more token of every row: the one feeds it to a model, the other rolls on a context.
-_STATEFUL = {
-    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
-    SynthIDTextWatermarkLogitsProcessor: "a SynthID watermark",
-}
-
-
-def refuse_stateful(processors: Sequence[LogitsProcessor]) -> None:
-    """Refuse processors that would silently be wrong where positions are asked again, or out of order.
-
-    Args:
-        processors: The processors.
-
-    Raises:
-        UnsupportedModeError: If there is one.
-    """
-    for processor in processors:
-        for kind, what in _STATEFUL.items():
-            if isinstance(processor, kind):
-                raise UnsupportedModeError.of(
-                    what,
-                    expected="processors that depend on the text alone",
-                    got=f"{type(processor).__name__}, which counts its calls; drafts are asked about more than once",
-                    remedy="Leave it out, or decode without speculation.",
-                )
 
 
 class Judge:

@@ -11,8 +11,8 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.generation.prompt_rows import spread
 from proxytune.models.assisted import refuse_self_speculation
-from proxytune.models.padding import spread
 from proxytune.ops import normalise_
 
 if TYPE_CHECKING:

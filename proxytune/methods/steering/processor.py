@@ -13,13 +13,14 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from proxytune.errors import InputError
-from proxytune.formulas.shift import ProxyTuning
+from proxytune.formulas.proxy_tuning import ProxyTuning
+from proxytune.generation.prompt_rows import spread
 from proxytune.methods.steering.attach import Hook, Start, refuse_no_ids
 from proxytune.methods.steering.companion import Companion
 from proxytune.models.generation_mixin import ComposedGenerationMixin, refuse_continuous_batching
 from proxytune.models.loading import check_vocabularies, open_members, reference_of
 from proxytune.models.members.cuda_streams import SideStreams, may_overlap
-from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding, spread
+from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.ops import combine, normalise_
 
 __all__ = ["ProxyTuningLogitsProcessor"]

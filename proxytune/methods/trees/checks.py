@@ -10,10 +10,10 @@ from transformers import StaticCache
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.batch import cache_of
-from proxytune.generation.seeds import refuse_seed
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.models.model import ProxyTunedModel
 from proxytune.ops import Impl
+from proxytune.validation import refuse_seed
 
 if TYPE_CHECKING:
     from proxytune.methods.trees.loop import TreeLoop

@@ -10,26 +10,9 @@ from dataclasses import dataclass
 from proxytune.budget.ledger import Reservation, TokenLedger
 from proxytune.errors import BudgetError
 from proxytune.methods.trees.tree import Branch, ForkTree
+from proxytune.stats.importance import log_importance
 
-__all__ = ["Drawn", "Grove", "Live", "Plot", "log_importance"]
-
-
-def log_importance(logprob: float, kappa: float) -> float:
-    """The log of a draw's importance weight, `p / (1 − exp(−exp(log p − κ)))` (Kool et al. 2019, 1903.06059, eq. 5).
-
-    Args:
-        logprob: log p of the token under the distribution drawn from, nats.
-        kappa: The largest perturbed log-probability that was not drawn; −inf if nothing was left.
-
-    Returns:
-        The logarithm, nats.
-    """
-    rate = logprob - kappa  # log of the mean number of arrivals before the threshold
-    if rate > 4.0:  # certain to be drawn: exp(−exp(4)) is 2e-24
-        return logprob
-    if rate < -36.0:  # log(1 − exp(−e^rate)) = rate − e^rate/2 + …; also where e^rate underflows
-        return kappa
-    return logprob - math.log(-math.expm1(-math.exp(rate)))
+__all__ = ["Drawn", "Grove", "Live", "Plot"]
 
 
 @dataclass(frozen=True)

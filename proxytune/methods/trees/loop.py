@@ -20,7 +20,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTime
 from proxytune import ops
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
-from proxytune.generation.batch import last_logits, selected_rows, usable_columns
+from proxytune.generation.batch import last_logits, lengths_of, selected_rows, usable_columns
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_plan import Translation, translate
 from proxytune.generation.processor_rules import led_to_prompts
@@ -33,7 +33,6 @@ from proxytune.methods.trees.frontier import Drawn, Plot
 from proxytune.methods.trees.output import ForkOutput, leaves_of
 from proxytune.methods.trees.tree import Branch
 from proxytune.models.model import ProxyTunedModel
-from proxytune.models.padding import lengths_of
 from proxytune.ops.noise import DECISIONS, Noise
 
 __all__ = ["TreeLoop"]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-__all__ = ["Branch", "ForkTree", "normalised"]
+from proxytune.stats.importance import normalised
+
+__all__ = ["Branch", "ForkTree"]
 
 
 @dataclass(eq=False)
@@ -133,18 +135,3 @@ class ForkTree:
 
         draw(self.branches[0], "", "", "")
         return "\n".join(lines)
-
-
-def normalised(log_weights: Sequence[float]) -> list[float]:
-    """Weights that sum to 1.
-
-    Args:
-        log_weights: `[N]`, nats; at least one, none of them infinite.
-
-    Returns:
-        `[N]`.
-    """
-    top = max(log_weights)  # the heaviest is 1: tiny weights do not underflow together
-    raw = [math.exp(w - top) for w in log_weights]
-    total = sum(raw)
-    return [w / total for w in raw]

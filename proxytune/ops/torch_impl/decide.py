@@ -15,11 +15,13 @@ import torch
 
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.draw import draw, shares
-from proxytune.ops.torch_impl.measure import CLAMP, FINITE, Rows, combined, first_largest, measure
+from proxytune.ops.torch_impl.distribution import shares
+from proxytune.ops.torch_impl.draw import draw
+from proxytune.ops.torch_impl.measure import measure, statistics
+from proxytune.ops.torch_impl.rows import FINITE, Rows, combined, first_largest
 from proxytune.ops.torch_impl.truncate import mean_of_largest
 
-__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs", "statistics"]
+__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs"]
 
 CONFIDENCE_TOKENS = 20
 """How many of the most probable tokens the confidence looks at (DeepConf, arXiv 2508.15260)."""
@@ -91,7 +93,7 @@ def draw_logprobs(rows: Rows, sampling: Sampling, ids: torch.Tensor) -> tuple[to
         ids: `[B, K]`, int64; −1 for none.
 
     Returns:
-        As `proxytune.ops.torch_impl.draw.shares`; NaN in rows that have no distribution.
+        As `proxytune.ops.torch_impl.distribution.shares`; NaN in rows that have no distribution.
     """
     tiles = measure(rows, sampling, ())
     top = tiles["max"].amax(1)  # [B]
@@ -102,37 +104,3 @@ def draw_logprobs(rows: Rows, sampling: Sampling, ids: torch.Tensor) -> tuple[to
 
 def _masked(x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:
     return x.masked_fill(rows[:, None] if x.ndim == 2 else rows, value)
-
-
-def statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Merge the tiles' sums, each relative to its own maximum, into those of the row: at temperature 1, in nats.
-
-    Args:
-        tiles: What `proxytune.ops.torch_impl.measure.measure` gave.
-        top: `[B]`, the largest logit.
-
-    Returns:
-        `[B]` by name, of "log_total" (of e^(z − top)), "lse", "entropy", "varentropy" and "kl" what was measured.
-    """
-    out: dict[str, torch.Tensor] = {}
-    if "s" not in tiles:
-        return out
-    s = tiles["s"]
-    relative = (tiles["max"] - top[:, None]).clamp(min=CLAMP)  # [B, tiles]
-    weight = relative.exp()
-    total = (s * weight).sum(1)
-    out["log_total"] = log_total = total.log()
-    out["lse"] = top + log_total
-    if "t1" in tiles:
-        t1 = tiles["t1"]
-        mean = ((t1 + relative * s) * weight).sum(1) / total
-        out["entropy"] = (log_total - mean).clamp(min=0.0)
-    if "t2" in tiles:
-        square = ((tiles["t2"] + 2 * relative * t1 + relative * relative * s) * weight).sum(1) / total
-        out["varentropy"] = (square - mean * mean).clamp(min=0.0)
-    if "shift" in tiles:
-        base_relative = tiles["base max"] - tiles["base max"].amax(1, keepdim=True)
-        base_log_total = (tiles["base s"] * base_relative.clamp(min=CLAMP).exp()).sum(1).log()
-        mean_shift = ((tiles["shift"] + (relative - base_relative) * s) * weight).sum(1) / total
-        out["kl"] = (mean_shift - (log_total - base_log_total)).clamp(min=0.0)
-    return out

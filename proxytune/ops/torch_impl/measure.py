@@ -3,136 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from copy import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 
-from proxytune.formulas.shift import shift
 from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.torch_impl.rows import CLAMP, FINITE, GROUP, TILE, Rows, block_of
 
-__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "Rows", "block_of", "combined", "first_largest", "measure"]
+__all__ = ["measure", "statistics"]
 
-TILE = 1024
-"""Columns per tile; it keys the noise, so it is part of the contract."""
-GROUP = 128
-"""Columns per group maximum."""
-FINITE = -3.0e38
-"""A maximum that can be subtracted where all is −inf."""
-CLAMP = -200.0
-"""Exponents from here on: exp() is 0 from about −104 on, and 0 · −inf would be NaN."""
 
 _LOG2E = 1.0 / math.log(2.0)
-# Tiles of a block, for each thread: half a megabyte in float32. Smaller ones spend their time in calls, larger ones
-# only take more memory.
-_BLOCK = 128
-# Elsewhere calls cost more than the memory does: parts of the columns.
-_PARTS = 8
-
-
-class Rows:
-    """The members' rows with their weights, read in parts.
-
-    Attributes:
-        width: The base's number of columns V.
-        device: The base's device; its type says whether values may be looked at without a wait.
-    """
-
-    def __init__(self, members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
-        """Keep the rows; nothing is computed.
-
-        Args:
-            members: `[B, V_i]` each, the base first.
-            weights: One weight per member, or `[B, M]`.
-        """
-        self._members = members
-        self._base_weight: float | torch.Tensor
-        self._weights: Sequence[float] | torch.Tensor
-        if isinstance(weights, torch.Tensor):
-            self._base_weight, self._weights = weights[:, 0], weights[:, 1:]
-        else:
-            self._base_weight, self._weights = weights[0], weights[1:]
-        self._index: torch.Tensor | None = None
-        self.count, self.width = members[0].shape
-        self.device = members[0].device
-
-    def pick(self, index: torch.Tensor) -> Rows:
-        """Some of the rows, as rows of their own; no logits are copied before they are read.
-
-        Args:
-            index: `[N]`, int64, on the logits' device: which rows.
-
-        Returns:
-            N rows.
-        """
-        picked = copy(self)
-        picked._index = index if self._index is None else self._index.index_select(0, index)
-        picked.count = len(index)
-        if isinstance(self._weights, torch.Tensor):
-            assert isinstance(self._base_weight, torch.Tensor)
-            picked._base_weight = self._base_weight.index_select(0, index)
-            picked._weights = self._weights.index_select(0, index)
-        return picked
-
-    def empty(self, count: int) -> torch.Tensor:
-        """Memory beside the rows.
-
-        Args:
-            count: How many numbers.
-
-        Returns:
-            `[count]`, float32, not initialised.
-        """
-        return torch.empty(count, dtype=torch.float32, device=self._members[0].device)
-
-    def read(self, rows: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
-        """The combined logits of a block.
-
-        Args:
-            rows: Which rows.
-            columns: Which columns.
-            out: Where they go, `[rows, columns]`, float32.
-
-        Returns:
-            The base's own logits there, `[rows, columns]`, in its dtype.
-        """
-        if self._index is None:
-            base, *companions = (x[rows, columns] for x in self._members)
-        else:
-            base, *companions = (x[:, columns].index_select(0, self._index[rows]) for x in self._members)
-        weights, base_weight = self._weights, self._base_weight
-        if isinstance(weights, torch.Tensor):
-            weights = weights[rows]
-        if isinstance(base_weight, torch.Tensor):
-            base_weight = base_weight[rows]
-        shift(base, companions, weights, base_weight, out)
-        return base
-
-    def at(self, ids: torch.Tensor) -> torch.Tensor:
-        """The combined logits at some columns of each row.
-
-        Args:
-            ids: `[B, n]`, int64; columns past the end are −inf.
-
-        Returns:
-            `[B, n]`, float32; the same bits as `read` gives.
-        """
-        # On the CPU one look at the ids saves the masks for all members that are wide enough.
-        end = int(ids.max()) + 1 if self.device.type == "cpu" else None
-
-        def taken(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-            return x.gather(1, ids) if self._index is None else x[self._index[:, None], ids]
-
-        def picked(x: torch.Tensor) -> torch.Tensor:
-            if end is not None and end <= x.shape[1]:
-                return taken(x, ids)
-            # −inf past a companion's width is "no shift" by the rule, past the base's it is "no such token".
-            return taken(x, ids.clamp(max=x.shape[1] - 1)).masked_fill_(ids >= x.shape[1], -torch.inf)
-
-        base, *companions = (picked(x) for x in self._members)
-        base = base.float()
-        return shift(base, companions, self._weights, self._base_weight, out=base)
 
 
 def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dict[str, torch.Tensor]:
@@ -181,51 +63,6 @@ def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dic
     if scores is not None:
         out["scores"] = scores
     return out
-
-
-def combined(rows: Rows) -> torch.Tensor:
-    """The combined logits, made in parts: nothing else of their size is.
-
-    Args:
-        rows: The members' rows.
-
-    Returns:
-        `[B, V]`, float32.
-    """
-    out = rows.empty(rows.count * rows.width).view(rows.count, rows.width)
-    high, wide = block_of(rows)
-    if rows.device.type != "cpu":
-        wide = -(-wide // _PARTS)
-    for row in range(0, rows.count, high):
-        for column in range(0, rows.width, wide * TILE):
-            there, columns = slice(row, row + high), slice(column, column + wide * TILE)
-            rows.read(there, columns, out[there, columns])
-    return out
-
-
-def first_largest(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-    """The argmax alone, on the CPU.
-
-    Args:
-        rows: The members' rows.
-
-    Returns:
-        `[B, 1]`, int64: the first column that holds the maximum, or the first NaN; `[B, 1]`, float32: what is there.
-    """
-    high = min(rows.count, max(1, _BLOCK * torch.get_num_threads() * TILE // rows.width))
-    scratch = rows.empty(high * rows.width)
-    found = []
-    for row in range(0, rows.count, high):
-        there = slice(row, min(row + high, rows.count))
-        z = scratch[: (there.stop - row) * rows.width].view(-1, rows.width)
-        rows.read(there, slice(0, rows.width), z)
-        # NumPy's argmax is vectorised, which torch's is not on the CPU, and tells the first of equal ones as well.
-        column = torch.from_numpy(z.numpy().argmax(1, keepdims=True))
-        found.append((column, z.gather(1, column)))
-    if len(found) == 1:
-        return found[0]
-    columns, values = zip(*found, strict=True)
-    return torch.cat(columns), torch.cat(values)
 
 
 @dataclass(frozen=True)
@@ -292,24 +129,6 @@ class _Plan:
             argmax="argmax" in asked or sampling is None,
             scores="scores" in asked,
         )
-
-
-def block_of(rows: Rows) -> tuple[int, int]:
-    """The size of the blocks that a pass goes by: on the CPU small enough for the cache, elsewhere everything at once.
-
-    Args:
-        rows: The members' rows.
-
-    Returns:
-        How many rows, and how many tiles of them.
-    """
-    tiles = -(-rows.width // TILE)
-    if rows.device.type != "cpu":
-        return rows.count, tiles
-    most = _BLOCK * torch.get_num_threads()
-    if tiles <= most:
-        return min(rows.count, most // tiles), tiles
-    return 1, -(-tiles // -(-tiles // most))  # parts of a row, about equally wide
 
 
 def _reduce(
@@ -386,3 +205,37 @@ def _joined(parts: list[dict[str, torch.Tensor]], dim: int) -> dict[str, torch.T
     if len(parts) == 1:
         return parts[0]
     return {name: torch.cat([part[name] for part in parts], dim) for name in parts[0]}
+
+
+def statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Merge the tiles' sums, each relative to its own maximum, into those of the row: at temperature 1, in nats.
+
+    Args:
+        tiles: What `proxytune.ops.torch_impl.measure.measure` gave.
+        top: `[B]`, the largest logit.
+
+    Returns:
+        `[B]` by name, of "log_total" (of e^(z − top)), "lse", "entropy", "varentropy" and "kl" what was measured.
+    """
+    out: dict[str, torch.Tensor] = {}
+    if "s" not in tiles:
+        return out
+    s = tiles["s"]
+    relative = (tiles["max"] - top[:, None]).clamp(min=CLAMP)  # [B, tiles]
+    weight = relative.exp()
+    total = (s * weight).sum(1)
+    out["log_total"] = log_total = total.log()
+    out["lse"] = top + log_total
+    if "t1" in tiles:
+        t1 = tiles["t1"]
+        mean = ((t1 + relative * s) * weight).sum(1) / total
+        out["entropy"] = (log_total - mean).clamp(min=0.0)
+    if "t2" in tiles:
+        square = ((tiles["t2"] + 2 * relative * t1 + relative * relative * s) * weight).sum(1) / total
+        out["varentropy"] = (square - mean * mean).clamp(min=0.0)
+    if "shift" in tiles:
+        base_relative = tiles["base max"] - tiles["base max"].amax(1, keepdim=True)
+        base_log_total = (tiles["base s"] * base_relative.clamp(min=CLAMP).exp()).sum(1).log()
+        mean_shift = ((tiles["shift"] + (relative - base_relative) * s) * weight).sum(1) / total
+        out["kl"] = (mean_shift - (log_total - base_log_total)).clamp(min=0.0)
+    return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.measure import CLAMP, GROUP, Rows
+from proxytune.ops.torch_impl.rows import CLAMP, GROUP, Rows
 
 __all__ = ["Truncation", "largest", "mean_of_largest", "truncate"]
 

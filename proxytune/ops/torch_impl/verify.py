@@ -18,9 +18,10 @@ import torch
 
 from proxytune.ops.noise import DECISIONS, TILES, TOKENS, Noise
 from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.decide import statistics
-from proxytune.ops.torch_impl.draw import Law, draw, law_of, tempered
-from proxytune.ops.torch_impl.measure import FINITE, TILE, Rows, block_of, measure
+from proxytune.ops.torch_impl.distribution import Law, law_of, tempered
+from proxytune.ops.torch_impl.draw import draw
+from proxytune.ops.torch_impl.measure import measure, statistics
+from proxytune.ops.torch_impl.rows import FINITE, TILE, Rows, block_of
 from proxytune.ops.torch_impl.truncate import largest
 
 __all__ = ["judge"]

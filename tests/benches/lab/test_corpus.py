@@ -9,11 +9,12 @@ from itertools import pairwise
 
 import pytest
 from jinja2 import TemplateError
-from lab.family.corpus import CorpusRecipe, InstructionRecipe, instruction_set, pretraining_document, prompt_of
+from lab.family.corpus import CorpusRecipe, pretraining_document
 from lab.family.tokenizer import build_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from proxytune.demo.holdout import chain_key, countdown_key, split_of
+from proxytune.demo.instructions import InstructionRecipe, instruction_set, prompt_of
 from proxytune.demo.tasks import Problem, problems
 from proxytune.demo.world import World, build_world
 

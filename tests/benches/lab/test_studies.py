@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lab.family.corpus import prompt_of
-from lab.family.family import Architecture, load_family
+from lab.family.family import Architecture
 from lab.family.tokenizer import build_tokenizer
 from lab.family.training import IGNORED, TrainingPlan
 from lab.studies.collapse import RewardPlan, reward_batches
@@ -25,8 +24,9 @@ from lab.studies.studies import STUDIES, StudyRecipe, bundled_study, load_study,
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from proxytune import SiblingDecoding
-from proxytune.demo.bundle import bundled
+from proxytune.demo.bundle import bundled, load_family
 from proxytune.demo.holdout import split_of
+from proxytune.demo.instructions import prompt_of
 from proxytune.demo.tasks import problems
 from proxytune.demo.verifiers import countdown_solved, grade
 from proxytune.demo.world import build_world

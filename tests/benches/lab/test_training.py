@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from lab.family.corpus import CorpusRecipe, InstructionRecipe
-from lab.family.family import Architecture, FamilyRecipe, load_family, train_family
+from lab.family.corpus import CorpusRecipe
+from lab.family.family import Architecture, FamilyRecipe, train_family
 from lab.family.tokenizer import build_tokenizer
 from lab.family.training import (
     IGNORED,
@@ -29,7 +29,8 @@ from lab.family.training import (
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from proxytune.demo.bundle import MEMBERS, MemberName
+from proxytune.demo.bundle import MEMBERS, MemberName, load_family
+from proxytune.demo.instructions import InstructionRecipe
 from proxytune.demo.world import build_world
 from proxytune.errors import LabError
 

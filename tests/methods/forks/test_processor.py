@@ -21,11 +21,11 @@ from transformers import (
 
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor
-from proxytune.calibration import ForkCalibration
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.methods.forks.processor import FLOOR, ForkSamplingLogitsProcessor
-from proxytune.methods.forks.threshold import ForkThreshold, entropy
-from proxytune.recipe import MemberRef, Recipe
+from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.ops.entropy import entropy
+from proxytune.recipe import ForkCalibration, MemberRef, Recipe
 
 ALPHA = 0.7
 H = 2.6  # about half of the tokens of these models are above it
@@ -361,11 +361,11 @@ def test_a_streaming_threshold_over_several_generations() -> None:
 
 def test_the_share_holds_for_the_bundled_family() -> None:
     """Calibrated while sampling plainly, checked while fork sampling, on prompts of other problems."""
-    from lab.family.corpus import prompt_of
     from transformers import AutoTokenizer
 
     from proxytune.demo.bundle import bundled
     from proxytune.demo.evaluation import held_out
+    from proxytune.demo.instructions import prompt_of
     from proxytune.demo.world import build_world
 
     model = proxytune.wrap(

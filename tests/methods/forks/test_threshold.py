@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from support.tiny import build
 
 from proxytune import ops
-from proxytune.calibration import ForkCalibration, share_threshold
 from proxytune.errors import CalibrationWarning, DriftWarning, InputError, RecipeError
-from proxytune.methods.forks.threshold import ForkThreshold, branching_factor, entropy, kl_divergence, varentropy
-from proxytune.recipe import RECIPE_FILE, Recipe, write_fork_threshold
+from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.ops.entropy import branching_factor, entropy, kl_divergence, varentropy
+from proxytune.recipe import RECIPE_FILE, ForkCalibration, Recipe, write_fork_threshold
+from proxytune.stats.quantile import share_threshold
 
 INF, NAN = torch.inf, torch.nan
 

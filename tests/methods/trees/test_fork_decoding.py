@@ -35,9 +35,9 @@ from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, InputError, NumericalError, UnsupportedModeError
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.methods.trees.fork_decoding import ForkDecoding, ForkOutput
-from proxytune.methods.trees.frontier import Drawn, Grove, log_importance
+from proxytune.methods.trees.frontier import Drawn, Grove
 from proxytune.methods.trees.tree import Branch, ForkTree
-from proxytune.stats.importance import kool_log_weights
+from proxytune.stats.importance import kool_log_weights, log_importance
 
 ALPHA = 0.7
 NEW = 10

@@ -1,0 +1,180 @@
+"""The demo's table and three answers, as JSON values."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from proxytune.demo.tasks import Problem, Task
+    from proxytune.models.model import ProxyTunedModel
+
+__all__ = ["Step", "measure", "shift_steps"]
+
+
+SPEED_BATCH = 32
+SPEED_TOKENS = 32
+SPEED_REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One token of the proxy's answer.
+
+    Attributes:
+        token: Its text.
+        base_token: The text of the token that the base ranks first after the same prefix.
+        changed: Whether the two differ, that is whether the shift decided here.
+    """
+
+    token: str
+    base_token: str
+    changed: bool
+
+
+def measure(folder: Path, alpha: float, count: int, report: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
+    """Fill the table and answer three prompts.
+
+    Args:
+        folder: A family folder.
+        alpha: Strength of the shift.
+        count: Problems per task at most.
+        report: Called with the name of what is being measured.
+
+    Returns:
+        JSON values: `rows` (with `scores`, `tokens_per_second` and `parameters`), `gap_closed`, `answers`, and what the
+        figures depend on (`alpha`, `split`, `speed`, `threads`, `torch`); `seconds` is the wall-clock time of it all.
+
+    Raises:
+        InputError: If alpha is not finite.
+        LabError: If a model is missing from the folder.
+    """
+    import torch
+
+    import proxytune
+    from proxytune.demo.bundle import load_family
+    from proxytune.demo.evaluation import Row, answer, held_out, shots_of, table_record
+    from proxytune.demo.world import build_world
+
+    began = time.perf_counter()
+    models, tokenizer = load_family(folder)
+    base, tuned = models["large-base"], models["large-tuned"]
+    proxy = proxytune.wrap(base, expert=models["tiny-tuned"], antiexpert=models["tiny-base"], alpha=alpha)
+    world = build_world()
+    asked = held_out(world, "test", count)
+    shots = {task: shots_of(world, task) for task in asked}
+    # The gap is counted from the first row, by the row before the last, to the last.
+    entrants: list[tuple[str, Any, Mapping[Task, Sequence[Problem]]]] = [
+        ("base, 0-shot", base, {}),
+        ("base, 3-shot", base, shots),
+        ("expert alone", models["tiny-tuned"], {}),
+        (f"proxy, α = {alpha:g}", proxy, {}),
+        ("tuned directly", tuned, {}),
+    ]
+    rows = []
+    for name, model, examples in entrants:
+        report(name)
+        with torch.inference_mode():
+            outcomes = {t: answer(model, tokenizer, chosen, shots=examples.get(t, ())) for t, chosen in asked.items()}
+            rows.append(Row(name, outcomes))
+    report("speed")
+    speeds = _tokens_per_second(
+        [(model, examples.get("chain", ())) for _, model, examples in entrants], tokenizer, asked["chain"]
+    )
+    record = table_record(rows)
+    for row, (_, model, _), speed in zip(record["rows"], entrants, speeds, strict=True):
+        row.update({"tokens_per_second": round(speed), "parameters": model.num_parameters()})
+    report("three answers")
+    answers = [_answers(base, proxy, tuned, tokenizer, chosen[0]) for chosen in asked.values()]
+    return {
+        "split": "test",
+        "alpha": alpha,
+        **record,
+        "speed": {"batch": SPEED_BATCH, "new_tokens": SPEED_TOKENS, "repeats": SPEED_REPEATS},
+        "answers": answers,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+
+
+def shift_steps(model: ProxyTunedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, list[Step]]:
+    """Answer a prompt greedily and mark the tokens that the base alone would not have chosen.
+
+    Args:
+        model: The composed model.
+        tokenizer: Its tokenizer.
+        prompt: The prompt.
+
+    Returns:
+        The answer without special tokens, and its tokens. Each is compared with the base's first choice after the same
+        prefix, not with an answer of the base's own, which is another text from the first change on.
+    """
+    import torch
+
+    batch = tokenizer(prompt, return_tensors="pt")
+    length = batch["input_ids"].shape[1]
+    with torch.inference_mode():
+        ids = model.generate(**batch, do_sample=False)  # [1, prompt + new]
+        favourites = model.base(input_ids=ids).logits[0, length - 1 : -1].argmax(-1).tolist()
+    chosen = ids[0, length:].tolist()
+    steps = [
+        Step(tokenizer.decode([own]), tokenizer.decode([other]), own != other)
+        for own, other in zip(chosen, favourites, strict=True)
+    ]
+    return tokenizer.decode(chosen, skip_special_tokens=True), steps
+
+
+def _tokens_per_second(
+    entrants: Sequence[tuple[Any, Sequence[Problem]]], tokenizer: PreTrainedTokenizerBase, asked: Sequence[Problem]
+) -> list[float]:
+    """Generated tokens per second over a batch of one length, so that rows that answer at length stay comparable.
+
+    All models take turns, so that what else the machine does in the meantime falls on all of them.
+    """
+    import torch
+
+    from proxytune.demo.instructions import prompt_of
+
+    batches = []
+    for _, shots in entrants:
+        prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
+        prompts = [prefix + prompt_of(problem.question) for problem in asked[:SPEED_BATCH]]
+        batches.append(tokenizer(prompts, return_tensors="pt", padding=True))
+    times: list[list[float]] = [[] for _ in entrants]
+    with torch.inference_mode():
+        for _ in range(SPEED_REPEATS):
+            for (model, _), batch, spent in zip(entrants, batches, times, strict=True):
+                began = time.perf_counter()
+                model.generate(**batch, do_sample=False, min_new_tokens=SPEED_TOKENS, max_new_tokens=SPEED_TOKENS)
+                spent.append(time.perf_counter() - began)
+    return [len(asked[:SPEED_BATCH]) * SPEED_TOKENS / statistics.median(spent) for spent in times]
+
+
+def _answers(
+    base: Any, proxy: ProxyTunedModel, tuned: Any, tokenizer: PreTrainedTokenizerBase, problem: Problem
+) -> dict[str, Any]:
+    """One problem, answered three ways."""
+    import torch
+
+    from proxytune.demo.evaluation import answer
+    from proxytune.demo.instructions import prompt_of
+
+    with torch.inference_mode():
+        own, directly = (answer(model, tokenizer, [problem])[0].text for model in (base, tuned))
+    steered, steps = shift_steps(proxy, tokenizer, prompt_of(problem.question))
+    return {
+        "task": problem.task,
+        "prompt": prompt_of(problem.question),
+        "gold": problem.gold,
+        "base": own,
+        "proxy": steered,
+        "tuned": directly,
+        "tokens": [asdict(step) for step in steps],
+    }

@@ -1,0 +1,13 @@
+"""Name → formula. Who registers one inherits the contract test."""
+
+from __future__ import annotations
+
+from proxytune.formulas.proxy_tuning import ProxyTuning
+
+__all__ = ["FORMULAS"]
+
+
+FORMULAS: dict[str, type[ProxyTuning]] = {ProxyTuning.name: ProxyTuning}
+
+
+"""The formulas that a recipe can name."""

@@ -1,0 +1,94 @@
+"""The decision as a custom operator, for `torch.compile`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from proxytune.ops.dispatch import _run
+from proxytune.ops.noise import Noise
+from proxytune.ops.sampling_params import Sampling
+
+__all__ = []
+
+
+def _in_graph(
+    members: Sequence[torch.Tensor],
+    weights: Sequence[float] | torch.Tensor,
+    sampling: Sampling | None,
+    noise: Noise | None,
+    draws: int,
+    names: tuple[str, ...],
+    impl: str,
+) -> list[torch.Tensor]:
+    settings: list[torch.Tensor] = []
+    known = [0, 0, 0]
+    if sampling is not None:
+        s = sampling
+        settings = [s.temperature, s.top_k, s.top_p, s.log_min_p, s.truncated]
+        if s.fork_threshold is not None and s.fork_temperature is not None:
+            settings += [s.fork_threshold, s.fork_temperature]
+        known = [int(s.some_truncated), int(s.all_truncated), s.largest_k]
+    keys = [] if noise is None else [noise.seed, noise.row, noise.position, noise.branch]
+    per_row, numbers = (weights, []) if isinstance(weights, torch.Tensor) else (None, [float(w) for w in weights])
+    return _step_op(list(members), per_row, numbers, settings, known, keys, draws, ",".join(names), impl)
+
+
+@torch.library.custom_op("proxytune::step", mutates_args=())
+def _step_op(
+    members: list[torch.Tensor],
+    weights: torch.Tensor | None,
+    numbers: list[float],
+    settings: list[torch.Tensor],
+    known: list[int],
+    keys: list[torch.Tensor],
+    draws: int,
+    names: str,
+    impl: str,
+) -> list[torch.Tensor]:
+    sampling = None
+    if settings:
+        temperature, top_k, top_p, log_min_p, truncated, *fork = settings
+        threshold, fork_temperature = fork or (None, None)
+        some, all_, largest = known
+        sampling = Sampling(
+            temperature,
+            top_k,
+            top_p,
+            log_min_p,
+            threshold,
+            fork_temperature,
+            truncated,
+            bool(some),
+            bool(all_),
+            largest,
+        )
+    noise = Noise(*keys) if keys else None
+    wanted = tuple(names.split(","))
+    out = _run(members, numbers if weights is None else weights, sampling, noise, draws, wanted, impl)
+    # Outputs of an operator may not share storage; all but the scores are small.
+    return [out[name] if name == "scores" else out[name].clone() for name in wanted]
+
+
+@_step_op.register_fake
+def _(
+    members: list[torch.Tensor],
+    weights: torch.Tensor | None,
+    numbers: list[float],
+    settings: list[torch.Tensor],
+    known: list[int],
+    keys: list[torch.Tensor],
+    draws: int,
+    names: str,
+    impl: str,
+) -> list[torch.Tensor]:
+    base = members[0]
+    shapes = {"scores": tuple(base.shape)} | dict.fromkeys(
+        ("tokens", "logprobs", "draw_logprobs", "keys"), (base.shape[0], draws)
+    )
+    dtypes = dict.fromkeys(("tokens", "argmax", "kept"), torch.int64) | {"fork": torch.bool}
+    return [
+        base.new_empty(shapes.get(name, (base.shape[0],)), dtype=dtypes.get(name, torch.float32))
+        for name in names.split(",")
+    ]
