@@ -89,7 +89,7 @@ def independent(
     for first in range(0, len(rows), ROWS):
         some = rows[first : first + ROWS]
         encoded = subject.encode([prompt for _, prompt in some])
-        loop = FusedDecoding(seed=seed, rows=list(range(first, first + len(some))))
+        loop = FusedDecoding(seed=seed, stream_ids=list(range(first, first + len(some))))
         with torch.inference_mode():
             sequences = subject.model.generate(
                 **encoded,

@@ -141,7 +141,7 @@ def _trees(
     for first in range(0, len(asked), each):
         prompts = [prompt_of(problem.question) for problem in asked[first : first + each]]
         rows = list(range(first, first + len(prompts)))
-        loop = SiblingDecoding(siblings=samples, repulsion=0.0, seed=seed, rows=rows)
+        loop = SiblingDecoding(siblings=samples, repulsion=0.0, seed=seed, stream_ids=rows)
         trees = grow(subject, prompts, loop, max_new_tokens=MAX_NEW_TOKENS, processors=processors, width=width)
         out += zip(trees, subject.encode(prompts)["attention_mask"].sum(1).tolist(), strict=True)
     return out

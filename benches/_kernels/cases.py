@@ -16,7 +16,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from proxytune import ops
 from proxytune.formulas.shift import shift
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 ALPHA = 0.5
 WEIGHTS = (1.0, ALPHA, -ALPHA)
@@ -76,7 +76,7 @@ def decision(case: Case, rows: int, device: str, impl: ops.Impl) -> Callable[[Me
     """The decision by `proxytune.ops.step`; settings and noise are made once, as before a decoding loop."""
     sampling = noise = None
     if case.temperature is not None:
-        sampling = Sampling.of(
+        sampling = SamplingParams.of(
             rows, temperature=case.temperature, top_k=case.top_k, top_p=case.top_p, device=torch.device(device)
         )
         noise = Noise.of(rows, seed=1, position=7, device=torch.device(device))

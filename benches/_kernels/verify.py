@@ -1,4 +1,4 @@
-"""What `bench_kernels.py` measures of `proxytune.verify`: drafts accepted or rejected, and the token after them.
+"""What `bench_kernels.py` measures of `proxytune.ops.verify`: drafts accepted or rejected, and the token after them.
 
 The composition to compare with is the algorithm as it is written down (Leviathan et al. 2023, arXiv 2211.17192): the
 warped distributions of all positions and of all drafts, softmax of both, the ratios at the drafts against uniform
@@ -18,7 +18,7 @@ from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogit
 from _kernels.cases import TEMPERATURE, TRUNCATED, WEIGHTS, Case, combined, members
 from proxytune import ops
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 OURS, PLAIN = "proxytune", "plain"
 Given = list[torch.Tensor]
@@ -62,7 +62,7 @@ def given(what: Round, device: str) -> Given:
 
 
 def ours(what: Round, device: str, impl: ops.Impl) -> Callable[[Given], tuple[torch.Tensor, torch.Tensor]]:
-    """The verdict by `proxytune.verify`; settings and noise are made once, as before a decoding loop."""
+    """The verdict by `proxytune.ops.verify`; settings and noise are made once, as before a decoding loop."""
     sampling, noise = _keys(what, device)
 
     def run(x: Given) -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,9 +107,9 @@ def shape(what: Round) -> dict[str, Any]:
     return {"case": what.case.name, "rows": what.rows, "drafts": what.drafts, "width": what.width}
 
 
-def _keys(what: Round, device: str) -> tuple[Sampling, Noise]:
+def _keys(what: Round, device: str) -> tuple[SamplingParams, Noise]:
     place = torch.device(device)
     case = what.case
     assert case.temperature is not None
     settings = {"temperature": case.temperature, "top_k": case.top_k, "top_p": case.top_p}
-    return Sampling.of(what.rows, device=place, **settings), Noise.of(what.rows, seed=1, position=7, device=place)
+    return SamplingParams.of(what.rows, device=place, **settings), Noise.of(what.rows, seed=1, position=7, device=place)

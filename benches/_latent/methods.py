@@ -16,10 +16,10 @@ from _latent.measures import Answered, stack_passes
 from proxytune import ForkDecoding, ForkSamplingLogitsProcessor, SiblingDecoding
 from proxytune.errors import CalibrationWarning
 from proxytune.methods.forks.threshold import ForkThreshold
-from proxytune.methods.latent.decoding import StochasticLatentSampler
-from proxytune.methods.latent.gates import Gates
-from proxytune.methods.latent.mixture import Mixture
-from proxytune.methods.recursion.decoding import StochasticRecursion
+from proxytune.methods.latent.decoding import LatentDecoding
+from proxytune.methods.latent.gates import LatentGates
+from proxytune.methods.latent.mixture import LatentMixture
+from proxytune.methods.recursion.decoding import RecursionDecoding
 
 TEMPERATURES = (0.05, *(n / 10 for n in range(1, 14)), 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Past 1.3 too: a collapsed model's best may lie there, and a method must not win by being hotter than the sweep."""
@@ -162,7 +162,7 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
         ]
         temperature = 1.0
     elif setting.family != "temperature":
-        loop = StochasticLatentSampler(Mixture(**knobs), _gates(setting.family, asked.puzzle.name), seed=seed)
+        loop = LatentDecoding(LatentMixture(**knobs), _gates(setting.family, asked.puzzle.name), seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -204,11 +204,11 @@ def thresholds(asked: Asked, *, samples: int, seed: int) -> tuple[float, ...]:
         return tuple(ForkThreshold.calibrated(found, share).nats for share in SHARES)
 
 
-def _gates(family: str, puzzle: str) -> Gates:
+def _gates(family: str, puzzle: str) -> LatentGates:
     span: dict[str, Any] = {}
     if puzzle == "countdown" and family != "latent":
         span = {"begin_ids": [THINK_BEGIN], "end_ids": [THINK_END]}
-    return Gates(**span, min_entropy=GATED if family == "gated" else 0.0)
+    return LatentGates(**span, min_entropy=GATED if family == "gated" else 0.0)
 
 
 def _generate(asked: Asked, ids: torch.Tensor, temperature: float, loop: Any, **how: Any) -> Any:
@@ -247,7 +247,7 @@ def _grown(asked: Asked, setting: Setting, knobs: dict[str, Any], seed: int) -> 
 
 def _recurred(asked: Asked, setting: Setting, knobs: dict[str, Any], samples: int, seed: int) -> list[Answered]:
     """Trajectories of a model that recurs, with their log-probabilities."""
-    loop = StochasticRecursion(**knobs, trajectories=samples, select=None, seed=seed)
+    loop = RecursionDecoding(**knobs, trajectories=samples, select=None, seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode():
         found = _generate(asked, prompts, setting.temperature, loop, return_dict_in_generate=True).trajectories

@@ -44,10 +44,10 @@ def step(
     Args:
         members: `[B, V_i]` each, float32, float16 or bfloat16, inner stride 1, the base first.
         weights: `[B, M]`, float32, or M numbers.
-        sampling: `proxytune.ops.sampling_params.Sampling`, or None for the argmax.
+        sampling: `proxytune.ops.sampling_params.SamplingParams`, or None for the argmax.
         noise: `proxytune.ops.noise.Noise`, or None without `sampling`.
         draws: How many draws without replacement.
-        want: Names of the outputs, see `proxytune.ops.Step`.
+        want: Names of the outputs, see `proxytune.ops.StepOutput`.
 
     Returns:
         The outputs by name. Nothing is checked here: `proxytune.ops.step` does.
@@ -141,11 +141,11 @@ def verify(
         weights: `[B · (K + 1), M]`, float32, or M numbers.
         drafted: `[B, K]`, int64, contiguous.
         draft: `[B · K, V_q]`, as the members; None for drafts that are given.
-        sampling: `proxytune.ops.sampling_params.Sampling`, of B rows.
+        sampling: `proxytune.ops.sampling_params.SamplingParams`, of B rows.
         noise: `proxytune.ops.noise.Noise`, of B rows.
 
     Returns:
-        `[B, K + 1]` and `[B]`, int64, see `proxytune.ops.Verdict`. Nothing is checked here.
+        `[B, K + 1]` and `[B]`, int64, see `proxytune.ops.VerifyOutput`. Nothing is checked here.
     """
     device = drafted.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():

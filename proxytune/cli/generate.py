@@ -16,7 +16,7 @@ from rich.text import Text
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import AnswerFile, settings_of_run
-from proxytune.cli.latent_options import Latent, LatentGates, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
+from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
 from proxytune.cli.models import check_members, chosen_device, encode, load, named
 from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 from proxytune.cli.prompts import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
@@ -77,7 +77,7 @@ def generate(
     latent: Latent = None,
     tau: Tau = None,
     latent_span: LatentSpan = None,
-    latent_gates: LatentGates = None,
+    latent_gates: LatentGatesOption = None,
     out: Annotated[
         Path | None, typer.Option(help="Write the JSON lines to this file, those of each batch as soon as it is done.")
     ] = None,
@@ -223,10 +223,10 @@ def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, speculate: bo
         from proxytune.methods.speculation.decoding import SpeculativeDecoding
 
         # Coupled: a sample must not depend on the draft lengths, which depend on the batch.
-        return SpeculativeDecoding(accept="coupled", seed=seed, rows=list(rows))
+        return SpeculativeDecoding(accept="coupled", seed=seed, stream_ids=list(rows))
     if config.get_generation_mode() != GenerationMode.SAMPLE:
         return latent
-    fused = FusedDecoding(seed=seed, rows=list(rows))
+    fused = FusedDecoding(seed=seed, stream_ids=list(rows))
     return fused if latent is None else replace(latent, loop=fused)
 
 

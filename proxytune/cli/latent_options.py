@@ -14,10 +14,10 @@ from proxytune.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from proxytune.methods.latent.decoding import StochasticLatentSampler
-    from proxytune.methods.latent.mixture import Mixture
+    from proxytune.methods.latent.decoding import LatentDecoding
+    from proxytune.methods.latent.mixture import LatentMixture
 
-__all__ = ["Latent", "LatentGates", "LatentSpan", "SamplerOf", "Tau", "mixture_of", "sampler_of"]
+__all__ = ["Latent", "LatentGatesOption", "LatentSpan", "SamplerOf", "Tau", "mixture_of", "sampler_of"]
 
 Latent = Annotated[
     str | None,
@@ -37,7 +37,7 @@ LatentSpan = Annotated[
         show_default=False,
     ),
 ]
-LatentGates = Annotated[
+LatentGatesOption = Annotated[
     str | None,
     typer.Option(
         metavar="KEY=VALUE,…",
@@ -46,11 +46,11 @@ LatentGates = Annotated[
         show_default=False,
     ),
 ]
-SamplerOf = Callable[[Sequence[int]], "StochasticLatentSampler | None"]
+SamplerOf = Callable[[Sequence[int]], "LatentDecoding | None"]
 """The numbers of a batch's rows in the whole run → what decodes them; None for transformers' own loop."""
 
 
-def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> Mixture | None:
+def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> LatentMixture | None:
     """The law that was asked for; needs no model, so what is wrong with it is said before one is loaded.
 
     Args:
@@ -75,10 +75,10 @@ def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> M
                 remedy="Pass e.g. --latent gumbel.",
             )
         return None
-    from proxytune.methods.latent.mixture import Mixture
+    from proxytune.methods.latent.mixture import LatentMixture
 
     kind, _, rest = latent.partition(":")
-    settings = _settings("--latent", rest, [f.name for f in fields(Mixture) if f.name != "kind"])
+    settings = _settings("--latent", rest, [f.name for f in fields(LatentMixture) if f.name != "kind"])
     if tau is not None:
         if "tau" in settings:
             raise InputError.of(
@@ -88,11 +88,11 @@ def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> M
                 remedy="Remove one of them.",
             )
         settings["tau"] = tau
-    return Mixture(kind=kind, **settings)  # type: ignore[arg-type]
+    return LatentMixture(kind=kind, **settings)  # type: ignore[arg-type]
 
 
 def sampler_of(
-    mixture: Mixture | None, tokenizer: PreTrainedTokenizerBase, span: str | None, gates: str | None, seed: int
+    mixture: LatentMixture | None, tokenizer: PreTrainedTokenizerBase, span: str | None, gates: str | None, seed: int
 ) -> SamplerOf:
     """What decodes the batches of a run.
 
@@ -112,17 +112,17 @@ def sampler_of(
     """
     if mixture is None:
         return lambda rows: None
-    from proxytune.methods.latent.decoding import StochasticLatentSampler
-    from proxytune.methods.latent.gates import Gates
+    from proxytune.methods.latent.decoding import LatentDecoding
+    from proxytune.methods.latent.gates import LatentGates
 
     law = mixture
-    known = [f.name for f in fields(Gates) if f.name not in ("begin_ids", "end_ids", "discrete_ids")]
+    known = [f.name for f in fields(LatentGates) if f.name not in ("begin_ids", "end_ids", "discrete_ids")]
     settings = _settings("--latent-gates", gates or "", known)
     dwell = settings.get("dwell")
     if isinstance(dwell, str) and "/" in dwell:  # a comma ends the setting
         settings["dwell"] = tuple(parse_value(part.strip()) for part in dwell.split("/"))
-    where = Gates.for_tokenizer(tokenizer, span, **settings)
-    return lambda rows: StochasticLatentSampler(law, where, seed=seed, rows=list(rows))
+    where = LatentGates.for_tokenizer(tokenizer, span, **settings)
+    return lambda rows: LatentDecoding(law, where, seed=seed, stream_ids=list(rows))
 
 
 def _settings(option: str, text: str, known: Sequence[str]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from proxytune.cli import terminal
 from proxytune.cli.models import check_members, load
 from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 from proxytune.cli.prompts import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
-from proxytune.cli.sample_run import Drawing, Meter, Result, Vote, extractor
+from proxytune.cli.sample_run import Result, SampleProgress, SampleRun, Vote, extractor
 from proxytune.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
@@ -131,8 +131,8 @@ def sample(
     config = _settings(model.generation_config, flags, forks=forks)
 
     failed = False
-    with Meter(budget, len(prompts)) as meter:
-        run = Drawing(model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter)
+    with SampleProgress(budget, len(prompts)) as meter:
+        run = SampleRun(model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter)
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]
             for prompt, result in zip(batch, run(batch, first, chat), strict=True):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from proxytune.methods.trees.tree import Branch, ForkTree
     from proxytune.voting.vote import Tally
 
-__all__ = ["Drawing", "Meter", "Result", "Vote", "extractor"]
+__all__ = ["Result", "SampleProgress", "SampleRun", "Vote", "extractor"]
 
 Vote = Literal["majority", "weighted", "confidence", "deepconf"]
 
@@ -111,7 +111,7 @@ def _last(pattern: re.Pattern[str], text: str, cut: bool = False) -> str | None:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SampleRun:
     """All that the prompts have in common.
 
     Attributes:
@@ -134,7 +134,7 @@ class Drawing:
     extract: Extract
     vote: Vote
     eta: float
-    meter: Meter
+    meter: SampleProgress
 
     def __call__(self, prompts: Sequence[str], first: int, chat: bool) -> Iterator[Result | BudgetError]:
         """Draw for a batch; the streams of the seed go by the prompts' numbers in the whole call."""
@@ -177,7 +177,7 @@ class Drawing:
             **batch,
             generation_config=self.config,
             tokenizer=self.tokenizer,
-            custom_generate=replace(loop, rows=list(streams)),
+            custom_generate=replace(loop, stream_ids=list(streams)),
             stopping_criteria=[self.meter.criterion()],
             return_dict_in_generate=True,
         )
@@ -252,7 +252,7 @@ class Drawing:
         )
 
 
-class Meter:
+class SampleProgress:
     """A bar on stderr, where a person sees it: the tokens that are left, or spent where there is no budget."""
 
     def __init__(self, budget: int | None, prompts: int) -> None:
@@ -300,7 +300,7 @@ class Meter:
         """Show the bar."""
         self._bar.start()
 
-    def __enter__(self) -> Meter:
+    def __enter__(self) -> SampleProgress:
         self.go_on()
         return self
 

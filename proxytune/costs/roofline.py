@@ -29,7 +29,7 @@ class PassBytes:
     cached: float = 0.0
 
     def __post_init__(self) -> None:
-        _refuse_negative(weights=self.weights, cached=self.cached)
+        refuse_negative(weights=self.weights, cached=self.cached)
 
     def at(self, *, context: float = 0.0, rows: int = 1) -> float:
         """Bytes of one pass; those of several positions at once are the same.
@@ -44,7 +44,7 @@ class PassBytes:
         Raises:
             InputError: If the context is negative, or there is no row.
         """
-        _refuse_negative(context=context)
+        refuse_negative(context=context)
         return self.weights + whole("rows", rows, "of rows", least=1) * context * self.cached
 
 
@@ -65,13 +65,13 @@ def bytes_per_token(
     Raises:
         InputError: If there is no token, or a number is negative or not finite.
     """
-    _refuse_negative(**{f"passes[{i}]": count for i, (count, _) in enumerate(passes)})
+    refuse_negative(**{f"passes[{i}]": count for i, (count, _) in enumerate(passes)})
     if not 0 < tokens < math.inf:
         raise InputError.of("tokens", expected="a number above 0", got=repr(tokens), remedy="Count what was generated.")
     return sum(count * one.at(context=context, rows=rows) for count, one in passes) / tokens
 
 
-def _refuse_negative(**numbers: float) -> None:
+def refuse_negative(**numbers: float) -> None:
     for name, number in numbers.items():
         if not 0.0 <= number < math.inf:
             raise InputError.of(

@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proxytune.costs.roofline import PassBytes, _refuse_negative
+from proxytune.costs.roofline import PassBytes, refuse_negative
 from proxytune.errors import InputError
 from proxytune.validation import whole
 
@@ -48,7 +48,7 @@ class DraftCosts:
 
     def __post_init__(self) -> None:
         plain = self.round + self.draft if self.plain is None else self.plain
-        _refuse_negative(round=self.round, draft=self.draft, position=self.position, plain=plain)
+        refuse_negative(round=self.round, draft=self.draft, position=self.position, plain=plain)
         if self.round + self.draft == 0 or plain == 0:
             raise InputError.of(
                 "DraftCosts",

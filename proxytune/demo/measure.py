@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from proxytune.demo.tasks import Problem, Task
     from proxytune.models.model import ProxyTunedModel
 
-__all__ = ["Step", "measure", "shift_steps"]
+__all__ = ["ShownToken", "measure", "shift_steps"]
 
 
 SPEED_BATCH = 32
@@ -24,7 +24,7 @@ SPEED_REPEATS = 5
 
 
 @dataclass(frozen=True)
-class Step:
+class ShownToken:
     """One token of the proxy's answer.
 
     Attributes:
@@ -104,7 +104,9 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
     }
 
 
-def shift_steps(model: ProxyTunedModel, tokenizer: PreTrainedTokenizerBase, prompt: str) -> tuple[str, list[Step]]:
+def shift_steps(
+    model: ProxyTunedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
+) -> tuple[str, list[ShownToken]]:
     """Answer a prompt greedily and mark the tokens that the base alone would not have chosen.
 
     Args:
@@ -125,7 +127,7 @@ def shift_steps(model: ProxyTunedModel, tokenizer: PreTrainedTokenizerBase, prom
         favourites = model.base(input_ids=ids).logits[0, length - 1 : -1].argmax(-1).tolist()
     chosen = ids[0, length:].tolist()
     steps = [
-        Step(tokenizer.decode([own]), tokenizer.decode([other]), own != other)
+        ShownToken(tokenizer.decode([own]), tokenizer.decode([other]), own != other)
         for own, other in zip(chosen, favourites, strict=True)
     ]
     return tokenizer.decode(chosen, skip_special_tokens=True), steps

@@ -1,1 +1,7 @@
-"""How the members' logits become one row; pure tensors."""
+"""How the members' logits become one row."""
+
+from proxytune.formulas.base import Formula
+from proxytune.formulas.proxy_tuning import ProxyTuning
+from proxytune.formulas.registry import FORMULAS
+
+__all__ = ["FORMULAS", "Formula", "ProxyTuning"]

@@ -12,7 +12,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from proxytune.errors import InputError
-from proxytune.generation.processor_plan import Translation
+from proxytune.generation.processor_plan import ProcessorPlan
 from proxytune.models.model import ProxyTunedModel
 
 __all__ = ["cache_of", "is_synced", "last_logits", "lengths_of", "padding_of", "selected_rows", "usable_columns"]
@@ -76,7 +76,7 @@ def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[flo
     return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in logits], weights
 
 
-def usable_columns(model: Any, translation: Translation, width: int) -> int:
+def usable_columns(model: Any, translation: ProcessorPlan, width: int) -> int:
     """How many columns can be drawn from: the others are absent, not masked.
 
     Args:

@@ -20,10 +20,10 @@ from proxytune import ops
 from proxytune.errors import InputError
 from proxytune.generation.batch import is_synced, last_logits, lengths_of, padding_of, usable_columns
 from proxytune.generation.modes import refuse_modes
-from proxytune.generation.processor_plan import Translation, translate
-from proxytune.generation.recorder import Record
-from proxytune.generation.sampler import Drawing
-from proxytune.generation.seeds import Rows, keys_of, seed_of
+from proxytune.generation.processor_plan import ProcessorPlan, plan_processors
+from proxytune.generation.recorder import OutputRecorder
+from proxytune.generation.sampler import Sampler
+from proxytune.generation.seeds import StreamIds, keys_of, seed_of
 from proxytune.models.model import ProxyTunedModel
 from proxytune.ops.noise import Noise
 from proxytune.validation import refuse_seed
@@ -52,9 +52,9 @@ class FusedDecoding:
     Attributes:
         seed: The key of all draws; None for another one in each call, from torch's default generator.
         impl: "triton", "torch", or "auto" for Triton where it runs.
-        rows: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …]. With it, a row of a
-            batch can be drawn again alone.
-        branches: `[B]`, int64, or a list, in [0, 2³⁰): which of several continuations of its stream each row is
+        stream_ids: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …]. With it, a row
+            of a batch can be drawn again alone.
+        branch_ids: `[B]`, int64, or a list, in [0, 2³⁰): which of several continuations of its stream each row is
             [0, 0, 0, …].
         streamer: A streamer for plain models; it gets the prompt too.
 
@@ -64,8 +64,8 @@ class FusedDecoding:
 
     seed: int | None = None
     impl: ops.Impl = "auto"
-    rows: Rows = None
-    branches: Rows = None
+    stream_ids: StreamIds = None
+    branch_ids: StreamIds = None
     streamer: BaseStreamer | None = None
 
     def __post_init__(self) -> None:
@@ -111,28 +111,28 @@ class FusedDecoding:
 
         Raises:
             UnsupportedModeError: For encoder-decoders and for every mode but greedy decoding and sampling.
-            InputError: If `rows` or `branches` do not fit the batch, or there is an EOS but no padding token.
+            InputError: If `stream_ids` or `branch_ids` do not fit the batch, or there is an EOS but no padding token.
             NumericalError: If an unfinished row has no distribution, with the row and the step.
         """
         refuse_modes("FusedDecoding", model, generation_config, assistant_model)
         batch = input_ids.shape[0]
-        keys = keys_of(self.rows, self.branches, batch)
+        keys = keys_of(self.stream_ids, self.branch_ids, batch)
         pads = padding_of(stopping_criteria, generation_config, input_ids.device)
         synced = is_synced(model) if synced_gpus is None else synced_gpus
         streamer = self._streamer(streamer, input_ids)
         composed = isinstance(model, ProxyTunedModel)
         if composed:
             model_kwargs["combine"] = False
-        record = Record(generation_config)
+        record = OutputRecorder(generation_config)
         position = lengths_of(batch, input_ids.shape[1], input_ids.device, generation_config, model_kwargs)  # [B]
-        translation = translate(logits_processor, bool(generation_config.do_sample))
+        translation = plan_processors(logits_processor, bool(generation_config.do_sample))
         forward = (
             model.get_compiled_call(generation_config.compile_config)
             if model._valid_auto_compile_criteria(model_kwargs, generation_config)
             else model
         )
 
-        drawing: Drawing | None = None
+        drawing: Sampler | None = None
         unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
         finished, step = False, 0
         first = not generation_config.is_assistant
@@ -181,11 +181,11 @@ class FusedDecoding:
     def _prepare(
         self,
         model: Any,
-        translation: Translation,
+        translation: ProcessorPlan,
         base: torch.Tensor,
         position: torch.Tensor,
         keys: Noise,
-    ) -> Drawing:
+    ) -> Sampler:
         batch, width = base.shape
         usable = usable_columns(model, translation, width)
         # Processors were made for the device of the ids, and expect all V columns.
@@ -195,7 +195,7 @@ class FusedDecoding:
             sampling = translation.sampling(batch, width if translation.before else usable, place)
             keys = Noise.of(batch, seed=seed_of(self.seed), row=keys.row, branch=keys.branch, device=place)
             noise = keys.at(position.to(place))
-        return Drawing(translation, sampling, noise, width=width, usable=usable, place=place, impl=self.impl)
+        return Sampler(translation, sampling, noise, width=width, usable=usable, place=place, impl=self.impl)
 
     def _streamer(self, given: BaseStreamer | None, input_ids: torch.Tensor) -> BaseStreamer | None:
         if given is None and self.streamer is not None:

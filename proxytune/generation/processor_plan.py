@@ -1,7 +1,7 @@
 """Which of `generate()`'s logits processors the fused step does by itself, and which have to run before it.
 
 transformers puts the processors in one list: penalties and constraints, the user's own, then the warpers. What
-`Sampling` can say stands at the end of it, in the same order: temperature, top-k, top-p, min-p.
+`SamplingParams` can say stands at the end of it, in the same order: temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from transformers import (
 )
 
 from proxytune.models.assisted import TailMask
-from proxytune.ops.sampling_params import LEAST_TEMPERATURE, Sampling
+from proxytune.ops.sampling_params import LEAST_TEMPERATURE, SamplingParams
 
-__all__ = ["Translation", "translate"]
+__all__ = ["ProcessorPlan", "plan_processors"]
 
 _SETTINGS: dict[type[LogitsProcessor], str] = {
     TemperatureLogitsWarper: "temperature",
@@ -31,12 +31,12 @@ _SETTINGS: dict[type[LogitsProcessor], str] = {
     TopPLogitsWarper: "top_p",
     MinPLogitsWarper: "min_p",
 }
-"""Warper → its setting, in the order in which `Sampling` applies them."""
+"""Warper → its setting, in the order in which `SamplingParams` applies them."""
 _ORDER = tuple(_SETTINGS)
 
 
 @dataclass(frozen=True, eq=False)
-class Translation:
+class ProcessorPlan:
     """A list of processors in three parts, which together do what the list does.
 
     Attributes:
@@ -51,14 +51,14 @@ class Translation:
     warpers: LogitsProcessorList
     do_sample: bool
 
-    def sampling(self, rows: int, width: int, device: torch.device, **more: Any) -> Sampling:
+    def sampling(self, rows: int, width: int, device: torch.device, **more: Any) -> SamplingParams:
         """The settings that the warpers became; waits for the device, so this is for before the loop.
 
         Args:
             rows: The number of rows B.
             width: How many columns the rows have that are drawn from.
             device: Where they are.
-            **more: Further settings of `Sampling.of`.
+            **more: Further settings of `SamplingParams.of`.
 
         Returns:
             The settings, the same for all rows.
@@ -66,10 +66,10 @@ class Translation:
         settings: dict[str, Any] = {_SETTINGS[type(w)]: _value(w) for w in self.warpers}
         if "top_k" in settings:
             settings["top_k"] = min(settings["top_k"], width)  # as the warper does
-        return Sampling.of(rows, **settings, **more, device=device)
+        return SamplingParams.of(rows, **settings, **more, device=device)
 
 
-def translate(processors: Sequence[LogitsProcessor], do_sample: bool) -> Translation:
+def plan_processors(processors: Sequence[LogitsProcessor], do_sample: bool) -> ProcessorPlan:
     """Split a list of processors.
 
     Args:
@@ -87,7 +87,7 @@ def translate(processors: Sequence[LogitsProcessor], do_sample: bool) -> Transla
     while do_sample and rest and _translatable(rest[-1]) and _ORDER.index(type(rest[-1])) < allowed:
         allowed = _ORDER.index(type(rest[-1]))
         warpers.insert(0, rest.pop())
-    return Translation(usable, LogitsProcessorList(rest), LogitsProcessorList(warpers), do_sample)
+    return ProcessorPlan(usable, LogitsProcessorList(rest), LogitsProcessorList(warpers), do_sample)
 
 
 def _translatable(processor: LogitsProcessor) -> bool:

@@ -1,8 +1,9 @@
-"""Logits processors that go by the number of a row: in a tree they are led to the row's prompt, or refused."""
+"""Which logits processors a loop cannot run, and why: one list, and who refuses what."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Flag, auto
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
@@ -15,21 +16,40 @@ from transformers.generation.logits_process import (
 
 from proxytune.errors import UnsupportedModeError
 from proxytune.generation.prompt_rows import owner_of
-from proxytune.methods.latent.capture import Capture
 
-__all__ = ["led_to_prompts", "refuse_processors", "refuse_stateful"]
+__all__ = ["bind_to_prompts", "refuse_processors", "refuse_stateful"]
 
-_REFUSED: dict[type[LogitsProcessor], str] = {
-    EncoderRepetitionPenaltyLogitsProcessor: "encoder_repetition_penalty",
-    EncoderNoRepeatNGramLogitsProcessor: "encoder_no_repeat_ngram_size",
-    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
-    SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
-    Capture: "latent steps",
+
+class _Trait(Flag):
+    PER_ROW = auto()  # keeps something for each row of the batch; ours say so by `per_row_state = True`
+    PER_CALL = auto()  # takes each call for one more token of every row
+    OTHER_MODEL = auto()  # runs a model on the token ids; ours say so by `shifts_logits = True`
+
+
+_KNOWN: dict[type[LogitsProcessor], tuple[str, _Trait]] = {
+    EncoderRepetitionPenaltyLogitsProcessor: ("encoder_repetition_penalty", _Trait.PER_ROW),
+    EncoderNoRepeatNGramLogitsProcessor: ("encoder_no_repeat_ngram_size", _Trait.PER_ROW),
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: (
+        "guidance_scale",
+        _Trait.PER_ROW | _Trait.PER_CALL | _Trait.OTHER_MODEL,
+    ),
+    SynthIDTextWatermarkLogitsProcessor: ("watermarking_config", _Trait.PER_ROW | _Trait.PER_CALL),
 }
-"""Processors that keep something for each row of the batch → the setting that asks for them."""
+"""transformers' own → the setting that asks for it, and what it does."""
 
 
-def led_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsProcessorList:
+def _first(processors: Sequence[LogitsProcessor], trait: _Trait) -> tuple[LogitsProcessor, str] | None:
+    """The first processor that has the trait, and the setting that asks for it."""
+    for processor in processors:
+        for kind, (setting, traits) in _KNOWN.items():
+            if isinstance(processor, kind) and trait in traits:
+                return processor, setting
+        if trait is _Trait.PER_ROW and getattr(processor, "per_row_state", False):
+            return processor, getattr(processor, "setting", type(processor).__name__)
+    return None
+
+
+def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsProcessorList:
     """The processors as a tree can run them: a constraint of `prefix_allowed_tokens_fn` gets the number of the prompt.
 
     Args:
@@ -37,20 +57,19 @@ def led_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsPr
         processors: The processors as `generate()` made them; they stay as they are.
 
     Returns:
-        The processors, to be called where `proxytune.generation.prompt_rows.owners` holds.
+        The processors, to be called where `proxytune.generation.prompt_rows.rows_of_prompts` holds.
 
     Raises:
         UnsupportedModeError: If one keeps something for each row: rows come, go and change places.
     """
-    for processor in processors:
-        for kind, setting in _REFUSED.items():
-            if isinstance(processor, kind):
-                raise UnsupportedModeError.of(
-                    setting,
-                    expected=f"none with {loop}: what it keeps belongs to rows of the batch, and branches come and go",
-                    got=f"a {type(processor).__name__}",
-                    remedy="Leave it out, or custom_generate.",
-                )
+    if found := _first(processors, _Trait.PER_ROW):
+        processor, setting = found
+        raise UnsupportedModeError.of(
+            setting,
+            expected=f"none with {loop}: what it keeps belongs to rows of the batch, and branches come and go",
+            got=f"a {type(processor).__name__}",
+            remedy="Leave it out, or custom_generate.",
+        )
     return LogitsProcessorList(_OfPrompts(p) if type(p) is PrefixConstrainedLogitsProcessor else p for p in processors)
 
 
@@ -66,13 +85,6 @@ class _OfPrompts(PrefixConstrainedLogitsProcessor):
         super().__init__(of_prompt, num_beams=1)
 
 
-# They take each call for one more token of every row: the one feeds it to a model, the other rolls on a context.
-_STATEFUL = {
-    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
-    SynthIDTextWatermarkLogitsProcessor: "a SynthID watermark",
-}
-
-
 def refuse_stateful(processors: Sequence[LogitsProcessor]) -> None:
     """Refuse processors that would silently be wrong where positions are asked again, or out of order.
 
@@ -82,15 +94,14 @@ def refuse_stateful(processors: Sequence[LogitsProcessor]) -> None:
     Raises:
         UnsupportedModeError: If there is one.
     """
-    for processor in processors:
-        for kind, what in _STATEFUL.items():
-            if isinstance(processor, kind):
-                raise UnsupportedModeError.of(
-                    what,
-                    expected="processors that depend on the text alone",
-                    got=f"{type(processor).__name__}, which counts its calls; drafts are asked about more than once",
-                    remedy="Leave it out, or decode without speculation.",
-                )
+    if found := _first(processors, _Trait.PER_CALL):
+        processor, setting = found
+        raise UnsupportedModeError.of(
+            setting,
+            expected="processors that depend on the text alone",
+            got=f"{type(processor).__name__}, which counts its calls; drafts are asked about more than once",
+            remedy="Leave it out, or decode without speculation.",
+        )
 
 
 def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
@@ -109,10 +120,11 @@ def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
             got="a ProxyTuningLogitsProcessor, whose companions read the token ids",
             remedy="Compose the models with proxytune.wrap.",
         )
-    if any(isinstance(p, UnbatchedClassifierFreeGuidanceLogitsProcessor) for p in processors):
+    if found := _first(processors, _Trait.OTHER_MODEL):
+        processor, setting = found
         raise UnsupportedModeError.of(
             "latent steps",
-            expected="no guidance_scale: its unconditional branch reads the token ids",
-            got="one",
-            remedy="Leave guidance_scale out.",
+            expected=f"no {setting}: its unconditional branch reads the token ids",
+            got=f"a {type(processor).__name__}",
+            remedy=f"Leave {setting} out.",
         )

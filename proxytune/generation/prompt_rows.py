@@ -15,13 +15,13 @@ import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["owner_of", "owners", "spread", "spread_rows"]
+__all__ = ["expand_mask", "expand_to_rows", "owner_of", "rows_of_prompts"]
 
-_owners: ContextVar[tuple[tuple[int, ...], int] | None] = ContextVar("owners", default=None)
+_owners: ContextVar[tuple[tuple[int, ...], int] | None] = ContextVar("rows_of_prompts", default=None)
 
 
 @contextmanager
-def owners(numbers: Sequence[int], prompts: int) -> Iterator[None]:
+def rows_of_prompts(numbers: Sequence[int], prompts: int) -> Iterator[None]:
     """Say which prompt each row goes on from, for as long as the context lasts, in this thread.
 
     Args:
@@ -48,7 +48,7 @@ def owner_of(row: int) -> int:
     return row if said is None else said[0][row]
 
 
-def spread_rows(values: torch.Tensor, rows: int) -> torch.Tensor | None:
+def expand_to_rows(values: torch.Tensor, rows: int) -> torch.Tensor | None:
     """What each row has of what belongs to its prompt.
 
     Args:
@@ -67,7 +67,7 @@ def spread_rows(values: torch.Tensor, rows: int) -> torch.Tensor | None:
     return values.index_select(0, torch.tensor(numbers, device=values.device) // (prompts // len(values)))
 
 
-def spread(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+def expand_mask(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
     """Give each row what belongs to its prompt: for beams, several sequences of a prompt, and branches of a tree.
 
     Args:
@@ -81,7 +81,7 @@ def spread(mask: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
         InputError: If the shapes do not fit.
     """
     rows = input_ids.shape[0]
-    out = spread_rows(mask, rows) if mask.ndim == 2 and mask.shape[1] <= input_ids.shape[1] else None
+    out = expand_to_rows(mask, rows) if mask.ndim == 2 and mask.shape[1] <= input_ids.shape[1] else None
     if out is None:
         raise InputError.of(
             "attention_mask",

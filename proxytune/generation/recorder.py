@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
-__all__ = ["Record"]
+__all__ = ["OutputRecorder"]
 
 
-class Record:
+class OutputRecorder:
     """The scores, logits and states of each step, as far as they were asked for.
 
     Attributes:

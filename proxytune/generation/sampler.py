@@ -12,26 +12,26 @@ import torch
 
 from proxytune import ops
 from proxytune.errors import NumericalError
-from proxytune.generation.processor_plan import Translation
-from proxytune.generation.recorder import Record
+from proxytune.generation.processor_plan import ProcessorPlan
+from proxytune.generation.recorder import OutputRecorder
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
-__all__ = ["Drawing", "Rows", "combined", "failure", "row_on"]
+__all__ = ["MembersAndWeights", "Sampler", "combined", "failure", "row_on"]
 
-Rows = tuple[list[torch.Tensor], Sequence[float]]
+MembersAndWeights = tuple[list[torch.Tensor], Sequence[float]]
 """Members' rows, `[B, V_i]` each, on one device, and their weights."""
 
 _TAKEN = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Drawing:
+class Sampler:
     """From the members' rows to tokens: processors that have to run, then one `ops.step`."""
 
     def __init__(
         self,
-        translation: Translation,
-        sampling: Sampling | None,
+        translation: ProcessorPlan,
+        sampling: SamplingParams | None,
         noise: Noise | None,
         *,
         width: int,
@@ -63,11 +63,11 @@ class Drawing:
         members: Sequence[torch.Tensor],
         weights: Sequence[float],
         input_ids: torch.Tensor,
-        record: Record | None = None,
+        record: OutputRecorder | None = None,
         *,
         draws: int = 1,
         want: Collection[str] = ("tokens",),
-    ) -> tuple[ops.Step, Rows]:
+    ) -> tuple[ops.StepOutput, MembersAndWeights]:
         """Measure and draw for each row, and go on to the next position.
 
         Args:
@@ -107,7 +107,7 @@ class Drawing:
         """Whether it draws; else it takes the argmax."""
         return self._sampling is not None
 
-    def draw_logprobs(self, rows: Rows, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def draw_logprobs(self, rows: MembersAndWeights, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What given tokens had in the distribution that a step drew from.
 
         Args:
@@ -120,7 +120,7 @@ class Drawing:
         assert self._sampling is not None
         return ops.draw_logprobs(*rows, sampling=self._sampling, ids=ids.to(self._place))
 
-    def failure(self, rows: Rows, bad: torch.Tensor, step: int) -> NumericalError:
+    def failure(self, rows: MembersAndWeights, bad: torch.Tensor, step: int) -> NumericalError:
         """Say which row of a step had no distribution, and why. Waits for the device.
 
         Args:
@@ -149,7 +149,7 @@ def row_on(place: torch.device, x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def combined(rows: Rows, width: int, impl: ops.Impl) -> torch.Tensor:
+def combined(rows: MembersAndWeights, width: int, impl: ops.Impl) -> torch.Tensor:
     """The combined logits for processors, which expect all columns.
 
     Args:
@@ -166,7 +166,9 @@ def combined(rows: Rows, width: int, impl: ops.Impl) -> torch.Tensor:
     return torch.nn.functional.pad(scores, (0, missing), value=-torch.inf) if missing else scores
 
 
-def failure(rows: Rows, row: int, batch: int, step: int, processed: bool, impl: ops.Impl) -> NumericalError:
+def failure(
+    rows: MembersAndWeights, row: int, batch: int, step: int, processed: bool, impl: ops.Impl
+) -> NumericalError:
     """Say that a row had no distribution, and why. Waits for the device.
 
     Args:

@@ -9,9 +9,9 @@ import torch
 from proxytune.errors import InputError
 from proxytune.ops.noise import Noise
 
-__all__ = ["Rows", "keys_of", "seed_of", "streams_of"]
+__all__ = ["StreamIds", "keys_of", "seed_of", "streams_of"]
 
-Rows = Sequence[int] | torch.Tensor | None
+StreamIds = Sequence[int] | torch.Tensor | None
 """`[B]` whole numbers: the stream of each row; None for 0, 1, 2, …"""
 
 
@@ -27,11 +27,11 @@ def seed_of(seed: int | None) -> int:
     return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if seed is None else seed
 
 
-def streams_of(rows: Rows, batch: int) -> torch.Tensor:
+def streams_of(stream_ids: StreamIds, batch: int) -> torch.Tensor:
     """The stream of each row.
 
     Args:
-        rows: What was given.
+        stream_ids: What was given.
         batch: The number of rows B.
 
     Returns:
@@ -40,13 +40,13 @@ def streams_of(rows: Rows, batch: int) -> torch.Tensor:
     Raises:
         InputError: If it is not one whole number of 32 bits for each row.
     """
-    if rows is None:
+    if stream_ids is None:
         return torch.arange(batch)
-    streams = torch.as_tensor(rows)
+    streams = torch.as_tensor(stream_ids)
     whole = not streams.is_floating_point() and streams.dtype != torch.bool
     if streams.shape != (batch,) or not whole or int(streams.min()) < 0 or int(streams.max()) >= 1 << 32:
         raise InputError.of(
-            "rows",
+            "stream_ids",
             expected=f"whole numbers from 0 to {(1 << 32) - 1}, one for each of {batch} rows",
             got=f"shape {list(streams.shape)}, {streams.dtype}: {streams.flatten()[:8].tolist()}",
             remedy="Give one per row of the batch, num_return_sequences counted in, or leave it out.",
@@ -54,12 +54,12 @@ def streams_of(rows: Rows, batch: int) -> torch.Tensor:
     return streams.to(torch.int64)
 
 
-def keys_of(rows: Rows, branches: Rows, batch: int) -> Noise:
+def keys_of(stream_ids: StreamIds, branch_ids: StreamIds, batch: int) -> Noise:
     """The keys of the noise but the seed: where nothing is drawn, none is taken from torch's generator.
 
     Args:
-        rows: Which stream each row draws from; None for 0, 1, 2, …
-        branches: Which continuation of its stream each row is; None for 0.
+        stream_ids: Which stream each row draws from; None for 0, 1, 2, …
+        branch_ids: Which continuation of its stream each row is; None for 0.
         batch: The number of rows B.
 
     Returns:
@@ -68,5 +68,5 @@ def keys_of(rows: Rows, branches: Rows, batch: int) -> Noise:
     Raises:
         InputError: If they do not fit the batch.
     """
-    branch = 0 if branches is None else torch.as_tensor(branches)
-    return Noise.of(batch, row=streams_of(rows, batch), branch=branch)
+    branch = 0 if branch_ids is None else torch.as_tensor(branch_ids)
+    return Noise.of(batch, row=streams_of(stream_ids, batch), branch=branch)

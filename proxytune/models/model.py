@@ -29,7 +29,7 @@ from proxytune.models.generation_mixin import ComposedGenerationMixin, MemberOut
 from proxytune.models.loading import adapters_of, open_members
 from proxytune.models.members.composite_cache import adopt
 from proxytune.models.members.cpu_threads import SideThread
-from proxytune.models.members.cuda_streams import SideStreams
+from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import run_members
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.saving import save_adapter
@@ -89,7 +89,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         self.overlap = True
         self.split_threads = False
         self.members = wrapped
-        self._sides = SideStreams()
+        self._sides = CompanionStreams()
         self._thread = SideThread()
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
         # Written on the caches that this model fills, and kept by copies of them.

@@ -1,8 +1,8 @@
 """One decision on members' logits; the only place that picks Triton or torch.
 
 ============== ====================================================================================================
-`step`         one decision: combine, measure, draw; takes `Sampling` and `Noise`, returns a `Step`
-`verify`       drafted tokens accepted or rejected so that nothing is lost; returns a `Verdict`
+`step`         one decision: combine, measure, draw; takes `SamplingParams` and `Noise`, returns a `StepOutput`
+`verify`       drafted tokens accepted or rejected so that nothing is lost; returns a `VerifyOutput`
 `mix`          rows of an embedding, weighted: what a latent step feeds back
 `combine`      the combined logits alone
 ============== ====================================================================================================
@@ -11,8 +11,8 @@
 from proxytune.ops.dispatch import Impl, choose, why_not_triton
 from proxytune.ops.mix import mix
 from proxytune.ops.noise import Noise
-from proxytune.ops.outputs import OUTPUTS, Step, Verdict
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.outputs import OUTPUTS, StepOutput, VerifyOutput
+from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.step import combine, draw_logprobs, normalise_, step
 from proxytune.ops.verify import verify
 
@@ -20,9 +20,9 @@ __all__ = [
     "OUTPUTS",
     "Impl",
     "Noise",
-    "Sampling",
-    "Step",
-    "Verdict",
+    "SamplingParams",
+    "StepOutput",
+    "VerifyOutput",
     "choose",
     "combine",
     "draw_logprobs",

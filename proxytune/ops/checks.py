@@ -9,7 +9,7 @@ import torch
 from proxytune.errors import InputError
 from proxytune.ops.noise import Noise
 from proxytune.ops.outputs import OF_DRAWS, OUTPUTS
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 __all__ = ["DTYPES", "MAX_MEMBERS", "refuse_drafts", "refuse_ids", "refuse_members", "refuse_mixture", "refuse_request"]
 
@@ -87,7 +87,7 @@ _FIT = "All members' logits are of the same rows: pass e.g. outputs.logits[:, -1
 
 
 def refuse_request(
-    base: torch.Tensor, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
+    base: torch.Tensor, sampling: SamplingParams | None, noise: Noise | None, draws: int, want: Collection[str]
 ) -> None:
     """Refuse a request that cannot be answered for these logits.
 
@@ -117,7 +117,10 @@ def refuse_request(
         if noise is not None or draws != 1 or set(OF_DRAWS) & set(want):
             what = "noise" if noise is not None else f"draws={draws}" if draws != 1 else min(set(OF_DRAWS) & set(want))
             raise InputError.of(
-                "sampling", expected=f"settings to draw with, beside {what}", got="None", remedy="Pass Sampling.of(B)."
+                "sampling",
+                expected=f"settings to draw with, beside {what}",
+                got="None",
+                remedy="Pass SamplingParams.of(B).",
             )
         return
     if noise is None:
@@ -127,7 +130,7 @@ def refuse_request(
     _refuse_settings(base, len(base), sampling, noise)
 
 
-def refuse_ids(base: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> None:
+def refuse_ids(base: torch.Tensor, sampling: SamplingParams, ids: torch.Tensor) -> None:
     """Refuse tokens to ask about, or settings, that do not fit the logits. Never looks at the ids, so never waits.
 
     Args:
@@ -150,7 +153,7 @@ def refuse_ids(base: torch.Tensor, sampling: Sampling, ids: torch.Tensor) -> Non
 
 
 def refuse_drafts(
-    base: torch.Tensor, drafted: torch.Tensor, draft: torch.Tensor | None, sampling: Sampling, noise: Noise
+    base: torch.Tensor, drafted: torch.Tensor, draft: torch.Tensor | None, sampling: SamplingParams, noise: Noise
 ) -> None:
     """Refuse drafts, or settings, that do not fit the logits. Never looks at the drafts, so never waits.
 
@@ -293,7 +296,7 @@ def _described(x: torch.Tensor) -> str:
     return f"shape {list(x.shape)}, {x.dtype}, on {x.device}"
 
 
-def _refuse_settings(base: torch.Tensor, rows: int, sampling: Sampling, noise: Noise | None) -> None:
+def _refuse_settings(base: torch.Tensor, rows: int, sampling: SamplingParams, noise: Noise | None) -> None:
     width = base.shape[1]
     s = sampling
     whole, real = torch.int64, torch.float32

@@ -6,17 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from proxytune.ops.dispatch import _run
+from proxytune.ops.dispatch import run_step
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 __all__ = []
 
 
-def _in_graph(
+def step_in_graph(
     members: Sequence[torch.Tensor],
     weights: Sequence[float] | torch.Tensor,
-    sampling: Sampling | None,
+    sampling: SamplingParams | None,
     noise: Noise | None,
     draws: int,
     names: tuple[str, ...],
@@ -52,7 +52,7 @@ def _step_op(
         temperature, top_k, top_p, log_min_p, truncated, *fork = settings
         threshold, fork_temperature = fork or (None, None)
         some, all_, largest = known
-        sampling = Sampling(
+        sampling = SamplingParams(
             temperature,
             top_k,
             top_p,
@@ -66,7 +66,7 @@ def _step_op(
         )
     noise = Noise(*keys) if keys else None
     wanted = tuple(names.split(","))
-    out = _run(members, numbers if weights is None else weights, sampling, noise, draws, wanted, impl)
+    out = run_step(members, numbers if weights is None else weights, sampling, noise, draws, wanted, impl)
     # Outputs of an operator may not share storage; all but the scores are small.
     return [out[name] if name == "scores" else out[name].clone() for name in wanted]
 

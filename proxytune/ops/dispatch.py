@@ -14,9 +14,9 @@ import torch
 
 from proxytune.errors import InputError
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.decide import decide
-from proxytune.ops.torch_impl.rows import Rows
+from proxytune.ops.torch_impl.rows import MemberRows
 
 __all__ = ["Impl", "choose", "why_not_triton"]
 
@@ -24,10 +24,10 @@ __all__ = ["Impl", "choose", "why_not_triton"]
 Impl = Literal["auto", "triton", "torch"]
 
 
-def _run(
+def run_step(
     members: Sequence[torch.Tensor],
     weights: Sequence[float] | torch.Tensor,
-    sampling: Sampling | None,
+    sampling: SamplingParams | None,
     noise: Noise | None,
     draws: int,
     names: tuple[str, ...],
@@ -36,8 +36,8 @@ def _run(
     # As float32, in which 1e-50 is no weight at all.
     weights = weights.contiguous() if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
     if choose(impl, members[0].device) == "triton":
-        return _kernels().step(members, weights, _packed(sampling), _packed(noise), draws, names)
-    return decide(Rows(members, weights), sampling, noise, draws, names)
+        return kernels().step(members, weights, packed(sampling), packed(noise), draws, names)
+    return decide(MemberRows(members, weights), sampling, noise, draws, names)
 
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
@@ -90,12 +90,12 @@ def _has_triton() -> bool:
 
 
 @cache
-def _kernels() -> Any:
+def kernels() -> Any:
     # Only here: importing Triton takes seconds, and there are systems without it.
     return importlib.import_module("proxytune_kernels")
 
 
-def _packed(values: Any) -> Any:
+def packed(values: Any) -> Any:
     # The kernels read settings and keys without strides; a loop may well pass a column of a table of positions.
     given = {} if values is None else vars(values)
     apart = {k: x.contiguous() for k, x in given.items() if isinstance(x, torch.Tensor) and not x.is_contiguous()}

@@ -16,7 +16,7 @@ from proxytune.errors import InputError
 from proxytune.ops.checks import refuse_mixture
 from proxytune.ops.dispatch import Impl, choose
 from proxytune.ops.noise import Noise
-from proxytune.ops.torch_impl.mix import _by_torch
+from proxytune.ops.torch_impl.mix import mix_rows
 
 __all__ = ["mix"]
 
@@ -92,7 +92,7 @@ def _run(
         soft = None if soft is None else soft.contiguous()
         mixed: torch.Tensor = importlib.import_module("proxytune_kernels").mix(table, *packed, soft, sigma, noise)
         return mixed
-    return _by_torch(table, ids, weights, tokens, soft, sigma, noise)
+    return mix_rows(table, ids, weights, tokens, soft, sigma, noise)
 
 
 # --- inside torch.compile -------------------------------------------------------------------------------------------

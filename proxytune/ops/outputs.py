@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["OF_DRAWS", "OUTPUTS", "Step", "Verdict"]
+__all__ = ["OF_DRAWS", "OUTPUTS", "StepOutput", "VerifyOutput"]
 
 
 @dataclass(frozen=True, eq=False)
-class Step:
+class StepOutput:
     """What a step found; None for what was not asked for. B rows, N draws; float32 where no dtype is given.
 
     Attributes:
@@ -51,7 +51,7 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class Verdict:
+class VerifyOutput:
     """What became of drafted tokens. B rows, K drafts at most.
 
     Attributes:

@@ -15,7 +15,7 @@ import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["LEAST_TEMPERATURE", "Sampling"]
+__all__ = ["LEAST_TEMPERATURE", "SamplingParams"]
 
 LEAST_TEMPERATURE = 9.99e-31
 """1e-30, as rounded to float32; far below it, logits divided by the temperature overflow."""
@@ -24,8 +24,8 @@ Setting = float | torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
-class Sampling:
-    """Settings for a batch, one per row; made by `Sampling.of`.
+class SamplingParams:
+    """Settings for a batch, one per row; made by `SamplingParams.of`.
 
     Attributes:
         temperature: `[B]`, float32, > 0; divides the logits. Below the fork threshold, if there is one.
@@ -63,7 +63,7 @@ class Sampling:
         fork_threshold: Setting = None,
         fork_temperature: Setting = None,
         device: torch.device | str | None = None,
-    ) -> Sampling:
+    ) -> SamplingParams:
         """Check the settings and put them on the device; this waits for the device, so do it before the loop.
 
         Args:
@@ -117,7 +117,7 @@ class Sampling:
             largest_k=int(k.max()),
         )
 
-    def pick(self, index: torch.Tensor) -> Sampling:
+    def pick(self, index: torch.Tensor) -> SamplingParams:
         """The settings of some of the rows; does not wait for the device.
 
         Args:

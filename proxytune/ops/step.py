@@ -19,27 +19,27 @@ import torch
 
 from proxytune.formulas.shift import shift
 from proxytune.ops.checks import DTYPES, MAX_MEMBERS, refuse_ids, refuse_members, refuse_request
-from proxytune.ops.compile_ops import _in_graph
-from proxytune.ops.dispatch import Impl, _run, choose
+from proxytune.ops.compile_ops import step_in_graph
+from proxytune.ops.dispatch import Impl, choose, run_step
 from proxytune.ops.noise import Noise
-from proxytune.ops.outputs import OUTPUTS, Step, Verdict
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.outputs import OUTPUTS, StepOutput, VerifyOutput
+from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.decide import draw_logprobs as _draw_logprobs
-from proxytune.ops.torch_impl.rows import Rows
+from proxytune.ops.torch_impl.rows import MemberRows
 
-__all__ = ["MAX_MEMBERS", "OUTPUTS", "Step", "Verdict", "combine", "draw_logprobs", "normalise_", "step"]
+__all__ = ["MAX_MEMBERS", "OUTPUTS", "StepOutput", "VerifyOutput", "combine", "draw_logprobs", "normalise_", "step"]
 
 
 def step(
     members: Sequence[torch.Tensor],
     weights: Sequence[float] | torch.Tensor = (1.0,),
     *,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
     noise: Noise | None = None,
     draws: int = 1,
     want: Collection[str] = ("tokens",),
     impl: Impl = "auto",
-) -> Step:
+) -> StepOutput:
     """Combine, measure and decide.
 
     Args:
@@ -64,8 +64,10 @@ def step(
     names = tuple(dict.fromkeys(want))
     if torch.compiler.is_compiling():
         # One node of the graph; plain calls do without, since the dispatcher costs more than the launch.
-        return Step(**dict(zip(names, _in_graph(members, weights, sampling, noise, draws, names, impl), strict=True)))
-    return Step(**_run(members, weights, sampling, noise, draws, names, impl))
+        return StepOutput(
+            **dict(zip(names, step_in_graph(members, weights, sampling, noise, draws, names, impl), strict=True))
+        )
+    return StepOutput(**run_step(members, weights, sampling, noise, draws, names, impl))
 
 
 def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Impl = "auto") -> torch.Tensor:
@@ -117,7 +119,7 @@ def draw_logprobs(
     members: Sequence[torch.Tensor],
     weights: Sequence[float] | torch.Tensor = (1.0,),
     *,
-    sampling: Sampling,
+    sampling: SamplingParams,
     ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What given tokens have in the distribution that `step` draws from, be they among its draws or not.
@@ -141,4 +143,4 @@ def draw_logprobs(
     refuse_members(members, weights)
     refuse_ids(members[0], sampling, ids)
     weights = weights if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
-    return _draw_logprobs(Rows(members, weights), sampling, ids)
+    return _draw_logprobs(MemberRows(members, weights), sampling, ids)

@@ -9,11 +9,11 @@ import torch
 
 from proxytune.errors import UnsupportedModeError
 from proxytune.ops.checks import refuse_drafts, refuse_members
-from proxytune.ops.dispatch import Impl, _kernels, _packed, choose
+from proxytune.ops.dispatch import Impl, choose, kernels, packed
 from proxytune.ops.noise import Noise
-from proxytune.ops.outputs import Verdict
-from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.rows import Rows
+from proxytune.ops.outputs import VerifyOutput
+from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.rows import MemberRows
 from proxytune.ops.torch_impl.verify import judge
 
 __all__ = ["verify"]
@@ -25,10 +25,10 @@ def verify(
     *,
     drafted: torch.Tensor,
     draft: torch.Tensor | None = None,
-    sampling: Sampling,
+    sampling: SamplingParams,
     noise: Noise,
     impl: Impl = "auto",
-) -> Verdict:
+) -> VerifyOutput:
     """Accept or reject drafted tokens so that what comes out is distributed as draws of `step` are.
 
     A draft x drawn from q is accepted with probability min(1, p(x) / q(x)), with p what `step` would draw from there;
@@ -75,7 +75,7 @@ def verify(
     draft = draft if drafted.shape[1] else None
     if choose(impl, members[0].device) == "triton":
         weights = weights.contiguous() if isinstance(weights, torch.Tensor) else weights
-        packed = drafted.contiguous()
-        return Verdict(*_kernels().verify(members, weights, packed, draft, _packed(sampling), _packed(noise)))
-    proposal = None if draft is None else Rows([draft], (1.0,))
-    return Verdict(*judge(Rows(members, weights), proposal, drafted, sampling, noise))
+        given = drafted.contiguous()
+        return VerifyOutput(*kernels().verify(members, weights, given, draft, packed(sampling), packed(noise)))
+    proposal = None if draft is None else MemberRows([draft], (1.0,))
+    return VerifyOutput(*judge(MemberRows(members, weights), proposal, drafted, sampling, noise))

@@ -8,7 +8,7 @@ to the law is known exactly: importance weights (Kool et al. 2019, arXiv 1903.06
 ```python
 history = AnswerHistory()
 history.record(prompt, answers)  # this round's, one for each candidate; None for no answer
-steered = history.steer(prompt, answers, 2, round=1)
+selected = history.select(prompt, answers, 2, round=1)
 steered.indices  # which two candidates go on
 ```
 """
@@ -33,11 +33,11 @@ from proxytune.stats.importance import kool_log_weights
 from proxytune.validation import Ids, numbers, whole
 from proxytune.voting.vote import check_answer
 
-__all__ = ["AnswerHistory", "Steering"]
+__all__ = ["AnswerHistory", "Selection"]
 
 
 @dataclass(frozen=True, eq=False)
-class Steering:
+class Selection:
     """Which candidates go on, and what they weigh.
 
     Over the drawn ones, `Σ exp(log_weight) · f` is an unbiased estimate of the expectation of f; of which law, says the
@@ -147,7 +147,7 @@ class AnswerHistory:
         """
         return _log_law(self.counts(prompt), _answers(answers), prior)[0]
 
-    def steer(
+    def select(
         self,
         prompt: str | Ids,
         answers: Sequence[Hashable | None],
@@ -156,7 +156,7 @@ class AnswerHistory:
         round: int,
         seed: int = 0,
         prior: ArrayLike | None = None,
-    ) -> Steering:
+    ) -> Selection:
         """Draw the candidates that go on, without replacement.
 
         The noise is keyed by seed, prompt, round and the candidate's number, never by the order of calls; the counts
@@ -193,7 +193,9 @@ class AnswerHistory:
         drawn = order[:count]
         kappa = float(keys[order[count]]) if count < len(order) else -np.inf
         log_weights = kool_log_weights(log_p[drawn], kappa)
-        return Steering(drawn.tolist(), log_p[drawn], kappa, log_weights, log_weights + log_prior[drawn] - log_p[drawn])
+        return Selection(
+            drawn.tolist(), log_p[drawn], kappa, log_weights, log_weights + log_prior[drawn] - log_p[drawn]
+        )
 
     def merge(self, other: AnswerHistory) -> AnswerHistory:
         """Two stores in one, e.g. of two machines; counts add up.

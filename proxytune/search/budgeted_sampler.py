@@ -17,7 +17,7 @@ from proxytune.search.keyed_noise import key_of
 from proxytune.validation import Ids, token_ids, whole
 from proxytune.voting.vote import Sample
 
-__all__ = ["Extract", "Writer"]
+__all__ = ["BudgetedSampler", "Extract"]
 
 Extract = Callable[[str], Hashable | None]
 """From a text to its answer; None for no answer."""
@@ -34,7 +34,7 @@ _OWN = (
 
 
 @dataclass(frozen=True, eq=False)
-class Writer:
+class BudgetedSampler:
     """A model that writes under a ledger, and what finds the answer.
 
     Attributes:
@@ -133,7 +133,9 @@ class Writer:
             attention_mask=torch.ones_like(prompts),
             max_new_tokens=room,
             tokenizer=self.tokenizer,
-            custom_generate=ForkDecoding(branches=1, where="start", seed=_key(self.seed, ids), rows=list(streams)),
+            custom_generate=ForkDecoding(
+                branches=1, where="start", seed=_key(self.seed, ids), stream_ids=list(streams)
+            ),
             **settings | {"return_dict_in_generate": True},
         )
         return [tree.branches[0] for tree in out.trees]

@@ -28,11 +28,11 @@ from proxytune.errors import InputError
 from proxytune.json_files import check_form, exchange, read, refuse_unknown
 from proxytune.validation import whole
 
-__all__ = ["FORMAT_VERSION", "CalibrationRun", "Form", "Trial"]
+__all__ = ["FORMAT_VERSION", "CalibrationRun", "PolicyForm", "Trial"]
 
 FORMAT_VERSION = 1
 
-Form = Literal["parallel", "sequential"]
+PolicyForm = Literal["parallel", "sequential"]
 """Several samples and a vote; or one text that is extended or revised."""
 
 _MOST = np.iinfo(np.int64).max
@@ -55,7 +55,7 @@ class Trial:
     """
 
     name: str
-    form: Form
+    form: PolicyForm
     level: int
     right: NDArray[np.bool_]
     tokens: NDArray[np.int64]
@@ -63,9 +63,12 @@ class Trial:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError.of("name", expected="a string, not empty", got=repr(self.name), remedy="Name the policy.")
-        if self.form not in get_args(Form):
+        if self.form not in get_args(PolicyForm):
             raise InputError.of(
-                f"form of {self.name!r}", expected=" | ".join(get_args(Form)), got=repr(self.form), remedy="Pass one."
+                f"form of {self.name!r}",
+                expected=" | ".join(get_args(PolicyForm)),
+                got=repr(self.form),
+                remedy="Pass one.",
             )
         object.__setattr__(self, "level", whole(f"level of {self.name!r}", self.level, "of samples or extensions"))
         right, tokens = _array(self.right), _array(self.tokens)

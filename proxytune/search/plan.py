@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxytune.errors import BudgetError, InputError
-from proxytune.search.calibration_run import CalibrationRun, Form, Trial
+from proxytune.search.calibration_run import CalibrationRun, PolicyForm, Trial
 from proxytune.stats.bootstrap import Interval
 from proxytune.validation import finite, share, whole
 
@@ -47,7 +47,7 @@ class LevelReport:
     """
 
     name: str
-    form: Form
+    form: PolicyForm
     level: int
     accuracy: Interval
     behind: Interval
@@ -85,7 +85,7 @@ class Plan:
     difference: Interval | None
 
     @property
-    def form(self) -> Form:
+    def form(self) -> PolicyForm:
         """The chosen form."""
         return self.chosen.form
 
@@ -99,7 +99,7 @@ def plan(
     tolerance: float = 0.0,
     quantile: float = 0.5,
     least: int = LEAST_PROBLEMS,
-    default: Form = "parallel",
+    default: PolicyForm = "parallel",
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
@@ -139,8 +139,8 @@ def plan(
         raise InputError.of(
             "tolerance", expected="a share in [0, 1)", got=repr(tolerance), remedy="0.01 is one point of a hundred."
         )
-    if default not in get_args(Form):
-        raise InputError.of("default", expected=" | ".join(get_args(Form)), got=repr(default), remedy="Pass one.")
+    if default not in get_args(PolicyForm):
+        raise InputError.of("default", expected=" | ".join(get_args(PolicyForm)), got=repr(default), remedy="Pass one.")
     trials = _chosen_from(run, names)
     rows, basis = _basis(run, kind, least)
     tokens = np.stack([trial.tokens[rows] for trial in trials], 1)  # [P, L]
@@ -186,7 +186,7 @@ def plan(
         )
         for i, trial in enumerate(trials)
     )
-    of_form = {form: [i for i in fits if trials[i].form == form] for form in get_args(Form)}
+    of_form = {form: [i for i in fits if trials[i].form == form] for form in get_args(PolicyForm)}
     p, s = (most_accurate(of_form[form]) if of_form[form] else None for form in ("parallel", "sequential"))
     if n < least:
         chosen = max(of_form[default] or fits, key=lambda i: (trials[i].level, counts[i], -means[i], trials[i].name))
@@ -244,7 +244,7 @@ def _resampled(right: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.
     return np.stack([right[rng.integers(n, size=n)].mean(0) for _ in range(draws)])
 
 
-def _why(found: Plan, least: int, default: Form, best: LevelReport) -> str:
+def _why(found: Plan, least: int, default: PolicyForm, best: LevelReport) -> str:
     chosen = found.chosen
     if not found.calibrated:
         short = f"{found.problems} calibration problems ({found.basis}) are too few to go by, it takes {least}"

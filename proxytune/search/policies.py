@@ -16,7 +16,7 @@ from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import InputError
 from proxytune.methods.thinking.processor import ThinkingBudgetLogitsProcessor
 from proxytune.methods.trees.tree import Branch
-from proxytune.search.budgeted_sampler import Extract, Writer
+from proxytune.search.budgeted_sampler import BudgetedSampler, Extract
 from proxytune.validation import Ids, whole
 from proxytune.voting.vote import Sample
 
@@ -73,7 +73,9 @@ class Parallel:
         self.level = whole("samples", samples, "of samples", least=1)
         self.name = f"parallel-{samples}" if name is None else name
         self._batch_size = whole("batch_size", batch_size, "of samples", least=1)
-        self._writer = Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": True} | generation)
+        self._writer = BudgetedSampler(
+            model, tokenizer, extract, max_new_tokens, seed, {"do_sample": True} | generation
+        )
         if not self._writer.generation["do_sample"] and samples > 1:
             raise InputError.of(
                 "do_sample",
@@ -177,7 +179,9 @@ class Sequential:
         """
         self.level = whole("extra", extra, "of extensions")
         self.name = f"sequential-{extra}" if name is None else name
-        self._writer = Writer(model, tokenizer, extract, max_new_tokens, seed, {"do_sample": False} | generation)
+        self._writer = BudgetedSampler(
+            model, tokenizer, extract, max_new_tokens, seed, {"do_sample": False} | generation
+        )
         config = generation.get("generation_config")
         ends = None if config is None else config.eos_token_id
         # What a configuration does not say, generate() takes from the model's.

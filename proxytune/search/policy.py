@@ -14,15 +14,15 @@ import numpy as np
 
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, InputError
-from proxytune.search.calibration_run import CalibrationRun, Form, Trial
+from proxytune.search.calibration_run import CalibrationRun, PolicyForm, Trial
 from proxytune.voting.vote import Sample, Tally, vote
 
-__all__ = ["Policy", "Verifier", "Voting", "attempt", "run_policies"]
+__all__ = ["AnswerChecker", "Policy", "Voting", "attempt", "run_policies"]
 
 Voting = Callable[[Sequence[Sample]], Tally]
 """From samples to an answer: `vote`, or e.g. `functools.partial(vote, how="deepconf")`."""
 
-Verifier = Callable[[Any, Hashable], bool]
+AnswerChecker = Callable[[Any, Hashable], bool]
 """Whether an answer to a task is right."""
 
 
@@ -34,7 +34,7 @@ class Policy(Protocol):
         """What it is called in a run; two settings of the same way have two names."""
 
     @property
-    def form(self) -> Form:
+    def form(self) -> PolicyForm:
         """Whether its samples are drawn side by side, or one text goes on."""
 
     @property
@@ -100,7 +100,7 @@ def attempt(policy: Policy, task: Any, ledger: TokenLedger) -> tuple[list[Sample
 def run_policies(
     policies: Sequence[Policy],
     tasks: Sequence[Any],
-    truths: Sequence[Hashable] | Verifier,
+    truths: Sequence[Hashable] | AnswerChecker,
     *,
     budget: int,
     kinds: Sequence[str] | None = None,
@@ -175,7 +175,7 @@ def _refuse_other_type(answer: Hashable | None, truths: Sequence[Hashable]) -> N
             )
 
 
-def _verified(verifier: Verifier, task: Any, answer: Hashable | None) -> bool:
+def _verified(verifier: AnswerChecker, task: Any, answer: Hashable | None) -> bool:
     if answer is None:
         return False
     try:

@@ -1,7 +1,7 @@
 """From a finished fork tree to the next round's starts: which branches go on, and from which of their forks.
 
-Branches are drawn by `AnswerHistory.steer`, so those whose answers were seen least are the likeliest. Each goes on from
-a fork on its way, where the distribution was undecided; one without forks starts anew from the prompt.
+Branches are drawn by `AnswerHistory.select`, so those whose answers were seen least are the likeliest. Each goes on
+from a fork on its way, where the distribution was undecided; one without forks starts anew from the prompt.
 
 ```python
 out = model.generate(**inputs, do_sample=True, custom_generate=tree, return_dict_in_generate=True)
@@ -28,16 +28,16 @@ from proxytune.search.answer_history import AnswerHistory
 from proxytune.search.keyed_noise import keyed_uniforms, round_key
 from proxytune.validation import Ids
 
-__all__ = ["Fork", "RestartPoint", "forks_along", "restart_points"]
+__all__ = ["RestartPoint", "RestartRule", "forks_along", "restart_points"]
 
-Fork = Literal["random", "last"]
+RestartRule = Literal["random", "last"]
 
 
 @dataclass(frozen=True)
 class RestartPoint:
     """Where a round goes on.
 
-    The weights are those of the draw among branches (`Steering`). They say nothing of the fork, which is not part of
+    The weights are those of the draw among branches (`Selection`). They say nothing of the fork, which is not part of
     the model's law: texts that go on from several prefixes are no sample of it, and no vote with these weights is
     unbiased.
 
@@ -46,7 +46,7 @@ class RestartPoint:
         position: How many generated tokens the start keeps.
         tokens: Those tokens, without the prompt's.
         forks: Of how many forks on the branch's way it is one; 0 if there was none, and it starts at the prompt.
-        log_weight: Natural logarithm of the branch's weight under the steered law.
+        log_weight: Natural logarithm of the branch's weight under the selected law.
         log_prior_weight: Likewise under the prior.
     """
 
@@ -86,7 +86,7 @@ def restart_points(
     prompt: str | Ids,
     round: int,
     seed: int = 0,
-    fork: Fork = "random",
+    fork: RestartRule = "random",
     prior: ArrayLike | None = None,
 ) -> list[RestartPoint]:
     """Choose the branches that go on, and for each the fork it goes on from.
@@ -109,8 +109,10 @@ def restart_points(
     Raises:
         InputError: If there is not one answer for each branch, or a setting is out of its range.
     """
-    if fork not in get_args(Fork):
-        raise InputError.of("fork", expected=" | ".join(get_args(Fork)), got=repr(fork), remedy="Pass one of them.")
+    if fork not in get_args(RestartRule):
+        raise InputError.of(
+            "fork", expected=" | ".join(get_args(RestartRule)), got=repr(fork), remedy="Pass one of them."
+        )
     if len(answers) != len(tree):
         raise InputError.of(
             "answers",
@@ -118,10 +120,10 @@ def restart_points(
             got=f"{len(answers)}",
             remedy="Pass None for branches without an answer.",
         )
-    steered = history.steer(prompt, answers, count, round=round, seed=seed, prior=prior)
+    selected = history.select(prompt, answers, count, round=round, seed=seed, prior=prior)
     uniforms = keyed_uniforms(round_key("fork", prompt, round, seed), len(tree))
     points = []
-    for row, index in enumerate(steered.indices):
+    for row, index in enumerate(selected.indices):
         branch = tree.branches[index]
         forks = forks_along(branch)
         chosen = -1 if fork == "last" else int(uniforms[index] * len(forks))
@@ -132,8 +134,8 @@ def restart_points(
                 position=position,
                 tokens=tuple(int(token) for token in branch.along("tokens")[:position]),
                 forks=len(forks),
-                log_weight=float(steered.log_weights[row]),
-                log_prior_weight=float(steered.log_prior_weights[row]),
+                log_weight=float(selected.log_weights[row]),
+                log_prior_weight=float(selected.log_prior_weights[row]),
             )
         )
     return points

@@ -6,8 +6,9 @@ import pytest
 from transformers import AutoTokenizer
 
 import proxytune
-from proxytune import Gates, Mixture, StochasticLatentSampler
+from proxytune import LatentDecoding
 from proxytune.cli.latent_options import mixture_of, sampler_of
+from proxytune.methods.latent import LatentGates, LatentMixture
 
 PROMPTS = ["Question: Start with 3", "Question: Who", "x"]
 
@@ -36,13 +37,13 @@ def test_lines_equal_the_library_prompt_by_prompt(run, members, model, tokenizer
     words = ["generate", *PROMPTS, "max_new_tokens=6", *members, "--dtype", "float32", "--batch-size", batch_size]
     ended = run(*words, "--latent", "gumbel", "--tau", "2.0", "--seed", "3")
     assert ended.code == 0, ended.err
-    gates = Gates.for_tokenizer(tokenizer)
+    gates = LatentGates.for_tokenizer(tokenizer)
     expected = [
         alone(
             model,
             tokenizer,
             prompt,
-            StochasticLatentSampler(Mixture(kind="gumbel", tau=2.0), gates, seed=3, rows=[row]),
+            LatentDecoding(LatentMixture(kind="gumbel", tau=2.0), gates, seed=3, stream_ids=[row]),
             max_new_tokens=6,
         )
         for row, prompt in enumerate(PROMPTS)
@@ -54,14 +55,14 @@ def test_lines_equal_the_library_prompt_by_prompt(run, members, model, tokenizer
 
 
 def test_the_span_and_the_gates_reach_the_sampler(run, members, tokenizer, monkeypatch):
-    seen: list[StochasticLatentSampler] = []
-    real = StochasticLatentSampler.__call__
+    seen: list[LatentDecoding] = []
+    real = LatentDecoding.__call__
 
     def spy(self, *args, **kwargs):
         seen.append(self)
         return real(self, *args, **kwargs)
 
-    monkeypatch.setattr(StochasticLatentSampler, "__call__", spy)
+    monkeypatch.setattr(LatentDecoding, "__call__", spy)
     vocabulary = tokenizer.get_vocab()
     begin, end = sorted(t for t in vocabulary if t.isalpha())[:2]
     words = ["generate", "x", "y", "max_new_tokens=3", *members, "--latent", "dirichlet:alpha=2,candidates=5"]
@@ -72,7 +73,7 @@ def test_the_span_and_the_gates_reach_the_sampler(run, members, tokenizer, monke
     assert len(seen) == 4
     assert [s.rows for s in seen] == [[0], [1]] * 2
     for sampler in seen:
-        assert sampler.mixture == Mixture(kind="dirichlet", alpha=2, candidates=5)
+        assert sampler.mixture == LatentMixture(kind="dirichlet", alpha=2, candidates=5)
         assert sampler.gates.begin_ids == (vocabulary[begin],)
         assert sampler.gates.end_ids == (vocabulary[end],)
         assert (sampler.gates.min_entropy, sampler.gates.max_run) == (0.25, 7)
@@ -132,7 +133,7 @@ def test_what_is_wrong_with_the_law_is_said_before_a_model_is_loaded(run):
 
 @pytest.mark.parametrize(("given", "dwell"), [("2/8", (2, 8)), ("2 / 8", (2, 8)), ("0/1", (0, 1)), ("4", (4, 4))])
 def test_dwell_is_one_number_or_two(tokenizer, given, dwell):
-    decodes = sampler_of(Mixture(), tokenizer, None, f"max_run=7,dwell={given},min_entropy=0.25", 0)
+    decodes = sampler_of(LatentMixture(), tokenizer, None, f"max_run=7,dwell={given},min_entropy=0.25", 0)
     gates = decodes(range(2)).gates
     assert gates.dwell == dwell
     assert (gates.max_run, gates.min_entropy) == (7, 0.25)

@@ -174,7 +174,7 @@ def test_what_is_left_of_the_budget_goes_to_further_samples(run, members, model,
     while len(texts) < 9 and budget - length - spent >= NEW:
         rounds = len(weights)
         loop = SiblingDecoding(
-            siblings=9 - len(texts), seed=3, rows=[1 + 2 * rounds], max_total_tokens=budget - spent, **options
+            siblings=9 - len(texts), seed=3, stream_ids=[1 + 2 * rounds], max_total_tokens=budget - spent, **options
         )
         out = model.generate(**batch, custom_generate=loop, **DRAW | {"eos_token_id": list(range(5, 60))})
         texts += [tokenizer.decode(b.tokens, skip_special_tokens=True) for b in out.trees[0]]
@@ -241,8 +241,8 @@ def test_the_drawing(run, members):
 
 def test_a_person_sees_the_tokens_that_are_left(run, members, monkeypatch):
     said = []
-    real = samples.Meter.spend
-    monkeypatch.setattr(samples.Meter, "spend", lambda self, n: (real(self, n), said.append(self._said())))
+    real = samples.SampleProgress.spend
+    monkeypatch.setattr(samples.SampleProgress, "spend", lambda self, n: (real(self, n), said.append(self._said())))
     lines = drawn(run, members, "--budget", 70)
     assert said[-1] == f"{140 - sum(line['spent'] for line in lines)} tokens left"
     said.clear()

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from support.tiny import build
 
 import proxytune
-from proxytune import DraftModel
 from proxytune.costs.devices import DECIDING, DRAWING, Machine, Work, draft_costs, machine_of
 from proxytune.costs.model_size import pass_work
 from proxytune.costs.roofline import PassBytes
 from proxytune.costs.speculation import best_draft_length
+from proxytune.methods.speculation import ModelDraft
 from proxytune.methods.speculation.model_drafts import ExpertDraft
 
 BILLION = 1e9
@@ -88,7 +88,7 @@ def test_a_model_with_two_roles_is_counted_in_both():
     base, expert, antiexpert = build("llama", 1, hidden=64), build("llama", 2), build("llama", 3)
     model = proxytune.wrap(base, expert=expert, antiexpert=antiexpert, check_vocabulary=False)
     # Beside the composition the expert reads a cache of its own, and is asked again when it verifies.
-    assert DraftModel(expert).costs(model, 1) == DraftModel(copy.deepcopy(expert)).costs(model, 1)
-    assert ExpertDraft().costs(model, 1).round < DraftModel(expert).costs(model, 1).round
+    assert ModelDraft(expert).costs(model, 1) == ModelDraft(copy.deepcopy(expert)).costs(model, 1)
+    assert ExpertDraft().costs(model, 1).round < ModelDraft(expert).costs(model, 1).round
     alike = proxytune.wrap(base, expert=expert, antiexpert=expert, check_vocabulary=False)
     assert ExpertDraft().costs(alike, 1) == ExpertDraft().costs(model, 1)

@@ -12,8 +12,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from proxytune import ProxyTuning
 from proxytune.errors import InputError
+from proxytune.formulas import ProxyTuning
 from proxytune.formulas.registry import FORMULAS
 from proxytune.formulas.shift import shift
 from proxytune.validation import validate_alpha

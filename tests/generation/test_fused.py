@@ -32,7 +32,7 @@ from transformers.generation.streamers import BaseStreamer
 import proxytune
 from proxytune import FusedDecoding, ops
 from proxytune.errors import InputError, NumericalError, UnsupportedModeError
-from proxytune.generation.processor_plan import translate
+from proxytune.generation.processor_plan import plan_processors
 from proxytune.models.assisted import TailMask
 
 ALPHA = 0.7
@@ -416,7 +416,7 @@ def test_a_row_alone_is_the_row_in_a_padded_batch(model: Any, extra: dict[str, A
     for row in range(6):
         text = ids[row // 2][mask[row // 2].bool()][None]
         for stream in ([row], torch.tensor([row])):
-            alone = run(model, text, custom_generate=FusedDecoding(seed=9, rows=stream), **SAMPLE, **extra)
+            alone = run(model, text, custom_generate=FusedDecoding(seed=9, stream_ids=stream), **SAMPLE, **extra)
             assert torch.equal(alone[0, text.shape[1] :], batch[row, 12:]), f"row {row}"
 
 
@@ -535,7 +535,7 @@ class Calls:
         self.sampling: list[Any] = []
         inner = ops.step
 
-        def step(members: Any, weights: Any = (1.0,), **kwargs: Any) -> ops.Step:
+        def step(members: Any, weights: Any = (1.0,), **kwargs: Any) -> ops.StepOutput:
             self.members.append(list(members))
             self.want.append(tuple(kwargs.get("want", ("tokens",))))
             self.sampling.append(kwargs.get("sampling"))
@@ -627,19 +627,19 @@ class Mine(TopKLogitsWarper):
 )
 def test_translation(processors: list[LogitsProcessor], before: int, warpers: int) -> None:
     for tail in ([], [TailMask(250)]):
-        found = translate([*tail, *processors], do_sample=True)
+        found = plan_processors([*tail, *processors], do_sample=True)
         assert found.usable == (250 if tail else None)
         assert list(found.before) == processors[:before]
         assert list(found.warpers) == processors[before:]
         assert len(found.warpers) == warpers
         found.sampling(2, 8, torch.device("cpu"))  # the settings are ones that the step takes
-    greedy = translate(processors, do_sample=False)
+    greedy = plan_processors(processors, do_sample=False)
     assert list(greedy.before) == processors
     assert not greedy.warpers
 
 
 def test_a_tail_mask_elsewhere_runs_as_it_is() -> None:
-    found = translate([TailMask(250), Discourage(), TailMask(250), T], do_sample=True)
+    found = plan_processors([TailMask(250), Discourage(), TailMask(250), T], do_sample=True)
     assert found.usable == 250
     assert [type(p) for p in found.before] == [Discourage, TailMask]
 
@@ -697,8 +697,8 @@ class Reads(TorchDispatchMode):
 @pytest.mark.parametrize("settings", [{}, SAMPLE, {**SAMPLE, "min_p": 0.02}], ids=["greedy", "three", "four"])
 def test_the_host_waits_once_per_step(model: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # On the CPU, the step reads on the CPU by design; what it does on a GPU is tested where the step is.
-    def step(members: Any, weights: Any, **kwargs: Any) -> ops.Step:
-        return ops.Step(tokens=members[0].argmax(-1, keepdim=True))
+    def step(members: Any, weights: Any, **kwargs: Any) -> ops.StepOutput:
+        return ops.StepOutput(tokens=members[0].argmax(-1, keepdim=True))
 
     monkeypatch.setattr(ops, "step", step)
     found = []
@@ -853,8 +853,8 @@ def test_wrong_settings_are_refused(model: Any) -> None:
     with pytest.raises(InputError, match="impl: expected 'auto', 'triton' or 'torch'; got 'cuda'"):
         FusedDecoding(impl="cuda")  # type: ignore[arg-type]
     for rows in ([0, 1], [0.5, 1.0, 2.0], [-1, 0, 1], [0, 1, 1 << 32], torch.zeros(3, 1, dtype=torch.long), [True] * 3):
-        with pytest.raises(InputError, match="rows: expected whole numbers .* one for each of 3 rows"):
-            run(model, prompts(), custom_generate=FusedDecoding(rows=rows), **SAMPLE)
+        with pytest.raises(InputError, match="stream_ids: expected whole numbers .* one for each of 3 rows"):
+            run(model, prompts(), custom_generate=FusedDecoding(stream_ids=rows), **SAMPLE)
 
     class Ends(StoppingCriteria):
         eos_token_id = torch.tensor([EOS])

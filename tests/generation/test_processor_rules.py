@@ -16,7 +16,7 @@ from transformers import SynthIDTextWatermarkingConfig
 import proxytune
 from proxytune import ForkDecoding, SiblingDecoding
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.prompt_rows import owner_of, owners, spread_rows
+from proxytune.generation.prompt_rows import expand_to_rows, owner_of, rows_of_prompts
 from proxytune.methods.thinking.processor import ThinkingBudgetLogitsProcessor
 
 LOOPS: dict[str, Any] = {
@@ -34,7 +34,7 @@ def loop(request: pytest.FixtureRequest) -> Any:
 def alone(loop: Any, i: int, **kwargs: Any) -> list[Any]:
     ids, mask = padded()
     row = slice(int((mask[i] == 0).sum()), None)
-    out = grow(shared("llama", 1), loop(rows=[i]), ids[i : i + 1, row], mask[i : i + 1, row], **kwargs)
+    out = grow(shared("llama", 1), loop(stream_ids=[i]), ids[i : i + 1, row], mask[i : i + 1, row], **kwargs)
     return described(out.trees[0])
 
 
@@ -112,15 +112,15 @@ def test_what_is_kept_for_each_row_is_refused(loop: Any, settings: dict[str, Any
 
 def test_values_of_prompts_for_rows() -> None:
     values = torch.tensor([10, 20])
-    assert spread_rows(values, 4).tolist() == [10, 10, 20, 20]
-    assert spread_rows(values, 3) is None
+    assert expand_to_rows(values, 4).tolist() == [10, 10, 20, 20]
+    assert expand_to_rows(values, 3) is None
     assert owner_of(7) == 7
-    with owners([1, 0, 1], prompts=2):
-        assert spread_rows(values, 3).tolist() == [20, 10, 20]
-        assert spread_rows(values, 4) is None
+    with rows_of_prompts([1, 0, 1], prompts=2):
+        assert expand_to_rows(values, 3).tolist() == [20, 10, 20]
+        assert expand_to_rows(values, 4) is None
         assert owner_of(2) == 1
-        with owners([3, 1, 2], prompts=4):  # two sequences of each of two prompts
-            assert spread_rows(values, 3).tolist() == [20, 10, 20]
-            assert spread_rows(torch.arange(3), 3) is None
+        with rows_of_prompts([3, 1, 2], prompts=4):  # two sequences of each of two prompts
+            assert expand_to_rows(values, 3).tolist() == [20, 10, 20]
+            assert expand_to_rows(torch.arange(3), 3) is None
         assert owner_of(1) == 0
-    assert spread_rows(values, 4).tolist() == [10, 10, 20, 20]
+    assert expand_to_rows(values, 4).tolist() == [10, 10, 20, 20]

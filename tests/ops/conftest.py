@@ -13,11 +13,11 @@ import torch
 from support.decisions import Run
 
 from proxytune import ops
-from proxytune.ops import Step, dispatch
-from proxytune.ops.torch_impl.rows import Rows
+from proxytune.ops import StepOutput, dispatch
+from proxytune.ops.torch_impl.rows import MemberRows
 
 
-class _RowsElsewhere(Rows):
+class _RowsElsewhere(MemberRows):
     """Rows that are taken to be on a GPU: the way of torch that waits for nothing, on the CPU."""
 
     def __init__(self, *args: Any) -> None:
@@ -53,9 +53,9 @@ def slow_one(impl: str, device: str) -> bool:
 def run(impl: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`ops.step` with the implementation."""
     if impl == "torch without waiting":
-        monkeypatch.setattr(dispatch, "Rows", _RowsElsewhere)
+        monkeypatch.setattr(dispatch, "MemberRows", _RowsElsewhere)
 
-    def step(*args: Any, **kwargs: Any) -> Step:
+    def step(*args: Any, **kwargs: Any) -> StepOutput:
         with np.errstate(all="ignore"):  # the interpreter's arithmetic is numpy's, and −inf − −inf a warning there
             return ops.step(*args, impl=impl.partition(" ")[0], **kwargs)  # type: ignore[arg-type]
 

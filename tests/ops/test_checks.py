@@ -16,7 +16,7 @@ from proxytune.errors import InputError
 from proxytune.formulas.shift import shift
 from proxytune.ops import dispatch
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 X = torch.zeros(2, 9)
@@ -35,8 +35,8 @@ def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "_kernels", _fail)
 
 
-def sampling(rows: int = 2, **settings: Any) -> Sampling:
-    return Sampling.of(rows, **settings)
+def sampling(rows: int = 2, **settings: Any) -> SamplingParams:
+    return SamplingParams.of(rows, **settings)
 
 
 def noise(rows: int = 2) -> Noise:
@@ -104,7 +104,7 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"draws": 10, "sampling": sampling(), "noise": noise()}, r"draws: expected from 1 to 9 draws; got 10"),
     ({"draws": 2.0}, r"draws: .* got 2\.0"),
     ({"draws": True}, r"draws: .* got True"),
-    ({"draws": 2}, r"sampling: expected settings to draw with, beside draws=2; got None\. Pass Sampling\.of\(B\)\."),
+    ({"draws": 2}, r"sampling: expected settings to draw with, beside draws=2; got None\. Pass SamplingParams\.of"),
     ({"noise": noise()}, r"sampling: expected settings to draw with, beside noise; got None"),
     ({"want": ("tokens", "keys")}, r"sampling: expected settings to draw with, beside keys; got None"),
     ({"want": ("kept",)}, r"sampling: .* beside kept"),
@@ -182,23 +182,23 @@ SETTINGS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("settings", "says"), SETTINGS, ids=range(len(SETTINGS)))
 def test_settings_out_of_range(settings: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=says):
-        Sampling.of(settings.pop("rows", 2), **settings)
+        SamplingParams.of(settings.pop("rows", 2), **settings)
 
 
 def test_settings_at_the_ends_of_their_ranges() -> None:
-    s = Sampling.of(2, temperature=1e-30, top_k=2**31 - 1, top_p=1.0, min_p=1.0)
+    s = SamplingParams.of(2, temperature=1e-30, top_k=2**31 - 1, top_p=1.0, min_p=1.0)
     assert s.largest_k == 2**31 - 1
     assert s.top_k.tolist() == [2**31 - 1] * 2
     assert s.all_truncated
     assert s.log_min_p.tolist() == [0.0, 0.0]
-    off = Sampling.of(3, top_k=0, top_p=1.0, min_p=0.0)
+    off = SamplingParams.of(3, top_k=0, top_p=1.0, min_p=0.0)
     assert not off.some_truncated
     assert not off.all_truncated
     assert off.log_min_p.tolist() == [-INF] * 3
-    some = Sampling.of(3, top_k=torch.tensor([0, 4, 0]), top_p=torch.tensor([1.0, 1.0, 0.5]))
+    some = SamplingParams.of(3, top_k=torch.tensor([0, 4, 0]), top_p=torch.tensor([1.0, 1.0, 0.5]))
     assert some.truncated.tolist() == [False, True, True]
     assert (some.some_truncated, some.all_truncated, some.largest_k) == (True, False, 4)
-    assert Sampling.of(1, min_p=0.25).log_min_p.item() == pytest.approx(math.log(0.25))
+    assert SamplingParams.of(1, min_p=0.25).log_min_p.item() == pytest.approx(math.log(0.25))
 
 
 KEYS: list[tuple[dict[str, Any], str]] = [

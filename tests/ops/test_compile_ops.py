@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from proxytune.ops import OUTPUTS, Step, step
+from proxytune.ops import OUTPUTS, StepOutput, step
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 ROOT = Path(__file__).parents[2]
 BUDGET = json.loads((ROOT / "benches/results/kernels_budget.json").read_text())
@@ -77,11 +77,11 @@ def test_inside_torch_compile_it_is_one_node_with_the_same_result(settings: dict
     generator = torch.Generator().manual_seed(0)
     members = [torch.randn(3, v, generator=generator) * 3 for v in (1500, 1400, 1600)]
     want = tuple(OUTPUTS) if settings else ("tokens", "entropy", "scores")
-    sampling = None if settings is None else Sampling.of(3, **settings)  # type: ignore[arg-type]
+    sampling = None if settings is None else SamplingParams.of(3, **settings)  # type: ignore[arg-type]
     noise = None if settings is None else Noise.of(3, seed=5)
     draws = 2 if settings else 1
 
-    def decide(*rows: torch.Tensor) -> Step:
+    def decide(*rows: torch.Tensor) -> StepOutput:
         out = step(rows, (1.0, 0.5, -0.5), sampling=sampling, noise=noise, draws=draws, want=want)
         assert out.tokens is not None
         return out
@@ -108,7 +108,7 @@ def test_inside_torch_compile_it_is_one_node_with_the_same_result(settings: dict
 
 def test_the_operator_passes_torchs_own_checks() -> None:
     members = [torch.randn(2, 300, generator=torch.Generator().manual_seed(1)) for _ in range(3)]
-    s, n = Sampling.of(2, temperature=0.7, fork_threshold=2.0, fork_temperature=1.0), Noise.of(2, seed=5)
+    s, n = SamplingParams.of(2, temperature=0.7, fork_threshold=2.0, fork_temperature=1.0), Noise.of(2, seed=5)
     assert s.fork_threshold is not None
     assert s.fork_temperature is not None
     settings = [s.temperature, s.top_k, s.top_p, s.log_min_p, s.truncated, s.fork_threshold, s.fork_temperature]

@@ -14,7 +14,7 @@ from support.decisions import Case, logits, random_case, random_keys, settings_f
 
 from proxytune import ops
 from proxytune.errors import InputError
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -28,7 +28,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def shares(case: Case, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     assert case.settings is not None
-    return ops.draw_logprobs(case.members, case.weights, sampling=Sampling.of(case.rows, **case.settings), ids=ids)
+    return ops.draw_logprobs(
+        case.members, case.weights, sampling=SamplingParams.of(case.rows, **case.settings), ids=ids
+    )
 
 
 def check(case: Case, ids: torch.Tensor) -> int:
@@ -130,16 +132,20 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("ids", "sampling", "message"),
     [
-        (IDS[0], Sampling.of(2), r"ids: expected token ids \[2, K\], torch.int64, on cpu; got shape \[1\]"),
-        (IDS[:1], Sampling.of(2), r"ids: expected token ids \[2, K\].* got shape \[1, 1\], torch.int64, on cpu\. Fill"),
-        (IDS.int(), Sampling.of(2), r"ids: .* got shape \[2, 1\], torch.int32, on cpu"),
-        (IDS.to("meta"), Sampling.of(2), r"ids: .* torch.int64, on meta"),
-        (IDS, Sampling.of(3), r"sampling: expected keys and settings for 2 rows on cpu"),
-        (IDS, Sampling.of(2, top_k=10), r"top_k: expected at most 9, the width of the logits; got 10"),
+        (IDS[0], SamplingParams.of(2), r"ids: expected token ids \[2, K\], torch.int64, on cpu; got shape \[1\]"),
+        (
+            IDS[:1],
+            SamplingParams.of(2),
+            r"ids: expected token ids \[2, K\].* got shape \[1, 1\], torch.int64, on cpu\. Fill",
+        ),
+        (IDS.int(), SamplingParams.of(2), r"ids: .* got shape \[2, 1\], torch.int32, on cpu"),
+        (IDS.to("meta"), SamplingParams.of(2), r"ids: .* torch.int64, on meta"),
+        (IDS, SamplingParams.of(3), r"sampling: expected keys and settings for 2 rows on cpu"),
+        (IDS, SamplingParams.of(2, top_k=10), r"top_k: expected at most 9, the width of the logits; got 10"),
     ],
 )
-def test_wrong_use_is_refused(ids: torch.Tensor, sampling: Sampling, message: str) -> None:
+def test_wrong_use_is_refused(ids: torch.Tensor, sampling: SamplingParams, message: str) -> None:
     with pytest.raises(InputError, match=message):
         ops.draw_logprobs([X], sampling=sampling, ids=ids)
     with pytest.raises(InputError, match="weights: expected 1 finite numbers"):
-        ops.draw_logprobs([X], (1.0, 2.0), sampling=Sampling.of(2), ids=IDS)
+        ops.draw_logprobs([X], (1.0, 2.0), sampling=SamplingParams.of(2), ids=IDS)

@@ -11,7 +11,7 @@ from support.decisions import Run
 from proxytune.errors import InputError
 from proxytune.ops import step
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -55,12 +55,12 @@ def test_keys_of_another_form_are_refused(name: str, wrong: str) -> None:
     noise = Noise.of(3)
     value = torch.zeros(1, dtype=torch.int64) if wrong == "shape" else torch.zeros(3, dtype=torch.int32)
     with pytest.raises(InputError, match=r"noise: expected keys and settings for 3 rows on cpu, these as torch\.int64"):
-        step([torch.zeros(3, 9)], sampling=Sampling.of(3), noise=replace(noise, **{name: value}))
+        step([torch.zeros(3, 9)], sampling=SamplingParams.of(3), noise=replace(noise, **{name: value}))
 
 
 @pytest.mark.parametrize("name", ["top_k", "top_p", "log_min_p"])
 def test_settings_of_another_form_are_refused(name: str) -> None:
-    sampling = Sampling.of(3, top_k=2)
+    sampling = SamplingParams.of(3, top_k=2)
     wrong = replace(sampling, **{name: getattr(sampling, name)[:1]})
     with pytest.raises(InputError, match="sampling: expected keys and settings for 3 rows"):
         step([torch.zeros(3, 9)], sampling=wrong, noise=Noise.of(3))
@@ -68,7 +68,7 @@ def test_settings_of_another_form_are_refused(name: str) -> None:
 
 def test_positions_are_taken_by_their_lower_32_bits(run: Run, device: str) -> None:
     rows = torch.randn(4, 1100, generator=torch.Generator().manual_seed(2)).to(device)
-    sampling, noise = Sampling.of(4, device=device), Noise.of(4, seed=3, device=device)
+    sampling, noise = SamplingParams.of(4, device=device), Noise.of(4, seed=3, device=device)
     here, beyond = (
         run([rows], sampling=sampling, noise=noise.at(noise.position + 5 + far)).tokens for far in (0, 1 << 32)
     )

@@ -25,9 +25,9 @@ from support.decisions import (
 )
 
 from proxytune import ops
-from proxytune.ops import Step, dispatch
+from proxytune.ops import StepOutput, dispatch
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -37,7 +37,7 @@ WIDTHS = [151_936, 256_000]
 
 
 def runner(impl: str) -> Run:
-    def run(*args: Any, **kwargs: Any) -> Step:
+    def run(*args: Any, **kwargs: Any) -> StepOutput:
         return ops.step(*args, impl=impl, **kwargs)  # type: ignore[arg-type]
 
     return run
@@ -95,7 +95,7 @@ def decode_loop(
     rows, device = case.rows, case.members[0].device
     assert case.settings is not None
     assert case.keys is not None
-    sampling = Sampling.of(rows, device=device, **case.settings)
+    sampling = SamplingParams.of(rows, device=device, **case.settings)
     start = torch.arange(rows, device=device) * 1000
     position = start.clone()
     noise = Noise.of(rows, device=device, **case.keys).at(position)
@@ -146,12 +146,12 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def prepared(case: Case) -> tuple[Sampling, Noise]:
+def prepared(case: Case) -> tuple[SamplingParams, Noise]:
     """Settings and keys, made before the loop, which is where waiting is allowed."""
     assert case.settings is not None
     device = case.members[0].device
     return (
-        Sampling.of(case.rows, device=device, **case.settings),
+        SamplingParams.of(case.rows, device=device, **case.settings),
         Noise.of(case.rows, device=device, **(case.keys or {})),
     )
 
@@ -183,10 +183,10 @@ def test_the_comparison_of_implementations_sees_other_tokens_and_other_numbers()
     case = steering_case(4, 300, "cpu", draws=2)
     good = runner("torch")
 
-    def other_noise(*args: Any, noise: Noise, **kwargs: Any) -> Step:
+    def other_noise(*args: Any, noise: Noise, **kwargs: Any) -> StepOutput:
         return good(*args, noise=noise.at(noise.position + 1), **kwargs)
 
-    def other_entropy(*args: Any, **kwargs: Any) -> Step:
+    def other_entropy(*args: Any, **kwargs: Any) -> StepOutput:
         got = good(*args, **kwargs)
         return replace(got, entropy=got.entropy * 1.001)  # type: ignore[operator]
 
@@ -290,7 +290,7 @@ def test_auto_takes_the_kernels_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_kernels_run_on_the_device_of_the_tensors() -> None:
     torch.cuda.set_device(0)
     rows = torch.randn(4, 32_000, device="cuda:1")
-    keys = {"sampling": Sampling.of(4, temperature=0.7, device="cuda:1"), "noise": Noise.of(4, device="cuda:1")}
+    keys = {"sampling": SamplingParams.of(4, temperature=0.7, device="cuda:1"), "noise": Noise.of(4, device="cuda:1")}
     tokens = ops.step([rows], impl="triton", **keys).tokens
     expected = ops.step([rows], impl="torch", **keys).tokens
     assert tokens is not None

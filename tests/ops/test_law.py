@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from proxytune import ops
-from proxytune.ops import Step
+from proxytune.ops import StepOutput
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 CHUNK = 128  # rows at once: the words of their noise stay in the cache
 
@@ -35,7 +35,7 @@ def draw(
     by: str = "position",
     want: tuple[str, ...] = ("tokens",),
     **s: Any,
-) -> Step:
+) -> StepOutput:
     """`n` independent decisions on the same row; the noise differs in the position, the row or the branch."""
     parts = []
     for start in range(0, n, CHUNK):
@@ -45,10 +45,15 @@ def draw(
         noise = Noise.of(rows, seed=seed, **keys)
         parts.append(
             ops.step(
-                [z.expand(rows, -1)], sampling=Sampling.of(rows, **s), noise=noise, draws=draws, want=want, impl="torch"
+                [z.expand(rows, -1)],
+                sampling=SamplingParams.of(rows, **s),
+                noise=noise,
+                draws=draws,
+                want=want,
+                impl="torch",
             )
         )
-    return Step(**{name: torch.cat([getattr(p, name) for p in parts]) for name in want})
+    return StepOutput(**{name: torch.cat([getattr(p, name) for p in parts]) for name in want})
 
 
 def sigmas(counts: np.ndarray[Any, Any], p: np.ndarray[Any, Any]) -> float:

@@ -14,7 +14,7 @@ from support.decisions import Run, random_keys
 
 from proxytune.ops.noise import LATENT, SLOTS, TILES, TOKENS, Noise, slotted
 from proxytune.ops.philox import gumbel, normal, philox
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 # The known answers of Random123 1.14 (`kat_vectors`, philox4x32 with 10 rounds): counter, key, result.
 KNOWN = [
@@ -76,7 +76,7 @@ def test_an_implementation_s_noise_through_the_contract(run: Run, slow_one: bool
     truth = oracle.Keys(**{k: x.numpy() for k, x in keys.items()})
     got = run(
         [torch.zeros(rows, width, device=device)],
-        sampling=Sampling.of(rows, min_p=0.5, device=device),  # truncation that keeps all: the noise is per token
+        sampling=SamplingParams.of(rows, min_p=0.5, device=device),  # truncation that keeps all: the noise is per token
         noise=Noise.of(rows, device=device, **keys),
         draws=width,
         want=("tokens", "keys", "draw_logprobs"),

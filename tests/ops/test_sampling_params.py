@@ -23,7 +23,7 @@ from transformers.generation.logits_process import (
 )
 
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 INF = float("inf")
 
@@ -67,7 +67,7 @@ def draw_all(run: Run, x: torch.Tensor, settings: list[Setting], draws: int) -> 
     }
     return run(
         [x],
-        sampling=Sampling.of(rows, device=x.device, **columns),
+        sampling=SamplingParams.of(rows, device=x.device, **columns),
         noise=Noise.of(rows, device=x.device, **random_keys(np.random.default_rng(0), rows)),
         draws=draws,
         want=("tokens", "kept", "draw_logprobs"),

@@ -32,7 +32,7 @@ from support.decisions import (
 from proxytune import ops
 from proxytune.ops import dispatch
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 NAN, INF = float("nan"), float("inf")
 
@@ -107,7 +107,7 @@ def test_weights_settings_and_keys_lie_anywhere_in_memory(run: Run, part: str, d
     rows, width = 3, 300
     members = [x.to(device) for x in logits(rows, width, width)]
     weights = torch.tensor([[1.0, 0.5], [1.0, -2.0], [0.5, 0.0]], device=device)
-    sampling = Sampling.of(
+    sampling = SamplingParams.of(
         rows, temperature=torch.tensor([0.5, 1.0, 2.0]), top_k=torch.tensor([0, 7, 30]), device=device
     )
     noise = Noise.of(rows, seed=3, device=device)
@@ -332,7 +332,7 @@ def test_masked_tokens_are_never_drawn_however_many_are_asked_for(
     x = torch.full((2, 2100), -INF, device=device)
     x[0, [5, 1023, 2099]] = torch.tensor([1.0, -2.0, 3.0], device=device)
     x[1, 1500] = -1e4
-    sampling = Sampling.of(
+    sampling = SamplingParams.of(
         2, temperature=temperature, min_p=1e-30 if truncated and temperature > 1 else 0.0, device=device
     )
     noise = Noise.of(2, seed=-1, device=device)
@@ -408,7 +408,7 @@ def test_numbers_are_weights_of_every_row(run: Run, device: str) -> None:
 
 def test_noise_depends_on_every_part_of_its_key(run: Run, device: str) -> None:
     x = torch.zeros(1, 2000, device=device)
-    sampling = Sampling.of(1, device=device)
+    sampling = SamplingParams.of(1, device=device)
     alone = {"seed": 1, "row": torch.tensor([2]), "position": 3, "branch": 4}
     seen = set()
     for change in ({}, {"seed": 2}, {"seed": 1 + 2**32}, {"row": torch.tensor([3])}, {"position": 4}, {"branch": 5}):
@@ -487,7 +487,7 @@ def test_nothing_of_what_memory_held_before_comes_out(
 
 def test_inputs_are_read_only(run: Run, device: str) -> None:
     case = _batch(device, 300).only([0, 1, 2, 3, 5])
-    sampling = Sampling.of(5, device=device, **case.settings)  # type: ignore[arg-type]
+    sampling = SamplingParams.of(5, device=device, **case.settings)  # type: ignore[arg-type]
     noise = Noise.of(5, device=device, **case.keys)  # type: ignore[arg-type]
     tensors = [*case.members, case.weights]
     tensors += [x for s in (sampling, noise) for x in vars(s).values() if isinstance(x, torch.Tensor)]
@@ -530,8 +530,8 @@ def test_scores_are_within_rounding_of_float64(run: Run, device: str) -> None:
 def test_auto_on_the_cpu_imports_no_triton() -> None:
     program = (
         "import sys, torch, proxytune.ops as ops\n"
-        "from proxytune.ops.noise import Noise\nfrom proxytune.ops.sampling_params import Sampling\n"
-        "got = ops.step([torch.zeros(2, 9)], sampling=Sampling.of(2, top_k=3), noise=Noise.of(2))\n"
+        "from proxytune.ops.noise import Noise\nfrom proxytune.ops.sampling_params import SamplingParams\n"
+        "got = ops.step([torch.zeros(2, 9)], sampling=SamplingParams.of(2, top_k=3), noise=Noise.of(2))\n"
         "assert got.tokens.shape == (2, 1)\n"
         "print([m for m in sys.modules if m.partition('.')[0] in ('triton', 'proxytune_kernels')])"
     )
@@ -549,6 +549,6 @@ def test_the_implementation_asked_for_is_the_one_that_runs(
 
     monkeypatch.setattr(dispatch, "decide" if impl == "triton" else "_kernels", fail)
     x = torch.zeros(2, 9, device=device)
-    run([x], sampling=Sampling.of(2, device=device), noise=Noise.of(2, device=device), want=ALL)
+    run([x], sampling=SamplingParams.of(2, device=device), noise=Noise.of(2, device=device), want=ALL)
     with pytest.raises(AssertionError, match="the other implementation ran"):  # the control
         ops.step([x], impl="torch" if impl == "triton" else "triton")

@@ -19,8 +19,8 @@ from support.verifications import Drafts, Verify, check, drafts, same, truth
 from proxytune import ops
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.ops.noise import Noise
-from proxytune.ops.outputs import Verdict
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.outputs import VerifyOutput
+from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl import verify as torch_verify
 
 NAN, INF = float("nan"), float("inf")
@@ -32,7 +32,7 @@ def verify(impl: str, monkeypatch: pytest.MonkeyPatch) -> Verify:
     if impl == "torch without waiting":
         monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "Rows", _RowsElsewhere)
 
-    def run(*args: Any, **kwargs: Any) -> Verdict:
+    def run(*args: Any, **kwargs: Any) -> VerifyOutput:
         with np.errstate(all="ignore"):
             return ops.verify(*args, impl=impl.partition(" ")[0], **kwargs)  # type: ignore[arg-type]
 
@@ -264,7 +264,7 @@ def two_tokens(
         texts = torch.zeros(count, 2, dtype=torch.int64)
         length = torch.zeros(count, dtype=torch.int64)
         noise = Noise.of(count, seed=3, row=torch.arange(start, start + count), position=0)
-        sampling = Sampling.of(count, **settings)
+        sampling = SamplingParams.of(count, **settings)
 
         def state(length: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
             """Rows of the tables: 0, or 1 + the first token; what is past the second token never matters."""
@@ -400,10 +400,10 @@ def test_the_controls_a_wrong_verification_is_seen(wrong: str, monkeypatch: pyte
         (lambda c: {"draft": c.draft[:3]}, r"draft: expected logits \[4, V\]"),
         (lambda c: {"draft": c.draft.double()}, "draft: expected logits"),
         (lambda c: {"draft": c.draft.t().contiguous().t()}, "inner stride of 1"),
-        (lambda c: {"sampling": Sampling.of(6)}, "sampling: expected keys and settings for 2 rows"),
+        (lambda c: {"sampling": SamplingParams.of(6)}, "sampling: expected keys and settings for 2 rows"),
         (lambda c: {"noise": Noise.of(6)}, "noise: expected keys and settings for 2 rows"),
-        (lambda c: {"sampling": Sampling.of(2, top_k=61)}, "top_k: expected at most 60"),
-        (lambda c: {"draft": c.draft[:, :9], "sampling": Sampling.of(2, top_k=10)}, "at most 9, the width of the"),
+        (lambda c: {"sampling": SamplingParams.of(2, top_k=61)}, "top_k: expected at most 60"),
+        (lambda c: {"draft": c.draft[:, :9], "sampling": SamplingParams.of(2, top_k=10)}, "at most 9, the width of"),
         (lambda c: {"weights": (1.0, 2.0)}, "weights: expected 1 finite numbers"),
         (lambda c: {"impl": "fast"}, "impl: expected"),
     ],
@@ -425,7 +425,7 @@ def test_inside_a_graph_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_comparison_sees_other_tokens() -> None:
     case = drafts(6, 3, 90)
 
-    def other(*args: Any, noise: Noise, **kwargs: Any) -> Verdict:
+    def other(*args: Any, noise: Noise, **kwargs: Any) -> VerifyOutput:
         return ops.verify(*args, noise=noise.at(noise.position + 1), **kwargs)
 
     with pytest.raises(AssertionError, match="text"):

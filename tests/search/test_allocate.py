@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, InputError
 from proxytune.search.allocate import allocate
-from proxytune.search.calibration_run import CalibrationRun, Form, Trial
+from proxytune.search.calibration_run import CalibrationRun, PolicyForm, Trial
 from proxytune.search.plan import plan
 from proxytune.search.policy import attempt, run_policies
 from proxytune.voting.vote import Sample, vote
@@ -28,7 +28,7 @@ from proxytune.voting.vote import Sample, vote
 COUNTS = (1, 2, 4, 8)
 EXTRA = (0, 1, 2, 4)
 NAMES = [f"vote-{n}" for n in COUNTS] + [f"wait-{n}" for n in EXTRA]
-FORMS: list[Form] = ["parallel"] * 4 + ["sequential"] * 4
+FORMS: list[PolicyForm] = ["parallel"] * 4 + ["sequential"] * 4
 LEVELS = [*COUNTS, *EXTRA]
 # Log-odds of each level on a problem of middling difficulty. "tie": the two forms are the same but for their cost.
 WEAK, STRONG = (-0.6, -0.5, -0.4, -0.3), (-0.6, -0.1, 0.3, 0.6)
@@ -154,7 +154,7 @@ def test_kinds_that_want_different_forms_get_them() -> None:
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def trial(name: str, right: Sequence[int], tokens: int | Sequence[int] = 10, form: Form = "parallel") -> Trial:
+def trial(name: str, right: Sequence[int], tokens: int | Sequence[int] = 10, form: PolicyForm = "parallel") -> Trial:
     cost = [tokens] * len(right) if isinstance(tokens, int) else tokens
     return Trial(name, form, 1, np.array(right, bool), np.array(cost))
 
@@ -412,7 +412,7 @@ class Fixed:
     """Answers what it is told, at a price; a sample at a time while it can pay."""
 
     name: str
-    form: Form = "parallel"
+    form: PolicyForm = "parallel"
     level: int = 1
     answers: tuple[Any, ...] = ("a",)
     prompt: int = 2

@@ -126,7 +126,7 @@ DRAWS = 20_000
 
 def draws(count: int, **kwargs: Any) -> list[Any]:
     store = history([("p", SEEN)])
-    return [store.steer("p", CANDIDATES, count, round=2, seed=seed, **kwargs) for seed in range(DRAWS)]
+    return [store.select("p", CANDIDATES, count, round=2, seed=seed, **kwargs) for seed in range(DRAWS)]
 
 
 @pytest.mark.parametrize("prior", [None, PRIOR], ids=["equal", "prior"])
@@ -157,7 +157,7 @@ def test_draws_follow_the_law_and_weights_lead_back_from_it(count: int, prior: l
 def test_with_all_candidates_nothing_is_random_but_the_order() -> None:
     store = history([("p", SEEN)])
     for seed in range(5):
-        steered = store.steer("p", CANDIDATES, 5, round=0, seed=seed, prior=PRIOR)
+        steered = store.select("p", CANDIDATES, 5, round=0, seed=seed, prior=PRIOR)
         assert sorted(steered.indices) == list(range(5))
         assert steered.kappa == -math.inf
         np.testing.assert_allclose(np.exp(steered.log_weights), law(PRIOR)[steered.indices], rtol=1e-12)
@@ -169,23 +169,23 @@ def test_with_all_candidates_nothing_is_random_but_the_order() -> None:
 def test_a_candidate_without_prior_is_never_drawn() -> None:
     store = history([("p", SEEN)])
     for seed in range(50):
-        steered = store.steer("p", CANDIDATES, 2, round=0, seed=seed, prior=[0, 1, 0, 1, 1])
+        steered = store.select("p", CANDIDATES, 2, round=0, seed=seed, prior=[0, 1, 0, 1, 1])
         assert not {0, 2} & set(steered.indices)
         assert np.isfinite(steered.log_weights).all()
-    assert store.steer("p", CANDIDATES, 3, round=0, prior=[0, 1, 0, 1, 1]).kappa == -math.inf
+    assert store.select("p", CANDIDATES, 3, round=0, prior=[0, 1, 0, 1, 1]).kappa == -math.inf
     with pytest.raises(InputError, match="count: expected at most 3, the candidates that can be drawn; got 4"):
-        store.steer("p", CANDIDATES, 4, round=0, prior=[0, 1, 0, 1, 1])
+        store.select("p", CANDIDATES, 4, round=0, prior=[0, 1, 0, 1, 1])
 
 
 def test_what_was_seen_often_goes_on_rarely() -> None:
     store = history([("p", ["seen"] * 99)])
-    firsts = Counter(store.steer("p", ["seen", "new"], 1, round=0, seed=s).indices[0] for s in range(3000))
+    firsts = Counter(store.select("p", ["seen", "new"], 1, round=0, seed=s).indices[0] for s in range(3000))
     assert firsts[0] / 3000 == pytest.approx(0.1 / 1.1, abs=4 * math.sqrt(0.09 * 0.91 / 3000))
 
 
 def test_draws_are_keyed_and_not_by_the_order_of_calls() -> None:
     def drawn(store: AnswerHistory, prompt: Any, **kwargs: Any) -> tuple[Any, ...]:
-        steered = store.steer(prompt, list(range(40)), 5, **{"round": 1, "seed": 2, **kwargs})
+        steered = store.select(prompt, list(range(40)), 5, **{"round": 1, "seed": 2, **kwargs})
         return (*steered.indices, steered.kappa)
 
     store = AnswerHistory()
@@ -201,7 +201,7 @@ def test_draws_are_keyed_and_not_by_the_order_of_calls() -> None:
     assert len({want, *others}) == 7
     assert drawn(store, "p") == want == drawn(AnswerHistory(), "p")
     # Another candidate at the end leaves the others' noise as it is.
-    more = store.steer("p", list(range(41)), 41, round=1, seed=2).indices
+    more = store.select("p", list(range(41)), 41, round=1, seed=2).indices
     assert [i for i in more if i < 40][:5] == list(want[:5])
 
 
@@ -269,7 +269,7 @@ def test_points_are_steered_branches_at_one_of_their_forks() -> None:
     at: Counter[tuple[int, int]] = Counter()
     for seed in range(400):
         got = points(seed, prior=weights)
-        steered = store.steer("p", ["a", "b", None, "c"], 2, round=0, seed=seed, prior=weights)
+        steered = store.select("p", ["a", "b", None, "c"], 2, round=0, seed=seed, prior=weights)
         assert [point.branch for point in got] == steered.indices
         assert [point.log_weight for point in got] == steered.log_weights.tolist()
         assert [point.log_prior_weight for point in got] == steered.log_prior_weights.tolist()
@@ -413,21 +413,21 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (lambda h: h.record(3.0, ["a"]), "prefix: expected token ids"),
         (lambda h: h.record([-1], ["a"]), "prefix: expected token ids"),
         (lambda h: h.count("p", {}), "answer: expected a hashable value"),
-        (lambda h: h.steer("p", [], 1, round=0), "answers: expected at least one candidate; got none"),
-        (lambda h: h.steer("p", ["a"], 0, round=0), "count: expected a whole number of candidates, at least 1; got 0"),
+        (lambda h: h.select("p", [], 1, round=0), "answers: expected at least one candidate; got none"),
+        (lambda h: h.select("p", ["a"], 0, round=0), "count: expected a whole number of candidates, at least 1; got 0"),
         (
-            lambda h: h.steer("p", ["a"], 2, round=0),
+            lambda h: h.select("p", ["a"], 2, round=0),
             "count: expected at most 1, the candidates that can be drawn; got 2",
         ),
         (
-            lambda h: h.steer("p", ["a"], 1, round=-1),
+            lambda h: h.select("p", ["a"], 1, round=-1),
             "round: expected a whole number that counts the rounds, at least 0",
         ),
-        (lambda h: h.steer("p", ["a"], 1, round=0, seed=0.5), "seed: expected a whole number; got 0.5"),
-        (lambda h: h.steer("p", ["a"], 1, round=0, prior=[1, 1]), "prior: expected 1 numbers, one for each candidate"),
-        (lambda h: h.steer("p", ["a"], 1, round=0, prior=[-1]), "prior: expected 1 numbers.*at least 0 and not all 0"),
-        (lambda h: h.steer("p", ["a"], 1, round=0, prior=[0]), "prior: expected 1 numbers"),
-        (lambda h: h.steer("p", ["a"], 1, round=0, prior=[math.nan]), "prior: expected finite numbers"),
+        (lambda h: h.select("p", ["a"], 1, round=0, seed=0.5), "seed: expected a whole number; got 0.5"),
+        (lambda h: h.select("p", ["a"], 1, round=0, prior=[1, 1]), "prior: expected 1 numbers, one for each candidate"),
+        (lambda h: h.select("p", ["a"], 1, round=0, prior=[-1]), "prior: expected 1 numbers.*at least 0 and not all 0"),
+        (lambda h: h.select("p", ["a"], 1, round=0, prior=[0]), "prior: expected 1 numbers"),
+        (lambda h: h.select("p", ["a"], 1, round=0, prior=[math.nan]), "prior: expected finite numbers"),
         (
             lambda h: restart_points(tree(), ["a"], h, 1, prompt="p", round=0),
             "answers: expected 4, one for each branch",

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from support import oracle
 
-from proxytune.ops import OUTPUTS, Step
+from proxytune.ops import OUTPUTS, StepOutput
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
-Run = Callable[..., Step]
+Run = Callable[..., StepOutput]
 """`ops.step` with one implementation."""
 
 ALL = OUTPUTS
@@ -31,7 +31,7 @@ class Case:
     Attributes:
         members: The base first, on the CPU or elsewhere.
         weights: Numbers, or `[B, M]`.
-        settings: Keywords of `Sampling.of`; None for the argmax.
+        settings: Keywords of `SamplingParams.of`; None for the argmax.
         keys: Keywords of `Noise.of`.
         draws: N.
     """
@@ -50,12 +50,12 @@ class Case:
     def width(self) -> int:
         return self.members[0].shape[1]
 
-    def step(self, run: Run, want: Sequence[str] | None = None) -> Step:
+    def step(self, run: Run, want: Sequence[str] | None = None) -> StepOutput:
         device = self.members[0].device
         want = (ALL if self.settings is not None else UNDRAWN) if want is None else want
         if self.settings is None:
             return run(self.members, self.weights, want=want)
-        sampling = Sampling.of(self.rows, device=device, **self.settings)
+        sampling = SamplingParams.of(self.rows, device=device, **self.settings)
         noise = Noise.of(self.rows, device=device, **(self.keys or {}))
         return run(self.members, self.weights, sampling=sampling, noise=noise, draws=self.draws, want=want)
 
@@ -124,7 +124,7 @@ def bits(x: torch.Tensor) -> torch.Tensor:
     return torch.where(x.isnan(), torch.nan, x).contiguous().view(torch.int32)
 
 
-def same(a: Step, b: Step, want: Sequence[str] = ALL, rows: Sequence[int] | None = None) -> None:
+def same(a: StepOutput, b: StepOutput, want: Sequence[str] = ALL, rows: Sequence[int] | None = None) -> None:
     """Assert that two steps are equal bit for bit, in the rows given of `a`."""
     for name in want:
         x, y = getattr(a, name), getattr(b, name)
@@ -172,7 +172,7 @@ def check(case: Case, run: Run, want: Sequence[str] | None = None) -> Tally:
     return compare(case, got, truth, want)
 
 
-def compare(case: Case, got: Step, truth: oracle.Truth, want: Sequence[str] | None = None) -> Tally:
+def compare(case: Case, got: StepOutput, truth: oracle.Truth, want: Sequence[str] | None = None) -> Tally:
     """Compare what a step found with the truth."""
     want = (ALL if case.settings is not None else UNDRAWN) if want is None else want
     rows, n = case.rows, case.draws

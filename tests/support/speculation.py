@@ -24,7 +24,7 @@ from transformers import (
 )
 
 import proxytune
-from proxytune import Bigrams, DraftModel, PromptLookup
+from proxytune.methods.speculation import BigramDraft, ModelDraft, PromptLookupDraft
 
 ALPHA = 0.7
 SEED = 5
@@ -65,15 +65,15 @@ def draft(name: str, kind: str) -> Any:
         case "expert":
             return "expert"
         case "good":
-            return DraftModel(near(kind, 4, 0.1))
+            return ModelDraft(near(kind, 4, 0.1))
         case "bad":  # and wider, of another family
-            return DraftModel(build("gpt2" if kind == "llama" else "llama", 9, 262))
+            return ModelDraft(build("gpt2" if kind == "llama" else "llama", 9, 262))
         case "short":  # the vocabulary of which most of the text is not in
-            return DraftModel(build("llama", 8, 60))
+            return ModelDraft(build("llama", 8, 60))
         case "lookup":
-            return PromptLookup(longest=3, shortest=1)
+            return PromptLookupDraft(longest=3, shortest=1)
         case "bigrams":
-            return Bigrams.of(near(kind, 0, 0.0))
+            return BigramDraft.of(near(kind, 0, 0.0))
     raise ValueError(name)
 
 

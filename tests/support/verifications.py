@@ -18,11 +18,11 @@ from support.decisions import Case, Tally, logits, poisoned, random_keys, settin
 from support.oracle import CLOSE, TILE, UNIT, Array
 
 from proxytune.ops.noise import Noise
-from proxytune.ops.outputs import Verdict
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.outputs import VerifyOutput
+from proxytune.ops.sampling_params import SamplingParams
 
 DECISIONS = 2
-Verify = Callable[..., Verdict]
+Verify = Callable[..., VerifyOutput]
 """`ops.verify` with one implementation."""
 
 
@@ -34,7 +34,7 @@ class Drafts:
         members: `[B · (K + 1), V_i]`, the base first.
         drafted: `[B, K]`.
         draft: `[B · K, V_q]`, or None.
-        settings: Keywords of `Sampling.of`, of B rows.
+        settings: Keywords of `SamplingParams.of`, of B rows.
         keys: Keywords of `Noise.of`, of B rows.
         weights: Numbers, or `[B · (K + 1), M]`.
     """
@@ -57,11 +57,11 @@ class Drafts:
     def prepared(self) -> dict[str, Any]:
         device = self.drafted.device
         return {
-            "sampling": Sampling.of(self.texts, device=device, **self.settings),
+            "sampling": SamplingParams.of(self.texts, device=device, **self.settings),
             "noise": Noise.of(self.texts, device=device, **self.keys),
         }
 
-    def verify(self, run: Verify) -> Verdict:
+    def verify(self, run: Verify) -> VerifyOutput:
         return run(self.members, self.weights, drafted=self.drafted, draft=self.draft, **self.prepared())
 
     def only(self, texts: Sequence[int]) -> Drafts:
@@ -159,7 +159,7 @@ def truth(case: Drafts) -> Truth:
     q = case.steps(most, [case.draft], (1.0,)).truth() if case.draft is not None and most else None
     steps = case.steps(most + 1, case.members, case.weights)
     keys = oracle.Keys(**{k: np.asarray(x.cpu().numpy(), np.int64) for k, x in (steps.keys or {}).items()})
-    truncated = Sampling.of(case.texts, **case.settings).truncated.tolist()
+    truncated = SamplingParams.of(case.texts, **case.settings).truncated.tolist()
     tokens = np.full((case.texts, most + 1), -1, np.int64)
     accepted, sure = np.zeros(case.texts, np.int64), np.ones(case.texts, bool)
     for b in range(case.texts):
@@ -280,7 +280,7 @@ def check(case: Drafts, run: Verify) -> Tally:
     return Tally(case.texts, int((~want.sure).sum()))
 
 
-def same(a: Verdict, b: Verdict, texts: Sequence[int] | None = None) -> None:
+def same(a: VerifyOutput, b: VerifyOutput, texts: Sequence[int] | None = None) -> None:
     """Assert that two verdicts are equal, in the texts given of `a`."""
     for x, y in ((a.tokens, b.tokens), (a.accepted, b.accepted)):
         x = x if texts is None else x[torch.tensor(texts, device=x.device)]

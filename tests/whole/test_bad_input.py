@@ -112,7 +112,7 @@ def test_something_that_is_no_model_is_refused() -> None:
 
 def test_contradicting_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="wrap: expected alpha or formula; got both"):
-        compose(alpha=0.5, formula=proxytune.ProxyTuning(alpha=0.5))
+        compose(alpha=0.5, formula=proxytune.formulas.ProxyTuning(alpha=0.5))
     with pytest.raises(InputError, match="members: expected no further arguments .*; got dtype"):
         compose(dtype=torch.bfloat16)
     with pytest.raises(InputError, match="revisions: expected roles out of base, expert, antiexpert; got exprt"):

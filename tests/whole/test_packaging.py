@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import re
@@ -50,6 +51,43 @@ def test_public_names_are_there_and_documented(name):
     if name != "__version__":
         assert inspect.getdoc(thing)
         assert thing.__module__.startswith("proxytune.")
+
+
+def test_the_table_of_contents_lists_the_doors_once():
+    table = re.findall(r"^`(\w+)`", proxytune.__doc__, re.MULTILINE)
+    assert sorted([*table, "__version__"]) == sorted(proxytune.__all__)
+    source = ast.parse((ROOT / "proxytune" / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in source.body if isinstance(node, ast.If))
+    typed = {alias.name: f"{node.module}" for node in block.body for alias in node.names}
+    assert typed == proxytune._HOME  # what type checkers see is what is imported
+
+
+DOTTED = re.compile(r"(?<![\w./])proxytune(?:\.[A-Za-z_]\w*)+")
+
+
+def _resolves(dotted: str) -> bool:
+    parts = dotted.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        for part in parts[size:]:
+            if not hasattr(found, part):
+                return False
+            found = getattr(found, part)
+        return True
+    return False
+
+
+def test_every_dotted_name_that_texts_mention_exists():
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")}
+    for folder in ("proxytune", "kernels", "benches"):
+        for source in (ROOT / folder).rglob("*.py"):
+            texts[str(source.relative_to(ROOT))] = source.read_text(encoding="utf-8")
+    named = {(file, found) for file, text in texts.items() for found in DOTTED.findall(text)}
+    assert len(named) > 300
+    assert [(file, name) for file, name in sorted(named) if not _resolves(name)] == []
 
 
 def test_an_unknown_name_is_an_attribute_error():

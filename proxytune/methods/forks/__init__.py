@@ -1,1 +1,11 @@
-"""Entropy thresholds and fork temperatures."""
+"""Entropy-aware sampling: a minority of tokens are high-entropy forks, where reasoning is decided.
+
+`ForkThreshold` says above which entropy (nats) a token is a fork: fixed, calibrated, or streaming.
+`ForkSamplingLogitsProcessor` samples calmly elsewhere and explores there. Source: Wang et al. 2025, "Beyond the 80/20
+rule" (arXiv 2506.01939).
+"""
+
+from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
+from proxytune.methods.forks.threshold import ForkThreshold
+
+__all__ = ["ForkSamplingLogitsProcessor", "ForkThreshold"]

@@ -13,7 +13,7 @@ import torch
 
 from proxytune.errors import InputError
 
-__all__ = ["Following", "ForkRecord"]
+__all__ = ["CallTracker", "ForkRecord"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class ForkRecord:
     temperature: torch.Tensor
 
 
-class Following:
+class CallTracker:
     """Follows the generations of one processor, one after the other.
 
     A text goes on when there is one id more than before; anything else begins a new generation, unless it repeats a

@@ -18,15 +18,15 @@ from transformers import (
 )
 
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.methods.forks.call_tracker import Following, ForkRecord
+from proxytune.methods.forks.call_tracker import CallTracker, ForkRecord
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.ops.entropy import entropy
 from proxytune.recipe import MEASURES, ForkCalibration, Measure, Recipe
 from proxytune.validation import finite
 
-__all__ = ["FLOOR", "ForkSamplingLogitsProcessor", "Form"]
+__all__ = ["FLOOR", "ForkSamplingLogitsProcessor", "TemperatureRule"]
 
-Form = Literal["two", "dynamic", "edt"]
+TemperatureRule = Literal["two", "dynamic", "edt"]
 FLOOR = 0.01
 """The lowest temperature of the EDT form, which goes to 0 with the entropy."""
 
@@ -96,7 +96,7 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
         fork_temperature: float = 1.0,
         exec_temperature: float = 0.6,
         measure: Measure = "raw",
-        form: Form = "two",
+        form: TemperatureRule = "two",
         exponent: float = 1.0,
         theta: float = 0.1,
         temperature: float = 1.0,
@@ -129,7 +129,7 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
             InputError: If a value is out of its range, settings contradict each other, or the threshold belongs to
                 another measure or to another α than the recipe has now.
         """
-        for name, value, known in (("measure", measure, MEASURES), ("form", form, get_args(Form))):
+        for name, value, known in (("measure", measure, MEASURES), ("form", form, get_args(TemperatureRule))):
             if value not in known:
                 raise InputError.of(
                     name, expected=" or ".join(map(repr, known)), got=repr(value), remedy="Use one of these."
@@ -144,7 +144,7 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
         self._told = {name: _OFF[name] if value is None else value for name, value in given.items()}
         self._warpers = _warpers(self._told, measure)
         self._ends = _listed(eos_token_id)
-        self._following = Following(keeps=record)
+        self._following = CallTracker(keeps=record)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Divide the scores of one step by their rows' temperatures.
@@ -287,7 +287,7 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
             )
 
 
-def _threshold(given: Any, measure: Measure, form: Form) -> ForkThreshold | None:
+def _threshold(given: Any, measure: Measure, form: TemperatureRule) -> ForkThreshold | None:
     if isinstance(given, Recipe):
         calibration = given.fork_threshold
         fits = calibration is not None and calibration.alpha in (None, given.alpha)

@@ -19,9 +19,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from proxytune.methods.latent.steps import Feedback
+from proxytune.methods.latent.steps import LatentSteps
 
-__all__ = ["Capture", "EarlyCapture", "Writer", "with_capture"]
+__all__ = ["Capture", "EarlyCapture", "SpanCloser", "with_capture"]
 
 _WARPERS = (
     TemperatureLogitsWarper,
@@ -37,7 +37,7 @@ _WARPERS = (
 """What generate() puts at the end of the list; some of it truncates."""
 
 
-def with_capture(processors: Sequence[LogitsProcessor], feedback: Feedback) -> LogitsProcessorList:
+def with_capture(processors: Sequence[LogitsProcessor], feedback: LatentSteps) -> LogitsProcessorList:
     """A list of processors with what shows the scores to a generation's latent steps.
 
     Args:
@@ -50,15 +50,15 @@ def with_capture(processors: Sequence[LogitsProcessor], feedback: Feedback) -> L
     first = len(processors)
     while first and isinstance(processors[first - 1], _WARPERS):
         first -= 1
-    return LogitsProcessorList([*processors[:first], Writer(feedback), *processors[first:], Capture(feedback)])
+    return LogitsProcessorList([*processors[:first], SpanCloser(feedback), *processors[first:], Capture(feedback)])
 
 
-class Writer(LogitsProcessor):
+class SpanCloser(LogitsProcessor):
     """Writes the end of a thinking span that a cold stop has ended; stands before the warpers."""
 
     supports_continuous_batching = False
 
-    def __init__(self, feedback: Feedback) -> None:
+    def __init__(self, feedback: LatentSteps) -> None:
         """Stand before the warpers.
 
         Args:
@@ -83,8 +83,10 @@ class Capture(LogitsProcessor):
     """Shows the scores of each step to the latent steps of a generation; stands last."""
 
     supports_continuous_batching = False
+    per_row_state = True
+    setting = "latent steps"
 
-    def __init__(self, feedback: Feedback) -> None:
+    def __init__(self, feedback: LatentSteps) -> None:
         """Stand at the end of a list of processors.
 
         Args:
@@ -109,7 +111,7 @@ class Capture(LogitsProcessor):
 class EarlyCapture(Capture):
     """Both in one, for a place before warpers that are told."""
 
-    def __init__(self, feedback: Feedback, warpers: Sequence[LogitsProcessor]) -> None:
+    def __init__(self, feedback: LatentSteps, warpers: Sequence[LogitsProcessor]) -> None:
         """Stand before the warpers.
 
         Args:

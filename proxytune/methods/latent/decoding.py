@@ -20,18 +20,18 @@ from proxytune.generation.batch import cache_of, is_synced, lengths_of
 from proxytune.generation.fused import FusedDecoding
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_rules import refuse_processors
-from proxytune.generation.seeds import Rows, streams_of
+from proxytune.generation.seeds import StreamIds, streams_of
 from proxytune.methods.latent.capture import with_capture
-from proxytune.methods.latent.gates import Gates
-from proxytune.methods.latent.input_hook import ARGUMENT, feeding
-from proxytune.methods.latent.mixture import Kind, Mixture
-from proxytune.methods.latent.steps import Feedback, checked, feedback_of
+from proxytune.methods.latent.gates import LatentGates
+from proxytune.methods.latent.input_hook import ARGUMENT, latent_inputs_installed
+from proxytune.methods.latent.mixture import Kind, LatentMixture
+from proxytune.methods.latent.steps import LatentSteps, check_latent_settings, latent_steps_of
 from proxytune.ops import Impl
 from proxytune.validation import refuse_seed
 
-__all__ = ["LatentOutput", "StochasticLatentSampler"]
+__all__ = ["LatentDecoding", "LatentOutput"]
 
-_NAME = "StochasticLatentSampler"
+_NAME = "LatentDecoding"
 
 
 @dataclass
@@ -49,8 +49,8 @@ class LatentOutput(GenerateDecoderOnlyOutput):
 
 
 @dataclass(frozen=True, eq=False)
-class StochasticLatentSampler:
-    """A loop for `model.generate(..., custom_generate=StochasticLatentSampler("gumbel"))`, composed and plain models.
+class LatentDecoding:
+    """A loop for `model.generate(..., custom_generate=LatentDecoding("gumbel"))`, composed and plain models.
 
     Each token is drawn as without it; then weights over the likeliest tokens are drawn, given that token, and the
     mixture of their embeddings is what the model reads next (each member of a composed model the mixture of its own).
@@ -66,13 +66,13 @@ class StochasticLatentSampler:
     `generate_batch` and `cache_implementation="paged"` on a plain model never call a callable: there transformers'
     warning that it switches is all there is. An assistant is refused where `generate()` calls this object itself, not a
     function around it. A composed model refuses them, an attached
-    `StochasticLatentLogitsProcessor` too.
+    `LatentLogitsProcessor` too.
 
     Attributes:
         mixture: The law of the weights, or its kind for the defaults.
         gates: Where steps are latent [everywhere but at ids that end, begin or pad the text].
         seed: The key of all weights; None for another one in each call, from torch's default generator.
-        rows: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …].
+        stream_ids: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …].
         loop: How tokens are drawn: None for transformers' own loops; a `FusedDecoding`, for greedy decoding and
             sampling, if a row's tokens too are to depend on (seed, row, position) alone.
         streamer: A streamer, if it is not given to `generate()`.
@@ -82,17 +82,17 @@ class StochasticLatentSampler:
         InputError: If a setting is out of its range.
     """
 
-    mixture: Mixture | Kind = field(default_factory=Mixture)
-    gates: Gates = field(default_factory=Gates)
+    mixture: LatentMixture | Kind = field(default_factory=LatentMixture)
+    gates: LatentGates = field(default_factory=LatentGates)
     _: KW_ONLY
     seed: int | None = None
-    rows: Rows = None
+    stream_ids: StreamIds = None
     loop: FusedDecoding | None = None
     streamer: BaseStreamer | None = None
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
-        mixture, _ = checked(self.mixture, self.gates, self.impl)
+        mixture, _ = check_latent_settings(self.mixture, self.gates, self.impl)
         object.__setattr__(self, "mixture", mixture)
         refuse_seed(self.seed, _NAME)
 
@@ -130,23 +130,23 @@ class StochasticLatentSampler:
         Raises:
             UnsupportedModeError: For encoder-decoders, assisted decoding, paged caches and companions that read ids.
             UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
-            InputError: If `rows` does not fit the batch, or a gate names an id that the model cannot embed.
+            InputError: If `stream_ids` does not fit the batch, or a gate names an id that the model cannot embed.
         """
         given = _given_to_generate(self)
         assistant_model = given.get("assistant_model") if assistant_model is None else assistant_model
         refuse_modes(_NAME, model, generation_config, assistant_model, beams=self.loop is None)
         self._refuse_paged(generation_config, model_kwargs)
         refuse_processors(logits_processor)
-        assert isinstance(self.mixture, Mixture)
+        assert isinstance(self.mixture, LatentMixture)
         beams = int(generation_config.num_beams or 1)
-        feedback = feedback_of(
+        feedback = latent_steps_of(
             model,
             self.mixture,
             self.gates,
             generation_config,
             seed=self.seed,
             lengths=lengths_of(len(input_ids), input_ids.shape[1], input_ids.device, generation_config, model_kwargs),
-            rows=streams_of(self.rows, input_ids.shape[0]),
+            rows=streams_of(self.stream_ids, input_ids.shape[0]),
             impl=self.impl,
         )
         if streamer is None:
@@ -170,7 +170,7 @@ class StochasticLatentSampler:
         if streamer is None and self.streamer is not None:
             streamer = self.streamer
             streamer.put(input_ids.cpu())  # to its own, generate() has given the prompt
-        with feeding(model):
+        with latent_inputs_installed(model):
             if beams > 1:
                 return model._beam_search(input_ids, **shared)
             if self.loop is not None:
@@ -190,7 +190,7 @@ class StochasticLatentSampler:
             )
 
 
-def _given_to_generate(loop: StochasticLatentSampler) -> dict[str, Any]:
+def _given_to_generate(loop: LatentDecoding) -> dict[str, Any]:
     """What `generate()` was given but hands to no callable of a plain model: the assistant and the streamer."""
     # Left out without a word; the frame of generate() is the one witness.
     frame = sys._getframe(1)
@@ -217,7 +217,7 @@ class _Ended(StoppingCriteriaList):
         return done
 
 
-def _output(out: Any, feedback: Feedback, ended: list[torch.Tensor], start: int) -> LatentOutput:
+def _output(out: Any, feedback: LatentSteps, ended: list[torch.Tensor], start: int) -> LatentOutput:
     new = out.sequences[:, start:]  # [B, N]
     count = new.shape[1]
     # On a GPU transformers' loop may be a step ahead when it stops.

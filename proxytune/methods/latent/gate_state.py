@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from proxytune.generation.token_patterns import continued, ends_of
-from proxytune.methods.latent.gates import Gates
+from proxytune.methods.latent.gates import LatentGates
 
 __all__ = ["GateState"]
 
@@ -37,7 +37,7 @@ class GateState:
     start: int
 
     @classmethod
-    def begin(cls, gates: Gates, rows: int, device: torch.device, start: int) -> GateState:
+    def begin(cls, gates: LatentGates, rows: int, device: torch.device, start: int) -> GateState:
         """The state before the first new token.
 
         Args:
@@ -75,7 +75,7 @@ class GateState:
         )
 
     def step(
-        self, gates: Gates, ids: torch.Tensor, entropy: torch.Tensor, spread: torch.Tensor
+        self, gates: LatentGates, ids: torch.Tensor, entropy: torch.Tensor, spread: torch.Tensor
     ) -> tuple[torch.Tensor, GateState]:
         """Decide how the last token of each row is fed back.
 
@@ -117,7 +117,7 @@ class GateState:
             self, cold=cold, run=run, stopped=stopped, latent_mode=mode, block=block + 1, reference=reference
         )
 
-    def due(self, gates: Gates, ids: torch.Tensor) -> torch.Tensor | None:
+    def due(self, gates: LatentGates, ids: torch.Tensor) -> torch.Tensor | None:
         """What has to be written next, where a cold stop ends the span.
 
         Args:
@@ -134,7 +134,7 @@ class GateState:
         written = continued(ids, ends, torch.full_like(self.cold, self.start), least=0)
         return torch.where(open_, written, -1)
 
-    def _inside(self, gates: Gates, ids: torch.Tensor) -> torch.Tensor:
+    def _inside(self, gates: LatentGates, ids: torch.Tensor) -> torch.Tensor:
         """Whether the span is open after these ids; `[B]`, bool."""
         begins, ends = gates.begin, gates.end
         if not ends:

@@ -14,11 +14,11 @@ from typing import Any
 from proxytune.errors import InputError
 from proxytune.generation.token_patterns import Ids, token_ids
 
-__all__ = ["Gates"]
+__all__ = ["LatentGates"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gates:
+class LatentGates:
     """Which steps may be latent. A step is latent if every gate lets it; Ĥ = H(p) / ln k over the k candidates.
 
     Attributes:
@@ -90,7 +90,7 @@ class Gates:
                 _refuse(name, f"a number from 0{f' to {most:g}' if most < math.inf else ' on'}", value)
 
     @classmethod
-    def for_tokenizer(cls, tokenizer: Any, span: str | None = None, **settings: Any) -> Gates:
+    def for_tokenizer(cls, tokenizer: Any, span: str | None = None, **settings: Any) -> LatentGates:
         """Gates by text instead of ids: all special tokens are discrete, and the span is that of two tokens.
 
         Args:
@@ -98,7 +98,7 @@ class Gates:
             span: `"<think>…</think>"`, or with three dots: what opens the thinking span and what closes it, a single
                 token of the vocabulary each; nothing before the dots for a span that is open from the start. None for
                 no span.
-            **settings: Further settings of `Gates`.
+            **settings: Further settings of `LatentGates`.
 
         Returns:
             The gates.
@@ -126,12 +126,12 @@ class Gates:
                     "span",
                     expected=f"tokens of {type(tokenizer).__name__}'s vocabulary",
                     got=f"{part.strip()!r}, which is none",
-                    remedy="Take the thinking tokens of this model (its chat template shows them), or pass Gates the "
-                    "begin_ids and end_ids of several tokens.",
+                    remedy="Take the thinking tokens of this model (its chat template shows them), or pass LatentGates "
+                    "the begin_ids and end_ids of several tokens.",
                 )
         return cls(begin_ids=begin, end_ids=end, discrete_ids=listed, **settings)
 
-    def with_discrete(self, ids: Sequence[int]) -> Gates:
+    def with_discrete(self, ids: Sequence[int]) -> LatentGates:
         """The same gates with more ids that are always discrete.
 
         Args:

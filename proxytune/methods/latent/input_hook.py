@@ -16,16 +16,16 @@ from typing import Any
 import torch
 
 from proxytune.errors import UnsupportedModeError
-from proxytune.methods.latent.steps import Feedback
+from proxytune.methods.latent.steps import LatentSteps
 
-__all__ = ["ARGUMENT", "Hook", "feeding", "put_hook", "take_hook"]
+__all__ = ["ARGUMENT", "InputHook", "latent_inputs_installed", "put_hook", "take_hook"]
 
 _NAME = "prepare_inputs_for_generation"
 ARGUMENT = "latent_feedback"
 """The argument by which a generation carries its feedback to the hook, which takes it out again."""
 
 
-class Hook:
+class InputHook:
     """What stands in for a model's `prepare_inputs_for_generation`; a copy of the model goes without.
 
     Attributes:
@@ -56,14 +56,14 @@ class Hook:
             The inputs, with mixtures for what was drawn last.
 
         Raises:
-            UnsupportedModeError: As `Feedback.feed`.
+            UnsupportedModeError: As `LatentSteps.feed`.
         """
-        feedback: Feedback | None = kwargs.pop(ARGUMENT, None)
+        feedback: LatentSteps | None = kwargs.pop(ARGUMENT, None)
         inputs = self.original(input_ids, *args, **kwargs)
         return feedback.feed(inputs, input_ids) if feedback is not None and feedback.waiting else inputs
 
 
-def put_hook(model: Any) -> Hook:
+def put_hook(model: Any) -> InputHook:
     """Put a hook on a model.
 
     Args:
@@ -75,14 +75,14 @@ def put_hook(model: Any) -> Hook:
     Raises:
         UnsupportedModeError: If it has one.
     """
-    if isinstance(getattr(model, _NAME), Hook):
+    if isinstance(getattr(model, _NAME), InputHook):
         raise UnsupportedModeError.of(
             "latent steps",
             expected="one generation with latent steps at a time on a model",
             got="a model on which another one is running, or to which a StochasticLatentLogitsProcessor is attached",
             remedy="Wait for it, detach() the processor, or load the model twice.",
         )
-    hook = Hook(getattr(model, _NAME))
+    hook = InputHook(getattr(model, _NAME))
     setattr(model, _NAME, hook)
     return hook
 
@@ -94,7 +94,7 @@ def take_hook(model: Any) -> None:
         model: The model.
     """
     hook = vars(model).get(_NAME)
-    if not isinstance(hook, Hook):  # somebody has put another one in its place, and it has nothing to do any more
+    if not isinstance(hook, InputHook):  # somebody has put another one in its place, and it has nothing to do any more
         return
     original = hook.original
     if getattr(original, "__func__", None) is getattr(type(model), _NAME, None):
@@ -104,7 +104,7 @@ def take_hook(model: Any) -> None:
 
 
 @contextmanager
-def feeding(model: Any) -> Iterator[None]:
+def latent_inputs_installed(model: Any) -> Iterator[None]:
     """Let the generations of a model that carry a feedback go through it, for as long as the context lasts.
 
     Args:

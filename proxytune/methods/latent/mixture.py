@@ -31,7 +31,7 @@ from proxytune.errors import InputError
 from proxytune.ops.noise import LATENT, SLOTS, Noise, slotted
 from proxytune.ops.philox import exponential, normal, unit
 
-__all__ = ["Candidates", "Kind", "Mixture"]
+__all__ = ["Candidates", "Kind", "LatentMixture"]
 
 Kind = Literal["onehot", "mean", "moi", "gumbel", "dirichlet", "multiplex", "gaussian"]
 
@@ -73,7 +73,7 @@ class Candidates:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mixture:
+class LatentMixture:
     """A law of the weights, and its settings.
 
     Attributes:

@@ -18,23 +18,23 @@ from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelE
 from proxytune.generation.batch import lengths_of
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_rules import refuse_processors
-from proxytune.generation.seeds import Rows
+from proxytune.generation.seeds import StreamIds
 from proxytune.methods.latent.capture import EarlyCapture, with_capture
-from proxytune.methods.latent.gates import Gates
-from proxytune.methods.latent.input_hook import ARGUMENT, Hook, put_hook, take_hook
-from proxytune.methods.latent.mixture import Kind, Mixture
-from proxytune.methods.latent.steps import checked, embeddings_of, feedback_of
+from proxytune.methods.latent.gates import LatentGates
+from proxytune.methods.latent.input_hook import ARGUMENT, InputHook, put_hook, take_hook
+from proxytune.methods.latent.mixture import Kind, LatentMixture
+from proxytune.methods.latent.steps import check_latent_settings, embeddings_of, latent_steps_of
 from proxytune.models.generation_mixin import refuse_continuous_batching
 from proxytune.ops import Impl
 from proxytune.validation import refuse_seed
 
-__all__ = ["StochasticLatentLogitsProcessor"]
+__all__ = ["LatentLogitsProcessor"]
 
-_NAME = "StochasticLatentLogitsProcessor"
+_NAME = "LatentLogitsProcessor"
 
 
-class StochasticLatentLogitsProcessor(LogitsProcessor):
-    """What `StochasticLatentSampler` does, for any `generate()`, pipeline or trainer around a model.
+class LatentLogitsProcessor(LogitsProcessor):
+    """What `LatentDecoding` does, for any `generate()`, pipeline or trainer around a model.
 
     `processor.attach(model)` is needed in both ways of using it, and `detach()` ends it; also a context manager:
 
@@ -51,12 +51,12 @@ class StochasticLatentLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        mixture: Mixture | Kind = "gumbel",
-        gates: Gates | None = None,
+        mixture: LatentMixture | Kind = "gumbel",
+        gates: LatentGates | None = None,
         *,
         warpers: Sequence[LogitsProcessor] = (),
         seed: int | None = None,
-        rows: Rows = None,
+        stream_ids: StreamIds = None,
         impl: Impl = "auto",
     ) -> None:
         """Keep the settings.
@@ -67,16 +67,16 @@ class StochasticLatentLogitsProcessor(LogitsProcessor):
             warpers: The processors that come after this one in the list, in their order, as generate() makes them:
                 e.g. `[TemperatureLogitsWarper(0.8), TopKLogitsWarper(50)]`. Not needed if it is only attached.
             seed: The key of all weights; None for another one in each call, from torch's default generator.
-            rows: `[B]`: which stream of the seed each row draws from [0, 1, 2, …].
+            stream_ids: `[B]`: which stream of the seed each row draws from [0, 1, 2, …].
             impl: "triton", "torch" or "auto".
 
         Raises:
             InputError: If a setting is out of its range.
         """
-        self.mixture, self.gates = checked(mixture, Gates() if gates is None else gates, impl)
+        self.mixture, self.gates = check_latent_settings(mixture, LatentGates() if gates is None else gates, impl)
         refuse_seed(seed, _NAME)
         self.warpers = list(warpers)
-        self.seed, self.rows = seed, rows
+        self.seed, self.stream_ids = seed, stream_ids
         self.impl: Impl = impl
         self._attached: Any = None
 
@@ -167,9 +167,9 @@ class _Processors:
 
     def __init__(
         self,
-        processor: StochasticLatentLogitsProcessor,
+        processor: LatentLogitsProcessor,
         model: Any,
-        hook: Hook,
+        hook: InputHook,
         original: Callable[..., LogitsProcessorList],
     ) -> None:
         self.processor, self.model, self.hook, self.original = processor, model, hook, original
@@ -204,19 +204,19 @@ class _Processors:
             )
         refuse_modes(_NAME, self.model, generation_config, None, beams=True)
         refuse_processors(found)
-        feedback = feedback_of(
+        feedback = latent_steps_of(
             self.model,
             own.mixture,
             own.gates,
             generation_config,
             seed=own.seed,
             lengths=_lengths(generation_config, input_ids_seq_length or 0, model_kwargs),
-            rows=own.rows,
+            rows=own.stream_ids,
             impl=own.impl,
         )
         # generate() hands these on to every step.
         model_kwargs[ARGUMENT] = feedback
-        places = [i for i, p in enumerate(found) if isinstance(p, StochasticLatentLogitsProcessor)]
+        places = [i for i, p in enumerate(found) if isinstance(p, LatentLogitsProcessor)]
         if not places:
             return with_capture(found, feedback)
         at = places[0]

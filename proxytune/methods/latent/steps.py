@@ -15,17 +15,17 @@ from transformers import PreTrainedModel
 
 from proxytune import ops
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.seeds import Rows, seed_of, streams_of
+from proxytune.generation.seeds import StreamIds, seed_of, streams_of
 from proxytune.generation.token_patterns import forced
 from proxytune.methods.latent.embedding import Embedding, Inputs
 from proxytune.methods.latent.gate_state import GateState
-from proxytune.methods.latent.gates import Gates
-from proxytune.methods.latent.mixture import Candidates, Mixture
+from proxytune.methods.latent.gates import LatentGates
+from proxytune.methods.latent.mixture import Candidates, LatentMixture
 from proxytune.models.model import ProxyTunedModel
 from proxytune.ops import Impl
 from proxytune.ops.noise import Noise
 
-__all__ = ["Feedback", "checked", "embeddings_of", "feedback_of"]
+__all__ = ["LatentSteps", "check_latent_settings", "embeddings_of", "latent_steps_of"]
 
 
 def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
@@ -45,7 +45,7 @@ def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
     return [Embedding(model)]
 
 
-class Feedback:
+class LatentSteps:
     """The latent steps of one generation.
 
     Attributes:
@@ -57,12 +57,12 @@ class Feedback:
     def __init__(
         self,
         model: PreTrainedModel,
-        mixture: Mixture,
-        gates: Gates,
+        mixture: LatentMixture,
+        gates: LatentGates,
         *,
         seed: int,
         lengths: torch.Tensor | int,
-        rows: Rows = None,
+        rows: StreamIds = None,
         beams: int = 1,
         impl: ops.Impl = "auto",
     ) -> None:
@@ -267,7 +267,7 @@ class Feedback:
         return out
 
 
-def checked(mixture: Any, gates: Any, impl: Any) -> tuple[Mixture, Gates]:
+def check_latent_settings(mixture: Any, gates: Any, impl: Any) -> tuple[LatentMixture, LatentGates]:
     """The settings that both doors take.
 
     Args:
@@ -282,14 +282,14 @@ def checked(mixture: Any, gates: Any, impl: Any) -> tuple[Mixture, Gates]:
         InputError: If one of them is something else.
     """
     if isinstance(mixture, str):
-        mixture = Mixture(kind=mixture)  # type: ignore[arg-type]
-    for name, value, kind in (("mixture", mixture, Mixture), ("gates", gates, Gates)):
+        mixture = LatentMixture(kind=mixture)  # type: ignore[arg-type]
+    for name, value, kind in (("mixture", mixture, LatentMixture), ("gates", gates, LatentGates)):
         if not isinstance(value, kind):
             raise InputError.of(
                 name,
                 expected=f"a {kind.__name__}",
                 got=repr(value),
-                remedy="Pass e.g. Mixture(kind='gumbel', tau=0.25) and Gates(max_run=64).",
+                remedy="Pass e.g. LatentMixture(kind='gumbel', tau=0.25) and LatentGates(max_run=64).",
             )
     if impl not in get_args(Impl):
         raise InputError.of(
@@ -298,17 +298,17 @@ def checked(mixture: Any, gates: Any, impl: Any) -> tuple[Mixture, Gates]:
     return mixture, gates
 
 
-def feedback_of(
+def latent_steps_of(
     model: Any,
-    mixture: Mixture,
-    gates: Gates,
+    mixture: LatentMixture,
+    gates: LatentGates,
     generation_config: Any,
     *,
     seed: int | None,
     lengths: torch.Tensor,
-    rows: Rows,
+    rows: StreamIds,
     impl: Impl,
-) -> Feedback:
+) -> LatentSteps:
     """The latent steps of one `generate()`: what ends, begins and pads its texts is discrete.
 
     Args:
@@ -331,7 +331,7 @@ def feedback_of(
     names = ("_eos_token_tensor", "_pad_token_tensor", "_bos_token_tensor")
     found = [getattr(generation_config, name, None) for name in names]
     special = {int(i) for x in found if x is not None for i in x.flatten().tolist() if i >= 0}
-    feedback = Feedback(
+    feedback = LatentSteps(
         model,
         mixture,
         gates.with_discrete(sorted(special)) if special else gates,

@@ -6,7 +6,7 @@ there are; the `Transition` is the same for all of them. It is keyed by (seed, r
 coordinate), never drawn in the order of calls: a forward pass with a cache, without one, or in chunks puts the same
 noise at the same place, and neither padding nor the rows around it change a row.
 
-`StochasticRecursion` in `proxytune.methods.recursion.decoding` decodes with it; that module says how it relates to
+`RecursionDecoding` in `proxytune.methods.recursion.decoding` decodes with it; that module says how it relates to
 GRAM and PTRM.
 """
 

@@ -30,7 +30,7 @@ def refuse_settings(settings: _Settings) -> None:
     """Refuse settings that are out of their ranges, whatever the model.
 
     Args:
-        settings: Those of `StochasticRecursion`.
+        settings: Those of `RecursionDecoding`.
 
     Raises:
         InputError: If one is.

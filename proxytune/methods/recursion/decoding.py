@@ -34,8 +34,8 @@ from proxytune.errors import InputError
 from proxytune.generation.batch import cache_of
 from proxytune.generation.fused import FusedDecoding
 from proxytune.generation.modes import refuse_modes
-from proxytune.generation.processor_rules import led_to_prompts
-from proxytune.generation.prompt_rows import owners
+from proxytune.generation.processor_rules import bind_to_prompts
+from proxytune.generation.prompt_rows import rows_of_prompts
 from proxytune.generation.seeds import seed_of, streams_of
 from proxytune.methods.recursion.adapters import LatentRecursion, recursion_of
 from proxytune.methods.recursion.checks import refuse_call, refuse_settings
@@ -45,14 +45,14 @@ from proxytune.methods.recursion.selection import Select, check_select, select_o
 from proxytune.methods.recursion.transition import Transition
 from proxytune.ops.noise import Noise
 
-__all__ = ["RecursionOutput", "StochasticRecursion", "Trajectories"]
+__all__ = ["RecursionDecoding", "RecursionOutput", "Trajectories"]
 
 When = Literal["cycle", "once"] | tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class StochasticRecursion:
-    """A loop for `model.generate(..., custom_generate=StochasticRecursion(sigma=0.1))`, for models that recur.
+class RecursionDecoding:
+    """A loop for `model.generate(..., custom_generate=RecursionDecoding(sigma=0.1))`, for models that recur.
 
     Every prompt is decoded N times in one batch, by `FusedDecoding`, with keyed Gaussian noise at the high-level state
     after a cycle: `h' = u + σ · rms(u) · n`, at the positions of the prompt too, so that it is forwarded N times. In
@@ -60,7 +60,7 @@ class StochasticRecursion:
     trajectories is selected. With σ = 0 the model is exactly what it was.
 
     The noise depends on (seed, row, trajectory, position, cycle): neither on padding, on the cache nor on the batch. So
-    `StochasticRecursion(..., rows=[3], trajectories=[5])` decodes trajectory 5 of row 3 again by itself, and more
+    `RecursionDecoding(..., stream_ids=[3], trajectories=[5])` decodes trajectory 5 of row 3 again by itself, and more
     trajectories leave the first ones as they are. With `num_return_sequences` (which takes sampling) each sequence of a
     prompt is a row of its own, and the best of N trajectories.
 
@@ -85,7 +85,7 @@ class StochasticRecursion:
             one of the highest mean log-probability is selected.
         halt: The relative change of a state, > 0, below which a position halts; None for never.
         seed: The key of all noise; None for another one in each call, from torch's default generator.
-        rows: `[B]`, which stream of the seed each row has [0, 1, 2, …].
+        stream_ids: `[B]`, which stream of the seed each row has [0, 1, 2, …].
         impl: "triton", "torch" or "auto", for drawing tokens.
         streamer: A streamer, with one trajectory only.
 
@@ -100,7 +100,7 @@ class StochasticRecursion:
     answer: Callable[[list[int]], Hashable | None] | None = None
     halt: float | None = None
     seed: int | None = None
-    rows: Sequence[int] | torch.Tensor | None = None
+    stream_ids: Sequence[int] | torch.Tensor | None = None
     impl: ops.Impl = "auto"
     streamer: BaseStreamer | None = None
 
@@ -176,14 +176,14 @@ class StochasticRecursion:
         transition = self._transition(model, recursion, keys)
         meter = Meter(prompts * width, transition, input_ids.device, keep_states=head is not None)
         loop = FusedDecoding(
-            seed=int(keys.seed[0]), rows=keys.row, branches=keys.branch, impl=self.impl, streamer=self.streamer
+            seed=int(keys.seed[0]), stream_ids=keys.row, branch_ids=keys.branch, impl=self.impl, streamer=self.streamer
         )
         config = copy.copy(generation_config)
         config.disable_compile, config.return_dict_in_generate = True, False
-        processors = led_to_prompts(name, logits_processor)
+        processors = bind_to_prompts(name, logits_processor)
         texts, model_kwargs = _expanded(model, input_ids, model_kwargs, width)
         with ExitStack() as stack:
-            stack.enter_context(owners([p for p in range(prompts) for _ in numbers], prompts))
+            stack.enter_context(rows_of_prompts([p for p in range(prompts) for _ in numbers], prompts))
             stack.enter_context(meter.watching(model))
             stack.enter_context(recursion.perturbed(model, transition))
             texts = loop(
@@ -204,7 +204,7 @@ class StochasticRecursion:
 
     def _keys(self, prompts: int) -> Noise:
         """One for each trajectory, prompt after prompt, on the CPU."""
-        streams, seed = streams_of(self.rows, prompts), seed_of(self.seed)
+        streams, seed = streams_of(self.stream_ids, prompts), seed_of(self.seed)
         numbers = torch.tensor(self.numbers)
         row, branch = streams.repeat_interleave(len(numbers)), numbers.repeat(prompts)
         return Noise.of(len(row), seed=seed, row=row, branch=branch)

@@ -37,7 +37,7 @@ class Trajectories:
 
 @dataclass
 class RecursionOutput(ModelOutput):
-    """What `StochasticRecursion` returns with `return_dict_in_generate`.
+    """What `RecursionDecoding` returns with `return_dict_in_generate`.
 
     Attributes:
         sequences: `[B, T]`, int64: the selected trajectories, cut to the longest and padded as those are; with

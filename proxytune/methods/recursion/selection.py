@@ -14,12 +14,12 @@ import torch
 from proxytune.errors import InputError
 from proxytune.voting.vote import Sample, vote
 
-__all__ = ["Select", "Verifier", "check_select", "select_one"]
+__all__ = ["Select", "TextScorer", "check_select", "select_one"]
 
-Verifier: TypeAlias = Callable[[list[int]], float]
+TextScorer: TypeAlias = Callable[[list[int]], float]
 """Generated ids, without padding, to a score; larger is better."""
 Named = Literal["logprob", "vote", "value"]
-Select: TypeAlias = Named | Verifier | None
+Select: TypeAlias = Named | TextScorer | None
 
 
 def check_select(select: Select) -> None:
@@ -41,7 +41,7 @@ def check_select(select: Select) -> None:
 
 
 def select_one(
-    select: Named | Verifier,
+    select: Named | TextScorer,
     texts: Sequence[list[int]],
     mean_logprobs: Sequence[float],
     *,
@@ -110,7 +110,7 @@ def _number(x: float) -> float:
     return -math.inf if math.isnan(x) else x
 
 
-def _score(verifier: Verifier, ids: list[int]) -> float:
+def _score(verifier: TextScorer, ids: list[int]) -> float:
     found = verifier(list(ids))
     try:
         score = float(found)

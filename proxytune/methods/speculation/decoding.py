@@ -1,8 +1,8 @@
 """Lossless speculation: a draft runs ahead, and one pass of the steered model decides about all of its tokens.
 
 A round reads top to bottom in `SpeculativeDecoding.__call__`: settle what the last one left → draft → verify → what
-stands. Rows accept different numbers of tokens and go on by themselves; `Columns` keeps their caches in line, `Texts`
-shows processors and stopping criteria the text as it would stand without speculation.
+stands. Rows accept different numbers of tokens and go on by themselves; `RaggedCache` keeps their caches in line,
+`RaggedText` shows processors and stopping criteria the text as it would stand without speculation.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.batch import is_synced, last_logits, lengths_of, padding_of, usable_columns
 from proxytune.generation.modes import refuse_modes
-from proxytune.generation.processor_plan import translate
+from proxytune.generation.processor_plan import plan_processors
 from proxytune.generation.processor_rules import refuse_stateful
-from proxytune.generation.seeds import Rows, keys_of, seed_of
+from proxytune.generation.seeds import StreamIds, keys_of, seed_of
 from proxytune.methods.speculation.draft_length import DraftLength
-from proxytune.methods.speculation.drafts import Draft, Start
+from proxytune.methods.speculation.drafts import Draft, DraftContext
 from proxytune.methods.speculation.model_drafts import ExpertDraft
-from proxytune.methods.speculation.output import Record, SpeculativeOutput
-from proxytune.methods.speculation.progress import Standing
-from proxytune.methods.speculation.ragged_cache import Columns, ahead, forget, refuse_cache
-from proxytune.methods.speculation.ragged_text import Texts
-from proxytune.methods.speculation.target import Verifying
-from proxytune.methods.speculation.verifier import Accept, Judge
+from proxytune.methods.speculation.output import SpeculativeOutput, SpeculativeRecorder
+from proxytune.methods.speculation.progress import RowProgress
+from proxytune.methods.speculation.ragged_cache import RaggedCache, ahead, forget, refuse_cache
+from proxytune.methods.speculation.ragged_text import RaggedText
+from proxytune.methods.speculation.target import TargetModel
+from proxytune.methods.speculation.verifier import Accept, DraftVerifier
 from proxytune.models.model import ProxyTunedModel
 from proxytune.ops.noise import Noise
 from proxytune.validation import refuse_seed, whole
@@ -51,7 +51,7 @@ class SpeculativeDecoding:
     Batches go on row by row.
 
     Attributes:
-        draft: "expert", or a `Draft`: `DraftModel(model)`, `PromptLookup()`, `Bigrams.of(model.base)`.
+        draft: "expert", or a `Draft`: `ModelDraft(model)`, `PromptLookupDraft()`, `BigramDraft.of(model.base)`.
         draft_tokens: How many tokens to draft in each round; "auto" for what `costs` and the acceptance so far say is
             fastest (`proxytune.costs.speculation.best_draft_length`).
         accept: Where tokens are sampled: "rejection" accepts most (p(x) / q(x), then the residual relu(p − q)); with
@@ -64,8 +64,8 @@ class SpeculativeDecoding:
             batch.
         costs: What a round takes; None for round figures of the kind of device (`proxytune.costs.devices`).
         impl: "triton", "torch", or "auto" for Triton where it runs.
-        rows: As for `FusedDecoding`.
-        branches: As for `FusedDecoding`.
+        stream_ids: As for `FusedDecoding`.
+        branch_ids: As for `FusedDecoding`.
         streamer: A streamer for plain models, for one row; it gets the prompt too.
 
     Raises:
@@ -78,8 +78,8 @@ class SpeculativeDecoding:
     seed: int | None = None
     costs: DraftCosts | None = None
     impl: ops.Impl = "auto"
-    rows: Rows = None
-    branches: Rows = None
+    stream_ids: StreamIds = None
+    branch_ids: StreamIds = None
     streamer: BaseStreamer | None = None
 
     def __post_init__(self) -> None:
@@ -158,9 +158,9 @@ class SpeculativeDecoding:
         pad = 0 if pads is None else int(pads)
         streamer = self._streamer(streamer, input_ids)
         lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)
-        translation = translate(logits_processor, bool(generation_config.do_sample))
+        translation = plan_processors(logits_processor, bool(generation_config.do_sample))
         refuse_stateful(translation.before)
-        keys = keys_of(self.rows, self.branches, batch)
+        keys = keys_of(self.stream_ids, self.branch_ids, batch)
         if isinstance(model, ProxyTunedModel):
             model_kwargs["combine"] = False
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
@@ -169,12 +169,12 @@ class SpeculativeDecoding:
         mask = model_kwargs.get("attention_mask")
         given = model_kwargs.get("position_ids")
         following = lengths if given is None else (given[:, -1] + 1).expand(batch)
-        columns = Columns(following, int(cache.get_seq_length()), mask)
+        columns = RaggedCache(following, int(cache.get_seq_length()), mask)
         last, weights = last_logits(model, outputs)
         members = [z[:, None] for z in last]  # [B, 1, V_i]
         del outputs, last  # the logits of a whole prompt may hang on it
 
-        noted = Record(generation_config, batch)
+        noted = SpeculativeRecorder(generation_config, batch)
         usable = usable_columns(model, translation, members[0].shape[2])
         place = input_ids.device if translation.before else members[0].device
         sampling = noise = None
@@ -182,7 +182,7 @@ class SpeculativeDecoding:
             sampling = translation.sampling(batch, members[0].shape[2] if translation.before else usable, place)
             noise = Noise.of(batch, seed=seed_of(self.seed), row=keys.row, branch=keys.branch, device=place)
             noise = noise.at(lengths.to(place))
-        judge = Judge(
+        judge = DraftVerifier(
             translation,
             sampling,
             noise,
@@ -194,11 +194,11 @@ class SpeculativeDecoding:
             record=noted.wanted,
         )
         most = int(stopping_criteria.max_length) - width
-        texts = Texts(input_ids, most, pad)
-        verifying = Verifying(model, cache)
+        texts = RaggedText(input_ids, most, pad)
+        verifying = TargetModel(model, cache)
         with ahead(cache):
-            drafter = draft.begin(Start(model, cache, input_ids, mask, usable))
-            rows = Standing(texts, stopping_criteria, most=most, fills_up=pads is not None)
+            drafter = draft.begin(DraftContext(model, cache, input_ids, mask, usable))
+            rows = RowProgress(texts, stopping_criteria, most=most, fills_up=pads is not None)
             drafted, drawn_from, new = input_ids[:, :0], None, 0
             while True:
                 whole = drafter.role is None or not drafted.shape[1]  # a member that drafts has not read its last token

@@ -11,10 +11,10 @@ import torch
 from transformers.cache_utils import Cache
 
 from proxytune.costs.speculation import DraftCosts
-from proxytune.methods.speculation.ragged_cache import Columns
-from proxytune.methods.speculation.ragged_text import Texts
+from proxytune.methods.speculation.ragged_cache import RaggedCache
+from proxytune.methods.speculation.ragged_text import RaggedText
 
-__all__ = ["Draft", "Drafter", "Start"]
+__all__ = ["Draft", "DraftContext", "Drafter"]
 
 
 Draw = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -24,7 +24,7 @@ Draw = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
+class DraftContext:
     """What a generation begins with.
 
     Attributes:
@@ -68,7 +68,7 @@ class Drafter(ABC):
 
     @abstractmethod
     def propose(
-        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft a continuation of each row.
 
@@ -92,7 +92,7 @@ class Drafter(ABC):
         """
         return None
 
-    def finish(self, columns: Columns) -> torch.Tensor | None:
+    def finish(self, columns: RaggedCache) -> torch.Tensor | None:
         """Run over the last draft too, since some row's has been accepted: only then is there a use for it.
 
         Args:
@@ -103,7 +103,7 @@ class Drafter(ABC):
         """
         return None
 
-    def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
+    def undrafted(self, last: torch.Tensor, columns: RaggedCache) -> None:
         """See a round without a draft go by: caches of its own have to take in the last token all the same.
 
         Args:
@@ -117,7 +117,7 @@ class Draft(ABC):
     """A source of drafted tokens, for any number of generations."""
 
     @abstractmethod
-    def begin(self, start: Start) -> Drafter:
+    def begin(self, start: DraftContext) -> Drafter:
         """Begin a generation.
 
         Args:

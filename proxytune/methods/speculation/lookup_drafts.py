@@ -12,14 +12,14 @@ import torch
 
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError
-from proxytune.methods.speculation.drafts import Draft, Drafter, Draw, Start
+from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter, Draw
 from proxytune.methods.speculation.model_drafts import costs_of_round
-from proxytune.methods.speculation.ragged_cache import Columns
-from proxytune.methods.speculation.ragged_text import Texts
+from proxytune.methods.speculation.ragged_cache import RaggedCache
+from proxytune.methods.speculation.ragged_text import RaggedText
 from proxytune.models.members.member import embedding_rows
 from proxytune.validation import whole
 
-__all__ = ["Bigrams", "PromptLookup"]
+__all__ = ["BigramDraft", "PromptLookupDraft"]
 
 
 class _Free(Draft):
@@ -39,7 +39,7 @@ class _Free(Draft):
 
 
 @dataclass(frozen=True)
-class PromptLookup(_Free):
+class PromptLookupDraft(_Free):
     """Drafts what followed the last occurrence of the last few tokens, in the prompt or in what was generated.
 
     Prompt lookup decoding (Saxena 2023; `prompt_lookup_num_tokens` of transformers, for one row).
@@ -59,7 +59,7 @@ class PromptLookup(_Free):
         whole("shortest", self.shortest, "of tokens", least=1)
         whole("longest", self.longest, "of tokens", least=self.shortest)
 
-    def begin(self, start: Start) -> Drafter:
+    def begin(self, start: DraftContext) -> Drafter:
         """Begin a generation.
 
         Args:
@@ -76,12 +76,12 @@ class PromptLookup(_Free):
 
 
 class _Lookup(Drafter):
-    def __init__(self, settings: PromptLookup, padded: torch.Tensor) -> None:
+    def __init__(self, settings: PromptLookupDraft, padded: torch.Tensor) -> None:
         self._settings = settings
         self._padded = padded  # [B]: where each row's text begins
 
     def propose(
-        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         ids = texts.upto(max(texts.counts))  # [B, T]
         end = texts.prompts.shape[1] + texts.lengths[:, None]  # [B, 1]
@@ -105,10 +105,10 @@ class _Lookup(Drafter):
 
 
 @dataclass(frozen=True, eq=False)
-class Bigrams(_Free):
+class BigramDraft(_Free):
     """Drafts with a table: after each token the one that a model finds likeliest after it, without any other context.
 
-    The model-derived bigrams of Stewart et al. 2024 (The N-Grammys, arXiv 2411.03786). `Bigrams.of` makes the table
+    The model-derived bigrams of Stewart et al. 2024 (The N-Grammys, arXiv 2411.03786). `BigramDraft.of` makes the table
     from the base's own weights.
 
     Attributes:
@@ -132,7 +132,7 @@ class Bigrams(_Free):
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: Any, *, bos_token_id: int | None = None, rows: int = 256) -> Bigrams:
+    def of(cls, model: Any, *, bos_token_id: int | None = None, rows: int = 256) -> BigramDraft:
         """Ask a model for the likeliest token after every token: one pass over each, some seconds for a small one.
 
         Args:
@@ -156,7 +156,7 @@ class Bigrams(_Free):
         ]
         return cls(torch.cat(found))
 
-    def begin(self, start: Start) -> Drafter:
+    def begin(self, start: DraftContext) -> Drafter:
         """Begin a generation.
 
         Args:
@@ -174,7 +174,7 @@ class _Table(Drafter):
         self._following = following
 
     def propose(
-        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         token, drafted = last, []
         for _ in range(count):

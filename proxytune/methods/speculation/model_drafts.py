@@ -17,14 +17,14 @@ from proxytune.costs.devices import draft_costs, machine_of
 from proxytune.costs.model_size import pass_work
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError
-from proxytune.methods.speculation.drafts import Draft, Drafter, Draw, Start
-from proxytune.methods.speculation.ragged_cache import Columns, record
-from proxytune.methods.speculation.ragged_text import Texts
+from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter, Draw
+from proxytune.methods.speculation.ragged_cache import RaggedCache, record
+from proxytune.methods.speculation.ragged_text import RaggedText
 from proxytune.models.members.composite_cache import view
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.model import ProxyTunedModel
 
-__all__ = ["DraftModel", "ExpertDraft"]
+__all__ = ["ExpertDraft", "ModelDraft"]
 
 
 def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None) -> DraftCosts:
@@ -58,7 +58,7 @@ class _ModelDrafter(Drafter):
         self._last = torch.empty(0)
 
     def propose(
-        self, count: int, last: torch.Tensor, texts: Texts, columns: Columns, draw: Draw
+        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         drafted = last[:, :0]
         token, rows = last, []
@@ -72,7 +72,7 @@ class _ModelDrafter(Drafter):
         self._last, self.added = token, count
         return drafted, torch.stack(rows, 1).flatten(0, 1)
 
-    def finish(self, columns: Columns) -> torch.Tensor | None:
+    def finish(self, columns: RaggedCache) -> torch.Tensor | None:
         ahead, self.added = self.added, self.added + 1
         return self._forward(self._last, columns.mask(ahead + 1), columns.positions(1, ahead))
 
@@ -83,7 +83,7 @@ class _ModelDrafter(Drafter):
 class _OwnExpert(_ModelDrafter):
     """The expert of the composed model, ahead of the others on its own layers of the composite cache."""
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: DraftContext) -> None:
         self.role = "expert"
         place = [member.role for member in start.model.members].index(self.role)
         member, part = start.model.members[place], view(start.cache, *start.model.config.spans[place])
@@ -107,7 +107,7 @@ class _OwnExpert(_ModelDrafter):
 class ExpertDraft(Draft):
     """The composed model's own expert drafts: it has to run anyway, and hands its logits to the verification."""
 
-    def begin(self, start: Start) -> Drafter:
+    def begin(self, start: DraftContext) -> Drafter:
         """Begin a generation.
 
         Args:
@@ -152,7 +152,7 @@ class ExpertDraft(Draft):
 class _OtherModel(_ModelDrafter):
     """A model outside the composition, with a cache of its own."""
 
-    def __init__(self, member: Member, start: Start) -> None:
+    def __init__(self, member: Member, start: DraftContext) -> None:
         ids, mask = start.input_ids, start.attention_mask
         if start.cache.get_seq_length() != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
             raise InputError.of(
@@ -185,13 +185,13 @@ class _OtherModel(_ModelDrafter):
             self.caches = ()  # it cannot even read on: from here the model goes on without a draft
         return max(0, left) if self.caches else 0
 
-    def undrafted(self, last: torch.Tensor, columns: Columns) -> None:
+    def undrafted(self, last: torch.Tensor, columns: RaggedCache) -> None:
         super().undrafted(last, columns)
         if self.caches:
             self._forward(last, columns.mask(1), columns.positions(1))
 
 
-class DraftModel(Draft):
+class ModelDraft(Draft):
     """A third causal LM drafts, with a cache of its own.
 
     Attributes:
@@ -210,7 +210,7 @@ class DraftModel(Draft):
         self.model = model
         self._member = Member(model, "draft")
 
-    def begin(self, start: Start) -> Drafter:
+    def begin(self, start: DraftContext) -> Drafter:
         """Begin a generation: the draft reads the prompts.
 
         Args:

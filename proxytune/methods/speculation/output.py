@@ -10,9 +10,9 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from proxytune.costs.speculation import acceptance_of
-from proxytune.methods.speculation.verifier import Ruling
+from proxytune.methods.speculation.verifier import Verification
 
-__all__ = ["Record", "SpeculativeOutput"]
+__all__ = ["SpeculativeOutput", "SpeculativeRecorder"]
 
 
 @dataclass
@@ -41,7 +41,7 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
         return acceptance_of(int(self.accepted.sum()), int(self.rejected.sum()))
 
 
-class Record:
+class SpeculativeRecorder:
     """What a generation is asked to report, gathered row by row."""
 
     def __init__(self, generation_config: Any, rows: int) -> None:
@@ -75,7 +75,7 @@ class Record:
             self._counts[name] = [x + y for x, y in zip(self._counts[name], values, strict=True)]
         return sum(taken), sum(rejected)
 
-    def keep(self, ruling: Ruling, before: list[int], got: list[int], pad: int) -> None:
+    def keep(self, ruling: Verification, before: list[int], got: list[int], pad: int) -> None:
         """Keep the scores and logits of the tokens that stand, if they were asked for.
 
         Args:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from transformers import StoppingCriteriaList
 
-from proxytune.methods.speculation.ragged_text import Texts
-from proxytune.methods.speculation.verifier import Ruling
+from proxytune.methods.speculation.ragged_text import RaggedText
+from proxytune.methods.speculation.verifier import Verification
 
-__all__ = ["Reading", "Standing"]
+__all__ = ["RoundResult", "RowProgress"]
 
 
 @dataclass(frozen=True, eq=False)
-class Reading:
+class RoundResult:
     """What the host sees of a round.
 
     Attributes:
@@ -25,20 +25,20 @@ class Reading:
         ends: The latter on the device, `[B, K + 1]`, bool.
     """
 
-    ruling: Ruling
-    written: Texts
+    ruling: Verification
+    written: RaggedText
     rows: list[list[int]]
     ends: torch.Tensor
 
 
-class Standing:
+class RowProgress:
     """How far each row has come.
 
     Attributes:
         going: Which rows go on.
     """
 
-    def __init__(self, texts: Texts, criteria: StoppingCriteriaList, *, most: int, fills_up: bool) -> None:
+    def __init__(self, texts: RaggedText, criteria: StoppingCriteriaList, *, most: int, fills_up: bool) -> None:
         """Begin with rows that all go on.
 
         Args:
@@ -87,8 +87,8 @@ class Standing:
         return drafted.masked_fill(~there, -1)
 
     def read(
-        self, ruling: Ruling, drafted: torch.Tensor, *, last: bool = True, before: Reading | None = None
-    ) -> Reading:
+        self, ruling: Verification, drafted: torch.Tensor, *, last: bool = True, before: RoundResult | None = None
+    ) -> RoundResult:
         """Let the host see what was decided, and where texts end by it. Waits for the device.
 
         Args:
@@ -108,9 +108,9 @@ class Standing:
             ends = ends | before.ends
         failed = ruling.tokens.gather(1, ruling.accepted[:, None]) < 0
         parts = (ruling.accepted[:, None], (drafted >= 0).sum(1, keepdim=True), failed.long(), ends.long())
-        return Reading(ruling, written, torch.cat(parts, 1).tolist(), ends)
+        return RoundResult(ruling, written, torch.cat(parts, 1).tolist(), ends)
 
-    def through(self, reading: Reading) -> bool:
+    def through(self, reading: RoundResult) -> bool:
         """Whether some row gets a token behind a draft of full length, all of which was accepted.
 
         Args:
@@ -125,7 +125,7 @@ class Standing:
                 return True
         return False
 
-    def take(self, reading: Reading) -> tuple[list[int], list[int]]:
+    def take(self, reading: RoundResult) -> tuple[list[int], list[int]]:
         """Take over what stands.
 
         Args:
@@ -162,7 +162,7 @@ class Standing:
             [row[0] if on else 0 for row, on in zip(rows, was, strict=True)],
         )
 
-    def _asked(self, written: Texts, which: range, columns: int) -> torch.Tensor:
+    def _asked(self, written: RaggedText, which: range, columns: int) -> torch.Tensor:
         """Whether each row ends at each of its new tokens, `[B, columns]`, bool; False for those that are not asked."""
         texts = self._texts
         ends = torch.zeros((len(texts.counts), columns), dtype=torch.bool, device=texts.lengths.device)

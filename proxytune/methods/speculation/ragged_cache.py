@@ -17,12 +17,12 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from proxytune.errors import CacheError
 
-__all__ = ["Columns", "ahead", "forget", "record", "refuse_cache"]
+__all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
 
 Update = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
-class Columns:
+class RaggedCache:
     """The columns that all caches of one generation have in common.
 
     Attributes:

@@ -1,8 +1,8 @@
 """The texts of a batch whose rows have come differently far, laid out as in a loop in which they go together.
 
 Processors and stopping criteria take a rectangle of ids in which all rows have the same number of generated tokens.
-`Texts.upto(step)` is that rectangle for any number of tokens: rows that have more are cut, rows that have fewer are
-filled up with padding, and what is said of them does not count.
+`RaggedText.upto(step)` is that rectangle for any number of tokens: rows that have more are cut, rows that have fewer
+are filled up with padding, and what is said of them does not count.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Texts"]
+__all__ = ["RaggedText"]
 
 
-class Texts:
+class RaggedText:
     """Prompts and what was generated after each.
 
     Attributes:
@@ -62,7 +62,7 @@ class Texts:
         found = {n + j for n, on in zip(self.counts, going, strict=True) if on for j in new}
         return sorted(n for n in found if n <= self._most)
 
-    def written(self, new: torch.Tensor) -> Texts:
+    def written(self, new: torch.Tensor) -> RaggedText:
         """The same texts with something behind them, such as drafts.
 
         Args:
@@ -71,7 +71,7 @@ class Texts:
         Returns:
             New texts, with the counts of these.
         """
-        out = Texts.__new__(Texts)
+        out = RaggedText.__new__(RaggedText)
         out.prompts, out.counts, out.lengths = self.prompts, self.counts, self.lengths
         out._pad, out._most = self._pad, self._most
         column = self.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
@@ -80,7 +80,7 @@ class Texts:
         out._tokens = wide[:, : self._most]
         return out
 
-    def accept(self, written: Texts, counts: list[int]) -> None:
+    def accept(self, written: RaggedText, counts: list[int]) -> None:
         """Take over what is behind the texts, of each row its own number of tokens.
 
         Args:

@@ -8,15 +8,15 @@ import torch
 from transformers.cache_utils import Cache
 
 from proxytune.methods.speculation.drafts import Drafter
-from proxytune.methods.speculation.ragged_cache import Columns
+from proxytune.methods.speculation.ragged_cache import RaggedCache
 from proxytune.models.members.composite_cache import view
 from proxytune.models.members.member import Member
 from proxytune.models.model import ProxyTunedModel
 
-__all__ = ["Verifying"]
+__all__ = ["TargetModel"]
 
 
-class Verifying:
+class TargetModel:
     """The steered model, or a plain one, over the tokens behind what its cache holds."""
 
     def __init__(self, model: Any, cache: Cache) -> None:
@@ -78,7 +78,7 @@ class Verifying:
             for member, z in zip(self._members, members, strict=True)
         ]
 
-    def __call__(self, input_ids: torch.Tensor, columns: Columns, drafter: Drafter) -> list[torch.Tensor]:
+    def __call__(self, input_ids: torch.Tensor, columns: RaggedCache, drafter: Drafter) -> list[torch.Tensor]:
         """Run the members.
 
         Args:

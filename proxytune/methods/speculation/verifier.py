@@ -15,24 +15,24 @@ import torch
 
 from proxytune import ops
 from proxytune.errors import NumericalError
-from proxytune.generation.processor_plan import Translation
-from proxytune.generation.sampler import Rows, combined, failure, row_on
-from proxytune.methods.speculation.ragged_text import Texts
+from proxytune.generation.processor_plan import ProcessorPlan
+from proxytune.generation.sampler import MembersAndWeights, combined, failure, row_on
+from proxytune.methods.speculation.ragged_text import RaggedText
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
-__all__ = ["Accept", "Judge"]
+__all__ = ["Accept", "DraftVerifier"]
 
 Accept = Literal["rejection", "coupled"]
 
 
-class Judge:
+class DraftVerifier:
     """What draws drafts, and what decides about them, by the same settings and the same noise."""
 
     def __init__(
         self,
-        translation: Translation,
-        sampling: Sampling | None,
+        translation: ProcessorPlan,
+        sampling: SamplingParams | None,
         noise: Noise | None,
         *,
         width: int,
@@ -66,7 +66,7 @@ class Judge:
         self._record = record
 
     def draw(
-        self, logits: torch.Tensor, drafted: torch.Tensor, texts: Texts, going: Sequence[bool]
+        self, logits: torch.Tensor, drafted: torch.Tensor, texts: RaggedText, going: Sequence[bool]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one more token of a draft.
 
@@ -98,9 +98,9 @@ class Judge:
         weights: Sequence[float],
         drafted: torch.Tensor,
         drawn_from: torch.Tensor | None,
-        texts: Texts,
+        texts: RaggedText,
         going: Sequence[bool],
-    ) -> Ruling:
+    ) -> Verification:
         """Decide which drafts stand, and draw the token behind them.
 
         Args:
@@ -141,7 +141,7 @@ class Judge:
             tokens, accepted = verdict.tokens.to(drafted.device), verdict.accepted.to(drafted.device)
         else:
             tokens, accepted = self._same(rows, weights, drafted, texts)
-        ruling = Ruling(self, (rows, weights), tokens, accepted)
+        ruling = Verification(self, (rows, weights), tokens, accepted)
         if self._record[0]:
             assert scores is not None
             ruling.scores = self._translation.warpers(texts.prompts, scores.flatten(0, 1)).view_as(scores)
@@ -150,7 +150,7 @@ class Judge:
         return ruling
 
     def _same(
-        self, rows: list[torch.Tensor], weights: Sequence[float], drafted: torch.Tensor, texts: Texts
+        self, rows: list[torch.Tensor], weights: Sequence[float], drafted: torch.Tensor, texts: RaggedText
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that are drawn without drafts, as far as drafts agree with them, and how many do."""
         batch, columns = drafted.shape[0], drafted.shape[1] + 1
@@ -170,12 +170,12 @@ class Judge:
         behind = torch.arange(columns, device=drafted.device) > accepted[:, None]
         return tokens.masked_fill(behind, -1), accepted
 
-    def _position(self, texts: Texts) -> torch.Tensor:
+    def _position(self, texts: RaggedText) -> torch.Tensor:
         """`[B]`, int64: how many tokens each row has, padding not counted."""
         assert self._noise is not None
         return self._noise.position + texts.lengths.to(self._place)
 
-    def _processed(self, logits: torch.Tensor, texts: Texts, ahead: int, going: Sequence[bool]) -> torch.Tensor:
+    def _processed(self, logits: torch.Tensor, texts: RaggedText, ahead: int, going: Sequence[bool]) -> torch.Tensor:
         """What the processors make of logits `[B, N, V]` at the positions `ahead`, … behind the texts' own tokens."""
         if not self._translation.before:
             return logits
@@ -190,7 +190,9 @@ class Judge:
             out.scatter_(1, at, torch.where(there[:, None, None], processed, out.gather(1, at)))
         return out
 
-    def failure(self, rows: Rows, row: int, column: int, batch: int, columns: int, step: int) -> NumericalError:
+    def failure(
+        self, rows: MembersAndWeights, row: int, column: int, batch: int, columns: int, step: int
+    ) -> NumericalError:
         """Say that a row had no distribution at some position. Waits for the device.
 
         Args:
@@ -208,7 +210,7 @@ class Judge:
         return failure(here, row, batch, step, bool(self._translation.before), self._impl)
 
 
-class Ruling:
+class Verification:
     """What was decided about a round.
 
     Attributes:
@@ -218,7 +220,9 @@ class Ruling:
         logits: `[B, K + 1, V]`, float32, before any; None if not wanted.
     """
 
-    def __init__(self, judge: Judge, rows: Rows, tokens: torch.Tensor, accepted: torch.Tensor) -> None:
+    def __init__(
+        self, judge: DraftVerifier, rows: MembersAndWeights, tokens: torch.Tensor, accepted: torch.Tensor
+    ) -> None:
         """Keep it.
 
         Args:

@@ -1,1 +1,8 @@
-"""The formula as a logits processor."""
+"""The shift as a logits processor, for pipelines that own their model: `ProxyTuningLogitsProcessor`.
+
+Source: proxy-tuning, Liu et al. 2024 (arXiv 2401.08565).
+"""
+
+from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
+
+__all__ = ["ProxyTuningLogitsProcessor"]

@@ -11,14 +11,14 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.prompt_rows import spread
+from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
 from proxytune.ops import normalise_
 
 if TYPE_CHECKING:
     from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
 
-__all__ = ["Hook", "Start", "Steering", "refuse_no_ids"]
+__all__ = ["AttachedProcessor", "CompanionPrefetch", "ProcessorHook", "refuse_no_ids"]
 
 _PREPARE = "prepare_inputs_for_generation"
 
@@ -41,7 +41,7 @@ def refuse_no_ids(length: int | None) -> None:
         )
 
 
-class Hook:
+class ProcessorHook:
     """What stands in for a steered model's `_get_logits_processor`; a copy of the model goes without."""
 
     is_attached = True
@@ -78,7 +78,7 @@ class Hook:
             UnsupportedModeError: If the mode would run the base unsteered (guidance, drafting with parts of itself).
         """
         processors = self.original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
-        if any(isinstance(p, Steering) and p.processor is self.processor for p in processors):
+        if any(isinstance(p, AttachedProcessor) and p.processor is self.processor for p in processors):
             return processors  # the model drafts for itself, and was handed its own processors
         if any(getattr(p, "shifts_logits", False) for p in processors):
             raise InputError.of(
@@ -95,7 +95,7 @@ class Hook:
 
     def _steering(
         self, generation_config: GenerationConfig, length: int | None, model_kwargs: dict[str, Any]
-    ) -> Steering:
+    ) -> AttachedProcessor:
         """Take from a `generate()` that starts what its steps will not tell, and refuse what would go wrong."""
         refuse_no_ids(length)
         refuse_self_speculation(generation_config)
@@ -119,10 +119,10 @@ class Hook:
                 remedy="Pass all ids; generate() forwards through the base only those that the cache has not seen.",
             )
         self.processor.read_in_chunks(generation_config.prefill_chunk_size)
-        return Steering(self.processor, mask, normalise=generation_config.num_beams > 1)
+        return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1)
 
 
-class Start:
+class CompanionPrefetch:
     """What stands in for a steered model's `prepare_inputs_for_generation`; a copy of the model goes without.
 
     It is called right before every forward pass of the base, with the whole prefix, beams in their new order, which a
@@ -185,7 +185,7 @@ class Start:
         return inputs
 
 
-class Steering(LogitsProcessor):
+class AttachedProcessor(LogitsProcessor):
     """An attached processor during one `generate()`: with that call's mask, and as its mode needs it."""
 
     supports_continuous_batching = False
@@ -213,6 +213,6 @@ class Steering(LogitsProcessor):
         """
         mask = self.processor.explicit_mask(input_ids)
         if mask is None and self.attention_mask is not None:
-            mask = spread(self.attention_mask, input_ids)
+            mask = expand_mask(self.attention_mask, input_ids)
         combined = self.processor.shifted(input_ids, scores, mask)
         return normalise_(combined) if self.normalise else combined

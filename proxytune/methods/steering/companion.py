@@ -22,15 +22,15 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from proxytune.errors import InputError
-from proxytune.models.members.cuda_streams import Turns, tensors_of
+from proxytune.models.members.cuda_streams import StreamOrder, tensors_of
 from proxytune.models.members.member import Member, check_ids
 
-__all__ = ["Companion"]
+__all__ = ["PrefixCachedMember"]
 
 _PADDING = -1  # no token id: a padded position equals a padded position and nothing else
 
 
-class Companion:
+class PrefixCachedMember:
     """A causal LM and a KV cache that follows any prefix.
 
     Attributes:
@@ -57,7 +57,7 @@ class Companion:
         # long as nobody rolls back (sampling, beams); the first rollback they cannot do switches to full layers.
         self._keep_all = False
         self._turn = threading.RLock()
-        self._turns = Turns()
+        self._turns = StreamOrder()
         self._asked_by: int | None = None  # the thread
         self.reset()
 

@@ -14,12 +14,12 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from proxytune.errors import InputError
 from proxytune.formulas.proxy_tuning import ProxyTuning
-from proxytune.generation.prompt_rows import spread
-from proxytune.methods.steering.attach import Hook, Start, refuse_no_ids
-from proxytune.methods.steering.companion import Companion
+from proxytune.generation.prompt_rows import expand_mask
+from proxytune.methods.steering.attach import CompanionPrefetch, ProcessorHook, refuse_no_ids
+from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.generation_mixin import ComposedGenerationMixin, refuse_continuous_batching
 from proxytune.models.loading import check_vocabularies, open_members, reference_of
-from proxytune.models.members.cuda_streams import SideStreams, may_overlap
+from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.ops import combine, normalise_
 
@@ -100,12 +100,12 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         )
         if check_vocabulary and "base" in self._tokenizers:
             check_vocabularies({"base": None, **self._references}, self._tokenizers)
-        self._companions = [Companion(models[role], role) for role in self.formula.roles]
+        self._companions = [PrefixCachedMember(models[role], role) for role in self.formula.roles]
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
         self._attached: PreTrainedModel | None = None
         self.overlap = True
-        self._sides = SideStreams()
+        self._sides = CompanionStreams()
 
     @property
     def alpha(self) -> float:
@@ -164,7 +164,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         return combined
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Let the companions run over a token before they are asked for it, if attached; see `Companion.begin`.
+        """Let attached companions run over a token before they are asked for it; see `PrefixCachedMember.begin`.
 
         Args:
             input_ids: The whole prefix, `[B, T]`, int64.
@@ -207,13 +207,13 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         """
         if self._explicit_mask is None:
             return None
-        mask = spread(self._explicit_mask, input_ids)
+        mask = expand_mask(self._explicit_mask, input_ids)
         prompts = input_ids[:, : mask.shape[1]]
         if self._explicit_prompts is None:
             number = torch.arange(len(self._explicit_mask))[:, None]  # [B, 1]
-            first = (spread(number, input_ids)[:, 0] == number).int().argmax(1)  # of each prompt's rows
+            first = (expand_mask(number, input_ids)[:, 0] == number).int().argmax(1)  # of each prompt's rows
             self._explicit_prompts = prompts.index_select(0, first.to(prompts.device))
-        if not torch.equal(spread(self._explicit_prompts, input_ids), prompts):
+        if not torch.equal(expand_mask(self._explicit_prompts, input_ids), prompts):
             raise InputError.of(
                 "attention_mask",
                 expected="the prompts that the processor's mask was given for",
@@ -274,9 +274,9 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         if self._check_vocabulary:
             check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
         # On the instance: other models of the class are not touched, and detaching is deleting.
-        target._get_logits_processor = Hook(self, target._get_logits_processor)
+        target._get_logits_processor = ProcessorHook(self, target._get_logits_processor)
         target.init_continuous_batching = refuse_continuous_batching
-        Start.put_on(target, self)
+        CompanionPrefetch.put_on(target, self)
         self._attached = target
         return self
 
@@ -285,7 +285,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         if self._attached is not None:
             for hook in _HOOKS:
                 delattr(self._attached, hook)
-            Start.take_off(self._attached)
+            CompanionPrefetch.take_off(self._attached)
         self._attached = None
 
     def __enter__(self) -> Self:

@@ -29,7 +29,7 @@ import torch
 from transformers import LogitsProcessor
 
 from proxytune.errors import InputError
-from proxytune.generation.prompt_rows import spread_rows
+from proxytune.generation.prompt_rows import expand_to_rows
 from proxytune.generation.token_patterns import Ids, continued, count_of, ends_of, forced, token_ids
 
 __all__ = ["ThinkingBudgetLogitsProcessor"]
@@ -218,7 +218,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
 def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """Budgets of the prompts for the rows that go on from them (beams, several sequences, branches); `[B]` or `[1]`."""
     rows, prompts = len(ids), len(budgets)
-    out = budgets if prompts == 1 else spread_rows(budgets, rows)
+    out = budgets if prompts == 1 else expand_to_rows(budgets, rows)
     if out is None:
         raise InputError.of(
             "extra, max_thinking_tokens",

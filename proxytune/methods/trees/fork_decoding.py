@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from proxytune.budget.ledger import TokenLedger
 from proxytune.methods.trees.checks import Where, refuse_settings
-from proxytune.methods.trees.frontier import Grove
+from proxytune.methods.trees.frontier import ForkFrontier
 from proxytune.methods.trees.loop import TreeLoop
-from proxytune.methods.trees.output import ForkOutput
+from proxytune.methods.trees.output import TreeOutput
 
-__all__ = ["ForkDecoding", "ForkOutput", "Where"]
+__all__ = ["ForkDecoding", "TreeOutput", "Where"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,7 +40,7 @@ class ForkDecoding(TreeLoop):
         max_total_tokens: A hard budget for each prompt, its own tokens included, shared ones counted once; a row forks
             only if its children can be finished. None for no limit.
         seed: The key of all draws; None for another one in each call, from torch's default generator.
-        rows: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
+        stream_ids: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
         impl: "triton", "torch" or "auto".
 
     Raises:
@@ -55,8 +55,8 @@ class ForkDecoding(TreeLoop):
         least = {"branches": 1, "children": 2, "min_gap": 1}
         refuse_settings(self, least, needed=self.where == "forks" or self.fork_temperature is not None)
 
-    def _plant(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Grove:
-        return Grove(
+    def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> ForkFrontier:
+        return ForkFrontier(
             prompts,
             branches=self.branches,
             children=self.branches if self.where == "start" else self.children,

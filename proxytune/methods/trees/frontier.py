@@ -12,11 +12,11 @@ from proxytune.errors import BudgetError
 from proxytune.methods.trees.tree import Branch, ForkTree
 from proxytune.stats.importance import log_importance
 
-__all__ = ["Drawn", "Grove", "Live", "Plot"]
+__all__ = ["ForkFrontier", "Frontier", "LiveBranch", "RowDraws"]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class RowDraws:
     """What one step found in one row.
 
     Attributes:
@@ -26,7 +26,7 @@ class Drawn:
         logprobs: Of each, under the combined distribution, nats.
         entropy: Of the combined distribution, nats.
         confidence: Of the combined distribution, nats.
-        wants: Whether the row is at a place to fork.
+        at_fork: Whether the row is at a place to fork.
     """
 
     tokens: Sequence[int]
@@ -35,11 +35,11 @@ class Drawn:
     logprobs: Sequence[float]
     entropy: float
     confidence: float
-    wants: bool
+    at_fork: bool
 
 
 @dataclass(eq=False)
-class Live:
+class LiveBranch:
     """A branch that goes on: one row of the batch.
 
     Attributes:
@@ -54,7 +54,7 @@ class Live:
     reservation: Reservation | None
     last_fork: int | None = None
 
-    def append(self, one: Drawn, i: int) -> None:
+    def append(self, one: RowDraws, i: int) -> None:
         """Record a draw, and pay for it.
 
         Args:
@@ -69,7 +69,7 @@ class Live:
             self.reservation.spend(1)
 
 
-class Plot(ABC):
+class Frontier(ABC):
     """The live branches of all prompts, in the order of the batch's rows.
 
     Attributes:
@@ -87,7 +87,7 @@ class Plot(ABC):
         self.trees = [ForkTree(i) for i in range(prompts)]
         self._length = length
         self._ledgers = ledgers
-        self._live: list[Live] = []
+        self._live: list[LiveBranch] = []
 
     @property
     def rows(self) -> list[tuple[int, int]]:
@@ -104,7 +104,7 @@ class Plot(ABC):
         """How many draws a step needs at most."""
 
     @abstractmethod
-    def grow(self, drawn: Sequence[Drawn]) -> tuple[list[int], list[int]]:
+    def advance(self, drawn: Sequence[RowDraws]) -> tuple[list[int], list[int]]:
         """Append the draws.
 
         Args:
@@ -114,7 +114,7 @@ class Plot(ABC):
             For each row of the new batch, which old row it goes on from, and its token.
         """
 
-    def prune(self, done: Sequence[bool], *, halt: bool = False) -> list[int]:
+    def retire(self, done: Sequence[bool], *, halt: bool = False) -> list[int]:
         """Let finished rows go, and those whose tokens are spent.
 
         Args:
@@ -137,18 +137,18 @@ class Plot(ABC):
         self._live = live_on
         return keep
 
-    def _plant(self, tree: ForkTree, most: int) -> list[Live]:
+    def _start(self, tree: ForkTree, most: int) -> list[LiveBranch]:
         """Begin branches at the prompt: as many as can be finished, at least one; they share nothing that is generated.
 
         The first is the parent of the others.
         """
-        planted: list[Live] = []
+        started: list[LiveBranch] = []
         for reservation in self._reserve(tree.prompt, self._length, most, short=True):
-            parent = planted[0].branch if planted else None
-            planted.append(Live(tree, Branch(len(tree), parent), reservation))
-            tree.branches.append(planted[-1].branch)
-        self._live += planted
-        return planted
+            parent = started[0].branch if started else None
+            started.append(LiveBranch(tree, Branch(len(tree), parent), reservation))
+            tree.branches.append(started[-1].branch)
+        self._live += started
+        return started
 
     def _reserve(self, prompt: int, tokens: int, most: int, *, short: bool = False) -> list[Reservation | None]:
         """Reservations of so many tokens each, until the ledger has no more; the first may be short."""
@@ -165,7 +165,7 @@ class Plot(ABC):
         return out
 
 
-class Grove(Plot):
+class ForkFrontier(Frontier):
     """Trees whose branches fork into children drawn without replacement."""
 
     def __init__(
@@ -193,7 +193,7 @@ class Grove(Plot):
         self._children = children
         self._min_gap = min_gap
         for tree in self.trees:
-            self._plant(tree, 1)
+            self._start(tree, 1)
 
     def most_draws(self) -> int:
         """How many draws a step needs at most: one more than the children of a fork, for the threshold κ."""
@@ -209,7 +209,7 @@ class Grove(Plot):
             for live in self._live
         ]
 
-    def grow(self, drawn: Sequence[Drawn]) -> tuple[list[int], list[int]]:
+    def advance(self, drawn: Sequence[RowDraws]) -> tuple[list[int], list[int]]:
         """Append the draws, and split the rows that fork.
 
         Args:
@@ -226,7 +226,7 @@ class Grove(Plot):
             # How many tokens there are to draw does not depend on the draws, so it may decide.
             most = min(self._children, room, sum(token >= 0 for token in one.tokens))
             left = self._length - len(live.branch)
-            reserved = self._reserve(live.tree.prompt, left, most - 1) if may and one.wants else []
+            reserved = self._reserve(live.tree.prompt, left, most - 1) if may and one.at_fork else []
             start, before = len(live.branch), live.branch.log_weight
             parents.append(row)
             tokens.append(one.tokens[0])
@@ -240,7 +240,7 @@ class Grove(Plot):
                 branch = Branch(len(live.tree), live.branch, start)
                 branch.log_weight = before + log_importance(one.draw_logprobs[i], kappa)
                 live.tree.branches.append(branch)
-                child = Live(live.tree, branch, reservation, start)
+                child = LiveBranch(live.tree, branch, reservation, start)
                 child.append(one, i)
                 born.append((row, one.tokens[i], child))
         self._live += [child for _, _, child in born]

@@ -2,7 +2,7 @@
 
 Each step is one forward pass, one draw for every live row, and one small record that the host reads beside what the
 stopping criteria say, since it has to know the trees: which rows go on from which, which part, which have ended. What
-is planted and what is made of the draws is a `Plot`'s business; a row that leaves, or comes, takes its copy of the
+is started and what is made of the draws is a `Frontier`'s business; a row that leaves, or comes, takes its copy of the
 cache along.
 """
 
@@ -22,15 +22,15 @@ from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
 from proxytune.generation.batch import last_logits, lengths_of, selected_rows, usable_columns
 from proxytune.generation.modes import refuse_modes
-from proxytune.generation.processor_plan import Translation, translate
-from proxytune.generation.processor_rules import led_to_prompts
-from proxytune.generation.prompt_rows import owners
-from proxytune.generation.sampler import Drawing, Rows
+from proxytune.generation.processor_plan import ProcessorPlan, plan_processors
+from proxytune.generation.processor_rules import bind_to_prompts
+from proxytune.generation.prompt_rows import rows_of_prompts
+from proxytune.generation.sampler import MembersAndWeights, Sampler
 from proxytune.generation.seeds import seed_of, streams_of
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.methods.trees.checks import Where, refuse_extras, refuse_threshold
-from proxytune.methods.trees.frontier import Drawn, Plot
-from proxytune.methods.trees.output import ForkOutput, leaves_of
+from proxytune.methods.trees.frontier import Frontier, RowDraws
+from proxytune.methods.trees.output import TreeOutput, leaves_of
 from proxytune.methods.trees.tree import Branch
 from proxytune.models.model import ProxyTunedModel
 from proxytune.ops.noise import DECISIONS, Noise
@@ -48,17 +48,19 @@ class TreeLoop(ABC):
     fork_temperature: float | None = None
     max_total_tokens: int | None = None
     seed: int | None = None
-    rows: Sequence[int] | torch.Tensor | None = None
+    stream_ids: Sequence[int] | torch.Tensor | None = None
     impl: ops.Impl = "auto"
 
     _why_sampling: ClassVar[str] = ""
     """Why greedy decoding is refused; empty where it is not."""
 
     @abstractmethod
-    def _plant(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Plot:
+    def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Frontier:
         """The first branches of each prompt, whose paths have at most `length` tokens."""
 
-    def _gains(self, drawing: Drawing, rows: Rows, plot: Plot, tokens: Sequence[int]) -> torch.Tensor | None:
+    def _gains(
+        self, sampler: Sampler, rows: MembersAndWeights, frontier: Frontier, tokens: Sequence[int]
+    ) -> torch.Tensor | None:
         """What a step adds to the live branches' log-weights, float64 `[rows]`, on the device; None for nothing.
 
         Nothing that is drawn may depend on it: it is read at the end.
@@ -78,7 +80,7 @@ class TreeLoop(ABC):
         tokenizer: Any = None,
         assistant_model: Any = None,
         **model_kwargs: Any,
-    ) -> ForkOutput | torch.Tensor:
+    ) -> TreeOutput | torch.Tensor:
         """Grow the trees; `generate()` calls this with what it has prepared.
 
         Args:
@@ -94,7 +96,7 @@ class TreeLoop(ABC):
             **model_kwargs: What the forward passes need; the cache among them.
 
         Returns:
-            With `return_dict_in_generate` a `ForkOutput`, else its sequences.
+            With `return_dict_in_generate` a `TreeOutput`, else its sequences.
 
         Raises:
             UnsupportedModeError: For what a tree cannot do.
@@ -113,18 +115,18 @@ class TreeLoop(ABC):
         prompts, length = input_ids.shape
         lengths = lengths_of(prompts, length, input_ids.device, generation_config, model_kwargs)  # [B]
         ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, lengths.tolist())
-        plot = self._plant(prompts, int(stopping_criteria.max_length) - length, ledgers)
+        frontier = self._start(prompts, int(stopping_criteria.max_length) - length, ledgers)
         cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
         clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
-        translation = translate(led_to_prompts(name, logits_processor), bool(generation_config.do_sample))
-        streams = streams_of(self.rows, prompts)
+        plan = plan_processors(bind_to_prompts(name, logits_processor), bool(generation_config.do_sample))
+        streams = streams_of(self.stream_ids, prompts)
         seed = seed_of(self.seed)
         if isinstance(model, ProxyTunedModel):
             model_kwargs["combine"] = False
         texts = input_ids
         outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
-        drawing: Drawing | None = None
+        sampler: Sampler | None = None
         chances: Noise | None = None
         gains: list[tuple[list[Branch], torch.Tensor]] = []
         step = 0
@@ -132,26 +134,26 @@ class TreeLoop(ABC):
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             members, weights = last_logits(model, outputs)
             del outputs  # the logits of a whole prompt may hang on it
-            roots = [prompt for prompt, _ in plot.rows]
+            roots = [prompt for prompt, _ in frontier.rows]
             if step == 0 and roots != list(range(prompts)):  # a prompt is forwarded once, however many begin at it
                 input_ids = input_ids.index_select(0, torch.tensor(roots, device=input_ids.device))
                 model_kwargs = selected_rows(model_kwargs, roots, prompts)
                 members = [z.index_select(0, torch.tensor(roots, device=z.device)) for z in members]
-            if drawing is None or chances is None:
-                chances = _noise(plot, lengths, streams, seed)
-                drawing = self._prepare(model, translation, members[0], chances.at(chances.position + step))
+            if sampler is None or chances is None:
+                chances = _noise(frontier, lengths, streams, seed)
+                sampler = self._prepare(model, plan, members[0], chances.at(chances.position + step))
             wishes = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
-            drawn, drawn_from = self._draw(drawing, members, weights, input_ids, plot, wishes, step)
-            branches = plot.branches
-            parents, tokens = plot.grow(drawn)
-            gained = self._gains(drawing, drawn_from, plot, tokens)
+            drawn, drawn_from = self._draw(sampler, members, weights, input_ids, frontier, wishes, step)
+            branches = frontier.branches
+            parents, tokens = frontier.advance(drawn)
+            gained = self._gains(sampler, drawn_from, frontier, tokens)
             if gained is not None:
                 gains.append((branches, gained))
             del members, drawn_from
             here = torch.tensor([parents, tokens], device=input_ids.device)
             input_ids = torch.cat([input_ids.index_select(0, here[0]), here[1][:, None]], -1)
             done = criteria(input_ids, None).tolist() if len(criteria) else [False] * len(parents)
-            keep = plot.prune(done, halt=bool(clocks) and bool(clocks(input_ids, None).any()))
+            keep = frontier.retire(done, halt=bool(clocks) and bool(clocks(input_ids, None).any()))
             step += 1
             if not keep:
                 break
@@ -159,50 +161,50 @@ class TreeLoop(ABC):
             if keep != list(range(len(drawn))) or len(parents) > len(drawn):
                 input_ids = input_ids.index_select(0, torch.tensor(keep, device=input_ids.device))
                 model_kwargs = selected_rows(model_kwargs, [parents[row] for row in keep], len(drawn))
-                drawing = None
+                sampler = None
             new = 1 if model_kwargs["use_cache"] else None
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
             outputs = model(**inputs, return_dict=True)
         _settle(gains)
-        out = leaves_of(plot.trees, texts, generation_config._pad_token_tensor, ledgers)
+        out = leaves_of(frontier.trees, texts, generation_config._pad_token_tensor, ledgers)
         assert out.sequences is not None
         return out if generation_config.return_dict_in_generate else out.sequences
 
-    def _prepare(self, model: Any, translation: Translation, base: torch.Tensor, noise: Noise) -> Drawing:
+    def _prepare(self, model: Any, plan: ProcessorPlan, base: torch.Tensor, noise: Noise) -> Sampler:
         width = base.shape[1]
-        usable = usable_columns(model, translation, width)
-        place = noise.position.device if translation.before else base.device
-        if not translation.do_sample:
-            return Drawing(translation, None, None, width=width, usable=usable, place=place, impl=self.impl)
+        usable = usable_columns(model, plan, width)
+        place = noise.position.device if plan.before else base.device
+        if not plan.do_sample:
+            return Sampler(plan, None, None, width=width, usable=usable, place=place, impl=self.impl)
         more: dict[str, float] = {}
         if self.fork_temperature is not None:
             more = {"fork_threshold": self._nats(), "fork_temperature": self.fork_temperature}
         rows = len(noise.position)
-        sampling = translation.sampling(rows, width if translation.before else usable, place, **more)
+        sampling = plan.sampling(rows, width if plan.before else usable, place, **more)
         keys = Noise(*(x.to(place) for x in (noise.seed, noise.row, noise.position, noise.branch)))
-        return Drawing(translation, sampling, keys, width=width, usable=usable, place=place, impl=self.impl)
+        return Sampler(plan, sampling, keys, width=width, usable=usable, place=place, impl=self.impl)
 
     def _draw(
         self,
-        drawing: Drawing,
+        sampler: Sampler,
         members: Sequence[torch.Tensor],
         weights: Sequence[float],
         input_ids: torch.Tensor,
-        plot: Plot,
+        frontier: Frontier,
         wishes: torch.Tensor | None,
         step: int,
-    ) -> tuple[list[Drawn], Rows]:
+    ) -> tuple[list[RowDraws], MembersAndWeights]:
         """Draw for every live row, and say which of them are at a place to fork; and what was drawn from."""
-        draws = min(plot.most_draws(), drawing.usable)
+        draws = min(frontier.most_draws(), sampler.usable)
         want = ["tokens", "logprobs", "entropy", "confidence"]
-        want += ["draw_logprobs", "keys"] if drawing.samples else ["scores"]
-        with owners([prompt for prompt, _ in plot.rows], len(plot.trees)):
-            found, rows = drawing(members, weights, input_ids, draws=draws if drawing.samples else 1, want=want)
+        want += ["draw_logprobs", "keys"] if sampler.samples else ["scores"]
+        with rows_of_prompts([prompt for prompt, _ in frontier.rows], len(frontier.trees)):
+            found, rows = sampler(members, weights, input_ids, draws=draws if sampler.samples else 1, want=want)
         assert found.tokens is not None
         assert found.entropy is not None
         tokens, keys = found.tokens, found.keys
         logprobs, draw_logprobs = found.logprobs, found.draw_logprobs
-        if not drawing.samples:
+        if not sampler.samples:
             assert found.scores is not None
             tokens, logprobs = _most_probable(found.scores, tokens, draws)
             # The children are certain: nothing that was not drawn could have been.
@@ -213,24 +215,24 @@ class TreeLoop(ABC):
         packed = torch.cat(parts, 1).tolist()  # one read; the stopping criteria have another
         failed = [row[0] < 0 for row in packed]
         if any(failed):
-            prompt, branch = plot.rows[failed.index(True)]
-            failure = drawing.failure(rows, torch.tensor(failed), step)
+            prompt, branch = frontier.rows[failed.index(True)]
+            failure = sampler.failure(rows, torch.tensor(failed), step)
             raise NumericalError(f"prompt {prompt}, branch {branch}: {failure}")
         out = [
-            Drawn(
+            RowDraws(
                 tokens=[int(t) for t in row[:draws]],
                 draw_logprobs=row[draws : 2 * draws],
                 keys=row[2 * draws : 3 * draws],
                 logprobs=row[3 * draws : 4 * draws],
                 entropy=row[4 * draws],
                 confidence=row[4 * draws + 1],
-                wants=self._wants(row[4 * draws], row[4 * draws + 2], step),
+                at_fork=self._at_fork(row[4 * draws], row[4 * draws + 2], step),
             )
             for row in packed
         ]
         return out, rows
 
-    def _wants(self, entropy: float, uniform: float, step: int) -> bool:
+    def _at_fork(self, entropy: float, uniform: float, step: int) -> bool:
         if self.where == "start":
             return step == 0
         if self.where == "random":
@@ -259,10 +261,10 @@ def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
     return ledgers
 
 
-def _noise(plot: Plot, lengths: torch.Tensor, streams: torch.Tensor, seed: int) -> Noise:
+def _noise(frontier: Frontier, lengths: torch.Tensor, streams: torch.Tensor, seed: int) -> Noise:
     """The keys of the live rows at the first generated position."""
     device = lengths.device
-    prompts, branches = torch.tensor(plot.rows, device=device).unbind(1)
+    prompts, branches = torch.tensor(frontier.rows, device=device).unbind(1)
     noise = Noise.of(len(prompts), seed=seed, row=streams.to(device)[prompts], branch=branches, device=device)
     return noise.at(lengths[prompts])
 

@@ -10,11 +10,11 @@ from transformers.utils import ModelOutput
 from proxytune.budget.ledger import TokenLedger
 from proxytune.methods.trees.tree import ForkTree
 
-__all__ = ["ForkOutput", "leaves_of"]
+__all__ = ["TreeOutput", "leaves_of"]
 
 
 @dataclass
-class ForkOutput(ModelOutput):
+class TreeOutput(ModelOutput):
     """The leaves of all trees, prompt after prompt, in the order of their branches' numbers.
 
     Attributes:
@@ -36,7 +36,7 @@ class ForkOutput(ModelOutput):
 
 def leaves_of(
     trees: list[ForkTree], texts: torch.Tensor, pad: torch.Tensor, ledgers: list[TokenLedger] | None
-) -> ForkOutput:
+) -> TreeOutput:
     """Gather the leaves.
 
     Args:
@@ -55,7 +55,7 @@ def leaves_of(
         generated[row, : len(branch)] = torch.tensor(branch.along("tokens"))
     prompts = torch.tensor([prompt for prompt, _ in leaves])
     text = texts.index_select(0, prompts.to(texts.device))
-    return ForkOutput(
+    return TreeOutput(
         sequences=torch.cat([text, generated.to(text.device)], 1),
         prompts=prompts,
         log_weights=torch.tensor([branch.log_weight for _, branch in leaves], dtype=torch.float64),

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from proxytune.budget.ledger import TokenLedger
-from proxytune.methods.trees.frontier import Drawn, Plot
+from proxytune.methods.trees.frontier import Frontier, RowDraws
 from proxytune.methods.trees.tree import Branch
 
-__all__ = ["MOST_FOLLOWERS", "Siblings"]
+__all__ = ["MOST_FOLLOWERS", "SiblingFrontier"]
 
 MOST_FOLLOWERS = 32
 """How many continuations of an n-gram repel at most: the most frequent; of equally frequent ones the first seen."""
@@ -23,7 +23,7 @@ MOST_FOLLOWERS = 32
 _Context = tuple[int, ...]
 
 
-class Siblings(Plot):
+class SiblingFrontier(Frontier):
     """Branches that begin at the prompt and repel each other.
 
     Attributes:
@@ -62,9 +62,9 @@ class Siblings(Plot):
         self._said: list[dict[_Context, Counter[int]]] = [{} for _ in range(prompts)]  # by all siblings of a prompt
         self._own: dict[Branch, dict[_Context, Counter[int]]] = {}
         for tree in self.trees:
-            planted = self._plant(tree, siblings)
-            for live in planted:
-                live.branch.log_weight = -math.log(len(planted))
+            started = self._start(tree, siblings)
+            for live in started:
+                live.branch.log_weight = -math.log(len(started))
                 self._place[live.branch] = tree.prompt
                 self._own[live.branch] = {}
 
@@ -82,7 +82,7 @@ class Siblings(Plot):
             before[place] += 1
         return most + 1
 
-    def grow(self, drawn: Sequence[Drawn]) -> tuple[list[int], list[int]]:
+    def advance(self, drawn: Sequence[RowDraws]) -> tuple[list[int], list[int]]:
         """Decide for each row in turn.
 
         Args:
@@ -101,7 +101,7 @@ class Siblings(Plot):
             place = self._place[live.branch]
             counts = chosen.setdefault(place, Counter())
             penalties: dict[int, float] = {}
-            if forks.setdefault(place, one.wants):
+            if forks.setdefault(place, one.at_fork):
                 followers = self._followers(live.tree.prompt, live.branch)
                 penalties = {token: self._ngram_repulsion * times for token, times in followers.items()}
                 for token, times in counts.items() if self._repulsion else ():
@@ -143,7 +143,7 @@ class Siblings(Plot):
             texts.setdefault(tuple(context), Counter())[token] += 1
 
 
-def _best(one: Drawn, penalties: dict[int, float]) -> int:
+def _best(one: RowDraws, penalties: dict[int, float]) -> int:
     """Which of the draws has the largest key after its penalty; the first of equal ones."""
     if not penalties:
         return 0

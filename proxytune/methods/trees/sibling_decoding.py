@@ -16,14 +16,14 @@ import torch
 
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import InputError
-from proxytune.generation.sampler import Drawing, Rows
+from proxytune.generation.sampler import MembersAndWeights, Sampler
 from proxytune.methods.trees.checks import refuse_settings
-from proxytune.methods.trees.frontier import Plot
+from proxytune.methods.trees.frontier import Frontier
 from proxytune.methods.trees.loop import TreeLoop
-from proxytune.methods.trees.output import ForkOutput
-from proxytune.methods.trees.repulsion import Siblings
+from proxytune.methods.trees.output import TreeOutput
+from proxytune.methods.trees.repulsion import SiblingFrontier
 
-__all__ = ["ForkOutput", "SiblingDecoding"]
+__all__ = ["SiblingDecoding", "TreeOutput"]
 
 _MOST_NATS = 1000.0
 
@@ -58,7 +58,7 @@ class SiblingDecoding(TreeLoop):
         max_total_tokens: A hard budget for each prompt, its own tokens included, counted once. As many siblings begin
             as can be finished, at least one, which may be cut. None for no limit.
         seed: The key of all draws; None for another one in each call, from torch's default generator.
-        rows: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
+        stream_ids: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
         impl: "triton", "torch" or "auto".
 
     Raises:
@@ -89,8 +89,8 @@ class SiblingDecoding(TreeLoop):
         needed = self.fork_temperature is not None or (repels and self.where == "forks")
         refuse_settings(self, least, needed=needed, allowed=("forks", "random"))
 
-    def _plant(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Siblings:
-        return Siblings(
+    def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> SiblingFrontier:
+        return SiblingFrontier(
             prompts,
             siblings=self.siblings,
             repulsion=self.repulsion,
@@ -100,22 +100,26 @@ class SiblingDecoding(TreeLoop):
             ledgers=ledgers,
         )
 
-    def _gains(self, drawing: Drawing, rows: Rows, plot: Plot, tokens: Sequence[int]) -> torch.Tensor | None:
+    def _gains(
+        self, sampler: Sampler, rows: MembersAndWeights, frontier: Frontier, tokens: Sequence[int]
+    ) -> torch.Tensor | None:
         """Of each token log p − log q: `log Σ p(v) exp(−penalty(v)) + penalty(token)`, float64 `[rows]`.
 
         The sum is that of the tokens without a penalty, added up on the device, and of those with one. Taken from 1, it
         would lose its digits where almost all of p is repelled.
         """
-        assert isinstance(plot, Siblings)
-        most = max(map(len, plot.penalties))
+        assert isinstance(frontier, SiblingFrontier)
+        most = max(map(len, frontier.penalties))
         if not most:
             return None
         # −1 in rows that are repelled by less, or by nothing.
-        ids = torch.tensor([[*p, *[-1] * (most - len(p))] for p in plot.penalties])  # [rows, K]
-        nats = torch.tensor([[*p.values(), *[0.0] * (most - len(p))] for p in plot.penalties], dtype=torch.float64)
-        own = torch.tensor([p.get(t, 0.0) for p, t in zip(plot.penalties, tokens, strict=True)], dtype=torch.float64)
-        repelled = torch.tensor([bool(p) for p in plot.penalties])
-        logprobs, rest = drawing.draw_logprobs(rows, ids)
+        ids = torch.tensor([[*p, *[-1] * (most - len(p))] for p in frontier.penalties])  # [rows, K]
+        nats = torch.tensor([[*p.values(), *[0.0] * (most - len(p))] for p in frontier.penalties], dtype=torch.float64)
+        own = torch.tensor(
+            [p.get(t, 0.0) for p, t in zip(frontier.penalties, tokens, strict=True)], dtype=torch.float64
+        )
+        repelled = torch.tensor([bool(p) for p in frontier.penalties])
+        logprobs, rest = sampler.draw_logprobs(rows, ids)
         place = rest.device
         left = torch.cat([rest.double()[:, None], logprobs.double() - nats.to(place)], 1).logsumexp(1)
         return torch.where(repelled.to(place), left + own.to(place), 0.0)

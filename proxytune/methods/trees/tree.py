@@ -108,7 +108,7 @@ class ForkTree:
             decode: A function from token ids to text; None for no text.
 
         Returns:
-            The drawing, without colours.
+            The sampler, without colours.
         """
         children: dict[int, list[Branch]] = {}
         for branch in self.branches:

@@ -22,7 +22,7 @@ from typing import Any, Self
 import torch
 from transformers.cache_utils import Cache
 
-__all__ = ["Fork", "SideStreams", "Turns", "may_overlap", "tensors_of"]
+__all__ = ["CompanionStreams", "ForkJoin", "StreamOrder", "may_overlap", "tensors_of"]
 
 
 def may_overlap(device: torch.device) -> bool:
@@ -50,7 +50,7 @@ def tensors_of(cache: Cache | None) -> Iterator[torch.Tensor]:
         yield from (x for x in vars(layer).values() if isinstance(x, torch.Tensor))
 
 
-class SideStreams(threading.local):
+class CompanionStreams(threading.local):
     """A stream for each name and device, in each thread another; made at the first use.
 
     Copies, also those of pickle, start without streams.
@@ -86,7 +86,7 @@ class SideStreams(threading.local):
             yield stream
 
 
-class Turns:
+class StreamOrder:
     """The order of the streams that use something in place, one after the other, such as a cache."""
 
     def __init__(self) -> None:
@@ -116,13 +116,13 @@ class Turns:
             self._done = stream.record_event()
 
 
-class Fork:
+class ForkJoin:
     """The forward passes of one step; those of companions may run beside the one of the base.
 
     Use as a context manager: at its end, also after an error, the current streams wait for the side streams.
     """
 
-    def __init__(self, sides: SideStreams | None) -> None:
+    def __init__(self, sides: CompanionStreams | None) -> None:
         """Begin a step.
 
         Args:

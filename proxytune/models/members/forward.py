@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from proxytune.models.members.composite_cache import view
 from proxytune.models.members.cpu_threads import SideThread, may_split
-from proxytune.models.members.cuda_streams import Fork, SideStreams, tensors_of
+from proxytune.models.members.cuda_streams import CompanionStreams, ForkJoin, tensors_of
 from proxytune.models.members.member import Member
 
 __all__ = ["run_members"]
@@ -36,7 +36,7 @@ def run_members(
     logits_to_keep: int | torch.Tensor,
     latent: Latent,
     known: Mapping[str, torch.Tensor],
-    sides: SideStreams | None = None,
+    sides: CompanionStreams | None = None,
     thread: SideThread | None = None,
 ) -> list[torch.Tensor]:
     """Run every member over a span of tokens that follows what the composite cache holds.
@@ -80,7 +80,7 @@ def run_members(
     else:
         # Offloaded layers come back on a stream for which only the device's default stream waits.
         found = []
-        with Fork(None if getattr(cache, "offloading", False) else sides) as fork:
+        with ForkJoin(None if getattr(cache, "offloading", False) else sides) as fork:
             for companion in members[1:]:
                 fork.open(companion.device)  # before the base is launched
             for i, ((member, _, fed), work, part) in enumerate(zip(running, works, parts, strict=True)):

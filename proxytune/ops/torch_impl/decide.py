@@ -14,11 +14,11 @@ from collections.abc import Collection
 import torch
 
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.distribution import shares
 from proxytune.ops.torch_impl.draw import draw
 from proxytune.ops.torch_impl.measure import measure, statistics
-from proxytune.ops.torch_impl.rows import FINITE, Rows, combined, first_largest
+from proxytune.ops.torch_impl.rows import FINITE, MemberRows, combined, first_largest
 from proxytune.ops.torch_impl.truncate import mean_of_largest
 
 __all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs"]
@@ -29,7 +29,7 @@ CONFIDENCE_TOKENS = 20
 
 @torch.no_grad()
 def decide(
-    rows: Rows, sampling: Sampling | None, noise: Noise | None, draws: int, want: Collection[str]
+    rows: MemberRows, sampling: SamplingParams | None, noise: Noise | None, draws: int, want: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Measure the rows and draw.
 
@@ -38,7 +38,7 @@ def decide(
         sampling: The settings; None for the argmax.
         noise: The keys of the noise; None only without `sampling`.
         draws: How many draws without replacement.
-        want: Names of the outputs, see `proxytune.ops.Step`.
+        want: Names of the outputs, see `proxytune.ops.StepOutput`.
 
     Returns:
         The outputs by name.
@@ -84,7 +84,7 @@ def decide(
 
 
 @torch.no_grad()
-def draw_logprobs(rows: Rows, sampling: Sampling, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def draw_logprobs(rows: MemberRows, sampling: SamplingParams, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What given tokens have in the distribution that `decide` draws from.
 
     Args:

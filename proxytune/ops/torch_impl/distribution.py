@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.rows import CLAMP, Rows
+from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.rows import CLAMP, MemberRows
 from proxytune.ops.torch_impl.truncate import Truncation, truncate
 
-__all__ = ["Law", "law_of", "shares", "tempered"]
+__all__ = ["Distribution", "distribution_of", "shares", "tempered"]
 
 
 @dataclass(frozen=True, eq=False)
-class Law:
+class Distribution:
     """What each row is drawn from, in so few numbers that the probability of any logit can be told from them.
 
     Attributes:
@@ -29,7 +29,7 @@ class Law:
     log_total: torch.Tensor
     kept: Truncation | None
 
-    def pick(self, index: torch.Tensor | slice) -> Law:
+    def pick(self, index: torch.Tensor | slice) -> Distribution:
         """The laws of some of the rows.
 
         Args:
@@ -39,7 +39,7 @@ class Law:
             Those of N rows.
         """
         kept = None if self.kept is None else self.kept.pick(index)
-        return Law(self.top[index], self.temperature[index], self.log_total[index], kept)
+        return Distribution(self.top[index], self.temperature[index], self.log_total[index], kept)
 
     def logprobs(self, z: torch.Tensor) -> torch.Tensor:
         """The log-probabilities of logits.
@@ -58,13 +58,13 @@ class Law:
         return logprobs.masked_fill_(~self.kept.keeps(z / self.temperature, relative), -torch.inf)
 
 
-def law_of(
-    rows: Rows,
+def distribution_of(
+    rows: MemberRows,
     tiles: dict[str, torch.Tensor],
     entropy: torch.Tensor | None,
     top: torch.Tensor,
-    sampling: Sampling,
-) -> Law:
+    sampling: SamplingParams,
+) -> Distribution:
     """What rows are drawn from.
 
     Args:
@@ -82,15 +82,15 @@ def law_of(
     if sampling.some_truncated:
         kept = truncate(rows, tiles["groups"], top, temperature, total, sampling)
         log_total = torch.where(sampling.truncated[:, None], kept.log_kept, log_total)
-    return Law(top[:, None], temperature[:, None], log_total, kept)
+    return Distribution(top[:, None], temperature[:, None], log_total, kept)
 
 
 def shares(
-    rows: Rows,
+    rows: MemberRows,
     tiles: dict[str, torch.Tensor],
     entropy: torch.Tensor | None,
     top: torch.Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The log-probabilities of given tokens under the distribution drawn from, and of all others together.
@@ -107,7 +107,7 @@ def shares(
         `[B, K]`, nats: −inf beside tokens that cannot be drawn; `[B]`, nats: the logarithm of the mass of the tokens
         that are not among `ids`. It is summed, not what is missing to 1, so that it keeps its digits where it is small.
     """
-    law = law_of(rows, tiles, entropy, top, sampling)
+    law = distribution_of(rows, tiles, entropy, top, sampling)
     ids = ids.masked_fill((ids < 0) | (ids > rows.width), rows.width)
     given = torch.zeros(rows.count, rows.width + 1, dtype=torch.bool, device=top.device).scatter_(1, ids, True)
     choices = []
@@ -123,7 +123,7 @@ def shares(
 
 
 def tempered(
-    tiles: dict[str, torch.Tensor], entropy: torch.Tensor | None, top: torch.Tensor, sampling: Sampling
+    tiles: dict[str, torch.Tensor], entropy: torch.Tensor | None, top: torch.Tensor, sampling: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor]:
     """At the temperature of each row: that, whether it is a fork's, and the masses.
 

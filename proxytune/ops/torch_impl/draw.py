@@ -5,20 +5,20 @@ from __future__ import annotations
 import torch
 
 from proxytune.ops.noise import TILES, TOKENS, Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.distribution import tempered
-from proxytune.ops.torch_impl.rows import TILE, Rows
+from proxytune.ops.torch_impl.rows import TILE, MemberRows
 from proxytune.ops.torch_impl.truncate import Truncation, largest, truncate
 
 __all__ = ["draw"]
 
 
 def draw(
-    rows: Rows,
+    rows: MemberRows,
     tiles: dict[str, torch.Tensor],
     entropy: torch.Tensor | None,
     top: torch.Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     noise: Noise,
     draws: int,
 ) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def draw(
 
 
 def _draw_plain(
-    rows: Rows,
+    rows: MemberRows,
     mass: torch.Tensor,
     relative: torch.Tensor,
     top: torch.Tensor,

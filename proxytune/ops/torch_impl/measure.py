@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.rows import CLAMP, FINITE, GROUP, TILE, Rows, block_of
+from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.rows import CLAMP, FINITE, GROUP, TILE, MemberRows, block_of
 
 __all__ = ["measure", "statistics"]
 
@@ -17,13 +17,13 @@ __all__ = ["measure", "statistics"]
 _LOG2E = 1.0 / math.log(2.0)
 
 
-def measure(rows: Rows, sampling: Sampling | None, want: Collection[str]) -> dict[str, torch.Tensor]:
+def measure(rows: MemberRows, sampling: SamplingParams | None, want: Collection[str]) -> dict[str, torch.Tensor]:
     """Pass over all columns once.
 
     Args:
         rows: The members' rows.
         sampling: The settings; None for none.
-        want: Names of the outputs, see `proxytune.ops.Step`.
+        want: Names of the outputs, see `proxytune.ops.StepOutput`.
 
     Returns:
         By name, float32. `[B, tiles]`: "max"; the sums "s", "t1", "t2" of e^d, d·e^d, d²·e^d with d = z − max; "mass"
@@ -100,7 +100,7 @@ class _Plan:
         return 1 + (2 if self.kl else 1 if sums and (self.raw or len(self.scales) > 1) else 0)
 
     @classmethod
-    def of(cls, rows: Rows, sampling: Sampling | None, want: Collection[str]) -> _Plan:
+    def of(cls, rows: MemberRows, sampling: SamplingParams | None, want: Collection[str]) -> _Plan:
         """The least that serves what is wanted; on the CPU the settings' values may be looked at for it."""
         asked = set(want)
         scales: dict[str, torch.Tensor] = {}
@@ -132,7 +132,7 @@ class _Plan:
 
 
 def _reduce(
-    rows: Rows,
+    rows: MemberRows,
     there: slice,
     columns: slice,
     plan: _Plan,

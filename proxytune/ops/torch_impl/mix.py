@@ -9,7 +9,7 @@ from proxytune.ops.noise import COORDINATES, LATENT, Noise, slotted
 __all__ = []
 
 
-def _by_torch(
+def mix_rows(
     table: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor,

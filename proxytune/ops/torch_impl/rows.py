@@ -9,7 +9,7 @@ import torch
 
 from proxytune.formulas.shift import shift
 
-__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "Rows", "block_of", "combined", "first_largest"]
+__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "MemberRows", "block_of", "combined", "first_largest"]
 
 
 TILE = 1024
@@ -45,7 +45,7 @@ _BLOCK = 128
 _PARTS = 8
 
 
-class Rows:
+class MemberRows:
     """The members' rows with their weights, read in parts.
 
     Attributes:
@@ -71,7 +71,7 @@ class Rows:
         self.count, self.width = members[0].shape
         self.device = members[0].device
 
-    def pick(self, index: torch.Tensor) -> Rows:
+    def pick(self, index: torch.Tensor) -> MemberRows:
         """Some of the rows, as rows of their own; no logits are copied before they are read.
 
         Args:
@@ -149,7 +149,7 @@ class Rows:
         return shift(base, companions, self._weights, self._base_weight, out=base)
 
 
-def combined(rows: Rows) -> torch.Tensor:
+def combined(rows: MemberRows) -> torch.Tensor:
     """The combined logits, made in parts: nothing else of their size is.
 
     Args:
@@ -169,7 +169,7 @@ def combined(rows: Rows) -> torch.Tensor:
     return out
 
 
-def first_largest(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+def first_largest(rows: MemberRows) -> tuple[torch.Tensor, torch.Tensor]:
     """The argmax alone, on the CPU.
 
     Args:
@@ -194,7 +194,7 @@ def first_largest(rows: Rows) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(columns), torch.cat(values)
 
 
-def block_of(rows: Rows) -> tuple[int, int]:
+def block_of(rows: MemberRows) -> tuple[int, int]:
     """The size of the blocks that a pass goes by: on the CPU small enough for the cache, elsewhere everything at once.
 
     Args:

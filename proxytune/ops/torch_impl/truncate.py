@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.rows import CLAMP, GROUP, Rows
+from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.rows import CLAMP, GROUP, MemberRows
 
 __all__ = ["Truncation", "largest", "mean_of_largest", "truncate"]
 
@@ -61,12 +61,12 @@ class Truncation:
 
 
 def truncate(
-    rows: Rows,
+    rows: MemberRows,
     groups: torch.Tensor,
     top: torch.Tensor,
     temperature: torch.Tensor,
     total: torch.Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> Truncation:
     """Find what is kept.
 
@@ -151,7 +151,7 @@ def largest(keys: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor]
     return value, index
 
 
-def mean_of_largest(rows: Rows, groups: torch.Tensor, top: torch.Tensor, count: int) -> torch.Tensor:
+def mean_of_largest(rows: MemberRows, groups: torch.Tensor, top: torch.Tensor, count: int) -> torch.Tensor:
     """The mean of the largest logits of each row, relative to the largest.
 
     Args:

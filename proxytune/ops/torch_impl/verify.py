@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from proxytune.ops.noise import DECISIONS, TILES, TOKENS, Noise
-from proxytune.ops.sampling_params import Sampling
-from proxytune.ops.torch_impl.distribution import Law, law_of, tempered
+from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.distribution import Distribution, distribution_of, tempered
 from proxytune.ops.torch_impl.draw import draw
 from proxytune.ops.torch_impl.measure import measure, statistics
-from proxytune.ops.torch_impl.rows import FINITE, TILE, Rows, block_of
+from proxytune.ops.torch_impl.rows import FINITE, TILE, MemberRows, block_of
 from proxytune.ops.torch_impl.truncate import largest
 
 __all__ = ["judge"]
@@ -32,7 +32,7 @@ _WORD = 1
 
 @torch.no_grad()
 def judge(
-    rows: Rows, draft: Rows | None, drafted: torch.Tensor, sampling: Sampling, noise: Noise
+    rows: MemberRows, draft: MemberRows | None, drafted: torch.Tensor, sampling: SamplingParams, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept or reject drafts, and draw the token after them.
 
@@ -44,7 +44,7 @@ def judge(
         noise: The keys of the noise, `[B]`, at the positions of the first drafts.
 
     Returns:
-        "tokens" `[B, K + 1]` and "accepted" `[B]` of `proxytune.ops.Verdict`.
+        "tokens" `[B, K + 1]` and "accepted" `[B]` of `proxytune.ops.VerifyOutput`.
     """
     count, most = drafted.shape
     seen = rows.device.type == "cpu"
@@ -87,21 +87,21 @@ def judge(
 class _Measured:
     """Rows that were passed over once, and what they are drawn from."""
 
-    rows: Rows
+    rows: MemberRows
     tiles: dict[str, torch.Tensor]
     entropy: torch.Tensor | None
     top: torch.Tensor
-    law: Law
+    law: Distribution
     undecided: torch.Tensor
 
     @classmethod
-    def of(cls, rows: Rows, sampling: Sampling, each: int) -> _Measured:
+    def of(cls, rows: MemberRows, sampling: SamplingParams, each: int) -> _Measured:
         """Measure rows of which each text has as many."""
         sampling = sampling.pick(torch.arange(rows.count, device=sampling.temperature.device) // each)
         tiles = measure(rows, sampling, ())
         top = tiles["max"].amax(1)  # [B]
         entropy = statistics(tiles, top).get("entropy")
-        law = law_of(rows, tiles, entropy, top, sampling)
+        law = distribution_of(rows, tiles, entropy, top, sampling)
         return cls(rows, tiles, entropy, top, law, (top == torch.inf) | (top == FINITE))
 
     def pick(self, index: torch.Tensor) -> _Measured:
@@ -186,7 +186,7 @@ class _Given:
 _Proposal = _Drawn | _Given
 
 
-def _draw_residual(target: _Measured, proposal: _Proposal, sampling: Sampling, noise: Noise) -> torch.Tensor:
+def _draw_residual(target: _Measured, proposal: _Proposal, sampling: SamplingParams, noise: Noise) -> torch.Tensor:
     """Draw from max(0, p − q), one token per row, `[B]`.
 
     Where that is 0 throughout, p is q to rounding, and a rejected draft would have been accepted with one more digit.

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import proxytune
-from proxytune import StochasticLatentSampler
+from proxytune import LatentDecoding
 from proxytune.methods.latent.mixture import Kind
 
 KINDS = get_args(Kind)
@@ -101,7 +101,7 @@ def test_tokens_and_logits_are_those_of_the_reference(
     nudge = 2.0**-17 if kind == "dirichlet" else 2.0**-21
     nudged = reference_of([models["llama"]], settings, kind=kind, seed=5, nudged=nudge, **sigma)
     off = run(nudged, ids, mask, **uncached(settings), **show)
-    got = run(models["llama"], ids, mask, **settings, **show, custom_generate=StochasticLatentSampler(kind, seed=5))
+    got = run(models["llama"], ids, mask, **settings, **show, custom_generate=LatentDecoding(kind, seed=5))
     assert torch.equal(got.sequences, want.sequences)
     assert torch.equal(off.sequences, want.sequences)
     room = 0.0
@@ -132,7 +132,7 @@ def test_every_mode_of_every_family_is_that_of_the_reference(
         ids, mask = ids[:1], mask[:1]
     # Penalties change what p is made of: a law that is a function of the text, and the scores are asked for.
     if "repetition_penalty" in settings:
-        sampler = StochasticLatentSampler("moi")
+        sampler = LatentDecoding("moi")
         with_cache = run(model, ids, mask, **settings, custom_generate=sampler)
         without = run(model, ids, mask, **settings, use_cache=False, custom_generate=sampler)
         assert torch.equal(with_cache, without)
@@ -140,7 +140,7 @@ def test_every_mode_of_every_family_is_that_of_the_reference(
     # With beams, which stream a text draws from depends on its place: there a law without noise.
     kind: Kind = "moi" if "num_beams" in settings else "gumbel"
     want = run(reference_of([model], settings, kind=kind, seed=5), ids, mask, **uncached(settings))
-    got = run(model, ids, mask, **settings, custom_generate=StochasticLatentSampler(kind, seed=5))
+    got = run(model, ids, mask, **settings, custom_generate=LatentDecoding(kind, seed=5))
     assert torch.equal(got, want)
 
 
@@ -155,5 +155,5 @@ def test_every_member_of_a_composition_gets_the_mixture_of_its_own_embeddings(
         pytest.skip("compared with and without a cache for plain models")
     kind: Kind = "mean" if "num_beams" in settings else "dirichlet"
     want = run(reference_of(members, settings, kind=kind, seed=3), ids, mask, **uncached(settings))
-    got = run(model, ids, mask, **settings, custom_generate=StochasticLatentSampler(kind, seed=3))
+    got = run(model, ids, mask, **settings, custom_generate=LatentDecoding(kind, seed=3))
     assert torch.equal(got, want)

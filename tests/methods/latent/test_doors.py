@@ -23,16 +23,9 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 import proxytune
-from proxytune import (
-    ForkDecoding,
-    FusedDecoding,
-    Gates,
-    Mixture,
-    ProxyTuningLogitsProcessor,
-    StochasticLatentLogitsProcessor,
-    StochasticLatentSampler,
-)
+from proxytune import ForkDecoding, FusedDecoding, LatentDecoding, LatentLogitsProcessor, ProxyTuningLogitsProcessor
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
+from proxytune.methods.latent import LatentGates, LatentMixture
 from proxytune.methods.latent.decoding import LatentOutput
 
 NEW = 10
@@ -87,25 +80,25 @@ def test_onehot_is_plain_decoding_to_the_last_bit(family: str, mode: str) -> Non
         pytest.skip("transformers itself refuses this mode")
     show = {"return_dict_in_generate": True, "output_scores": True}
     plain = run(model, **MODES[mode], **show)
-    ours = run(model, **MODES[mode], **show, custom_generate=StochasticLatentSampler("onehot"))
+    ours = run(model, **MODES[mode], **show, custom_generate=LatentDecoding("onehot"))
     assert torch.equal(ours.sequences, plain.sequences)
     for a, b in zip(ours.scores, plain.scores, strict=True):
         assert b.isfinite().any()
         assert torch.equal(a, b)
-    with StochasticLatentLogitsProcessor("onehot").attach(model):
+    with LatentLogitsProcessor("onehot").attach(model):
         assert torch.equal(run(model, **MODES[mode]), plain.sequences)
 
 
 def test_gates_that_never_open_are_plain_decoding() -> None:
     model = shared("llama", 1)
-    never = Gates(begin_ids=[255, 254], end_ids=[253])
-    assert torch.equal(run(model, custom_generate=StochasticLatentSampler("mean", never)), run(model))
-    assert not torch.equal(run(model, custom_generate=StochasticLatentSampler("mean")), run(model))
+    never = LatentGates(begin_ids=[255, 254], end_ids=[253])
+    assert torch.equal(run(model, custom_generate=LatentDecoding("mean", never)), run(model))
+    assert not torch.equal(run(model, custom_generate=LatentDecoding("mean")), run(model))
 
 
 def test_the_second_look_up_of_a_model_is_mixed_too() -> None:
     model = gemma3n()
-    sampler = StochasticLatentSampler("moi")
+    sampler = LatentDecoding("moi")
     with_cache = run(model, return_dict_in_generate=True, output_logits=True, custom_generate=sampler)
     want = run(model, return_dict_in_generate=True, output_logits=True, custom_generate=sampler, use_cache=False)
     assert torch.equal(with_cache.sequences, want.sequences)
@@ -134,16 +127,16 @@ def test_the_second_look_up_of_a_model_is_mixed_too() -> None:
 @pytest.mark.parametrize("which", ["plain", pytest.param("composed", marks=pytest.mark.smoke)])
 def test_attached_and_dropped_in_are_the_sampler(which: str, mode: str) -> None:
     model = composed(torch.float32) if which == "composed" else build("llama", 1)
-    law, gates = Mixture(kind="gumbel", tau=0.5), Gates(min_entropy=0.1, max_run=4)
-    want = run(model, **MODES[mode], custom_generate=StochasticLatentSampler(law, gates, seed=5))
+    law, gates = LatentMixture(kind="gumbel", tau=0.5), LatentGates(min_entropy=0.1, max_run=4)
+    want = run(model, **MODES[mode], custom_generate=LatentDecoding(law, gates, seed=5))
     assert not torch.equal(want, run(model, **MODES[mode]))
-    with StochasticLatentLogitsProcessor(law, gates, seed=5).attach(model):
+    with LatentLogitsProcessor(law, gates, seed=5).attach(model):
         assert torch.equal(run(model, **MODES[mode]), want)
         assert torch.equal(run(model, **MODES[mode]), want)  # a second call starts anew
     if mode == "beam-sampling":
         return  # with beams the warpers keep two tokens at least, as told below
     warpers = WARPERS if mode == "sampling" else []
-    told = StochasticLatentLogitsProcessor(law, gates, warpers=warpers, seed=5)
+    told = LatentLogitsProcessor(law, gates, warpers=warpers, seed=5)
     with told.attach(model):
         assert torch.equal(run(model, **MODES[mode], logits_processor=[told]), want)
     plain = run(model, **MODES[mode])
@@ -155,14 +148,14 @@ def test_attached_and_dropped_in_are_the_sampler(which: str, mode: str) -> None:
 def test_warpers_that_it_was_not_told_are_refused() -> None:
     model = build("llama", 1)
     for warpers in ([], [TemperatureLogitsWarper(0.7), *WARPERS[1:]], WARPERS[:-1]):
-        processor = StochasticLatentLogitsProcessor("gumbel", warpers=warpers, seed=0)
+        processor = LatentLogitsProcessor("gumbel", warpers=warpers, seed=0)
         with processor.attach(model), pytest.raises(InputError, match=r"warpers: expected .*temperature=0\.8.*; got"):
             run(model, **WARPED, logits_processor=[processor])
     # As generate() makes them for beams.
     beams = [TemperatureLogitsWarper(0.8), TopKLogitsWarper(30, min_tokens_to_keep=2)]
-    processor = StochasticLatentLogitsProcessor("mean", warpers=beams)
+    processor = LatentLogitsProcessor("mean", warpers=beams)
     mode = {"do_sample": True, "num_beams": 3, "temperature": 0.8, "top_k": 30}
-    want = run(model, **mode, custom_generate=StochasticLatentSampler("mean"))
+    want = run(model, **mode, custom_generate=LatentDecoding("mean"))
     with processor.attach(model):
         assert torch.equal(run(model, **mode, logits_processor=[processor]), want)
 
@@ -170,15 +163,15 @@ def test_warpers_that_it_was_not_told_are_refused() -> None:
 def test_a_processor_that_is_not_attached_says_so() -> None:
     model = shared("llama", 1)
     with pytest.raises(UnsupportedModeError, match=r"attach\(model\)"):
-        run(model, logits_processor=[StochasticLatentLogitsProcessor("mean")])
+        run(model, logits_processor=[LatentLogitsProcessor("mean")])
     own = build("llama", 1)
-    with StochasticLatentLogitsProcessor("mean").attach(own) as processor:
+    with LatentLogitsProcessor("mean").attach(own) as processor:
         with pytest.raises(UnsupportedModeError, match="another model"):
             run(model, logits_processor=[processor])
         with pytest.raises(InputError, match="attached"):
             processor.attach(model)
         with pytest.raises(InputError, match="alone"):
-            run(own, logits_processor=[StochasticLatentLogitsProcessor("mean")])
+            run(own, logits_processor=[LatentLogitsProcessor("mean")])
 
 
 def test_constraints_and_penalties_hold_and_scores_stay() -> None:
@@ -188,7 +181,7 @@ def test_constraints_and_penalties_hold_and_scores_stay() -> None:
         model,
         num_beams=3,
         prefix_allowed_tokens_fn=lambda batch, ids: allowed,
-        custom_generate=StochasticLatentSampler("mean"),
+        custom_generate=LatentDecoding("mean"),
     )
     assert all(token in (*allowed, PAD) for row in out[:, 12:].tolist() for token in row)
     assert len({tuple(row) for row in out[:, 12:].tolist()}) > 1
@@ -205,23 +198,23 @@ def test_a_row_does_not_depend_on_its_batch(kind: Any) -> None:
     loop = FusedDecoding(seed=9)
     settings = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW}
     together = model.generate(
-        ids, attention_mask=mask, custom_generate=StochasticLatentSampler(kind, seed=4, loop=loop), **settings
+        ids, attention_mask=mask, custom_generate=LatentDecoding(kind, seed=4, loop=loop), **settings
     )
     for row in range(3):
-        sampler = StochasticLatentSampler(kind, seed=4, rows=[row], loop=FusedDecoding(seed=9, rows=[row]))
+        sampler = LatentDecoding(kind, seed=4, stream_ids=[row], loop=FusedDecoding(seed=9, stream_ids=[row]))
         start = int((1 - mask[row]).sum())  # without its padding
         alone = model.generate(ids[row : row + 1, start:], custom_generate=sampler, **settings)
         new = alone[0, 12 - start :]
         assert torch.equal(new, together[row, 12 : 12 + len(new)])
     other = model.generate(
-        ids, attention_mask=mask, custom_generate=StochasticLatentSampler(kind, seed=5, loop=loop), **settings
+        ids, attention_mask=mask, custom_generate=LatentDecoding(kind, seed=5, loop=loop), **settings
     )
     assert not torch.equal(other, together)
 
 
 def test_without_a_seed_two_calls_differ_and_torchs_seed_repeats_them() -> None:
     model = shared("llama", 1)
-    sampler = StochasticLatentSampler("gumbel")
+    sampler = LatentDecoding("gumbel")
     ids, mask = prompts()
 
     def once() -> torch.Tensor:
@@ -237,12 +230,12 @@ def test_without_a_seed_two_calls_differ_and_torchs_seed_repeats_them() -> None:
 @pytest.mark.parametrize("do_sample", [False, True])
 def test_the_fused_loop_feeds_the_same_mixtures(do_sample: bool) -> None:
     model = composed()
-    fused = StochasticLatentSampler("gumbel", seed=3, loop=FusedDecoding(seed=2))
+    fused = LatentDecoding("gumbel", seed=3, loop=FusedDecoding(seed=2))
     ours = run(model, do_sample=do_sample, custom_generate=fused, use_cache=True)
     again = run(model, do_sample=do_sample, custom_generate=fused, use_cache=False)
     assert torch.equal(ours, again)
     if not do_sample:
-        assert torch.equal(ours, run(model, custom_generate=StochasticLatentSampler("gumbel", seed=3)))
+        assert torch.equal(ours, run(model, custom_generate=LatentDecoding("gumbel", seed=3)))
 
 
 # --- compiled forwards, streamers, records ----------------------------------------------------------------------------
@@ -260,7 +253,7 @@ def test_compiled_forward_passes_give_the_same_tokens(monkeypatch: pytest.Monkey
 
     config = CompileConfig(backend=backend, mode=None, fullgraph=False)
     config._compile_all_devices = True  # else transformers compiles for GPUs only
-    sampler = StochasticLatentSampler("gumbel", seed=2)
+    sampler = LatentDecoding("gumbel", seed=2)
     want = run(model, custom_generate=sampler, cache_implementation="static", disable_compile=True)
     assert not compiled
     torch._dynamo.reset()
@@ -289,14 +282,14 @@ def test_streaming(which: str, where: str) -> None:
     kept = Kept()
     given = {"streamer": kept} if where == "generate" else {}
     own = {"streamer": kept} if where == "sampler" else {}
-    out = run(model, 1, **given, custom_generate=StochasticLatentSampler("gumbel", seed=1, **own))
+    out = run(model, 1, **given, custom_generate=LatentDecoding("gumbel", seed=1, **own))
     assert torch.equal(torch.cat([x.flatten() for x in kept.put_]), out[0])
     assert kept.ended
 
 
 def test_the_output_tells_which_steps_were_latent() -> None:
     model = build("llama", 1)
-    sampler = StochasticLatentSampler("mean", Gates(max_run=2))
+    sampler = LatentDecoding("mean", LatentGates(max_run=2))
     out = run(model, return_dict_in_generate=True, output_logits=True, custom_generate=sampler)
     assert isinstance(out, LatentOutput)
     assert out.soft.shape == out.entropy.shape == (3, NEW)
@@ -317,9 +310,7 @@ def test_stop_criteria_end_it() -> None:
         def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
             return torch.full((len(input_ids),), input_ids.shape[1] >= 15)
 
-    out = run(
-        shared("llama", 1), stopping_criteria=[After()], custom_generate=StochasticLatentSampler("gumbel", seed=1)
-    )
+    out = run(shared("llama", 1), stopping_criteria=[After()], custom_generate=LatentDecoding("gumbel", seed=1))
     assert out.shape[1] == 15
 
 
@@ -338,14 +329,14 @@ def test_a_peft_model_is_mixed_through_its_adapter() -> None:
         return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW, **kwargs)
 
     plain = once()
-    assert torch.equal(once(custom_generate=StochasticLatentSampler("onehot")), plain)
-    soft = once(custom_generate=StochasticLatentSampler("mean"))
+    assert torch.equal(once(custom_generate=LatentDecoding("onehot")), plain)
+    soft = once(custom_generate=LatentDecoding("mean"))
     assert not torch.equal(soft, plain)
-    assert torch.equal(once(custom_generate=StochasticLatentSampler("mean"), use_cache=False), soft)
-    with StochasticLatentLogitsProcessor("mean").attach(model):
+    assert torch.equal(once(custom_generate=LatentDecoding("mean"), use_cache=False), soft)
+    with LatentLogitsProcessor("mean").attach(model):
         assert torch.equal(once(), soft)
     with model.disable_adapter():
-        assert not torch.equal(once(custom_generate=StochasticLatentSampler("mean")), soft)
+        assert not torch.equal(once(custom_generate=LatentDecoding("mean")), soft)
 
 
 # --- wrong use --------------------------------------------------------------------------------------------------------
@@ -357,61 +348,61 @@ def test_assisted_decoding_is_refused(which: str) -> None:
     draft = build("llama", 4)
     for settings in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
         with pytest.raises(UnsupportedModeError, match="assisted"):
-            run(model, 1, **settings, custom_generate=StochasticLatentSampler("mean"))
-        with StochasticLatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError):
+            run(model, 1, **settings, custom_generate=LatentDecoding("mean"))
+        with LatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError):
             run(model, 1, **settings)
-    with StochasticLatentLogitsProcessor("mean").attach(draft), pytest.raises(UnsupportedModeError, match="drafts"):
+    with LatentLogitsProcessor("mean").attach(draft), pytest.raises(UnsupportedModeError, match="drafts"):
         run(model, 1, assistant_model=draft)
 
 
 def test_paged_caches_and_batching_are_refused() -> None:
     model = build("llama", 1)
-    with StochasticLatentLogitsProcessor("mean").attach(model):
+    with LatentLogitsProcessor("mean").attach(model):
         with pytest.raises(UnsupportedModeError, match="continuous batching"):
             run(model, cache_implementation="paged")
         with pytest.raises(UnsupportedModeError, match="continuous batching"):
             model.generate_batch([[5, 6, 7]])
     with pytest.raises(UnsupportedModeError, match="continuous batching"):
-        run(composed(torch.float32), cache_implementation="paged", custom_generate=StochasticLatentSampler("mean"))
+        run(composed(torch.float32), cache_implementation="paged", custom_generate=LatentDecoding("mean"))
 
 
 def test_encoder_decoders_are_refused() -> None:
     model = build("t5", 1)
     with pytest.raises(UnsupportedModeError, match="encoder-decoder"):
-        run(model, custom_generate=StochasticLatentSampler("mean"))
+        run(model, custom_generate=LatentDecoding("mean"))
     with pytest.raises(UnsupportedModeError, match="encoder-decoder"):
-        StochasticLatentLogitsProcessor("mean").attach(model)
+        LatentLogitsProcessor("mean").attach(model)
 
 
 def test_companions_that_read_ids_are_refused() -> None:
     base, expert, antiexpert = build("llama", 1), shared("gpt2", 2), shared("gpt2", 3)
     processor = ProxyTuningLogitsProcessor(expert, antiexpert, 0.7, check_vocabulary=False)
     with pytest.raises(UnsupportedModeError, match=r"proxytune\.wrap"):
-        run(base, 1, logits_processor=[processor], custom_generate=StochasticLatentSampler("mean"))
+        run(base, 1, logits_processor=[processor], custom_generate=LatentDecoding("mean"))
     with processor.attach(base):
         with pytest.raises(UnsupportedModeError, match=r"proxytune\.wrap"):
-            run(base, 1, custom_generate=StochasticLatentSampler("mean"))
+            run(base, 1, custom_generate=LatentDecoding("mean"))
         with pytest.raises(UnsupportedModeError, match=r"proxytune\.wrap"):
-            StochasticLatentLogitsProcessor("mean").attach(base)
+            LatentLogitsProcessor("mean").attach(base)
         # In its place again, and still attached.
         assert not torch.equal(run(base, 1), run(build("llama", 1), 1))
-    with StochasticLatentLogitsProcessor("mean").attach(base), pytest.raises(InputError, match="not steered yet"):
+    with LatentLogitsProcessor("mean").attach(base), pytest.raises(InputError, match="not steered yet"):
         processor.attach(base)
 
 
 def test_trees_are_refused_on_a_model_with_latent_steps() -> None:
     model = build("llama", 1)
-    with StochasticLatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError, match="latent"):
+    with LatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError, match="latent"):
         run(model, 1, do_sample=True, custom_generate=ForkDecoding(threshold=1.0))
 
 
 def test_one_generation_at_a_time_on_a_model() -> None:
     model = build("llama", 1)
-    with StochasticLatentLogitsProcessor("mean").attach(model):
+    with LatentLogitsProcessor("mean").attach(model):
         with pytest.raises(UnsupportedModeError, match="at a time"):
-            run(model, custom_generate=StochasticLatentSampler("mean"))
+            run(model, custom_generate=LatentDecoding("mean"))
         with pytest.raises(UnsupportedModeError, match="at a time"):
-            StochasticLatentLogitsProcessor("mean").attach(model)
+            LatentLogitsProcessor("mean").attach(model)
 
 
 def test_another_thread_decodes_as_ever_meanwhile() -> None:
@@ -427,8 +418,8 @@ def test_another_thread_decodes_as_ever_meanwhile() -> None:
                 other.join()
             return scores
 
-    soft = run(model, 1, custom_generate=StochasticLatentSampler("mean"))
-    again = run(model, 1, custom_generate=StochasticLatentSampler("mean"), logits_processor=[Meanwhile()])
+    soft = run(model, 1, custom_generate=LatentDecoding("mean"))
+    again = run(model, 1, custom_generate=LatentDecoding("mean"), logits_processor=[Meanwhile()])
     assert torch.equal(again, soft)
     assert torch.equal(found[0], plain)
 
@@ -443,10 +434,10 @@ def test_nothing_stays_on_the_model_after_an_error_and_copies_go_without() -> No
     model = build("llama", 1)
     plain = run(model)
     with pytest.raises(RuntimeError, match="broken"):
-        run(model, logits_processor=[Broken()], custom_generate=StochasticLatentSampler("mean"))
+        run(model, logits_processor=[Broken()], custom_generate=LatentDecoding("mean"))
     assert "prepare_inputs_for_generation" not in vars(model)
     assert torch.equal(run(model), plain)
-    with StochasticLatentLogitsProcessor("mean").attach(model):
+    with LatentLogitsProcessor("mean").attach(model):
         twin = copy.deepcopy(model)
         assert torch.equal(run(twin), plain)
         assert not torch.equal(run(model), plain)
@@ -454,44 +445,44 @@ def test_nothing_stays_on_the_model_after_an_error_and_copies_go_without() -> No
 
 def test_models_that_make_more_of_their_ids_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="their embedding alone"):
-        run(KeyedByIds(), custom_generate=StochasticLatentSampler("mean"))
+        run(KeyedByIds(), custom_generate=LatentDecoding("mean"))
     with pytest.raises(UnsupportedModelError, match="inputs_embeds"):
-        run(NoEmbeddings(), custom_generate=StochasticLatentSampler("mean"))
+        run(NoEmbeddings(), custom_generate=LatentDecoding("mean"))
 
 
 def test_wrong_settings_are_refused() -> None:
     model = shared("llama", 1)
     with pytest.raises(InputError, match="Did you mean gumbel"):
-        StochasticLatentSampler("gumble")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="gates: expected a Gates"):
-        StochasticLatentSampler("mean", Mixture())  # type: ignore[arg-type]
+        LatentDecoding("gumble")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="gates: expected a LatentGates"):
+        LatentDecoding("mean", LatentMixture())  # type: ignore[arg-type]
     with pytest.raises(InputError, match="seed"):
-        StochasticLatentSampler("mean", seed=0.5)  # type: ignore[arg-type]
+        LatentDecoding("mean", seed=0.5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="below 256"):
-        run(model, custom_generate=StochasticLatentSampler("mean", Gates(discrete_ids=[256])))
+        run(model, custom_generate=LatentDecoding("mean", LatentGates(discrete_ids=[256])))
     with pytest.raises(InputError, match="rows: .* each of 3 rows"):
-        run(model, custom_generate=StochasticLatentSampler("mean", rows=[0, 1]))
+        run(model, custom_generate=LatentDecoding("mean", stream_ids=[0, 1]))
     with pytest.raises(UnsupportedModeError, match="greedy decoding or sampling"):
-        run(model, num_beams=3, custom_generate=StochasticLatentSampler("mean", loop=FusedDecoding()))
+        run(model, num_beams=3, custom_generate=LatentDecoding("mean", loop=FusedDecoding()))
 
 
 def test_gates_by_text() -> None:
     words = tokenizer()
     words.add_tokens(["<think>", "</think>"])
-    gates = Gates.for_tokenizer(words, "<think>…</think>", max_run=3)
+    gates = LatentGates.for_tokenizer(words, "<think>…</think>", max_run=3)
     assert gates.begin_ids == (VOCABULARY,)
     assert gates.end_ids == (VOCABULARY + 1,)
     assert set(gates.discrete_ids) == {PAD, BOS, EOS}
     assert gates.max_run == 3
-    assert Gates.for_tokenizer(words, "...</think>").begin_ids == ()
-    assert Gates.for_tokenizer(words).end_ids == ()
+    assert LatentGates.for_tokenizer(words, "...</think>").begin_ids == ()
+    assert LatentGates.for_tokenizer(words).end_ids == ()
     with pytest.raises(InputError, match=r"'<reason>', which is none"):
-        Gates.for_tokenizer(words, "<reason>…</think>")
+        LatentGates.for_tokenizer(words, "<reason>…</think>")
     for span in ("<think>", "<think>…", "a…b…c"):
         with pytest.raises(InputError, match="between them"):
-            Gates.for_tokenizer(words, span)
+            LatentGates.for_tokenizer(words, span)
     with pytest.raises(InputError, match="another"):
-        Gates(begin_ids=5, end_ids=5)
+        LatentGates(begin_ids=5, end_ids=5)
 
 
 # --- generations inside generations, other inputs, other places -------------------------------------------------------
@@ -528,13 +519,13 @@ def test_a_generation_inside_a_generation_changes_nothing(door: str, where: str,
         if where == "criterion"
         else {"logits_processor": [NestedProcessor(model, tokens)]}
     )
-    sampler = StochasticLatentSampler("gumbel", seed=3)
+    sampler = LatentDecoding("gumbel", seed=3)
     want = run(model, custom_generate=sampler)
     assert not torch.equal(want, run(model))
     if door == "sampler":
         assert torch.equal(run(model, custom_generate=sampler, **inside), want)
         return
-    with StochasticLatentLogitsProcessor("gumbel", seed=3).attach(model):
+    with LatentLogitsProcessor("gumbel", seed=3).attach(model):
         assert torch.equal(run(model, **inside), want)
 
 
@@ -549,9 +540,9 @@ def test_weights_do_not_depend_on_how_the_prompt_was_given(door: str) -> None:
     def once(rows: list[int], *args: Any, **kwargs: Any) -> Any:
         settings = {"max_new_tokens": 6, **kwargs}
         if door == "sampler":
-            sampler = StochasticLatentSampler("gumbel", seed=3, rows=rows)
+            sampler = LatentDecoding("gumbel", seed=3, stream_ids=rows)
             return model.generate(*args, **settings, custom_generate=sampler)
-        with StochasticLatentLogitsProcessor("gumbel", seed=3, rows=rows).attach(model):
+        with LatentLogitsProcessor("gumbel", seed=3, stream_ids=rows).attach(model):
             return model.generate(*args, **settings, custom_generate=loop)
 
     want = once([0, 1, 2], ids, attention_mask=mask)[:, 12:]
@@ -570,7 +561,7 @@ def test_rows_that_a_criterion_ends_are_told_apart() -> None:
             return torch.tensor([input_ids.shape[1] >= 14, False, False])
 
     settings = {"eos_token_id": None, "return_dict_in_generate": True, "stopping_criteria": [FirstRow()]}
-    out = run(build("llama", 1), **settings, custom_generate=StochasticLatentSampler("mean"))
+    out = run(build("llama", 1), **settings, custom_generate=LatentDecoding("mean"))
     assert out.soft[0].tolist() == [True] + [False] * (NEW - 1)
     assert out.entropy[0].isnan().tolist() == [False, False] + [True] * (NEW - 2)
     assert out.entropy[1:].isfinite().all()
@@ -581,10 +572,10 @@ def test_rows_that_a_criterion_ends_are_told_apart() -> None:
 def test_an_offloaded_model_is_mixed_where_it_runs() -> None:
     from accelerate import cpu_offload
 
-    want = run(build("llama", 1), custom_generate=StochasticLatentSampler("gumbel", seed=3))
+    want = run(build("llama", 1), custom_generate=LatentDecoding("gumbel", seed=3))
     model = cpu_offload(build("llama", 1), execution_device=torch.device("cpu"))
     assert model.get_input_embeddings().weight.device.type == "meta"
-    assert torch.equal(run(model, custom_generate=StochasticLatentSampler("gumbel", seed=3)), want)
+    assert torch.equal(run(model, custom_generate=LatentDecoding("gumbel", seed=3)), want)
 
 
 def test_a_head_that_is_wider_than_the_embedding() -> None:
@@ -594,8 +585,8 @@ def test_a_head_that_is_wider_than_the_embedding() -> None:
     model.lm_head.weight.data = torch.cat([head, torch.zeros(44, 32)])  # never the argmax, but among the candidates
     model.config.vocab_size = 300
     assert run(model)[:, 12:].max() < 256
-    wide = run(model, custom_generate=StochasticLatentSampler(Mixture(kind="mean", candidates=300)))
-    all_known = StochasticLatentSampler(Mixture(kind="mean", candidates=256))
+    wide = run(model, custom_generate=LatentDecoding(LatentMixture(kind="mean", candidates=300)))
+    all_known = LatentDecoding(LatentMixture(kind="mean", candidates=256))
     assert torch.equal(wide, run(build("llama", 1), custom_generate=all_known))
 
 
@@ -604,41 +595,41 @@ def test_a_head_that_is_wider_than_the_embedding() -> None:
 
 def test_the_cold_stop_respects_constraints_and_onehot() -> None:
     model = build("llama", 1)
-    cold = Gates(end_ids=[9], cold_steps=2, cold_entropy=50.0)
-    free = run(model, custom_generate=StochasticLatentSampler("mean", cold))
+    cold = LatentGates(end_ids=[9], cold_steps=2, cold_entropy=50.0)
+    free = run(model, custom_generate=LatentDecoding("mean", cold))
     assert (free[:, 12:] == 9).any(1).all()
-    masked = run(model, custom_generate=StochasticLatentSampler("mean", cold), suppress_tokens=[9])
+    masked = run(model, custom_generate=LatentDecoding("mean", cold), suppress_tokens=[9])
     assert not (masked[:, 12:] == 9).any()
     few = run(
         model,
-        custom_generate=StochasticLatentSampler("mean", cold),
+        custom_generate=LatentDecoding("mean", cold),
         prefix_allowed_tokens_fn=lambda batch, ids: [20, 21],
     )
     assert set(few[:, 12:].flatten().tolist()) <= {20, 21}
-    assert torch.equal(run(model, custom_generate=StochasticLatentSampler("onehot", cold)), run(model))
+    assert torch.equal(run(model, custom_generate=LatentDecoding("onehot", cold)), run(model))
 
 
 def test_guidance_is_refused() -> None:
     model = build("llama", 1)
     with pytest.raises(UnsupportedModeError, match="guidance_scale"):
-        run(model, 1, guidance_scale=1.5, custom_generate=StochasticLatentSampler("mean"))
-    with StochasticLatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError, match="guidance"):
+        run(model, 1, guidance_scale=1.5, custom_generate=LatentDecoding("mean"))
+    with LatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError, match="guidance"):
         run(model, 1, guidance_scale=1.5)
 
 
 def test_a_streamer_with_beams_is_refused() -> None:
     model = build("llama", 1)
     with pytest.raises(UnsupportedModeError, match="streamer"):
-        run(model, 1, num_beams=2, streamer=Kept(), custom_generate=StochasticLatentSampler("mean"))
+        run(model, 1, num_beams=2, streamer=Kept(), custom_generate=LatentDecoding("mean"))
     with pytest.raises(UnsupportedModeError, match="streamer"):
-        run(model, 1, num_beams=2, custom_generate=StochasticLatentSampler("mean", streamer=Kept()))
+        run(model, 1, num_beams=2, custom_generate=LatentDecoding("mean", streamer=Kept()))
 
 
 def test_a_model_that_was_first_seen_in_training_is_tried_out_later() -> None:
     model = KeyedByIds().train()
-    run(model, 1, max_new_tokens=2, custom_generate=StochasticLatentSampler("mean"))
+    run(model, 1, max_new_tokens=2, custom_generate=LatentDecoding("mean"))
     with pytest.raises(UnsupportedModelError, match="their embedding alone"):
-        run(model.eval(), 1, custom_generate=StochasticLatentSampler("mean"))
+        run(model.eval(), 1, custom_generate=LatentDecoding("mean"))
 
 
 @pytest.mark.parametrize("masked", [-1e4, torch.finfo(torch.float32).min, -torch.inf])
@@ -646,7 +637,7 @@ def test_a_mask_in_the_head_hides_nothing(masked: float) -> None:
     model = KeyedByIds()
     model.register_forward_hook(lambda module, args, out: out.logits[..., 200:].fill_(masked) is None or out)
     with pytest.raises(UnsupportedModelError, match="their embedding alone"):
-        run(model, 1, custom_generate=StochasticLatentSampler("mean"))
+        run(model, 1, custom_generate=LatentDecoding("mean"))
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -655,12 +646,12 @@ def test_peft_models_that_learn_a_prompt_are_not_attached_to() -> None:
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     model = peft.get_peft_model(build("llama", 1), config).eval()
     with pytest.raises(UnsupportedModelError, match="custom_generate"):
-        StochasticLatentLogitsProcessor("mean").attach(model)
+        LatentLogitsProcessor("mean").attach(model)
 
 
 def test_somebody_else_s_method_in_the_hook_s_place_is_noticed() -> None:
     model = build("llama", 1)
-    processor = StochasticLatentLogitsProcessor("mean").attach(model)
+    processor = LatentLogitsProcessor("mean").attach(model)
     model.prepare_inputs_for_generation = type(model).prepare_inputs_for_generation.__get__(model)
     with pytest.raises(UnsupportedModeError, match="another method in its place"):
         run(model)
@@ -672,7 +663,7 @@ def test_somebody_else_s_method_in_the_hook_s_place_is_noticed() -> None:
 def test_an_attached_model_can_be_pickled_and_asked_by_hand() -> None:
     model = build("llama", 1)
     plain = run(model)
-    with StochasticLatentLogitsProcessor("mean").attach(model):
+    with LatentLogitsProcessor("mean").attach(model):
         soft = run(model)
         assert torch.equal(run(pickle.loads(pickle.dumps(model))), soft)
         inputs = model.prepare_inputs_for_generation(prompts()[0], attention_mask=prompts()[1])
@@ -681,12 +672,12 @@ def test_an_attached_model_can_be_pickled_and_asked_by_hand() -> None:
 
 
 def test_settings_are_checked_where_they_are_given() -> None:
-    for kind in (StochasticLatentSampler, StochasticLatentLogitsProcessor):
-        with pytest.raises(InputError, match="mixture: expected a Mixture; got 3"):
+    for kind in (LatentDecoding, LatentLogitsProcessor):
+        with pytest.raises(InputError, match="mixture: expected a LatentMixture; got 3"):
             kind(3)  # type: ignore[arg-type]
-        with pytest.raises(InputError, match="gates: expected a Gates; got 3"):
+        with pytest.raises(InputError, match="gates: expected a LatentGates; got 3"):
             kind("mean", 3)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="impl"):
             kind("mean", impl="cuda")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="end_ids"):
-        Gates(end_ids=True)
+        LatentGates(end_ids=True)

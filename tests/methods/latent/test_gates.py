@@ -24,13 +24,13 @@ from transformers import LogitsProcessor
 
 import proxytune
 from proxytune.errors import InputError
-from proxytune.methods.latent.decoding import StochasticLatentSampler
+from proxytune.methods.latent.decoding import LatentDecoding
 from proxytune.methods.latent.gate_state import GateState
-from proxytune.methods.latent.gates import Gates
-from proxytune.methods.latent.mixture import Mixture
+from proxytune.methods.latent.gates import LatentGates
+from proxytune.methods.latent.mixture import LatentMixture
 
 NAN = math.nan
-PLAIN = Gates(cold_steps=None, loop_ngram=None)
+PLAIN = LatentGates(cold_steps=None, loop_ngram=None)
 """Every gate wide open."""
 
 
@@ -41,7 +41,7 @@ PLAIN = Gates(cold_steps=None, loop_ngram=None)
 class Row:
     """One text, and what its gates remember of it."""
 
-    gates: Gates
+    gates: LatentGates
     text: list[int]
     start: int = -1
     cold: int = 0
@@ -128,11 +128,11 @@ def least_or_none(low: int, high: int) -> st.SearchStrategy[int | None]:
 
 
 @st.composite
-def gate_settings(draw: st.DrawFn) -> Gates:
+def gate_settings(draw: st.DrawFn) -> LatentGates:
     pattern = st.lists(st.integers(0, LETTERS - 1), min_size=1, max_size=3)
     end = draw(st.one_of(st.none(), pattern))
     pair = st.tuples(st.integers(0, 3), st.integers(0, 3))
-    return Gates(
+    return LatentGates(
         begin_ids=draw(st.one_of(st.none(), pattern.filter(lambda ids: ids != end))) if end else None,
         end_ids=end,
         discrete_ids=draw(st.lists(st.integers(0, LETTERS - 1), max_size=1)),
@@ -148,7 +148,7 @@ def gate_settings(draw: st.DrawFn) -> Gates:
 
 @given(gates=gate_settings(), data=st.data())
 @settings(max_examples=250, deadline=None)
-def test_all_gates_together_follow_the_reference(gates: Gates, data: st.DataObject) -> None:
+def test_all_gates_together_follow_the_reference(gates: LatentGates, data: st.DataObject) -> None:
     """Random texts, entropies and settings; rows are reordered and copied as beams are, and due tokens are written."""
     count, prompt = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 4))
     letter = st.integers(0, LETTERS - 1)
@@ -180,7 +180,9 @@ def tensors(*states: GateState) -> list[tuple[torch.Tensor, ...]]:
     return [tuple(getattr(state, name) for state in states) for name in names]
 
 
-def driven(gates: Gates, tokens: Sequence[int], spreads: Sequence[float] = (), entropies: Sequence[float] = ()) -> str:
+def driven(
+    gates: LatentGates, tokens: Sequence[int], spreads: Sequence[float] = (), entropies: Sequence[float] = ()
+) -> str:
     """One row without a prompt; "S" for soft, "." for discrete."""
     state, out, text = GateState.begin(gates, 1, torch.device("cpu"), 0), "", torch.zeros(1, 0, dtype=torch.int64)
     for i, token in enumerate(tokens):
@@ -194,34 +196,34 @@ def driven(gates: Gates, tokens: Sequence[int], spreads: Sequence[float] = (), e
 def test_gates_by_hand() -> None:
     """A reference can be wrong too: what the settings say, written out."""
     seven = list(range(20, 27))
-    assert driven(Gates(), seven) == "SSSSSSS"
-    assert driven(Gates(end_ids=22), seven) == "SS....."
-    assert driven(Gates(begin_ids=21, end_ids=24), seven) == "..SS..."
-    assert driven(Gates(begin_ids=[20, 21], end_ids=[24, 25]), seven) == "..SS..."
-    assert driven(Gates(begin_ids=21, end_ids=24), [21, 5, 24, 5, 21, 5, 5]) == ".S...SS"
-    assert driven(Gates(discrete_ids=[21, 25]), seven) == "S.SSS.S"
-    assert driven(Gates(end_ids=0), [3, 0, 3]) == "S.."  # 0 is an id
-    assert driven(Gates(min_entropy=0.5), seven, [0.5, 0.49, 0.51, 0, 1, NAN, 0.5]) == "S.S.S.S"
-    assert driven(Gates(max_run=2), seven) == "SS.SS.S"
+    assert driven(LatentGates(), seven) == "SSSSSSS"
+    assert driven(LatentGates(end_ids=22), seven) == "SS....."
+    assert driven(LatentGates(begin_ids=21, end_ids=24), seven) == "..SS..."
+    assert driven(LatentGates(begin_ids=[20, 21], end_ids=[24, 25]), seven) == "..SS..."
+    assert driven(LatentGates(begin_ids=21, end_ids=24), [21, 5, 24, 5, 21, 5, 5]) == ".S...SS"
+    assert driven(LatentGates(discrete_ids=[21, 25]), seven) == "S.SSS.S"
+    assert driven(LatentGates(end_ids=0), [3, 0, 3]) == "S.."  # 0 is an id
+    assert driven(LatentGates(min_entropy=0.5), seven, [0.5, 0.49, 0.51, 0, 1, NAN, 0.5]) == "S.S.S.S"
+    assert driven(LatentGates(max_run=2), seven) == "SS.SS.S"
     cold = [0.005, 0.005, 1.0, 0.005, 0.009, 0.0, 1.0]
-    assert driven(Gates(cold_steps=3), seven, (), cold) == "SSSSS.."
-    assert driven(Gates(cold_steps=2), seven, (), cold) == "S......"
-    assert driven(Gates(cold_steps=4), seven, (), cold) == "SSSSSSS"
-    assert driven(Gates(cold_steps=3, cold_entropy=0.005), seven, (), cold) == "SSSSSSS"  # below, not at
-    assert driven(Gates(loop_ngram=2, loop_repeats=2), [5, 6, 5, 6, 5, 7, 5]) == "SSS..SS"
-    assert driven(Gates(loop_ngram=1, loop_repeats=3), [5, 5, 5, 6, 5, 6, 6]) == "SS.S.S."
+    assert driven(LatentGates(cold_steps=3), seven, (), cold) == "SSSSS.."
+    assert driven(LatentGates(cold_steps=2), seven, (), cold) == "S......"
+    assert driven(LatentGates(cold_steps=4), seven, (), cold) == "SSSSSSS"
+    assert driven(LatentGates(cold_steps=3, cold_entropy=0.005), seven, (), cold) == "SSSSSSS"  # below, not at
+    assert driven(LatentGates(loop_ngram=2, loop_repeats=2), [5, 6, 5, 6, 5, 7, 5]) == "SSS..SS"
+    assert driven(LatentGates(loop_ngram=1, loop_repeats=3), [5, 5, 5, 6, 5, 6, 6]) == "SS.S.S."
     falls = [0.5, 0.4, 0.3, 0.35, 0.6, 0.2, 0.7]
-    assert driven(Gates(dwell=1), seven, falls) == "S...S.S"
-    assert driven(Gates(dwell=(3, 1)), seven, [0.5, 0.4, 0.3, 0.3, 0.6, 0.5, 0.7]) == "SSS.SSS"
-    assert driven(Gates(dwell=(1, 3)), seven, [0.5, 0.4, 0.6, 0.6, 0.6, 0.7, 0.5]) == "S...SS."
-    assert driven(Gates(dwell=1), seven, [0.5] * 7) == "SSSSSSS"
+    assert driven(LatentGates(dwell=1), seven, falls) == "S...S.S"
+    assert driven(LatentGates(dwell=(3, 1)), seven, [0.5, 0.4, 0.3, 0.3, 0.6, 0.5, 0.7]) == "SSS.SSS"
+    assert driven(LatentGates(dwell=(1, 3)), seven, [0.5, 0.4, 0.6, 0.6, 0.6, 0.7, 0.5]) == "S...SS."
+    assert driven(LatentGates(dwell=1), seven, [0.5] * 7) == "SSSSSSS"
     # After the span a new one begins with a latent block, whatever the last one was.
     again = [0.9, 0.5, 0.4, 0.3, 0.9, 0.2, 0.3]
-    assert driven(Gates(dwell=(1, 9), begin_ids=1, end_ids=2), [1, 5, 5, 2, 1, 6, 7], again) == ".S...SS"
+    assert driven(LatentGates(dwell=(1, 9), begin_ids=1, end_ids=2), [1, 5, 5, 2, 1, 6, 7], again) == ".S...SS"
 
 
 def test_a_state_goes_with_its_row() -> None:
-    gates = Gates(max_run=3, dwell=1, cold_steps=9, begin_ids=1, end_ids=2)
+    gates = LatentGates(max_run=3, dwell=1, cold_steps=9, begin_ids=1, end_ids=2)
     state = GateState.begin(gates, 3, torch.device("cpu"), 2)
     state = replace(
         state,
@@ -280,21 +282,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("wrong", "said"), BAD, ids=[str(x) for x, _ in BAD])
 def test_wrong_settings_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Gates(**wrong)
+        LatentGates(**wrong)
 
 
 def test_settings_take_the_forms_they_promise() -> None:
-    many = Gates(begin_ids=3, end_ids=[4, 5], discrete_ids=[9, 7, 9], dwell=2)
+    many = LatentGates(begin_ids=3, end_ids=[4, 5], discrete_ids=[9, 7, 9], dwell=2)
     assert (many.begin_ids, many.end_ids, many.discrete_ids, many.dwell) == ((3,), (4, 5), (7, 9), (2, 2))
     assert many.with_discrete([8, 7]).discrete_ids == (7, 8, 9)
     assert many.with_discrete([8]).end_ids == (4, 5)
     assert many.largest_id == 9
-    assert Gates().largest_id == -1
-    assert Gates(end_ids=[], begin_ids=(), discrete_ids=set()) == Gates()
-    assert Gates(end_ids=0).end_ids == (0,)
-    assert Gates(end_ids=np.array([4, 5])).end_ids == (4, 5)
-    assert Gates(discrete_ids={5}).discrete_ids == (5,)
-    default = Gates()
+    assert LatentGates().largest_id == -1
+    assert LatentGates(end_ids=[], begin_ids=(), discrete_ids=set()) == LatentGates()
+    assert LatentGates(end_ids=0).end_ids == (0,)
+    assert LatentGates(end_ids=np.array([4, 5])).end_ids == (4, 5)
+    assert LatentGates(discrete_ids={5}).discrete_ids == (5,)
+    default = LatentGates()
     assert (default.cold_steps, default.cold_entropy, default.loop_ngram, default.loop_repeats) == (256, 0.01, 8, 3)
     assert (default.min_entropy, default.dwell, default.max_run) == (0.0, None, None)
 
@@ -366,14 +368,14 @@ class Run:
 
 
 def run(
-    gates: Gates,
+    gates: LatentGates,
     script: list[int] | list[list[int]] | None,
     *,
     prompt: Sequence[int] = (33, 44, 55),
     margins: list[float] | None = None,
     model: Any = None,
     before: Sequence[LogitsProcessor] = (),
-    mixture: Mixture | None = None,
+    mixture: LatentMixture | None = None,
     **more: Any,
 ) -> Run:
     """Generate, and hold the outcome against the reference: the gates, and what the model was fed."""
@@ -383,12 +385,12 @@ def run(
     processors = [*before, Script(len(prompt), rows, margins)] if rows else list(before)  # type: ignore[arg-type]
     defaults = {"do_sample": False, "eos_token_id": None, "pad_token_id": PAD, "bos_token_id": None}
     defaults |= {"max_new_tokens": max(map(len, rows))} if rows else {}  # type: ignore[arg-type]
-    mixture = Mixture(kind="mean") if mixture is None else mixture
+    mixture = LatentMixture(kind="mean") if mixture is None else mixture
     with watched(model) as fed:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            custom_generate=StochasticLatentSampler(mixture, gates, seed=1),
+            custom_generate=LatentDecoding(mixture, gates, seed=1),
             logits_processor=processors,
             return_dict_in_generate=True,
             output_scores=True,
@@ -584,7 +586,7 @@ def test_loops_of_ngrams() -> None:
     # The prompt is no part of a loop, and the default takes three times eight tokens.
     assert run(replace(PLAIN, loop_ngram=3, loop_repeats=3), script[:6], prompt=script[:6]).soft == ["SSSSS."]
     eight = list(range(100, 108))
-    fires(run(Gates(), eight * 3 + [110]), run(PLAIN, eight * 3 + [110]), "S" * 23 + "..")
+    fires(run(LatentGates(), eight * 3 + [110]), run(PLAIN, eight * 3 + [110]), "S" * 23 + "..")
 
 
 class Runner(LogitsProcessor):
@@ -611,7 +613,7 @@ def test_a_mixture_that_is_not_finite_is_discrete(kind: Any, bad: float) -> None
         model.get_input_embeddings().weight[77, 3] = bad
     script, steps = [100, 101, 102, 103, 104], {1, 3}
     runner = [Runner(77, 3, steps)]
-    mixture = Mixture(kind=kind, sigma=2.0 if kind == "gaussian" else 9.0 if bad == 3e38 else 0.0)
+    mixture = LatentMixture(kind=kind, sigma=2.0 if kind == "gaussian" else 9.0 if bad == 3e38 else 0.0)
     table = model.get_input_embeddings().weight
     fed = [x for x in _fed(model, PLAIN, script, runner, mixture) if x is not None]
     assert len(fed) == 4
@@ -628,12 +630,14 @@ def test_a_mixture_that_is_not_finite_is_discrete(kind: Any, bad: float) -> None
     assert one.sequences[0, 3:].tolist() == script
 
 
-def model_run(model: Any, gates: Gates, script: list[int], before: list[LogitsProcessor], mixture: Mixture) -> Any:
+def model_run(
+    model: Any, gates: LatentGates, script: list[int], before: list[LogitsProcessor], mixture: LatentMixture
+) -> Any:
     ids = torch.tensor([[33, 44, 55]])
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        custom_generate=StochasticLatentSampler(mixture, gates, seed=1),
+        custom_generate=LatentDecoding(mixture, gates, seed=1),
         logits_processor=[*before, Script(3, [script])],
         return_dict_in_generate=True,
         output_scores=True,
@@ -679,7 +683,7 @@ def test_gates_of_a_composed_model() -> None:
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            custom_generate=StochasticLatentSampler("gumbel", gates, seed=1),
+            custom_generate=LatentDecoding("gumbel", gates, seed=1),
             logits_processor=[Script(2, [script])],
             return_dict_in_generate=True,
             do_sample=False,
@@ -707,7 +711,7 @@ class Witness(LogitsProcessor):
 
 
 def beams(
-    gates: Gates, prompts: list[list[int]], *, count: int = 4, new: int = 12, power: float = 1.7
+    gates: LatentGates, prompts: list[list[int]], *, count: int = 4, new: int = 12, power: float = 1.7
 ) -> tuple[int, int, Any]:
     """How often what a beam was fed is not what the reference says; how often a beam went elsewhere; the output.
 
@@ -718,7 +722,7 @@ def beams(
         out = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
-            custom_generate=StochasticLatentSampler(Mixture(kind="mean"), gates, seed=1),
+            custom_generate=LatentDecoding(LatentMixture(kind="mean"), gates, seed=1),
             logits_processor=[witness],
             num_beams=count,
             do_sample=False,

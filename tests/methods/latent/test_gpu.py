@@ -8,8 +8,9 @@ import pytest
 import torch
 from support.tiny import EOS, PAD, build
 
-from proxytune import FusedDecoding, Gates, Mixture, StochasticLatentSampler
-from proxytune.methods.latent.steps import Feedback
+from proxytune import FusedDecoding, LatentDecoding
+from proxytune.methods.latent import LatentGates, LatentMixture
+from proxytune.methods.latent.steps import LatentSteps
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -31,7 +32,7 @@ def test_the_tokens_are_those_of_the_cpu(kind: Any, settings: dict[str, Any]) ->
     ids, mask = prompts()
     # float64: the devices' float32 rounding would be fed back. The weights themselves are float32 on both.
     model = build("llama", 1).double()
-    sampler = StochasticLatentSampler(kind, seed=5)
+    sampler = LatentDecoding(kind, seed=5)
     want = run(model, ids, mask, **settings, custom_generate=sampler)
     got = run(model.cuda(), ids.cuda(), mask.cuda(), **settings, custom_generate=sampler)
     assert torch.equal(got.cpu(), want)
@@ -40,7 +41,7 @@ def test_the_tokens_are_those_of_the_cpu(kind: Any, settings: dict[str, Any]) ->
 def test_a_compiled_static_cache_gives_the_same_tokens() -> None:
     ids, mask = (x.cuda() for x in prompts())
     model = build("llama", 1).cuda()
-    sampler = StochasticLatentSampler("gumbel", seed=5)
+    sampler = LatentDecoding("gumbel", seed=5)
     want = run(model, ids, mask, cache_implementation="static", disable_compile=True, custom_generate=sampler)
     assert torch.equal(run(model, ids, mask, cache_implementation="static", custom_generate=sampler), want)
 
@@ -49,8 +50,8 @@ def test_a_compiled_static_cache_gives_the_same_tokens() -> None:
 def test_nothing_waits_for_the_device_in_a_step(kind: Any) -> None:
     model = build("llama", 1).cuda()
     ids = prompts()[0].cuda()
-    gates = Gates(begin_ids=[7], end_ids=[8, 9], min_entropy=0.1, dwell=2, max_run=5, discrete_ids=[PAD, EOS])
-    feedback = Feedback(model, Mixture(kind=kind, sigma=0.1), gates, seed=3, lengths=12)
+    gates = LatentGates(begin_ids=[7], end_ids=[8, 9], min_entropy=0.1, dwell=2, max_run=5, discrete_ids=[PAD, EOS])
+    feedback = LatentSteps(model, LatentMixture(kind=kind, sigma=0.1), gates, seed=3, lengths=12)
     scores = model(ids).logits[:, -1].float()
     feedback.capture(ids, scores)  # the first makes what stays on the device
     for step in range(3):
@@ -70,8 +71,8 @@ def test_a_row_of_a_batch_can_be_drawn_again() -> None:
     ids, mask = (x.cuda() for x in prompts())
     model = build("llama", 1).double().cuda()
     settings = {"do_sample": True, "top_k": 0}
-    both = StochasticLatentSampler("gumbel", seed=4, loop=FusedDecoding(seed=9))
-    alone = StochasticLatentSampler("gumbel", seed=4, rows=[2], loop=FusedDecoding(seed=9, rows=[2]))
+    both = LatentDecoding("gumbel", seed=4, loop=FusedDecoding(seed=9))
+    alone = LatentDecoding("gumbel", seed=4, stream_ids=[2], loop=FusedDecoding(seed=9, stream_ids=[2]))
     together = run(model, ids, mask, **settings, custom_generate=both)
     again = run(model, ids[2:], mask[2:], **settings, custom_generate=alone)
     assert torch.equal(again[0], together[2, : again.shape[1]])

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from support import oracle
 
 from proxytune.errors import InputError
-from proxytune.methods.latent.mixture import Candidates, Kind, Mixture, _log_gamma
+from proxytune.methods.latent.mixture import Candidates, Kind, LatentMixture, _log_gamma
 from proxytune.ops.mix import mix
 from proxytune.ops.noise import COORDINATES, LATENT, SLOTS, Noise
 
@@ -65,12 +65,13 @@ def drawn(p: list[float], seed: int, rows: int = ROWS) -> np.ndarray:
     return np.random.default_rng(seed).choice(len(p), size=rows, p=p)
 
 
-def every_setting(kind: str) -> list[Mixture]:
+def every_setting(kind: str) -> list[LatentMixture]:
     """A kind with each value of each of its settings; a new kind inherits the values of the settings it has."""
-    default = Mixture(kind=kind)  # type: ignore[arg-type]
-    own = [f.name for f in fields(Mixture) if f.name in SETTINGS and getattr(default, f.name) is not None]
+    default = LatentMixture(kind=kind)  # type: ignore[arg-type]
+    own = [f.name for f in fields(LatentMixture) if f.name in SETTINGS and getattr(default, f.name) is not None]
     return [
-        Mixture(kind=kind, **dict(zip(own, x, strict=True))) for x in itertools.product(*(SETTINGS[n] for n in own))
+        LatentMixture(kind=kind, **dict(zip(own, x, strict=True)))
+        for x in itertools.product(*(SETTINGS[n] for n in own))
     ]  # type: ignore[arg-type]
 
 
@@ -100,7 +101,7 @@ def test_gumbel_over_the_draw_of_the_token_is_the_forward_gumbel_softmax(name: s
     """First and second moments, and both joint with the token: about 700 of them, 4.5 σ: 0.5% of all seeds alarm."""
     p = P[name]
     y = drawn(p, 1)
-    w = Mixture(kind="gumbel", tau=tau).weights(made(logs(p), y), Noise.of(ROWS, seed=5, position=9))
+    w = LatentMixture(kind="gumbel", tau=tau).weights(made(logs(p), y), Noise.of(ROWS, seed=5, position=9))
     got = w.double().numpy()
     # "argmax = token": where a truncated variate is at its bound to the last bit of float32, two are largest.
     own = got[np.arange(ROWS), y]
@@ -164,7 +165,7 @@ def random_rows(rows: int, count: int, seed: int) -> tuple[np.ndarray, np.ndarra
 def test_gumbel_from_the_oracle_s_words(tau: float) -> None:
     rows, count = 150, 7
     logprobs, tokens, ids, noise = random_rows(rows, count, 6)
-    got = Mixture(kind="gumbel", tau=tau).weights(made(logprobs, tokens, ids), noise)
+    got = LatentMixture(kind="gumbel", tau=tau).weights(made(logprobs, tokens, ids), noise)
     for b, y in enumerate(tokens):
         top = gumbel_of(noise, b, int(ids[b, y]))
         keys = []
@@ -229,7 +230,7 @@ def test_dirichlet_s_marginal_is_dirichlet(name: str, alpha: float) -> None:
     """Mean, covariance, and the tail of the largest: about 400 statistics, 4.5 σ: 0.3% of all seeds alarm."""
     p = np.array(P[name])
     y = drawn(P[name], 7)
-    law = Mixture(kind="dirichlet", alpha=alpha)
+    law = LatentMixture(kind="dirichlet", alpha=alpha)
     w = law.weights(made(logs(p), y), Noise.of(ROWS, seed=6, position=3)).double().numpy()
     assert z_scores(w, p).max() < 4.5
     off = w - p
@@ -253,7 +254,7 @@ def test_dirichlet_s_marginal_is_dirichlet(name: str, alpha: float) -> None:
 def test_dirichlet_of_tiny_and_of_huge_shapes_is_finite(alpha: float) -> None:
     p = np.array([1.0, 1e-6, 1e-20, 1e-37, 1e-44, 0.0])
     y = np.arange(600) % 6
-    w = Mixture(kind="dirichlet", alpha=alpha).weights(made(logs(p), y), Noise.of(600, seed=1))
+    w = LatentMixture(kind="dirichlet", alpha=alpha).weights(made(logs(p), y), Noise.of(600, seed=1))
     assert w.isfinite().all()
     assert (w.sum(1) - 1).abs().max() <= 1e-6
     assert (w >= 0).all()
@@ -300,7 +301,7 @@ def test_dirichlet_from_the_oracle_s_words() -> None:
     """Marsaglia and Tsang by loops in float64; rows where an attempt is accepted within rounding are left out."""
     rows, count, alpha = 120, 5, 0.8
     logprobs, tokens, ids, noise = random_rows(rows, count, 9)
-    got = Mixture(kind="dirichlet", alpha=alpha).weights(made(logprobs, tokens, ids), noise)
+    got = LatentMixture(kind="dirichlet", alpha=alpha).weights(made(logprobs, tokens, ids), noise)
     compared = 0
     for b, y in enumerate(tokens):
         logarithms, sure = [], True
@@ -340,7 +341,7 @@ def test_multiplex_counts_are_multinomial_given_the_token(name: str, samples: in
     """Means and covariances of 4 · 6 laws: about 350 statistics, 4.5 σ: 0.3% of all seeds alarm."""
     p = np.array(P[name])
     y = drawn(P[name], 10)
-    w = Mixture(kind="multiplex", samples=samples).weights(made(logs(p), y), Noise.of(ROWS, seed=3, position=1))
+    w = LatentMixture(kind="multiplex", samples=samples).weights(made(logs(p), y), Noise.of(ROWS, seed=3, position=1))
     counts = w.double().numpy() * samples
     assert abs(counts - counts.round()).max() < 1e-5
     further = counts.round() - np.eye(len(p))[y]
@@ -360,7 +361,7 @@ def test_multiplex_counts_are_multinomial_given_the_token(name: str, samples: in
 def test_multiplex_from_the_oracle_s_words() -> None:
     rows, count, samples = 100, 6, SLOTS // 2
     logprobs, tokens, ids, noise = random_rows(rows, count, 12)
-    got = Mixture(kind="multiplex", samples=samples).weights(made(logprobs, tokens, ids), noise)
+    got = LatentMixture(kind="multiplex", samples=samples).weights(made(logprobs, tokens, ids), noise)
     for b, y in enumerate(tokens):
         counts = [int(i == y) for i in range(count)]
         for slot in range(samples - 1):
@@ -389,7 +390,7 @@ def test_closed_forms_in_float64(name: str) -> None:
         for beta in (0.0, 0.3, 1.0, 7.0):
             want["moi", beta] = [(h * q + (1 + beta - h) * one) / (1 + beta) for q, one in zip(p, y, strict=True)]
         for (kind, beta), expected in want.items():
-            law = Mixture(kind=kind, beta=beta) if kind == "moi" else Mixture(kind=kind)
+            law = LatentMixture(kind=kind, beta=beta) if kind == "moi" else LatentMixture(kind=kind)
             assert law.weights(candidates, noise)[0].tolist() == pytest.approx(expected, abs=2e-7)
 
 
@@ -397,18 +398,18 @@ def test_moi_s_defaults_and_ends() -> None:
     """β = 1; at Ĥ = 1 and β = 0 the input is p alone, at Ĥ = 0 the token alone."""
     noise = Noise.of(1)
     flat = [0.25] * 4
-    assert Mixture(kind="moi").beta == 1.0
-    assert Mixture(kind="moi").weights(made(logs(flat), [2]), noise)[0].tolist() == pytest.approx(
+    assert LatentMixture(kind="moi").beta == 1.0
+    assert LatentMixture(kind="moi").weights(made(logs(flat), [2]), noise)[0].tolist() == pytest.approx(
         [0.125, 0.125, 0.625, 0.125]
     )
-    assert Mixture(kind="moi", beta=0).weights(made(logs(flat), [2]), noise)[0].tolist() == pytest.approx(flat)
-    sure = Mixture(kind="moi", beta=0).weights(made(logs([0.0, 0.0, 1.0, 0.0]), [2]), noise)
+    assert LatentMixture(kind="moi", beta=0).weights(made(logs(flat), [2]), noise)[0].tolist() == pytest.approx(flat)
+    sure = LatentMixture(kind="moi", beta=0).weights(made(logs([0.0, 0.0, 1.0, 0.0]), [2]), noise)
     assert sure[0].tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
 def test_gaussian_is_the_token_s_embedding_with_noise_of_its_own_size() -> None:
     """x + σ · rms(x) · n, n of the oracle's words; a float64 table, so that rounding hides nothing."""
-    law = Mixture(kind="gaussian", sigma=0.3)
+    law = LatentMixture(kind="gaussian", sigma=0.3)
     rng = np.random.default_rng(13)
     table = rng.normal(size=(6, 24)) * 3
     tokens = [4, 1, 4]
@@ -525,7 +526,7 @@ def test_the_noise_is_keyed_by_seed_row_and_position(kind: str) -> None:
     p = [0.3, 0.25, 0.2, 0.15, 0.1]
     candidates = made(logs(p), np.arange(rows) % 5)
     noise = Noise.of(rows, seed=21, position=4)
-    law = Mixture(kind=kind, **({"samples": 8} if kind == "multiplex" else {}))  # type: ignore[arg-type]
+    law = LatentMixture(kind=kind, **({"samples": 8} if kind == "multiplex" else {}))  # type: ignore[arg-type]
     w = law.weights(candidates, noise)
     assert torch.equal(law.weights(candidates, noise), w)
     drawn_weights = law.is_random and not law.sigma
@@ -544,7 +545,7 @@ def test_the_noise_is_keyed_by_seed_row_and_position(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_another_id_has_other_noise_and_the_stream_is_not_that_of_the_tokens(kind: str) -> None:
-    law = Mixture(kind=kind)  # type: ignore[arg-type]
+    law = LatentMixture(kind=kind)  # type: ignore[arg-type]
     if not law.is_random or law.sigma:
         pytest.skip("no noise in its weights")
     p, rows = logs([0.25] * 4), 50
@@ -587,23 +588,23 @@ def test_a_token_of_no_probability_still_belongs_to_its_mixture(kind: str) -> No
 
 
 def test_defaults() -> None:
-    law = Mixture()
+    law = LatentMixture()
     assert (law.kind, law.candidates, law.tau, law.alpha, law.beta, law.samples, law.sigma) == (
         *("gumbel", 10, 0.25),
         *(None, None, None, 0.0),
     )
-    assert Mixture(kind="dirichlet").alpha == 1.0
-    assert Mixture(kind="multiplex").samples == 3
-    assert Mixture(kind="gaussian").sigma == 0.1
-    assert {kind for kind in KINDS if Mixture(kind=kind).is_random} >= {
+    assert LatentMixture(kind="dirichlet").alpha == 1.0
+    assert LatentMixture(kind="multiplex").samples == 3
+    assert LatentMixture(kind="gaussian").sigma == 0.1
+    assert {kind for kind in KINDS if LatentMixture(kind=kind).is_random} >= {
         "gumbel",
         "dirichlet",
         "multiplex",
         "gaussian",
     }
-    assert not any(Mixture(kind=kind).is_random for kind in ("onehot", "mean", "moi"))
-    assert Mixture(kind="mean", sigma=0.1).is_random
-    assert not Mixture(kind="gaussian", sigma=0).is_random
+    assert not any(LatentMixture(kind=kind).is_random for kind in ("onehot", "mean", "moi"))
+    assert LatentMixture(kind="mean", sigma=0.1).is_random
+    assert not LatentMixture(kind="gaussian", sigma=0).is_random
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -639,4 +640,4 @@ BAD: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("wrong", "said"), BAD, ids=[str(x) for x, _ in BAD])
 def test_wrong_settings_are_refused(wrong: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
-        Mixture(**wrong)
+        LatentMixture(**wrong)

@@ -34,8 +34,9 @@ from transformers.generation.configuration_utils import CompileConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import proxytune
-from proxytune import FusedDecoding, LatentRecursion, StochasticRecursion, register_recursion
+from proxytune import FusedDecoding, RecursionDecoding
 from proxytune.errors import InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
+from proxytune.methods.recursion import LatentRecursion, register_recursion
 from proxytune.methods.recursion.adapters import HrmTextRecursion, recursion_of
 from proxytune.methods.recursion.output import RecursionOutput
 from proxytune.methods.recursion.selection import select_one
@@ -215,7 +216,7 @@ def test_every_trajectory_is_that_of_the_reference(mode: str, padding: str) -> N
     model = model_of()
     ids, mask = padded() if padding == "left" else (prompts(2), torch.ones(2, 8, dtype=torch.long))
     how = How(halt=1.0)  # wide: some positions halt, some do not
-    loop = StochasticRecursion(sigma=how.sigma, trajectories=3, seed=SEED, halt=how.halt)
+    loop = RecursionDecoding(sigma=how.sigma, trajectories=3, seed=SEED, halt=how.halt)
     out = run(model, loop, ids, mask, **MODES[mode])
     check(out, model, ids, mask, how, range(3))
     assert torch.isfinite(out.trajectories.mean_logprobs).all()
@@ -226,7 +227,7 @@ def test_every_trajectory_is_that_of_the_reference(mode: str, padding: str) -> N
 def test_when(when: Any) -> None:
     model, ids = model_of(), prompts(2)
     at = {"once": (0,), "cycle": (0, 1, 2)}.get(when, when)
-    out = run(model, StochasticRecursion(sigma=0.5, when=when, trajectories=2, seed=SEED), ids)
+    out = run(model, RecursionDecoding(sigma=0.5, when=when, trajectories=2, seed=SEED), ids)
     check(out, model, ids, torch.ones_like(ids), How(sigma=0.5, at=at), range(2))
 
 
@@ -254,13 +255,13 @@ def test_prefix_lm() -> None:
     ids, mask = padded()
     settings = {"token_type_ids": torch.ones_like(ids)}
     plain = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=None, **settings)
-    none = run(model, StochasticRecursion(sigma=0.0, trajectories=2), ids, mask, **settings)
+    none = run(model, RecursionDecoding(sigma=0.0, trajectories=2), ids, mask, **settings)
     assert torch.equal(none.sequences, plain)
-    loop = StochasticRecursion(sigma=0.3, trajectories=3, seed=SEED, select=None)
+    loop = RecursionDecoding(sigma=0.3, trajectories=3, seed=SEED, select=None)
     out = run(model, loop, ids, mask, **settings)
     alone = run(
         model,
-        StochasticRecursion(sigma=0.3, trajectories=[2], rows=[1], seed=SEED),
+        RecursionDecoding(sigma=0.3, trajectories=[2], stream_ids=[1], seed=SEED),
         ids[1:2, 3:],
         mask[1:2, 3:],
         token_type_ids=torch.ones(1, 5, dtype=torch.long),
@@ -270,7 +271,7 @@ def test_prefix_lm() -> None:
 
 def test_prompts_of_embeddings() -> None:
     model, (ids, mask) = model_of(), padded()
-    loop = StochasticRecursion(sigma=0.3, trajectories=2, seed=SEED)
+    loop = RecursionDecoding(sigma=0.3, trajectories=2, seed=SEED)
     want = run(model, loop, ids, mask)
     given = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     embedded = model.model.embed_tokens(ids).detach()
@@ -317,11 +318,11 @@ def test_the_noise_is_standard_normal_and_independent() -> None:
 def test_without_noise_nothing_changes(halt: float | None) -> None:
     (ids, mask), model = padded(), hrm(dtype=torch.float32)
     want = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-    out = run(model, StochasticRecursion(sigma=0.0, trajectories=3, seed=1, halt=halt), ids, mask)
+    out = run(model, RecursionDecoding(sigma=0.0, trajectories=3, seed=1, halt=halt), ids, mask)
     assert torch.equal(out.sequences, want)
     assert bool((out.trajectories.sequences == want[:, None]).all())
     assert torch.equal(out.trajectories.cycles, torch.full((3, 3), 3 * NEW))
-    quiet = run(model, StochasticRecursion(sigma=0.0, trajectories=1), ids, mask, return_dict_in_generate=False)
+    quiet = run(model, RecursionDecoding(sigma=0.0, trajectories=1), ids, mask, return_dict_in_generate=False)
     assert torch.equal(quiet, want)
     assert out.trajectories.values is None
 
@@ -329,13 +330,13 @@ def test_without_noise_nothing_changes(halt: float | None) -> None:
 def test_draws_are_those_of_the_fused_loop() -> None:
     model, ids = model_of(), prompts(2)
     warm = {"do_sample": True, "temperature": 0.8, "top_k": 20}
-    out = run(model, StochasticRecursion(sigma=0.0, trajectories=3, seed=SEED, select=None), ids, **warm)
+    out = run(model, RecursionDecoding(sigma=0.0, trajectories=3, seed=SEED, select=None), ids, **warm)
     assert out.chosen is None
     for i in range(3):
-        loop = FusedDecoding(seed=SEED, rows=[0, 1], branches=[i, i])
+        loop = FusedDecoding(seed=SEED, stream_ids=[0, 1], branch_ids=[i, i])
         assert torch.equal(out.trajectories.sequences[:, i], run(model, loop, ids, **warm).sequences)
     with pytest.raises(InputError, match="branch"):
-        run(model, FusedDecoding(branches=[0]), ids, **warm)
+        run(model, FusedDecoding(branch_ids=[0]), ids, **warm)
     first = run(model, FusedDecoding(seed=SEED), ids, **warm).sequences
     assert torch.equal(out.trajectories.sequences[:, 0], first)
     assert torch.equal(out.sequences.view(2, 3, -1), out.trajectories.sequences)
@@ -344,7 +345,7 @@ def test_draws_are_those_of_the_fused_loop() -> None:
 def test_sampling_with_noise() -> None:
     # What is drawn is drawn from the noisy model, and scored by it at temperature 1.
     model, ids = model_of(), prompts(2)
-    loop = StochasticRecursion(sigma=0.3, trajectories=2, seed=SEED)
+    loop = RecursionDecoding(sigma=0.3, trajectories=2, seed=SEED)
     out = run(model, loop, ids, do_sample=True, temperature=0.7, top_p=0.9, num_return_sequences=2)
     assert out.trajectories.sequences.shape[:2] == (4, 2)  # two rows for each prompt
     assert out.chosen.shape == (4,)
@@ -362,24 +363,24 @@ def test_sampling_with_noise() -> None:
 @pytest.mark.smoke
 def test_trajectories_differ_and_are_the_same_alone() -> None:
     model, (ids, mask) = model_of(), padded()
-    out = run(model, StochasticRecursion(sigma=0.4, trajectories=4, seed=SEED), ids, mask).trajectories
+    out = run(model, RecursionDecoding(sigma=0.4, trajectories=4, seed=SEED), ids, mask).trajectories
     for b in range(3):
         assert len({tuple(text.tolist()) for text in out.sequences[b]}) > 1
     for b, i in ((0, 0), (1, 3), (2, 2)):
-        alone = StochasticRecursion(sigma=0.4, trajectories=[i], rows=[b], seed=SEED)
+        alone = RecursionDecoding(sigma=0.4, trajectories=[i], stream_ids=[b], seed=SEED)
         got = run(model, alone, ids[b : b + 1][:, mask[b].bool()])
         start = int((mask[b] == 0).sum())
         assert torch.equal(got.sequences[0], out.sequences[b, i, start:])
         assert float(got.trajectories.mean_logprobs) == pytest.approx(float(out.mean_logprobs[b, i]), abs=CLOSE)
-    more = run(model, StochasticRecursion(sigma=0.4, trajectories=6, seed=SEED), ids, mask).trajectories
+    more = run(model, RecursionDecoding(sigma=0.4, trajectories=6, seed=SEED), ids, mask).trajectories
     assert torch.equal(more.sequences[:, :4], out.sequences)
-    other = run(model, StochasticRecursion(sigma=0.4, trajectories=4, seed=SEED + 1), ids, mask).trajectories
+    other = run(model, RecursionDecoding(sigma=0.4, trajectories=4, seed=SEED + 1), ids, mask).trajectories
     assert not torch.equal(other.sequences, out.sequences)
 
 
 def test_without_a_seed_calls_differ() -> None:
     model, ids = model_of(), prompts(2)
-    loop = StochasticRecursion(sigma=0.6, trajectories=2)
+    loop = RecursionDecoding(sigma=0.6, trajectories=2)
     first, second = (run(model, loop, ids).trajectories.sequences for _ in range(2))
     assert not torch.equal(first, second)
     torch.manual_seed(9)
@@ -395,7 +396,7 @@ def test_halting_goes_by_row() -> None:
     model, ids = model_of(5), prompts(3)
     # Noise in the first cycle only, so that the later ones can settle; at this threshold some do.
     how, free = How(at=(0,), halt=1.0), How(at=(0,))
-    loop = StochasticRecursion(sigma=how.sigma, when="once", trajectories=2, seed=SEED, halt=how.halt)
+    loop = RecursionDecoding(sigma=how.sigma, when="once", trajectories=2, seed=SEED, halt=how.halt)
     out = run(model, loop, ids)
     check(out, model, ids, torch.ones_like(ids), how, range(2))
     cycles = out.trajectories.cycles
@@ -426,9 +427,9 @@ def test_a_halted_row_is_kept_and_its_neighbour_goes_on() -> None:
 def test_rows_end_by_themselves() -> None:
     model, ids = model_of(), prompts(2)
     how = How(sigma=0.4)
-    free = run(model, StochasticRecursion(sigma=0.4, trajectories=4, seed=SEED), ids).trajectories
+    free = run(model, RecursionDecoding(sigma=0.4, trajectories=4, seed=SEED), ids).trajectories
     ends = int(free.sequences[0, 1, 10])
-    loop = StochasticRecursion(sigma=0.4, trajectories=4, seed=SEED, select=lambda text: -len(text))
+    loop = RecursionDecoding(sigma=0.4, trajectories=4, seed=SEED, select=lambda text: -len(text))
     out = run(model, loop, ids, eos_token_id=ends)
     lengths = []
     for b in range(2):
@@ -451,12 +452,12 @@ def test_rows_end_by_themselves() -> None:
 def test_stop_strings() -> None:
     model, ids = hrm(vocab_size=259), prompts(1)
     settings = {"sigma": 0.3, "trajectories": 3, "seed": SEED}
-    free = run(model, StochasticRecursion(**settings, select=None), ids, max_new_tokens=12).trajectories.sequences[0]
+    free = run(model, RecursionDecoding(**settings, select=None), ids, max_new_tokens=12).trajectories.sequences[0]
     letters = [[tokenizer().decode(t) for t in text[8:]] for text in free]
     stop = next(c for c in letters[0] if c.isascii() and c.isprintable() and c.strip())
     criteria = [StopStringCriteria(tokenizer(), [stop])]
     out = run(
-        model, StochasticRecursion(**settings, select=None), ids, max_new_tokens=12, stopping_criteria=criteria
+        model, RecursionDecoding(**settings, select=None), ids, max_new_tokens=12, stopping_criteria=criteria
     ).trajectories
     for i, text in enumerate(letters):
         assert int(out.lengths[0, i]) == (text.index(stop) + 1 if stop in text else 12)
@@ -477,10 +478,10 @@ def test_nothing_stands_behind_a_row_s_end(pad: int | None) -> None:
     model, ids = hrm(), prompts(2)
     model.generation_config.pad_token_id = model.config.pad_token_id = pad
     settings: dict[str, Any] = {"sigma": 0.4, "trajectories": 4, "seed": SEED}
-    free = run(model, StochasticRecursion(**settings), ids).trajectories.sequences
+    free = run(model, RecursionDecoding(**settings), ids).trajectories.sequences
     ends = [int(free[0, 1, 9]), int(free[1, 2, 10])]
     for select in ("logprob", None):
-        out = run(model, StochasticRecursion(**settings, select=select), ids, stopping_criteria=[EndsAt(ends)])
+        out = run(model, RecursionDecoding(**settings, select=select), ids, stopping_criteria=[EndsAt(ends)])
         texts, lengths = out.trajectories.sequences, out.trajectories.lengths
         assert len(set(lengths.flatten().tolist())) > 1
         for b in range(2):
@@ -502,7 +503,7 @@ def test_constraints_know_the_prompt() -> None:
     allowed = [[10, 11, 12], [20, 21, 22]]
     out = run(
         model,
-        StochasticRecursion(sigma=0.5, trajectories=3, seed=SEED),
+        RecursionDecoding(sigma=0.5, trajectories=3, seed=SEED),
         ids,
         prefix_allowed_tokens_fn=lambda row, _: allowed[row],
     )
@@ -517,11 +518,11 @@ def test_constraints_know_the_prompt() -> None:
 @pytest.fixture(scope="module")
 def found() -> tuple[torch.Tensor, Any]:
     ids = prompts(3)
-    return ids, run(model_of(), StochasticRecursion(sigma=0.4, trajectories=5, seed=SEED, select=None), ids)
+    return ids, run(model_of(), RecursionDecoding(sigma=0.4, trajectories=5, seed=SEED, select=None), ids)
 
 
 def chosen_by(ids: torch.Tensor, **settings: Any) -> Any:
-    return run(model_of(), StochasticRecursion(sigma=0.4, trajectories=5, seed=SEED, **settings), ids)
+    return run(model_of(), RecursionDecoding(sigma=0.4, trajectories=5, seed=SEED, **settings), ids)
 
 
 def test_select_by_logprob(found: tuple[torch.Tensor, Any]) -> None:
@@ -718,7 +719,7 @@ def test_a_registered_model_with_a_value_head() -> None:
     model, (ids, mask) = thinker(), padded()
     assert isinstance(recursion_of(model), ThinkerRecursion)
     how = How(sigma=0.5, at=tuple(range(CYCLES)), halt=0.9)
-    loop = StochasticRecursion(sigma=0.5, trajectories=4, seed=SEED, select="value", halt=how.halt)
+    loop = RecursionDecoding(sigma=0.5, trajectories=4, seed=SEED, select="value", halt=how.halt)
     free = run(model, loop, ids, mask)
     ends = int(free.trajectories.sequences[0, 1, 10])
     out = run(model, loop, ids, mask, eos_token_id=ends)
@@ -748,7 +749,7 @@ def test_an_adapter_that_does_not_call_the_transition(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ThinkerRecursion, "perturbed", nothing)
     with pytest.raises(UnsupportedModeError, match="went past it"):
-        run(thinker(), StochasticRecursion(sigma=0.5, trajectories=2), prompts(2))
+        run(thinker(), RecursionDecoding(sigma=0.5, trajectories=2), prompts(2))
 
 
 def test_the_protocol() -> None:
@@ -776,12 +777,12 @@ class Collector:
 
 def test_streaming() -> None:
     streamer = Collector()
-    loop = StochasticRecursion(sigma=0.3, trajectories=1, seed=SEED, streamer=streamer)  # type: ignore[arg-type]
+    loop = RecursionDecoding(sigma=0.3, trajectories=1, seed=SEED, streamer=streamer)  # type: ignore[arg-type]
     out = run(model_of(), loop, prompts(1))
     assert streamer.got == out.sequences[0].tolist()
     assert streamer.ended
     with pytest.raises(UnsupportedModeError, match="streamer"):
-        StochasticRecursion(sigma=0.3, trajectories=2, streamer=streamer)  # type: ignore[arg-type]
+        RecursionDecoding(sigma=0.3, trajectories=2, streamer=streamer)  # type: ignore[arg-type]
 
 
 # --- wrong use -------------------------------------------------------------------------------------------------------
@@ -812,7 +813,7 @@ def test_streaming() -> None:
 )
 def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        StochasticRecursion(**{"sigma": 0.1} | settings)
+        RecursionDecoding(**{"sigma": 0.1} | settings)
 
 
 @pytest.mark.parametrize(
@@ -833,17 +834,17 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
 def test_calls_that_are_refused(settings: dict[str, Any], call: dict[str, Any], message: str) -> None:
     model = model_of()
     with pytest.raises((InputError, UnsupportedModeError), match=message):
-        run(model, StochasticRecursion(**{"sigma": 0.1} | settings), prompts(2), **call)
+        run(model, RecursionDecoding(**{"sigma": 0.1} | settings), prompts(2), **call)
     assert hooks_of(model) == 0
 
 
 def test_halting_needs_a_third_cycle() -> None:
     with pytest.raises(InputError, match="3 cycles"):
-        run(model_of(2), StochasticRecursion(sigma=0.1, halt=0.5), prompts(2))
+        run(model_of(2), RecursionDecoding(sigma=0.1, halt=0.5), prompts(2))
 
 
 def test_models_that_do_not_recur() -> None:
-    loop = StochasticRecursion(sigma=0.1)
+    loop = RecursionDecoding(sigma=0.1)
     with pytest.raises(UnsupportedModelError, match="register_recursion"):
         run(shared("llama", 1), loop, prompts(2))
     base = hrm(dtype=torch.float32)
@@ -859,16 +860,16 @@ def test_a_cache_that_holds_something_is_refused() -> None:
     model, ids = model_of(), prompts(2)
     cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
     with pytest.raises(UnsupportedModeError, match="past_key_values"):
-        run(model, StochasticRecursion(sigma=0.1), ids, past_key_values=cache)
+        run(model, RecursionDecoding(sigma=0.1), ids, past_key_values=cache)
     # An empty one is taken, whatever its size.
     empty = StaticCache(config=model.config, max_cache_len=32)
-    loop = StochasticRecursion(sigma=0.3, trajectories=2, seed=SEED)
+    loop = RecursionDecoding(sigma=0.3, trajectories=2, seed=SEED)
     out = run(model, loop, ids, past_key_values=empty)
     assert torch.equal(out.sequences, run(model, loop, ids).sequences)
 
 
 def test_compiled_models_are_refused() -> None:
-    loop = StochasticRecursion(sigma=0.1)
+    loop = RecursionDecoding(sigma=0.1)
     whole, inside, forward = hrm(), hrm(), hrm()
     whole.compile(backend="eager")
     inside.model.H_module.compile(backend="eager")
@@ -877,8 +878,8 @@ def test_compiled_models_are_refused() -> None:
         with pytest.raises(UnsupportedModeError, match="compiled"):
             run(model, loop, prompts(2))
     # torch.compile's wrapper hands over the model as it is, which runs eagerly.
-    out = run(torch.compile(model_of(), backend="eager"), StochasticRecursion(sigma=0.3, seed=SEED), prompts(2))
-    assert torch.equal(out.sequences, run(model_of(), StochasticRecursion(sigma=0.3, seed=SEED), prompts(2)).sequences)
+    out = run(torch.compile(model_of(), backend="eager"), RecursionDecoding(sigma=0.3, seed=SEED), prompts(2))
+    assert torch.equal(out.sequences, run(model_of(), RecursionDecoding(sigma=0.3, seed=SEED), prompts(2)).sequences)
 
 
 def test_nothing_is_compiled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -886,7 +887,7 @@ def test_nothing_is_compiled_on_the_way(monkeypatch: pytest.MonkeyPatch) -> None
     model = hrm()
     monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda self, _, config: not config.disable_compile)
     monkeypatch.setattr(type(model), "get_compiled_call", lambda *_: pytest.fail("a compiled forward pass"))
-    loop = StochasticRecursion(sigma=0.3, trajectories=2, seed=SEED)
+    loop = RecursionDecoding(sigma=0.3, trajectories=2, seed=SEED)
     for mode in ("static", "static-chunked"):
         out = run(model, loop, prompts(2), **MODES[mode])
         assert torch.equal(out.sequences, run(model_of(), loop, prompts(2)).sequences)
@@ -906,7 +907,7 @@ class Fails(LogitsProcessor):
 
 def test_nothing_stays_on_the_model() -> None:
     model, ids = hrm(), prompts(2)
-    loop = StochasticRecursion(sigma=0.3, trajectories=2, seed=SEED)
+    loop = RecursionDecoding(sigma=0.3, trajectories=2, seed=SEED)
     for processor, error in ((Fails(), RuntimeError), (Fails(mask=True), NumericalError)):
         with pytest.raises(error):
             run(model, loop, ids, logits_processor=[processor])
@@ -916,7 +917,7 @@ def test_nothing_stays_on_the_model() -> None:
         raise KeyError("a verifier's own")
 
     with pytest.raises(KeyError, match="verifier"):
-        run(model, StochasticRecursion(sigma=0.3, select=bad), ids)
+        run(model, RecursionDecoding(sigma=0.3, select=bad), ids)
     first = run(model, loop, ids).sequences
     assert hooks_of(model) == 0
     twin = copy.deepcopy(model)
@@ -940,7 +941,7 @@ class Meddles(LogitsProcessor):
 def test_another_forward_pass_of_the_model_is_refused() -> None:
     model = hrm()
     with pytest.raises(UnsupportedModeError, match="another thread"):
-        run(model, StochasticRecursion(sigma=0.3), prompts(2), logits_processor=[Meddles(model)])
+        run(model, RecursionDecoding(sigma=0.3), prompts(2), logits_processor=[Meddles(model)])
     assert hooks_of(model) == 0
 
 

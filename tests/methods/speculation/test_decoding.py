@@ -27,9 +27,10 @@ from support.speculation import (
 from support.tiny import PAD, build, shared
 
 import proxytune
-from proxytune import DraftModel, PromptLookup, SpeculativeDecoding
+from proxytune import SpeculativeDecoding
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import NumericalError
+from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
 
 NEW = 16  # beyond prompts of up to 12: windows of 8 slide in the prompt, in the text, and under drafts
 # Every draft, and every kind of length: greedily all, by coupling those that are often right.
@@ -108,7 +109,7 @@ def test_members_of_other_families_and_widths(vocab: int) -> None:
     model = proxytune.wrap(trio[0], expert=trio[1], antiexpert=trio[2], alpha=ALPHA, check_vocabulary=False)
     ids, mask = prompts()
     want = slow(functools.partial(next_logits, trio, ALPHA), ids, mask, NEW, warpers=WARPERS)
-    for d in ("expert", DraftModel(trio[0])):
+    for d in ("expert", ModelDraft(trio[0])):
         loop = SpeculativeDecoding(draft=d, draft_tokens=3, accept="coupled", seed=SEED)
         assert torch.equal(run(model, ids, mask, loop, eos_token_id=None, **SAMPLE).sequences, want)
 
@@ -123,7 +124,7 @@ def test_rows_that_accept_very_different_numbers_for_long(kind: str) -> None:
     new = 40
     want = slow(steered(kind), ids, mask, new)
 
-    class ByHeart(PromptLookup):
+    class ByHeart(PromptLookupDraft):
         def begin(self, start: Any) -> Any:
             inner = super().begin(start)
             inner.propose = propose
@@ -157,7 +158,7 @@ def test_texts_that_repeat_themselves_under_prompt_lookup() -> None:
             layer.self_attn.o_proj.weight.mul_(0.05)
     ids, mask = prompts(6, seed=3)
     want = slow(alone(model), ids, mask, 80)
-    out = run(model, ids, mask, SpeculativeDecoding(draft=PromptLookup(3, 1), draft_tokens=8), do_sample=False,
+    out = run(model, ids, mask, SpeculativeDecoding(draft=PromptLookupDraft(3, 1), draft_tokens=8), do_sample=False,
               eos_token_id=None, max_new_tokens=80)  # fmt: skip
     assert torch.equal(out.sequences, want)
     assert out.accepted.max() > 20
@@ -194,7 +195,7 @@ def test_a_row_alone_is_the_row_in_a_batch(name: str, accept: Any) -> None:
     batch = run(model, ids, mask, loop(**keys), eos_token_id=None, **SAMPLE).sequences
     for row, stream, branch in zip(range(4), keys["rows"], keys["branches"].tolist(), strict=True):
         text = ids[row][mask[row].bool()][None]
-        own = loop(rows=[stream], branches=torch.tensor([branch]))
+        own = loop(stream_ids=[stream], branch_ids=torch.tensor([branch]))
         got = run(model, text, None, own, eos_token_id=None, **SAMPLE).sequences
         assert torch.equal(got[0, text.shape[1] :], batch[row, 12:]), f"row {row}"
     if accept == "coupled":
@@ -243,7 +244,7 @@ def spoiled(model: Any, row: int, after: int, value: float = float("nan")) -> It
         hook.remove()
 
 
-class Never(PromptLookup):
+class Never(PromptLookupDraft):
     """A draft that is impossible: the settings leave the likeliest 40 tokens, and id 1 is not among them."""
 
     def begin(self, start: Any) -> Any:
@@ -274,7 +275,7 @@ def test_a_row_that_is_no_distribution(settings: dict[str, Any], value: float) -
 def test_a_draft_that_says_nothing_of_a_row(settings: dict[str, Any], value: float) -> None:
     model, (ids, mask) = composed("llama"), prompts()
     aside = near("llama", 11, 0.1)
-    loop = SpeculativeDecoding(draft=DraftModel(aside), draft_tokens=3, accept="coupled", seed=SEED)
+    loop = SpeculativeDecoding(draft=ModelDraft(aside), draft_tokens=3, accept="coupled", seed=SEED)
     clean = run(model, ids, mask, loop, eos_token_id=None, **settings)
     with spoiled(aside, 1, 0, value):
         out = run(model, ids, mask, loop, eos_token_id=None, **settings)
@@ -282,7 +283,7 @@ def test_a_draft_that_says_nothing_of_a_row(settings: dict[str, Any], value: flo
     assert torch.equal(out.sequences, expected("llama", bool(settings["do_sample"])))
     assert out.accepted[1] == 0 < clean.accepted[1]
     if settings["do_sample"]:
-        loop = SpeculativeDecoding(draft=DraftModel(aside), draft_tokens=3, seed=SEED)
+        loop = SpeculativeDecoding(draft=ModelDraft(aside), draft_tokens=3, seed=SEED)
         with spoiled(aside, 1, 3, value):
             out = run(model, ids, mask, loop, eos_token_id=None, **settings)
         assert out.sequences.shape == (4, 12 + NEW)
@@ -292,10 +293,10 @@ def test_a_draft_that_says_nothing_of_a_row(settings: dict[str, Any], value: flo
 def test_companions_may_hear_of_a_third_model_that_is_the_base_itself() -> None:
     base, _, _ = members("llama")
     model, (ids, mask) = composed("llama"), prompts()
-    out = run(model, ids, mask, SpeculativeDecoding(draft=DraftModel(base), draft_tokens=3), do_sample=False,
+    out = run(model, ids, mask, SpeculativeDecoding(draft=ModelDraft(base), draft_tokens=3), do_sample=False,
               eos_token_id=None)  # fmt: skip
     assert torch.equal(out.sequences, expected("llama", False))
-    own = run(base, ids, mask, SpeculativeDecoding(draft=DraftModel(base), draft_tokens=5), do_sample=False,
+    own = run(base, ids, mask, SpeculativeDecoding(draft=ModelDraft(base), draft_tokens=5), do_sample=False,
               eos_token_id=None)  # fmt: skip
     assert own.rejected.sum() == 0, "a model agrees with itself"
     assert own.rounds == 4  # the prompt's token, then six each: 1 + 6 + 6 + 3

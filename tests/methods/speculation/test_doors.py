@@ -14,8 +14,9 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 import proxytune
-from proxytune import Bigrams, DraftModel, FusedDecoding, PromptLookup, SpeculativeDecoding
+from proxytune import FusedDecoding, SpeculativeDecoding
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.methods.speculation import BigramDraft, ModelDraft, PromptLookupDraft
 from proxytune.methods.speculation.output import SpeculativeOutput
 
 NEW = 14
@@ -71,7 +72,10 @@ def test_wrong_use_of_the_assistant(monkeypatch: pytest.MonkeyPatch) -> None:
         run(model, assistant_model=model.expert, assistant_ensemble_weight=0.5)
     loop = SpeculativeDecoding(draft_tokens=2)
     assert torch.equal(run(model, assistant_model=model.expert, custom_generate=loop), run(model))
-    for assistant, other in ((near("llama", 4, 0.1), loop), (model.expert, SpeculativeDecoding(draft=PromptLookup()))):
+    for assistant, other in (
+        (near("llama", 4, 0.1), loop),
+        (model.expert, SpeculativeDecoding(draft=PromptLookupDraft())),
+    ):
         with pytest.raises(InputError, match="assistant_model: expected none beside SpeculativeDecoding"):
             run(model, assistant_model=assistant, custom_generate=other)
     with pytest.raises(UnsupportedModeError, match="FusedDecoding: expected greedy"):
@@ -104,7 +108,7 @@ def test_streaming_token_by_token() -> None:
     assert ours.ended == assisted.ended == 1
     plain = Collector()
     run(model.base, ids, mask, streamer=plain)
-    run(model.base, ids, mask, custom_generate=SpeculativeDecoding(draft=PromptLookup(1, 1), streamer=own))
+    run(model.base, ids, mask, custom_generate=SpeculativeDecoding(draft=PromptLookupDraft(1, 1), streamer=own))
     assert own.got == plain.got
     with pytest.raises(UnsupportedModeError, match="streamer: expected one row: .* got 4 rows"):
         run(model, streamer=Collector(), custom_generate=SpeculativeDecoding())
@@ -159,7 +163,7 @@ def test_a_saved_recipe_and_a_pipeline(tmp_path: Path) -> None:
     settings = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": PAD}
     texts = ["Where does Bo live?", "Hi"]
     plain = pipe(texts, batch_size=2, **settings)
-    loop = SpeculativeDecoding(draft=PromptLookup(2, 1))
+    loop = SpeculativeDecoding(draft=PromptLookupDraft(2, 1))
     assert pipe(texts, batch_size=2, custom_generate=loop, **settings) == plain
     assert pipe(texts, batch_size=2, assistant_model=model.expert, **settings) == plain
 
@@ -172,7 +176,7 @@ def test_an_adapter_as_the_expert_and_as_the_draft() -> None:
     base, anti = members("llama")[0], near("llama", 3, 0.1)
     model = proxytune.wrap(base, expert=tuned, antiexpert=anti, alpha=ALPHA, check_vocabulary=False)
     want = run(model)
-    for draft in ("expert", DraftModel(tuned)):
+    for draft in ("expert", ModelDraft(tuned)):
         assert torch.equal(run(model, custom_generate=SpeculativeDecoding(draft=draft, draft_tokens=3)), want)
     assert torch.equal(run(model, assistant_model=model.expert), want)
 
@@ -185,7 +189,7 @@ def test_an_adapter_as_the_expert_and_as_the_draft() -> None:
     ("settings", "message"),
     [
         ({"draft": "model"}, "draft: expected 'expert', or a draft such as .* got 'model'"),
-        ({"draft": PromptLookup}, "draft: expected 'expert', or a draft such as .* got a ABCMeta"),
+        ({"draft": PromptLookupDraft}, "draft: expected 'expert', or a draft such as .* got a ABCMeta"),
         ({"draft": None}, "draft: expected 'expert', or a draft such as .* got a NoneType"),
         ({"draft_tokens": -1}, "draft_tokens: expected a whole number of tokens, or 'auto', at least 0; got -1"),
         ({"draft_tokens": 1.5}, "draft_tokens: .* got 1.5"),
@@ -205,24 +209,24 @@ def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
 
 def test_wrong_drafts() -> None:
     with pytest.raises(InputError, match="shortest: expected a whole number of tokens, at least 1; got 0"):
-        PromptLookup(3, 0)
+        PromptLookupDraft(3, 0)
     with pytest.raises(InputError, match="longest: expected a whole number of tokens, at least 4; got 3"):
-        PromptLookup(3, 4)
+        PromptLookupDraft(3, 4)
     for table in (torch.zeros(3), torch.zeros(2, 2).long(), torch.tensor([0, 5]), torch.zeros(0).long()):
         with pytest.raises(InputError, match="following: expected"):
-            Bigrams(table)
+            BigramDraft(table)
     with pytest.raises(proxytune.errors.UnsupportedModelError, match="the draft: expected attention layers only"):
-        DraftModel(build("mamba", 1))
+        ModelDraft(build("mamba", 1))
     with pytest.raises(InputError, match="draft='expert': expected a composed model, .* got a LlamaForCausalLM"):
         run(members("llama")[0], custom_generate=SpeculativeDecoding())
 
 
 def test_wrong_rows_and_branches() -> None:
     for rows in ([0, 1], [0.5] * 4, [-1, 0, 1, 2]):
-        with pytest.raises(InputError, match="rows: expected whole numbers .* one for each of 4 rows"):
-            run(composed("llama"), do_sample=True, custom_generate=SpeculativeDecoding(rows=rows))
+        with pytest.raises(InputError, match="stream_ids: expected whole numbers .* one for each of 4 rows"):
+            run(composed("llama"), do_sample=True, custom_generate=SpeculativeDecoding(stream_ids=rows))
     with pytest.raises(InputError, match="noise: branch: expected"):
-        run(composed("llama"), do_sample=True, custom_generate=SpeculativeDecoding(branches=[0, 1]))
+        run(composed("llama"), do_sample=True, custom_generate=SpeculativeDecoding(branch_ids=[0, 1]))
 
 
 @pytest.mark.smoke
@@ -243,4 +247,4 @@ def test_other_modes_are_refused(settings: dict[str, Any], message: str) -> None
 
 def test_encoder_decoders_are_refused() -> None:
     with pytest.raises(UnsupportedModeError, match="expected a decoder-only model; got T5For"):
-        run(build("t5", 1), custom_generate=SpeculativeDecoding(draft=PromptLookup()))
+        run(build("t5", 1), custom_generate=SpeculativeDecoding(draft=PromptLookupDraft()))

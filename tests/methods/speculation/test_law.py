@@ -25,8 +25,9 @@ from transformers import (
 )
 
 import proxytune
-from proxytune import Bigrams, DraftModel, PromptLookup, SpeculativeDecoding, ops
+from proxytune import SpeculativeDecoding, ops
 from proxytune.costs.speculation import DraftCosts
+from proxytune.methods.speculation import BigramDraft, ModelDraft, PromptLookupDraft
 
 VOCAB, ALPHA, ROWS = 6, 0.6, 3000
 TEXT = torch.tensor([3, 5, 4, 3])
@@ -62,11 +63,11 @@ def composed() -> Any:
 def draft(name: str) -> Any:
     return {
         "expert": "expert",
-        "model": DraftModel(small(44)),
-        "narrow": DraftModel(small(45, VOCAB - 2)),
-        "lookup": PromptLookup(1, 1),
-        "bigrams": Bigrams.of(small(41)),
-        "likely": Bigrams(exact("min-p", 2).argmax(1)),
+        "model": ModelDraft(small(44)),
+        "narrow": ModelDraft(small(45, VOCAB - 2)),
+        "lookup": PromptLookupDraft(1, 1),
+        "bigrams": BigramDraft.of(small(41)),
+        "likely": BigramDraft(exact("min-p", 2).argmax(1)),
     }[name]
 
 
@@ -171,7 +172,7 @@ def test_the_law_of_the_first_tokens(name: str, settings: str, length: Any) -> N
 @pytest.mark.smoke
 def test_the_law_of_a_plain_model() -> None:
     p = law(alone(small(41)), WARPED["all"][1], 3)
-    loop = SpeculativeDecoding(draft=DraftModel(small(42)), draft_tokens=2, seed=3)
+    loop = SpeculativeDecoding(draft=ModelDraft(small(42)), draft_tokens=2, seed=3)
     fits(counted(small(41), loop, 3, 4, WARPED["all"][0])[0], p)
 
 
@@ -208,7 +209,7 @@ def always(inner: Any, *args: Any, drafted: torch.Tensor, **kwargs: Any) -> Any:
     end = inner(last, args[1], drafted=drafted[:, :0], **kwargs | {"draft": None})
     there = (drafted >= 0).all()
     assert there
-    return ops.Verdict(torch.cat([drafted, end.tokens], 1), torch.full((batch,), most))
+    return ops.VerifyOutput(torch.cat([drafted, end.tokens], 1), torch.full((batch,), most))
 
 
 def from_p(inner: Any, *args: Any, drafted: torch.Tensor, **kwargs: Any) -> Any:
@@ -225,7 +226,7 @@ def from_p(inner: Any, *args: Any, drafted: torch.Tensor, **kwargs: Any) -> Any:
         noise=type(noise)(noise.seed + 1, noise.row, noise.position, noise.branch),
     ).tokens
     tokens = found.tokens.scatter(1, found.accepted[:, None], plain)
-    return ops.Verdict(tokens, found.accepted)
+    return ops.VerifyOutput(tokens, found.accepted)
 
 
 def undrawn(inner: Any, *args: Any, draft: Any = None, **kwargs: Any) -> Any:

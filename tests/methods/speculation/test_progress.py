@@ -9,8 +9,9 @@ from support.tiny import PAD, tokenizer
 from transformers import LogitsProcessor, StoppingCriteria, SynthIDTextWatermarkingConfig, WatermarkingConfig
 from transformers.generation.streamers import BaseStreamer
 
-from proxytune import DraftModel, PromptLookup, SpeculativeDecoding
+from proxytune import SpeculativeDecoding
 from proxytune.errors import UnsupportedModeError
+from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
 from proxytune.methods.thinking.processor import ThinkingBudgetLogitsProcessor
 
 NEW = 18
@@ -27,7 +28,7 @@ def run(model: Any, loop: Any = None, ids: Any = None, mask: Any = None, **kwarg
 def loops(kind: str) -> list[SpeculativeDecoding]:
     model = members(kind)[0]
     return [
-        SpeculativeDecoding(draft=DraftModel(model), draft_tokens=5),
+        SpeculativeDecoding(draft=ModelDraft(model), draft_tokens=5),
         SpeculativeDecoding(draft="expert", draft_tokens=3),
         SpeculativeDecoding(draft=draft("lookup", kind), draft_tokens=2),
     ]
@@ -154,7 +155,7 @@ def test_nothing_is_streamed_or_cached_behind_an_end_inside_a_draft(eos: int | N
     ids, mask = prompts(1)
     kwargs = {"ids": ids, "mask": mask, "eos_token_id": eos, "stopping_criteria": [At(9)]}
     want = run(model, return_dict_in_generate=True, **kwargs)
-    loop = SpeculativeDecoding(draft=DraftModel(model.base), draft_tokens=6)
+    loop = SpeculativeDecoding(draft=ModelDraft(model.base), draft_tokens=6)
     out = run(model, loop, return_dict_in_generate=True, streamer=streamer, **kwargs)
     assert torch.equal(out.sequences, want.sequences)
     assert streamer.got == out.sequences[0].tolist()
@@ -178,7 +179,7 @@ def test_a_row_that_has_ended_without_an_eos_may_be_anything() -> None:
 
     hook = model.base.register_forward_hook(spoil)
     try:
-        loop = SpeculativeDecoding(draft=PromptLookup(), draft_tokens=2)
+        loop = SpeculativeDecoding(draft=PromptLookupDraft(), draft_tokens=2)
         got = run(model, loop, eos_token_id=None, stopping_criteria=[At(1, 99, 99, 99)])
     finally:
         hook.remove()
@@ -242,7 +243,7 @@ def test_what_counts_its_calls_is_refused() -> None:
     for model in (composed("llama"), members("llama")[0]):
         with pytest.raises(UnsupportedModeError, match="guidance_scale: expected processors that depend on the text"):
             run(model, loops("llama")[0], guidance_scale=1.5)
-        with pytest.raises(UnsupportedModeError, match="a SynthID watermark: expected processors that depend"):
+        with pytest.raises(UnsupportedModeError, match="watermarking_config: expected processors that depend"):
             run(model, loops("llama")[0], do_sample=True, watermarking_config=mark)
 
 

@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StoppingCriteria
 
 import proxytune
-from proxytune import Bigrams, DraftModel, PromptLookup, SpeculativeDecoding, ops
+from proxytune import SpeculativeDecoding, ops
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import CacheError, InputError
+from proxytune.methods.speculation import BigramDraft, ModelDraft, PromptLookupDraft
 from proxytune.methods.speculation.draft_length import DraftLength
-from proxytune.methods.speculation.progress import Standing
+from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 
 NEW = 14
@@ -64,7 +65,7 @@ def test_a_batchs_cache_is_not_for_going_on_from(kind: str) -> None:
     model, (ids, mask) = composed(kind), prompts()
     for one in (model, model.base):
         cache = DynamicCache(config=one.config)
-        loop = SpeculativeDecoding(draft=PromptLookup(1, 1), draft_tokens=3)
+        loop = SpeculativeDecoding(draft=PromptLookupDraft(1, 1), draft_tokens=3)
         out = run(one, ids, mask, loop, past_key_values=cache, return_dict_in_generate=True)
         assert out.past_key_values is None
         assert int(cache.get_seq_length()) == 0
@@ -92,7 +93,7 @@ def test_an_interruption_leaves_no_drafts_in_the_cache(rows: int) -> None:
     want = run(model, ids, mask)
     cache = DynamicCache(config=model.config)
     loop = SpeculativeDecoding(
-        draft=PromptLookup(longest=2, shortest=1), draft_tokens=4
+        draft=PromptLookupDraft(longest=2, shortest=1), draft_tokens=4
     )  # as many columns in each layer
     with pytest.raises(KeyboardInterrupt):
         run(model, ids, mask, loop, past_key_values=cache, stopping_criteria=[Interrupts()], max_new_tokens=40)
@@ -107,7 +108,7 @@ def test_a_batch_goes_on_from_a_filled_cache() -> None:
     text = torch.cat([first.sequences, ids[:, -4:]], 1)
     longer = torch.nn.functional.pad(mask, (0, NEW + 4), value=1)
     want = run(model, text, longer)
-    for draft_ in ("expert", PromptLookup(2, 1)):
+    for draft_ in ("expert", PromptLookupDraft(2, 1)):
         loop = SpeculativeDecoding(draft=draft_, draft_tokens=3)
         assert torch.equal(run(model, text, longer, loop, past_key_values=copy.deepcopy(first.past_key_values)), want)
 
@@ -126,7 +127,7 @@ def test_prompts_in_chunks() -> None:
 )
 def test_caches_that_nothing_can_be_taken_out_of(settings: dict[str, Any], got: str) -> None:
     for model in (composed("llama"), composed("llama").base):
-        loop = SpeculativeDecoding(draft=PromptLookup())
+        loop = SpeculativeDecoding(draft=PromptLookupDraft())
         with pytest.raises(CacheError, match=f"past_key_values: expected a DynamicCache, .*; got {got}"):
             run(model, *prompts(), loop, **settings)
 
@@ -138,7 +139,7 @@ def test_offloaded_and_recurrent_caches() -> None:
     with pytest.raises(CacheError, match="got a DynamicCache of offloaded layers"):
         refuse_cache(cache)
     with pytest.raises(CacheError, match="got a DynamicCache of .*LinearAttentionLayer"):
-        run(build("lfm2", 1), *prompts(), SpeculativeDecoding(draft=PromptLookup()))
+        run(build("lfm2", 1), *prompts(), SpeculativeDecoding(draft=PromptLookupDraft()))
 
 
 # --- positions ------------------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_rows_that_have_ended_do_not_run_out_of_positions(name: str) -> None:
     first = int(run(model, ids[:1], mask[:1], max_new_tokens=2)[0, -1])
     alone = [run(model, ids[r : r + 1, 29:], None, max_new_tokens=34, eos_token_id=first) for r in range(1, 4)]
     loop = SpeculativeDecoding(
-        draft={"expert": "expert", "lookup": PromptLookup(1, 1), "own": DraftModel(trio[0])}[name], draft_tokens=9
+        draft={"expert": "expert", "lookup": PromptLookupDraft(1, 1), "own": ModelDraft(trio[0])}[name], draft_tokens=9
     )
     out = run(model, ids, mask, loop, max_new_tokens=34, eos_token_id=first)
     assert out[0, 34:].tolist()[:3] == [*run(model, ids[:1], mask[:1], max_new_tokens=2)[0, -2:].tolist(), PAD]
@@ -170,7 +171,10 @@ def test_a_row_may_use_its_context_up_while_another_has_ended() -> None:
     trio = [near("gpt2", seed, noise, context=34) for seed, noise in ((0, 0.0), (2, 0.1), (3, 0.1))]
     model = proxytune.wrap(trio[0], expert=trio[1], antiexpert=trio[2], alpha=0.5, check_vocabulary=False)
     ids, mask = prompts(3, 20)
-    for loop in (SpeculativeDecoding(draft_tokens=5), SpeculativeDecoding(draft=PromptLookup(1, 1), draft_tokens=7)):
+    for loop in (
+        SpeculativeDecoding(draft_tokens=5),
+        SpeculativeDecoding(draft=PromptLookupDraft(1, 1), draft_tokens=7),
+    ):
         assert torch.equal(run(model, ids, mask, loop, max_new_tokens=14), run(model, ids, mask, max_new_tokens=14))
     with pytest.raises(InputError, match="length for the base: expected at most 34 tokens"):
         run(model, ids, mask, SpeculativeDecoding(draft_tokens=5), max_new_tokens=16)
@@ -180,7 +184,7 @@ def test_a_row_may_use_its_context_up_while_another_has_ended() -> None:
 def test_positions_of_ones_own(rows: int) -> None:
     ids, mask = prompts(rows)
     places = (mask.cumsum(1) - 1).clamp(min=0) + torch.tensor([[7], [3]])[:rows]
-    for model, d in ((composed("gpt2"), "expert"), (members("gpt2")[0], PromptLookup(1, 1))):
+    for model, d in ((composed("gpt2"), "expert"), (members("gpt2")[0], PromptLookupDraft(1, 1))):
         want = run(model, ids, mask, position_ids=places)
         assert not torch.equal(want, run(model, ids, mask))
         assert torch.equal(run(model, ids, mask, SpeculativeDecoding(draft=d), position_ids=places), want)
@@ -189,13 +193,13 @@ def test_positions_of_ones_own(rows: int) -> None:
 @pytest.mark.smoke
 def test_a_draft_with_a_shorter_context_falls_silent() -> None:
     model, (ids, mask) = composed("llama"), prompts()
-    loop = SpeculativeDecoding(draft=DraftModel(near("llama", 4, 0.1, context=18)), draft_tokens=3)
+    loop = SpeculativeDecoding(draft=ModelDraft(near("llama", 4, 0.1, context=18)), draft_tokens=3)
     out = run(model, ids, mask, loop, return_dict_in_generate=True)
     assert torch.equal(out.sequences, run(model, ids, mask))
     assert out.draft_lengths[0] == 3
     assert out.draft_lengths[-2:] == [0, 0]
     with pytest.raises(InputError, match="length for the draft: expected at most 11 tokens"):
-        run(model, ids, mask, SpeculativeDecoding(draft=DraftModel(near("llama", 4, 0.1, context=11))))
+        run(model, ids, mask, SpeculativeDecoding(draft=ModelDraft(near("llama", 4, 0.1, context=11))))
 
 
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 80}])
@@ -216,15 +220,15 @@ def test_a_draft_that_knows_fewer_ids_than_the_text_has(settings: dict[str, Any]
 def test_what_each_member_runs_over(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, mask) = composed("llama"), prompts()
     got: list[list[int]] = []
-    inner = Standing.take
+    inner = RowProgress.take
 
-    def take(rows: Standing, reading: Any) -> Any:
+    def take(rows: RowProgress, reading: Any) -> Any:
         before = list(rows._texts.counts)
         found = inner(rows, reading)
         got.append([after - n for after, n in zip(rows._texts.counts, before, strict=True)])
         return found
 
-    monkeypatch.setattr(Standing, "take", take)
+    monkeypatch.setattr(RowProgress, "take", take)
     passes: dict[str, list[torch.Tensor]] = {m.role: [] for m in model.members}
     hooks = [
         m.model.register_forward_pre_hook(
@@ -282,18 +286,18 @@ def test_the_host_waits_once_per_round(settings: dict[str, Any], monkeypatch: py
         lists[0] += 1
         return inner(tensor)
 
-    def step(rows: Any, weights: Any = (1.0,), **kwargs: Any) -> ops.Step:
-        return ops.Step(tokens=rows[0].argmax(-1, keepdim=True))
+    def step(rows: Any, weights: Any = (1.0,), **kwargs: Any) -> ops.StepOutput:
+        return ops.StepOutput(tokens=rows[0].argmax(-1, keepdim=True))
 
-    def verify(rows: Any, weights: Any, *, drafted: torch.Tensor, **kwargs: Any) -> ops.Verdict:
+    def verify(rows: Any, weights: Any, *, drafted: torch.Tensor, **kwargs: Any) -> ops.VerifyOutput:
         tokens = rows[0].argmax(-1).view(len(drafted), -1)
         accepted = (drafted == tokens[:, :-1]).long().cumprod(1).sum(1)
         behind = torch.arange(tokens.shape[1]) > accepted[:, None]
-        return ops.Verdict(tokens.masked_fill(behind, -1), accepted)
+        return ops.VerifyOutput(tokens.masked_fill(behind, -1), accepted)
 
     monkeypatch.setattr(ops, "step", step)
     monkeypatch.setattr(ops, "verify", verify)
-    table = Bigrams.of(model)
+    table = BigramDraft.of(model)
     monkeypatch.setattr(torch.Tensor, "tolist", tolist)
     found = []
     for new in (6, 14):

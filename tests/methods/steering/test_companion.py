@@ -16,7 +16,7 @@ from support.tiny import CONTEXT, WINDOW, build, shared
 from transformers import PreTrainedModel
 
 from proxytune.errors import InputError, UnsupportedModelError
-from proxytune.methods.steering.companion import Companion
+from proxytune.methods.steering.companion import PrefixCachedMember
 
 # Rotary positions; learnt absolute ones, where a wrong position_id shows; sliding windows shorter than every text, in
 # all layers and in half of them.
@@ -38,7 +38,9 @@ def truth(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, 
     return torch.stack(rows)
 
 
-def assert_right(companion: Companion, ids: torch.Tensor, mask: torch.Tensor | None = None, last: int = 1) -> int:
+def assert_right(
+    companion: PrefixCachedMember, ids: torch.Tensor, mask: torch.Tensor | None = None, last: int = 1
+) -> int:
     """Ask, compare with the truth, and return the token-forwards it took."""
     model, before = companion.member.model, companion.member.token_forwards
     question = ids.clone(), None if mask is None else mask.clone()
@@ -73,7 +75,7 @@ def left_padded(ids: torch.Tensor, pads: list[int]) -> tuple[torch.Tensor, torch
 class Script:
     """A batch of prefixes, as a decoding loop holds it, and the companion that is asked about it."""
 
-    companion: Companion
+    companion: PrefixCachedMember
     ids: torch.Tensor
     mask: torch.Tensor | None = None
     generator: torch.Generator = field(default_factory=torch.Generator)
@@ -153,7 +155,7 @@ operations = st.one_of(
 def test_any_sequence_of_questions_is_answered_as_without_a_cache(
     family: str, seed: int, rows: int, length: int, memo: int, steps: list[tuple[str, Any]]
 ) -> None:
-    script = Script(Companion(shared(family, 1, VOCABULARY), memo=memo), torch.empty(0))
+    script = Script(PrefixCachedMember(shared(family, 1, VOCABULARY), memo=memo), torch.empty(0))
     script.generator.manual_seed(seed)
     script.ids = script.draw(rows, length)
     script.ask()
@@ -167,7 +169,7 @@ def test_any_sequence_of_questions_is_answered_as_without_a_cache(
 @pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_step_costs_one_token_per_row(family: str) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(3, WINDOW + 3)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(3, WINDOW + 3)
     assert assert_right(companion, ids) == ids.numel()
     for _ in range(3):
         ids = torch.cat([ids, tokens(3, 1)], 1)
@@ -179,7 +181,7 @@ def test_a_step_costs_one_token_per_row(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beams_cost_no_more_than_their_new_tokens(family: str) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(1, WINDOW + 3)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(1, WINDOW + 3)
     ids = ids.repeat(4, 1)
     assert_right(companion, ids)
     # Reordered as beam search does after the first step: copies of one, a permutation, one that stays.
@@ -191,7 +193,7 @@ def test_beams_cost_no_more_than_their_new_tokens(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dropping_a_row_costs_nothing_and_a_new_one_a_prefill(family: str) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(3, WINDOW + 3)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(3, WINDOW + 3)
     assert_right(companion, ids)
     assert assert_right(companion, ids[[2, 0]]) == 0
     other = torch.cat([ids[:1], (ids[:1] + 7) % VOCABULARY + 3])
@@ -200,7 +202,7 @@ def test_dropping_a_row_costs_nothing_and_a_new_one_a_prefill(family: str) -> No
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_rollback_costs_the_missing_suffix(family: str) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(2, 20)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(2, 20)
     assert_right(companion, ids)
     replaced = torch.cat([ids[:, :15], (ids[:, 15:18] + 1) % VOCABULARY + 3], 1)
     assert assert_right(companion, replaced) == 2 * 3
@@ -214,7 +216,7 @@ def test_a_rollback_costs_the_missing_suffix(family: str) -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize("family", SLIDING)
 def test_a_sliding_window_restarts_once_and_then_keeps_all(family: str) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(1, 3 * WINDOW)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(1, 3 * WINDOW)
     assert_right(companion, ids)
     shorter = torch.cat([ids[:, :-3], (ids[:, -3:-2] + 1) % VOCABULARY + 3], 1)
     assert assert_right(companion, shorter) == shorter.numel()  # what left the window is gone: start again
@@ -230,7 +232,7 @@ def test_a_sliding_window_restarts_once_and_then_keeps_all(family: str) -> None:
 
 @pytest.mark.parametrize("family", SLIDING)
 def test_a_sliding_window_that_is_never_rolled_back_stays_small(family: str) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(1, 3 * WINDOW)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(1, 3 * WINDOW)
     assert_right(companion, ids)
     ids = torch.cat([ids, tokens(1, 1)], 1)
     assert_right(companion, ids)
@@ -242,7 +244,7 @@ def test_a_sliding_window_that_is_never_rolled_back_stays_small(family: str) -> 
 
 @pytest.mark.parametrize("family", SLIDING)
 def test_a_rollback_within_the_window_costs_the_suffix(family: str) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(2, WINDOW - 1)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(2, WINDOW - 1)
     assert_right(companion, ids)
     ids = torch.cat([ids[:, :-3], (ids[:, -3:-2] + 1) % VOCABULARY + 3], 1)
     assert assert_right(companion, ids) == 2
@@ -251,7 +253,7 @@ def test_a_rollback_within_the_window_costs_the_suffix(family: str) -> None:
 def test_a_draft_and_its_verification_share_their_forwards() -> None:
     # Assisted decoding hands the processor to the draft too: it asks position by position, then the verification asks
     # for all of them again, and goes on after the accepted ones.
-    companion, ids = Companion(shared("llama", 1)), tokens(1, 12)
+    companion, ids = PrefixCachedMember(shared("llama", 1)), tokens(1, 12)
     assert_right(companion, ids)
     draft = torch.cat([ids, tokens(1, 5)], 1)
     for n in range(13, 18):
@@ -268,7 +270,7 @@ def test_a_draft_and_its_verification_share_their_forwards() -> None:
 @pytest.mark.parametrize("rows", [1, 2])  # one row remembers many positions, a batch only one
 @pytest.mark.parametrize("family", FAMILIES)
 def test_last_positions_after_gaps(family: str, rows: int) -> None:
-    companion, ids = Companion(shared(family, 1)), tokens(rows, 2 * WINDOW)
+    companion, ids = PrefixCachedMember(shared(family, 1)), tokens(rows, 2 * WINDOW)
     # A prefill answers for one position only; then more are asked than are remembered; then fewer.
     for last in (1, 4, 2, 6, 1, 6):
         assert_right(companion, ids, last=last)
@@ -283,7 +285,7 @@ def test_last_positions_after_gaps(family: str, rows: int) -> None:
 
 
 def test_what_is_remembered_costs_nothing() -> None:
-    companion, ids = Companion(shared("llama", 1), memo=4), tokens(1, 10)
+    companion, ids = PrefixCachedMember(shared("llama", 1), memo=4), tokens(1, 10)
     assert_right(companion, ids[:, :6])
     for n in range(7, 11):
         assert_right(companion, ids[:, :n])
@@ -300,7 +302,7 @@ def test_what_is_remembered_costs_nothing() -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padded_batches(family: str) -> None:
-    companion = Companion(shared(family, 1))
+    companion = PrefixCachedMember(shared(family, 1))
     ids, mask = left_padded(tokens(3, WINDOW), [5, 0, 2])
     assert assert_right(companion, ids, mask) == ids.numel()
     # The mask of the prompt covers the prompt; what is generated after it counts as tokens.
@@ -321,7 +323,7 @@ def test_padded_batches(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rows_of_one_text_under_more_and_less_padding(family: str) -> None:
     # The same tokens at other places of the batch: nothing in the cache may be taken for them.
-    companion, text = Companion(shared(family, 1)), tokens(1, WINDOW).repeat(2, 1)
+    companion, text = PrefixCachedMember(shared(family, 1)), tokens(1, WINDOW).repeat(2, 1)
     for pads in ([3, 0], [0, 3], [2, 4], [4, 4], [0, 0]):
         ids, mask = left_padded(text, pads)
         assert_right(companion, ids, mask)
@@ -330,7 +332,7 @@ def test_rows_of_one_text_under_more_and_less_padding(family: str) -> None:
 
 def test_padding_is_no_token() -> None:
     # Ids where every row is the padding id, once as text and once as padding, one after the other.
-    companion, ids = Companion(shared("gpt2", 1)), torch.zeros(2, 6, dtype=torch.long)
+    companion, ids = PrefixCachedMember(shared("gpt2", 1)), torch.zeros(2, 6, dtype=torch.long)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
     for _ in range(2):
         assert_right(companion, ids)
@@ -347,7 +349,7 @@ def test_an_interrupted_forward_leaves_nothing_wrong_behind(
     family: str, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(family, 1, VOCABULARY)
-    companion, ids = Companion(model), tokens(2, WINDOW + 2)
+    companion, ids = PrefixCachedMember(model), tokens(2, WINDOW + 2)
     assert_right(companion, ids)
     longer = torch.cat([ids, tokens(2, 1)], 1)
     calls = 0
@@ -375,7 +377,7 @@ def test_an_interrupted_forward_leaves_nothing_wrong_behind(
 
 
 def test_an_error_does_not_cost_the_cache_or_spoil_it() -> None:
-    companion, ids = Companion(shared("llama", 1)), tokens(1, 10)
+    companion, ids = PrefixCachedMember(shared("llama", 1)), tokens(1, 10)
     assert_right(companion, ids)
     bad = torch.cat([ids, torch.tensor([[5, 10_000]])], 1)
     with pytest.raises(InputError, match="id 10000"):
@@ -384,7 +386,7 @@ def test_an_error_does_not_cost_the_cache_or_spoil_it() -> None:
 
 
 def test_reset_forgets() -> None:
-    companion, ids = Companion(shared("llama", 1)), tokens(1, 10)
+    companion, ids = PrefixCachedMember(shared("llama", 1)), tokens(1, 10)
     assert_right(companion, ids)
     companion.reset()
     assert assert_right(companion, ids) == 10
@@ -417,8 +419,8 @@ def test_reset_forgets() -> None:
         ),
     ],
 )
-def test_questions_that_cannot_be_right(question: Callable[[Companion], Any], message: str) -> None:
-    companion = Companion(shared("llama", 1, VOCABULARY), "student")
+def test_questions_that_cannot_be_right(question: Callable[[PrefixCachedMember], Any], message: str) -> None:
+    companion = PrefixCachedMember(shared("llama", 1, VOCABULARY), "student")
     with pytest.raises(InputError, match=message):
         question(companion)
     ids = tokens(1, 4)
@@ -430,7 +432,7 @@ def test_questions_that_cannot_be_right(question: Callable[[Companion], Any], me
 
 
 def test_growing_past_the_context_is_refused() -> None:
-    companion = Companion(build("llama", 1, VOCABULARY, context=16), "student")
+    companion = PrefixCachedMember(build("llama", 1, VOCABULARY, context=16), "student")
     ids = tokens(1, 16)
     assert_right(companion, ids)
     with pytest.raises(InputError, match="length for the student: expected at most 16 tokens .*; got 17"):
@@ -440,12 +442,12 @@ def test_growing_past_the_context_is_refused() -> None:
 
 def test_a_model_that_cannot_be_rolled_back_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match=r"the student: expected attention layers only .*; got Mamba"):
-        Companion(build("mamba", 1), "student")
+        PrefixCachedMember(build("mamba", 1), "student")
 
 
 def test_answers_are_the_model_s_own_without_a_graph_and_the_model_is_not_trained() -> None:
     model = build("llama", 1).to(torch.bfloat16).train()
-    companion, ids = Companion(model), tokens(2, 5)
+    companion, ids = PrefixCachedMember(model), tokens(2, 5)
     out = companion.logits_for(ids)
     # As they are: a copy in float32 would be one more of their size, for each companion.
     assert (out.dtype, out.requires_grad, model.training) == (torch.bfloat16, False, False)
@@ -461,7 +463,7 @@ def test_a_text_in_chunks(kind: str, last: int, length: int) -> None:
     if last > length:
         return
     model = build(kind, 1)
-    companion, ids, mask = Companion(model), tokens(2, length), torch.ones(2, length, dtype=torch.long)
+    companion, ids, mask = PrefixCachedMember(model), tokens(2, length), torch.ones(2, length, dtype=torch.long)
     mask[1, :2] = 0
     companion.prefill_chunk_size = 4
     spans: list[int] = []

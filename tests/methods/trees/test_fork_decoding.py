@@ -34,8 +34,8 @@ from proxytune import FusedDecoding
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, InputError, NumericalError, UnsupportedModeError
 from proxytune.methods.forks.threshold import ForkThreshold
-from proxytune.methods.trees.fork_decoding import ForkDecoding, ForkOutput
-from proxytune.methods.trees.frontier import Drawn, Grove
+from proxytune.methods.trees.fork_decoding import ForkDecoding, TreeOutput
+from proxytune.methods.trees.frontier import ForkFrontier, RowDraws
 from proxytune.methods.trees.tree import Branch, ForkTree
 from proxytune.stats.importance import kool_log_weights, log_importance
 
@@ -100,7 +100,7 @@ WHERE: dict[str, dict[str, Any]] = {
 }
 
 
-def check_branches(model: Any, out: ForkOutput, ids: torch.Tensor, mask: torch.Tensor) -> None:
+def check_branches(model: Any, out: TreeOutput, ids: torch.Tensor, mask: torch.Tensor) -> None:
     row = 0
     for tree, prompt, kept in zip(out.trees, ids, mask.bool(), strict=True):
         for branch in tree:
@@ -275,7 +275,7 @@ def test_the_weights_are_unbiased_and_equal_ones_are_not(which: str) -> None:
     length, ends = 3, draw.get("ends", False)
     temperature, top_k = draw.get("temperature", 1.0), draw.get("top_k", 0)
     ids = torch.tensor([START]).repeat(TREES, 1)
-    loop = ForkDecoding(seed=11, rows=range(TREES), **options)
+    loop = ForkDecoding(seed=11, stream_ids=range(TREES), **options)
     more = {"eos_token_id": EOS if ends else None, "temperature": temperature, "top_k": top_k}
     out = grow(small_model(), loop, ids, max_new_tokens=length, **more)
     p = law(temperature, top_k, length, ends)
@@ -336,13 +336,15 @@ def test_a_tree_does_not_depend_on_the_batch_around_it(where: str, do_sample: bo
     seeded = functools.partial(ForkDecoding, branches=5, seed=3, max_total_tokens=60, **WHERE[where])
     together = grow(model, seeded(), ids, mask, do_sample=do_sample)
     for row in range(3):
-        alone = grow(model, seeded(rows=[row]), ids[row : row + 1, 12 - int(mask[row].sum()) :], do_sample=do_sample)
+        alone = grow(
+            model, seeded(stream_ids=[row]), ids[row : row + 1, 12 - int(mask[row].sum()) :], do_sample=do_sample
+        )
         assert described(alone.trees[0]) == described(together.trees[row])
         assert alone.ledgers[0].spent == together.ledgers[row].spent
         assert alone.trees[0].weights() == pytest.approx(together.trees[row].weights(), rel=1e-4)
     order = [2, 0, 1]
     wider = [torch.nn.functional.pad(x[order], (4, 0), value=fill) for x, fill in ((ids, PAD), (mask, 0))]
-    mixed = grow(model, seeded(rows=order), *wider, do_sample=do_sample)
+    mixed = grow(model, seeded(stream_ids=order), *wider, do_sample=do_sample)
     assert [described(mixed.trees[order.index(row)]) for row in range(3)] == list(map(described, together.trees))
 
 
@@ -728,7 +730,7 @@ def test_other_modes_and_batches_are_refused(model: Any) -> None:
     with pytest.raises(UnsupportedModeError, match="ForkDecoding: expected greedy decoding or sampling"):
         grow(model, ForkDecoding(threshold=1.0), ids, mask, num_beams=2)
     with pytest.raises(InputError, match="row"):
-        grow(model, ForkDecoding(threshold=1.0, rows=[0, 1]), ids, mask)
+        grow(model, ForkDecoding(threshold=1.0, stream_ids=[0, 1]), ids, mask)
 
 
 def test_a_calibrated_threshold_belongs_to_its_alpha(model: Any) -> None:
@@ -804,24 +806,24 @@ def test_log_importance_at_the_ends() -> None:
         assert kool_log_weights([logprob], kappa)[0] == pytest.approx(log_importance(logprob, kappa), abs=1e-12)
 
 
-def drawn(*tokens: int, wants: bool = True) -> Drawn:
+def drawn(*tokens: int, at_fork: bool = True) -> RowDraws:
     p = [-0.5 - i for i in range(len(tokens))]
-    return Drawn(tokens, p, [x + 0.25 for x in p], [2 * x for x in p], 1.5, 0.75, wants)
+    return RowDraws(tokens, p, [x + 0.25 for x in p], [2 * x for x in p], 1.5, 0.75, at_fork)
 
 
-def grove(prompts: int = 1, **more: Any) -> Grove:
+def fork_frontier(prompts: int = 1, **more: Any) -> ForkFrontier:
     budget = more.pop("budget", None)
     ledgers = None if budget is None else [TokenLedger(budget) for _ in range(prompts)]
-    return Grove(prompts, **{"branches": 3, "children": 2, "min_gap": 2, "length": 5, "ledgers": ledgers} | more)
+    return ForkFrontier(prompts, **{"branches": 3, "children": 2, "min_gap": 2, "length": 5, "ledgers": ledgers} | more)
 
 
 def test_a_fork_in_a_grove() -> None:
-    one = grove(2)
+    one = fork_frontier(2)
     assert one.rows == [(0, 0), (1, 0)]
     assert one.most_draws() == 3
-    parents, tokens = one.grow([drawn(7, 8, 9), drawn(4, 5, 6, wants=False)])
+    parents, tokens = one.advance([drawn(7, 8, 9), drawn(4, 5, 6, at_fork=False)])
     assert (parents, tokens) == ([0, 1, 0], [7, 4, 8])
-    assert one.prune([False] * 3) == [0, 1, 2]
+    assert one.retire([False] * 3) == [0, 1, 2]
     assert one.rows == [(0, 0), (1, 0), (0, 1)]
     first, second = one.trees[0].branches
     kappa = -2.5 + 0.25
@@ -831,49 +833,49 @@ def test_a_fork_in_a_grove() -> None:
     assert (second.tokens, second.logprobs, second.parent) == ([8], [-3.0], first)
     # The gap keeps both of them from forking again at once; the other tree may.
     assert one.can_fork() == [False, True, False]
-    parents, tokens = one.grow([drawn(1, 2, 3), drawn(1, 2, 3), drawn(1, 2, 3)])
+    parents, tokens = one.advance([drawn(1, 2, 3), drawn(1, 2, 3), drawn(1, 2, 3)])
     assert (parents, tokens) == ([0, 1, 2, 1], [1, 1, 1, 2])
-    assert one.prune([True, False, False, False]) == [1, 2, 3]
+    assert one.retire([True, False, False, False]) == [1, 2, 3]
     assert first.finished
     assert one.can_fork() == [False, True, False]
-    one.grow([drawn(1, 2, 3) for _ in range(3)])
+    one.advance([drawn(1, 2, 3) for _ in range(3)])
     assert one.trees[0].branches[2].parent is second
     assert one.trees[0].branches[2].along("tokens") == [8, 1, 2]
     assert one.can_fork()[1] is False  # three leaves are all
-    assert one.prune([False] * len(one.rows), halt=True) == []
+    assert one.retire([False] * len(one.rows), halt=True) == []
 
 
 def test_two_rows_of_a_tree_share_its_last_place() -> None:
-    one = grove(min_gap=1)
-    one.grow([drawn(1, 2, 3)])
-    assert one.prune([False, False]) == [0, 1]
-    parents, _ = one.grow([drawn(1, 2, 3), drawn(1, 2, 3)])
+    one = fork_frontier(min_gap=1)
+    one.advance([drawn(1, 2, 3)])
+    assert one.retire([False, False]) == [0, 1]
+    parents, _ = one.advance([drawn(1, 2, 3), drawn(1, 2, 3)])
     assert parents == [0, 1, 0]
     assert one.most_draws() == 1
-    assert one.grow([drawn(4, wants=True)] * 3) == ([0, 1, 2], [4, 4, 4])
+    assert one.advance([drawn(4, at_fork=True)] * 3) == ([0, 1, 2], [4, 4, 4])
 
 
 def test_nothing_to_draw_is_no_fork() -> None:
-    one = grove(budget=20)
-    assert one.grow([drawn(4, -1, -1)]) == ([0], [4])
+    one = fork_frontier(budget=20)
+    assert one.advance([drawn(4, -1, -1)]) == ([0], [4])
     assert one.trees[0].branches[0].forks == []
     assert one.trees[0].branches[0].log_weight == 0.0
     assert one.can_fork() == [True]
     # Two tokens for three children: all that there are, with κ = −∞.
-    two = grove(children=3, branches=4)
+    two = fork_frontier(children=3, branches=4)
     none = [-math.inf, -math.inf]
-    few = Drawn([4, 5, -1, -1], [-0.5, -1.0, *none], [0.1, 0.0, *none], [0.0] * 4, 1.0, 1.0, True)
-    assert two.grow([few]) == ([0, 0], [4, 5])
+    few = RowDraws([4, 5, -1, -1], [-0.5, -1.0, *none], [0.1, 0.0, *none], [0.0] * 4, 1.0, 1.0, True)
+    assert two.advance([few]) == ([0, 0], [4, 5])
     assert [b.log_weight for b in two.trees[0]] == [-0.5, -1.0]
 
 
 def test_a_finished_row_gives_its_tokens_back() -> None:
-    one = grove(budget=8)  # 5 for the first, 3 left: a child at token 2 can be finished
+    one = fork_frontier(budget=8)  # 5 for the first, 3 left: a child at token 2 can be finished
     for _ in range(2):
-        assert one.grow([drawn(1, 2, 3)]) == ([0], [1])
-        assert one.prune([False]) == [0]
-    assert one.grow([drawn(1, 2, 3)]) == ([0, 0], [1, 2])
-    assert one.prune([True, False]) == [1]
+        assert one.advance([drawn(1, 2, 3)]) == ([0], [1])
+        assert one.retire([False]) == [0]
+    assert one.advance([drawn(1, 2, 3)]) == ([0, 0], [1, 2])
+    assert one.retire([True, False]) == [1]
     assert one._ledgers[0].held == 2
     assert one._ledgers[0].left == 2
 

@@ -45,12 +45,12 @@ from proxytune import FusedDecoding, ops
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, InputError, NumericalError, UnsupportedModeError
 from proxytune.methods.forks.threshold import ForkThreshold
-from proxytune.methods.trees.frontier import Drawn
-from proxytune.methods.trees.repulsion import MOST_FOLLOWERS, Siblings
+from proxytune.methods.trees.frontier import RowDraws
+from proxytune.methods.trees.repulsion import MOST_FOLLOWERS, SiblingFrontier
 from proxytune.methods.trees.sibling_decoding import SiblingDecoding
 from proxytune.methods.trees.tree import ForkTree
 from proxytune.ops.noise import Noise
-from proxytune.ops.sampling_params import Sampling
+from proxytune.ops.sampling_params import SamplingParams
 
 Text = tuple[int, ...]
 
@@ -217,7 +217,7 @@ LAWS: dict[str, tuple[int, int, How]] = {
 def drawn(which: str) -> tuple[tuple[ForkTree, ...], Law]:
     n, length, how = LAWS[which]
     ids = torch.tensor([START]).repeat(TREES, 1)
-    loop = how.loop(siblings=n, seed=5, rows=range(TREES))
+    loop = how.loop(siblings=n, seed=5, stream_ids=range(TREES))
     out = grow(small_model(), loop, ids, max_new_tokens=length, eos_token_id=EOS, **how.draw)
     return tuple(out.trees), joint_law(n, length, how)
 
@@ -376,7 +376,7 @@ def by_hand(model: Any, prompt: torch.Tensor, row: int, branch: int, seed: int, 
         logits = reference_logits(model, torch.cat([prompt, torch.tensor(text, dtype=torch.long)]))[None]
         step = ops.step(
             [logits],
-            sampling=Sampling.of(1, temperature=temperature, top_k=top_k),
+            sampling=SamplingParams.of(1, temperature=temperature, top_k=top_k),
             noise=Noise.of(1, seed=seed, row=torch.tensor([row]), position=len(prompt) + len(text), branch=branch),
         )
         text += (int(step.tokens),)
@@ -425,7 +425,7 @@ NEW_TOKENS = 10
 def test_random_places_are_the_control() -> None:
     """A share of the places, whatever their entropy; siblings at one place are at a fork together."""
     ids = torch.tensor([START]).repeat(400, 1)
-    loop = SiblingDecoding(where="random", share=0.3, siblings=3, repulsion=40.0, seed=1, rows=range(400))
+    loop = SiblingDecoding(where="random", share=0.3, siblings=3, repulsion=40.0, seed=1, stream_ids=range(400))
     out = grow(small_model(), loop, ids, max_new_tokens=1, eos_token_id=None)
     apart = 0
     for tree in out.trees:
@@ -437,7 +437,7 @@ def test_random_places_are_the_control() -> None:
     assert abs(apart - 120) < 4 * math.sqrt(400 * 0.3 * 0.7)
     # Their weights are exact as well.
     p = {text[0]: q for text, q in own_law(1, How()).items()}
-    weak = SiblingDecoding(where="random", share=0.5, siblings=3, repulsion=1.5, seed=1, rows=range(400))
+    weak = SiblingDecoding(where="random", share=0.5, siblings=3, repulsion=1.5, seed=1, stream_ids=range(400))
     for tree in grow(small_model(), weak, ids, max_new_tokens=1, eos_token_id=EOS).trees:
         before: Counter[int] = Counter()
         for branch in tree:
@@ -460,13 +460,13 @@ def test_siblings_do_not_depend_on_the_batch_around_them(which: str) -> None:
     together = grow(model, seeded(), ids, mask, **how.draw)
     assert [len(tree) for tree in together.trees] == [3, 4, 4]
     for row in range(3):
-        alone = grow(model, seeded(rows=[row]), ids[row : row + 1, 12 - int(mask[row].sum()) :], **how.draw)
+        alone = grow(model, seeded(stream_ids=[row]), ids[row : row + 1, 12 - int(mask[row].sum()) :], **how.draw)
         assert described(alone.trees[0]) == described(together.trees[row])
         assert alone.ledgers[0].spent == together.ledgers[row].spent
         assert alone.trees[0].weights() == pytest.approx(together.trees[row].weights(), rel=1e-4)
     order = [2, 0, 1]
     wider = [torch.nn.functional.pad(x[order], (4, 0), value=fill) for x, fill in ((ids, PAD), (mask, 0))]
-    mixed = grow(model, seeded(rows=order), *wider, **how.draw)
+    mixed = grow(model, seeded(stream_ids=order), *wider, **how.draw)
     assert [described(mixed.trees[order.index(row)]) for row in range(3)] == list(map(described, together.trees))
 
 
@@ -575,7 +575,7 @@ def test_fewer_siblings_are_still_unbiased() -> None:
     """How many begin is known before anything is drawn: N is that number."""
     how = How(repulsion=1.0)
     ids = torch.tensor([START]).repeat(TREES, 1)
-    loop = how.loop(siblings=8, seed=6, rows=range(TREES), max_total_tokens=3 + 5)
+    loop = how.loop(siblings=8, seed=6, stream_ids=range(TREES), max_total_tokens=3 + 5)
     trees = grow(small_model(), loop, ids, max_new_tokens=2, eos_token_id=EOS).trees
     assert {len(tree) for tree in trees} == {2}
     law = joint_law(2, 2, how)
@@ -633,7 +633,7 @@ def test_calls_that_cannot_be_followed_are_refused(model: Any) -> None:
     with pytest.raises(UnsupportedModeError, match="output_scores: expected none with SiblingDecoding"):
         grow(model, loop, ids, mask, output_scores=True)
     with pytest.raises(InputError, match="row"):
-        grow(model, SiblingDecoding(threshold=1.0, rows=[0, 1]), ids, mask)
+        grow(model, SiblingDecoding(threshold=1.0, stream_ids=[0, 1]), ids, mask)
     if hasattr(model, "members"):
         with pytest.raises(UnsupportedModeError, match="streamer: expected none with SiblingDecoding"):
             grow(model, loop, ids, mask, streamer=Streamer())
@@ -660,16 +660,16 @@ def test_a_row_without_a_distribution_is_named(model: Any, value: float, said: s
 # --- the host's side alone ------------------------------------------------------------------------------------------
 
 
-def found(*tokens: int, keys: Sequence[float] = (), wants: bool = True) -> Drawn:
+def found(*tokens: int, keys: Sequence[float] = (), wants: bool = True) -> RowDraws:
     keys = keys or [2.0 - i for i in range(len(tokens))]
-    return Drawn(tokens, [-1.0] * len(tokens), keys, [-1.5] * len(tokens), 1.5, 0.75, wants)
+    return RowDraws(tokens, [-1.0] * len(tokens), keys, [-1.5] * len(tokens), 1.5, 0.75, wants)
 
 
-def plot(prompts: int = 1, **more: Any) -> Siblings:
+def plot(prompts: int = 1, **more: Any) -> SiblingFrontier:
     budget = more.pop("budget", None)
     ledgers = None if budget is None else [TokenLedger(budget) for _ in range(prompts)]
     defaults = {"siblings": 3, "repulsion": 0.5, "ngram": None, "ngram_repulsion": 0.5, "length": 9}
-    return Siblings(prompts, **defaults | {"ledgers": ledgers} | more)
+    return SiblingFrontier(prompts, **defaults | {"ledgers": ledgers} | more)
 
 
 def test_siblings_decide_in_turn() -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel, ProxyTuningLogitsProcessor, SpeculativeDecoding
 from proxytune.models.members import cuda_streams as overlapping
-from proxytune.models.members.cuda_streams import Fork, SideStreams, Turns, may_overlap, tensors_of
+from proxytune.models.members.cuda_streams import CompanionStreams, ForkJoin, StreamOrder, may_overlap, tensors_of
 
 ALPHA, NEW = 0.7, 6
 # A sliding window of 8 among the companions: their layers are cut, rolled back and refilled.
@@ -199,14 +199,14 @@ def test_copies_start_without_streams(members: dict[str, PreTrainedModel]) -> No
     model = composed(members)
     model._sides._streams["expert", torch.device("cpu")] = object()
     for twin in (copy.deepcopy(model._sides), pickle.loads(pickle.dumps(model._sides))):
-        assert isinstance(twin, SideStreams)
+        assert isinstance(twin, CompanionStreams)
         assert twin._streams == {}
-    assert pickle.loads(pickle.dumps(Turns()))._done is None
+    assert pickle.loads(pickle.dumps(StreamOrder()))._done is None
 
 
 def test_a_cpu_never_overlaps() -> None:
     assert not may_overlap(torch.device("cpu"))
-    with Fork(SideStreams()) as fork:
+    with ForkJoin(CompanionStreams()) as fork:
         fork.open(torch.device("cpu"))
         assert fork.run("expert", torch.device("cpu"), lambda: torch.ones(1), []) == 1
     assert list(tensors_of(None)) == []
@@ -216,11 +216,11 @@ def test_a_cpu_never_overlaps() -> None:
 
 
 WRONG: dict[str, tuple[Any, str, Any, str]] = {
-    "the current stream does not wait": (Fork, "__exit__", lambda *_: None, "main does not wait for side 1"),
+    "the current stream does not wait": (ForkJoin, "__exit__", lambda *_: None, "main does not wait for side 1"),
     "no stream waits": (Stream, "wait_event", lambda *_: None, "side 1 does not wait for main"),
     "nothing is recorded": (overlapping, "_record", lambda *_: None, "main may be given memory that side 1 still"),
     "companions take no turns": (
-        Turns,
+        StreamOrder,
         "on",
         lambda *_: contextlib.nullcontext(),
         "main may be given memory that side 1 still reads",
@@ -237,7 +237,7 @@ def test_the_books_find_what_is_wrong(
     processor = processor_of(members)
 
     def steer() -> None:
-        if owner is Fork:
+        if owner is ForkJoin:
             run(composed(members), "greedy")
         with processor.attach(members["base"]):
             run(members["base"], "greedy")
