@@ -15,7 +15,6 @@ from proxytune.cli.models import DTYPES, check_device, check_members, encode, lo
 from proxytune.cli.options import Alpha, Antiexpert, Chat, Device, Dtype, Expert, PromptFile, RecipePath
 from proxytune.cli.prompts import read_prompts, refuse_empty
 from proxytune.errors import InputError
-from proxytune.methods.forks.calibrate import forced_entropies, report, sampled_entropies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -69,6 +68,7 @@ def calibrate(
 
     from transformers import set_seed
 
+    from proxytune.methods.forks.calibrate import forced_entropies, report, sampled_entropies
     from proxytune.recipe import ForkCalibration, write_fork_threshold
 
     if plain:

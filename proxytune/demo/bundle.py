@@ -1,20 +1,16 @@
-"""Where the bundled weights are, and what was recorded about them. Needs no torch."""
+"""Where the bundled weights are, and what was recorded about them. Importing it needs no torch."""
 
 from __future__ import annotations
 
 import json
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args
-
-import torch
-from transformers import (
-    AutoTokenizer,
-    LlamaForCausalLM,
-    PreTrainedTokenizerBase,
-)
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from proxytune.errors import InputError, LabError
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 MemberName = Literal["large-base", "tiny-base", "tiny-tuned", "large-tuned"]
 MEMBERS: tuple[MemberName, ...] = get_args(MemberName)
@@ -99,6 +95,9 @@ def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTr
             got=f"no {', '.join(missing)}",
             remedy="Finish the training with `python -m lab train --out FOLDER`, or take the bundled family.",
         )
+    import torch
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
     models: dict[MemberName, LlamaForCausalLM] = {
         member: LlamaForCausalLM.from_pretrained(folder / member, dtype=torch.float32).eval() for member in MEMBERS
     }

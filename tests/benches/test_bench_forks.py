@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lab.studies.studies import bundled_study
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from proxytune.demo.bundle import bundled
@@ -31,8 +32,9 @@ def bench(name: str) -> Any:
 @pytest.fixture(scope="module")
 def subjects() -> dict[str, Any]:
     def opened(name: Any) -> Any:
-        model = LlamaForCausalLM.from_pretrained(bundled(name), dtype=torch.float32).eval()
-        return bench("_forks.common").Subject(name, 0, model, AutoTokenizer.from_pretrained(bundled(name)))
+        place = bundled_study(name) if name == "routes" else bundled(name)
+        model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
+        return bench("_forks.common").Subject(name, 0, model, AutoTokenizer.from_pretrained(place))
 
     return {name: opened(name) for name in ("routes", "large-tuned")}
 

@@ -12,9 +12,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 import proxytune
-from proxytune.cli import calibrate as command
 from proxytune.cli import prompts as inputs
 from proxytune.cli import terminal
+from proxytune.methods.forks.calibrate import bootstrap
 from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.ops.entropy import entropy
@@ -190,11 +190,11 @@ def test_the_intervals_cover_what_other_texts_give():
     for _ in range(40):
         texts = [np.repeat(rng.gamma(2.0, 1.0, 5), 10) for _ in range(60)]  # runs of ten equal tokens
         nats = ForkThreshold.calibrated(np.concatenate(texts)).nats
-        interval, shares = command.bootstrap(texts, 0.2, nats)
+        interval, shares = bootstrap(texts, 0.2, nats)
         assert shares[0] < 0.2 < shares[1]
         covered += interval[0] <= truth <= interval[1]
     assert covered >= 34  # 38 expected
-    assert command.bootstrap(texts[:1], 0.2, 1.0) == (None, None)
+    assert bootstrap(texts[:1], 0.2, 1.0) == (None, None)
 
 
 @pytest.mark.parametrize(

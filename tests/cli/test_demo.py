@@ -12,6 +12,7 @@ from proxytune.cli import demo as command
 from proxytune.cli import terminal
 from proxytune.demo.bundle import bundled_family, bundled_record, load_family
 from proxytune.demo.evaluation import evaluate, held_out
+from proxytune.demo.measure import measure, shift_steps
 from proxytune.demo.world import build_world
 
 ROWS = ["base, 0-shot", "base, 3-shot", "expert alone", "proxy, α = 0.75", "tuned directly"]
@@ -20,7 +21,7 @@ ROWS = ["base, 0-shot", "base, 3-shot", "expert alone", "proxy, α = 0.75", "tun
 @pytest.fixture(scope="module")
 def record(family):
     terminal.quiet()
-    return command.measure(family, 0.75, 6)
+    return measure(family, 0.75, 6)
 
 
 def steered(folder, alpha):
@@ -58,7 +59,7 @@ def test_the_proxy_row_is_the_composed_model_on_held_out_problems(record, family
 def test_changed_tokens_are_those_the_base_would_not_have_chosen(family, alpha):
     model, tokenizer = steered(family, alpha)
     prompt = "Question: Who?\nAnswer:"
-    text, steps = command.shift_steps(model, tokenizer, prompt)
+    text, steps = shift_steps(model, tokenizer, prompt)
     # The reference: one position at a time, no cache, each model asked on its own.
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     chosen = []
@@ -125,7 +126,7 @@ def test_a_family_without_a_record_is_a_clear_error(run, tmp_path):
 
 @pytest.mark.smoke
 def test_the_bundled_family_shows_what_the_table_claims():
-    record = command.measure(bundled_family(), bundled_record()["alpha"], 40)
+    record = measure(bundled_family(), bundled_record()["alpha"], 40)
     base, proxy, tuned = (record["rows"][index]["scores"] for index in (0, 3, 4))
     for task in ("chain", "qa"):
         # 40 problems: the intervals are about 0.3 wide, so only a gap that is plain to see is asserted.

@@ -128,7 +128,7 @@ def streams(monkeypatch: pytest.MonkeyPatch) -> Iterator[Books]:
     """Let the CPU have streams, and check what is done on them."""
     books = Books()
     with monkeypatch.context() as patch:
-        for module in ("overlapping", "processors.proxy_tuning"):
+        for module in ("models.members.cuda_streams", "methods.steering.processor"):
             patch.setattr(f"proxytune.{module}.may_overlap", lambda device: True)
         patch.setattr(torch.cuda, "Stream", books.new)
         patch.setattr(torch.cuda, "current_stream", lambda device=None: books.current)
