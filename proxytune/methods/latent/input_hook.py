@@ -79,7 +79,7 @@ def put_hook(model: Any) -> InputHook:
         raise UnsupportedModeError.of(
             "latent steps",
             expected="one generation with latent steps at a time on a model",
-            got="a model on which another one is running, or to which a StochasticLatentLogitsProcessor is attached",
+            got="a model on which another one is running, or to which a LatentLogitsProcessor is attached",
             remedy="Wait for it, detach() the processor, or load the model twice.",
         )
     hook = InputHook(getattr(model, _NAME))

@@ -120,7 +120,7 @@ class LatentLogitsProcessor(LogitsProcessor):
                 _NAME,
                 expected="a model whose inputs are prepared by itself",
                 got="a PEFT model that learns a prompt or prefix, which prepares them in its place",
-                remedy="Pass a StochasticLatentSampler to generate(custom_generate=…).",
+                remedy="Pass a LatentDecoding to generate(custom_generate=…).",
             )
         # PEFT's generate() calls that of the model inside, and so does that of a compiled module.
         inner = getattr(model, "_orig_mod", model)
@@ -193,7 +193,7 @@ class _Processors:
                 _NAME,
                 expected="a generate() in which the model prepares its inputs, through what attach() has put on it",
                 got="no arguments for the model" if model_kwargs is None else "another method in its place",
-                remedy="Attach the processor last, or pass a StochasticLatentSampler to generate(custom_generate=…).",
+                remedy="Attach the processor last, or pass a LatentDecoding to generate(custom_generate=…).",
             )
         if generation_config.is_assistant:
             raise UnsupportedModeError.of(

@@ -87,9 +87,9 @@ class SpeculativeDecoding:
         if self.draft != "expert" and not isinstance(self.draft, Draft):
             raise InputError.of(
                 "draft",
-                expected="'expert', or a draft such as DraftModel(model), PromptLookup() or Bigrams.of(base)",
+                expected="'expert', or a draft such as ModelDraft(model), PromptLookupDraft() or BigramDraft.of(base)",
                 got=repr(self.draft) if isinstance(self.draft, str) else f"a {type(self.draft).__name__}",
-                remedy="Wrap a model: draft=DraftModel(model).",
+                remedy="Wrap a model: draft=ModelDraft(model).",
             )
         if self.costs is not None and not isinstance(self.costs, DraftCosts):
             raise InputError.of(
@@ -279,7 +279,7 @@ class SpeculativeDecoding:
                 "assistant_model",
                 expected="none beside SpeculativeDecoding, which has a draft of its own",
                 got=f"a {type(assistant_model).__name__}",
-                remedy="Pass SpeculativeDecoding(draft=DraftModel(model)).",
+                remedy="Pass SpeculativeDecoding(draft=ModelDraft(model)).",
             )
         refuse_modes("SpeculativeDecoding", model, generation_config, None)
         known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}

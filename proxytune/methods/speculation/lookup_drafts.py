@@ -127,7 +127,7 @@ class BigramDraft(_Free):
                 "following",
                 expected="[N], int64, ids below N, −1 for none",
                 got=f"shape {list(table.shape)}, {table.dtype}",
-                remedy="Make it with Bigrams.of(model.base).",
+                remedy="Make it with BigramDraft.of(model.base).",
             )
 
     @classmethod

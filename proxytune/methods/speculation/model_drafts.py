@@ -145,7 +145,7 @@ class ExpertDraft(Draft):
                 "draft='expert'",
                 expected="a composed model, made by proxytune.wrap",
                 got=f"a {type(model).__name__}, which has no expert",
-                remedy="Pass another draft, such as DraftModel(small_model) or PromptLookup().",
+                remedy="Pass another draft, such as ModelDraft(small_model) or PromptLookupDraft().",
             )
 
 

@@ -951,7 +951,7 @@ README = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding=
 
 
 def test_the_readme_s_example() -> None:
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "StochasticRecursion(" in b]
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "RecursionDecoding(" in b]
     names: dict[str, Any] = {"proxytune": proxytune, "prompt_ids": prompts(2), "torch": torch}
     exec(block, names)
     out = names["out"]
