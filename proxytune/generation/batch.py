@@ -1,4 +1,4 @@
-"""What a loop of `custom_generate` needs around its forward passes: padding, positions, last logits, the cache."""
+"""What a loop of `custom_generate` needs around its forward passes: padding, lengths, rows, the cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,8 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from proxytune.errors import InputError
-from proxytune.generation.processor_plan import ProcessorPlan
-from proxytune.models.model import ProxyTunedModel
 
-__all__ = ["cache_of", "is_synced", "last_logits", "lengths_of", "padding_of", "selected_rows", "usable_columns"]
+__all__ = ["cache_of", "is_synced", "lengths_of", "padding_of", "selected_rows"]
 
 
 def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
@@ -57,38 +55,6 @@ def is_synced(model: Any) -> bool:
     # transformers finds this out too, but hands it to no callable.
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-
-
-def last_logits(model: Any, outputs: Any) -> tuple[list[torch.Tensor], tuple[float, ...]]:
-    """The last position's raw logits of all members; a plain model is its own only one.
-
-    Args:
-        model: The model.
-        outputs: What it returned; a composed one with `combine=False`.
-
-    Returns:
-        `[B, V_i]` of each member, and their weights, the base's first.
-    """
-    composed = isinstance(model, ProxyTunedModel)
-    logits = outputs.member_logits if composed else (outputs.logits,)
-    weights = (1.0, *model.formula.weights()) if composed else (1.0,)
-    # A view of one position; of the logits of a whole prompt a copy, so that they can go.
-    return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in logits], weights
-
-
-def usable_columns(model: Any, translation: ProcessorPlan, width: int) -> int:
-    """How many columns can be drawn from: the others are absent, not masked.
-
-    Args:
-        model: The model; some member of a composed one may embed fewer ids than the base.
-        translation: The processors; a tail mask at their front cuts columns too.
-        width: How many columns there are.
-
-    Returns:
-        At most `width`.
-    """
-    embedded = model.usable_ids if isinstance(model, ProxyTunedModel) else width
-    return min(width, embedded, width if translation.usable is None else translation.usable)
 
 
 def cache_of(model_kwargs: dict[str, Any]) -> Any:

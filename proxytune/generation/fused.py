@@ -18,14 +18,10 @@ from transformers.generation.utils import ALL_CACHE_NAMES
 
 from proxytune import ops
 from proxytune.errors import InputError
-from proxytune.generation.batch import is_synced, last_logits, lengths_of, padding_of, usable_columns
-from proxytune.generation.modes import refuse_modes
-from proxytune.generation.processor_plan import ProcessorPlan, plan_processors
+from proxytune.generation.call import Call
 from proxytune.generation.recorder import OutputRecorder
 from proxytune.generation.sampler import Sampler
-from proxytune.generation.seeds import StreamIds, keys_of, seed_of
-from proxytune.models.model import ProxyTunedModel
-from proxytune.ops.noise import Noise
+from proxytune.generation.seeds import StreamIds
 from proxytune.validation import refuse_seed
 
 __all__ = ["FusedDecoding"]
@@ -114,46 +110,51 @@ class FusedDecoding:
             InputError: If `stream_ids` or `branch_ids` do not fit the batch, or there is an EOS but no padding token.
             NumericalError: If an unfinished row has no distribution, with the row and the step.
         """
-        refuse_modes("FusedDecoding", model, generation_config, assistant_model)
-        batch = input_ids.shape[0]
-        keys = keys_of(self.stream_ids, self.branch_ids, batch)
-        pads = padding_of(stopping_criteria, generation_config, input_ids.device)
-        synced = is_synced(model) if synced_gpus is None else synced_gpus
-        streamer = self._streamer(streamer, input_ids)
-        composed = isinstance(model, ProxyTunedModel)
-        if composed:
-            model_kwargs["combine"] = False
-        record = OutputRecorder(generation_config)
-        position = lengths_of(batch, input_ids.shape[1], input_ids.device, generation_config, model_kwargs)  # [B]
-        translation = plan_processors(logits_processor, bool(generation_config.do_sample))
+        call = Call.begin(
+            "FusedDecoding",
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            seed=self.seed,
+            stream_ids=self.stream_ids,
+            branch_ids=self.branch_ids,
+            streamer=streamer,
+            own_streamer=self.streamer,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+        )
+        pads, record = call.pads, OutputRecorder(generation_config)
         forward = (
             model.get_compiled_call(generation_config.compile_config)
             if model._valid_auto_compile_criteria(model_kwargs, generation_config)
             else model
         )
 
-        drawing: Sampler | None = None
-        unfinished = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
+        sampler: Sampler | None = None
+        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         finished, step = False, 0
         first = not generation_config.is_assistant
-        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=first)
+        outputs = call.prefill(first=first)
         with model._optimize_model_for_decode():
-            while model._has_unfinished_sequences(finished, synced, device=input_ids.device):
+            while model._has_unfinished_sequences(finished, call.synced, device=input_ids.device):
                 if outputs is None:
                     new = 1 if model_kwargs["use_cache"] else None
                     inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
                     outputs = forward(**inputs, return_dict=True)
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-                if synced and finished:
+                if call.synced and finished:
                     outputs = None
                     continue
-                members, weights = last_logits(model, outputs)  # [B, V_i] each
+                members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights  # [B, V_i] each
                 record.add(outputs)
                 outputs = None  # the logits of a whole prompt may hang on it
 
-                if drawing is None:  # only now are the rows' width and device known
-                    drawing = self._prepare(model, translation, members[0], position, keys)
-                found, rows = drawing(members, weights, input_ids, record)
+                if sampler is None:  # only now are the rows' width and device known
+                    sampler = Sampler(call.draw_settings(members[0], self.impl))
+                found, rows = sampler(members, weights, input_ids, record)
                 assert found.tokens is not None
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
                 bad = (tokens < 0) & unfinished
@@ -165,39 +166,15 @@ class FusedDecoding:
                 # The one place where the host waits for the device.
                 going, failed = torch.stack((unfinished.any(), bad.any())).tolist()
                 if failed:
-                    raise drawing.failure(rows, bad, step)
+                    raise sampler.failure(rows, bad, step)
                 del members, rows
-                if streamer is not None:
-                    streamer.put(tokens.cpu())
+                if call.streamer is not None:
+                    call.streamer.put(tokens.cpu())
                 finished, step = not going, step + 1
 
-        if streamer is not None:
-            streamer.end()
+        if call.streamer is not None:
+            call.streamer.end()
         if not generation_config.return_dict_in_generate:
             return input_ids
         cache = next((model_kwargs[name] for name in ALL_CACHE_NAMES if name in model_kwargs), None)
         return record.output(input_ids, cache)
-
-    def _prepare(
-        self,
-        model: Any,
-        translation: ProcessorPlan,
-        base: torch.Tensor,
-        position: torch.Tensor,
-        keys: Noise,
-    ) -> Sampler:
-        batch, width = base.shape
-        usable = usable_columns(model, translation, width)
-        # Processors were made for the device of the ids, and expect all V columns.
-        place = position.device if translation.before else base.device
-        sampling = noise = None
-        if translation.do_sample:
-            sampling = translation.sampling(batch, width if translation.before else usable, place)
-            keys = Noise.of(batch, seed=seed_of(self.seed), row=keys.row, branch=keys.branch, device=place)
-            noise = keys.at(position.to(place))
-        return Sampler(translation, sampling, noise, width=width, usable=usable, place=place, impl=self.impl)
-
-    def _streamer(self, given: BaseStreamer | None, input_ids: torch.Tensor) -> BaseStreamer | None:
-        if given is None and self.streamer is not None:
-            self.streamer.put(input_ids.cpu())  # to its own, generate() has given it
-        return self.streamer if given is None else given

@@ -7,6 +7,7 @@ reads nothing back.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -17,7 +18,7 @@ from proxytune.generation.recorder import OutputRecorder
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
 
-__all__ = ["MembersAndWeights", "Sampler", "combined", "failure", "row_on"]
+__all__ = ["DrawSettings", "MembersAndWeights", "Sampler", "combined", "failure", "row_on"]
 
 MembersAndWeights = tuple[list[torch.Tensor], Sequence[float]]
 """Members' rows, `[B, V_i]` each, on one device, and their weights."""
@@ -25,38 +26,43 @@ MembersAndWeights = tuple[list[torch.Tensor], Sequence[float]]
 _TAKEN = (torch.float32, torch.float16, torch.bfloat16)
 
 
-class Sampler:
-    """From the members' rows to tokens: processors that have to run, then one `ops.step`."""
+@dataclass(frozen=True, eq=False)
+class DrawSettings:
+    """What all draws of a generation share.
 
-    def __init__(
-        self,
-        translation: ProcessorPlan,
-        sampling: SamplingParams | None,
-        noise: Noise | None,
-        *,
-        width: int,
-        usable: int,
-        place: torch.device,
-        impl: ops.Impl,
-    ) -> None:
-        """Keep what all steps share.
+    Attributes:
+        plan: Which processors run, and which became settings.
+        sampling: The settings; None for greedy decoding.
+        noise: The keys of the noise at the next position; None with `sampling`.
+        width: The base's width V.
+        usable: How many ids may be drawn; the others are −inf to the processors, and no columns to the step.
+        place: Where the draws are made.
+        impl: As in `ops.step`.
+    """
+
+    plan: ProcessorPlan
+    sampling: SamplingParams | None
+    noise: Noise | None
+    width: int
+    usable: int
+    place: torch.device
+    impl: ops.Impl
+
+
+class Sampler:
+    """From the members' rows to tokens: processors that have to run, then one `ops.step`.
+
+    Attributes:
+        settings: What all steps share.
+    """
+
+    def __init__(self, settings: DrawSettings) -> None:
+        """Start at the position of the settings' noise.
 
         Args:
-            translation: Which processors run, and which are settings.
-            sampling: The settings; None for greedy decoding.
-            noise: The keys of the noise at the next position; None with `sampling`.
-            width: The base's width V.
-            usable: How many ids may be drawn; the others are −inf to the processors, and no columns to the step.
-            place: Where the draws are made.
-            impl: As in `ops.step`.
+            settings: What all steps share; the noise's position is advanced in place.
         """
-        self._translation = translation
-        self._sampling = sampling
-        self._noise = noise
-        self._width = width
-        self.usable = usable
-        self._place = place
-        self._impl: ops.Impl = impl
+        self.settings = settings
 
     def __call__(
         self,
@@ -83,21 +89,20 @@ class Sampler:
             What was asked for, with a token of −1 in a row that has no distribution; and the rows it was drawn from.
             These may be the forward pass's own memory: let go of them before the next.
         """
-        rows = [row_on(self._place, x) for x in members]
-        rows[0] = rows[0][:, : self.usable]  # a view: ids beyond are not masked but absent
+        s = self.settings
+        rows = [row_on(s.place, x) for x in members]
+        rows[0] = rows[0][:, : s.usable]  # a view: ids beyond are not masked but absent
         logits = scores = rows[0]
-        if self._translation.before or (record is not None and record.asked):
-            logits = combined((rows, weights), self._width, self._impl).to(input_ids.device)  # [B, V]
-            scores = self._translation.before(input_ids, logits)  # [B, V]
-        if self._translation.before:
-            rows, weights = [row_on(self._place, scores)], (1.0,)
-        found = ops.step(
-            rows, weights, sampling=self._sampling, noise=self._noise, draws=draws, want=want, impl=self._impl
-        )
-        if self._noise is not None:
-            self._noise.position.add_(1)  # in place: a captured graph would go on by itself
+        if s.plan.before or (record is not None and record.asked):
+            logits = combined((rows, weights), s.width, s.impl).to(input_ids.device)  # [B, V]
+            scores = s.plan.before(input_ids, logits)  # [B, V]
+        if s.plan.before:
+            rows, weights = [row_on(s.place, scores)], (1.0,)
+        found = ops.step(rows, weights, sampling=s.sampling, noise=s.noise, draws=draws, want=want, impl=s.impl)
+        if s.noise is not None:
+            s.noise.position.add_(1)  # in place: a captured graph would go on by itself
         if record is not None and record.scores is not None:
-            record.scores += (self._translation.warpers(input_ids, scores),)
+            record.scores += (s.plan.warpers(input_ids, scores),)
         if record is not None and record.logits is not None:
             record.logits += (logits,)
         return found, (rows, weights)
@@ -105,7 +110,7 @@ class Sampler:
     @property
     def samples(self) -> bool:
         """Whether it draws; else it takes the argmax."""
-        return self._sampling is not None
+        return self.settings.sampling is not None
 
     def draw_logprobs(self, rows: MembersAndWeights, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What given tokens had in the distribution that a step drew from.
@@ -117,8 +122,8 @@ class Sampler:
         Returns:
             As `ops.draw_logprobs`: of each, `[B, K]`, and of all others together, `[B]`.
         """
-        assert self._sampling is not None
-        return ops.draw_logprobs(*rows, sampling=self._sampling, ids=ids.to(self._place))
+        assert self.settings.sampling is not None
+        return ops.draw_logprobs(*rows, sampling=self.settings.sampling, ids=ids.to(self.settings.place))
 
     def failure(self, rows: MembersAndWeights, bad: torch.Tensor, step: int) -> NumericalError:
         """Say which row of a step had no distribution, and why. Waits for the device.
@@ -131,7 +136,9 @@ class Sampler:
         Returns:
             The error to raise.
         """
-        return failure(rows, int(bad.int().argmax()), len(bad), step, bool(self._translation.before), self._impl)
+        return failure(
+            rows, int(bad.int().argmax()), len(bad), step, bool(self.settings.plan.before), self.settings.impl
+        )
 
 
 def row_on(place: torch.device, x: torch.Tensor) -> torch.Tensor:

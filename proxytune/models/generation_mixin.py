@@ -27,7 +27,7 @@ __all__ = ["ComposedGenerationMixin", "MemberOutput", "refuse_arguments", "refus
 
 @dataclass
 class MemberOutput(CausalLMOutputWithPast):
-    """What `forward(combine=False)` returns: each member's own logits, for a loop that combines them itself.
+    """What `forward(return_member_logits=True)` returns: each member's own logits, for loops that combine them.
 
     Attributes:
         member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first.

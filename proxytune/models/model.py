@@ -30,12 +30,14 @@ from proxytune.models.loading import adapters_of, open_members
 from proxytune.models.members.composite_cache import adopt
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
-from proxytune.models.members.forward import run_members
+from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.saving import save_adapter
 from proxytune.recipe import ROLES, Recipe
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
+
+_OF_OUR_LOOPS = ("return_member_logits", "precomputed_logits", "latent_inputs")
 
 
 class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
@@ -192,12 +194,11 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             labels: `[B, N]`, −100 where there is none: adds the mean next-token loss, in nats.
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
-            **kwargs: `combine=False` for the members' own logits; `latent_inputs`, what each member takes in place of
-                the ids; `known`, logits of members that have already run over the first of these drafts (see
-                `proxytune.models.members.forward`); all else is refused, if not None or False.
+            **kwargs: What the package's own loops ask for, see `_forward_members`; all else is refused, if not None or
+                False.
 
         Returns:
-            Logits `[B, K, V]`, float32, V the base's width; the loss; the cache. With `combine=False` a `MemberOutput`.
+            Logits `[B, K, V]`, float32, V the base's width; the loss; the cache.
 
         Raises:
             InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; if the
@@ -205,15 +206,48 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             CacheError: If the cache was filled by another model.
         """
         # Not in the signature, so that generate() refuses them from a user: its own loops need combined logits.
-        combine = kwargs.pop("combine", None) is not False
-        latent = kwargs.pop("latent_inputs", None) or [None] * len(self.members)
-        known = kwargs.pop("known", None)
+        own = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
+        return self._forward_members(
+            input_ids,
+            attention_mask,
+            position_ids,
+            past_key_values,
+            use_cache in (None, True),
+            logits_to_keep,
+            labels,
+            bool(is_first_iteration),
+            **own,
+        )
+
+    def _forward_members(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+        use_cache: bool,
+        logits_to_keep: int | torch.Tensor,
+        labels: torch.Tensor | None,
+        is_first_iteration: bool,
+        *,
+        return_member_logits: bool = False,
+        precomputed_logits: Mapping[str, torch.Tensor] | None = None,
+        latent_inputs: LatentInputs | None = None,
+    ) -> CausalLMOutputWithPast:
+        """What `forward` does, and what the loops ask for beside it.
+
+        With `return_member_logits` a `MemberOutput` comes back; `precomputed_logits` are, by role, those of the first
+        of these tokens, which that member has already run over; `latent_inputs` are what each member takes in place of
+        the ids.
+        """
+        combine, known = not return_member_logits, precomputed_logits
+        latent = latent_inputs or [None] * len(self.members)
         # A cache that is given is used, as in transformers: without it, its tokens would be missing from the prefix.
         cache = past_key_values
-        if cache is None and use_cache in (None, True):
+        if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         if cache is not None:
             adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
@@ -250,7 +284,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             position_ids=position_ids,
             logits_to_keep=logits_to_keep,
             latent=latent,
-            known=known or {},
+            precomputed=known or {},
             sides=self._sides if self.overlap else None,
             thread=self._thread if self.split_threads else None,
         )  # [B, K, V_i] each

@@ -873,11 +873,11 @@ def test_wrong_settings_are_refused(model: Any) -> None:
 def test_the_flag_for_separate_members_is_not_for_generate() -> None:
     model, ids = composed(), prompts()
     for loop in ({}, {"custom_generate": FusedDecoding()}):
-        with pytest.raises(ValueError, match=r"not used by the model: \['combine'\]"):
-            run(model, ids, do_sample=False, combine=False, **loop)
+        with pytest.raises(ValueError, match=r"not used by the model: \['return_member_logits'\]"):
+            run(model, ids, do_sample=False, return_member_logits=True, **loop)
     with torch.no_grad():
-        apart, together = model(ids, combine=False), model(ids, combine=True)
-        labelled = model(ids, combine=False, labels=ids)
+        apart, together = model(ids, return_member_logits=True), model(ids, return_member_logits=False)
+        labelled = model(ids, return_member_logits=True, labels=ids)
     assert apart.logits is None
     assert [tuple(z.shape) for z in apart.member_logits] == [(3, 12, 256), (3, 12, 250), (3, 12, 250)]
     own = model.member_logits(ids)

@@ -21,7 +21,7 @@ from proxytune.methods.latent.embedding import Embedding, Inputs
 from proxytune.methods.latent.gate_state import GateState
 from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.mixture import Candidates, LatentMixture
-from proxytune.models.model import ProxyTunedModel
+from proxytune.models.ensemble import Ensemble
 from proxytune.ops import Impl
 from proxytune.ops.noise import Noise
 
@@ -40,9 +40,8 @@ def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
     Raises:
         UnsupportedModelError: As `Embedding`.
     """
-    if isinstance(model, ProxyTunedModel):
-        return [Embedding(member.model, member.role) for member in model.members]
-    return [Embedding(model)]
+    ensemble = Ensemble.of(model)
+    return [Embedding(each, role) if ensemble.composed else Embedding(each) for role, each in ensemble.models]
 
 
 class LatentSteps:
@@ -81,7 +80,7 @@ class LatentSteps:
         Raises:
             UnsupportedModelError: As `Embedding`.
         """
-        self._composed = isinstance(model, ProxyTunedModel)
+        self._composed = Ensemble.of(model).composed
         self._embeddings = embeddings_of(model)
         self.known = min((e.rows for e in self._embeddings if e.rows is not None), default=None)
         self._mixture, self._gates = mixture, gates

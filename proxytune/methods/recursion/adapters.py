@@ -20,7 +20,7 @@ import torch
 
 from proxytune.errors import InputError, UnsupportedModelError
 from proxytune.methods.recursion.transition import Transition
-from proxytune.models.model import ProxyTunedModel
+from proxytune.models.ensemble import Ensemble
 
 __all__ = ["HrmTextRecursion", "LatentRecursion", "ValueHead", "recursion_of", "register_recursion"]
 
@@ -175,7 +175,7 @@ def recursion_of(model: Any) -> LatentRecursion:
     Raises:
         UnsupportedModelError: If nothing was, or it is a composed model, whose members each have a state of their own.
     """
-    if isinstance(model, ProxyTunedModel):
+    if Ensemble.of(model).composed:
         raise UnsupportedModelError.of(
             "a model's recursion",
             expected="a model that recurs by itself",

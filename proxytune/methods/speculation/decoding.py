@@ -1,14 +1,18 @@
-"""Lossless speculation: a draft runs ahead, and one pass of the steered model decides about all of its tokens.
+"""Lossless speculation: a draft proposes tokens, one pass of the steered model verifies all of them.
 
-A round reads top to bottom in `SpeculativeDecoding.__call__`: settle what the last one left → draft → verify → what
-stands. Rows accept different numbers of tokens and go on by themselves; `RaggedCache` keeps their caches in line,
-`RaggedText` shows processors and stopping criteria the text as it would stand without speculation.
+A round is propose → verify → commit. It starts from the rows' texts, whose last tokens no cache has read yet:
+
+- *propose*: the draft runs ahead by K tokens.
+- *verify*: the target reads the last token and the K draft tokens in one pass. Draft tokens are accepted from the left;
+  after a rejection a recovered token is drawn from the residual, after a whole draft a bonus token from the target.
+- *commit*: the accepted tokens and the one after them join the texts; the caches drop what was rejected.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -16,24 +20,19 @@ from transformers.generation.streamers import BaseStreamer
 
 from proxytune import ops
 from proxytune.costs.speculation import DraftCosts
-from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.batch import is_synced, last_logits, lengths_of, padding_of, usable_columns
-from proxytune.generation.modes import refuse_modes
-from proxytune.generation.processor_plan import plan_processors
+from proxytune.generation.call import Call
 from proxytune.generation.processor_rules import refuse_stateful
-from proxytune.generation.seeds import StreamIds, keys_of, seed_of
+from proxytune.generation.seeds import StreamIds
+from proxytune.methods.speculation.checks import refuse_call, refuse_settings
 from proxytune.methods.speculation.draft_length import DraftLength
-from proxytune.methods.speculation.drafts import Draft, DraftContext
+from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter
 from proxytune.methods.speculation.model_drafts import ExpertDraft
 from proxytune.methods.speculation.output import SpeculativeOutput, SpeculativeRecorder
 from proxytune.methods.speculation.progress import RowProgress
-from proxytune.methods.speculation.ragged_cache import RaggedCache, ahead, forget, refuse_cache
-from proxytune.methods.speculation.ragged_text import RaggedText
+from proxytune.methods.speculation.ragged_cache import ahead, forget, refuse_cache
+from proxytune.methods.speculation.round import Commit, Proposal, RoundResult
 from proxytune.methods.speculation.target import TargetModel
 from proxytune.methods.speculation.verifier import Accept, DraftVerifier
-from proxytune.models.model import ProxyTunedModel
-from proxytune.ops.noise import Noise
-from proxytune.validation import refuse_seed, whole
 
 __all__ = ["SpeculativeDecoding"]
 
@@ -42,13 +41,13 @@ __all__ = ["SpeculativeDecoding"]
 class SpeculativeDecoding:
     """A loop for `model.generate(..., custom_generate=SpeculativeDecoding(seed=0))`, with nothing lost.
 
-    Greedy tokens are those of plain greedy decoding, and samples have the law of plain sampling, whatever the draft
-    proposes; a bad draft is only slow. "Those of" up to the rounding of a forward pass over several tokens, which in
-    low precision may decide between two tokens that are nearly equal, as another batch size may.
+    Greedy tokens are those of plain greedy decoding, and samples have the distribution of plain sampling, whatever the
+    draft proposes; a bad draft is only slow. (Up to the rounding of a forward pass over several tokens, which in low
+    precision may decide between two tokens that are nearly equal, as another batch size may.)
 
     By default the expert of a composed model drafts, on the composite's own cache: it has to run anyway, so a round of
-    k drafted tokens costs k passes of it, one more if all k are accepted, and one of the base and of the antiexpert.
-    Batches go on row by row.
+    k draft tokens costs k passes of it, one more if all k are accepted, and one of the base and of the antiexpert.
+    Rows accept different numbers of tokens and go on by themselves.
 
     Attributes:
         draft: "expert", or a `Draft`: `ModelDraft(model)`, `PromptLookupDraft()`, `BigramDraft.of(model.base)`.
@@ -83,31 +82,7 @@ class SpeculativeDecoding:
     streamer: BaseStreamer | None = None
 
     def __post_init__(self) -> None:
-        refuse_seed(self.seed, "SpeculativeDecoding")
-        if self.draft != "expert" and not isinstance(self.draft, Draft):
-            raise InputError.of(
-                "draft",
-                expected="'expert', or a draft such as ModelDraft(model), PromptLookupDraft() or BigramDraft.of(base)",
-                got=repr(self.draft) if isinstance(self.draft, str) else f"a {type(self.draft).__name__}",
-                remedy="Wrap a model: draft=ModelDraft(model).",
-            )
-        if self.costs is not None and not isinstance(self.costs, DraftCosts):
-            raise InputError.of(
-                "costs",
-                expected="DraftCosts, or None for the figures of proxytune.costs.devices",
-                got=f"a {type(self.costs).__name__}",
-                remedy="Pass DraftCosts(round=…, draft=…), in any unit of time.",
-            )
-        if self.draft_tokens != "auto":
-            whole("draft_tokens", self.draft_tokens, "of tokens, or 'auto'")
-        for name, value, allowed in (("accept", self.accept, Accept), ("impl", self.impl, ops.Impl)):
-            if value not in get_args(allowed):
-                raise InputError.of(
-                    name,
-                    expected=" or ".join(map(repr, get_args(allowed))),
-                    got=repr(value),
-                    remedy="Leave it out for the default.",
-                )
+        refuse_settings(self)
 
     @torch.no_grad()
     def __call__(
@@ -130,7 +105,7 @@ class SpeculativeDecoding:
             input_ids: `[B, T]`, int64, expanded by `num_return_sequences`.
             logits_processor: The processors, the user's among them. They have to take any text, as in assisted
                 decoding: drafts that will be rejected, and padding behind rows that have not come as far as others.
-            stopping_criteria: The criteria. They are asked at every token, and get no scores.
+            stopping_criteria: The criteria. They are asked once about each token that may be kept, and get no scores.
             generation_config: The settings.
             synced_gpus: Refused.
             streamer: Gets the tokens one by one; for one row.
@@ -149,154 +124,121 @@ class SpeculativeDecoding:
             CacheError: If rejected drafts cannot be taken out of the cache.
             NumericalError: If an unfinished row has no distribution, with the row and the step.
         """
-        self._refuse(model, generation_config, synced_gpus, assistant_model, model_kwargs)
-        batch, width = input_ids.shape
+        streams = streamer is not None or self.streamer is not None
+        refuse_call(self, model, input_ids, generation_config, synced_gpus, streams, assistant_model, model_kwargs)
+        call = Call.begin(
+            "SpeculativeDecoding",
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            seed=self.seed,
+            stream_ids=self.stream_ids,
+            branch_ids=self.branch_ids,
+            streamer=streamer,
+            own_streamer=self.streamer,
+        )
+        refuse_stateful(call.plan.before)
         draft = ExpertDraft() if isinstance(self.draft, str) else self.draft
-        fixed = None if isinstance(self.draft_tokens, str) else self.draft_tokens
-        length = DraftLength(draft.costs(model, batch) if self.costs is None else self.costs, fixed, batch)
-        pads = padding_of(stopping_criteria, generation_config, input_ids.device)
-        pad = 0 if pads is None else int(pads)
-        streamer = self._streamer(streamer, input_ids)
-        lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)
-        translation = plan_processors(logits_processor, bool(generation_config.do_sample))
-        refuse_stateful(translation.before)
-        keys = keys_of(self.stream_ids, self.branch_ids, batch)
-        if isinstance(model, ProxyTunedModel):
-            model_kwargs["combine"] = False
-        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        costs = draft.costs(model, len(input_ids)) if self.costs is None else self.costs
+        length = DraftLength(costs, None if isinstance(self.draft_tokens, str) else self.draft_tokens, len(input_ids))
+        outputs = call.prefill()
         cache = outputs.past_key_values
         refuse_cache(cache)
-        mask = model_kwargs.get("attention_mask")
-        given = model_kwargs.get("position_ids")
-        following = lengths if given is None else (given[:, -1] + 1).expand(batch)
-        columns = RaggedCache(following, int(cache.get_seq_length()), mask)
-        last, weights = last_logits(model, outputs)
-        members = [z[:, None] for z in last]  # [B, 1, V_i]
-        del outputs, last  # the logits of a whole prompt may hang on it
+        logits = [z[:, None] for z in call.ensemble.last_logits(outputs)]  # [B, 1, V_i]
+        del outputs  # the logits of a whole prompt may hang on it
 
-        noted = SpeculativeRecorder(generation_config, batch)
-        usable = usable_columns(model, translation, members[0].shape[2])
-        place = input_ids.device if translation.before else members[0].device
-        sampling = noise = None
-        if translation.do_sample:
-            sampling = translation.sampling(batch, members[0].shape[2] if translation.before else usable, place)
-            noise = Noise.of(batch, seed=seed_of(self.seed), row=keys.row, branch=keys.branch, device=place)
-            noise = noise.at(lengths.to(place))
-        judge = DraftVerifier(
-            translation,
-            sampling,
-            noise,
-            width=members[0].shape[2],
-            usable=usable,
-            place=place,
-            impl=self.impl,
-            accept=self.accept,
-            record=noted.wanted,
-        )
-        most = int(stopping_criteria.max_length) - width
-        texts = RaggedText(input_ids, most, pad)
-        verifying = TargetModel(model, cache)
+        settings = call.draw_settings(logits[0], self.impl)
+        recorder = SpeculativeRecorder(generation_config, len(input_ids))
+        rows = RowProgress(call, cache)
         with ahead(cache):
-            drafter = draft.begin(DraftContext(model, cache, input_ids, mask, usable))
-            rows = RowProgress(texts, stopping_criteria, most=most, fills_up=pads is not None)
-            drafted, drawn_from, new = input_ids[:, :0], None, 0
-            while True:
-                whole = drafter.role is None or not drafted.shape[1]  # a member that drafts has not read its last token
-                ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
-                reading = rows.read(ruling, drafted, last=whole)
-                # The host waits for the device here, and again below if a row came through. A draft that was rejected
-                # before its end needs no pass over its last token, which a large draft takes long for.
-                behind = drafter.finish(columns) if rows.through(reading) else None
-                if behind is not None and drafter.role is not None:
-                    members = verifying.finished(members, drafter, behind)
-                    ruling = judge.verdict(members, weights, drafted, drawn_from, texts, rows.going)
-                    reading = rows.read(ruling, drafted, before=reading)
-                del members, drawn_from
-                before = texts.counts
-                decided, accepted = rows.take(reading)
-                taken = noted.count(decided, accepted)
-                length.learn(*taken)
-                got = [after - n for after, n in zip(texts.counts, before, strict=True)]
-                noted.keep(ruling, before, got, pad)
-                if streamer is not None:
-                    for token in texts.upto(texts.counts[0])[0, width + before[0] :].cpu():
-                        streamer.put(token[None])
-                if rows.finished:
-                    break
-                if new:
-                    columns.settle(verifying.caches(drafter, new), got, rows.going)
-                count = length.choose(min(rows.room, verifying.room(columns.width), drafter.room(columns.width)))
-                noted.lengths.append(count)
-                token = texts.last()
-                if count:
-                    drafted, drawn_from = drafter.propose(
-                        count, token, texts, columns, lambda z, d: judge.draw(z, d, texts, rows.going)
-                    )
-                    drafted = rows.within(drafted)
-                else:
-                    drafted, drawn_from = token[:, :0], None
-                new = drafted.shape[1] + 1
-                if new == 1:
-                    drafter.undrafted(token, columns)
-                ids = torch.cat([token, drafted.clamp(min=0)], 1)
-                members = verifying(ids, columns, drafter)  # [B, K + 1, V_i]
-            if streamer is not None:
-                streamer.end()
-            sequences = texts.upto(rows.steps)
-            if batch == 1 and new:
-                columns.settle(verifying.caches(drafter, new), [max(got[0], 1)], [True])
-            if batch > 1:
-                forget(cache)
+            mask = call.kwargs.get("attention_mask")
+            run = _Rounds(
+                call=call,
+                rows=rows,
+                drafter=draft.begin(DraftContext(model, cache, input_ids, mask, settings.usable)),
+                length=length,
+                target=TargetModel(call.ensemble, cache),
+                verifier=DraftVerifier(settings, self.accept, recorder.wanted),
+                recorder=recorder,
+            )
+            proposal = Proposal.none(input_ids)  # the prompt's own logits give the first token
+            run.commit(run.verify(proposal, logits))
+            while not rows.finished:
+                del proposal, logits  # they take as much memory as the next ones
+                proposal = run.propose()
+                logits = run.target(proposal, rows, run.drafter)  # [B, K + 1, V_i]
+                run.commit(run.verify(proposal, logits))
+            run.close(cache)
+        sequences = rows.texts.upto(rows.steps)
         if not generation_config.return_dict_in_generate:
             return sequences
-        return noted.output(sequences, rows.steps, cache if batch == 1 else None)
+        return recorder.output(sequences, rows.steps, cache if len(input_ids) == 1 else None)
 
-    def _streamer(self, given: BaseStreamer | None, input_ids: torch.Tensor) -> BaseStreamer | None:
-        if given is None and self.streamer is not None:
-            self.streamer.put(input_ids.cpu())  # to its own, generate() has given it
-        streamer = self.streamer if given is None else given
-        if streamer is not None and input_ids.shape[0] > 1:
-            raise UnsupportedModeError.of(
-                "streamer",
-                expected="one row: several go on by themselves, and have no step in common",
-                got=f"{input_ids.shape[0]} rows",
-                remedy="Stream one prompt at a time.",
-            )
-        return streamer
 
-    def _refuse(
-        self,
-        model: Any,
-        generation_config: Any,
-        synced_gpus: bool | None,
-        assistant_model: Any,
-        model_kwargs: dict[str, Any],
-    ) -> None:
-        if assistant_model is not None and (
-            assistant_model is not getattr(model, "expert", None) or not isinstance(self.draft, str)
-        ):
-            raise InputError.of(
-                "assistant_model",
-                expected="none beside SpeculativeDecoding, which has a draft of its own",
-                got=f"a {type(assistant_model).__name__}",
-                remedy="Pass SpeculativeDecoding(draft=ModelDraft(model)).",
-            )
-        refuse_modes("SpeculativeDecoding", model, generation_config, None)
-        known = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
-        others = [name for name, value in model_kwargs.items() if name not in known and value is not None]
-        refused = {
-            "synced_gpus": is_synced(model) if synced_gpus is None else synced_gpus,
-            "output_attentions": generation_config.output_attentions,
-            "output_hidden_states": generation_config.output_hidden_states,
-            others[0] if others else "model_kwargs": bool(others),
-        }
-        for what, given in refused.items():
-            if given:
-                raise UnsupportedModeError.of(
-                    what,
-                    expected="none with SpeculativeDecoding: passes are over drafts, and rows differ in length",
-                    got="one",
-                    remedy="Leave it out, or decode without speculation.",
-                )
-        if not model_kwargs.get("use_cache"):
-            refuse_cache(None)
+@dataclass(eq=False)
+class _Rounds:
+    """The three steps of a round, and what they work on."""
+
+    call: Call
+    rows: RowProgress
+    drafter: Drafter
+    length: DraftLength
+    target: TargetModel
+    verifier: DraftVerifier
+    recorder: SpeculativeRecorder
+
+    def propose(self) -> Proposal:
+        """Draft as many tokens as is fastest, as far as every row and every context has room."""
+        rows, width = self.rows, self.rows.columns.width
+        count = self.length.choose(min(rows.room, self.target.room(width), self.drafter.room(width)))
+        self.recorder.lengths.append(count)
+        proposal = Proposal.none(self.call.input_ids)
+        if count:
+            proposal = rows.trim(self.drafter.propose(count, rows, partial(self.verifier.draw, rows=rows)))
+        if not proposal.length:
+            self.drafter.skip(rows)
+        return proposal
+
+    def verify(self, proposal: Proposal, logits: list[torch.Tensor]) -> RoundResult:
+        """Accept or reject the draft tokens, and draw the token after them. Waits for the device."""
+        weights = self.call.ensemble.weights
+        # A member that drafts has not read its own last token: until it has, the bonus token is a placeholder.
+        placeholder = self.drafter.role is not None and proposal.length > 0
+        verification = self.verifier.verify(logits, weights, proposal, self.rows)
+        result = self.rows.inspect(verification, proposal, bonus=not placeholder)
+        if self.rows.accepted_whole(result):
+            last = self.drafter.read_last(self.rows)  # only now: after a rejection nobody needs these logits
+            if placeholder and last is not None:
+                logits = self.target.with_last(logits, self.drafter, last)
+                verification = self.verifier.verify(logits, weights, proposal, self.rows)
+                result = self.rows.inspect(verification, proposal, earlier=result)
+        return result
+
+    def commit(self, result: RoundResult) -> None:
+        """Add what was accepted, and the token after it, to texts and record; bring the caches in line with them."""
+        commit = self.rows.commit(result)
+        self.recorder.add(result.verification, commit, self.rows.texts.pad)
+        self.length.learn(sum(commit.accepted), sum(commit.rejected))
+        self._stream(commit)
+        if self.target.added:  # none after the prompt, which is in the caches already
+            going = self.rows.going
+            if not self.rows.finished:
+                self.rows.columns.settle(self.target.caches(self.drafter), commit.kept, going)
+            elif len(going) == 1:  # the caller's cache: of the last round it holds what the sequence holds
+                self.rows.columns.settle(self.target.caches(self.drafter), [max(commit.kept[0], 1)], [True])
+
+    def _stream(self, commit: Commit) -> None:
+        if self.call.streamer is not None:
+            texts, start = self.rows.texts, self.rows.texts.prompts.shape[1] + commit.start[0]
+            for token in texts.upto(texts.counts[0])[0, start:].cpu():
+                self.call.streamer.put(token[None])
+
+    def close(self, cache: Any) -> None:
+        """End the stream, and empty a cache whose rows are not in line with the sequences."""
+        if self.call.streamer is not None:
+            self.call.streamer.end()
+        if len(self.rows.going) > 1:
+            forget(cache)

@@ -1,4 +1,4 @@
-"""Draft and Drafter: the protocol of a proposer."""
+"""The protocol of a draft: `Draft` is the setting, `Drafter` its state in one generation."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import torch
 from transformers.cache_utils import Cache
 
 from proxytune.costs.speculation import DraftCosts
-from proxytune.methods.speculation.ragged_cache import RaggedCache
-from proxytune.methods.speculation.ragged_text import RaggedText
+from proxytune.methods.speculation.progress import RowProgress
+from proxytune.methods.speculation.round import Proposal
 
-__all__ = ["Draft", "DraftContext", "Drafter"]
-
+__all__ = ["Draft", "DraftContext", "Drafter", "Draw"]
 
 Draw = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-
-
-"""From raw logits `[B, V_q]` and the drafts before them `[B, j]` to tokens `[B]` and the rows they were drawn from."""
+"""From raw logits `[B, V_q]` and the draft tokens before them `[B, j]` to tokens `[B]` and the rows they came from."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,8 +44,8 @@ class Drafter(ABC):
 
     Attributes:
         caches: The caches that it runs ahead on.
-        added: How many columns they hold beyond what is settled.
-        role: The role of the member that it is; None for none.
+        added: How many columns they hold beyond what is committed.
+        role: The role of the member that it is; None for a draft from outside the model.
     """
 
     caches: tuple[Cache, ...] = ()
@@ -56,65 +53,41 @@ class Drafter(ABC):
     role: str | None = None
 
     def room(self, width: int) -> int:
-        """How many tokens it can draft, as far as its own context goes.
-
-        Args:
-            width: How many columns the caches have.
-
-        Returns:
-            At least 0.
-        """
+        """How many tokens it can draft within its context, after `width` columns; at least 0."""
         return 1 << 30
 
     @abstractmethod
-    def propose(
-        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def propose(self, count: int, rows: RowProgress, draw: Draw) -> Proposal:
         """Draft a continuation of each row.
 
         Args:
             count: At most how many tokens, at least 1.
-            last: `[B, 1]`, int64: the last token of each row, which no cache holds yet.
-            texts: The texts.
-            columns: What the caches hold.
-            draw: Draws from a model's logits as the verification will.
+            rows: The texts, whose last token no cache holds yet, and the caches' columns.
+            draw: Draws from a model's logits as the target will.
 
         Returns:
-            `[B, K]`, int64, K ≤ `count`, −1 from where a row has no draft; and the rows that they were drawn from,
-            `[B · K, V_q]`, None if they were not drawn.
+            K ≤ `count` tokens for each row, or fewer.
         """
 
-    def known(self) -> torch.Tensor | None:
-        """What the member that it is has already said about the first tokens of the verifying pass.
+    def precomputed(self) -> torch.Tensor | None:
+        """The member's logits `[B, K, V_i]` over the first tokens of the target's pass; None if it ran over none."""
+        return None
+
+    def read_last(self, rows: RowProgress) -> torch.Tensor | None:
+        """Run over the last draft token too, which is of use only once some row has accepted its whole draft.
 
         Returns:
-            `[B, K, V_i]`; None if it is none, or has drafted nothing.
+            `[B, 1, V_q]`: the logits behind it; None for a draft without a model.
         """
         return None
 
-    def finish(self, columns: RaggedCache) -> torch.Tensor | None:
-        """Run over the last draft too, since some row's has been accepted: only then is there a use for it.
-
-        Args:
-            columns: What the caches hold.
-
-        Returns:
-            `[B, 1, V_q]`: what it says about the token behind it; None for a draft without a model.
-        """
-        return None
-
-    def undrafted(self, last: torch.Tensor, columns: RaggedCache) -> None:
-        """See a round without a draft go by: caches of its own have to take in the last token all the same.
-
-        Args:
-            last: `[B, 1]`, int64.
-            columns: What the caches hold.
-        """
+    def skip(self, rows: RowProgress) -> None:
+        """Let a round without a draft go by: caches of its own have to take in the last token all the same."""
         self.added = 1
 
 
 class Draft(ABC):
-    """A source of drafted tokens, for any number of generations."""
+    """A source of draft tokens, for any number of generations."""
 
     @abstractmethod
     def begin(self, start: DraftContext) -> Drafter:
@@ -123,23 +96,17 @@ class Draft(ABC):
         Args:
             start: What it begins with.
 
-        Returns:
-            The state.
-
         Raises:
             InputError: If the model is not one that it can draft for.
         """
 
     @abstractmethod
     def costs(self, model: Any, rows: int) -> DraftCosts:
-        """What a round takes, by the figures of `proxytune.costs.devices`.
+        """What a round takes, in seconds, by the figures of `proxytune.costs.devices`.
 
         Args:
             model: The model.
             rows: B.
-
-        Returns:
-            The costs, in seconds.
 
         Raises:
             InputError: If the model is not one that it can draft for.

@@ -1,6 +1,6 @@
-"""Drafts without a model of their own: what followed the same words before, and a table of bigrams.
+"""Drafts without a model: what followed the same words before, and a table of bigrams.
 
-They are certain of what they propose, so a token is accepted with the probability that the verifying model gives it.
+They are certain of what they propose, so a token is accepted with the probability that the target gives it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError
 from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter, Draw
 from proxytune.methods.speculation.model_drafts import costs_of_round
-from proxytune.methods.speculation.ragged_cache import RaggedCache
-from proxytune.methods.speculation.ragged_text import RaggedText
+from proxytune.methods.speculation.progress import RowProgress
+from proxytune.methods.speculation.round import Proposal
 from proxytune.models.members.member import embedding_rows
 from proxytune.validation import whole
 
@@ -80,9 +80,8 @@ class _Lookup(Drafter):
         self._settings = settings
         self._padded = padded  # [B]: where each row's text begins
 
-    def propose(
-        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def propose(self, count: int, rows: RowProgress, draw: Draw) -> Proposal:
+        texts = rows.texts
         ids = texts.upto(max(texts.counts))  # [B, T]
         end = texts.prompts.shape[1] + texts.lengths[:, None]  # [B, 1]
         found = torch.full_like(end, -1)  # where what followed begins
@@ -101,7 +100,7 @@ class _Lookup(Drafter):
         column = (found + torch.arange(count, device=ids.device) % period).clamp(min=0)
         drafted = torch.where(found >= 0, ids.gather(1, column), -1)
         # Waits for this lookup, and saves a pass over drafts that no row has.
-        return (drafted if bool((found >= 0).any()) else drafted[:, :0]), None
+        return Proposal(drafted if bool((found >= 0).any()) else drafted[:, :0])
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,12 +172,10 @@ class _Table(Drafter):
     def __init__(self, following: torch.Tensor) -> None:
         self._following = following
 
-    def propose(
-        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        token, drafted = last, []
+    def propose(self, count: int, rows: RowProgress, draw: Draw) -> Proposal:
+        token, drafted = rows.texts.last(), []
         for _ in range(count):
             known = (token >= 0) & (token < len(self._following))
             token = torch.where(known, self._following[token.clamp(0, len(self._following) - 1)], -1)
             drafted.append(token)
-        return torch.cat(drafted, 1), None
+        return Proposal(torch.cat(drafted, 1))

@@ -1,8 +1,4 @@
-"""Where drafted tokens come from: the composed model's own expert, another model, the prompt, or bigrams of a model.
-
-A draft only proposes; what is accepted is decided by the model's own distribution, so none of them can change what
-comes out, but only how fast. `Draft` is the setting, `Drafter` its state in one generation.
-"""
+"""Drafts by a model: the composed model's own expert, or any other causal LM."""
 
 from __future__ import annotations
 
@@ -18,17 +14,17 @@ from proxytune.costs.model_size import pass_work
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError
 from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter, Draw
-from proxytune.methods.speculation.ragged_cache import RaggedCache, record
-from proxytune.methods.speculation.ragged_text import RaggedText
-from proxytune.models.members.composite_cache import view
+from proxytune.methods.speculation.progress import RowProgress
+from proxytune.methods.speculation.ragged_cache import record
+from proxytune.methods.speculation.round import Proposal
+from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.member import Member, check_ids, positions_of
-from proxytune.models.model import ProxyTunedModel
 
 __all__ = ["ExpertDraft", "ModelDraft"]
 
 
 def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None) -> DraftCosts:
-    """What a round takes, by the figures of `proxytune.costs.devices`.
+    """What a round takes, in seconds, by the figures of `proxytune.costs.devices`.
 
     Args:
         model: The composed model, or a plain causal LM.
@@ -36,45 +32,41 @@ def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None
         rows: B.
         role: The role in which it drafts, on the composite cache; None for a cache of its own, or none. The same model
             may have two roles.
-
-    Returns:
-        The costs, in seconds.
     """
-    members = [(m.role, m.model) for m in model.members] if isinstance(model, ProxyTunedModel) else [("base", model)]
+    members = Ensemble.of(model).models
     verifying = [pass_work(one) for name, one in members if name != role]
     drafting = None if draft is None else pass_work(draft)
     return draft_costs(machine_of(members[0][1].device.type), verifying, drafting, rows, member=role is not None)
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
+"""From ids `[B, 1]`, mask and positions to logits `[B, 1, V_q]`, on a cache that it extends."""
 
 
 class _ModelDrafter(Drafter):
-    """What drafts with a model: one pass per token, each on the one before."""
+    """Drafts with a model: one pass per token, each on the one before."""
 
     def __init__(self, forward: Forward, usable: int) -> None:
         self._forward = forward
         self._usable = usable
         self._last = torch.empty(0)
 
-    def propose(
-        self, count: int, last: torch.Tensor, texts: RaggedText, columns: RaggedCache, draw: Draw
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        drafted = last[:, :0]
-        token, rows = last, []
+    def propose(self, count: int, rows: RowProgress, draw: Draw) -> Proposal:
+        token, drawn_from = rows.texts.last(), []
+        drafted = token[:, :0]
         for ahead in range(count):
-            logits = self._forward(token, columns.mask(ahead + 1), columns.positions(1, ahead))  # [B, 1, V_q]
+            logits = self._forward(token, rows.columns.mask(ahead + 1), rows.columns.positions(1, ahead))
             self._keep(logits)
-            tokens, drawn_from = draw(logits[:, -1, : self._usable], drafted)
-            rows.append(drawn_from)
+            tokens, row = draw(logits[:, -1, : self._usable], drafted)
+            drawn_from.append(row)
             token = tokens.clamp(min=0)[:, None]  # where there was nothing to draw from, nothing will be accepted
             drafted = torch.cat([drafted, tokens[:, None]], 1)
         self._last, self.added = token, count
-        return drafted, torch.stack(rows, 1).flatten(0, 1)
+        return Proposal(drafted, torch.stack(drawn_from, 1).flatten(0, 1))
 
-    def finish(self, columns: RaggedCache) -> torch.Tensor | None:
+    def read_last(self, rows: RowProgress) -> torch.Tensor | None:
         ahead, self.added = self.added, self.added + 1
-        return self._forward(self._last, columns.mask(ahead + 1), columns.positions(1, ahead))
+        return self._forward(self._last, rows.columns.mask(ahead + 1), rows.columns.positions(1, ahead))
 
     def _keep(self, logits: torch.Tensor) -> None:
         pass
@@ -85,27 +77,28 @@ class _OwnExpert(_ModelDrafter):
 
     def __init__(self, start: DraftContext) -> None:
         self.role = "expert"
-        place = [member.role for member in start.model.members].index(self.role)
-        member, part = start.model.members[place], view(start.cache, *start.model.config.spans[place])
+        ensemble = Ensemble.of(start.model)
+        (member,) = [each for each in ensemble.members if each.role == self.role]
+        part = dict(ensemble.views(start.cache))[self.role]
 
         def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
             return member.forward(ids, attention_mask=mask, position_ids=positions, cache=part)
 
         super().__init__(forward, start.usable)
         self.caches = (part,)
-        self._said: list[torch.Tensor] = []
+        self._logits: list[torch.Tensor] = []
 
     def _keep(self, logits: torch.Tensor) -> None:
-        self._said.append(logits)
+        self._logits.append(logits)
 
-    def known(self) -> torch.Tensor | None:
-        said, self._said = self._said, []
-        return torch.cat(said, 1) if said else None
+    def precomputed(self) -> torch.Tensor | None:
+        kept, self._logits = self._logits, []
+        return torch.cat(kept, 1) if kept else None
 
 
 @dataclass(frozen=True)
 class ExpertDraft(Draft):
-    """The composed model's own expert drafts: it has to run anyway, and hands its logits to the verification."""
+    """The composed model's own expert drafts: it has to run anyway, and hands its logits to the target's pass."""
 
     def begin(self, start: DraftContext) -> Drafter:
         """Begin a generation.
@@ -140,7 +133,7 @@ class ExpertDraft(Draft):
 
     @staticmethod
     def _refuse(model: Any) -> None:
-        if not isinstance(model, ProxyTunedModel):
+        if not Ensemble.of(model).composed:
             raise InputError.of(
                 "draft='expert'",
                 expected="a composed model, made by proxytune.wrap",
@@ -185,10 +178,10 @@ class _OtherModel(_ModelDrafter):
             self.caches = ()  # it cannot even read on: from here the model goes on without a draft
         return max(0, left) if self.caches else 0
 
-    def undrafted(self, last: torch.Tensor, columns: RaggedCache) -> None:
-        super().undrafted(last, columns)
+    def skip(self, rows: RowProgress) -> None:
+        super().skip(rows)
         if self.caches:
-            self._forward(last, columns.mask(1), columns.positions(1))
+            self._forward(rows.texts.last(), rows.columns.mask(1), rows.columns.positions(1))
 
 
 class ModelDraft(Draft):

@@ -10,7 +10,7 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from proxytune.costs.speculation import acceptance_of
-from proxytune.methods.speculation.verifier import Verification
+from proxytune.methods.speculation.round import Commit, Verification
 
 __all__ = ["SpeculativeOutput", "SpeculativeRecorder"]
 
@@ -20,10 +20,11 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """The output of transformers' own loop, and what it took to get there.
 
     Attributes:
-        rounds: Forward passes of the verifying members, the prompt's among them.
-        drafted: `[B]`, int64: drafted tokens of each row.
+        rounds: Forward passes of the target, the prompt's among them.
+        drafted: `[B]`, int64: draft tokens of each row.
         accepted: `[B]`, int64: how many of them were accepted.
-        rejected: `[B]`, int64: rounds that ended in a rejection. What stood behind a rejected token was not decided on.
+        rejected: `[B]`, int64: rounds that ended in a rejection. Tokens after a rejection were never tested, so
+            accepted/drafted underestimates acceptance.
         draft_lengths: The draft length of each round after the prompt's.
     """
 
@@ -35,14 +36,19 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 
     @property
     def acceptance(self) -> float:
-        """The share of accepted tokens among those that were decided upon; NaN if none was drafted."""
+        """The share of accepted draft tokens among those that were tested; NaN if none was."""
         if self.accepted is None or self.rejected is None:
             return math.nan
         return acceptance_of(int(self.accepted.sum()), int(self.rejected.sum()))
 
 
 class SpeculativeRecorder:
-    """What a generation is asked to report, gathered row by row."""
+    """What a generation is asked to report, gathered row by row.
+
+    Attributes:
+        wanted: Whether scores and logits are.
+        lengths: The draft length of each round.
+    """
 
     def __init__(self, generation_config: Any, rows: int) -> None:
         """Begin with nothing.
@@ -53,41 +59,26 @@ class SpeculativeRecorder:
         """
         asked = bool(generation_config.return_dict_in_generate)
         self.wanted = (asked and bool(generation_config.output_scores), asked and bool(generation_config.output_logits))
-        self.rounds = 0
         self.lengths: list[int] = []
+        self._rounds = 0
         self._counts = {name: [0] * rows for name in ("drafted", "accepted", "rejected")}
         self._kept: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
 
-    def count(self, drafted: list[int], accepted: list[int]) -> tuple[int, int]:
-        """Take in what became of a round's drafts.
+    def add(self, verification: Verification, commit: Commit, pad: int) -> None:
+        """Count what became of a round's drafts, and keep the scores and logits of the tokens that it added.
 
         Args:
-            drafted: How many tokens each row had drafted; 0 for one that does not count.
-            accepted: How many of them were accepted.
-
-        Returns:
-            How many were accepted, and how many rows rejected one.
-        """
-        self.rounds += 1
-        rejected = [int(a < d) for a, d in zip(accepted, drafted, strict=True)]
-        taken = [min(a, d) for a, d in zip(accepted, drafted, strict=True)]
-        for name, values in (("drafted", drafted), ("accepted", taken), ("rejected", rejected)):
-            self._counts[name] = [x + y for x, y in zip(self._counts[name], values, strict=True)]
-        return sum(taken), sum(rejected)
-
-    def keep(self, ruling: Verification, before: list[int], got: list[int], pad: int) -> None:
-        """Keep the scores and logits of the tokens that stand, if they were asked for.
-
-        Args:
-            ruling: The round's.
-            before: How many tokens each row had.
-            got: How many it has got.
+            verification: The round's.
+            commit: What it added.
             pad: What follows a row's end, and is certain there.
         """
-        for kept, found in zip(self._kept, (ruling.scores, ruling.logits), strict=True):
+        self._rounds += 1
+        for name, counts in self._counts.items():
+            self._counts[name] = [x + y for x, y in zip(counts, getattr(commit, name), strict=True)]
+        for kept, found in zip(self._kept, (verification.scores, verification.logits), strict=True):
             if found is None:
                 continue
-            for row, (start, new) in enumerate(zip(before, got, strict=True)):
+            for row, (start, new) in enumerate(zip(commit.start, commit.kept, strict=True)):
                 while len(kept) < start + new:
                     kept.append(torch.full_like(found[:, 0], -torch.inf))
                     kept[-1][:, pad] = 0.0
@@ -114,7 +105,7 @@ class SpeculativeRecorder:
             scores=scores,
             logits=logits,
             past_key_values=cache,
-            rounds=self.rounds,
+            rounds=self._rounds,
             draft_lengths=self.lengths,
             **{name: torch.tensor(counts, device=device) for name, counts in self._counts.items()},
         )

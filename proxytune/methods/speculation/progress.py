@@ -1,175 +1,142 @@
-"""Which rows of a speculative generation go on: what of a round's tokens stands, and where a text ends in a draft."""
+"""The state of every row: its text, its columns in the caches, and whether it goes on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from transformers import StoppingCriteriaList
+from transformers.cache_utils import Cache
 
+from proxytune.generation.call import Call
+from proxytune.methods.speculation.ragged_cache import RaggedCache
 from proxytune.methods.speculation.ragged_text import RaggedText
-from proxytune.methods.speculation.verifier import Verification
+from proxytune.methods.speculation.round import Commit, Proposal, RoundResult, Verification
 
-__all__ = ["RoundResult", "RowProgress"]
-
-
-@dataclass(frozen=True, eq=False)
-class RoundResult:
-    """What the host sees of a round.
-
-    Attributes:
-        ruling: What was decided.
-        written: The texts with its tokens behind them.
-        rows: Of each row: how many drafts were accepted, how many there were, whether there was no distribution to draw
-            the next token from, and for each new token whether the text ends there.
-        ends: The latter on the device, `[B, K + 1]`, bool.
-    """
-
-    ruling: Verification
-    written: RaggedText
-    rows: list[list[int]]
-    ends: torch.Tensor
+__all__ = ["RowProgress"]
 
 
 class RowProgress:
     """How far each row has come.
 
     Attributes:
+        texts: The texts.
+        columns: The columns that all caches have in common.
         going: Which rows go on.
     """
 
-    def __init__(self, texts: RaggedText, criteria: StoppingCriteriaList, *, most: int, fills_up: bool) -> None:
-        """Begin with rows that all go on.
+    def __init__(self, call: Call, cache: Cache) -> None:
+        """Start behind the prompts.
 
         Args:
-            texts: The texts.
-            criteria: The stopping criteria, asked at every token.
-            most: How many tokens a row may get.
-            fills_up: Whether rows that have ended are filled up with padding; otherwise they go on, as in transformers'
-                loop, until all have ended.
+            call: The call, after its prefill.
+            cache: The cache, which holds the prompts.
         """
-        self._texts = texts
-        self._criteria = criteria
-        self._most = most
-        self._fills_up = fills_up
-        self._ends: list[int | None] = [None] * len(texts.counts)
-        self.going = [True] * len(texts.counts)
+        rows, positions = len(call.input_ids), call.kwargs.get("position_ids")
+        following = call.lengths if positions is None else (positions[:, -1] + 1).expand(rows)
+        self.texts = RaggedText(call.input_ids, call.most_new, 0 if call.pads is None else int(call.pads))
+        self.columns = RaggedCache(following, int(cache.get_seq_length()), call.kwargs.get("attention_mask"))
+        self.going = [True] * rows
+        self._criteria = call.criteria
+        self._most = call.most_new
+        # Without a padding token rows that have ended go on until all have, as in transformers' own loop.
+        self._pads = call.pads is not None
+        self._ends: list[int | None] = [None] * rows
 
     @property
     def finished(self) -> bool:
-        """Whether the generation is."""
+        """Whether all rows have ended."""
         ends = [end for end in self._ends if end is not None]
-        return len(ends) == len(self._ends) and min(self._texts.counts) >= (0 if self._fills_up else max(ends))
+        return len(ends) == len(self._ends) and min(self.texts.counts) >= (0 if self._pads else max(ends))
 
     @property
     def steps(self) -> int:
-        """How many tokens the generation has, once it is finished."""
+        """How many tokens the longest row has, once all have ended."""
         return max(end or 0 for end in self._ends)
 
     @property
     def room(self) -> int:
-        """How many tokens can be drafted in the row that has most room: each round brings one more by itself."""
-        left = (self._most - n for n, on in zip(self._texts.counts, self.going, strict=True) if on)
+        """How many tokens can be drafted in the row that has most room; a round adds one more by itself."""
+        left = (self._most - n for n, on in zip(self.texts.counts, self.going, strict=True) if on)
         return max(left, default=1) - 1
 
-    def within(self, drafted: torch.Tensor) -> torch.Tensor:
-        """Leave of each row's draft what it has room for, so that no row's draft depends on the others' room.
+    def trim(self, proposal: Proposal) -> Proposal:
+        """Cut each row's draft to the room it has left, so that it does not depend on the other rows' room."""
+        tokens = proposal.tokens
+        fits = torch.arange(proposal.length, device=tokens.device) < self._most - 1 - self.texts.lengths[:, None]
+        there = ((tokens >= 0) & fits).long().cumprod(1).bool()
+        return Proposal(tokens.masked_fill(~there, -1), proposal.drawn_from)
 
-        Args:
-            drafted: `[B, K]`, int64; below 0 for none.
-
-        Returns:
-            The same, −1 from where there is none.
-        """
-        column = torch.arange(drafted.shape[1], device=drafted.device)
-        fits = column < self._most - 1 - self._texts.lengths[:, None]
-        there = ((drafted >= 0) & fits).long().cumprod(1).bool()
-        return drafted.masked_fill(~there, -1)
-
-    def read(
-        self, ruling: Verification, drafted: torch.Tensor, *, last: bool = True, before: RoundResult | None = None
+    def inspect(
+        self, verification: Verification, proposal: Proposal, *, bonus: bool = True, earlier: RoundResult | None = None
     ) -> RoundResult:
-        """Let the host see what was decided, and where texts end by it. Waits for the device.
+        """Ask the stopping criteria about the new tokens, and read the verification. Waits for the device.
 
         Args:
-            ruling: What was decided.
-            drafted: `[B, K]`, int64, −1 from where a row has no draft.
-            last: Whether the token behind a whole draft is one, and not drawn from a stand-in: of that the criteria
-                must not hear.
-            before: What was read without it, so that they are not asked twice; None for nothing.
-
-        Returns:
-            What it sees.
+            verification: The verification.
+            proposal: What was verified.
+            bonus: Whether the bonus token is real. If it came from a placeholder, the criteria must not see it.
+            earlier: The same round without its bonus token, so that no token is asked about twice.
         """
-        written = self._texts.written(ruling.tokens)
-        most = drafted.shape[1]
-        ends = self._asked(written, range(0 if before is None else most, most + last), most + 1)  # [B, K + 1]
-        if before is not None:
-            ends = ends | before.ends
-        failed = ruling.tokens.gather(1, ruling.accepted[:, None]) < 0
-        parts = (ruling.accepted[:, None], (drafted >= 0).sum(1, keepdim=True), failed.long(), ends.long())
-        return RoundResult(ruling, written, torch.cat(parts, 1).tolist(), ends)
+        length = proposal.length
+        ends = self._ends_at(verification.tokens, range(0 if earlier is None else length, length + bonus))
+        accepted, drafted = verification.accepted[:, None], (proposal.tokens >= 0).sum(1, keepdim=True)
+        failed = verification.tokens.gather(1, accepted) < 0
+        rows = torch.cat((accepted, drafted, failed.long(), ends.long()), 1).tolist()
+        found = [[bool(end) for end in row[3:]] for row in rows]
+        if earlier is not None:
+            found = [[a or b for a, b in zip(*both, strict=True)] for both in zip(found, earlier.ends, strict=True)]
+        return RoundResult(
+            verification, [row[0] for row in rows], [row[1] for row in rows], [bool(row[2]) for row in rows], found
+        )
 
-    def through(self, reading: RoundResult) -> bool:
-        """Whether some row gets a token behind a draft of full length, all of which was accepted.
+    def accepted_whole(self, result: RoundResult) -> bool:
+        """Whether some row goes on behind a draft of full length, and so gets a bonus token."""
+        length = len(result.ends[0]) - 1
+        return any(
+            on and accepted == length > 0 and not (self._pads and any(ends[:length]))
+            for accepted, ends, on in zip(result.accepted, result.ends, self.going, strict=True)
+        )
 
-        Args:
-            reading: What the host sees.
-
-        Returns:
-            Whether.
-        """
-        for (accepted, _, _, *stops), on in zip(reading.rows, self.going, strict=True):
-            last = len(stops) - 1  # K
-            if on and accepted == last > 0 and not (self._fills_up and any(stops[:last])):
-                return True
-        return False
-
-    def take(self, reading: RoundResult) -> tuple[list[int], list[int]]:
-        """Take over what stands.
-
-        Args:
-            reading: What the host sees.
-
-        Returns:
-            How many tokens each row had drafted, 0 for one that does not go on; and how many of them were accepted.
+    def commit(self, result: RoundResult) -> Commit:
+        """Add each row's accepted tokens and the one after them to its text, up to where it ends.
 
         Raises:
             NumericalError: If a row that goes on has no distribution.
         """
-        ruling, written, rows = reading.ruling, reading.written, reading.rows
-        before, counts = self._texts.counts, list(self._texts.counts)
-        for row, (accepted, _, bad, *stops) in enumerate(rows):
+        start, counts, was = self.texts.counts, list(self.texts.counts), self.going
+        for row, accepted in enumerate(result.accepted):
             if not self.going[row]:
                 continue
-            stop = next((i for i, done in enumerate(stops[: accepted + (not bad)]) if done), None)
-            if stop is None and bad and self._ends[row] is None:
-                raise ruling.failure(row, before[row] + accepted)
-            goes_on = stop is None or not self._fills_up
-            counts[row] = before[row] + (accepted + 1 if goes_on and not bad else (stop or 0) + 1)
-            if stop is not None and self._ends[row] is None:
-                self._ends[row] = before[row] + stop + 1
-        if not self._fills_up and None not in self._ends:  # no row has to go on beyond the last end
+            new = accepted + (not result.failed[row])
+            end = next((i for i, done in enumerate(result.ends[row][:new]) if done), None)
+            ended_before = self._ends[row] is not None
+            if result.failed[row] and end is None and not ended_before:
+                raise result.verification.failure(row, accepted, start[row] + accepted)
+            stops_here = end is not None and self._pads
+            # A row that only waits for the others, and has no distribution, still gets a token: it is cut off.
+            counts[row] = start[row] + ((end or 0) + 1 if stops_here or result.failed[row] else new)
+            if end is not None and not ended_before:
+                self._ends[row] = start[row] + end + 1
+        if not self._pads and None not in self._ends:  # no row has to go on beyond the last end
             counts = [min(n, self.steps) for n in counts]
-        was = self.going
-        self._texts.accept(written, counts)
-        if self._fills_up:
-            self.going = [end is None for end in self._ends]
-        else:
-            self.going = [n < self._most for n in counts]
-        return (
-            [row[1] if on else 0 for row, on in zip(rows, was, strict=True)],
-            [row[0] if on else 0 for row, on in zip(rows, was, strict=True)],
+        self.texts.accept(result.verification.tokens, counts)
+        self.going = [end is None for end in self._ends] if self._pads else [n < self._most for n in counts]
+        drafted = [n if on else 0 for n, on in zip(result.drafted, was, strict=True)]
+        taken = [min(n, d) for n, d in zip(result.accepted, drafted, strict=True)]
+        return Commit(
+            start=start,
+            kept=[after - before for after, before in zip(counts, start, strict=True)],
+            drafted=drafted,
+            accepted=taken,
+            rejected=[int(a < d) for a, d in zip(taken, drafted, strict=True)],
         )
 
-    def _asked(self, written: RaggedText, which: range, columns: int) -> torch.Tensor:
-        """Whether each row ends at each of its new tokens, `[B, columns]`, bool; False for those that are not asked."""
-        texts = self._texts
-        ends = torch.zeros((len(texts.counts), columns), dtype=torch.bool, device=texts.lengths.device)
-        for step in texts.steps(which, self.going):
+    def _ends_at(self, tokens: torch.Tensor, asked: range) -> torch.Tensor:
+        """Whether each row ends at each of its new tokens `[B, N]`; False for those that are not asked about."""
+        columns, written = tokens.shape[1], self.texts.written(tokens)
+        ends = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
+        for step in self.texts.steps(asked, self.going):
             if step < self._most:
-                column, there = texts.column(step, columns)
-                there = there & (column >= which.start) & (column < which.stop)
+                column, there = self.texts.column(step, columns)
+                there = there & (column >= asked.start) & (column < asked.stop)
                 done = self._criteria(written.upto(step + 1), None) & there
                 ends.scatter_(1, column[:, None], done[:, None] | ends.gather(1, column[:, None]))
         return ends

@@ -21,6 +21,7 @@ class RaggedText:
         prompts: `[B, T]`, int64, padded at the left.
         counts: How many tokens each row has got.
         lengths: `[B]`, int64: the same on the device.
+        pad: What stands behind a row's end.
     """
 
     def __init__(self, prompts: torch.Tensor, most: int, pad: int) -> None:
@@ -34,7 +35,7 @@ class RaggedText:
         self.prompts = prompts
         self.counts = [0] * prompts.shape[0]
         self.lengths = torch.zeros(prompts.shape[0], dtype=torch.int64, device=prompts.device)
-        self._pad = pad
+        self.pad = pad
         self._most = most
         self._tokens = prompts.new_full((prompts.shape[0], most), pad)  # [B, most]
 
@@ -73,24 +74,25 @@ class RaggedText:
         """
         out = RaggedText.__new__(RaggedText)
         out.prompts, out.counts, out.lengths = self.prompts, self.counts, self.lengths
-        out._pad, out._most = self._pad, self._most
+        out.pad, out._most = self.pad, self._most
         column = self.lengths[:, None] + torch.arange(new.shape[1], device=new.device)
-        wide = torch.nn.functional.pad(self._tokens, (0, new.shape[1]), value=self._pad)
-        wide = wide.scatter(1, column, new.where(new >= 0, self._pad))
+        wide = torch.nn.functional.pad(self._tokens, (0, new.shape[1]), value=self.pad)
+        wide = wide.scatter(1, column, new.where(new >= 0, self.pad))
         out._tokens = wide[:, : self._most]
         return out
 
-    def accept(self, written: RaggedText, counts: list[int]) -> None:
-        """Take over what is behind the texts, of each row its own number of tokens.
+    def accept(self, new: torch.Tensor, counts: list[int]) -> None:
+        """Take over what follows the texts, of each row its own number of tokens.
 
         Args:
-            written: These texts with something behind them.
+            new: `[B, N]`, int64, behind each row's text.
             counts: How many tokens each row has from now on.
         """
+        tokens = self.written(new)._tokens
         self.counts = counts
         self.lengths = torch.tensor(counts, device=self.prompts.device)
-        beyond = torch.arange(self._most, device=self._tokens.device) >= self.lengths[:, None]
-        self._tokens = written._tokens.masked_fill(beyond, self._pad)
+        beyond = torch.arange(self._most, device=tokens.device) >= self.lengths[:, None]
+        self._tokens = tokens.masked_fill(beyond, self.pad)
 
     def last(self) -> torch.Tensor:
         """The last generated token of each row.

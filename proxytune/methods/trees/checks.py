@@ -11,7 +11,7 @@ from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.batch import cache_of
 from proxytune.methods.forks.threshold import ForkThreshold
-from proxytune.models.model import ProxyTunedModel
+from proxytune.models.ensemble import Ensemble
 from proxytune.ops import Impl
 from proxytune.validation import refuse_seed
 
@@ -95,9 +95,10 @@ def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> Non
         InputError: If it was.
     """
     calibrated = threshold.alpha if isinstance(threshold, ForkThreshold) else None
-    if isinstance(model, ProxyTunedModel) and calibrated not in (None, model.alpha):
+    alpha = Ensemble.of(model).alpha
+    if None not in (alpha, calibrated) and calibrated != alpha:
         raise InputError.of(
-            "threshold", expected=f"one calibrated at α = {model.alpha}", got=f"at α = {calibrated}", remedy=_CALIBRATE
+            "threshold", expected=f"one calibrated at α = {alpha}", got=f"at α = {calibrated}", remedy=_CALIBRATE
         )
 
 

@@ -20,19 +20,16 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria, MaxTime
 from proxytune import ops
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
-from proxytune.generation.batch import last_logits, lengths_of, selected_rows, usable_columns
-from proxytune.generation.modes import refuse_modes
-from proxytune.generation.processor_plan import ProcessorPlan, plan_processors
+from proxytune.generation.batch import selected_rows
+from proxytune.generation.call import Call
 from proxytune.generation.processor_rules import bind_to_prompts
 from proxytune.generation.prompt_rows import rows_of_prompts
 from proxytune.generation.sampler import MembersAndWeights, Sampler
-from proxytune.generation.seeds import seed_of, streams_of
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.methods.trees.checks import Where, refuse_extras, refuse_threshold
 from proxytune.methods.trees.frontier import Frontier, RowDraws
 from proxytune.methods.trees.output import TreeOutput, leaves_of
 from proxytune.methods.trees.tree import Branch
-from proxytune.models.model import ProxyTunedModel
 from proxytune.ops.noise import DECISIONS, Noise
 
 __all__ = ["TreeLoop"]
@@ -105,34 +102,39 @@ class TreeLoop(ABC):
             NumericalError: If a row has no distribution.
         """
         name = type(self).__name__
-        refuse_modes(name, model, generation_config, assistant_model)
+        call = Call.begin(
+            name,
+            model,
+            input_ids,
+            bind_to_prompts(name, logits_processor),
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            seed=self.seed,
+            stream_ids=self.stream_ids,
+            assistant_model=assistant_model,
+        )
         refuse_extras(name, generation_config, streamer, synced_gpus, model_kwargs)
         refuse_threshold(self.threshold, model)
         if self._why_sampling and not generation_config.do_sample:
             raise UnsupportedModeError.of(
                 f"{name} without sampling", expected="do_sample=True", got="greedy decoding", remedy=self._why_sampling
             )
-        prompts, length = input_ids.shape
-        lengths = lengths_of(prompts, length, input_ids.device, generation_config, model_kwargs)  # [B]
-        ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, lengths.tolist())
-        frontier = self._start(prompts, int(stopping_criteria.max_length) - length, ledgers)
+        prompts = len(input_ids)
+        ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, call.lengths.tolist())
+        frontier = self._start(prompts, call.most_new, ledgers)
         cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
         clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
-        plan = plan_processors(bind_to_prompts(name, logits_processor), bool(generation_config.do_sample))
-        streams = streams_of(self.stream_ids, prompts)
-        seed = seed_of(self.seed)
-        if isinstance(model, ProxyTunedModel):
-            model_kwargs["combine"] = False
         texts = input_ids
-        outputs = model._prefill(input_ids, generation_config, model_kwargs, is_first_iteration=True)
+        outputs = call.prefill()
         sampler: Sampler | None = None
         chances: Noise | None = None
         gains: list[tuple[list[Branch], torch.Tensor]] = []
         step = 0
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            members, weights = last_logits(model, outputs)
+            members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights
             del outputs  # the logits of a whole prompt may hang on it
             roots = [prompt for prompt, _ in frontier.rows]
             if step == 0 and roots != list(range(prompts)):  # a prompt is forwarded once, however many begin at it
@@ -140,8 +142,8 @@ class TreeLoop(ABC):
                 model_kwargs = selected_rows(model_kwargs, roots, prompts)
                 members = [z.index_select(0, torch.tensor(roots, device=z.device)) for z in members]
             if sampler is None or chances is None:
-                chances = _noise(frontier, lengths, streams, seed)
-                sampler = self._prepare(model, plan, members[0], chances.at(chances.position + step))
+                chances = _noise(frontier, call)
+                sampler = self._sampler(call, members[0], chances.at(chances.position + step))
             wishes = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
             drawn, drawn_from = self._draw(sampler, members, weights, input_ids, frontier, wishes, step)
             branches = frontier.branches
@@ -170,19 +172,11 @@ class TreeLoop(ABC):
         assert out.sequences is not None
         return out if generation_config.return_dict_in_generate else out.sequences
 
-    def _prepare(self, model: Any, plan: ProcessorPlan, base: torch.Tensor, noise: Noise) -> Sampler:
-        width = base.shape[1]
-        usable = usable_columns(model, plan, width)
-        place = noise.position.device if plan.before else base.device
-        if not plan.do_sample:
-            return Sampler(plan, None, None, width=width, usable=usable, place=place, impl=self.impl)
+    def _sampler(self, call: Call, base: torch.Tensor, noise: Noise) -> Sampler:
         more: dict[str, float] = {}
         if self.fork_temperature is not None:
             more = {"fork_threshold": self._nats(), "fork_temperature": self.fork_temperature}
-        rows = len(noise.position)
-        sampling = plan.sampling(rows, width if plan.before else usable, place, **more)
-        keys = Noise(*(x.to(place) for x in (noise.seed, noise.row, noise.position, noise.branch)))
-        return Sampler(plan, sampling, keys, width=width, usable=usable, place=place, impl=self.impl)
+        return Sampler(call.draw_settings(base, self.impl, noise=noise, **more))
 
     def _draw(
         self,
@@ -195,7 +189,7 @@ class TreeLoop(ABC):
         step: int,
     ) -> tuple[list[RowDraws], MembersAndWeights]:
         """Draw for every live row, and say which of them are at a place to fork; and what was drawn from."""
-        draws = min(frontier.most_draws(), sampler.usable)
+        draws = min(frontier.most_draws(), sampler.settings.usable)
         want = ["tokens", "logprobs", "entropy", "confidence"]
         want += ["draw_logprobs", "keys"] if sampler.samples else ["scores"]
         with rows_of_prompts([prompt for prompt, _ in frontier.rows], len(frontier.trees)):
@@ -261,12 +255,13 @@ def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
     return ledgers
 
 
-def _noise(frontier: Frontier, lengths: torch.Tensor, streams: torch.Tensor, seed: int) -> Noise:
+def _noise(frontier: Frontier, call: Call) -> Noise:
     """The keys of the live rows at the first generated position."""
-    device = lengths.device
+    device = call.lengths.device
     prompts, branches = torch.tensor(frontier.rows, device=device).unbind(1)
-    noise = Noise.of(len(prompts), seed=seed, row=streams.to(device)[prompts], branch=branches, device=device)
-    return noise.at(lengths[prompts])
+    row = call.keys.row.to(device)[prompts]
+    noise = Noise.of(len(prompts), seed=call.seed, row=row, branch=branches, device=device)
+    return noise.at(call.lengths[prompts])
 
 
 def _most_probable(scores: torch.Tensor, first: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

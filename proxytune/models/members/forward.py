@@ -19,9 +19,9 @@ from proxytune.models.members.cpu_threads import SideThread, may_split
 from proxytune.models.members.cuda_streams import CompanionStreams, ForkJoin, tensors_of
 from proxytune.models.members.member import Member
 
-__all__ = ["run_members"]
+__all__ = ["LatentInputs", "run_members"]
 
-Latent = Sequence[Mapping[str, torch.Tensor] | None]
+LatentInputs = Sequence[Mapping[str, torch.Tensor] | None]
 """What each member takes in place of the ids; None for the ids."""
 
 
@@ -34,8 +34,8 @@ def run_members(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None,
     logits_to_keep: int | torch.Tensor,
-    latent: Latent,
-    known: Mapping[str, torch.Tensor],
+    latent: LatentInputs,
+    precomputed: Mapping[str, torch.Tensor],
     sides: CompanionStreams | None = None,
     thread: SideThread | None = None,
 ) -> list[torch.Tensor]:
@@ -50,15 +50,15 @@ def run_members(
         position_ids: `[B, N]` or `[1, N]`; None to count.
         logits_to_keep: The last that many positions (0: all), or a tensor of positions.
         latent: What each member takes in place of the ids.
-        known: Role → `[B, J, V_i]`, logits of the first J ≤ N of these tokens, which that member has already run over,
-            and holds in its layers of the cache. It does not run.
+        precomputed: Role → `[B, J, V_i]`, logits of the first J ≤ N of these tokens, which that member has already
+            run over and holds in its layers of the cache. It does not run.
         sides: The side streams for companions on a GPU; None to run the members in turn.
         thread: The side thread for companions on a CPU; None likewise.
 
     Returns:
         Raw logits of each, `[B, K, V_i]`, in its dtype and on its device.
     """
-    running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in known]
+    running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in precomputed]
     works, parts = [], []
     for member, span, fed in running:
         part = None if cache is None else view(cache, *span)
@@ -90,5 +90,5 @@ def run_members(
                 else:
                     reads = chain((input_ids, attention_mask, position_ids), (fed or {}).values(), tensors_of(part))
                     found.append(fork.run(member.role, member.device, work, reads))
-    said = dict(known) | {member.role: logits for (member, _, _), logits in zip(running, found, strict=True)}
+    said = dict(precomputed) | {member.role: logits for (member, _, _), logits in zip(running, found, strict=True)}
     return [said[member.role] for member in members]

@@ -31,6 +31,7 @@ from proxytune import SpeculativeDecoding
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import NumericalError
 from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
+from proxytune.methods.speculation.round import Proposal
 
 NEW = 16  # beyond prompts of up to 12: windows of 8 slide in the prompt, in the text, and under drafts
 # Every draft, and every kind of length: greedily all, by coupling those that are often right.
@@ -130,7 +131,8 @@ def test_rows_that_accept_very_different_numbers_for_long(kind: str) -> None:
             inner.propose = propose
             return inner
 
-    def propose(count: int, last: torch.Tensor, texts: Any, columns: Any, draw: Any) -> Any:
+    def propose(count: int, rows: Any, draw: Any) -> Proposal:
+        texts = rows.texts
         begun = torch.tensor(texts.counts)[:, None] + 12 + torch.arange(count)
         right = want.gather(1, begun.clamp(max=12 + new - 1))
         # A round of every kind: all right, all wrong, none drafted, and right up to some token.
@@ -139,7 +141,7 @@ def test_rows_that_accept_very_different_numbers_for_long(kind: str) -> None:
         for row, good in enumerate((count if leads else 0, 0 if leads else count, 0, which[2])):
             right[row, good:] = (right[row, good:] + 1) % 240
         right[2] = -1 if sum(texts.counts) % 3 else right[2]
-        return right, None
+        return Proposal(right)
 
     out = run(model, ids, mask, SpeculativeDecoding(draft=ByHeart(), draft_tokens=6), do_sample=False,
               eos_token_id=None, max_new_tokens=new)  # fmt: skip
@@ -249,7 +251,7 @@ class Never(PromptLookupDraft):
 
     def begin(self, start: Any) -> Any:
         inner = super().begin(start)
-        inner.propose = lambda count, last, texts, columns, draw: (last.expand(-1, count).clamp(max=1), None)
+        inner.propose = lambda count, rows, draw: Proposal(rows.texts.last().expand(-1, count).clamp(max=1))
         return inner
 
 

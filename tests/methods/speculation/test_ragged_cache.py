@@ -220,15 +220,14 @@ def test_a_draft_that_knows_fewer_ids_than_the_text_has(settings: dict[str, Any]
 def test_what_each_member_runs_over(monkeypatch: pytest.MonkeyPatch) -> None:
     model, (ids, mask) = composed("llama"), prompts()
     got: list[list[int]] = []
-    inner = RowProgress.take
+    inner = RowProgress.commit
 
-    def take(rows: RowProgress, reading: Any) -> Any:
-        before = list(rows._texts.counts)
-        found = inner(rows, reading)
-        got.append([after - n for after, n in zip(rows._texts.counts, before, strict=True)])
+    def commit(rows: RowProgress, result: Any) -> Any:
+        found = inner(rows, result)
+        got.append(found.kept)
         return found
 
-    monkeypatch.setattr(RowProgress, "take", take)
+    monkeypatch.setattr(RowProgress, "commit", commit)
     passes: dict[str, list[torch.Tensor]] = {m.role: [] for m in model.members}
     hooks = [
         m.model.register_forward_pre_hook(

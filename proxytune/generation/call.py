@@ -1,0 +1,162 @@
+"""One call of a loop by `generate()`: what every loop has before its first step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from proxytune import ops
+from proxytune.generation.batch import is_synced, lengths_of, padding_of
+from proxytune.generation.modes import refuse_modes
+from proxytune.generation.processor_plan import ProcessorPlan, plan_processors
+from proxytune.generation.sampler import DrawSettings
+from proxytune.generation.seeds import StreamIds, keys_of, seed_of
+from proxytune.models.ensemble import Ensemble
+from proxytune.ops.noise import Noise
+
+__all__ = ["Call"]
+
+
+@dataclass(eq=False)
+class Call:
+    """What `generate()` has prepared, read once.
+
+    Attributes:
+        model: The composed model, or a plain causal LM.
+        ensemble: Its members and weights.
+        input_ids: `[B, T]`, int64.
+        config: The generation config.
+        kwargs: What the forward passes need; the cache among them.
+        criteria: The stopping criteria.
+        plan: Which logits processors run, and which became settings of the draw.
+        lengths: `[B]`, int64: the tokens of each row, padding not counted.
+        keys: The keys of each row's noise, but for the seed.
+        streamer: Gets each step's tokens; it has the prompt already.
+        synced: Whether this process goes on until all others have finished.
+    """
+
+    model: Any
+    ensemble: Ensemble
+    input_ids: torch.Tensor
+    config: Any
+    kwargs: dict[str, Any]
+    criteria: StoppingCriteriaList
+    plan: ProcessorPlan
+    lengths: torch.Tensor
+    keys: Noise
+    streamer: BaseStreamer | None
+    synced: bool
+    given_seed: int | None
+
+    @classmethod
+    def begin(
+        cls,
+        loop: str,
+        model: Any,
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        *,
+        seed: int | None = None,
+        stream_ids: StreamIds = None,
+        branch_ids: StreamIds = None,
+        streamer: BaseStreamer | None = None,
+        own_streamer: BaseStreamer | None = None,
+        synced_gpus: bool | None = None,
+        assistant_model: Any = None,
+        beams: bool = False,
+    ) -> Call:
+        """Read what `generate()` hands to a loop, and refuse what the loop cannot do.
+
+        Args:
+            loop: The loop's name, for messages.
+            model: The composed model, or a plain causal LM.
+            input_ids: `[B, T]`, int64.
+            logits_processor: The processors.
+            stopping_criteria: The criteria.
+            generation_config: The settings.
+            model_kwargs: What the forward passes need.
+            seed: The loop's seed; None for another one in each call.
+            stream_ids: Which stream of the seed each row draws from.
+            branch_ids: Which continuation of its stream each row is.
+            streamer: The streamer that `generate()` was given, and that has the prompt.
+            own_streamer: The loop's, which takes its place: transformers hands a callable none.
+            synced_gpus: As `generate()` was told; None to find out.
+            assistant_model: What was given as the assistant.
+            beams: Whether the loop can do beam search.
+
+        Raises:
+            UnsupportedModeError: For modes that the loop cannot do.
+            InputError: If stream or branch ids do not fit the batch.
+        """
+        refuse_modes(loop, model, generation_config, assistant_model, beams=beams)
+        batch, width = input_ids.shape
+        keys = keys_of(stream_ids, branch_ids, batch)
+        if streamer is None and own_streamer is not None:
+            own_streamer.put(input_ids.cpu())
+        return cls(
+            model=model,
+            ensemble=Ensemble.of(model),
+            input_ids=input_ids,
+            config=generation_config,
+            kwargs=model_kwargs,
+            criteria=stopping_criteria,
+            plan=plan_processors(logits_processor, bool(generation_config.do_sample)),
+            lengths=lengths_of(batch, width, input_ids.device, generation_config, model_kwargs),
+            keys=keys,
+            streamer=own_streamer if streamer is None else streamer,
+            synced=is_synced(model) if synced_gpus is None else synced_gpus,
+            given_seed=seed,
+        )
+
+    @cached_property
+    def pads(self) -> torch.Tensor | None:
+        """The padding token for rows that have finished; None if such rows go on (see `padding_of`)."""
+        return padding_of(self.criteria, self.config, self.input_ids.device)
+
+    @cached_property
+    def seed(self) -> int:
+        """The seed; without one, another in each call, taken from torch's generator when first asked for."""
+        return seed_of(self.given_seed)
+
+    @property
+    def most_new(self) -> int:
+        """How many tokens a row may get."""
+        return int(self.criteria.max_length) - self.input_ids.shape[1]
+
+    def prefill(self, *, first: bool = True) -> Any:
+        """The prompt's forward pass; from here on every pass returns the members' own logits."""
+        self.kwargs |= self.ensemble.request()
+        return self.model._prefill(self.input_ids, self.config, self.kwargs, is_first_iteration=first)
+
+    def draw_settings(
+        self, base: torch.Tensor, impl: ops.Impl, *, noise: Noise | None = None, **more: Any
+    ) -> DrawSettings:
+        """What all draws share, once the rows' width and device are known.
+
+        Args:
+            base: `[B, …, V]`: the base's logits.
+            impl: As in `ops.step`.
+            noise: The keys at the next position; None for those of the call.
+            **more: Further settings of `SamplingParams.of`.
+        """
+        width, plan = base.shape[-1], self.plan
+        usable = min(self.ensemble.usable(width), width if plan.usable is None else plan.usable)
+        # Processors were made for the device of the ids, and expect all V columns.
+        place = self.input_ids.device if plan.before else base.device
+        if not plan.do_sample:
+            return DrawSettings(plan, None, None, width, usable, place, impl)
+        if noise is None:
+            rows = len(self.lengths)
+            noise = Noise.of(rows, seed=self.seed, row=self.keys.row, branch=self.keys.branch, device=place)
+            noise = noise.at(self.lengths.to(place, copy=True))
+        noise = Noise(*(x.to(place) for x in (noise.seed, noise.row, noise.position, noise.branch)))
+        sampling = plan.sampling(len(noise.position), width if plan.before else usable, place, **more)
+        return DrawSettings(plan, sampling, noise, width, usable, place, impl)

@@ -1,0 +1,85 @@
+"""Any causal LM, composed or plain, as members and weights: all that a loop asks of a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache
+
+from proxytune.models.members.composite_cache import view
+from proxytune.models.members.member import Member
+from proxytune.models.model import ProxyTunedModel
+
+__all__ = ["Ensemble"]
+
+
+@dataclass(frozen=True, eq=False)
+class Ensemble:
+    """A model's members and their weights; a plain model is its own only member.
+
+    Attributes:
+        model: The model.
+        composed: Whether it is a `ProxyTunedModel`.
+    """
+
+    model: Any
+    composed: bool
+
+    @classmethod
+    def of(cls, model: Any) -> Ensemble:
+        """The members of a model.
+
+        Args:
+            model: A `ProxyTunedModel`, or any other causal LM.
+        """
+        return cls(model, isinstance(model, ProxyTunedModel))
+
+    @property
+    def models(self) -> list[tuple[str, Any]]:
+        """Role and model of each member, the base first."""
+        return [(m.role, m.model) for m in self.model.members] if self.composed else [("base", self.model)]
+
+    @property
+    def members(self) -> list[Member]:
+        """The members themselves.
+
+        Raises:
+            UnsupportedModelError: If a plain model has other than attention layers.
+        """
+        return list(self.model.members) if self.composed else [Member(self.model, "base")]
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """One per member; the base's is 1."""
+        return (1.0, *self.model.formula.weights()) if self.composed else (1.0,)
+
+    @property
+    def alpha(self) -> float | None:
+        """The strength of the shift; None for a plain model."""
+        return float(self.model.alpha) if self.composed else None
+
+    def usable(self, width: int) -> int:
+        """How many of the base's `width` ids can be drawn: those that all members embed."""
+        return min(width, int(self.model.usable_ids)) if self.composed else width
+
+    def request(self) -> dict[str, Any]:
+        """What to call `forward` with to get the members' own logits."""
+        return {"return_member_logits": True} if self.composed else {}
+
+    def logits(self, outputs: Any) -> list[torch.Tensor]:
+        """Each member's raw logits, `[B, K, V_i]`, of a forward pass that `request` went into."""
+        return list(outputs.member_logits) if self.composed else [outputs.logits]
+
+    def last_logits(self, outputs: Any) -> list[torch.Tensor]:
+        """Each member's raw logits at the last position, `[B, V_i]`."""
+        # A view of one position; of the logits of a whole prompt a copy, so that they can go.
+        return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in self.logits(outputs)]
+
+    def views(self, cache: Cache) -> list[tuple[str, Cache]]:
+        """Role and part of the cache of each member."""
+        if not self.composed:
+            return [("base", cache)]
+        spans = zip(self.model.members, self.model.config.spans, strict=True)
+        return [(member.role, view(cache, *span)) for member, span in spans]
