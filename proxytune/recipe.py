@@ -11,7 +11,7 @@
 }
 ```
 
-A `fork_threshold` may stand beside them, which is what `proxytune calibrate` found (`proxytune.calibration`):
+A `fork_threshold` may stand beside them, which is what `proxytune calibrate` found (`ForkCalibration`):
 `{"share": 0.2, "nats": 0.41, "tokens": 20000, "temperature": 1.0, "measure": "raw", "alpha": 0.5}`.
 
 An `id` is a hub id or a folder. A relative folder is looked for next to the recipe first, so that a folder that holds a

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -16,42 +16,36 @@ from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
 from proxytune.validation import refuse_seed, whole
 
-if TYPE_CHECKING:
-    from proxytune.methods.speculation.decoding import SpeculativeDecoding
-
 __all__ = ["refuse_call", "refuse_settings"]
 
 _LOOP = "SpeculativeDecoding"
 _SERVED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
 
 
-def refuse_settings(loop: SpeculativeDecoding) -> None:
-    """Refuse settings that are out of range.
-
-    Args:
-        loop: The loop.
+def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, seed: Any, impl: Any) -> None:
+    """Refuse settings of the loop that are out of range.
 
     Raises:
         InputError: If one is.
     """
-    refuse_seed(loop.seed, _LOOP)
-    if loop.draft != "expert" and not isinstance(loop.draft, Draft):
+    refuse_seed(seed, _LOOP)
+    if draft != "expert" and not isinstance(draft, Draft):
         raise InputError.of(
             "draft",
             expected="'expert', or a draft such as ModelDraft(model), PromptLookupDraft() or BigramDraft.of(base)",
-            got=repr(loop.draft) if isinstance(loop.draft, str) else f"a {type(loop.draft).__name__}",
+            got=repr(draft) if isinstance(draft, str) else f"a {type(draft).__name__}",
             remedy="Wrap a model: draft=ModelDraft(model).",
         )
-    if loop.costs is not None and not isinstance(loop.costs, DraftCosts):
+    if costs is not None and not isinstance(costs, DraftCosts):
         raise InputError.of(
             "costs",
             expected="DraftCosts, or None for the figures of proxytune.costs.devices",
-            got=f"a {type(loop.costs).__name__}",
+            got=f"a {type(costs).__name__}",
             remedy="Pass DraftCosts(round=…, draft=…), in any unit of time.",
         )
-    if loop.draft_tokens != "auto":
-        whole("draft_tokens", loop.draft_tokens, "of tokens, or 'auto'")
-    for name, value, allowed in (("accept", loop.accept, Accept), ("impl", loop.impl, ops.Impl)):
+    if draft_tokens != "auto":
+        whole("draft_tokens", draft_tokens, "of tokens, or 'auto'")
+    for name, value, allowed in (("accept", accept, Accept), ("impl", impl, ops.Impl)):
         if value not in get_args(allowed):
             raise InputError.of(
                 name,
@@ -62,33 +56,34 @@ def refuse_settings(loop: SpeculativeDecoding) -> None:
 
 
 def refuse_call(
-    loop: SpeculativeDecoding,
     model: Any,
     input_ids: torch.Tensor,
     generation_config: Any,
     synced_gpus: bool | None,
+    model_kwargs: dict[str, Any],
+    *,
+    draft: Any,
     streams: bool,
     assistant_model: Any,
-    model_kwargs: dict[str, Any],
 ) -> None:
     """Refuse what `generate()` may be asked for but passes over drafts cannot give.
 
     Args:
-        loop: The loop.
         model: The model.
         input_ids: `[B, T]`.
         generation_config: The settings of the call.
         synced_gpus: Whether processes have to go on together; None to find out.
+        model_kwargs: What the model is called with; the cache among them.
+        draft: The loop's draft.
         streams: Whether there is a streamer.
         assistant_model: What was given as the assistant.
-        model_kwargs: What the model is called with; the cache among them.
 
     Raises:
         UnsupportedModeError: For what it cannot do.
         InputError: For an assistant beside a draft.
         CacheError: Without a cache.
     """
-    own = assistant_model is getattr(model, "expert", None) and isinstance(loop.draft, str)
+    own = assistant_model is getattr(model, "expert", None) and isinstance(draft, str)
     if assistant_model is not None and not own:
         raise InputError.of(
             "assistant_model",

@@ -82,7 +82,14 @@ class SpeculativeDecoding:
     streamer: BaseStreamer | None = None
 
     def __post_init__(self) -> None:
-        refuse_settings(self)
+        refuse_settings(
+            draft=self.draft,
+            draft_tokens=self.draft_tokens,
+            accept=self.accept,
+            costs=self.costs,
+            seed=self.seed,
+            impl=self.impl,
+        )
 
     @torch.no_grad()
     def __call__(
@@ -125,7 +132,16 @@ class SpeculativeDecoding:
             NumericalError: If an unfinished row has no distribution, with the row and the step.
         """
         streams = streamer is not None or self.streamer is not None
-        refuse_call(self, model, input_ids, generation_config, synced_gpus, streams, assistant_model, model_kwargs)
+        refuse_call(
+            model,
+            input_ids,
+            generation_config,
+            synced_gpus,
+            model_kwargs,
+            draft=self.draft,
+            streams=streams,
+            assistant_model=assistant_model,
+        )
         call = Call.begin(
             "SpeculativeDecoding",
             model,
