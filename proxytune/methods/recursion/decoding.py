@@ -32,11 +32,10 @@ from transformers.generation.streamers import BaseStreamer
 from proxytune import ops
 from proxytune.errors import InputError
 from proxytune.generation.batch import cache_of
+from proxytune.generation.call import Call
 from proxytune.generation.fused import FusedDecoding
-from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_rules import bind_to_prompts
 from proxytune.generation.prompt_rows import rows_of_prompts
-from proxytune.generation.seeds import seed_of, streams_of
 from proxytune.methods.recursion.adapters import LatentRecursion, recursion_of
 from proxytune.methods.recursion.checks import refuse_call, refuse_settings
 from proxytune.methods.recursion.meter import Meter
@@ -160,7 +159,20 @@ class RecursionDecoding:
             NumericalError: If an unfinished row has no distribution.
         """
         name, numbers = type(self).__name__, self.numbers
-        refuse_modes(name, model, generation_config, assistant_model)
+        processors = bind_to_prompts(name, logits_processor)
+        call = Call.begin(
+            name,
+            model,
+            input_ids,
+            processors,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            seed=self.seed,
+            stream_ids=self.stream_ids,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+        )
         recursion = recursion_of(model)
         refuse_call(name, model, generation_config, streamer, model_kwargs, trajectories=len(numbers))
         head = recursion.value_head(model)
@@ -172,7 +184,7 @@ class RecursionDecoding:
                 remedy="Pass a verifier, 'vote' or 'logprob'.",
             )
         prompts, width = input_ids.shape[0], len(numbers)
-        keys = self._keys(prompts)
+        keys = self._keys(call)
         transition = self._transition(model, recursion, keys)
         meter = Meter(prompts * width, transition, input_ids.device, keep_states=head is not None)
         loop = FusedDecoding(
@@ -180,7 +192,6 @@ class RecursionDecoding:
         )
         config = copy.copy(generation_config)
         config.disable_compile, config.return_dict_in_generate = True, False
-        processors = bind_to_prompts(name, logits_processor)
         texts, model_kwargs = _expanded(model, input_ids, model_kwargs, width)
         with ExitStack() as stack:
             stack.enter_context(rows_of_prompts([p for p in range(prompts) for _ in numbers], prompts))
@@ -202,12 +213,11 @@ class RecursionDecoding:
         assert out.sequences is not None
         return out if generation_config.return_dict_in_generate else out.sequences
 
-    def _keys(self, prompts: int) -> Noise:
+    def _keys(self, call: Call) -> Noise:
         """One for each trajectory, prompt after prompt, on the CPU."""
-        streams, seed = streams_of(self.stream_ids, prompts), seed_of(self.seed)
-        numbers = torch.tensor(self.numbers)
-        row, branch = streams.repeat_interleave(len(numbers)), numbers.repeat(prompts)
-        return Noise.of(len(row), seed=seed, row=row, branch=branch)
+        streams, numbers = call.keys.row, torch.tensor(self.numbers)
+        row, branch = streams.repeat_interleave(len(numbers)), numbers.repeat(len(streams))
+        return Noise.of(len(row), seed=call.seed, row=row, branch=branch)
 
     def _transition(self, model: Any, recursion: LatentRecursion, keys: Noise) -> Transition:
         cycles = recursion.cycles(model)
