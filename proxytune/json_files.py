@@ -79,7 +79,7 @@ def check_form(
     if not isinstance(data, Mapping):
         raise error.of(what, expected="a JSON object", got=type(data).__name__, remedy=f"See {see} for the form.")
     found = data.get("format_version")
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+    if type(found) is not int or found < 1:  # not True, and JSON has no other numbers
         raise error.of(
             f"{what} format_version",
             expected=f"a whole number from 1 to {version}",

@@ -29,7 +29,7 @@ from typing import Any, Literal, get_args
 
 from proxytune.errors import InputError, RecipeError
 from proxytune.json_files import check_form, exchange, read, refuse_unknown
-from proxytune.validation import finite, proper_share
+from proxytune.validation import choice, finite, proper_share, whole
 
 __all__ = [
     "FORMAT_VERSION",
@@ -322,15 +322,9 @@ class ForkCalibration:
     def __post_init__(self) -> None:
         proper_share(self.share)
         finite("nats", self.nats)
-        if not isinstance(self.tokens, int) or isinstance(self.tokens, bool) or self.tokens < 1:
-            raise InputError.of(
-                "tokens", expected="a whole number ≥ 1", got=repr(self.tokens), remedy="Calibrate on some text."
-            )
+        whole("tokens", self.tokens, least=1, remedy="Calibrate on some text.")
         if self.temperature is not None:
-            finite("temperature", self.temperature, positive=True)
-        if self.measure not in MEASURES:
-            raise InputError.of(
-                "measure", expected=" or ".join(map(repr, MEASURES)), got=repr(self.measure), remedy="Use one of these."
-            )
+            finite("temperature", self.temperature, above=0.0)
+        choice("measure", self.measure, MEASURES)
         if self.alpha is not None:
             finite("alpha", self.alpha)

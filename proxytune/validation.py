@@ -1,129 +1,208 @@
-"""Which prefixes of token ids were seen before, exactly, and how much of another one that covers.
+"""Checks of arguments: whole numbers, finite numbers, shares, arrays of numbers, token ids, seeds, choices.
 
-A trie in one dictionary, from (node, token) to node. Hashes of whole prefixes would be smaller, but a collision would
-pass for a text that was seen; a set of all prefixes is quadratic in the length. Here each node is a token that was new.
+Every check returns the value as Python's own type (or as a NumPy array), or raises an `InputError` that says what was
+expected, what came, and what to do. `True` is no number here, though Python counts with it; NumPy's scalars are.
+Needs no torch.
 """
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import math
 import operator
 import sys
 from collections.abc import Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from proxytune.errors import InputError, ProxytuneError
+from proxytune.errors import InputError
 
 __all__ = [
     "Ids",
+    "TokenIds",
+    "as_float",
+    "as_int",
+    "choice",
     "finite",
-    "not_finite",
     "numbers",
     "proper_share",
     "refuse_seed",
     "share",
+    "shown",
     "token_ids",
     "validate_alpha",
     "whole",
 ]
 
 Ids = Sequence[int] | bytes
+"""A text as token ids: a sequence of ints, or bytes of equally wide ints."""
+
+TokenIds = int | Sequence[int]
+"""One token id or several."""
+
+_Value = TypeVar("_Value")
 
 _WIDTHS = (1, 2, 4, 8)
 
 
-def token_ids(key: Ids, length: int | None = None) -> list[int]:
-    """Token ids as Python's own ints, whatever they came in; a tensor's elements would not be found again.
+def as_int(value: object) -> int | None:
+    """A whole number as Python's own int.
 
     Args:
-        key: A sequence of ints, or `bytes` of `length` equally wide ints in the machine's byte order.
-        length: How many tokens; needed for bytes. Of a sequence the first `length`, all if None.
+        value: Anything.
 
     Returns:
-        `[length]`, or fewer if there are fewer.
-
-    Raises:
-        InputError: If it is neither.
+        The int; None for what is none. An int, an integer scalar of NumPy and a 0-dimensional integer tensor are;
+        a bool, a float (2.0 too), a string and an array of one element are not.
     """
-    if isinstance(key, bytes):
-        if length is None or (length and len(key) / length not in _WIDTHS) or (not length and key):
-            raise InputError.of(
-                "prefix",
-                expected="bytes of `length` ints, each 1, 2, 4 or 8 bytes wide",
-                got=f"{len(key)} bytes and length={length}",
-                remedy="Pass the ids as a sequence of ints, or the number of tokens with their bytes.",
-            )
-        width = len(key) // length if length else 1
-        return [int.from_bytes(key[i : i + width], sys.byteorder) for i in range(0, len(key), width)]
+    if type(value) is int:
+        return value
+    scalar: Any = value
+    if isinstance(value, bool) or getattr(scalar, "ndim", 0) != 0 or str(getattr(scalar, "dtype", "")).endswith("bool"):
+        return None
     try:
-        ids = [operator.index(token) for token in key]
+        return operator.index(scalar)
     except TypeError:
-        ids = [-1]
-    if any(token < 0 for token in ids):
-        raise InputError.of(
-            "prefix",
-            expected="token ids (ints, at least 0), or the name of a tree node (a str or an int)",
-            got=repr(key)[:80],
-            remedy="Pass e.g. input_ids[0].tolist(), without padding.",
-        )
-    return ids if length is None else ids[:length]
+        return None
 
 
-def whole(name: str, value: Any, what: str = "of tokens", *, least: int = 0) -> int:
+def as_float(value: object) -> float:
+    """A real number as Python's own float.
+
+    Args:
+        value: Anything.
+
+    Returns:
+        The float, which may be infinite; NaN for what is no number (a bool, a string, a tensor) or is an int beyond
+        the range of floats.
+    """
+    if type(value) is float:
+        return value
+    if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's scalars are Real too
+        with contextlib.suppress(OverflowError):
+            return float(value)
+    return math.nan
+
+
+def shown(value: object, most: int | None = None) -> str:
+    """A value as a message shows it.
+
+    Args:
+        value: The value.
+        most: How many characters; None for all.
+
+    Returns:
+        Its `repr`, cut short; its type where that cannot be written.
+    """
+    try:
+        text = repr(value)
+    except ValueError:  # an int of too many digits
+        return f"an {type(value).__name__} that cannot be shown"
+    return text if most is None or len(text) <= most else text[: most - 1] + "…"
+
+
+def whole(
+    name: str,
+    value: Any,
+    what: str = "of tokens",
+    *,
+    least: int | None = 0,
+    most: int | None = None,
+    remedy: str = "Pass an int.",
+) -> int:
     """Check that a value is a whole number.
 
     Args:
         name: The argument.
         value: Its value.
-        what: What it counts, after "a whole number".
-        least: The smallest that is right.
+        what: What it counts, after "a whole number"; empty for nothing.
+        least: The smallest that is right; None for any.
+        most: The largest that is right; None for any. Needs `least`.
+        remedy: What to do, for the message.
 
     Returns:
         An int.
 
     Raises:
-        InputError: If it is not.
+        InputError: If it is not one, see `as_int`, or is out of its range.
     """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    # True is an int to Python, and no number of tokens.
-    if number is None or isinstance(value, bool) or number < least:
+    number = as_int(value)
+    if number is None or (least is not None and number < least) or (most is not None and number > most):
+        bounds = "" if least is None else f", at least {least}" if most is None else f", from {least} to {most}"
         raise InputError.of(
-            name, expected=f"a whole number {what}, at least {least}", got=repr(value), remedy="Pass an int."
+            name, expected=f"a whole number{what and ' '}{what}{bounds}", got=shown(value), remedy=remedy
         )
     return number
 
 
-def finite(name: str, value: Any, *, positive: bool = False) -> float:
-    """Check a setting.
+def finite(
+    name: str,
+    value: Any,
+    what: str = "",
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    remedy: str = "Correct it.",
+) -> float:
+    """Check that a value is a finite number.
 
     Args:
-        name: Its name, for the message.
-        value: What was given.
-        positive: Whether it has to be above 0.
+        name: The argument.
+        value: Its value.
+        what: What it measures, after "a finite number", e.g. "of nats"; empty for nothing.
+        least: The smallest that is right; None for any.
+        above: It has to be above this.
+        most: The largest that is right; None for any. It and `below` need `least` or `above`.
+        below: It has to be below this.
+        remedy: What to do, for the message.
 
     Returns:
         The value as a float.
 
     Raises:
-        InputError: If it is no finite number, or not above 0.
+        InputError: If it is not one, see `as_float`, or is out of its range.
     """
-    number = math.nan
-    if isinstance(value, Real) and not isinstance(value, bool):
-        with contextlib.suppress(OverflowError):  # an int beyond the range of floats
-            number = float(value)
-    if not math.isfinite(number) or (positive and number <= 0):
-        raise InputError.of(
-            name, expected="a finite number" + (" > 0" if positive else ""), got=repr(value), remedy="Correct it."
-        )
+    number = as_float(value)
+    if (
+        not math.isfinite(number)
+        or (least is not None and number < least)
+        or (above is not None and number <= above)
+        or (most is not None and number > most)
+        or (below is not None and number >= below)
+    ):
+        low = f"[{least:g}" if least is not None else f"({above:g}" if above is not None else ""
+        high = f"{most:g}]" if most is not None else f"{below:g})" if below is not None else ""
+        if high:
+            bounds = f" in {low}, {high}"
+        else:
+            bounds = f" ≥ {least:g}" if least is not None else f" > {above:g}" if above is not None else ""
+        # A range says by itself that it has to be finite.
+        kind = "a number" if high else "a finite number"
+        raise InputError.of(name, expected=f"{kind}{what and ' '}{what}{bounds}", got=shown(value), remedy=remedy)
     return number
+
+
+def share(name: str, value: Any, most: float = 1.0) -> float:
+    """Check that a value is a positive share of a whole.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        most: The whole, e.g. 100 for percent.
+
+    Returns:
+        A float in (0, most].
+
+    Raises:
+        InputError: If it is not one.
+    """
+    return finite(name, value, above=0.0, most=most, remedy=f"The largest is {most:g}.")
 
 
 def proper_share(share: Any) -> float:
@@ -133,19 +212,12 @@ def proper_share(share: Any) -> float:
         share: What was given.
 
     Returns:
-        The share as a float.
+        A float in (0, 1): neither none of them nor all.
 
     Raises:
-        InputError: If it does not lie between 0 and 1, both excluded.
+        InputError: If it is not one.
     """
-    if not isinstance(share, Real) or isinstance(share, bool) or not 0 < float(share) < 1:
-        raise InputError.of(
-            "share",
-            expected="a number between 0 and 1, both excluded",
-            got=repr(share),
-            remedy="Pass e.g. 0.2 for a fifth of the tokens.",
-        )
-    return float(share)
+    return finite("share", share, above=0.0, below=1.0, remedy="Pass e.g. share=0.2 for a fifth of the tokens.")
 
 
 def validate_alpha(alpha: object) -> float:
@@ -160,26 +232,21 @@ def validate_alpha(alpha: object) -> float:
     Raises:
         InputError: If α is NaN, infinite, or no real number.
     """
-    value = math.nan
-    if isinstance(alpha, Real) and not isinstance(alpha, bool):  # NumPy's scalars are Real too
-        with contextlib.suppress(OverflowError):  # an int beyond the range of floats
-            value = float(alpha)
-    if not math.isfinite(value):
-        raise InputError.of(
-            "alpha",
-            expected="a finite number (0 is the base, 1 the full shift)",
-            got=repr(alpha),
-            remedy="Pass e.g. alpha=1.0.",
-        )
-    return value
+    return finite("alpha", alpha, "(0 is the base, 1 the full shift)", remedy="Pass e.g. alpha=1.0.")
 
 
-def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
+def numbers(
+    name: str,
+    values: ArrayLike,
+    *,
+    remedy: str = "See where the NaN or the infinity comes from, or leave that value out.",
+) -> NDArray[np.float64]:
     """Check that values are finite numbers, at least one.
 
     Args:
         name: What they are.
         values: `[N]`.
+        remedy: What to do about one that is not finite, for the message.
 
     Returns:
         `[N]`, float64.
@@ -188,59 +255,84 @@ def numbers(name: str, values: ArrayLike) -> NDArray[np.float64]:
         InputError: If they are not `[N]` numbers, if there is none, or one is NaN or infinite.
     """
     try:
-        array = np.asarray(values, np.float64)
+        array = np.asarray(values)
+        # NumPy would read the strings.
+        array = np.empty(0) if array.dtype.kind in "US" else array.astype(np.float64, copy=False)
     except (TypeError, ValueError):
         array = np.empty(0)
     if array.ndim != 1 or not array.size:
         raise InputError.of(
             name,
             expected="a sequence of numbers, not empty",
-            got=f"shape {list(array.shape)}" if array.ndim != 1 else repr(values)[:80],
+            got=f"shape {list(array.shape)}" if array.ndim != 1 else shown(values, 80),
             remedy="Pass one number for each.",
         )
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise not_finite(name, f"{array[at]} at {at}")
+        raise InputError.of(name, expected="finite numbers", got=f"{array[at]} at {at}", remedy=remedy)
     return array
 
 
-def not_finite(name: str, got: str) -> ProxytuneError:
-    """The error for a NaN or an infinity.
+def token_ids(
+    name: str,
+    ids: TokenIds | bytes | None,
+    what: str = "",
+    *,
+    length: int | None = None,
+    single: bool = False,
+    optional: bool = False,
+    empty: bool = True,
+) -> tuple[int, ...]:
+    """Token ids as Python's own ints, whatever they came in; a tensor's elements would not be found again.
 
     Args:
-        name: What is not finite.
-        got: What it is.
+        name: The argument.
+        ids: A sequence of ints, or `bytes` of `length` equally wide ints in the machine's byte order.
+        what: What is expected, for the message; by default token ids.
+        length: How many tokens; needed for bytes. Of a sequence the first `length`, all if None.
+        single: Whether one id by itself is right too.
+        optional: Whether None is right too, for no ids.
+        empty: Whether an empty sequence is right.
 
     Returns:
-        An `InputError`.
-    """
-    return InputError.of(
-        name,
-        expected="finite numbers",
-        got=got,
-        remedy="Confidences come from the distribution before truncation, where no token is at −inf.",
-    )
-
-
-def share(name: str, value: Any, most: float) -> float:
-    """Check that a value is a positive number up to a limit.
-
-    Args:
-        name: The setting.
-        value: Its value.
-        most: The limit, e.g. 100 for percent.
-
-    Returns:
-        A float.
+        `[length]`, or fewer if there are fewer; empty for None.
 
     Raises:
-        InputError: If it is not.
+        InputError: If they are none of these, or one is no whole number of at least 0.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+    if isinstance(ids, bytes):
+        return _of_bytes(name, ids, length)
+    if ids is None and optional:
+        return ()
+    one = as_int(ids) if single else None
+    try:
+        given = list(ids) if one is None else [one]  # type: ignore[arg-type]
+        out = tuple(map(operator.index, given))
+    except TypeError:
+        given, out = [], (-1,)
+    if any(token < 0 for token in out) or not (out or empty) or any(isinstance(token, bool) for token in given):
+        what = what or ("a token id or several" if single else "token ids")
         raise InputError.of(
-            name, expected=f"a number in (0, {most:g}]", got=repr(value), remedy=f"The largest is {most:g}."
+            name,
+            expected=f"{what} (whole numbers, at least 0)",
+            got=shown(ids, 80),
+            remedy="Pass e.g. tokenizer.encode('</think>', add_special_tokens=False)."
+            if single
+            else "Pass e.g. input_ids[0].tolist(), without padding.",
         )
-    return float(value)
+    return out if length is None else out[:length]
+
+
+def _of_bytes(name: str, ids: bytes, length: int | None) -> tuple[int, ...]:
+    if length is None or (length and len(ids) / length not in _WIDTHS) or (not length and ids):
+        raise InputError.of(
+            name,
+            expected="bytes of `length` ints, each 1, 2, 4 or 8 bytes wide",
+            got=f"{len(ids)} bytes and length={length}",
+            remedy="Pass the ids as a sequence of ints, or the number of tokens with their bytes.",
+        )
+    width = len(ids) // length if length else 1
+    return tuple(int.from_bytes(ids[i : i + width], sys.byteorder) for i in range(0, len(ids), width))
 
 
 def refuse_seed(seed: object, loop: str) -> None:
@@ -253,11 +345,41 @@ def refuse_seed(seed: object, loop: str) -> None:
     Raises:
         InputError: If it is no whole number of 64 bits.
     """
-    whole = isinstance(seed, int) and not isinstance(seed, bool) and -(1 << 63) <= seed < 1 << 63
-    if seed is not None and not whole:
+    number = as_int(seed)
+    if seed is not None and (number is None or not -(1 << 63) <= number < 1 << 63):
         raise InputError.of(
             "seed",
             expected="a whole number of 64 bits, or None",
-            got=repr(seed),
+            got=shown(seed),
             remedy=f"Pass e.g. {loop}(seed=0).",
         )
+
+
+def choice(
+    name: str, value: _Value, allowed: Sequence[str], otherwise: str = "", *, remedy: str = "Use one of these."
+) -> _Value:
+    """Check that a value is one of some words.
+
+    Args:
+        name: The argument.
+        value: Its value.
+        allowed: The words.
+        otherwise: What else is right and was looked for before, for the message, e.g. "a tuple of cycles".
+        remedy: What to do, for the message; where a word is near, that one is named instead.
+
+    Returns:
+        The value.
+
+    Raises:
+        InputError: If it is none of them.
+    """
+    if isinstance(value, str) and value in allowed:
+        return value
+    near = difflib.get_close_matches(value, allowed, n=1) if isinstance(value, str) else []
+    *others, last = [*map(repr, allowed), *([otherwise] if otherwise else [])]
+    raise InputError.of(
+        name,
+        expected=f"{', '.join(others)} or {last}" if others else last,
+        got=shown(value, 80),
+        remedy=f"Did you mean {near[0]!r}?" if near else remedy,
+    )

@@ -21,7 +21,7 @@ from typing import Self
 
 from proxytune.budget.prefix_trie import Prefixes
 from proxytune.errors import BudgetError, InputError, ProxytuneError
-from proxytune.validation import Ids, token_ids, whole
+from proxytune.validation import Ids, as_int, token_ids, whole
 
 __all__ = ["Reservation", "TokenLedger"]
 
@@ -187,7 +187,7 @@ class TokenLedger:
     def _spend(self, tokens: int, label: str, text: Sequence[int] | None) -> None:
         """Charge tokens for which there is room."""
         if text is not None:
-            ids = token_ids(text)
+            ids = token_ids("text", text)
             unpaid = len(ids) - self._paid.covered(ids)
             if unpaid > tokens:
                 raise InputError.of(
@@ -276,20 +276,22 @@ class Reservation:
         self.release()
 
 
-def _prefix(key: Key, length: int | None) -> tuple[str | int | None, list[int], int]:
+def _prefix(key: Key, length: int | None) -> tuple[str | int | None, Sequence[int], int]:
     """A prefix as (name, no ids, length) or (None, ids, length)."""
     if length is not None:
         length = whole("length", length)
-    if isinstance(key, str) or (isinstance(key, int) and not isinstance(key, bool)):
+    named = key if isinstance(key, str) else as_int(key)
+    if named is not None:
         if length is None:
             raise InputError.of(
                 "length",
-                expected=f"how many tokens the prefix named {key!r} has",
+                expected=f"how many tokens the prefix named {named!r} has",
                 got="None",
                 remedy="Pass length=…, or the token ids instead of a name.",
             )
-        return key, [], length
-    ids = token_ids(key, length)  # type: ignore[arg-type]
+        return named, (), length
+    what = "token ids, or the name of a tree node (a str or an int)"
+    ids = token_ids("prefix", key, what, length=length)  # type: ignore[arg-type]
     if length is not None and len(ids) < length:
         raise InputError.of(
             "length",

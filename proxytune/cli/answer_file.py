@@ -177,11 +177,10 @@ class AnswerFile:
         remedy = f"Remove it together with {self._path.name}, or choose another --out."
         data = read(self._note_path, what, remedy=remedy)
         data = check_form(data, what, version=_FORMAT_VERSION, keys=_KEYS, see="proxytune.cli.answer_file")
-        counts = all(isinstance(data[key], int) and data[key] > 0 for key in ("lines", "lines_per_prompt"))
+        counts = all(type(data[key]) is int and data[key] > 0 for key in ("lines", "lines_per_prompt"))
         if not counts or not all(isinstance(data[key], Mapping) for key in ("settings", "resolved")):
-            raise InputError.of(
-                what, expected="counts above 0 and two objects of settings", got="something else", remedy=remedy
-            )
+            got = ", ".join(f"{key}={_short(data[key])}" for key in _KEYS[1:])
+            raise InputError.of(what, expected="counts above 0 and two objects of settings", got=got, remedy=remedy)
         return data
 
     def _refuse_other_prompt(self, number: int, line: bytes, per_prompt: int) -> None:

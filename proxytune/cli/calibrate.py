@@ -108,7 +108,7 @@ def _check_settings(
     from proxytune.validation import finite, proper_share
 
     proper_share(share)
-    finite("temperature", temperature, positive=True)
+    finite("temperature", temperature, above=0.0)
     if plain and alpha is not None:
         raise InputError.of(
             "--alpha", expected="an expert and an antiexpert", got="--base alone", remedy="Name them, or drop --alpha."
@@ -135,9 +135,9 @@ def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrai
 
     from proxytune.models.loading import open_members
     from proxytune.recipe import MemberRef
+    from proxytune.validation import choice
 
-    if dtype not in DTYPES:
-        raise InputError.of("--dtype", expected=", ".join(DTYPES), got=dtype, remedy="Use one of these.")
+    choice("--dtype", dtype, DTYPES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     models, _ = open_members({"base": base}, check_vocabulary=False, dtype=dtype, device_map=device)

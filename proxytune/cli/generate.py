@@ -113,7 +113,10 @@ def generate(
     mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
     if speculate and mixture is not None:
         raise InputError.of(
-            "--speculate", expected="no --latent: drafts are tokens", got="both", remedy="Leave one of them out."
+            "--speculate",
+            expected="no --latent: drafts are tokens",
+            got=f"--latent {latent}",
+            remedy="Leave one of them out.",
         )
 
     on_terminal = terminal.is_terminal(sys.stdout) and not as_json

@@ -78,9 +78,9 @@ def load(
     from proxytune.models.model import ProxyTunedModel
     from proxytune.models.wrap import wrap
     from proxytune.recipe import MemberRef, Recipe
+    from proxytune.validation import choice
 
-    if dtype not in DTYPES:
-        raise InputError.of("--dtype", expected=", ".join(DTYPES), got=dtype, remedy="Use one of these.")
+    choice("--dtype", dtype, DTYPES)
     device = chosen_device(device)
     check_device(device)
     settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
@@ -156,13 +156,14 @@ def check_device(device: str) -> None:
     """
     import torch
 
+    from proxytune.validation import choice
+
     there = ["auto", "cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     if torch.cuda.is_available():
         there.insert(0, "cuda")
     if torch.backends.mps.is_available():
         there.append("mps")
-    if device not in there:
-        raise InputError.of("--device", expected=", ".join(there), got=device, remedy="Use one that is there.")
+    choice("--device", device, there, remedy="Use one that is there.")
 
 
 def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
@@ -211,7 +212,10 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: boo
     if chat:
         if tokenizer.chat_template is None:
             raise InputError.of(
-                "--chat", expected="a tokenizer with a chat template", got="one without", remedy="Leave --chat away."
+                "--chat",
+                expected="a tokenizer with a chat template",
+                got=f"a {type(tokenizer).__name__} without one",
+                remedy="Leave --chat away.",
             )
         # The template has written the special tokens already.
         rendered = [

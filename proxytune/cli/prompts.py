@@ -50,7 +50,10 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
         key, _, value = argument.partition("=")
         if key in flags:
             raise InputError.of(
-                f"generation setting {key!r}", expected="one value", got="two", remedy="Remove one of them."
+                f"generation setting {key!r}",
+                expected="one value",
+                got=f"two, {flags[key]!r} and {parse_value(value)!r}",
+                remedy="Remove one of them.",
             )
         flags[key] = parse_value(value)
     return list(arguments[:end]), flags

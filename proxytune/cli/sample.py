@@ -184,7 +184,7 @@ def _threshold(given: float | None, recipe: Path | None, alpha: float | None, *,
         raise InputError.of(
             "--threshold",
             expected="an entropy in nats, or a recipe that was calibrated",
-            got="neither",
+            got="no recipe" if read is None else f"{recipe}, which was not calibrated",
             remedy="Find one with `proxytune calibrate`, which --write puts into the recipe; or pass "
             + ("--no-forks." if forks else "--repulsion 0 without --ngram."),
         )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proxytune.errors import InputError
-from proxytune.validation import whole
+from proxytune.validation import finite, whole
 
 __all__ = ["PassBytes", "bytes_per_token"]
 
@@ -29,7 +27,8 @@ class PassBytes:
     cached: float = 0.0
 
     def __post_init__(self) -> None:
-        refuse_negative(weights=self.weights, cached=self.cached)
+        finite("weights", self.weights, "of bytes", least=0.0)
+        finite("cached", self.cached, "of bytes", least=0.0)
 
     def at(self, *, context: float = 0.0, rows: int = 1) -> float:
         """Bytes of one pass; those of several positions at once are the same.
@@ -44,7 +43,7 @@ class PassBytes:
         Raises:
             InputError: If the context is negative, or there is no row.
         """
-        refuse_negative(context=context)
+        finite("context", context, "of tokens", least=0.0)
         return self.weights + whole("rows", rows, "of rows", least=1) * context * self.cached
 
 
@@ -65,15 +64,7 @@ def bytes_per_token(
     Raises:
         InputError: If there is no token, or a number is negative or not finite.
     """
-    refuse_negative(**{f"passes[{i}]": count for i, (count, _) in enumerate(passes)})
-    if not 0 < tokens < math.inf:
-        raise InputError.of("tokens", expected="a number above 0", got=repr(tokens), remedy="Count what was generated.")
+    for i, (count, _) in enumerate(passes):
+        finite(f"passes[{i}]", count, "of passes", least=0.0)
+    finite("tokens", tokens, "of tokens", above=0.0, remedy="Count what was generated.")
     return sum(count * one.at(context=context, rows=rows) for count, one in passes) / tokens
-
-
-def refuse_negative(**numbers: float) -> None:
-    for name, number in numbers.items():
-        if not 0.0 <= number < math.inf:
-            raise InputError.of(
-                name, expected="a finite number, at least 0", got=repr(number), remedy="Check its unit."
-            )

@@ -14,9 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from proxytune.costs.roofline import PassBytes, refuse_negative
+from proxytune.costs.roofline import PassBytes
 from proxytune.errors import InputError
-from proxytune.validation import whole
+from proxytune.validation import as_float, finite, whole
 
 __all__ = ["DraftCosts", "acceptance_of", "best_draft_length", "expected_tokens", "time_per_token"]
 
@@ -48,7 +48,9 @@ class DraftCosts:
 
     def __post_init__(self) -> None:
         plain = self.round + self.draft if self.plain is None else self.plain
-        refuse_negative(round=self.round, draft=self.draft, position=self.position, plain=plain)
+        costs = {"round": self.round, "draft": self.draft, "position": self.position, "plain": plain}
+        for name, cost in costs.items():
+            finite(name, cost, least=0.0, remedy="Pass a time, or bytes; all in one unit.")
         if self.round + self.draft == 0 or plain == 0:
             raise InputError.of(
                 "DraftCosts",
@@ -199,7 +201,7 @@ def best_draft_length(acceptance: float | Sequence[float], costs: DraftCosts, mo
 
 def _rates(acceptance: float | Sequence[float]) -> list[float]:
     rates = list(acceptance) if isinstance(acceptance, Sequence) else [acceptance]
-    if not rates or not all(0.0 <= a <= 1.0 for a in rates):
+    if not rates or not all(0.0 <= as_float(a) <= 1.0 for a in rates):
         raise InputError.of(
             "acceptance",
             expected="a rate in [0, 1], or one for each row",

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from proxytune.errors import InputError, LabError
+from proxytune.errors import LabError
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -30,9 +30,9 @@ def bundled(member: MemberName) -> str:
     Raises:
         InputError: There is no such member.
     """
-    if member not in MEMBERS:
-        names = ", ".join(MEMBERS)
-        raise InputError.of("bundled model", expected=f"one of {names}", got=repr(member), remedy="Pass one of these.")
+    from proxytune.validation import choice  # not above: it imports NumPy, and --help does without
+
+    choice("bundled model", member, tuple(MEMBERS))
     return str(bundled_family() / member)
 
 

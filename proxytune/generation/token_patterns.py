@@ -2,49 +2,11 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
 
-from proxytune.errors import InputError
-
-__all__ = ["Ids", "continued", "count_of", "ends_of", "forced", "token_ids"]
-
-Ids = int | Sequence[int]
-
-
-def token_ids(name: str, ids: Ids | None, *, needed: bool = True) -> tuple[int, ...]:
-    """Token ids as a tuple.
-
-    Args:
-        name: Of the setting, for the message.
-        ids: One or several; None for none.
-        needed: Whether there has to be at least one.
-
-    Returns:
-        The ids; empty for None.
-
-    Raises:
-        InputError: If they are not whole numbers of at least 0, or an empty list, or None where one is needed.
-    """
-    given = () if ids is None else (ids,) if isinstance(ids, int) else ids
-    try:
-        out = tuple(operator.index(token) for token in given)
-    except TypeError:
-        out = (-1,)
-    if (
-        any(token < 0 for token in out)
-        or any(isinstance(token, bool) for token in given)
-        or (not out and (needed or ids is not None))
-    ):
-        raise InputError.of(
-            name,
-            expected="a token id or several",
-            got=repr(ids),
-            remedy="Pass e.g. tokenizer.encode('</think>', add_special_tokens=False).",
-        )
-    return out
+__all__ = ["continued", "count_of", "ends_of", "forced"]
 
 
 def ends_of(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:

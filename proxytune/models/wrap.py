@@ -57,7 +57,7 @@ def wrap(
         raise InputError.of(
             "wrap",
             expected="alpha or formula",
-            got="both",
+            got=f"both, alpha={alpha!r} and formula={formula!r}",
             remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
         )
     members, references = open_members(

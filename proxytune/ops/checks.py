@@ -10,6 +10,7 @@ from proxytune.errors import InputError
 from proxytune.ops.noise import Noise
 from proxytune.ops.outputs import OF_DRAWS, OUTPUTS
 from proxytune.ops.sampling_params import SamplingParams
+from proxytune.validation import finite, whole
 
 __all__ = ["DTYPES", "MAX_MEMBERS", "refuse_drafts", "refuse_ids", "refuse_members", "refuse_mixture", "refuse_request"]
 
@@ -111,8 +112,7 @@ def refuse_request(
             got=repr(want if isinstance(want, str) else unknown[0]),
             remedy='Pass e.g. want=("tokens", "entropy").',
         )
-    if not isinstance(draws, int) or isinstance(draws, bool) or not 1 <= draws <= width:
-        raise InputError.of("draws", expected=f"from 1 to {width} draws", got=repr(draws), remedy="Lower it.")
+    whole("draws", draws, "of draws", least=1, most=width, remedy="There are no more tokens than the logits' width.")
     if sampling is None:
         if noise is not None or draws != 1 or set(OF_DRAWS) & set(want):
             what = "noise" if noise is not None else f"draws={draws}" if draws != 1 else min(set(OF_DRAWS) & set(want))
@@ -265,10 +265,7 @@ def refuse_mixture(
                 got=_described(x),
                 remedy="Weights are one per id, tokens and soft one per row.",
             )
-    if not isinstance(sigma, int | float) or isinstance(sigma, bool) or not 0 <= sigma <= _LARGEST:
-        raise InputError.of(
-            "sigma", expected="a finite number from 0 on", got=repr(sigma), remedy="Leave it out for no noise."
-        )
+    finite("sigma", sigma, least=0.0, most=_LARGEST, remedy="Leave it out for no noise.")
     if noise is None:
         if sigma > 0:
             raise InputError.of(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import replace
 from functools import cache
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -17,6 +17,7 @@ from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.decide import decide
 from proxytune.ops.torch_impl.rows import MemberRows
+from proxytune.validation import choice
 
 __all__ = ["Impl", "choose", "why_not_triton"]
 
@@ -53,10 +54,7 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
     Raises:
         InputError: If `impl` is another word, or Triton was asked for where it cannot run.
     """
-    if impl not in ("auto", "triton", "torch"):
-        raise InputError.of(
-            "impl", expected="'auto', 'triton' or 'torch'", got=repr(impl), remedy="Leave it out for 'auto'."
-        )
+    choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
     if impl == "torch":
         return "torch"
     reason = why_not_triton(device.type)

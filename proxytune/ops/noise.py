@@ -19,6 +19,7 @@ import torch
 
 from proxytune.errors import InputError
 from proxytune.ops.philox import _MASK, gumbel, normal, philox, unit
+from proxytune.validation import as_int
 
 __all__ = ["COORDINATES", "DECISIONS", "LATENT", "SLOTS", "TILES", "TOKENS", "Noise", "slotted"]
 
@@ -178,19 +179,18 @@ def _keys(
     name: str, value: int | torch.Tensor, rows: int, device: torch.device | str | None, low: int, high: int
 ) -> torch.Tensor:
     given = value if isinstance(value, torch.Tensor) else None
-    whole = given is None and isinstance(value, int) and not isinstance(value, bool)
+    number = as_int(value) if given is None else None
     if given is not None and (given.shape != (rows,) or given.is_floating_point() or given.dtype == torch.bool):
         got = f"shape {list(given.shape)}, {given.dtype}"
-    elif given is None and not whole:
-        got = repr(value)
-    else:
-        values = [int(value)] if given is None else given.tolist()
-        outside = [v for v in values if not low <= v <= high]
+    elif given is not None:
+        outside = [v for v in given.tolist() if not low <= v <= high]
         if not outside:
-            if given is None:
-                return torch.full((rows,), values[0], dtype=torch.int64, device=device)
             return given.to(device=device, dtype=torch.int64)
         got = str(outside[0])
+    else:
+        if number is not None and low <= number <= high:
+            return torch.full((rows,), number, dtype=torch.int64, device=device)
+        got = repr(value)
     raise InputError.of(
         f"noise: {name}",
         expected=f"a whole number from {low} to {high}, or a tensor of them for each of {rows} rows",

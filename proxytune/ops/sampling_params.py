@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from proxytune.errors import InputError
+from proxytune.validation import as_float
 
 __all__ = ["LEAST_TEMPERATURE", "SamplingParams"]
 
@@ -149,8 +150,7 @@ def _setting(
     given = default if value is None else value
     values = given.tolist() if isinstance(given, torch.Tensor) else [given]
     for one in values:
-        number = isinstance(one, int | float) and not isinstance(one, bool)
-        if not number or math.isnan(one) or not fits(one):
+        if not fits(as_float(one)):  # NaN, which is no number's, fits nowhere
             raise InputError.of(name, expected=says, got=repr(one), remedy=_REMEDY)
     out = torch.tensor(values, dtype=torch.float64 if name == "top_k" else torch.float32)
     # What rounds to a value that is out of range would be used as such: 1e-50 is 0 in float32.

@@ -82,7 +82,11 @@ class BudgetedSampler:
             BudgetError: If there is no room for the prompt and a token; nothing is charged then.
             InputError: If the prompt is no text and no token ids, or is empty.
         """
-        ids = token_ids(self.tokenizer(task)["input_ids"] if isinstance(task, str) else task)
+        ids = list(
+            token_ids(
+                "task", self.tokenizer(task)["input_ids"] if isinstance(task, str) else task, "a text or token ids"
+            )
+        )
         if not ids:
             raise InputError.of("task", expected="a prompt of at least one token", got=repr(task), remedy="Pass one.")
         new = ledger.cost_of_prefix(ids)

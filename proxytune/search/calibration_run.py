@@ -26,7 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from proxytune.errors import InputError
 from proxytune.json_files import check_form, exchange, read, refuse_unknown
-from proxytune.validation import whole
+from proxytune.validation import choice, whole
 
 __all__ = ["FORMAT_VERSION", "CalibrationRun", "PolicyForm", "Trial"]
 
@@ -63,13 +63,7 @@ class Trial:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError.of("name", expected="a string, not empty", got=repr(self.name), remedy="Name the policy.")
-        if self.form not in get_args(PolicyForm):
-            raise InputError.of(
-                f"form of {self.name!r}",
-                expected=" | ".join(get_args(PolicyForm)),
-                got=repr(self.form),
-                remedy="Pass one.",
-            )
+        choice(f"form of {self.name!r}", self.form, get_args(PolicyForm))
         object.__setattr__(self, "level", whole(f"level of {self.name!r}", self.level, "of samples or extensions"))
         right, tokens = _array(self.right), _array(self.tokens)
         if right.ndim != 1 or not right.size or not (right.dtype == bool or _zeros_and_ones(right)):

@@ -10,7 +10,6 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-from proxytune.errors import InputError
 from proxytune.validation import Ids, token_ids, whole
 
 __all__ = ["PromptKey", "key_of", "keyed_uniforms", "prompt_key", "round_key"]
@@ -30,7 +29,7 @@ def prompt_key(prompt: str | Ids) -> PromptKey:
     Raises:
         InputError: If it is neither.
     """
-    return prompt if isinstance(prompt, str) else tuple(token_ids(prompt))
+    return prompt if isinstance(prompt, str) else token_ids("prompt", prompt, "a text or token ids")
 
 
 def key_of(purpose: str, prompt: str | Ids, *numbers: int) -> int:
@@ -66,9 +65,8 @@ def round_key(purpose: str, prompt: str | Ids, round: int, seed: int) -> int:
     Raises:
         InputError: If the round is no whole number of at least 0, or the seed is none.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer):
-        raise InputError.of("seed", expected="a whole number", got=repr(seed), remedy="Pass e.g. seed=0.")
-    return key_of(purpose, prompt, int(seed), whole("round", round, "that counts the rounds"))
+    seed = whole("seed", seed, "", least=None, remedy="Pass e.g. seed=0.")
+    return key_of(purpose, prompt, seed, whole("round", round, "that counts the rounds"))
 
 
 def keyed_uniforms(key: int, count: int) -> NDArray[np.float64]:

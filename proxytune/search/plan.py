@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from proxytune.errors import BudgetError, InputError
 from proxytune.search.calibration_run import CalibrationRun, PolicyForm, Trial
 from proxytune.stats.bootstrap import Interval
-from proxytune.validation import finite, share, whole
+from proxytune.validation import choice, finite, share, whole
 
 __all__ = ["LEAST_PROBLEMS", "LevelReport", "Plan", "plan"]
 
@@ -134,13 +134,9 @@ def plan(
         InputError: If a setting is out of its range, or a name is not in the run.
     """
     budget, least = whole("budget", budget, least=1), whole("least", least, "of problems", least=1)
-    draws, level = whole("draws", draws, "of resamples", least=1), share("level", level, 1.0)
-    if not 0 <= finite("tolerance", tolerance) < 1:
-        raise InputError.of(
-            "tolerance", expected="a share in [0, 1)", got=repr(tolerance), remedy="0.01 is one point of a hundred."
-        )
-    if default not in get_args(PolicyForm):
-        raise InputError.of("default", expected=" | ".join(get_args(PolicyForm)), got=repr(default), remedy="Pass one.")
+    draws, level = whole("draws", draws, "of resamples", least=1), share("level", level)
+    finite("tolerance", tolerance, least=0.0, below=1.0, remedy="0.01 is one point of a hundred.")
+    choice("default", default, get_args(PolicyForm))
     trials = _chosen_from(run, names)
     rows, basis = _basis(run, kind, least)
     tokens = np.stack([trial.tokens[rows] for trial in trials], 1)  # [P, L]
@@ -148,7 +144,7 @@ def plan(
     # below the budget and be gone just above it, and which of two is gone would be chance.
     right = (np.stack([trial.right[rows] for trial in trials], 1) & (tokens <= budget)).astype(np.float64)  # [P, L]
     # An observed number: what is reached by at least that share of the problems.
-    high = np.quantile(tokens, share("quantile", quantile, 1.0), axis=0, method="inverted_cdf").astype(int)
+    high = np.quantile(tokens, share("quantile", quantile), axis=0, method="inverted_cdf").astype(int)
     fits = np.flatnonzero(high <= budget).tolist()
     if not fits:
         cheapest = int(high.argmin())

@@ -9,7 +9,6 @@ texts again, and of the same seed `Parallel` with 8 samples draws those with 4 f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from proxytune.budget.ledger import TokenLedger
@@ -17,12 +16,10 @@ from proxytune.errors import InputError
 from proxytune.methods.thinking.processor import ThinkingBudgetLogitsProcessor
 from proxytune.methods.trees.tree import Branch
 from proxytune.search.budgeted_sampler import BudgetedSampler, Extract
-from proxytune.validation import Ids, whole
+from proxytune.validation import Ids, TokenIds, whole
 from proxytune.voting.vote import Sample
 
 __all__ = ["Parallel", "Sequential"]
-
-TokenIds = int | Sequence[int]
 
 
 class Parallel:

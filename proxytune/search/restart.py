@@ -26,7 +26,7 @@ from proxytune.errors import InputError
 from proxytune.methods.trees.tree import Branch, ForkTree
 from proxytune.search.answer_history import AnswerHistory
 from proxytune.search.keyed_noise import keyed_uniforms, round_key
-from proxytune.validation import Ids
+from proxytune.validation import Ids, choice
 
 __all__ = ["RestartPoint", "RestartRule", "forks_along", "restart_points"]
 
@@ -109,10 +109,7 @@ def restart_points(
     Raises:
         InputError: If there is not one answer for each branch, or a setting is out of its range.
     """
-    if fork not in get_args(RestartRule):
-        raise InputError.of(
-            "fork", expected=" | ".join(get_args(RestartRule)), got=repr(fork), remedy="Pass one of them."
-        )
+    choice("fork", fork, get_args(RestartRule))
     if len(answers) != len(tree):
         raise InputError.of(
             "answers",

@@ -64,7 +64,7 @@ def interval(
         InputError: As the metric; also if most resamples have no value.
     """
     values, truth = _checked(scores, right)
-    level, draws = share("level", level, 1.0), whole("draws", draws, "of resamples", least=1)
+    level, draws = share("level", level), whole("draws", draws, "of resamples", least=1)
     units = np.arange(len(values)) if groups is None else np.unique(_same(groups, values), return_inverse=True)[1]
     order = np.argsort(units, kind="stable")
     sizes = np.bincount(units)

@@ -20,6 +20,7 @@ from proxytune.errors import InputError
 from proxytune.validation import numbers, share, whole
 
 __all__ = [
+    "FINITE",
     "WINDOW",
     "TraceScore",
     "TraceScores",
@@ -33,6 +34,9 @@ __all__ = [
 
 WINDOW = 2048
 """Tokens of a group, as in the paper."""
+
+FINITE = "Confidences come from the distribution before truncation, where no token is at −inf."
+"""The remedy for a confidence that is not finite."""
 
 TraceScore = Literal["mean", "lowest_group", "bottom_groups", "tail"]
 
@@ -116,7 +120,7 @@ def group_confidence(confidences: ArrayLike, window: int | float = WINDOW) -> ND
     Raises:
         InputError: If confidences are empty or not finite, or the window is neither.
     """
-    values = numbers("confidences", confidences)
+    values = numbers("confidences", confidences, remedy=FINITE)
     width = min(_window(window, len(values)), len(values))
     # Prefix sums in the order of the text, as a tracker that sees one token at a time adds them up.
     sums = np.concatenate([[0.0], np.cumsum(values)])
@@ -159,7 +163,7 @@ def threshold_of(scores: ArrayLike, eta: float) -> float:
     Raises:
         InputError: If scores are empty or not finite, or η is out of its range.
     """
-    return float(np.percentile(numbers("scores", scores), 100.0 - share("eta", eta, 100.0)))
+    return float(np.percentile(numbers("scores", scores, remedy=FINITE), 100.0 - share("eta", eta, 100.0)))
 
 
 def keep_top(scores: ArrayLike, eta: float) -> NDArray[np.bool_]:
@@ -177,7 +181,7 @@ def keep_top(scores: ArrayLike, eta: float) -> NDArray[np.bool_]:
     Raises:
         InputError: As `threshold_of`.
     """
-    values = numbers("scores", scores)
+    values = numbers("scores", scores, remedy=FINITE)
     return values >= threshold_of(values, eta)
 
 

@@ -11,7 +11,6 @@ Three rules, none of which looks at a model:
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
@@ -20,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxytune.errors import InputError
-from proxytune.validation import not_finite, share, whole
-from proxytune.voting.confidence import WINDOW, TraceScores, threshold_of
+from proxytune.validation import finite, share, whole
+from proxytune.voting.confidence import FINITE, WINDOW, TraceScores, threshold_of
 from proxytune.voting.vote import Tally
 
 __all__ = ["ConfidenceTracker", "OnlineFilter", "consensus", "leader_probability", "settled"]
@@ -64,10 +63,9 @@ class ConfidenceTracker:
         Raises:
             InputError: If it is not finite.
         """
-        if not math.isfinite(confidence):
-            raise not_finite("confidence", repr(confidence))
+        value = finite("confidence", float(confidence), remedy=FINITE)
         self.length += 1
-        self._sums.append(self._sums[-1] + float(confidence))
+        self._sums.append(self._sums[-1] + value)
         if self.length >= self.window:
             self.group = (self._sums[-1] - self._sums[0]) / self.window
             self.lowest = self.group if self.lowest is None else min(self.lowest, self.group)
@@ -117,8 +115,7 @@ class OnlineFilter:
         Raises:
             InputError: If its lowest group confidence is not finite.
         """
-        if not math.isfinite(trace.lowest_group):
-            raise not_finite("lowest_group", repr(trace.lowest_group))
+        finite("lowest_group", trace.lowest_group, remedy=FINITE)
         if self.threshold is None:
             self._lowest.append(trace.lowest_group)
             if len(self._lowest) == self.warmup:
@@ -181,7 +178,7 @@ def consensus(tally: Tally, least: float = 0.95) -> bool:
     Raises:
         InputError: If the share is out of its range.
     """
-    return tally.winner is not None and tally.share >= share("least", least, 1.0)
+    return tally.winner is not None and tally.share >= share("least", least)
 
 
 def leader_probability(leader: int, runner_up: int) -> float:
@@ -200,15 +197,9 @@ def leader_probability(leader: int, runner_up: int) -> float:
     Raises:
         InputError: If a number of votes is negative or no int.
     """
-    for name, votes in (("leader", leader), ("runner_up", runner_up)):
-        if isinstance(votes, bool) or not isinstance(votes, int | np.integer) or votes < 0:
-            raise InputError.of(
-                name,
-                expected="a whole number of votes, at least 0",
-                got=repr(votes),
-                remedy="Adaptive consistency counts samples; for weights use consensus().",
-            )
-    v1, n = int(leader), int(leader) + int(runner_up) + 1
+    remedy = "Adaptive consistency counts samples; for weights use consensus()."
+    v1 = whole("leader", leader, "of votes", remedy=remedy)
+    n = v1 + whole("runner_up", runner_up, "of votes", remedy=remedy) + 1
     term = total = 1
     for j in range(1, v1 + 1):
         term = term * (n - j + 1) // j
@@ -230,7 +221,7 @@ def settled(counts: Mapping[Hashable, int], least: float = 0.95) -> bool:
         InputError: If a count is negative or no int, or `least` is out of its range.
     """
     votes = sorted((n for answer, n in counts.items() if answer is not None), reverse=True)
-    least = share("least", least, 1.0)
+    least = share("least", least)
     if not votes:
         return False
     return leader_probability(votes[0], votes[1] if len(votes) > 1 else 0) >= least

@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from proxytune.errors import InputError
-from proxytune.validation import numbers
-from proxytune.voting.confidence import WINDOW, TraceScore, TraceScores, keep_top, trace_scores
+from proxytune.validation import choice, finite, numbers
+from proxytune.voting.confidence import FINITE, WINDOW, TraceScore, TraceScores, keep_top, trace_scores
 
 __all__ = ["How", "Sample", "Score", "Tally", "borda_points", "check_answer", "sample_scores", "vote"]
 
@@ -62,13 +62,11 @@ class Sample:
 
     def __post_init__(self) -> None:
         check_answer(self.answer)
-        weight = numbers("weight", [self.weight])[0]
-        if weight < 0:
-            raise InputError.of("weight", expected="at least 0", got=f"{weight}", remedy="Pass exp() of a log-weight.")
+        finite("weight", self.weight, least=0.0, remedy="Pass exp() of a log-weight.")
         for name in ("confidences", "margins"):
             value = getattr(self, name)
             if value is not None:
-                object.__setattr__(self, name, numbers(name, value))
+                object.__setattr__(self, name, numbers(name, value, remedy=FINITE))
         if self.margins is not None and (np.abs(self.margins - 0.5) > 0.5 + 1e-6).any():
             raise InputError.of(
                 "margins",
@@ -77,7 +75,7 @@ class Sample:
                 remedy="Subtract the second largest probability from the largest, at each token of the answer.",
             )
         if self.self_certainty is not None:
-            numbers("self_certainty", [self.self_certainty])
+            finite("self_certainty", self.self_certainty, remedy=FINITE)
 
     def scores(self, window: int | float = WINDOW) -> TraceScores:
         """The trace scores of its confidences.
@@ -172,14 +170,18 @@ def vote(
         case "confidence" | "deepconf":
             factors = sample_scores(voting, score, window=window)
             if how == "deepconf":
-                keep = keep_top(factors, eta) if threshold is None else factors >= numbers("threshold", [threshold])[0]
+                keep = (
+                    keep_top(factors, eta)
+                    if threshold is None
+                    else factors >= finite("threshold", threshold, "of nats")
+                )
                 kept, factors = [s for s, k in zip(voting, keep, strict=True) if k], factors[keep]
         case "borda":
             factors = borda_points(sample_scores(voting, "self_certainty"), power)
         case "margin":
             factors = sample_scores(voting, "margin")
         case _:
-            raise InputError.of("how", expected=" | ".join(get_args(How)), got=repr(how), remedy="Pass one of them.")
+            choice("how", how, get_args(How))
     if all(s.answer is None for s in kept) and any(s.answer is not None for s in voting):
         kept, factors, note = voting, np.ones(len(voting)), "no sample that was kept has an answer: majority of all"
     elif not any(s.weight * f for s, f in zip(kept, factors, strict=True)):  # also where the products underflow
@@ -235,13 +237,7 @@ def sample_scores(samples: Sequence[Sample], score: Score, *, window: int | floa
         return np.array(
             [0.0 if s.answer is None and s.margins is None else np.mean(_recorded(s, "margins")) for s in samples]
         )
-    if score not in get_args(TraceScore):
-        raise InputError.of(
-            "score",
-            expected=" | ".join((*get_args(TraceScore), "self_certainty", "margin")),
-            got=repr(score),
-            remedy="Pass one of them.",
-        )
+    choice("score", score, (*get_args(TraceScore), "self_certainty", "margin"))
     return np.array([getattr(s.scores(window), score) for s in samples])
 
 
@@ -313,11 +309,8 @@ def borda_points(scores: ArrayLike, power: float = 0.5) -> NDArray[np.float64]:
     Raises:
         InputError: If scores are empty or not finite, or p is negative or not finite.
     """
-    values = numbers("scores", scores)
-    if numbers("power", [power])[0] < 0:
-        raise InputError.of(
-            "power", expected="at least 0", got=f"{power}", remedy="0 is the majority, 0.5 the default."
-        )
+    values = numbers("scores", scores, remedy=FINITE)
+    power = finite("power", power, least=0.0, remedy="0 is the majority, 0.5 the default.")
     _, tied, sizes = np.unique(values, return_inverse=True, return_counts=True)
     points = np.arange(1, len(values) + 1, dtype=np.float64) ** power  # of the lowest first
     ends = np.cumsum(sizes)

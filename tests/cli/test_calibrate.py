@@ -200,8 +200,8 @@ def test_the_intervals_cover_what_other_texts_give():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--share", 0], "share: expected a number between 0 and 1"),
-        (["--share", 20], "share: expected a number between 0 and 1"),
+        (["--share", 0], "share: expected a number in (0, 1)"),
+        (["--share", 20], "share: expected a number in (0, 1)"),
         (["--temperature", 0], "temperature: expected a finite number > 0; got 0.0"),
         (["--temperature", "nan"], "temperature: expected a finite number > 0"),
         (["--write"], "--write: expected --recipe"),

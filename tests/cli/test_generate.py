@@ -298,7 +298,7 @@ def test_mistakes_found_on_loading_are_one_line(run, members, tmp_path):
     for words, expected in (
         (["a", "--alpha", "nan", *members], "alpha"),
         (["a", "--dtype", "float99", *members], "--dtype"),
-        (["a", "--dtype", "int8", *members], "--dtype: expected auto, float32"),
+        (["a", "--dtype", "int8", *members], "--dtype: expected 'auto', 'float32'"),
         (["a", "--device", "toaster", *members], "--device: expected"),
         (["a", "--device", "cuda:99", *members], "--device: expected"),
         (["a", "temperature=5", *members], "Add do_sample=true"),

@@ -277,7 +277,7 @@ def test_the_recipe_s_threshold(run, kit, model, tokenizer):
     words = ["sample", *PROMPTS, *WORDS, "--recipe", kit, "--branches", 5, "--seed", 3, "--json", "--dtype", "float32"]
     ended = run(*words)
     assert ended.code == 2
-    assert "--threshold: expected an entropy in nats, or a recipe that was calibrated; got neither" in ended.err
+    assert "--threshold: expected an entropy in nats, or a recipe that was calibrated; got " in ended.err
     write_fork_threshold(kit, ForkCalibration(share=0.2, nats=1.0, tokens=100, alpha=0.5))
     assert json.loads((kit / RECIPE_FILE).read_text())["alpha"] == 0.5
     out = model.generate(**encoded(tokenizer), custom_generate=ForkDecoding(threshold=1.0, branches=5, seed=3), **DRAW)
@@ -350,8 +350,8 @@ def test_answers_by_pattern():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "--threshold: expected an entropy in nats, or a recipe that was calibrated; got neither"),
-        (["--threshold", "nan"], "threshold: expected a finite entropy in nats; got nan"),
+        ([], "--threshold: expected an entropy in nats, or a recipe that was calibrated; got no recipe"),
+        (["--threshold", "nan"], "threshold: expected a finite number of nats; got nan"),
         (["--threshold", 1, "--answer", "("], "--answer: expected a regular expression; got '('"),
         (["--threshold", 1, "--eta", 0], "--eta: expected a percentage in (0, 100]; got 0"),
         (["--threshold", 1, "--vote", "loudest"], "--vote"),
@@ -368,8 +368,14 @@ def test_answers_by_pattern():
         ),
         (["--threshold", 1, "--ngram", 3], "--ngram: expected --no-forks with it; got 3, with --forks"),
         (["--no-forks", "--ngram", 1], "--ngram"),
-        (["--no-forks", "--threshold", 1, "--repulsion", "nan"], "repulsion: expected nats from 0 to 1000; got nan"),
-        (["--no-forks", "--threshold", 1, "--repulsion=-1"], "repulsion: expected nats from 0 to 1000; got -1.0"),
+        (
+            ["--no-forks", "--threshold", 1, "--repulsion", "nan"],
+            "repulsion: expected a number of nats in [0, 1000]; got nan",
+        ),
+        (
+            ["--no-forks", "--threshold", 1, "--repulsion=-1"],
+            "repulsion: expected a number of nats in [0, 1000]; got -1.0",
+        ),
         (
             ["--no-forks", "--repulsion", 1],
             "which --write puts into the recipe; or pass --repulsion 0 without --ngram.",

@@ -101,7 +101,7 @@ def test_a_pipeline_answers_a_chat_message_and_stops() -> None:
 
 
 def test_unknown_members_and_missing_records_are_explained(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="expected one of large-base, .*; got 'large'"):
+    with pytest.raises(InputError, match="bundled model: expected 'large-base', .*; got 'large'"):
         bundled("large")  # type: ignore[arg-type]
     with pytest.raises(LabError, match="expected a record family.json"):
         read_record(tmp_path)

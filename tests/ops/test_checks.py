@@ -28,11 +28,11 @@ def _fail(*_: Any, **__: Any) -> None:
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("decide", "_kernels", "Rows"):
+    for name in ("decide", "kernels", "MemberRows"):
         monkeypatch.setattr(dispatch, name, _fail)
     for module in ("step", "verify"):
-        monkeypatch.setattr(importlib.import_module(f"proxytune.ops.{module}"), "Rows", _fail)
-    monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "_kernels", _fail)
+        monkeypatch.setattr(importlib.import_module(f"proxytune.ops.{module}"), "MemberRows", _fail)
+    monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "kernels", _fail)
 
 
 def sampling(rows: int = 2, **settings: Any) -> SamplingParams:
@@ -99,9 +99,9 @@ REQUESTS: list[tuple[dict[str, Any], str]] = [
     ({"want": "tokens"}, r"want: expected names of tokens, logprobs, .*; got 'tokens'\. Pass e\.g\. want=\("),
     ({"want": ("tokens", "perplexity")}, r"want: expected names of .* got 'perplexity'"),
     ({"want": (1,)}, r"want: .* got 1"),
-    ({"draws": 0}, r"draws: expected from 1 to 9 draws; got 0\. Lower it\."),
-    ({"draws": -1}, r"draws: expected from 1 to 9 draws; got -1"),
-    ({"draws": 10, "sampling": sampling(), "noise": noise()}, r"draws: expected from 1 to 9 draws; got 10"),
+    ({"draws": 0}, r"draws: expected a whole number of draws, from 1 to 9; got 0\. There are no more"),
+    ({"draws": -1}, r"draws: expected a whole number of draws, from 1 to 9; got -1"),
+    ({"draws": 10, "sampling": sampling(), "noise": noise()}, r"draws: expected .*, from 1 to 9; got 10"),
     ({"draws": 2.0}, r"draws: .* got 2\.0"),
     ({"draws": True}, r"draws: .* got True"),
     ({"draws": 2}, r"sampling: expected settings to draw with, beside draws=2; got None\. Pass SamplingParams\.of"),

@@ -366,7 +366,7 @@ def stored(*prompts: Any, **more: Any) -> dict[str, Any]:
         (stored({"prompt": "p"}), "key 'prompts': expected objects with prompt and answers"),
         (stored({"prompt": "p", "answers": [], "n": 1}), "of the prompt 'p': expected only the keys.*unknown 'n'"),
         (stored({"prompt": 3, "answers": []}), "prompt: expected a text or a list of token ids; got 3"),
-        (stored({"prompt": [-3], "answers": []}), r"prefix: expected token ids.*got \[-3\]"),
+        (stored({"prompt": [-3], "answers": []}), r"prompt: expected a text or token ids .*got \[-3\]"),
         (stored(*[{"prompt": [1], "answers": []}] * 2), "prompts: expected each prompt once; got .* twice"),
         (
             stored({"prompt": "p", "answers": {"a": 1}}),
@@ -410,8 +410,8 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (lambda h: h.record("p", [math.nan]), "answer: expected a hashable value that equals itself"),
         (lambda h: h.record("p", "abc"), "answers: expected a sequence with one answer for each text; got 'abc'"),
         (lambda h: h.record("p", 3), "answers: expected a sequence"),
-        (lambda h: h.record(3.0, ["a"]), "prefix: expected token ids"),
-        (lambda h: h.record([-1], ["a"]), "prefix: expected token ids"),
+        (lambda h: h.record(3.0, ["a"]), "prompt: expected a text or token ids"),
+        (lambda h: h.record([-1], ["a"]), "prompt: expected a text or token ids"),
         (lambda h: h.count("p", {}), "answer: expected a hashable value"),
         (lambda h: h.select("p", [], 1, round=0), "answers: expected at least one candidate; got none"),
         (lambda h: h.select("p", ["a"], 0, round=0), "count: expected a whole number of candidates, at least 1; got 0"),
@@ -434,7 +434,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         ),
         (
             lambda h: restart_points(tree(), ["a"] * 4, h, 1, prompt="p", round=0, fork="first"),
-            r"fork: expected random \| last; got 'first'",
+            r"fork: expected 'random' or 'last'; got 'first'",
         ),
     ],
 )

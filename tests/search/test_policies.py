@@ -278,7 +278,7 @@ def test_an_extractor_that_raises_is_named_with_its_text() -> None:
         ),
         (lambda: sequential(plain(), max_thinking_tokens=-1), "max_thinking_tokens: expected a whole number"),
         (lambda: parallel(plain())([], TokenLedger(9)), "task: expected a prompt of at least one token"),
-        (lambda: parallel(plain())(3.0, TokenLedger(9)), "prefix: expected token ids"),
+        (lambda: parallel(plain())(3.0, TokenLedger(9)), "task: expected a text or token ids .*; got 3.0"),
     ],
 )
 def test_wrong_settings(make: Any, said: str) -> None:

@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from proxytune.errors import InputError
-from proxytune.validation import finite
+from proxytune.validation import finite, whole
 
 __all__ = ["Watch"]
 
@@ -34,15 +33,9 @@ class Watch:
         Raises:
             InputError: If a value is out of its range.
         """
-        if not isinstance(window, int) or isinstance(window, bool) or window < 1:
-            raise InputError.of("window", expected="a whole number ≥ 1", got=repr(window), remedy="Pass e.g. 4096.")
-        if finite("inflation", inflation) < 1 or finite("margin", margin) < 0:
-            raise InputError.of(
-                "band",
-                expected="inflation ≥ 1 and margin ≥ 0",
-                got=f"inflation={inflation}, margin={margin}",
-                remedy="Leave them out for the defaults.",
-            )
+        window = whole("window", window, least=1, remedy="Pass e.g. window=4096.")
+        inflation = finite("inflation", inflation, least=1.0, remedy="Leave it out for the default.")
+        margin = finite("margin", margin, least=0.0, remedy="Leave it out for the default.")
         self._share, self._window = share, window
         self.band: tuple[float, float] | None = None
         if share is not None:

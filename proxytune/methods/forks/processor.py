@@ -22,7 +22,7 @@ from proxytune.methods.forks.call_tracker import CallTracker, ForkRecord
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.ops.entropy import entropy
 from proxytune.recipe import MEASURES, ForkCalibration, Measure, Recipe
-from proxytune.validation import finite
+from proxytune.validation import choice, finite
 
 __all__ = ["FLOOR", "ForkSamplingLogitsProcessor", "TemperatureRule"]
 
@@ -129,17 +129,13 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
             InputError: If a value is out of its range, settings contradict each other, or the threshold belongs to
                 another measure or to another α than the recipe has now.
         """
-        for name, value, known in (("measure", measure, MEASURES), ("form", form, get_args(TemperatureRule))):
-            if value not in known:
-                raise InputError.of(
-                    name, expected=" or ".join(map(repr, known)), got=repr(value), remedy="Use one of these."
-                )
-        self.measure, self.form = measure, form
+        self.measure = choice("measure", measure, MEASURES)
+        self.form = choice("form", form, get_args(TemperatureRule))
         self.threshold = _threshold(threshold, measure, form)
-        self._hot = finite("fork_temperature", fork_temperature, positive=True)
-        self._cold = finite("exec_temperature", exec_temperature, positive=True)
-        self._exponent = finite("exponent", exponent, positive=True)
-        self._theta = finite("theta", theta, positive=True)
+        self._hot = finite("fork_temperature", fork_temperature, above=0.0)
+        self._cold = finite("exec_temperature", exec_temperature, above=0.0)
+        self._exponent = finite("exponent", exponent, above=0.0)
+        self._theta = finite("theta", theta, above=0.0)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         self._told = {name: _OFF[name] if value is None else value for name, value in given.items()}
         self._warpers = _warpers(self._told, measure)
@@ -263,11 +259,12 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
                 got="before it: the entropy would be the base's, and the shift would escape the temperature",
                 remedy="Change their order, or attach() the ProxyTuningLogitsProcessor.",
             )
-        if sum(isinstance(p, ForkSamplingLogitsProcessor) for p in processors) > 1:
+        count = sum(isinstance(p, ForkSamplingLogitsProcessor) for p in processors)
+        if count > 1:
             raise InputError.of(
                 "logits_processor",
                 expected="one ForkSamplingLogitsProcessor",
-                got="several, whose temperatures would multiply",
+                got=f"{count}, whose temperatures would multiply",
                 remedy="Leave one.",
             )
         kinds = {kind: name for name, kind in _WARPERS.items()}

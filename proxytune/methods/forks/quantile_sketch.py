@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from proxytune.errors import InputError
+from proxytune.validation import whole
 
 __all__ = ["Sketch"]
 
@@ -37,8 +37,7 @@ class Sketch:
         Raises:
             InputError: If the warm-up is no whole number ≥ 1.
         """
-        if not isinstance(warm_up, int) or isinstance(warm_up, bool) or warm_up < 1:
-            raise InputError.of("warm_up", expected="a whole number ≥ 1", got=repr(warm_up), remedy="Pass e.g. 256.")
+        warm_up = whole("warm_up", warm_up, least=1, remedy="Pass e.g. warm_up=256.")
         self.share, self.warm_up, self.initial = share, warm_up, initial
         bins = math.ceil(math.log(16.0 / 1e-6) / math.log(1.002))
         # Bin i holds what is above edge i − 1 and not above edge i: the first one 0 and what is as good as 0.

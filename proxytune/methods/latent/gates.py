@@ -7,14 +7,22 @@ open, unless they are asked for; what is always discrete are the ids that the ca
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from proxytune.errors import InputError
-from proxytune.generation.token_patterns import Ids, token_ids
+from proxytune.validation import TokenIds, finite, token_ids, whole
 
 __all__ = ["LatentGates"]
+
+_COUNTS = (
+    ("cold_steps", "of steps", 1),
+    ("max_run", "of steps", 1),
+    ("loop_ngram", "of tokens", 1),
+    ("loop_repeats", "of times", 2),
+)
+_LEAVE = "Leave it out for the default."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +52,8 @@ class LatentGates:
         InputError: If a setting is out of its range.
     """
 
-    begin_ids: Ids | None = None
-    end_ids: Ids | None = None
+    begin_ids: TokenIds | None = None
+    end_ids: TokenIds | None = None
     discrete_ids: Sequence[int] = ()
     min_entropy: float = 0.0
     dwell: int | tuple[int, int] | None = None
@@ -57,9 +65,7 @@ class LatentGates:
 
     def __post_init__(self) -> None:
         for name in ("begin_ids", "end_ids", "discrete_ids"):
-            ids = getattr(self, name)
-            empty = isinstance(ids, Sequence | Set) and not ids  # 0 is an id
-            object.__setattr__(self, name, token_ids(name, None if empty else ids, needed=False))
+            object.__setattr__(self, name, token_ids(name, getattr(self, name), single=True, optional=True))
         object.__setattr__(self, "discrete_ids", tuple(sorted(set(_tuple(self.discrete_ids)))))
         if self.begin_ids and self.begin_ids == self.end_ids:
             raise InputError.of(
@@ -72,22 +78,21 @@ class LatentGates:
             raise InputError.of(
                 "end_ids",
                 expected="what closes the thinking span",
-                got="none, beside begin_ids",
+                got=f"none, beside begin_ids={list(self.begin)}",
                 remedy="Pass both, e.g. the ids of '<think>' and '</think>'; or neither, for latent steps everywhere.",
             )
         if self.dwell is not None:
             pair = self.dwell if isinstance(self.dwell, tuple) else (self.dwell, self.dwell)
             if len(pair) != 2:
-                _refuse("dwell", "a whole number, or two", self.dwell)
-            object.__setattr__(self, "dwell", tuple(_least("dwell", n, 0) for n in pair))
-        for name, least in (("cold_steps", 1), ("max_run", 1), ("loop_ngram", 1)):
-            if getattr(self, name) is not None:
-                _least(name, getattr(self, name), least)
-        _least("loop_repeats", self.loop_repeats, 2)
-        for name, most in (("min_entropy", 1.0), ("cold_entropy", math.inf)):
+                raise InputError.of("dwell", expected="a whole number, or two", got=repr(self.dwell), remedy=_LEAVE)
+            object.__setattr__(self, "dwell", tuple(whole("dwell", n, "of steps", remedy=_LEAVE) for n in pair))
+        for name, what, least in _COUNTS:
             value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value <= most:
-                _refuse(name, f"a number from 0{f' to {most:g}' if most < math.inf else ' on'}", value)
+            if value is not None or name == "loop_repeats":
+                object.__setattr__(self, name, whole(name, value, what, least=least, remedy=_LEAVE))
+        finite("min_entropy", self.min_entropy, least=0.0, most=1.0, remedy=_LEAVE)
+        if self.cold_entropy != math.inf:  # with which every step is cold
+            finite("cold_entropy", self.cold_entropy, "of nats", least=0.0, remedy=_LEAVE)
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, span: str | None = None, **settings: Any) -> LatentGates:
@@ -158,17 +163,7 @@ class LatentGates:
         return max((*self.begin, *self.end, *self.discrete_ids), default=-1)
 
 
-def _tuple(ids: Ids | None) -> tuple[int, ...]:
+def _tuple(ids: TokenIds | None) -> tuple[int, ...]:
     # After __post_init__ it is one; the annotation tells what may be given.
     assert isinstance(ids, tuple)
     return ids
-
-
-def _least(name: str, value: Any, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        _refuse(name, f"a whole number of at least {least}", value)
-    return int(value)
-
-
-def _refuse(name: str, expected: str, value: Any) -> None:
-    raise InputError.of(name, expected=expected, got=repr(value), remedy="Leave it out for the default.")

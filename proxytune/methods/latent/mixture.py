@@ -20,7 +20,6 @@ Noise is keyed by (seed, row, position, token): neither the order of the candida
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -30,6 +29,7 @@ import torch
 from proxytune.errors import InputError
 from proxytune.ops.noise import LATENT, SLOTS, Noise, slotted
 from proxytune.ops.philox import exponential, normal, unit
+from proxytune.validation import choice, finite, whole
 
 __all__ = ["Candidates", "Kind", "LatentMixture"]
 
@@ -45,6 +45,7 @@ _OWN: dict[str, dict[str, float]] = {
 """Kind → its settings and their defaults; `sigma` is everybody's, but 0 elsewhere."""
 _ATTEMPTS = 8  # each is accepted with a probability of at least .95; all fail once in 10¹⁰ draws
 _MOST_SAMPLES = SLOTS // 2
+_LEAVE = "Leave it out for the default."
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,15 +99,7 @@ class LatentMixture:
     sigma: float | None = None
 
     def __post_init__(self) -> None:
-        kinds = get_args(Kind)
-        if self.kind not in kinds:
-            near = difflib.get_close_matches(str(self.kind), kinds, n=1)
-            raise InputError.of(
-                "kind",
-                expected=", ".join(kinds),
-                got=repr(self.kind),
-                remedy=f"Did you mean {near[0]}?" if near else "Use one of these.",
-            )
+        choice("kind", self.kind, get_args(Kind))
         own = {"sigma": 0.0} | _OWN.get(self.kind, {})
         for name in ("tau", "alpha", "beta", "samples", "sigma"):
             given = getattr(self, name)
@@ -120,12 +113,17 @@ class LatentMixture:
                     got=f"{name}={given!r}, a setting of {of!r}",
                     remedy=f"Leave it out, or pass kind={of!r}.",
                 )
-        _above(self.tau, "tau", 0.0, strict=True)
-        _above(self.alpha, "alpha", 0.0, strict=True)
-        _above(self.beta, "beta", 0.0)
-        _above(self.sigma, "sigma", 0.0)
-        _whole(self.candidates, "candidates", None)
-        _whole(self.samples, "samples", _MOST_SAMPLES)
+        for name in ("tau", "alpha"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, finite(name, value, above=0.0, remedy=_LEAVE))
+        for name in ("beta", "sigma"):
+            if (value := getattr(self, name)) is not None:
+                object.__setattr__(self, name, finite(name, value, least=0.0, remedy=_LEAVE))
+        candidates = whole("candidates", self.candidates, "of tokens", least=1, remedy=_LEAVE)
+        object.__setattr__(self, "candidates", candidates)
+        if self.samples is not None:
+            samples = whole("samples", self.samples, "of tokens", least=1, most=_MOST_SAMPLES, remedy=_LEAVE)
+            object.__setattr__(self, "samples", samples)
 
     @property
     def is_random(self) -> bool:
@@ -218,27 +216,3 @@ def _multiplex(candidates: Candidates, noise: Noise, samples: Any) -> torch.Tens
     further = torch.nn.functional.one_hot(keys.argmax(-1), count).sum(1)
     # NaN has no largest key: such a row has no weights.
     return total + torch.where(candidates.logprobs.isnan().any(1, keepdim=True), torch.nan, further.float())
-
-
-def _above(value: Any, name: str, least: float, *, strict: bool = False) -> None:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is None or (number and math.isfinite(value) and (value > least or (value == least and not strict))):
-        return
-    raise InputError.of(
-        name,
-        expected=f"a finite number {'above' if strict else 'of at least'} {least:g}",
-        got=repr(value),
-        remedy="Leave it out for the default.",
-    )
-
-
-def _whole(value: Any, name: str, most: int | None) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if (value is None and most is not None) or (whole and value >= 1 and (most is None or value <= most)):
-        return
-    raise InputError.of(
-        name,
-        expected="a whole number of at least 1" if most is None else f"a whole number from 1 to {most}",
-        got=repr(value),
-        remedy="Leave it out for the default.",
-    )

@@ -24,6 +24,7 @@ from proxytune.methods.latent.mixture import Candidates, LatentMixture
 from proxytune.models.ensemble import Ensemble
 from proxytune.ops import Impl
 from proxytune.ops.noise import Noise
+from proxytune.validation import choice
 
 __all__ = ["LatentSteps", "check_latent_settings", "embeddings_of", "latent_steps_of"]
 
@@ -290,10 +291,7 @@ def check_latent_settings(mixture: Any, gates: Any, impl: Any) -> tuple[LatentMi
                 got=repr(value),
                 remedy="Pass e.g. LatentMixture(kind='gumbel', tau=0.25) and LatentGates(max_run=64).",
             )
-    if impl not in get_args(Impl):
-        raise InputError.of(
-            "impl", expected="'auto', 'triton' or 'torch'", got=repr(impl), remedy="Leave it out for 'auto'."
-        )
+    choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
     return mixture, gates
 
 

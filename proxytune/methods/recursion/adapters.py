@@ -179,7 +179,7 @@ def recursion_of(model: Any) -> LatentRecursion:
         raise UnsupportedModelError.of(
             "a model's recursion",
             expected="a model that recurs by itself",
-            got="a composed one, with a state in each member that does",
+            got=f"a {type(model).__name__}, with a state in each member that does",
             remedy="Decode with the member: model.base.generate(...), say.",
         )
     for kind in type(model).__mro__:

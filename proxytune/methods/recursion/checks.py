@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.batch import cache_of
+from proxytune.validation import as_int, choice, finite, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
 
@@ -36,30 +37,40 @@ def refuse_settings(settings: _Settings) -> None:
         InputError: If one is.
         UnsupportedModeError: For a streamer with several trajectories.
     """
+    remedy = "Pass 0 for no noise; it is relative to the rms of the state."
+    finite("sigma", settings.sigma, least=0.0, remedy=remedy)
+    if not isinstance(settings.when, tuple):
+        choice("when", settings.when, ("cycle", "once"), "a tuple of cycles", remedy="Leave it out for 'cycle'.")
+    elif not settings.when or not all(as_int(c) is not None and c >= 0 for c in settings.when):
+        raise InputError.of(
+            "when",
+            expected="numbers of cycles from 0, one at least",
+            got=repr(settings.when),
+            remedy="Pass e.g. when=(0, 1); sigma=0 for no noise.",
+        )
+    _refuse_trajectories(settings.trajectories)
+    if settings.halt is not None:
+        finite("halt", settings.halt, above=0.0, remedy="Pass e.g. halt=0.05, or None.")
+    wanted = settings.trajectories
+    if settings.streamer is not None and (len(wanted) if isinstance(wanted, Sequence) else wanted) > 1:
+        _refuse_streamer(settings.streamer)
 
-    def refuse(what: str, expected: str, remedy: str) -> None:
-        raise InputError.of(what, expected=expected, got=repr(getattr(settings, what)), remedy=remedy)
 
-    if not _is_number(settings.sigma) or settings.sigma < 0:
-        refuse("sigma", "a finite number ≥ 0", "Pass 0 for no noise; it is relative to the rms of the state.")
-    when, wanted = settings.when, settings.trajectories
-    if isinstance(when, str) or not isinstance(when, tuple):
-        if when not in ("cycle", "once"):
-            refuse("when", "'cycle', 'once' or a tuple of cycles", "Leave it out for 'cycle'.")
-    elif not when or not all(_is_whole(c) and c >= 0 for c in when):
-        refuse("when", "numbers of cycles from 0, one at least", "Pass e.g. when=(0, 1); sigma=0 for no noise.")
-    if isinstance(wanted, bool) or (isinstance(wanted, int) and not 1 <= wanted <= _BRANCHES):
-        refuse("trajectories", "a whole number of at least 1", "Pass e.g. trajectories=8.")
-    if not isinstance(wanted, int):
-        numbers = list(wanted) if isinstance(wanted, list | tuple | range) else []
-        if not numbers or len(set(numbers)) < len(numbers) or not all(_is_whole(n) for n in numbers):
-            refuse("trajectories", "a whole number, or different whole numbers in a list", "Pass e.g. trajectories=8.")
-        if not all(0 <= n < _BRANCHES for n in numbers):
-            refuse("trajectories", f"numbers from 0 to {_BRANCHES - 1}", "Number them from 0.")
-    if settings.halt is not None and (not _is_number(settings.halt) or settings.halt <= 0):
-        refuse("halt", "a finite number > 0, or None", "Pass e.g. halt=0.05.")
-    if settings.streamer is not None and (wanted if isinstance(wanted, int) else len(wanted)) > 1:
-        _refuse_streamer()
+def _refuse_trajectories(wanted: Any) -> None:
+    remedy = "Pass e.g. trajectories=8."
+    if not isinstance(wanted, list | tuple | range):
+        whole("trajectories", wanted, "of trajectories", least=1, most=_BRANCHES, remedy=remedy)
+        return
+    numbers = list(wanted)
+    if not numbers or not all(as_int(n) is not None for n in numbers) or len(set(numbers)) < len(numbers):
+        raise InputError.of(
+            "trajectories",
+            expected="a whole number, or different whole numbers in a list",
+            got=repr(wanted),
+            remedy=remedy,
+        )
+    for n in numbers:
+        whole("trajectories", n, "as a number", most=_BRANCHES - 1, remedy="Number them from 0.")
 
 
 def refuse_call(
@@ -79,13 +90,13 @@ def refuse_call(
         UnsupportedModeError: If it is asked for.
     """
     if streamer is not None and trajectories > 1:
-        _refuse_streamer()
+        _refuse_streamer(streamer)
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
         if getattr(generation_config, name, False):
             raise UnsupportedModeError.of(
                 name,
                 expected=f"none with {loop}: one trajectory of many is returned",
-                got="it",
+                got=f"{name}={getattr(generation_config, name)!r}",
                 remedy="Leave it out; the output has each trajectory's mean log-probability.",
             )
     cache = cache_of(model_kwargs)
@@ -116,18 +127,10 @@ def _compiled(model: Any) -> str | None:
     return None
 
 
-def _refuse_streamer() -> None:
+def _refuse_streamer(streamer: Any) -> None:
     raise UnsupportedModeError.of(
         "streamer",
         expected="none with several trajectories: which is selected is known at their end",
-        got="one",
+        got=f"a {type(streamer).__name__}",
         remedy="Leave it out, or pass trajectories=1.",
     )
-
-
-def _is_whole(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _is_number(x: object) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)

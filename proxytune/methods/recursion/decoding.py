@@ -119,7 +119,7 @@ class RecursionDecoding:
     def numbers(self) -> tuple[int, ...]:
         """The numbers of the trajectories, each a stream of noise of its own."""
         wanted = self.trajectories
-        return tuple(range(wanted)) if isinstance(wanted, int) else tuple(wanted)
+        return tuple(wanted) if isinstance(wanted, Sequence) else tuple(range(wanted))
 
     @torch.no_grad()
     def __call__(

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 
 from proxytune.errors import InputError
+from proxytune.validation import choice
 from proxytune.voting.vote import Sample, vote
 
 __all__ = ["Select", "TextScorer", "check_select", "select_one"]
@@ -31,13 +32,9 @@ def check_select(select: Select) -> None:
     Raises:
         InputError: If it is none of them.
     """
-    if not (select is None or select in get_args(Named) or callable(select)):
-        raise InputError.of(
-            "select",
-            expected="'logprob', 'vote', 'value', a callable from ids to a score, or None for all trajectories",
-            got=repr(select),
-            remedy="Leave it out for 'logprob'.",
-        )
+    if not (select is None or callable(select)):
+        otherwise = "a callable from ids to a score, or None for all trajectories"
+        choice("select", select, get_args(Named), otherwise, remedy="Leave it out for 'logprob'.")
 
 
 def select_one(

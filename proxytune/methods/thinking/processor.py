@@ -22,7 +22,6 @@ where the model wrote it by itself: choose one whose first token starts nothing 
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -30,7 +29,8 @@ from transformers import LogitsProcessor
 
 from proxytune.errors import InputError
 from proxytune.generation.prompt_rows import expand_to_rows
-from proxytune.generation.token_patterns import Ids, continued, count_of, ends_of, forced, token_ids
+from proxytune.generation.token_patterns import continued, count_of, ends_of, forced
+from proxytune.validation import TokenIds, token_ids, whole
 
 __all__ = ["ThinkingBudgetLogitsProcessor"]
 
@@ -62,14 +62,14 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
 
     def __init__(
         self,
-        end_ids: Ids,
+        end_ids: TokenIds,
         *,
         extra: int | Sequence[int] = 0,
         max_thinking_tokens: PerRow = None,
-        continuation_ids: Ids | None = None,
-        begin_ids: Ids | None = None,
+        continuation_ids: TokenIds | None = None,
+        begin_ids: TokenIds | None = None,
         prompt_length: int | None = None,
-        eos_token_id: Ids | None = None,
+        eos_token_id: TokenIds | None = None,
     ) -> None:
         """Check the settings; nothing is read off a model.
 
@@ -88,17 +88,17 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         Raises:
             InputError: If a setting is missing or cannot be right.
         """
-        self.end_ids = token_ids("end_ids", end_ids)
-        self.continuation_ids = token_ids("continuation_ids", continuation_ids, needed=False)
-        self.begin_ids = token_ids("begin_ids", begin_ids, needed=False)
-        self.eos_token_ids = token_ids("eos_token_id", eos_token_id, needed=False)
-        self.prompt_length = None if prompt_length is None else _count("prompt_length", prompt_length)
+        self.end_ids = token_ids("end_ids", end_ids, single=True, empty=False)
+        self.continuation_ids = token_ids("continuation_ids", continuation_ids, single=True, optional=True, empty=False)
+        self.begin_ids = token_ids("begin_ids", begin_ids, single=True, optional=True, empty=False)
+        self.eos_token_ids = token_ids("eos_token_id", eos_token_id, single=True, optional=True, empty=False)
+        self.prompt_length = None if prompt_length is None else whole("prompt_length", prompt_length)
         counts = extra if isinstance(extra, Sequence) else [extra]
         caps = max_thinking_tokens if isinstance(max_thinking_tokens, Sequence) else [max_thinking_tokens]
         # [1] or [prompts] each
-        self._extra = torch.tensor([_count("extra", n) for n in counts], dtype=torch.int64)
+        self._extra = torch.tensor([whole("extra", n, "of suppressed ends") for n in counts], dtype=torch.int64)
         self._caps = torch.tensor(
-            [_NEVER if n is None else _count("max_thinking_tokens", n) for n in caps], dtype=torch.int64
+            [_NEVER if n is None else whole("max_thinking_tokens", n) for n in caps], dtype=torch.int64
         )
         self._check()
 
@@ -227,13 +227,3 @@ def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
             remedy="Make a processor for this very batch.",
         )
     return out.to(ids.device)
-
-
-def _count(name: str, value: object) -> int:
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = -1
-    if number < 0 or isinstance(value, bool):
-        raise InputError.of(name, expected="a whole number of at least 0", got=repr(value), remedy="Pass an int.")
-    return number

@@ -13,7 +13,7 @@ from proxytune.generation.batch import cache_of
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.models.ensemble import Ensemble
 from proxytune.ops import Impl
-from proxytune.validation import refuse_seed
+from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
 
 if TYPE_CHECKING:
     from proxytune.methods.trees.loop import TreeLoop
@@ -38,47 +38,36 @@ def refuse_settings(loop: TreeLoop, least: Mapping[str, int], *, needed: bool, a
     """
     name = type(loop).__name__
 
-    def refuse(what: str, expected: str, got: object, remedy: str) -> None:
-        raise InputError.of(what, expected=expected, got=repr(got), remedy=remedy)
-
-    def is_number(x: object) -> bool:
-        return isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < float("inf")
-
-    allowed = allowed or get_args(Where)
-    if loop.where not in allowed:
-        *others, last = map(repr, allowed)
-        refuse("where", f"{', '.join(others)} or {last}", loop.where, "Leave it out for 'forks'.")
+    choice("where", loop.where, allowed or get_args(Where), remedy="Leave it out for 'forks'.")
     for what, lowest in least.items():
-        value = getattr(loop, what)
-        if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
-            refuse(what, f"a whole number of at least {lowest}", value, f"Pass e.g. {name}({what}={max(lowest, 8)}).")
+        remedy = f"Pass e.g. {name}({what}={max(lowest, 8)})."
+        whole(what, getattr(loop, what), "", least=lowest, remedy=remedy)
     threshold = loop.threshold
     if isinstance(threshold, ForkThreshold):
         if threshold.is_streaming:
-            refuse(
+            raise InputError.of(
                 "threshold",
-                "a fixed or calibrated one: a tree must not depend on the batch",
-                "a streaming one",
-                _CALIBRATE,
+                expected="a fixed or calibrated one: a tree must not depend on the batch",
+                got="a streaming one",
+                remedy=_CALIBRATE,
             )
         if threshold.measure not in (None, "raw"):
-            refuse("threshold", "one of the raw entropy", f"one of the {threshold.measure} entropy", _CALIBRATE)
-    elif threshold is None:
-        if needed:
-            refuse("threshold", "an entropy in nats", None, _CALIBRATE)
-    elif not is_number(threshold):
-        refuse("threshold", "a finite entropy in nats", threshold, _CALIBRATE)
-    if not is_number(loop.share) or not 0 < loop.share < 1:
-        refuse("share", "a share in (0, 1)", loop.share, "Pass e.g. share=0.2.")
-    if loop.fork_temperature is not None and (not is_number(loop.fork_temperature) or loop.fork_temperature <= 0):
-        refuse(
-            "fork_temperature", "a finite number > 0, or None", loop.fork_temperature, "Pass e.g. fork_temperature=1.0."
-        )
+            raise InputError.of(
+                "threshold",
+                expected="one of the raw entropy",
+                got=f"one of the {threshold.measure} entropy",
+                remedy=_CALIBRATE,
+            )
+    elif threshold is not None or needed:
+        finite("threshold", threshold, "of nats", remedy=_CALIBRATE)
+    proper_share(loop.share)
+    if loop.fork_temperature is not None:
+        remedy = "Pass e.g. fork_temperature=1.0, or None."
+        finite("fork_temperature", loop.fork_temperature, above=0.0, remedy=remedy)
     if loop.max_total_tokens is not None:
         TokenLedger(loop.max_total_tokens)
     refuse_seed(loop.seed, name)
-    if loop.impl not in get_args(Impl):
-        refuse("impl", "'auto', 'triton' or 'torch'", loop.impl, "Leave it out for 'auto'.")
+    choice("impl", loop.impl, get_args(Impl), remedy="Leave it out for 'auto'.")
 
 
 _CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one of a run."
@@ -123,25 +112,26 @@ def refuse_extras(
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if getattr(generation_config, name, False)
     ]
+    cache = cache_of(model_kwargs)
     refused = {
-        "streamer": streamer is not None,
-        "synced_gpus": bool(synced_gpus),
-        asked[0] if asked else "outputs": bool(asked),
-        "a static cache": isinstance(cache_of(model_kwargs), StaticCache),
+        "streamer": streamer,
+        "synced_gpus": synced_gpus or None,
+        asked[0] if asked else "outputs": True if asked else None,
+        "a static cache": cache if isinstance(cache, StaticCache) else None,
     }
     for what, given in refused.items():
-        if given:
+        if given is not None:
             raise UnsupportedModeError.of(
                 what,
                 expected=f"none with {loop}: the number of rows changes as branches come and go",
-                got="one",
+                got=repr(given) if isinstance(given, bool) else f"a {type(given).__name__}",
                 remedy="Leave it out; the trees hold each token's log-probability, entropy and confidence.",
             )
-    if model_kwargs.get("use_cache") and cache_of(model_kwargs) is None:
+    if model_kwargs.get("use_cache") and cache is None:
         raise UnsupportedModeError.of(
             "use_cache",
             expected=f"a model whose state is a cache that generate() makes, for {loop}: rows take their part along",
-            got="one that keeps it otherwise",
+            got=f"use_cache={model_kwargs['use_cache']!r}, and a model that keeps its state otherwise",
             remedy="Pass use_cache=False.",
         )
     if generation_config._pad_token_tensor is None:

@@ -15,13 +15,13 @@ from typing import ClassVar
 import torch
 
 from proxytune.budget.ledger import TokenLedger
-from proxytune.errors import InputError
 from proxytune.generation.sampler import MembersAndWeights, Sampler
 from proxytune.methods.trees.checks import refuse_settings
 from proxytune.methods.trees.frontier import Frontier
 from proxytune.methods.trees.loop import TreeLoop
 from proxytune.methods.trees.output import TreeOutput
 from proxytune.methods.trees.repulsion import SiblingFrontier
+from proxytune.validation import finite
 
 __all__ = ["SiblingDecoding", "TreeOutput"]
 
@@ -76,14 +76,8 @@ class SiblingDecoding(TreeLoop):
 
     def __post_init__(self) -> None:
         for name in ("repulsion", "ngram_repulsion"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= _MOST_NATS:
-                raise InputError.of(
-                    name,
-                    expected=f"nats from 0 to {_MOST_NATS:g}",
-                    got=repr(value),
-                    remedy="Pass 0 for no repulsion; 0.5 is usual.",
-                )
+            remedy = "Pass 0 for no repulsion; 0.5 is usual."
+            finite(name, getattr(self, name), "of nats", least=0.0, most=_MOST_NATS, remedy=remedy)
         least = {"siblings": 1} if self.ngram is None else {"siblings": 1, "ngram": 2}
         repels = self.repulsion > 0 or (self.ngram is not None and self.ngram_repulsion > 0)
         needed = self.fork_temperature is not None or (repels and self.where == "forks")

@@ -506,7 +506,7 @@ def test_the_order_of_processors_matters() -> None:
     base, ids = members()[0], torch.randint(3, 240, (2, 5))
     with pytest.raises(InputError, match="expected the ForkSampling.* after the ProxyTuning"):
         base.generate(ids, logits_processor=[forks(), steering()], **SAMPLED)
-    with pytest.raises(InputError, match="expected one ForkSamplingLogitsProcessor; got several"):
+    with pytest.raises(InputError, match="expected one ForkSamplingLogitsProcessor; got 2, whose"):
         base.generate(ids, logits_processor=[forks(), forks()], **SAMPLED)
 
 
@@ -539,8 +539,8 @@ def test_a_list_of_one_s_own_is_looked_at_too() -> None:
         ({"exec_temperature": float("nan")}, "exec_temperature: expected a finite number > 0; got nan"),
         ({"theta": 0}, "theta: expected a finite number > 0"),
         ({"exponent": "1"}, "exponent: expected a finite number > 0"),
-        ({"measure": "cooked"}, "measure: expected 'raw' or 'scaled' or 'truncated'; got 'cooked'"),
-        ({"form": "three"}, "form: expected 'two' or 'dynamic' or 'edt'; got 'three'"),
+        ({"measure": "cooked"}, "measure: expected 'raw', 'scaled' or 'truncated'; got 'cooked'"),
+        ({"form": "three"}, "form: expected 'two', 'dynamic' or 'edt'; got 'three'"),
         ({"measure": "truncated"}, "measure: expected 'truncated' and at least one of top_k, top_p and min_p"),
         ({"top_k": 5}, "got measure='raw' and top_k"),
         ({"temperature": -1.0}, "sampling settings: expected values that generate"),

@@ -199,7 +199,7 @@ def test_a_share_is_between_0_and_1(share: Any) -> None:
         lambda: share_threshold([1.0], share),
         lambda: ForkCalibration(share=share, nats=1.0, tokens=10),
     ):
-        with pytest.raises(InputError, match="share: expected a number between 0 and 1, both excluded"):
+        with pytest.raises(InputError, match=r"share: expected a number in \(0, 1\)"):
             make()
 
 
@@ -217,7 +217,7 @@ def test_what_cannot_be_calibrated_on_is_refused() -> None:
         with pytest.raises(InputError, match="threshold: expected a finite number"):
             ForkThreshold(bad)
     for wrong in ({"window": 0}, {"window": 1.5}, {"inflation": 0.5}, {"margin": -0.1}):
-        with pytest.raises(InputError, match="window: expected|band: expected"):
+        with pytest.raises(InputError, match="window: expected|inflation: expected|margin: expected"):
             ForkThreshold(0.4, share=0.2, **wrong)
     for warm_up in (0, 1.5, True):
         with pytest.raises(InputError, match="warm_up: expected a whole number"):
@@ -443,13 +443,13 @@ def test_a_recipe_holds_it_and_older_ones_are_read() -> None:
         (0.41, "recipe key 'fork_threshold': expected an object with share, nats and tokens; got float"),
         ({"share": 0.2}, "; got no nats, tokens. Run proxytune calibrate"),
         (WRITTEN | {"bits": 1}, "recipe key 'fork_threshold': expected only the keys share, nats, tokens, .* 'bits'"),
-        (WRITTEN | {"share": 20}, "recipe key 'fork_threshold': share: expected a number between 0 and 1"),
+        (WRITTEN | {"share": 20}, r"recipe key 'fork_threshold': share: expected a number in \(0, 1\); got 20"),
         (WRITTEN | {"nats": "0.4"}, "nats: expected a finite number; got '0.4'"),
         (WRITTEN | {"nats": NAN}, "nats: expected a finite number; got nan"),
-        (WRITTEN | {"tokens": 0}, "tokens: expected a whole number ≥ 1"),
-        (WRITTEN | {"tokens": 2.5}, "tokens: expected a whole number ≥ 1"),
+        (WRITTEN | {"tokens": 0}, "tokens: expected a whole number of tokens, at least 1"),
+        (WRITTEN | {"tokens": 2.5}, "tokens: expected a whole number of tokens, at least 1"),
         (WRITTEN | {"temperature": 0}, "temperature: expected a finite number > 0; got 0"),
-        (WRITTEN | {"measure": ["raw"]}, "measure: expected 'raw' or 'scaled' or 'truncated'"),
+        (WRITTEN | {"measure": ["raw"]}, "measure: expected 'raw', 'scaled' or 'truncated'"),
         (WRITTEN | {"alpha": True}, "alpha: expected a finite number; got True"),
     ],
 )

@@ -249,31 +249,31 @@ BAD: list[tuple[dict[str, Any], str]] = [
     *(
         (
             ({"end_ids": 4} if name == "begin_ids" else {}) | {name: value},
-            f"{name}: expected a token id or several; got",
+            f"{name}: expected a token id or several .*; got",
         )
         for name in ("begin_ids", "end_ids", "discrete_ids")
         for value in (-1, [3, -2], 1.5, [2.0], "ab", [None])
     ),
     *(({"dwell": value}, "dwell: expected a whole number, or two; got") for value in ((), (1,), (1, 2, 3))),
     *(
-        ({"dwell": value}, "dwell: expected a whole number of at least 0; got")
+        ({"dwell": value}, "dwell: expected a whole number of steps, at least 0; got")
         for value in (-1, (2, -1), 1.5, (1, 2.0), True, "2", [1, 2])
     ),
     *(
-        ({name: value}, f"{name}: expected a whole number of at least 1; got")
-        for name in ("cold_steps", "max_run", "loop_ngram")
+        ({name: value}, f"{name}: expected a whole number {what}, at least 1; got")
+        for name, what in (("cold_steps", "of steps"), ("max_run", "of steps"), ("loop_ngram", "of tokens"))
         for value in (0, -1, 2.0, True, "3")
     ),
     *(
-        ({"loop_repeats": value}, "loop_repeats: expected a whole number of at least 2; got")
+        ({"loop_repeats": value}, "loop_repeats: expected a whole number of times, at least 2; got")
         for value in (1, 0, 2.0, True, None)
     ),
     *(
-        ({"min_entropy": value}, "min_entropy: expected a number from 0 to 1; got")
+        ({"min_entropy": value}, r"min_entropy: expected a number in \[0, 1\]; got")
         for value in (-0.1, 1.1, NAN, math.inf, True, "0", None)
     ),
     *(
-        ({"cold_entropy": value}, "cold_entropy: expected a number from 0 on; got")
+        ({"cold_entropy": value}, "cold_entropy: expected a finite number of nats ≥ 0; got")
         for value in (-0.1, NAN, False, "0", None)
     ),
 ]

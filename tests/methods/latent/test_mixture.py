@@ -608,7 +608,7 @@ def test_defaults() -> None:
 
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"kind": "gumble"}, "kind: expected onehot, .*; got 'gumble'. Did you mean gumbel?"),
+    ({"kind": "gumble"}, "kind: expected 'onehot', .* or 'gaussian'; got 'gumble'. Did you mean 'gumbel'?"),
     ({"kind": "zzz"}, "kind: expected .*; got 'zzz'. Use one of these."),
     ({"kind": None}, "kind: expected"),
     ({"kind": ["gumbel"]}, "kind: expected"),
@@ -617,21 +617,21 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"kind": "gumbel", "beta": 1.0}, "beta: .*a setting of 'moi'"),
     ({"kind": "dirichlet", "samples": 2}, "samples: .*a setting of 'multiplex'"),
     *(
-        ({"kind": kind, name: value}, f"{name}: expected a finite number above 0; got")
+        ({"kind": kind, name: value}, f"{name}: expected a finite number > 0; got")
         for kind, name in (("gumbel", "tau"), ("dirichlet", "alpha"))
         for value in (0, 0.0, -1.0, math.inf, math.nan, True, "1")
     ),
     *(
-        ({"kind": kind, name: value}, f"{name}: expected a finite number of at least 0; got")
+        ({"kind": kind, name: value}, f"{name}: expected a finite number ≥ 0; got")
         for kind, name in (("moi", "beta"), ("mean", "sigma"), ("gaussian", "sigma"))
         for value in (-1e-9, math.inf, math.nan, False, "1")
     ),
     *(
-        ({"candidates": value}, "candidates: expected a whole number of at least 1; got")
+        ({"candidates": value}, "candidates: expected a whole number of tokens, at least 1; got")
         for value in (0, -3, 2.0, True, "10", None)
     ),
     *(
-        ({"kind": "multiplex", "samples": value}, "samples: expected a whole number from 1 to 16; got")
+        ({"kind": "multiplex", "samples": value}, "samples: expected a whole number of tokens, from 1 to 16; got")
         for value in (0, -3, 2.0, True, 17)
     ),
 ]
