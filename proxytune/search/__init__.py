@@ -1,1 +1,23 @@
-"""Spending a budget on one task."""
+"""Spending a budget on one task.
+
+`allocate` chooses between parallel samples and sequential extension by a `CalibrationRun`; `AnswerHistory` counts answers
+across rounds, and `restart_points` says where a tree goes on. The policies `Parallel` and `Sequential` are in
+`proxytune.search.policies`, which needs torch; this needs none.
+"""
+
+from proxytune.search.allocate import Allocation, allocate
+from proxytune.search.answer_history import AnswerHistory
+from proxytune.search.calibration_run import CalibrationRun
+from proxytune.search.policy import Policy, run_policies
+from proxytune.search.restart import RestartPoint, restart_points
+
+__all__ = [
+    "Allocation",
+    "AnswerHistory",
+    "CalibrationRun",
+    "Policy",
+    "RestartPoint",
+    "allocate",
+    "restart_points",
+    "run_policies",
+]

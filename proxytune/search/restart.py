@@ -18,15 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from numpy.typing import ArrayLike
 
 from proxytune.errors import InputError
-from proxytune.methods.trees.tree import Branch, ForkTree
 from proxytune.search.answer_history import AnswerHistory
 from proxytune.search.keyed_noise import keyed_uniforms, round_key
 from proxytune.validation import Ids, choice
+
+if TYPE_CHECKING:  # trees need torch, what is done with them here does not
+    from proxytune.methods.trees.tree import Branch, ForkTree
 
 __all__ = ["RestartPoint", "RestartRule", "forks_along", "restart_points"]
 
