@@ -1,7 +1,7 @@
 """Spending a budget on one task.
 
-`allocate` chooses between parallel samples and sequential extension by a `CalibrationRun`; `AnswerHistory` counts answers
-across rounds, and `restart_points` says where a tree goes on. The policies `Parallel` and `Sequential` are in
+`allocate` chooses between parallel samples and sequential extension by a `CalibrationRun`; `AnswerHistory` counts
+answers across rounds, and `restart_points` says where a tree goes on. The policies `Parallel` and `Sequential` are in
 `proxytune.search.policies`, which needs torch; this needs none.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, Protocol, get_args
 
 from transformers import StaticCache
 
@@ -15,16 +15,32 @@ from proxytune.models.ensemble import Ensemble
 from proxytune.ops import Impl
 from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
 
-if TYPE_CHECKING:
-    from proxytune.methods.trees.loop import TreeLoop
-
 __all__ = ["Where", "refuse_extras", "refuse_settings", "refuse_threshold"]
 
 Where = Literal["forks", "random", "start"]
 """Where a tree forks, see `proxytune.methods.trees.fork_decoding.ForkDecoding`."""
 
 
-def refuse_settings(loop: TreeLoop, least: Mapping[str, int], *, needed: bool, allowed: Sequence[str] = ()) -> None:
+class _Settings(Protocol):
+    """What a loop over trees is checked for."""
+
+    @property
+    def threshold(self) -> float | ForkThreshold | None: ...
+    @property
+    def where(self) -> Where: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def fork_temperature(self) -> float | None: ...
+    @property
+    def max_total_tokens(self) -> int | None: ...
+    @property
+    def seed(self) -> int | None: ...
+    @property
+    def impl(self) -> Impl: ...
+
+
+def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, allowed: Sequence[str] = ()) -> None:
     """Refuse settings of a loop that are out of their ranges.
 
     Args:
