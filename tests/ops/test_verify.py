@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.conftest import _RowsElsewhere
-from ops.test_law import counts_of, law, sigmas
-from support.decisions import MIXED, Tally
+from support.decisions import MIXED, RowsElsewhere, Tally
+from support.draws import counts_of, law, sigmas
 from support.verifications import Drafts, Verify, check, drafts, same, truth
 
 from proxytune import ops
@@ -30,7 +29,7 @@ NAN, INF = float("nan"), float("inf")
 def verify(impl: str, monkeypatch: pytest.MonkeyPatch) -> Verify:
     """`ops.verify` with the implementation."""
     if impl == "torch without waiting":
-        monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "Rows", _RowsElsewhere)
+        monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "Rows", RowsElsewhere)
 
     def run(*args: Any, **kwargs: Any) -> VerifyOutput:
         with np.errstate(all="ignore"):
