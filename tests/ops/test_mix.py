@@ -335,7 +335,7 @@ def test_wrong_use_is_refused_before_anything_runs(
     def fail(*_: Any) -> None:
         raise AssertionError("something ran")
 
-    monkeypatch.setattr(importlib.import_module("proxytune.ops.mix"), "_by_torch", fail)
+    monkeypatch.setattr(importlib.import_module("proxytune.ops.mix"), "mix_rows", fail)
     monkeypatch.setattr(importlib, "import_module", fail)
     with pytest.raises(InputError, match=said):
         mix(**GOOD | wrong)

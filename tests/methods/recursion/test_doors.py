@@ -48,8 +48,8 @@ def test_settings_out_of_range(settings: dict[str, Any], message: str) -> None:
     [
         ({"when": (3,)}, {}, "cycles from 0 to 2"),
         ({"select": "value"}, {}, "no value head"),
-        ({"rows": [0]}, {}, "row"),
-        ({"rows": [0, -1]}, {}, "row"),
+        ({"stream_ids": [0]}, {}, "row"),
+        ({"stream_ids": [0, -1]}, {}, "row"),
         ({}, {"num_beams": 2}, "greedy decoding or sampling"),
         ({}, {"prompt_lookup_num_tokens": 2}, "greedy decoding or sampling"),
         ({}, {"guidance_scale": 1.5}, "guidance_scale"),
