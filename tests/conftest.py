@@ -9,6 +9,9 @@ import pytest
 import torch
 import transformers
 
+# Helpers assert too: what they say when they fail is to be as full as in a test.
+pytest.register_assert_rewrite("support")
+
 # Triton reads this when it is imported, which torch and transformers leave to the first kernel. Without a GPU the
 # kernels run in its interpreter; nothing takes that path unless it asks for impl="triton".
 if not torch.cuda.is_available():

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 import proxytune
 from proxytune.cli import prompts as inputs
 from proxytune.cli import terminal
-from proxytune.methods.forks.calibrate import bootstrap
 from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.ops.entropy import entropy
@@ -110,16 +109,6 @@ def test_given_texts_against_each_prefix_by_hand(run, members, model, tokenizer,
     assert "do not settle the share to 2 points" in err
 
 
-def test_a_long_text_is_read_in_pieces(run, members, monkeypatch, tmp_path):
-    file = tmp_path / "texts.txt"
-    file.write_text(" ".join(TEXTS[:1] * 6))
-    whole, _ = measured(run, "--texts", file, *members)
-    monkeypatch.setattr("proxytune.methods.forks.calibrate._PIECE", 7)
-    pieces, _ = measured(run, "--texts", file, *members)
-    assert pieces["tokens"] == whole["tokens"] > 50
-    assert pieces["nats"] == pytest.approx(whole["nats"], abs=1e-4)
-
-
 def test_samples_against_the_library(run, members, model, tokenizer):
     """The same seed gives the same samples; their entropies are those of a forward pass over them."""
     found, _ = measured(run, *PROMPTS, *WRITING, "--seed", 3, "--temperature", 1.3, "--alpha", 0.5, *members)
@@ -180,21 +169,6 @@ def test_the_table_names_the_threshold(run, kit):
     assert f"threshold  {Recipe.load(kit).fork_threshold.nats:.4f} [" in ended.out
     assert "of tokens, 20.0% wanted" in ended.out
     assert f"written to {kit / RECIPE_FILE}" in ended.out.replace("\n", "")
-
-
-def test_the_intervals_cover_what_other_texts_give():
-    """Texts of alike tokens: resampling tokens would be too sure, resampling texts is not."""
-    rng = np.random.default_rng(0)
-    truth = float(np.quantile(rng.gamma(2.0, 1.0, 200_000) * 1.0, 0.8))
-    covered = 0
-    for _ in range(40):
-        texts = [np.repeat(rng.gamma(2.0, 1.0, 5), 10) for _ in range(60)]  # runs of ten equal tokens
-        nats = ForkThreshold.calibrated(np.concatenate(texts)).nats
-        interval, shares = bootstrap(texts, 0.2, nats)
-        assert shares[0] < 0.2 < shares[1]
-        covered += interval[0] <= truth <= interval[1]
-    assert covered >= 34  # 38 expected
-    assert bootstrap(texts[:1], 0.2, 1.0) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from methods.trees.test_fork_decoding import ALPHA, LOW, composed, described, grow, padded
 from support.tiny import shared
+from support.trees import ALPHA, LOW, composed, described, grow, padded
 from transformers import SynthIDTextWatermarkingConfig
 
 import proxytune

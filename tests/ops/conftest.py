@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.decisions import Run
+from support.decisions import RowsElsewhere, Run
 
 from proxytune import ops
 from proxytune.ops import StepOutput, dispatch
-from proxytune.ops.torch_impl.rows import MemberRows
-
-
-class _RowsElsewhere(MemberRows):
-    """Rows that are taken to be on a GPU: the way of torch that waits for nothing, on the CPU."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self.device = SimpleNamespace(type="elsewhere")  # type: ignore[assignment]
 
 
 @pytest.fixture
@@ -53,7 +43,7 @@ def slow_one(impl: str, device: str) -> bool:
 def run(impl: str, monkeypatch: pytest.MonkeyPatch) -> Run:
     """`ops.step` with the implementation."""
     if impl == "torch without waiting":
-        monkeypatch.setattr(dispatch, "MemberRows", _RowsElsewhere)
+        monkeypatch.setattr(dispatch, "MemberRows", RowsElsewhere)
 
     def step(*args: Any, **kwargs: Any) -> StepOutput:
         with np.errstate(all="ignore"):  # the interpreter's arithmetic is numpy's, and −inf − −inf a warning there

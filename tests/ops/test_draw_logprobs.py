@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.conftest import _RowsElsewhere
-from support.decisions import Case, logits, random_case, random_keys, settings_for
+from support.decisions import Case, RowsElsewhere, logits, random_case, random_keys, settings_for
 
 from proxytune import ops
 from proxytune.errors import InputError
@@ -22,7 +21,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(params=["at once", "without waiting"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "without waiting":
-        monkeypatch.setattr(importlib.import_module("proxytune.ops.step"), "Rows", _RowsElsewhere)
+        monkeypatch.setattr(importlib.import_module("proxytune.ops.step"), "MemberRows", RowsElsewhere)
     return str(request.param)
 
 

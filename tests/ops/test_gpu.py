@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -23,14 +22,13 @@ from support.decisions import (
     same,
     settings_for,
 )
+from support.gpu import gpu, in_a_graph, needs_gpu, no_waiting
 
 from proxytune import ops
 from proxytune.ops import StepOutput, dispatch
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
 
-gpu = pytest.mark.gpu
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Qwen's head and Gemma's: no multiple of the tile, and a power of two's multiple.
 WIDTHS = [151_936, 256_000]
@@ -119,31 +117,6 @@ def decode_loop(
 
 def eagerly(step: Callable[[], None]) -> Callable[[], None]:
     return step
-
-
-def in_a_graph(step: Callable[[], None]) -> Callable[[], None]:
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):  # compiles, and fills what is kept between calls
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
-
-
-@contextmanager
-def no_waiting() -> Iterator[None]:
-    """Waiting for the device is an error inside."""
-    torch.cuda.synchronize()
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
 
 
 def prepared(case: Case) -> tuple[SamplingParams, Noise]:

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ops.test_gpu import gpu, in_a_graph, needs_gpu, no_waiting
 from support import oracle
 from support.decisions import poisoned, random_keys
+from support.gpu import gpu, in_a_graph, needs_gpu, no_waiting
 
 from proxytune.errors import InputError
 from proxytune.ops.mix import mix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from support import oracle
 from proxytune.ops import OUTPUTS, StepOutput
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.rows import MemberRows
 
 Run = Callable[..., StepOutput]
 """`ops.step` with one implementation."""
@@ -22,6 +24,14 @@ UNDRAWN = ("tokens", "logprobs", "lse", "entropy", "varentropy", "argmax", "kl",
 """What can be asked for without settings."""
 
 MIXED = (torch.bfloat16, torch.float32, torch.float16)
+
+
+class RowsElsewhere(MemberRows):
+    """Rows that are taken to be on a GPU: the way of torch that waits for nothing, on the CPU."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.device = SimpleNamespace(type="elsewhere")  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

@@ -1,244 +1,27 @@
-"""The gates, against one row at a time in plain Python; and each of them in a generation in which it fires.
-
-The reference keeps lists and scans texts from the left, with no tensor in it. In generations it is driven with
-entropies that are recomputed in float64 from the scores, and what the model was really fed, an embedding of the token
-or not, is read off at the model's door.
-"""
+"""The gates' settings, and each gate in a generation in which it fires."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.gates import CLOSE, CLOSE3, OPEN, OPEN3, PLAIN, Row, measured, watched
 from support.tiny import BOS, EOS, PAD, shared
 from transformers import LogitsProcessor
 
 import proxytune
 from proxytune.errors import InputError
 from proxytune.methods.latent.decoding import LatentDecoding
-from proxytune.methods.latent.gate_state import GateState
 from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.mixture import LatentMixture
 
 NAN = math.nan
-PLAIN = LatentGates(cold_steps=None, loop_ngram=None)
-"""Every gate wide open."""
-
-
-# --- the reference ---------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Row:
-    """One text, and what its gates remember of it."""
-
-    gates: LatentGates
-    text: list[int]
-    start: int = -1
-    cold: int = 0
-    run: int = 0
-    stopped: bool = False
-    latent: bool = True
-    block: list[float] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.start = len(self.text) if self.start < 0 else self.start
-        as_list = lambda ids: [ids] if isinstance(ids, int) else list(ids or ())  # noqa: E731
-        self.begin, self.end = as_list(self.gates.begin_ids), as_list(self.gates.end_ids)
-        self.listed = {*self.gates.discrete_ids, *self.begin, *self.end}
-
-    def is_open(self) -> bool:
-        """Reading from the left: what has happened last?"""
-        if not self.end:
-            return True
-        open_ = not self.begin
-        for n in range(1, len(self.text) + 1):
-            read = self.text[:n]
-            if self.begin and read[-len(self.begin) :] == self.begin:
-                open_ = True
-            if (self.begin or n > self.start) and read[-len(self.end) :] == self.end:
-                open_ = False
-        return open_
-
-    def due(self) -> int:
-        """The token that a cold stop writes next; −1 for none."""
-        if self.gates.cold_steps is None or not self.end or not self.stopped or not self.is_open():
-            return -1
-        new = self.text[self.start :]
-        for n in range(len(self.end) - 1, -1, -1):
-            if new[len(new) - n :] == self.end[:n] and n <= len(new):
-                return self.end[n]
-        raise AssertionError
-
-    def step(self, token: int, entropy: float, spread: float) -> bool:
-        """Whether the token is fed back softly."""
-        g = self.gates
-        was_open = self.is_open()
-        self.text.append(token)
-
-        self.cold = self.cold + 1 if was_open and entropy < g.cold_entropy else 0
-        if g.cold_steps is not None and self.cold >= g.cold_steps:
-            self.stopped = True
-        if self.end and not was_open:
-            self.stopped = False
-
-        if not was_open:
-            self.block, self.latent = [], True
-        elif not self.block:
-            self.block, self.latent = ([] if math.isnan(spread) else [spread]), True
-        else:
-            if g.dwell is not None:
-                least = g.dwell if isinstance(g.dwell, int) else g.dwell[0 if self.latent else 1]
-                moved = spread < self.block[0] if self.latent else spread > self.block[0]
-                if moved and len(self.block) >= least:
-                    self.block, self.latent = [], not self.latent
-            self.block.append(spread)
-
-        soft = was_open and not self.stopped and self.latent
-        soft = soft and spread >= g.min_entropy and token not in self.listed
-        if g.max_run is not None and self.run >= g.max_run:
-            soft = False
-        if g.loop_ngram is not None:
-            new, n = self.text[self.start :], g.loop_ngram
-            seen = [tuple(new[i : i + n]) for i in range(len(new) - n + 1)]
-            if seen and seen.count(seen[-1]) >= g.loop_repeats:
-                soft = False
-        self.run = self.run + 1 if soft else 0
-        return soft
-
-
-# --- scripted steps --------------------------------------------------------------------------------------------------
-
-LETTERS = 5
-ENTROPIES = [0.0, 0.0078125, 0.25, 1.0, 2.5, math.inf, NAN]
-SPREADS = [0.0, 0.125, 0.25, 0.5, 0.75, 1.0, NAN]  # exact in float32, so that equality is equality
-
-
-def least_or_none(low: int, high: int) -> st.SearchStrategy[int | None]:
-    return st.one_of(st.none(), st.integers(low, high))
-
-
-@st.composite
-def gate_settings(draw: st.DrawFn) -> LatentGates:
-    pattern = st.lists(st.integers(0, LETTERS - 1), min_size=1, max_size=3)
-    end = draw(st.one_of(st.none(), pattern))
-    pair = st.tuples(st.integers(0, 3), st.integers(0, 3))
-    return LatentGates(
-        begin_ids=draw(st.one_of(st.none(), pattern.filter(lambda ids: ids != end))) if end else None,
-        end_ids=end,
-        discrete_ids=draw(st.lists(st.integers(0, LETTERS - 1), max_size=1)),
-        min_entropy=draw(st.sampled_from([0.0, 0.0, 0.25, 0.75])),
-        dwell=draw(st.one_of(st.none(), st.integers(0, 3), pair)),
-        cold_steps=draw(least_or_none(1, 4)),
-        cold_entropy=draw(st.sampled_from([0.0, 0.0078125, 0.25, 2.0, 99.0])),
-        max_run=draw(least_or_none(1, 4)),
-        loop_ngram=draw(least_or_none(1, 3)),
-        loop_repeats=draw(st.integers(2, 3)),
-    )
-
-
-@given(gates=gate_settings(), data=st.data())
-@settings(max_examples=250, deadline=None)
-def test_all_gates_together_follow_the_reference(gates: LatentGates, data: st.DataObject) -> None:
-    """Random texts, entropies and settings; rows are reordered and copied as beams are, and due tokens are written."""
-    count, prompt = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 4))
-    letter = st.integers(0, LETTERS - 1)
-    rows = [Row(gates, data.draw(st.lists(letter, min_size=prompt, max_size=prompt))) for _ in range(count)]
-    state = GateState.begin(gates, count, torch.device("cpu"), prompt)
-    for _ in range(data.draw(st.integers(1, 14))):
-        due = state.due(gates, torch.tensor([row.text for row in rows], dtype=torch.int64).view(count, -1))
-        wanted = [row.due() for row in rows]
-        assert (due is None and wanted == [-1] * count) or (due is not None and due.tolist() == wanted)
-        if data.draw(st.booleans()):
-            parents = data.draw(st.lists(st.integers(0, count - 1), min_size=count, max_size=count))
-            rows = [copy.deepcopy(rows[i]) for i in parents]
-            state = state.of(torch.tensor(parents))
-            wanted = [wanted[i] for i in parents]
-        tokens = [data.draw(letter) if token < 0 else token for token in wanted]
-        entropy = [data.draw(st.sampled_from(ENTROPIES)) for _ in rows]
-        spread = [data.draw(st.sampled_from(SPREADS)) for _ in rows]
-        expected = [row.step(*x) for row, *x in zip(rows, tokens, entropy, spread, strict=True)]
-        ids = torch.tensor([row.text for row in rows])
-        before = copy.deepcopy(state)
-        soft, after = state.step(gates, ids, torch.tensor(entropy), torch.tensor(spread))
-        assert soft.tolist() == expected
-        assert all(torch.equal(x, y) or x.isnan().any() for x, y in tensors(before, state))  # nothing in place
-        state = after
-
-
-def tensors(*states: GateState) -> list[tuple[torch.Tensor, ...]]:
-    names = ("cold", "run", "stopped", "latent_mode", "block", "reference")
-    return [tuple(getattr(state, name) for state in states) for name in names]
-
-
-def driven(
-    gates: LatentGates, tokens: Sequence[int], spreads: Sequence[float] = (), entropies: Sequence[float] = ()
-) -> str:
-    """One row without a prompt; "S" for soft, "." for discrete."""
-    state, out, text = GateState.begin(gates, 1, torch.device("cpu"), 0), "", torch.zeros(1, 0, dtype=torch.int64)
-    for i, token in enumerate(tokens):
-        text = torch.cat([text, torch.tensor([[token]])], 1)
-        h = torch.tensor([entropies[i] if entropies else 1.0])
-        soft, state = state.step(gates, text, h, torch.tensor([spreads[i] if spreads else 0.5]))
-        out += "S" if soft else "."
-    return out
-
-
-def test_gates_by_hand() -> None:
-    """A reference can be wrong too: what the settings say, written out."""
-    seven = list(range(20, 27))
-    assert driven(LatentGates(), seven) == "SSSSSSS"
-    assert driven(LatentGates(end_ids=22), seven) == "SS....."
-    assert driven(LatentGates(begin_ids=21, end_ids=24), seven) == "..SS..."
-    assert driven(LatentGates(begin_ids=[20, 21], end_ids=[24, 25]), seven) == "..SS..."
-    assert driven(LatentGates(begin_ids=21, end_ids=24), [21, 5, 24, 5, 21, 5, 5]) == ".S...SS"
-    assert driven(LatentGates(discrete_ids=[21, 25]), seven) == "S.SSS.S"
-    assert driven(LatentGates(end_ids=0), [3, 0, 3]) == "S.."  # 0 is an id
-    assert driven(LatentGates(min_entropy=0.5), seven, [0.5, 0.49, 0.51, 0, 1, NAN, 0.5]) == "S.S.S.S"
-    assert driven(LatentGates(max_run=2), seven) == "SS.SS.S"
-    cold = [0.005, 0.005, 1.0, 0.005, 0.009, 0.0, 1.0]
-    assert driven(LatentGates(cold_steps=3), seven, (), cold) == "SSSSS.."
-    assert driven(LatentGates(cold_steps=2), seven, (), cold) == "S......"
-    assert driven(LatentGates(cold_steps=4), seven, (), cold) == "SSSSSSS"
-    assert driven(LatentGates(cold_steps=3, cold_entropy=0.005), seven, (), cold) == "SSSSSSS"  # below, not at
-    assert driven(LatentGates(loop_ngram=2, loop_repeats=2), [5, 6, 5, 6, 5, 7, 5]) == "SSS..SS"
-    assert driven(LatentGates(loop_ngram=1, loop_repeats=3), [5, 5, 5, 6, 5, 6, 6]) == "SS.S.S."
-    falls = [0.5, 0.4, 0.3, 0.35, 0.6, 0.2, 0.7]
-    assert driven(LatentGates(dwell=1), seven, falls) == "S...S.S"
-    assert driven(LatentGates(dwell=(3, 1)), seven, [0.5, 0.4, 0.3, 0.3, 0.6, 0.5, 0.7]) == "SSS.SSS"
-    assert driven(LatentGates(dwell=(1, 3)), seven, [0.5, 0.4, 0.6, 0.6, 0.6, 0.7, 0.5]) == "S...SS."
-    assert driven(LatentGates(dwell=1), seven, [0.5] * 7) == "SSSSSSS"
-    # After the span a new one begins with a latent block, whatever the last one was.
-    again = [0.9, 0.5, 0.4, 0.3, 0.9, 0.2, 0.3]
-    assert driven(LatentGates(dwell=(1, 9), begin_ids=1, end_ids=2), [1, 5, 5, 2, 1, 6, 7], again) == ".S...SS"
-
-
-def test_a_state_goes_with_its_row() -> None:
-    gates = LatentGates(max_run=3, dwell=1, cold_steps=9, begin_ids=1, end_ids=2)
-    state = GateState.begin(gates, 3, torch.device("cpu"), 2)
-    state = replace(
-        state,
-        cold=torch.tensor([1, 2, 3]),
-        run=torch.tensor([4, 5, 6]),
-        stopped=torch.tensor([True, False, False]),
-        latent_mode=torch.tensor([False, True, False]),
-        block=torch.tensor([7, 8, 9]),
-        reference=torch.tensor([0.1, 0.2, 0.3]),
-    )
-    parents = torch.tensor([2, 2, 0])
-    for before, after in tensors(state, state.of(parents)):
-        assert torch.equal(after, before[parents])
-    assert state.of(parents).start == 2
-    assert state.of(parents).listed.tolist() == [1, 2]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -303,8 +86,6 @@ def test_settings_take_the_forms_they_promise() -> None:
 
 # --- generations -----------------------------------------------------------------------------------------------------
 
-OPEN, CLOSE = [200], [210]
-OPEN3, CLOSE3 = [200, 201, 202], [210, 211, 212]
 WARM = 1.0
 """How far a scripted token's logit is above all others: enough to be taken, and to leave the others a share."""
 
@@ -324,37 +105,6 @@ class Script(LogitsProcessor):
                     out[row] *= 0.01
                 out[row, script[step]] = out[row].max() + (self.margins[step] if self.margins else WARM)
         return out
-
-
-@contextmanager
-def watched(model: Any) -> Iterator[list[torch.Tensor]]:
-    """What a plain model is fed in each step after the prompt."""
-    fed: list[torch.Tensor] = []
-
-    def look(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("inputs_embeds") is not None and kwargs["inputs_embeds"].shape[1] == 1:
-            fed.append(kwargs["inputs_embeds"][:, 0].clone())
-
-    handle = model.register_forward_pre_hook(look, with_kwargs=True)
-    try:
-        yield fed
-    finally:
-        handle.remove()
-
-
-def measured(scores: torch.Tensor, token: int, count: int = 10) -> tuple[float, float]:
-    """H in nats and Ĥ of the likeliest, the token among them; in float64, of one row."""
-    z = scores.double().numpy()
-    with np.errstate(all="ignore"):
-        p = np.exp(z - z.max())
-        p = p / p.sum()
-        entropy = -sum(x * math.log(x) for x in p if x > 0) if np.isfinite(p).all() else NAN
-        top = list(np.argsort(-p, kind="stable")[:count])
-        if token not in top:
-            top[-1] = token
-        q = p[top] / p[top].sum()
-        spread = -sum(x * math.log(x) for x in q if x > 0) / math.log(count) if np.isfinite(q).all() else NAN
-    return float(entropy), float(spread)
 
 
 @dataclass
@@ -692,112 +442,3 @@ def test_gates_of_a_composed_model() -> None:
         )
         assert out.sequences[0, 2:].tolist() == script
         assert "".join(".S"[x] for x in out.soft[0].tolist()) == soft
-
-
-# --- beams -----------------------------------------------------------------------------------------------------------
-
-
-class Witness(LogitsProcessor):
-    """Keeps the texts and the scores of each step; a power makes some of them cold."""
-
-    def __init__(self, power: float) -> None:
-        self.power = power
-        self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        scores = (scores * self.power).log_softmax(-1)
-        self.seen.append((input_ids.clone(), scores.clone()))
-        return scores
-
-
-def beams(
-    gates: LatentGates, prompts: list[list[int]], *, count: int = 4, new: int = 12, power: float = 1.7
-) -> tuple[int, int, Any]:
-    """How often what a beam was fed is not what the reference says; how often a beam went elsewhere; the output.
-
-    The reference of a text is that of the text it goes on from, wherever that one stood.
-    """
-    model, witness, ids = shared("llama", 1), Witness(power), torch.tensor(prompts)
-    with watched(model) as fed:
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            custom_generate=LatentDecoding(LatentMixture(kind="mean"), gates, seed=1),
-            logits_processor=[witness],
-            num_beams=count,
-            do_sample=False,
-            eos_token_id=None,
-            max_new_tokens=new,
-            return_dict_in_generate=True,
-        )
-    table = model.get_input_embeddings().weight
-    known: dict[tuple[int, ...], Row] = {}
-    kept: dict[tuple[int, ...], torch.Tensor] = {}
-    place: dict[tuple[int, ...], int] = {}
-    wrong = moved = 0
-    special = gates.with_discrete([PAD, BOS])
-    for t, (texts, scores) in enumerate(witness.seen):
-        now: dict[tuple[int, ...], Row] = {}
-        for b, text in enumerate(texts.tolist()):
-            key = (b // count, *text)
-            if t == 0:
-                now[key] = Row(special, text)
-                continue
-            before = key[:-1]
-            row = copy.deepcopy(known[before])
-            due = row.due()
-            assert due in (-1, text[-1])
-            distribution = kept[before]
-            if due >= 0:
-                distribution = torch.full_like(distribution, -math.inf)
-                distribution[due] = 0.0
-            soft = row.step(text[-1], *measured(distribution, text[-1]))
-            wrong += torch.equal(fed[t - 1][b], table[text[-1]]) == soft
-            moved += t > 1 and place[before] != b and differs(known, before, b, place)
-            now[key] = row
-        known = now
-        kept = {(b // count, *text): scores[b] for b, text in enumerate(texts.tolist())}
-        place = {(b // count, *text): b for b, text in enumerate(texts.tolist())}
-    return wrong, moved, out
-
-
-def differs(
-    known: dict[tuple[int, ...], Row], before: tuple[int, ...], b: int, place: dict[tuple[int, ...], int]
-) -> bool:
-    """Whether the beam that stood there had another state than the one that this beam goes on from."""
-    here = next(known[key] for key, at in place.items() if at == b)
-    facts = [(r.cold, r.run, r.stopped, r.latent) for r in (here, known[before])]
-    return facts[0] != facts[1]
-
-
-BEAMS = {
-    "run": replace(PLAIN, max_run=2, min_entropy=0.5),
-    "dwell": replace(PLAIN, dwell=(2, 1)),
-    "cold": replace(PLAIN, cold_steps=2, cold_entropy=2.5),
-    "cold, with a span": replace(PLAIN, cold_steps=1, cold_entropy=2.0, end_ids=CLOSE3),
-    "all": replace(PLAIN, dwell=1, max_run=3, loop_ngram=1, loop_repeats=2, cold_steps=6, cold_entropy=2.0),
-}
-PROMPTS = [[33, 44, 55], [60, 71, 82], [9, 8, 7]]
-
-
-@pytest.mark.parametrize("name", BEAMS)
-def test_beams_carry_their_gates_with_them(name: str) -> None:
-    wrong, moved, _ = beams(BEAMS[name], PROMPTS, new=14)
-    assert wrong == 0
-    assert moved > 3
-
-
-def test_a_control_states_that_stay_behind_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GateState, "of", lambda self, parents: self)
-    for name, gates in BEAMS.items():
-        assert beams(gates, PROMPTS, new=14)[0] > 0, name
-
-
-@pytest.mark.parametrize("end", [CLOSE, CLOSE3])
-def test_cold_stop_ends_the_span_of_every_beam(end: list[int]) -> None:
-    gates = replace(PLAIN, end_ids=end, cold_steps=3, cold_entropy=99.0)
-    wrong, _, out = beams(gates, PROMPTS, count=3, new=9)
-    assert wrong == 0
-    assert out.sequences[:, 6 : 6 + len(end)].tolist() == [end] * 3
-    _, _, without = beams(replace(gates, cold_steps=None), PROMPTS, count=3, new=9)
-    assert (without.sequences[:, 6] != end[0]).all()
