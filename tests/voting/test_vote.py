@@ -526,7 +526,7 @@ SURE = [Sample("a", np.array([1.0]), self_certainty=1.0, margins=np.array([0.5])
         (lambda: Sample("a", margins=np.array([1.5])), r"margins: expected p₁ − p₂ in \[0, 1\]"),
         (lambda: Sample("a", self_certainty=INF), "self_certainty: expected finite numbers"),
         (lambda: vote([]), "samples: expected at least one that was not stopped; got none"),
-        (lambda: vote(of("a", weight=0.0)), "votes: expected weights of which some is above 0"),
+        (lambda: vote(of("a", weight=0.0)), "votes: expected weights with a finite sum > 0"),
         (lambda: vote(of("a"), "confidence"), "confidences: expected a record of it in every sample; got None"),
         (lambda: vote(of("a"), "borda"), "self_certainty: expected a record"),
         (lambda: vote(of("a"), "margin"), "margins: expected a record"),
