@@ -28,11 +28,11 @@ def _fail(*_: Any, **__: Any) -> None:
 
 @pytest.fixture
 def nothing_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("decide", "_kernels", "Rows"):
+    for name in ("decide", "kernels", "MemberRows"):
         monkeypatch.setattr(dispatch, name, _fail)
     for module in ("step", "verify"):
-        monkeypatch.setattr(importlib.import_module(f"proxytune.ops.{module}"), "Rows", _fail)
-    monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "_kernels", _fail)
+        monkeypatch.setattr(importlib.import_module(f"proxytune.ops.{module}"), "MemberRows", _fail)
+    monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "kernels", _fail)
 
 
 def sampling(rows: int = 2, **settings: Any) -> SamplingParams:
