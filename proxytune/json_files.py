@@ -26,11 +26,8 @@ def read(file: Path, what: str, *, sought: str = "a file", error: Error = InputE
         file: The file.
         what: What it holds, for the message.
         sought: What was expected at that path, for the message.
-        error: The error class.
+        error: The class of the error if the file does not exist, cannot be read, or is not JSON.
         remedy: What to do if the file does not exist.
-
-    Raises:
-        ProxytuneError: Of class `error`, if the file does not exist, cannot be read, or is not JSON.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -64,11 +61,8 @@ def check_form(
         version: The newest known `format_version`.
         keys: Required keys, including `format_version`.
         optional: Optional keys.
-        error: The error class.
+        error: The class of the error if it is not an object, its format is newer, or keys are missing or unknown.
         see: The module that documents the format.
-
-    Raises:
-        ProxytuneError: Of class `error`, if it is not an object, its format is newer, or keys are missing or unknown.
     """
     if not isinstance(data, Mapping):
         raise error.of(what, expected="a JSON object", got=type(data).__name__, remedy=f"See {see} for the form.")
@@ -108,16 +102,10 @@ def refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], where: str, 
 
 
 def exchange(file: Path, data: Any, what: str, *, error: Error = InputError) -> Path:
-    """Write JSON to a file atomically: all of it or nothing. Returns the file.
+    """Write JSON values (no NaN or infinities) to a file atomically: all of it or nothing. Returns the file.
 
-    Args:
-        file: The file; an existing one keeps its permissions.
-        data: JSON values, without NaN and infinities.
-        what: What it holds, for the message.
-        error: The error class.
-
-    Raises:
-        ProxytuneError: Of class `error`, if it cannot be written; the old file is unchanged.
+    An existing file keeps its permissions. If it cannot be written, `error` is raised and the old file is unchanged;
+    `what` names the content in the message.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     # In the same folder, since os.replace is atomic within a file system only; created with the usual permissions.

@@ -65,15 +65,7 @@ class MemberRef:
 
     @classmethod
     def from_json(cls, value: Any, role: str) -> MemberRef:
-        """Read a member from a recipe.
-
-        Args:
-            value: A string, or `{"id": …, "revision": …}`.
-            role: The member's role, for the message.
-
-        Raises:
-            RecipeError: If the value has another form or unknown keys.
-        """
+        """Read a member from a string or `{"id": …, "revision": …}`; RecipeError for another form or unknown keys."""
         if isinstance(value, str):
             value = {"id": value}
         if not isinstance(value, Mapping):
@@ -183,14 +175,7 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from disk.
-
-        Args:
-            path: The JSON file, or the folder that holds `proxytune_config.json`.
-
-        Raises:
-            RecipeError: If there is no such file, it is not JSON, or its content is refused (see `from_json`).
-        """
+        """Read a recipe from its JSON file or that file's folder; RecipeError if missing, not JSON or refused."""
         file = Path(path)
         if file.is_dir():
             file = file / RECIPE_FILE
@@ -222,16 +207,9 @@ def _fork_threshold(value: Any) -> ForkCalibration | None:
 
 
 def write_fork_threshold(path: str | Path, calibration: ForkCalibration) -> Path:
-    """Write a calibration into a recipe on disk and change nothing else: relative member folders stay relative.
+    """Write a calibration into a recipe (file or folder) and change nothing else; relative folders stay relative.
 
-    The file is replaced atomically, or left unchanged.
-
-    Args:
-        path: The JSON file, or the folder that holds `proxytune_config.json`.
-        calibration: The result of the calibration.
-
-    Returns:
-        The file.
+    The file is replaced atomically, or left unchanged. Returns the file.
 
     Raises:
         RecipeError: If there is no such recipe, it is refused (see `Recipe.from_json`), or it cannot be written.
@@ -270,9 +248,6 @@ class ForkCalibration:
         temperature: Temperature they were sampled at; None for given texts.
         measure: What the entropy was taken of.
         alpha: The α of the shift then; None if not recorded or without a shift.
-
-    Raises:
-        InputError: If a value is out of range.
     """
 
     share: float

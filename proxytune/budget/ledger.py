@@ -26,23 +26,13 @@ Key = Ids | str | int
 
 
 class TokenLedger:
-    """The tokens of one call; thread-safe.
+    """The tokens of one call, prompts included, up to a hard limit `max_total_tokens`; thread-safe.
 
     Always true: `spent + held + left == max_total_tokens`, and the values of `by` sum to `spent`.
-
-    Attributes:
-        max_total_tokens: The hard limit.
     """
 
     def __init__(self, max_total_tokens: int) -> None:
-        """Open a ledger with nothing spent.
-
-        Args:
-            max_total_tokens: The most tokens that all methods together may use, prompts included; ≥ 1.
-
-        Raises:
-            InputError: If it is not an integer ≥ 1.
-        """
+        """Open a ledger with nothing spent; InputError if the limit is not an integer ≥ 1."""
         self.max_total_tokens = whole("max_total_tokens", max_total_tokens, least=1)
         self._lock = threading.Lock()
         self._by: Counter[str] = Counter()
@@ -90,7 +80,7 @@ class TokenLedger:
 
         Raises:
             BudgetError: If fewer tokens are left.
-            InputError: If `tokens` is not an integer ≥ 0, or `text` has more unpaid tokens than are charged.
+            InputError: If `text` has more unpaid tokens than are charged.
         """
         tokens = whole("tokens", tokens)
         with self._lock:
@@ -135,18 +125,9 @@ class TokenLedger:
             return self._unpaid(name, ids, length)
 
     def reserve(self, tokens: int, *, label: str = "generated") -> Reservation:
-        """Reserve tokens that nothing else can take.
+        """Reserve tokens that nothing else can take, to be spent under `label`; BudgetError if fewer are left.
 
-        Args:
-            tokens: ≥ 0.
-            label: The name under which they will be spent.
-
-        Returns:
-            A context manager that gives unspent tokens back on exit.
-
-        Raises:
-            BudgetError: If fewer tokens are left.
-            InputError: If it is not an integer ≥ 0.
+        The reservation is a context manager that gives unspent tokens back on exit.
         """
         tokens = whole("tokens", tokens)
         with self._lock:
@@ -211,11 +192,7 @@ class Reservation:
             return self._left
 
     def spend(self, tokens: int, *, text: Sequence[int] | None = None) -> None:
-        """Charge some of the reserved tokens, or raise and charge nothing.
-
-        Args:
-            tokens: ≥ 0.
-            text: As in `TokenLedger.charge`.
+        """Charge some of the reserved tokens, or raise and charge nothing; `text` as in `TokenLedger.charge`.
 
         Raises:
             BudgetError: If fewer are still reserved; a released reservation has none.

@@ -1,9 +1,9 @@
 """Rough time of a forward pass from its work, accurate enough to choose a draft length.
 
 A pass reads its weights, does two operations per parameter and token, and launches every layer. On a CPU these times
-add up; on a GPU the host launches while the device computes, so the longer one counts. The figures are round numbers
-per kind of device and never measured at run time, so that the same call drafts the same lengths, and gives the same
-text, on every device of that kind. Pass your own `DraftCosts` to replace them.
+add up; on a GPU the host launches while the device computes, so the longer one counts. The figures are round numbers,
+never measured at run time, so that a call drafts the same lengths, and gives the same text, on every device of a kind.
+Pass your own `DraftCosts` to replace them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,7 @@ DRAWING = 2e-4
 
 @dataclass(frozen=True)
 class Work:
-    """The work of one forward pass.
-
-    Attributes:
-        bytes: What it reads.
-        parameters: How many parameters take part in it.
-        layers: How many layers it has.
-    """
+    """What one forward pass reads (`bytes`), and how many parameters and layers take part in it."""
 
     bytes: PassBytes
     parameters: float
@@ -74,15 +68,7 @@ def machine_of(device: str) -> Machine:
 def draft_costs(
     machine: Machine, verifying: Sequence[Work], drafting: Work | None, rows: int, *, member: bool
 ) -> DraftCosts:
-    """The costs of a round of speculation, in seconds.
-
-    Args:
-        machine: Where it runs.
-        verifying: The members that verify: base and antiexpert if the expert drafts, else all.
-        drafting: The draft; None for one without a model.
-        rows: B.
-        member: Whether the draft is a member of the composition, so that a plain step runs it too.
-    """
+    """The costs in seconds of a round of speculation over `rows` rows; arguments as in `DraftCosts.of_bytes`."""
     ahead = 8  # average a position's cost over several: the first ones may hide behind the launches
 
     def together(positions: int) -> float:

@@ -11,13 +11,11 @@ __all__ = ["pass_bytes", "pass_work"]
 
 
 def pass_bytes(model: PreTrainedModel) -> PassBytes:
-    """The bytes one forward pass reads: all weights once, except an embedding table that is not also the head.
+    """The bytes one forward pass of a causal LM reads: all weights once.
 
-    Args:
-        model: A causal LM. Of a mixture of experts all weights count, more than a pass of few tokens reads.
-
-    Returns:
-        Bytes of the weights, and of the cache per token of a row (0 if the config does not tell its shape).
+    An embedding table that is not also the head does not count, since a pass reads few of its rows. All weights of a
+    mixture of experts count, more than a pass of few tokens reads. The cache counts per token of a row, 0 if the config
+    does not tell its shape.
     """
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()

@@ -17,12 +17,9 @@ class PassBytes:
     """The bytes that one forward pass of a model reads.
 
     Attributes:
-        weights: Bytes of the parameters. An embedding table that is not also the head does not count: a pass reads one
-            row of it per token.
+        weights: Bytes of the parameters, without an embedding table that is not also the head: a pass reads one row of
+            it per token.
         cached: Bytes of the key-value cache per token of a row.
-
-    Raises:
-        InputError: If a number is negative or not finite.
     """
 
     weights: float
@@ -32,15 +29,7 @@ class PassBytes:
         refuse_negative(weights=self.weights, cached=self.cached)
 
     def at(self, *, context: float = 0.0, rows: int = 1) -> float:
-        """Bytes of one pass, however many positions it computes at once.
-
-        Args:
-            context: Tokens in each row's cache.
-            rows: B.
-
-        Raises:
-            InputError: If the context is negative, or there is no row.
-        """
+        """Bytes of one pass over B rows with `context` cached tokens each, however many positions it computes."""
         refuse_negative(context=context)
         return self.weights + whole("rows", rows, "of rows", least=1) * context * self.cached
 
@@ -48,16 +37,13 @@ class PassBytes:
 def bytes_per_token(
     passes: Sequence[tuple[float, PassBytes]], tokens: float, *, context: float = 0.0, rows: int = 1
 ) -> float:
-    """Bytes read per generated token, over all rows together: the cost of a method, or its lower bound.
+    """Bytes read per generated token: the cost of a method, or its lower bound.
 
     Args:
         passes: Per member, the number of its forward passes and what one reads.
-        tokens: Number of tokens generated, over all rows.
+        tokens: Number of tokens generated, over all rows; > 0, else InputError.
         context: Tokens in each row's cache, the mean over the passes.
         rows: B.
-
-    Raises:
-        InputError: If there is no token, or a number is negative or not finite.
     """
     refuse_negative(**{f"passes[{i}]": count for i, (count, _) in enumerate(passes)})
     if not 0 < tokens < math.inf:

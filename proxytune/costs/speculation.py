@@ -1,11 +1,10 @@
 """The costs of speculative decoding: rounds, expected tokens, the best draft length.
 
-A decode step of a large model is bound by memory: every weight is read once per pass, however few tokens pass. So the
-bytes read over the bandwidth bound a method's time from below, and methods compare by their bytes. Speculation
-(Leviathan et al. 2023, arXiv 2211.17192) reads the verifying members once per round instead of once per token. In the
-composed model the expert drafts, since it runs anyway: a round of k drafted tokens has k passes of the expert, one more
-if all k were accepted, and one pass each of base and antiexpert. Nothing is measured here; times may be in any one
-unit.
+A decode step of a large model is bound by memory: a pass reads every weight once, however few tokens pass, so methods
+compare by the bytes they read. Speculation (Leviathan et al. 2023, arXiv 2211.17192) reads the verifying members once
+per round instead of once per token. In the composed model the expert drafts, since it runs anyway: a round of k drafted
+tokens has k passes of the expert, one more if all k were accepted, and one pass each of base and antiexpert. Nothing is
+measured here.
 """
 
 from __future__ import annotations
@@ -75,23 +74,15 @@ class DraftCosts:
             member: Whether the draft is a member of the composition, so that a plain step runs it too.
             context: Tokens in each row's cache.
             rows: B.
-
-        Raises:
-            InputError: If there is no verifying member, or as `PassBytes.at`.
         """
         together = sum(one.at(context=context, rows=rows) for one in verifying)
         draft = 0.0 if drafting is None else drafting.at(context=context, rows=rows)
         return cls(together, draft, plain=None if member else together)
 
     def of_round(self, draft_length: int, acceptance: float | Sequence[float] = 1.0) -> float:
-        """The mean cost of a round, in the unit of the costs.
+        """The mean cost of a round of draft length k; arguments and errors as for `expected_tokens`.
 
-        Args:
-            draft_length: k ≥ 0.
-            acceptance: As for `expected_tokens`. The draft's last pass runs if any row needs it.
-
-        Raises:
-            InputError: If an a is outside [0, 1], or k is not an integer ≥ 0.
+        The draft's last pass runs if any row needs it.
         """
         powers = (
             [a**k for a in _rates(acceptance)] if (k := whole("draft_length", draft_length, "of tokens")) else [1.0]
@@ -115,9 +106,6 @@ def acceptance_of(accepted: int, rejected: int) -> float:
     Args:
         accepted: Drafted tokens that were accepted.
         rejected: Rounds, over all rows, that ended in a rejection.
-
-    Raises:
-        InputError: If a number is not an integer ≥ 0.
     """
     accepted, rejected = whole("accepted", accepted), whole("rejected", rejected, "of rounds")
     return accepted / (accepted + rejected) if accepted + rejected else math.nan
@@ -143,29 +131,14 @@ def expected_tokens(acceptance: float | Sequence[float], draft_length: int) -> f
 
 
 def time_per_token(acceptance: float | Sequence[float], draft_length: int, costs: DraftCosts) -> float:
-    """Time per token and row: a round's cost over its expected tokens, in the unit of the costs.
-
-    Args:
-        acceptance: As for `expected_tokens`.
-        draft_length: k ≥ 0.
-        costs: Of a round.
-
-    Raises:
-        InputError: As `expected_tokens`.
-    """
+    """Time per token and row: a round's cost over its expected tokens. Arguments as for `expected_tokens`."""
     return costs.of_round(draft_length, acceptance) / expected_tokens(acceptance, draft_length)
 
 
 def best_draft_length(acceptance: float | Sequence[float], costs: DraftCosts, most: int) -> int:
     """The draft length k in 0 … `most` with the least time per token, the smallest of equally good ones.
 
-    Args:
-        acceptance: As for `expected_tokens`.
-        costs: Of a round.
-        most: The longest draft allowed.
-
-    Raises:
-        InputError: If an a is outside [0, 1], or `most` is not an integer ≥ 0.
+    `acceptance` and errors are as for `expected_tokens`; 0 means not to draft.
     """
     rates = _rates(acceptance)
     powers = [1.0] * len(rates)

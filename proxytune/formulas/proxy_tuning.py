@@ -14,11 +14,7 @@ __all__ = ["ProxyTuning"]
 class ProxyTuning:
     """`z_base + α (z_expert − z_antiexpert)` (Liu et al. 2024, arXiv 2401.08565, eq. 1; α as in DExperts, 2105.03023).
 
-    Attributes:
-        alpha: Strength of the shift, finite. 0 is the base, 1 the paper's setting.
-
-    Raises:
-        InputError: If α is not a finite number.
+    The strength α is finite, else InputError; 0 is the base, 1 the paper's setting.
     """
 
     name: ClassVar[str] = "proxy-tuning"

@@ -32,14 +32,7 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 def varentropy(logits: torch.Tensor) -> torch.Tensor:
     """`Σ p (log p + H)²`, nats²: the variance of the tokens' surprise; 0 for a uniform or a certain distribution.
 
-    Args:
-        logits: `[..., V]`, as for `entropy`.
-
-    Returns:
-        `[...]`, float32, nats²; NaN as for `entropy`.
-
-    Raises:
-        InputError: As for `entropy`.
+    Shapes, NaN and errors as for `entropy`.
     """
     d, e, total, top = _exponentials(logits)
     mean = (e * d).sum(-1) / total
@@ -48,32 +41,21 @@ def varentropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def branching_factor(logits: torch.Tensor) -> torch.Tensor:
-    """`e^H`: the number of equally probable tokens that would have the same entropy.
+    """`e^H`, from 1 to V: the number of equally probable tokens that would have the same entropy.
 
-    Args:
-        logits: `[..., V]`, as for `entropy`.
-
-    Returns:
-        `[...]`, float32, from 1 to V; NaN as for `entropy`.
-
-    Raises:
-        InputError: As for `entropy`.
+    Shapes, NaN and errors as for `entropy`.
     """
     return entropy(logits).exp()
 
 
 def kl_divergence(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """`KL(p ‖ q) = Σ p (log p − log q)`, p from `logits` and q from `base`.
+    """`KL(p ‖ q) = Σ p (log p − log q)`, nats, with p from `logits` and q from `base`.
 
-    A token masked in p adds nothing. A token masked in q but not in p makes the divergence infinite; rows combined by
-    proxytune never have one, since the base owns the support.
-
-    Args:
-        logits: `[..., V]`, as for `entropy`: the combined row.
-        base: `[..., V]`, likewise; leading dimensions broadcast.
+    Both are `[..., V]`; leading dimensions broadcast. A token masked in p adds nothing. A token masked in q but not in
+    p makes the divergence infinite; rows combined by proxytune never have one, since the base owns the support.
 
     Returns:
-        `[...]`, float32, nats, ≥ 0. NaN where either row has no distribution (see `entropy`).
+        `[...]`, float32, ≥ 0. NaN where either row has no distribution (see `entropy`).
 
     Raises:
         InputError: If either is not a floating tensor with at least one column, or they differ in V.

@@ -34,14 +34,11 @@ _SLOT_BITS = 27
 
 
 def slotted(slot: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The counter's first word in `LATENT`: `slot · 2²⁷ + index`.
+    """The counter's first word in `LATENT`, `slot · 2²⁷ + index`, int64 in [0, 2³²).
 
     Args:
         slot: 0 … `SLOTS` − 1: which of several variates of the same index.
         index: int64 in [0, 2²⁷): a token id, or a coordinate of a state.
-
-    Returns:
-        int64 in [0, 2³²), of the broadcast shape.
     """
     return index + (slot << _SLOT_BITS)
 
@@ -108,28 +105,14 @@ class Noise:
         return unit(self.words(torch.zeros_like(self.row)[:, None], stream)[0][:, 0])
 
     def gumbel(self, index: torch.Tensor, stream: int, word: int = 0) -> torch.Tensor:
-        """A Gumbel variate per index.
+        """Gumbel variates `[B, N]`, float32, for token ids or tile numbers `[B, N]` or `[1, N]`, int64.
 
-        Args:
-            index: `[B, N]` or `[1, N]`, int64: token ids or tile numbers.
-            stream: `TOKENS` or `TILES`.
-            word: 0 for a draw, 1 for one independent of it.
-
-        Returns:
-            `[B, N]`, float32.
+        Word 0 is for draws; word 1 is independent of it.
         """
         return gumbel(self.words(index, stream)[word])
 
     def normal(self, index: torch.Tensor, stream: int) -> torch.Tensor:
-        """A standard normal variate per index.
-
-        Args:
-            index: `[B, N]` or `[1, N]`, int64; in `LATENT` as made by `slotted`.
-            stream: The stream.
-
-        Returns:
-            `[B, N]`, float32.
-        """
+        """Standard normal variates `[B, N]`, float32, for indices `[B, N]` or `[1, N]`, int64 (`slotted`)."""
         first, second, _, _ = self.words(index, stream)
         return normal(first, second)
 

@@ -22,17 +22,9 @@ _ROUNDS = 10
 def philox(
     seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Philox-4x32-10 on int64 tensors that hold 32-bit words; all shapes broadcast.
+    """Philox-4x32-10: four words, int64 in [0, 2³²), from the key `seed` (int64, all 64 bits) and the counter's words.
 
-    Args:
-        seed: The key, int64, all 64 bits.
-        c0: First word of the counter, int64 in [0, 2³²).
-        c1: Second word.
-        c2: Third word.
-        c3: Fourth word.
-
-    Returns:
-        Four words in [0, 2³²), int64.
+    The counter's words are int64 in [0, 2³²), too; all shapes broadcast.
     """
     given = (seed, c0, c1, c2, c3)
     if any(x.device.type != "cpu" for x in given):
@@ -53,29 +45,18 @@ def _rounds(seed: _Words, c0: _Words, c1: _Words, c2: _Words, c3: _Words) -> tup
 
 
 def gumbel(words: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel variates `−log E`, with E ~ Exp(1) from all 32 bits of a word.
+    """Standard Gumbel variates `−log E`, float32 between −3.2 and 22.9, with E ~ Exp(1) from all 32 bits of a word.
 
     A word r stands for u = (r + ½)/2³², and E = −log(1 − u). For small u (large variates) 1 − u loses digits, so E is
     its series there. Elsewhere 1 − u is computed from the complement of r, so that E stays finite.
-
-    Args:
-        words: Words of `philox`, int64 in [0, 2³²).
-
-    Returns:
-        float32 of the same shape, between −3.2 and 22.9.
     """
     return -torch.log(exponential(words))
 
 
 def normal(words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-    """Standard normal variates `√(2E) · cos 2πu` (Box and Muller 1958).
+    """Standard normal variates `√(2E) · cos 2πu` (Box and Muller 1958), float32 between −6.8 and 6.8.
 
-    Args:
-        words: Words of `philox`, int64 in [0, 2³²), for E ~ Exp(1).
-        others: Other words of the same shape, for u.
-
-    Returns:
-        float32 of the same shape, between −6.8 and 6.8.
+    E ~ Exp(1) is made of `words`, u of `others`.
     """
     return torch.sqrt(2.0 * exponential(words)) * torch.cos(6.283185307179586 * unit(others))
 

@@ -115,14 +115,9 @@ class SamplingParams:
         )
 
     def pick(self, index: torch.Tensor) -> SamplingParams:
-        """The settings of some rows, without waiting for the device.
+        """The settings of the rows `index`, `[N]`, int64, repeats allowed; does not wait for the device.
 
-        Args:
-            index: `[N]`, int64: row numbers; repeats are allowed.
-
-        Returns:
-            Settings of N rows. The host's values are those of all rows, so `some_truncated` and `largest_k` are upper
-            bounds.
+        The host's values are those of all rows, so `some_truncated` and `largest_k` are upper bounds.
         """
         columns: dict[str, Any] = {
             name: x.index_select(0, index) for name, x in vars(self).items() if isinstance(x, torch.Tensor)

@@ -98,14 +98,7 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
 
 
 def normalise_(logits: torch.Tensor) -> torch.Tensor:
-    """`log_softmax` in place, without a second tensor of the logits' size.
-
-    Args:
-        logits: `[B, V]`, float32; overwritten.
-
-    Returns:
-        The same tensor, in nats; NaN in rows without a distribution.
-    """
+    """`log_softmax` of `[B, V]`, float32, in place, in nats; NaN in rows without a distribution."""
     lse = step([logits], want=("lse",)).lse
     assert lse is not None
     return logits.sub_(lse[:, None])
@@ -118,7 +111,7 @@ def draw_logprobs(
     sampling: SamplingParams,
     ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of given tokens under the distribution that `step` draws from.
+    """Log-probabilities of given tokens under the distribution that `step` draws from; InputError as in `step`.
 
     Runs in torch on every device. The kernels' sums differ in the last bits, so a token that ties with a truncation
     bound to within rounding may fall on the other side of it there.
@@ -130,11 +123,8 @@ def draw_logprobs(
         ids: `[B, K]`, int64, on the logits' device; −1 for padding. A token may occur twice.
 
     Returns:
-        `[B, K]`, float32, nats, −inf for tokens that cannot be drawn; and `[B]`, float32, nats, the log of the mass of
-        all tokens not in `ids` (summed, not 1 minus the rest). NaN in rows without a distribution.
-
-    Raises:
-        InputError: If shapes, dtypes or devices do not fit.
+        `[B, K]`, float32, nats, −inf for tokens that cannot be drawn; and `[B]`, the log of the mass of all tokens not
+        in `ids` (summed, not 1 minus the rest). NaN in rows without a distribution.
     """
     refuse_members(members, weights)
     refuse_ids(members[0], sampling, ids)

@@ -52,11 +52,7 @@ def auroc(scores: ArrayLike, right: ArrayLike, groups: ArrayLike | None = None) 
 
 
 def brier(probabilities: ArrayLike, right: ArrayLike) -> float:
-    """The Brier score: the mean of `(probability − right)²`, in [0, 1]; smaller is better.
-
-    Args:
-        probabilities: `[N]`, in [0, 1], that each is right.
-        right: `[N]`, bool.
+    """The Brier score: the mean of `(probability − right)²` over `[N]` answers, in [0, 1]; smaller is better.
 
     Raises:
         InputError: If they are empty, not in [0, 1], or lengths differ.
@@ -71,13 +67,8 @@ def ece(probabilities: ArrayLike, right: ArrayLike, bins: int = 10) -> float:
     In [0, 1]; smaller is better. Equal probabilities always share a bin (that of their middle rank), so the order does
     not matter.
 
-    Args:
-        probabilities: `[N]`, in [0, 1].
-        right: `[N]`, bool.
-        bins: Number of bins.
-
     Raises:
-        InputError: If they are empty, not in [0, 1], lengths differ, or there are no bins.
+        InputError: If probabilities are empty, not in [0, 1], lengths differ, or there are no bins.
     """
     values, truth = _checked(probabilities, right, probabilities=True)
     bins = whole("bins", bins, "of bins", least=1)

@@ -13,12 +13,8 @@ __all__ = ["pass_at_k"]
 def pass_at_k(right: int, total: int, k: int) -> float:
     """The unbiased estimate of P(at least one of k independent samples is right), `1 − C(n−c, k)/C(n, k)`.
 
-    Chen et al. 2021, arXiv 2107.03374, eq. 1. For independent samples only; the leaves of a tree are not.
-
-    Args:
-        right: c, number of right samples.
-        total: n, number of samples.
-        k: At most n.
+    Chen et al. 2021, arXiv 2107.03374, eq. 1, with c = `right` and n = `total`. For independent samples only; the
+    leaves of a tree are not.
 
     Raises:
         InputError: If a number is not an integer, k is 0 or > n, or c > n.

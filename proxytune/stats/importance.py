@@ -21,14 +21,8 @@ def kool_log_weights(log_p: ArrayLike, kappa: ArrayLike) -> NDArray[np.float64]:
     `Sample.weight`. For p far below exp(κ), w is exp(κ), which is exact even where p underflows.
 
     Args:
-        log_p: `[N]`, log-probabilities of the k samples, ≤ 0.
+        log_p: `[N]`, log-probabilities of the k samples, finite and ≤ 0, else InputError.
         kappa: κ, the (k+1)-th largest perturbed log-probability, one or `[N]`; −inf if there was none (then w = p).
-
-    Returns:
-        `[N]`, float64.
-
-    Raises:
-        InputError: If log-probabilities are not finite or > 0, or κ is NaN or +inf.
     """
     values = numbers("log_p", log_p)
     limit = np.asarray(kappa, np.float64)
@@ -85,9 +79,8 @@ def normalised(log_weights: Sequence[float]) -> list[float]:
 def log_importance(logprob: float, kappa: float) -> float:
     """The log of a draw's importance weight, `p / (1 − exp(−exp(log p − κ)))` (Kool et al. 2019, 1903.06059, eq. 5).
 
-    Args:
-        logprob: log p of the token under the distribution drawn from, nats.
-        kappa: κ, the largest perturbed log-probability that was not drawn; −inf if nothing was left.
+    `logprob` is log p under the distribution drawn from; κ is the largest perturbed log-probability not drawn, −inf if
+    nothing was left.
     """
     rate = logprob - kappa
     if rate > 4.0:  # certain to be drawn: exp(−exp(4)) is 2e-24

@@ -13,14 +13,10 @@ __all__ = ["as_values", "share_threshold"]
 
 
 def share_threshold(entropies: Any, share: float) -> tuple[float, float]:
-    """The threshold that a given share of the values exceeds, or the nearest share that ties allow.
-
-    Args:
-        entropies: Values of any shape, nats: a tensor, an array or a sequence; finite, ≥ 0.
-        share: The share that is to exceed it, in (0, 1).
+    """The threshold that a share of the values, in (0, 1), exceeds; or the nearest share that ties allow.
 
     Returns:
-        The threshold h, nats, midway between two values so that rounding moves no token across it, and the share of the
+        The threshold h, midway between two values so that rounding moves no token across it, and the share of the
         values above it. h is negative if all values must exceed it and some are 0.
 
     Raises:

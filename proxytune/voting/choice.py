@@ -26,8 +26,7 @@ class Choice:
         why: The reason, with the figures.
         auroc: AUROC within problems, with its interval; None if there were too few answers to tell.
         pooled: AUROC over all answers together, for comparison; None likewise.
-        right: Right answers in problems that also have wrong ones.
-        wrong: Wrong answers in problems that also have right ones.
+        right: Right answers in problems that also have wrong ones; `wrong` likewise.
         unanswered: Samples without an answer, counted as neither.
     """
 
@@ -54,7 +53,7 @@ def choose_vote(
     draws: int = 1000,
     seed: int = 0,
 ) -> Choice:
-    """The vote in question if a calibration set supports it, else plain majority.
+    """The vote in question (`how`) if a calibration set supports it, else plain majority.
 
     It is supported if the AUROC of right against wrong answers within problems has an interval wholly above ½. Stopped
     samples and samples without an answer are left out; the latter are reported.

@@ -53,15 +53,12 @@ class TraceScores:
 
 
 def token_confidence(log_probs: ArrayLike, k: int = 20) -> NDArray[np.float64]:
-    """DeepConf's token confidence `C_t = −mean(log p of the k most likely tokens)`.
+    """DeepConf's token confidence `C_t = −mean(log p of the k most likely tokens)`, `[T]`, nats.
 
     Args:
         log_probs: `[T, N ≥ k]`, nats, of at least the k most likely tokens in any order; before truncation, so that
             none is −inf.
         k: How many tokens.
-
-    Returns:
-        `[T]`, nats.
 
     Raises:
         InputError: If there are fewer than k columns, or the k most likely are not all finite and ≤ 0.
@@ -82,11 +79,7 @@ def token_confidence(log_probs: ArrayLike, k: int = 20) -> NDArray[np.float64]:
 def self_certainty(log_probs: ArrayLike) -> float:
     """Self-certainty: the mean over the text of `KL(uniform ‖ p) = −(1/V) Σ log(V p)`, nats, ≥ 0.
 
-    Args:
-        log_probs: `[T, V]`, log-probabilities of the whole vocabulary, nats.
-
-    Raises:
-        InputError: If it is empty, or not all finite and ≤ 0.
+    `log_probs` is `[T, V]`, over the whole vocabulary; InputError if it is empty, or not all finite and ≤ 0.
     """
     rows = np.asarray(log_probs, np.float64)
     if rows.ndim != 2 or not rows.size:
@@ -98,15 +91,12 @@ def self_certainty(log_probs: ArrayLike) -> float:
 
 
 def group_confidence(confidences: ArrayLike, window: int | float = WINDOW) -> NDArray[np.float64]:
-    """Mean confidence of every window of neighbouring tokens.
+    """Mean confidence of every window of W neighbouring tokens: `[max(1, T − W + 1)]`, in the order of the text.
 
     Args:
         confidences: `[T]`, nats.
         window: Tokens per group W; or, for short answers, a share of the length in (0, 1). A shorter trace is one
             group.
-
-    Returns:
-        `[max(1, T − W + 1)]`, in the order of the text.
 
     Raises:
         InputError: If confidences are empty or not finite, or the window is neither.
@@ -131,14 +121,10 @@ def trace_scores(confidences: ArrayLike, window: int | float = WINDOW) -> TraceS
 
 
 def threshold_of(scores: ArrayLike, eta: float) -> float:
-    """The (100 − η)-th percentile, linearly interpolated: the score that the top η % of traces reach.
+    """The (100 − η)-th percentile of the scores, linearly interpolated: what the top η % of traces reach.
 
-    Args:
-        scores: `[N]`, one per trace.
-        eta: η in (0, 100]: 10 is strict, 90 lenient, 100 keeps all.
-
-    Raises:
-        InputError: If scores are empty or not finite, or η is out of range.
+    η is in (0, 100]: 10 is strict, 90 lenient, 100 keeps all. InputError if scores are empty or not finite, or η is out
+    of range.
     """
     return float(np.percentile(numbers("scores", scores), 100.0 - share("eta", eta, 100.0)))
 
@@ -146,14 +132,7 @@ def threshold_of(scores: ArrayLike, eta: float) -> float:
 def keep_top(scores: ArrayLike, eta: float) -> NDArray[np.bool_]:
     """DeepConf's filter: whether each trace is among the top η %; ties with the threshold are kept.
 
-    At least one trace is kept, and a larger η keeps all that a smaller one does.
-
-    Args:
-        scores: `[N]`, one per trace.
-        eta: η in (0, 100].
-
-    Raises:
-        InputError: As `threshold_of`.
+    At least one trace is kept, and a larger η keeps all that a smaller one does. InputError as `threshold_of`.
     """
     values = numbers("scores", scores)
     return values >= threshold_of(values, eta)

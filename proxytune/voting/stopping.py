@@ -36,14 +36,7 @@ class ConfidenceTracker:
     """
 
     def __init__(self, window: int = WINDOW) -> None:
-        """Start with no token.
-
-        Args:
-            window: Tokens per group, ≥ 1. Not a share of the length, which is unknown before the end.
-
-        Raises:
-            InputError: If it is not an integer ≥ 1.
-        """
+        """Start with no token. A share of the length cannot be a window, since the length is unknown before the end."""
         self.window = whole("window", window, least=1)
         self.length = 0
         self.group: float | None = None
@@ -51,13 +44,10 @@ class ConfidenceTracker:
         self._sums: deque[float] = deque([0.0], maxlen=self.window + 1)  # prefix sums
 
     def push(self, confidence: float) -> float | None:
-        """Add one token's confidence, in nats.
+        """Add one token's confidence, in nats; InputError if it is not finite.
 
         Returns:
             The confidence of the window that ends here; None before one is complete.
-
-        Raises:
-            InputError: If the confidence is not finite.
         """
         if not math.isfinite(confidence):
             raise not_finite("confidence", repr(confidence))
@@ -74,12 +64,7 @@ class OnlineFilter:
 
     The threshold is the (100 − η)-th percentile of the warm-up traces' lowest group confidences, and then fixed. A
     trace below it does not vote, whether it was stopped, belongs to the warm-up, or was shorter than a window.
-
-    Attributes:
-        eta: η in percent.
-        window: Tokens per group.
-        warmup: Number of traces that set the threshold.
-        threshold: Nats; None during the warm-up.
+    `threshold` is in nats, None during the warm-up.
     """
 
     def __init__(self, eta: float = 10.0, *, window: int = WINDOW, warmup: int = 16) -> None:
@@ -100,10 +85,7 @@ class OnlineFilter:
         self._lowest: list[float] = []
 
     def update(self, trace: TraceScores) -> bool:
-        """Add a finished trace of the warm-up; the last one sets the threshold.
-
-        Args:
-            trace: Its scores, for windows of this filter's size.
+        """Add the scores of a finished warm-up trace, for this filter's window; the last one sets the threshold.
 
         Returns:
             Whether the threshold is set. Later traces do not change it.
@@ -154,12 +136,7 @@ class OnlineFilter:
 def consensus(tally: Tally, least: float = 0.95) -> bool:
     """Whether the leading answer holds enough of the weight to stop sampling; False if there is none.
 
-    Args:
-        tally: The vote so far. Samples without an answer hold weight too, so they delay the stop.
-        least: The share to reach, in (0, 1].
-
-    Raises:
-        InputError: If the share is out of range.
+    Samples without an answer hold weight too, so they delay the stop. `least` is in (0, 1], else InputError.
     """
     return tally.winner is not None and tally.share >= share("least", least, 1.0)
 
@@ -167,15 +144,8 @@ def consensus(tally: Tally, least: float = 0.95) -> bool:
 def leader_probability(leader: int, runner_up: int) -> float:
     """P(the leader beats the runner-up in the long run): that its probability is > ½ under Beta(v₁ + 1, v₂ + 1).
 
-    For integers this tail is binomial, `Σ_{j ≤ v₁} C(v₁ + v₂ + 1, j) / 2^(v₁ + v₂ + 1)`, computed in integers and
-    rounded once.
-
-    Args:
-        leader: Votes v₁ of the leading answer.
-        runner_up: Votes v₂ of the next.
-
-    Raises:
-        InputError: If a number of votes is not an integer ≥ 0.
+    v₁ and v₂ are their votes, integers ≥ 0, else InputError. For integers this tail is binomial, `Σ_{j ≤ v₁} C(v₁ + v₂
+    + 1, j) / 2^(v₁ + v₂ + 1)`, computed in integers and rounded once.
     """
     for name, votes in (("leader", leader), ("runner_up", runner_up)):
         if isinstance(votes, bool) or not isinstance(votes, int | np.integer) or votes < 0:
@@ -198,10 +168,7 @@ def settled(counts: Mapping[Hashable, int], least: float = 0.95) -> bool:
 
     Args:
         counts: Answer → number of samples, e.g. `Tally.counts`. None (no answer) is neither leader nor runner-up.
-        least: The probability to reach, in (0, 1].
-
-    Raises:
-        InputError: If a count is not an integer ≥ 0, or `least` is out of range.
+        least: The probability to reach, in (0, 1], else InputError.
     """
     votes = sorted((n for answer, n in counts.items() if answer is not None), reverse=True)
     least = share("least", least, 1.0)

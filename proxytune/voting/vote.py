@@ -78,14 +78,7 @@ class Sample:
             numbers("self_certainty", [self.self_certainty])
 
     def scores(self, window: int | float = WINDOW) -> TraceScores:
-        """The trace scores of its confidences, in nats.
-
-        Args:
-            window: Tokens per group, or a share of the length.
-
-        Raises:
-            InputError: If no confidences were recorded, or the window is neither.
-        """
+        """The trace scores of its confidences, in nats; InputError if none were recorded."""
         return trace_scores(_recorded(self, "confidences"), window)
 
 
@@ -200,16 +193,13 @@ def check_answer(answer: Any) -> Hashable | None:
 
 
 def sample_scores(samples: Sequence[Sample], score: Score, *, window: int | float = WINDOW) -> NDArray[np.float64]:
-    """One score per sample `[N]`; larger is more confident.
+    """One score per sample `[N]`; larger is more confident. InputError if a sample lacks the record.
 
     Args:
         samples: N samples that have the record it needs.
         score: A trace score or `"self_certainty"`, in nats; or `"margin"`, the mean p₁ − p₂ of the answer's tokens, 0
             for a sample without an answer.
         window: Tokens per group, or a share of the length.
-
-    Raises:
-        InputError: If a sample lacks the record, or there is no such score.
     """
     if score == "self_certainty":
         return np.array([float(_recorded(s, "self_certainty")) for s in samples])
@@ -284,10 +274,6 @@ def _name(answer: Hashable | None) -> tuple[str, str]:
 
 def borda_points(scores: ArrayLike, power: float = 0.5) -> NDArray[np.float64]:
     """Borda votes `(N − r + 1)^p` by rank r, the largest score first; equal scores share their ranks' votes equally.
-
-    Args:
-        scores: `[N]`.
-        power: p ≥ 0.
 
     Raises:
         InputError: If scores are empty or not finite, or p is negative or not finite.

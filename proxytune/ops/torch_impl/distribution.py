@@ -51,14 +51,9 @@ def distribution_of(
     top: torch.Tensor,
     sampling: SamplingParams,
 ) -> Distribution:
-    """The distribution of measured rows; undefined in rows with NaN, +inf or −inf only.
+    """The distribution of rows that `measure` reduced to `tiles`; undefined in rows with NaN, +inf or −inf only.
 
-    Args:
-        rows: The members' rows.
-        tiles: The numbers of `proxytune.ops.torch_impl.measure.measure`.
-        entropy: `[B]`, nats; None without fork temperatures.
-        top: `[B]`, the largest logit.
-        sampling: The settings.
+    `entropy` is `[B]`, nats, None without fork temperatures; `top` `[B]` is the largest logit.
     """
     temperature, _, _, _, total = tempered(tiles, entropy, top, sampling)
     kept, log_total = None, total.log()[:, None]

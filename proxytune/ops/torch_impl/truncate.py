@@ -55,13 +55,8 @@ def truncate(
 ) -> Truncation:
     """Find the candidates and the bounds.
 
-    Args:
-        rows: The members' rows.
-        groups: `[B, groups]`, the groups' maxima.
-        top: `[B]`, the largest logit.
-        temperature: `[B]`.
-        total: `[B]`: Σ e^((z − top) / T) over all columns; used by top-p without top-k.
-        sampling: The settings.
+    `groups` `[B, groups]` are the groups' maxima; `total` `[B]`, Σ e^((z − top) / T) over all columns, matters for
+    top-p without top-k.
     """
     k, p = sampling.top_k[:, None], sampling.top_p[:, None]  # [B, 1]
     inverse = temperature.reciprocal()[:, None]

@@ -30,17 +30,10 @@ _WORD = 1
 def judge(
     rows: MemberRows, draft: MemberRows | None, drafted: torch.Tensor, sampling: SamplingParams, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accept or reject drafts and draw the token after them.
+    """Accept or reject drafts `[B, K]` and draw the token after them, as `proxytune.ops.VerifyOutput` says.
 
-    Args:
-        rows: B · (K + 1) rows of the members, those of a text next to each other.
-        draft: The B · K rows that the drafts were drawn from; None if they were not drawn.
-        drafted: `[B, K]`, int64; −1 from the first missing draft on.
-        sampling: The settings, `[B]`.
-        noise: The noise keys, `[B]`, at the positions of the first drafts.
-
-    Returns:
-        "tokens" `[B, K + 1]` and "accepted" `[B]` of `proxytune.ops.VerifyOutput`.
+    `rows` are the B · (K + 1) rows of the members, those of a text next to each other; `draft` the B · K rows that the
+    drafts were drawn from, None if they were not drawn; `noise` the keys `[B]` at the positions of the first drafts.
     """
     count, most = drafted.shape
     seen = rows.device.type == "cpu"
