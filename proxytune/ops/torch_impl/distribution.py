@@ -79,19 +79,19 @@ def shares(
         `[B, K]`, nats: −inf for tokens that cannot be drawn; `[B]`, nats: the log of the mass of the tokens not in
         `ids`, summed rather than 1 minus the rest, so that small masses keep their digits.
     """
-    law = distribution_of(rows, tiles, entropy, top, sampling)
+    drawn_from = distribution_of(rows, tiles, entropy, top, sampling)
     ids = ids.masked_fill((ids < 0) | (ids > rows.width), rows.width)
     given = torch.zeros(rows.count, rows.width + 1, dtype=torch.bool, device=top.device).scatter_(1, ids, True)
     choices = []
-    if law.kept is not None:
-        others = law.kept.kept & ~given.gather(1, law.kept.ids.clamp(max=rows.width))
-        choices.append(law.kept.relative.masked_fill(~others, -torch.inf).logsumexp(1))
+    if drawn_from.kept is not None:
+        others = drawn_from.kept.kept & ~given.gather(1, drawn_from.kept.ids.clamp(max=rows.width))
+        choices.append(drawn_from.kept.relative.masked_fill(~others, -torch.inf).logsumexp(1))
     if not sampling.all_truncated:
         columns = torch.arange(rows.width, device=top.device).expand(rows.count, -1)
-        relative = (rows.at(columns) - law.top) * law.temperature.reciprocal()
+        relative = (rows.at(columns) - drawn_from.top) * drawn_from.temperature.reciprocal()
         choices.append(relative.masked_fill_(given[:, :-1], -torch.inf).logsumexp(1))
     rest = choices[0] if len(choices) == 1 else torch.where(sampling.truncated, choices[0], choices[1])
-    return law.logprobs(rows.at(ids)), rest - law.log_total[:, 0]
+    return drawn_from.logprobs(rows.at(ids)), rest - drawn_from.log_total[:, 0]
 
 
 def tempered(

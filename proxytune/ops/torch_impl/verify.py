@@ -36,7 +36,7 @@ def judge(
     drafts were drawn from, None if they were not drawn; `noise` the keys `[B]` at the positions of the first drafts.
     """
     count, most = drafted.shape
-    seen = rows.device.type == "cpu"
+    on_cpu = rows.device.type == "cpu"
     texts = torch.arange(count, device=drafted.device)
     target = _Measured.of(rows, sampling, most + 1)
     x = torch.nn.functional.pad(drafted, (0, 1), value=-1)  # [B, K + 1]
@@ -47,26 +47,26 @@ def judge(
         proposal = _Given(drafted)
     at = texts.repeat_interleave(most + 1)
     step = torch.arange(most + 1, device=drafted.device).repeat(count)
-    wish = noise.pick(at).at(noise.position.index_select(0, at) + step).uniform(DECISIONS).view_as(x)  # (0, 1]
+    threshold = noise.pick(at).at(noise.position.index_select(0, at) + step).uniform(DECISIONS).view_as(x)  # (0, 1]
     # −inf − −inf (a draft that neither can draw) is NaN, hence rejected.
-    agreed = proposal.real & (wish <= (logp - proposal.logprobs).exp())  # [B, K + 1]
-    accepted = agreed.long().cumprod(1).sum(1)  # the last column holds no draft
+    passed = proposal.real & (threshold <= (logp - proposal.logprobs).exp())  # [B, K + 1]
+    accepted = passed.long().cumprod(1).sum(1)  # the last column holds no draft
     refused = proposal.real.gather(1, accepted[:, None])[:, 0]  # [B]: whether a draft was rejected there
 
     keys = noise.at(noise.position + accepted)
     final = torch.full_like(accepted, -1)
-    for kind, some in ((False, ~refused), (True, refused)):
-        which = some.nonzero()[:, 0] if seen else texts
-        if seen and not len(which):
+    for rejected, selected in ((False, ~refused), (True, refused)):
+        which = selected.nonzero()[:, 0] if on_cpu else texts
+        if on_cpu and not len(which):
             continue
         of = target.pick(which * (most + 1) + accepted[which])
         own, streams = sampling.pick(which), keys.pick(which)
-        if kind:
+        if rejected:
             drawn = _draw_residual(of, proposal.pick(which, accepted[which]), own, streams)
         else:
             drawn = draw(of.rows, of.tiles, of.entropy, of.top, own, streams, 1)["tokens"][:, 0]
         drawn = drawn.masked_fill(of.undecided, -1)
-        final = final.index_copy(0, which, drawn) if seen else torch.where(some, drawn, final)
+        final = final.index_copy(0, which, drawn) if on_cpu else torch.where(selected, drawn, final)
     place = torch.arange(most + 1, device=drafted.device)
     tokens = torch.where(place < accepted[:, None], x, torch.where(place == accepted[:, None], final[:, None], -1))
     return tokens, accepted
