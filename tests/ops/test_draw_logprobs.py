@@ -22,7 +22,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.fixture(params=["at once", "without waiting"], autouse=True)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "without waiting":
-        monkeypatch.setattr(importlib.import_module("proxytune.ops.step"), "Rows", _RowsElsewhere)
+        monkeypatch.setattr(importlib.import_module("proxytune.ops.step"), "MemberRows", _RowsElsewhere)
     return str(request.param)
 
 

@@ -30,7 +30,7 @@ NAN, INF = float("nan"), float("inf")
 def verify(impl: str, monkeypatch: pytest.MonkeyPatch) -> Verify:
     """`ops.verify` with the implementation."""
     if impl == "torch without waiting":
-        monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "Rows", _RowsElsewhere)
+        monkeypatch.setattr(importlib.import_module("proxytune.ops.verify"), "MemberRows", _RowsElsewhere)
 
     def run(*args: Any, **kwargs: Any) -> VerifyOutput:
         with np.errstate(all="ignore"):
@@ -204,7 +204,7 @@ def test_a_rejected_draft_where_nothing_is_left_is_a_draw_from_p(
     """Rounding may do it when p is q; here q is made e times as large, so that it happens to most drafts."""
     case = drafts(8, 1, 40, apart=0.0, settings=settings, seed=8)
     home = importlib.import_module("proxytune_kernels.launch") if impl == "triton" else torch_verify
-    name = "_laws" if impl == "triton" else "law_of"
+    name = "_laws" if impl == "triton" else "distribution_of"
     real, calls = getattr(home, name), []
 
     def larger(*args: Any) -> Any:
