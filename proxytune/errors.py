@@ -1,23 +1,23 @@
-"""The exceptions of proxytune: every one says what was expected, what came, and what to do.
+"""The exceptions of proxytune. Every message says what was expected, what came, and what to do.
 
 ::
 
     ProxytuneError
-    ├── InputError (also a ValueError)       an argument, a prompt or a mask that cannot be right
+    ├── InputError (also a ValueError)       an invalid argument, prompt or mask
     │   └── CacheError                       a KV cache that this model did not fill
-    ├── MemberError                          a model that cannot take part in the composition
+    ├── MemberError                          a model that cannot be a member of the composition
     │   ├── MemberNotFoundError              its folder or hub id cannot be opened
     │   ├── UnsupportedModelError            its architecture is not supported (yet)
     │   └── VocabularyMismatchError          its token ids mean other tokens than the base's
     ├── RecipeError                          a `proxytune_config.json` that cannot be read or written
-    ├── UnsupportedModeError                 a way of generating in which the result would be silently wrong
-    ├── NumericalError                       logits of which no token can be drawn: NaN, +inf, or all −inf
-    ├── BudgetError                          a token budget that would be exceeded; nothing was charged
+    ├── UnsupportedModeError                 a generation mode whose result would be silently wrong
+    ├── NumericalError                       logits without a distribution: NaN, +inf, or all −inf
+    ├── BudgetError                          the token budget would be exceeded; nothing was charged
     └── LabError                             the synthetic lab: a training run or a family folder that does not fit
 
     VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
     CalibrationWarning (a UserWarning)       an entropy threshold may not give the wanted share of forks
-    DriftWarning (a UserWarning)             the share of forks has left its band: the threshold no longer fits
+    DriftWarning (a UserWarning)             the share of forks left its band: the threshold no longer fits
 """
 
 from __future__ import annotations
@@ -42,34 +42,31 @@ __all__ = [
 
 
 class ProxytuneError(Exception):
-    """The base of all errors that proxytune raises on purpose."""
+    """Base class of the errors that proxytune raises on purpose."""
 
     @classmethod
     def of(cls, what: str, *, expected: str, got: str, remedy: str) -> ProxytuneError:
-        """Build an error in the one form all of them have.
+        """Build an error of this class in the common form: "what: expected …; got …. remedy".
 
         Args:
-            what: The thing that is wrong, in a few words.
+            what: What is wrong, in a few words.
             expected: What would have been right.
-            got: What came instead.
-            remedy: What the reader can do now.
-
-        Returns:
-            An instance of the class it is called on, ready to be raised.
+            got: What came instead: the value itself.
+            remedy: What the reader can do now, as a sentence.
         """
         return cls(f"{what}: expected {expected}; got {got}. {remedy}")
 
 
 class InputError(ProxytuneError, ValueError):
-    """An argument, a prompt, an attention mask or an α that cannot be right."""
+    """An invalid argument, prompt, attention mask or α."""
 
 
 class CacheError(InputError):
-    """A KV cache that was filled by another model: the members have not all seen its tokens."""
+    """A KV cache that another model filled: the members have not all seen its tokens."""
 
 
 class MemberError(ProxytuneError):
-    """A model that cannot take part in the composition."""
+    """A model that cannot be a member of the composition."""
 
 
 class MemberNotFoundError(MemberError):
@@ -89,15 +86,15 @@ class RecipeError(ProxytuneError):
 
 
 class UnsupportedModeError(ProxytuneError):
-    """A way of generating in which the result would be silently wrong."""
+    """A generation mode whose result would be silently wrong."""
 
 
 class NumericalError(ProxytuneError):
-    """A row of logits of which no token can be drawn: NaN or +inf in it, or −inf throughout."""
+    """A row of logits without a distribution: NaN or +inf in it, or −inf only."""
 
 
 class BudgetError(ProxytuneError):
-    """A token budget that would be exceeded; nothing was charged."""
+    """The token budget would be exceeded; nothing was charged."""
 
 
 class LabError(ProxytuneError):
@@ -105,7 +102,7 @@ class LabError(ProxytuneError):
 
 
 class VocabularyWarning(UserWarning):
-    """Token ids could not be compared, because a member has no tokenizer at hand."""
+    """Token ids could not be compared, because a member has no tokenizer."""
 
 
 class CalibrationWarning(UserWarning):

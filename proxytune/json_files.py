@@ -1,6 +1,6 @@
-"""JSON files of a known format: read strictly, and exchanged as a whole or left as they were.
+"""JSON files of a known format: read strictly, written atomically.
 
-A misspelt key must not be ignored, and a file of a newer format must not be half understood.
+Unknown keys and newer formats are refused: a misspelt key must not be ignored, nor a newer file half understood.
 """
 
 from __future__ import annotations
@@ -20,20 +20,14 @@ Error = type[ProxytuneError]
 
 
 def read(file: Path, what: str, *, sought: str = "a file", error: Error = InputError, remedy: str) -> Any:
-    """Read a file's JSON, without looking at what it says.
+    """Parse a JSON file without checking its content.
 
     Args:
         file: The file.
         what: What it holds, for the message.
-        sought: What there should be.
-        error: The class of the error.
-        remedy: What to do where there is no such file.
-
-    Returns:
-        The parsed JSON.
-
-    Raises:
-        ProxytuneError: Of the class `error`, if there is no such file, it cannot be read, or it is no JSON.
+        sought: What was expected at that path, for the message.
+        error: The class of the error if the file does not exist, cannot be read, or is not JSON.
+        remedy: What to do if the file does not exist.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -43,7 +37,7 @@ def read(file: Path, what: str, *, sought: str = "a file", error: Error = InputE
         raise error.of(
             what, expected="a file that can be read", got=str(failure), remedy="Give the file or its folder."
         ) from None
-    except (ValueError, RecursionError) as failure:  # no JSON, no UTF-8, a number of too many digits, nested too deep
+    except (ValueError, RecursionError) as failure:  # not JSON, not UTF-8, a number too long, or nested too deeply
         raise error.of(
             f"{what} {file}", expected="JSON", got=str(failure), remedy="Repair the file, or save it again."
         ) from None
@@ -59,22 +53,16 @@ def check_form(
     error: Error = InputError,
     see: str,
 ) -> Mapping[str, Any]:
-    """Check that parsed JSON is an object of a known format.
+    """Check that parsed JSON is an object of a known format, and return it.
 
     Args:
         data: The parsed file.
         what: What it holds, for the message.
-        version: The newest `format_version` that is known.
-        keys: The keys that there have to be, `format_version` among them.
-        optional: Those that there may be.
-        error: The class of the error.
-        see: The module that describes the form.
-
-    Returns:
-        The object.
-
-    Raises:
-        ProxytuneError: Of the class `error`, if it is no object, its format is newer, or keys are missing or unknown.
+        version: The newest known `format_version`.
+        keys: Required keys, including `format_version`.
+        optional: Optional keys.
+        error: The class of the error if it is not an object, its format is newer, or keys are missing or unknown.
+        see: The module that documents the format.
     """
     if not isinstance(data, Mapping):
         raise error.of(what, expected="a JSON object", got=type(data).__name__, remedy=f"See {see} for the form.")
@@ -87,7 +75,7 @@ def check_form(
             remedy=f'Write "format_version": {version}.',
         )
     if found > version:
-        # Before the keys: a newer format may well have new ones, and the version is the better explanation.
+        # Checked before the keys: a newer format may have new ones, and the version explains them better.
         raise error.of(
             f"{what} format_version",
             expected=f"at most {version}, the newest that this version of proxytune reads",
@@ -102,17 +90,7 @@ def check_form(
 
 
 def refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], where: str, *, error: Error = InputError) -> None:
-    """Refuse keys by name.
-
-    Args:
-        data: The object.
-        known: The keys that it may have.
-        where: What it is, for the message.
-        error: The class of the error.
-
-    Raises:
-        ProxytuneError: Of the class `error`, if it has others.
-    """
+    """Raise `error` if `data` has keys other than `known`; `where` names the object in the message."""
     unknown = [key for key in data if key not in known]
     if unknown:
         raise error.of(
@@ -124,34 +102,25 @@ def refuse_unknown(data: Mapping[str, Any], known: tuple[str, ...], where: str, 
 
 
 def exchange(file: Path, data: Any, what: str, *, error: Error = InputError) -> Path:
-    """Write JSON to a file, in place of what was there; all of it or nothing.
+    """Write JSON values (no NaN or infinities) to a file atomically: all of it or nothing. Returns the file.
 
-    Args:
-        file: The file; an old one keeps its permissions.
-        data: JSON values, without NaN and infinities.
-        what: What it holds, for the message.
-        error: The class of the error.
-
-    Returns:
-        The file.
-
-    Raises:
-        ProxytuneError: Of the class `error`, if it cannot be written; the old file is left as it was.
+    An existing file keeps its permissions. If it cannot be written, `error` is raised and the old file is unchanged;
+    `what` names the content in the message.
     """
     text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    # In the same folder, since a file is exchanged in one go on one disk only; opened with the usual permissions.
+    # In the same folder, since os.replace is atomic within a file system only; created with the usual permissions.
     staged = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
         with open(staged, "x", encoding="utf-8") as out:
             out.write(text)
             out.flush()
-            os.fsync(out.fileno())  # before it takes the place of what is on the disk
+            os.fsync(out.fileno())  # the data must be on disk before the old file is replaced
         if file.exists():
             os.chmod(staged, file.stat().st_mode)
         os.replace(staged, file)
-    except (OSError, UnicodeError) as failure:  # a text with half of a surrogate pair has no UTF-8
+    except (OSError, UnicodeError) as failure:  # half of a surrogate pair cannot be encoded as UTF-8
         raise error.of(
-            what, expected="a file that can be written", got=str(failure), remedy="It was left as it was."
+            what, expected="a file that can be written", got=str(failure), remedy="The old file is unchanged."
         ) from None
     finally:
         staged.unlink(missing_ok=True)

@@ -11,11 +11,11 @@
 }
 ```
 
-A `fork_threshold` may stand beside them, which is what `proxytune calibrate` found (`ForkCalibration`):
+`proxytune calibrate` adds a `fork_threshold` (`ForkCalibration`):
 `{"share": 0.2, "nats": 0.41, "tokens": 20000, "temperature": 1.0, "measure": "raw", "alpha": 0.5}`.
 
-An `id` is a hub id or a folder. A relative folder is looked for next to the recipe first, so that a folder that holds a
-recipe and its models can be moved as one. Unknown keys are refused by name: a misspelt knob must not be ignored.
+An `id` is a hub id or a folder. A relative folder is first looked for next to the recipe, so that a folder with a
+recipe and its models can be moved. Unknown keys are refused, so that a misspelt one is not ignored.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _OPTIONAL = ("fork_threshold",)
 
 @dataclass(frozen=True)
 class MemberRef:
-    """Where one member is to be had.
+    """Where to load one member from.
 
     Attributes:
         id: A hub id or a folder.
@@ -65,18 +65,7 @@ class MemberRef:
 
     @classmethod
     def from_json(cls, value: Any, role: str) -> MemberRef:
-        """Read a member from a recipe.
-
-        Args:
-            value: A string, or `{"id": …, "revision": …}`.
-            role: The member's role, for the message.
-
-        Returns:
-            The reference.
-
-        Raises:
-            RecipeError: If the value has another form or unknown keys.
-        """
+        """Read a member from a string or `{"id": …, "revision": …}`; RecipeError for another form or unknown keys."""
         if isinstance(value, str):
             value = {"id": value}
         if not isinstance(value, Mapping):
@@ -98,15 +87,8 @@ class MemberRef:
         return cls(name, revision)
 
     def beside(self, folder: Path | None) -> MemberRef:
-        """Resolve a relative folder against the folder of the recipe.
-
-        Args:
-            folder: The folder that holds the recipe; None if the recipe came from the hub.
-
-        Returns:
-            The reference with an absolute folder if there is one beside the recipe, else itself.
-        """
-        # os.path.isdir is False for what cannot be a path, such as a name too long, where Path.is_dir raises.
+        """The reference with an absolute folder, if there is such a folder in the recipe's `folder`, else itself."""
+        # For a name that cannot be a path, e.g. one too long, os.path.isdir is False, whereas Path.is_dir raises.
         if folder is not None and os.path.isdir(folder / self.id):
             return MemberRef(str((folder / self.id).resolve()), None)
         return self
@@ -121,8 +103,8 @@ class Recipe:
         expert: The small tuned model.
         antiexpert: The small model that the expert was tuned from.
         formula: The name of the formula (`proxytune.formulas.registry.FORMULAS`).
-        alpha: The strength α of the shift; finite.
-        fork_threshold: From which entropy on a token of this adapter is a fork; None if it was not calibrated.
+        alpha: Strength of the shift; finite.
+        fork_threshold: The calibrated entropy above which a token of this adapter is a fork; None if not calibrated.
     """
 
     base: MemberRef
@@ -138,11 +120,7 @@ class Recipe:
         return {role: getattr(self, role) for role in ROLES}
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as the object that `from_json` reads.
-
-        Returns:
-            A dictionary of JSON values, with the format version.
-        """
+        """The JSON object that `from_json` reads, with the format version."""
         members = {role: {"id": ref.id, "revision": ref.revision} for role, ref in self.members.items()}
         threshold = {} if self.fork_threshold is None else {"fork_threshold": asdict(self.fork_threshold)}
         return {"format_version": FORMAT_VERSION, **members, "formula": self.formula, "alpha": self.alpha, **threshold}
@@ -153,14 +131,11 @@ class Recipe:
 
         Args:
             data: The parsed file.
-            folder: The folder it lay in; relative member folders are resolved against it.
-
-        Returns:
-            The recipe.
+            folder: The file's folder, against which relative member folders are resolved.
 
         Raises:
-            RecipeError: If keys are missing or unknown, the format is newer than this version reads, or a value has
-                the wrong form.
+            RecipeError: If keys are missing or unknown, the format is newer than this version reads, or a value has the
+                wrong form.
         """
         from proxytune.formulas.registry import FORMULAS
         from proxytune.validation import validate_alpha
@@ -192,7 +167,7 @@ class Recipe:
                     f"recipe key {role!r}",
                     expected="the folder of a model",
                     got=f"the folder of the recipe itself, {ref.id}",
-                    remedy="Opening it would never end. Name the model.",
+                    remedy="Loading it would recurse forever: name the model's folder.",
                 )
         return cls(
             **refs, formula=data["formula"], alpha=alpha, fork_threshold=_fork_threshold(data.get("fork_threshold"))
@@ -200,33 +175,19 @@ class Recipe:
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
-        """Read a recipe from disk.
-
-        Args:
-            path: The JSON file, or the folder that holds `proxytune_config.json`.
-
-        Returns:
-            The recipe.
-
-        Raises:
-            RecipeError: If there is no such file, it is no JSON, or its content is refused (see `from_json`).
-        """
+        """Read a recipe from its JSON file or that file's folder; RecipeError if missing, not JSON or refused."""
         file = Path(path)
         if file.is_dir():
             file = file / RECIPE_FILE
         return cls.from_json(read_json(file), folder=file.parent)
 
     def dumps(self) -> str:
-        """The file's text.
-
-        Returns:
-            Indented JSON with a final newline.
-        """
+        """The file's text: indented JSON with a final newline."""
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _fork_threshold(value: Any) -> ForkCalibration | None:
-    """Read the calibration in a recipe; null is as good as none."""
+    """Read the calibration in a recipe; null means none."""
     if value is None:
         return None
     where, known = "recipe key 'fork_threshold'", tuple(field.name for field in fields(ForkCalibration))
@@ -246,16 +207,9 @@ def _fork_threshold(value: Any) -> ForkCalibration | None:
 
 
 def write_fork_threshold(path: str | Path, calibration: ForkCalibration) -> Path:
-    """Write a calibration into a recipe on disk, and change nothing else in it.
+    """Write a calibration into a recipe (file or folder) and change nothing else; relative folders stay relative.
 
-    Member folders stay as they were written, relative ones too. The file is exchanged as a whole, or left as it was.
-
-    Args:
-        path: The JSON file, or the folder that holds `proxytune_config.json`.
-        calibration: What the run found.
-
-    Returns:
-        The file.
+    The file is replaced atomically, or left unchanged. Returns the file.
 
     Raises:
         RecipeError: If there is no such recipe, it is refused (see `Recipe.from_json`), or it cannot be written.
@@ -267,17 +221,7 @@ def write_fork_threshold(path: str | Path, calibration: ForkCalibration) -> Path
 
 
 def read_json(file: Path) -> Any:
-    """Read the JSON of a recipe, without looking at what it says.
-
-    Args:
-        file: The file.
-
-    Returns:
-        The parsed JSON.
-
-    Raises:
-        RecipeError: If there is no such file, it cannot be read, or it is no JSON.
-    """
+    """Parse a recipe's file without checking its content; RecipeError if it cannot be read or is not JSON."""
     return read(
         file,
         "recipe",
@@ -288,28 +232,22 @@ def read_json(file: Path) -> Any:
 
 
 Measure = Literal["raw", "scaled", "truncated"]
-
-
-"""Of what the entropy is: the combined logits; these at the sampling temperature; these after top-k, top-p, min-p."""
-
+"""What the entropy is of: the combined logits; these over the temperature; these after top-k, top-p and min-p."""
 
 MEASURES: tuple[Measure, ...] = get_args(Measure)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForkCalibration:
-    """What a calibration run found, as the recipe keeps it.
+    """The result of a calibration, as the recipe keeps it.
 
     Attributes:
-        share: The share of tokens that were to be forks, in (0, 1).
-        nats: The entropy h above which a token is one; finite.
-        tokens: How many tokens it was measured on.
-        temperature: At which they were sampled; None for given texts.
-        measure: Of what the entropy was taken.
-        alpha: The α of the shift at that time; None if it was not noted, or there was none.
-
-    Raises:
-        InputError: If a value is out of its range.
+        share: The wanted share of tokens that are forks, in (0, 1).
+        nats: The entropy above which a token is a fork; finite.
+        tokens: Number of tokens it was measured on.
+        temperature: Temperature they were sampled at; None for given texts.
+        measure: What the entropy was taken of.
+        alpha: The α of the shift then; None if not recorded or without a shift.
     """
 
     share: float

@@ -1,12 +1,28 @@
-"""Triton kernels of proxytune: a leaf package that imports torch and triton and nothing of proxytune.
+"""Triton kernels of proxytune: a leaf package that imports torch and triton, and nothing of proxytune.
 
-The folder above is deliberately not a package: it would shadow the `kernels` package that transformers imports.
+The folder above is not a package on purpose: it would shadow the `kernels` package that transformers imports.
 
-`step` runs K1 (`tiles.steer_tiles`: one pass over the members' rows) and K2 (`resolve.resolve`: from its sums to
-statistics and draws); with the combined logits as the only output, K1 alone (K3).
-`verify` runs K1 over the rows and over the drafts' rows, `laws.laws_of` for the law of each, and then decides on all
-positions of a text at once: `verdicts.residue` for the residual's mass by tile, `verdicts.settle` for the tokens.
-`mix` mixes rows of an embedding in one launch of `mix.mix_rows`.
+`step` runs K1 (`measure.steer_tiles`: one pass over the members' rows) and K2 (`decide.resolve`: from its sums to
+statistics and draws); K1 alone if only the combined logits are wanted. `verify` runs K1 over the members' and the
+drafts' rows, `distribution.laws_of` for the distribution of each row, then `verify.residue` for the residual's mass per
+tile and `verify.settle` for the tokens. `mix` is one launch of `mix.mix_rows`.
+
+Arguments that many kernels share:
+
+- `logits`: (members, strides, widths, weights): M pointers to rows of logits, the base first; their row strides in
+  elements; their numbers of columns (past the base's, the result is −inf); the weights, a pointer to float32 `[B, M]`
+  with `PER_ROW`, else a tuple of M numbers.
+- `temperature`, `fork_temperature`, `fork_threshold` (nats), `top_p`, `log_min_p`: float32 `[B]`; `top_k`: int32 `[B]`.
+  Off: top_k = 0, top_p = 1, log_min_p = −inf.
+- `seed`, `stream`, `position`, `branch`: int64 `[B]`, the noise keys of `proxytune.ops.noise` (`stream` is its `row`).
+  `noise`: those of one row, (seed int64, position, stream and branch uint32).
+- `part`: float32 `[B, FIELDS, tiles]`, a row's sums per tile, see `measure.FIELDS`; `groups`: float32 `[B, n_groups]`,
+  the maxima of groups of columns.
+- `work`: pointers to a row's workspaces: numbers of live groups (int32), logits (float32) and columns (int32) of the
+  stored candidates.
+- `top`: the row's largest logit; `total`: Σ exp((z − top)/T); `relative`: per tile, its maximum minus `top`.
+- `TILE`, `GROUP`: columns per tile and group; `PER_READ`: groups read at once; `…_PADDED`: rounded up to a power of
+  two.
 """
 
 from __future__ import annotations

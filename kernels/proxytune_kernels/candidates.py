@@ -1,8 +1,8 @@
-"""Candidates for a truncated draw: a bound that leaves few tokens, found from the groups' maxima, certified afterwards.
+"""Candidates for a truncated draw: a bound that leaves few tokens, from the groups' maxima, checked afterwards.
 
-The tokens above the j-th largest group maximum lie in the groups whose maximum is above it. They are gathered, and
-only then is it asked whether they are enough for the k largest, the mass p, or the top 20; if not, j is made larger.
-Thresholds are found by bisection on the ordered bits of float32, so they are exact.
+Tokens above the j-th largest group maximum lie in the groups whose maximum is above it. They are gathered, and only
+then it is checked whether they suffice for the k largest, the mass p, or the top 20; if not, j grows. Thresholds are
+found by bisection on the ordered bits of float32, so they are exact.
 """
 
 from __future__ import annotations
@@ -17,23 +17,16 @@ __all__ = ["count_from", "gather", "group_bound", "read_block", "threshold_by_co
 
 @triton.jit
 def group_bound(g, present, wanted, n_groups):
-    """A number that about `wanted` group maxima reach, at least as many.
+    """A number that at least `wanted` group maxima reach, and not many more; −inf if that is all of them.
 
-    Args:
-        g: Block of group maxima, float32.
-        present: Block of bool: which are above −inf.
-        wanted: How many at least.
-        n_groups: How many groups there are.
-
-    Returns:
-        float32; −inf where that is all of them.
+    `g`: block of group maxima; `present`: which are above −inf.
     """
     key = key_of(g)
     count = tl.sum(present.to(tl.int32), axis=0)
     lo = tl.min(tl.where(present, key, 2147483647), axis=0).to(tl.int64)
     hi = tl.max(tl.where(present, key, -2147483648), axis=0).to(tl.int64) + 1
     everything = (wanted >= n_groups) | (count <= wanted)
-    # A few more than wanted do no harm, so the search may stop early.
+    # A few more than wanted do no harm, so the search stops early.
     while (hi - lo > 1) & (count > wanted + (wanted >> 2)):
         mid = lo + (hi - lo) // 2
         reached = tl.sum((present & (key >= mid.to(tl.int32))).to(tl.int32), axis=0)
@@ -50,26 +43,25 @@ def read_block(
     logits, work, row, number, live, floor_s, temperature,
     in_block, count, M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
-    """Some of the candidates: those that were stored, or those of a few live groups, read again.
+    """One part of the candidates: the stored ones, or those of PER_READ live groups, read again.
 
     Args:
-        logits: As in `combined`.
-        work: Tuple of pointers to the row's workspaces: the list of live groups, the logits of the stored candidates,
-            and their columns.
+        logits: See the package.
+        work: See the package.
         row: The row.
-        number: Which part; only 0 if they are stored.
+        number: Which part; 0 if the candidates are stored.
         live: Number of live groups.
-        floor_s: The bound, divided by the temperature.
+        floor_s: The candidates' bound, over the temperature.
         temperature: Scalar.
         in_block: Whether the candidates are stored.
-        count: How many are.
+        count: Number of stored candidates.
         M: Number of members.
-        PER_ROW: As in `combined`.
-        GROUP: Columns per group.
-        PER_READ: Groups per part.
+        PER_ROW: See the package.
+        GROUP: See the package.
+        PER_READ: See the package.
 
     Returns:
-        Blocks of `PER_READ · GROUP`: combined logits, these divided by the temperature, columns, which are candidates.
+        Blocks of `PER_READ · GROUP`: combined logits, these over the temperature, columns, and which are candidates.
     """
     BLOCK: tl.constexpr = PER_READ * GROUP
     at = tl.arange(0, BLOCK)
@@ -83,7 +75,7 @@ def read_block(
         ids = group * GROUP + at % GROUP
         z, base = combined(logits, row, ids, M, PER_ROW, False)
         z = tl.where(slot < live, z, float("-inf"))
-    # The order of transformers: ties are those of the logits divided by T, as rounded.
+    # As in transformers, tokens tie if their logits are equal after the (rounded) division by T.
     s = tl.div_rn(z, temperature)
     return z, s, ids, (z > float("-inf")) & (s >= floor_s)
 
@@ -93,32 +85,19 @@ def gather(
     logits, work, row, g, present, floor, temperature, top,
     M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """List the live groups, count the candidates in them and store the first ones.
+    """List the live groups (those with candidates), count their candidates, and store the first `PER_READ · GROUP`.
 
-    Args:
-        logits: As in `combined`.
-        work: Out, as in `read_block`; of the candidates only the first `PER_READ · GROUP` are stored.
-        row: The row.
-        g: Block of group maxima.
-        present: Which are above −inf.
-        floor: The bound of the logits.
-        temperature: Scalar.
-        top: The row's largest logit.
-        M: Number of members.
-        PER_ROW: As in `combined`.
-        GROUP: Columns per group.
-        PER_READ: Groups per part.
-        GROUPS_PADDED: Length of `g`.
+    `g`: block of group maxima; `present`: which are above −inf; `floor`: the candidates' bound.
 
     Returns:
-        Number of live groups, of candidates, and their mass Σ exp((z − top)/T).
+        The number of live groups, of candidates, and their mass Σ exp((z − top)/T).
     """
     inverse = tl.div_rn(1.0, temperature)
     floor_s = tl.div_rn(floor, temperature)
     is_live = present & (tl.div_rn(g, temperature) >= floor_s)
     place = tl.cumsum(is_live.to(tl.int32), axis=0) - 1
     live = tl.sum(is_live.to(tl.int32), axis=0)
-    # Other threads read what is written here, and may still be reading what was there before.
+    # Other threads read what is written here, and may still be reading the previous content.
     tl.debug_barrier()
     tl.store(work[0] + place, tl.arange(0, GROUPS_PADDED), mask=is_live)
     tl.debug_barrier()
@@ -141,16 +120,7 @@ def gather(
 
 @triton.jit
 def count_from(key, ok, least):
-    """How many of a block are at or above a threshold.
-
-    Args:
-        key: Block of int32, see `key_of`.
-        ok: Block of bool, which count at all.
-        least: int32.
-
-    Returns:
-        int32.
-    """
+    """How many keys of a block are ≥ `least`, of those that are `ok`."""
     return tl.sum((ok & (key >= least)).to(tl.int32), axis=0)
 
 
@@ -159,27 +129,9 @@ def threshold_by_count(
     logits, work, row, live, floor_s, temperature, in_block, count,
     lo, hi, wanted, M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
-    """The largest threshold that `wanted` candidates reach, by bisection.
+    """The largest key (int64) that `wanted` candidates reach, by bisection; `lo` if there are fewer candidates.
 
-    Args:
-        logits: As in `combined`.
-        work: As in `read_block`.
-        row: The row.
-        live: Number of live groups.
-        floor_s: The bound, divided by the temperature.
-        temperature: Scalar.
-        in_block: Whether all candidates are stored.
-        count: Number of candidates.
-        lo: int64, a key that all candidates reach.
-        hi: int64, a key that none reaches.
-        wanted: How many.
-        M: Number of members.
-        PER_ROW: As in `combined`.
-        GROUP: Columns per group.
-        PER_READ: Groups per part.
-
-    Returns:
-        int64, the key; `lo` where there are fewer candidates.
+    All candidates reach the key `lo` and none reaches `hi`; the other arguments are as in `read_block`.
     """
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
     z, s, ids, ok = read_block(
@@ -208,28 +160,9 @@ def threshold_by_mass(
     logits, work, row, live, floor_s, temperature, in_block, count,
     lo, hi, wanted, top, M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
 ):  # fmt: skip
-    """The largest threshold whose candidates hold the mass `wanted`, by bisection.
+    """The largest key (int64) whose candidates hold the mass `wanted`, Σ exp((z − top)/T); `lo` if that is not reached.
 
-    Args:
-        logits: As in `combined`.
-        work: As in `read_block`.
-        row: The row.
-        live: Number of live groups.
-        floor_s: The bound, divided by the temperature.
-        temperature: Scalar.
-        in_block: Whether all candidates are stored.
-        count: Number of candidates.
-        lo: int64, the key from which on candidates count.
-        hi: int64, a key that none reaches.
-        wanted: Mass, Σ exp((z − top)/T).
-        top: The row's largest logit.
-        M: Number of members.
-        PER_ROW: As in `combined`.
-        GROUP: Columns per group.
-        PER_READ: Groups per part.
-
-    Returns:
-        int64, the key; `lo` where the mass is not reached.
+    Candidates count from the key `lo` on and none reaches `hi`; the other arguments are as in `read_block`.
     """
     inverse = tl.div_rn(1.0, temperature)
     parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))

@@ -1,4 +1,4 @@
-"""K2: from the tiles' sums to a decision. A program takes one row."""
+"""K2: from the tiles' sums to a decision. Each program takes one row."""
 
 from __future__ import annotations
 
@@ -29,56 +29,15 @@ def resolve(
 ):  # fmt: skip
     """Merge the tiles, measure, and draw. Grid (B).
 
-    Args:
-        members: Tuple of M pointers to rows of logits, the base first.
-        strides: Tuple of M row strides.
-        widths: Tuple of M widths.
-        weights: `[B, M]`, float32, or a tuple of M numbers.
-        temperature: `[B]`, float32.
-        fork_temperature: `[B]`, float32.
-        fork_threshold: `[B]`, float32, nats.
-        top_k: `[B]`, int32.
-        top_p: `[B]`, float32.
-        log_min_p: `[B]`, float32.
-        seed: `[B]`, int64; so the noise's other keys.
-        stream: `[B]`, int64.
-        position: `[B]`, int64.
-        branch: `[B]`, int64.
-        part: `[B, FIELDS, tiles]`, from `steer_tiles`.
-        groups: `[B, n_groups]`, from `steer_tiles`.
-        live_groups: Workspace, `[B, n_groups]`, int32.
-        block_z: Workspace, `[B, PER_READ · GROUP]`, float32.
-        block_ids: Workspace, `[B, PER_READ · GROUP]`, int32.
-        statistics: Out, `[6, B]`, float32: lse, entropy, varentropy, KL, confidence, temperature.
-        argmax: Out, `[B]`, int64.
-        kept: Out, `[B]`, int64.
-        fork: Out, `[B]`, bool.
-        tokens: Out, `[B, draws]`, int64; the argmax without SAMPLE.
-        logprobs: Out, `[B, draws]`, float32.
-        draw_logprobs: Out, `[B, draws]`, float32.
-        keys: Out, `[B, draws]`, float32.
-        rows: B.
-        tiles: Number of tiles.
-        n_groups: Number of groups.
-        draws: Number of draws.
-        M: Number of members.
-        PER_ROW: Whether the weights are `[B, M]`.
-        TILE: Columns per tile.
-        GROUP: Columns per group.
-        PER_READ: Groups that are read at once.
-        FIELDS: Number of fields of `part`.
-        TILES_PADDED: `tiles`, rounded up to a power of two.
-        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
-        ONE: Whether `draws` is 1.
-        RAW: Whether the sums at temperature 1 are there.
-        MOMENTS: Whether entropies are wanted.
-        KL: Whether the divergence is.
-        ARGMAX: Whether the argmax is.
-        SAMPLE: Whether to draw.
-        FORK: Whether the temperature depends on the entropy.
-        TRUNCATED: Whether some row has top-k, top-p or min-p.
-        CONFIDENCE: Whether the confidence is wanted.
-        LIVE: Whether the number of kept tokens is.
+    Outputs: `statistics`, float32 `[6, B]`: lse, entropy, varentropy, KL, confidence, temperature; `argmax` and `kept`,
+    int64 `[B]`; `fork`, bool `[B]`; `tokens`, int64 `[B, draws]` (the argmax without SAMPLE); `logprobs`,
+    `draw_logprobs` and `keys`, float32 `[B, draws]`.
+
+    Workspaces: `live_groups` `[B, n_groups]`, int32; `block_z`, float32, and `block_ids`, int32, `[B, PER_READ ·
+    GROUP]`.
+
+    Flags: ONE: `draws` is 1. RAW, MOMENTS, KL, LIVE: as in `steer_tiles`. ARGMAX, CONFIDENCE: the output is wanted.
+    SAMPLE: draw. FORK: the temperature depends on the entropy. TRUNCATED: some row has top-k, top-p or min-p.
     """
     row = tl.program_id(0).to(tl.int64)
     logits = (members, strides, widths, weights)
@@ -96,7 +55,7 @@ def resolve(
             tl.store(statistics + i * rows + row, NAN)
         tl.store(argmax + row, tl.full((), -1, tl.int64))
         tl.store(kept + row, tl.full((), 0, tl.int64))
-        tl.store(fork + row, top != top)  # False; never a number
+        tl.store(fork + row, top != top)  # False, as a tensor
         for draw in range(draws):
             tl.store(tokens + row * draws + draw, tl.full((), -1, tl.int64))
             tl.store(logprobs + row * draws + draw, NAN)
@@ -145,7 +104,7 @@ def resolve(
                 tl.store(logprobs + row, -log_total_raw)
         if SAMPLE:
             chosen = tl.load(temperature + row)
-            is_fork = top != top  # False; never a number
+            is_fork = top != top  # False, as a tensor
             if FORK:
                 is_fork = entropy > tl.load(fork_threshold + row)
                 chosen = tl.where(is_fork, tl.load(fork_temperature + row), chosen)
@@ -180,7 +139,7 @@ def resolve(
                 if LIVE:
                     n_live = tl.sum(tl.load(part + 9 * tiles + t, mask=there, other=0.0), axis=0)
                     tl.store(kept + row, n_live.to(tl.int64))
-        # Last, when hardly a register holds anything that is still needed.
+        # Last, when few registers are still in use.
         if CONFIDENCE:
             c = confidence(
                 logits, work, groups + row * n_groups, row, top, log_total_raw, n_groups,

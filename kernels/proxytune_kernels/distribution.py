@@ -1,4 +1,4 @@
-"""The law of a row: the few numbers from which the probability of any of its logits can be told."""
+"""The distribution of a row ("law"): the few numbers from which the probability of any of its logits follows."""
 
 from __future__ import annotations
 
@@ -12,23 +12,16 @@ from proxytune_kernels.truncate import truncate
 __all__ = ["LAW", "law_at", "laws_of", "logprobs"]
 
 LAW = ("top", "temperature", "log total", "fork")
-"""What is kept of a row in `[rows, LAW]`, float32. "log total" is NaN where there is no law; "fork" is 1 or 0."""
+"""Fields of a row in float32 `[rows, LAW]`. "log total" is NaN without a distribution; "fork" is 1 or 0."""
 SIZE = tl.constexpr(len(LAW))
 LOWEST = tl.constexpr(-2147483648)
 
 
 @triton.jit
 def law_at(laws, bounds, log_min_p, row):
-    """Read laws.
+    """The distribution of a row, as `logprobs` reads it; for a block of rows (int64), blocks.
 
-    Args:
-        laws: Pointer to `[rows, LAW]`, float32.
-        bounds: Pointer to `[rows]`, int32: the key of the least z/T that is kept.
-        log_min_p: −inf for off.
-        row: int64, a number or a block of them; what comes back is of its shape.
-
-    Returns:
-        Tuple, as `logprobs` reads it.
+    `bounds`: int32 `[rows]`, the key of the least z/T that is kept.
     """
     at = laws + row * SIZE
     return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(bounds + row), log_min_p
@@ -36,15 +29,7 @@ def law_at(laws, bounds, log_min_p, row):
 
 @triton.jit
 def logprobs(law, z):
-    """The log-probabilities of combined logits.
-
-    Args:
-        law: Tuple of `law_at`: top, temperature, log Σ exp((z − top)/T) over what is kept, the bound's key, log min-p.
-        z: Block of float32.
-
-    Returns:
-        Block of float32, nats: −inf beside what cannot be drawn.
-    """
+    """Log-probabilities, nats, of combined logits under a distribution of `law_at`; −inf for what cannot be drawn."""
     top, temperature, log_total, least, log_min_p = law
     relative = (z - top) * tl.div_rn(1.0, temperature)
     kept = (z > float("-inf")) & (key_of(tl.div_rn(z, temperature)) >= least) & (relative >= log_min_p)
@@ -61,38 +46,10 @@ def laws_of(
     GROUP: tl.constexpr, PER_READ: tl.constexpr, FIELDS: tl.constexpr,
     TILES_PADDED: tl.constexpr, GROUPS_PADDED: tl.constexpr, FORK: tl.constexpr, TRUNCATED: tl.constexpr,
 ):  # fmt: skip
-    """Find the laws. Grid (rows); `each` rows next to each other have the settings of one text.
+    """Find the distribution of each row. Grid (rows); `each` neighbouring rows have the settings of one text.
 
-    Args:
-        members: Tuple of M pointers to rows of logits, the base first.
-        strides: Tuple of M row strides.
-        widths: Tuple of M widths.
-        weights: `[rows, M]`, float32, or a tuple of M numbers.
-        temperature: `[B]`, float32; so the other settings.
-        fork_temperature: `[B]`, float32.
-        fork_threshold: `[B]`, float32, nats.
-        top_k: `[B]`, int32.
-        top_p: `[B]`, float32.
-        log_min_p: `[B]`, float32.
-        part: `[rows, FIELDS, tiles]`, from `steer_tiles`.
-        groups: `[rows, n_groups]`, from `steer_tiles`.
-        live_groups: Workspace, `[rows, n_groups]`, int32.
-        block_z: Workspace, `[rows, PER_READ · GROUP]`, float32.
-        block_ids: Workspace, `[rows, PER_READ · GROUP]`, int32.
-        laws: Out, `[rows, LAW]`, float32.
-        bounds: Out, `[rows]`, int32.
-        each: Rows of a text.
-        tiles: Number of tiles.
-        n_groups: Number of groups.
-        M: Number of members.
-        PER_ROW: Whether the weights are `[rows, M]`.
-        GROUP: Columns per group.
-        PER_READ: Groups that are read at once.
-        FIELDS: Number of fields of `part`.
-        TILES_PADDED: `tiles`, rounded up to a power of two.
-        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
-        FORK: Whether the temperature depends on the entropy.
-        TRUNCATED: Whether some text has top-k, top-p or min-p.
+    `laws`, float32 `[rows, LAW]`, and `bounds`, int32 `[rows]`, are outputs; the workspaces and FORK, TRUNCATED are as
+    in `resolve`.
     """
     row = tl.program_id(0).to(tl.int64)
     text = row // each
@@ -110,7 +67,7 @@ def laws_of(
     else:
         relative = tile_top - top
         chosen = tl.load(temperature + text)
-        is_fork = top != top  # False; never a number
+        is_fork = top != top  # False, as a tensor
         if FORK:
             total, mean = first_moments(part, t, there, tiles, tl.maximum(relative, CLAMP))
             is_fork = tl.maximum(tl.log(total) - mean, 0.0) > tl.load(fork_threshold + text)

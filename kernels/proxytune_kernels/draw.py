@@ -1,4 +1,4 @@
-"""The draw of one row, inside K2: in two levels where nothing is truncated, else among candidates."""
+"""The draw of one row, inside K2: in two levels without truncation, else among candidates."""
 
 from __future__ import annotations
 
@@ -20,16 +20,9 @@ NOWHERE = tl.constexpr(2147483647)
 
 @triton.jit
 def first_after(key, ids, previous_key, previous_id):
-    """The largest key after another one in the order (key falling, id rising), and its id.
+    """The next key, and its id (int32), in the order (key falling, id rising); −inf if none is left.
 
-    Args:
-        key: Block of float32.
-        ids: Block of int32, rising.
-        previous_key: The key before it; +inf for the first.
-        previous_id: The id of that one; −1 for the first.
-
-    Returns:
-        float32 and int32; −inf where there is none.
+    Start with a previous key of +inf and id −1; `ids` must rise.
     """
     left = (key < previous_key) | ((key == previous_key) & (ids > previous_id))
     best = tl.max(tl.where(left, key, float("-inf")), axis=0)
@@ -51,25 +44,11 @@ def draw_plain(
     row, t, mass, relative, top, log_total_raw, inverse, log_total, draws,
     M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, ONE: tl.constexpr,
 ):  # fmt: skip
-    """Gumbel-top-k in two levels: tiles by their perturbed mass, then tokens inside the best ones only.
+    """Gumbel-top-k in two levels: tiles by their perturbed mass, then tokens in the best ones only.
 
-    Args:
-        logits: As in `combined`.
-        noise: Tuple of the noise's keys: seed (int64), position, row and branch (uint32).
-        out: Tuple of pointers to `[B, draws]`: tokens (int64), logprobs, draw_logprobs, keys.
-        row: The row.
-        t: Block of tile numbers.
-        mass: Block of tile masses at the temperature, relative to the tile's maximum; 0 for none.
-        relative: Block, (tile's maximum − top) / T.
-        top: The row's largest logit.
-        log_total_raw: log Σ exp(z − top).
-        inverse: 1/T.
-        log_total: log Σ exp((z − top)/T).
-        draws: How many.
-        M: Number of members.
-        PER_ROW: As in `combined`.
-        TILE: Columns per tile.
-        ONE: Whether `draws` is 1.
+    `out`: pointers to tokens (int64), logprobs, draw_logprobs and keys, `[B, draws]`. `mass`: block of tile masses at
+    the temperature, each relative to the tile's maximum; `relative`: (tile's maximum − top) / T; `inverse`: 1/T;
+    `log_total`: log Σ exp((z − top)/T); `log_total_raw`: log Σ exp(z − top). ONE: `draws` is 1.
     """
     log_mass = tl.where(mass > 0.0, tl.log(tl.where(mass > 0.0, mass, 1.0)) + relative, float("-inf")) - log_total
     tile_key = log_mass + gumbel(noise, t, TILES, ROUNDS)
@@ -121,32 +100,9 @@ def draw_truncated(
     draws,
     M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Top-k, top-p and min-p in the order of transformers, ties kept, and Gumbel-top-k among what is kept.
+    """Top-k, top-p and min-p in transformers' order, ties kept, and Gumbel-top-k among what is kept.
 
-    Args:
-        logits: As in `combined`.
-        groups: The row's group maxima.
-        work: As in `read_block`.
-        noise: As in `draw_plain`.
-        out: As in `draw_plain`.
-        row: The row.
-        top: The row's largest logit.
-        temperature: Scalar.
-        total: Σ exp((z − top)/T) over all tokens.
-        log_total_raw: log Σ exp(z − top).
-        top_k: 0 for off.
-        top_p: 1 for off.
-        log_min_p: −inf for off.
-        n_groups: Number of groups.
-        draws: How many.
-        M: Number of members.
-        PER_ROW: As in `combined`.
-        GROUP: Columns per group.
-        PER_READ: Groups per part.
-        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
-
-    Returns:
-        How many tokens were kept, int32.
+    Arguments as in `draw_plain` and `truncate`. Returns how many tokens were kept, int32.
     """
     inverse = tl.div_rn(1.0, temperature)
     least, floor_s, live, count, in_block, parts, kept, mass_kept = truncate(
@@ -188,25 +144,9 @@ def confidence(
     M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     TOKENS_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """−mean log p of the most probable tokens (DeepConf, arXiv 2508.15260), at temperature 1.
+    """−mean log p of the TOKENS_SEEN most probable tokens (DeepConf, arXiv 2508.15260), at temperature 1, nats.
 
-    Args:
-        logits: As in `combined`.
-        groups: The row's group maxima.
-        work: As in `read_block`.
-        row: The row.
-        top: The row's largest logit.
-        log_total: log Σ exp(z − top).
-        n_groups: Number of groups.
-        M: Number of members.
-        PER_ROW: As in `combined`.
-        GROUP: Columns per group.
-        PER_READ: Groups per part.
-        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
-        TOKENS_SEEN: How many tokens.
-
-    Returns:
-        float32, nats.
+    `log_total`: log Σ exp(z − top).
     """
     at = tl.arange(0, GROUPS_PADDED)
     g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
@@ -233,11 +173,11 @@ def confidence(
         )  # fmt: skip
         ok = ok & (key_of(z) >= least.to(tl.int32))
         lowest = tl.minimum(lowest, tl.min(tl.where(ok, z, top), axis=0))
-        # Relative to the top, so that the sum keeps its digits.
+        # Relative to the largest, so that the sum keeps its digits.
         over = ok & (key_of(z) > least.to(tl.int32))
         above += tl.sum(over.to(tl.int32), axis=0)
         summed += tl.sum(tl.where(over, z - top, 0.0), axis=0)
     seen = tl.minimum(count, TOKENS_SEEN)
-    # What ties at the threshold fills up the number.
+    # Tokens that tie at the threshold make up the rest.
     summed += (seen - above).to(tl.float32) * (lowest - top)
     return log_total - tl.div_rn(summed, seen.to(tl.float32))

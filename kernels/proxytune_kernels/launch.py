@@ -1,4 +1,4 @@
-"""What launches the kernels: sizes, workspaces and which parts of them are needed."""
+"""Launches the kernels: sizes, workspaces, and which parts of them are needed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from proxytune_kernels.verify import residue, settle
 __all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "shape_of_mix", "step", "verify"]
 
 TILE = 1024
-"""Columns per tile of K1. It keys the noise, so it is part of the contract and never tuned."""
+"""Columns per tile of K1. It keys the noise, so it is part of the contract and must not be tuned."""
 GROUP = 128
 """Columns per group maximum."""
 PER_READ = 8
 """Groups that K2 reads at once; up to PER_READ · GROUP candidates stay in registers."""
 PER_READ_MIX = 4
-"""Candidates' rows that the mixing kernel has on their way at once."""
+"""Rows of the table that the mixing kernel loads at once."""
 FIRST = 31 << 27
-"""The counter's first word for the noise on a mixture's coordinate 0; see `proxytune.ops.noise.slotted`."""
+"""The counter's first word for coordinate 0 of a mixture's noise; see `proxytune.ops.noise.slotted`."""
 
 _STATISTICS = ("lse", "entropy", "varentropy", "kl", "confidence", "temperature")
 _OF_ROWS = frozenset({"lse", "entropy", "varentropy", "kl", "confidence", "logprobs"})
@@ -41,16 +41,8 @@ def step(
 ) -> dict[str, torch.Tensor]:
     """Combine, measure and draw: at most two launches, no wait for the device.
 
-    Args:
-        members: `[B, V_i]` each, float32, float16 or bfloat16, inner stride 1, the base first.
-        weights: `[B, M]`, float32, or M numbers.
-        sampling: `proxytune.ops.sampling_params.SamplingParams`, or None for the argmax.
-        noise: `proxytune.ops.noise.Noise`, or None without `sampling`.
-        draws: How many draws without replacement.
-        want: Names of the outputs, see `proxytune.ops.StepOutput`.
-
-    Returns:
-        The outputs by name. Nothing is checked here: `proxytune.ops.step` does.
+    The arguments are those of `proxytune.ops.step`, already checked: `weights` is contiguous float32 `[B, M]` or M
+    numbers, and settings and keys are contiguous. Returns the outputs by name, see `proxytune.ops.StepOutput`.
     """
     base = members[0]
     rows, width = base.shape
@@ -136,16 +128,8 @@ def verify(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept or reject drafts and draw the token after them: at most six launches, no wait for the device.
 
-    Args:
-        members: `[B · (K + 1), V_i]` each, float32, float16 or bfloat16, inner stride 1, the base first.
-        weights: `[B · (K + 1), M]`, float32, or M numbers.
-        drafted: `[B, K]`, int64, contiguous.
-        draft: `[B · K, V_q]`, as the members; None for drafts that are given.
-        sampling: `proxytune.ops.sampling_params.SamplingParams`, of B rows.
-        noise: `proxytune.ops.noise.Noise`, of B rows.
-
-    Returns:
-        `[B, K + 1]` and `[B]`, int64, see `proxytune.ops.VerifyOutput`. Nothing is checked here.
+    The arguments are those of `proxytune.ops.verify`, already checked and contiguous. Returns tokens `[B, K + 1]` and
+    accepted `[B]`, int64, see `proxytune.ops.VerifyOutput`.
     """
     device = drafted.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -195,7 +179,7 @@ class _Laws(NamedTuple):
 def _laws(
     members: Sequence[torch.Tensor], weights: torch.Tensor | tuple[float, ...], sampling: Any, each: int
 ) -> _Laws:
-    """The tiles' sums and the laws of rows of which `each` next to each other have one text's settings."""
+    """Tile sums and distributions of rows; `each` neighbouring rows have one text's settings."""
     rows, width = members[0].shape
     device = members[0].device
     tiles = triton.cdiv(width, TILE)
@@ -250,17 +234,8 @@ def mix(
 ) -> torch.Tensor:
     """Mix rows of a table: one launch, no wait for the device.
 
-    Args:
-        table: `[N, D]`, float32, float16 or bfloat16, inner stride 1.
-        ids: `[B, K]`, int64, contiguous; so the others.
-        weights: `[B, K]`, float32.
-        tokens: `[B]`, int64.
-        soft: `[B]`, bool, or None.
-        sigma: Relative size of the noise; not read without `noise`.
-        noise: `proxytune.ops.noise.Noise`, or None.
-
-    Returns:
-        `[B, D]`, the table's dtype. Nothing is checked here: `proxytune.ops.mix.mix` does.
+    The arguments are those of `proxytune.ops.mix.mix`, already checked, all but the table contiguous; `sigma` is not
+    read without `noise`. Returns `[B, D]`, in the table's dtype.
     """
     device = table.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
@@ -281,13 +256,9 @@ def mix(
 
 
 def shape_of_mix(width: int) -> tuple[int, int]:
-    """How a row lies in the registers of its program; never depends on the batch.
+    """Coordinates (D rounded up to a power of two) and warps of a mixing program; independent of the batch.
 
-    Args:
-        width: D.
-
-    Returns:
-        Coordinates, a power of two, and warps: 16 coordinates in a thread from 512 up to 8,192 of them.
+    A thread holds 16 coordinates for 512 to 8,192 of them.
     """
     block = triton.next_power_of_2(width)
     return block, min(16, max(1, block // 512))

@@ -1,4 +1,4 @@
-"""K1: one pass over the members' rows. A program takes one tile of one row and leaves a few sums of it."""
+"""K1: one pass over the members' rows. Each program reduces one tile of one row to a few sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from proxytune_kernels.rows import CLAMP, FINITE, combined
 __all__ = ["FIELDS", "steer_tiles"]
 
 FIELDS = ("max", "s", "t1", "t2", "mass", "fork mass", "base max", "base s", "shift", "live")
-"""What a tile leaves, in the order of the workspace `[B, FIELDS, tiles]`."""
+"""The numbers per tile, in the order of the workspace `[B, FIELDS, tiles]`.
+
+With d = z − the tile's maximum: "s", "t1", "t2" sum e^d, d·e^d, d²·e^d; "mass" and "fork mass" sum e^(d/T); "base s" is
+"s" of the base; "shift" sums e^d · (d − d of the base); "live" counts columns above −inf.
+"""
 
 
 @triton.jit
@@ -29,7 +33,7 @@ def _tile(
         else:
             tl.store(scores + row * scores_stride + cols, z, mask=cols < V)
     out = part + row * FIELDS * tiles + tile
-    # What is no number counts as +inf, so that a maximum of +inf tells of both; reductions treat NaN in several ways.
+    # NaN becomes +inf, so that a maximum of +inf marks both; reductions do not treat NaN consistently.
     z = tl.where(z == z, z, float("inf"))
     if GROUPS:
         PER_TILE: tl.constexpr = TILE // GROUP
@@ -62,7 +66,7 @@ def _tile(
             base_d = tl.maximum(base - base_top, FINITE)
             tl.store(out + 6 * tiles, base_top)
             tl.store(out + 7 * tiles, tl.sum(tl.exp(tl.maximum(base_d, CLAMP)), axis=0))
-            # Each relative to its own top, so that large logits lose no digits. Where z is −inf it has no weight.
+            # Each relative to its own maximum, so that large logits lose no digits. Where z is −inf, its weight is 0.
             tl.store(out + 8 * tiles, tl.sum((tl.maximum(z - top, FINITE) - base_d) * e, axis=0))
 
 
@@ -74,37 +78,13 @@ def steer_tiles(
     RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
     GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Combine a tile and reduce it. Grid (B · tiles), one warp: a row's result cannot depend on the batch.
+    """Combine a tile and reduce it. Grid (B · tiles), one warp, so that a row's result cannot depend on the batch.
 
-    Args:
-        members: Tuple of M pointers to rows of logits, the base first.
-        strides: Tuple of M row strides.
-        widths: Tuple of M widths.
-        weights: `[B, M]`, float32, or a tuple of M numbers.
-        temperature: `[B]`, float32.
-        fork_temperature: `[B]`, float32.
-        part: Out, `[B, FIELDS, tiles]`, float32, see `FIELDS`.
-        groups: Out, `[B, tiles · TILE / GROUP]`, float32, the maximum of every group.
-        scores: Out, `[B, V]`, float32, the combined logits.
-        V: The base's width.
-        inside: Columns that every member has.
-        tiles: Number of tiles.
-        scores_stride: Row stride of `scores`.
-        M: Number of members.
-        PER_ROW: Whether the weights are `[B, M]`.
-        TILE: Columns per tile.
-        GROUP: Columns per group.
-        FIELDS: Number of fields.
-        RAW: Whether "s" is wanted; so the others for theirs.
-        MOMENTS: "t1" and "t2".
-        MASS: "mass".
-        FORK: "fork mass".
-        KL: "base max", "base s", "shift".
-        GROUPS: The groups' maxima.
-        LIVE: "live".
-        SCORES: The combined logits.
+    `part`, `groups` and `scores` (float32 `[B, V]`, row stride `scores_stride`) are outputs; `inside` is the number of
+    columns that every member has. Flags select the fields: RAW "s", MOMENTS "t1" and "t2", MASS "mass", FORK "fork
+    mass", KL "base max", "base s" and "shift", LIVE "live"; GROUPS the groups' maxima; SCORES the combined logits.
     """
-    # In one dimension: the others end at 65,535, and a prompt may have more rows than that.
+    # One grid dimension: the others are limited to 65,535, and a prompt may have more rows.
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
     logits = (members, strides, widths, weights)

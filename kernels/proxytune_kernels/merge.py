@@ -1,4 +1,4 @@
-"""The tiles' sums, each relative to its own maximum, merged into those of the row."""
+"""Merges the tiles' sums, each relative to the tile's maximum, into those of the row."""
 
 from __future__ import annotations
 
@@ -12,18 +12,7 @@ __all__ = ["first_moments", "tempered"]
 
 @triton.jit
 def first_moments(part, t, there, tiles, relative):
-    """Of the row at temperature 1.
-
-    Args:
-        part: The row's fields, see `tiles.FIELDS`.
-        t: Block of tile numbers.
-        there: Block of bool: which there are.
-        tiles: Number of tiles.
-        relative: Block, tile's maximum − top, not below `CLAMP`.
-
-    Returns:
-        Σ exp(z − top), and the mean of z − top.
-    """
+    """Σ exp(z − top) and the mean of z − top at temperature 1; `relative` must be at least `CLAMP`."""
     weight = tl.exp(relative)
     s = tl.load(part + 1 * tiles + t, mask=there, other=0.0)
     t1 = tl.load(part + 2 * tiles + t, mask=there, other=0.0)
@@ -33,20 +22,10 @@ def first_moments(part, t, there, tiles, relative):
 
 @triton.jit
 def tempered(part, t, there, tiles, relative, temperature, is_fork, FORK: tl.constexpr):
-    """Of the row at the temperature it is drawn at.
-
-    Args:
-        part: The row's fields, see `tiles.FIELDS`.
-        t: Block of tile numbers.
-        there: Block of bool: which there are.
-        tiles: Number of tiles.
-        relative: Block, tile's maximum − top.
-        temperature: Scalar.
-        is_fork: Whether it is a fork's.
-        FORK: Whether it can be.
+    """Masses at the temperature a row is drawn at.
 
     Returns:
-        The tiles' masses, a block, each relative to its maximum; (tile's maximum − top) / T, a block; 1/T; and
+        Blocks over tiles: the masses, each relative to the tile's maximum, and (tile's maximum − top) / T; then 1/T and
         Σ exp((z − top)/T).
     """
     mass = tl.load(part + 4 * tiles + t, mask=there, other=0.0)

@@ -1,4 +1,4 @@
-"""What the kernels share: the members' rows as one, so that a token has the same bits in all, and the variates."""
+"""What the kernels share: the combined logits, so that a token has the same bits in all of them, and the variates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ __all__ = [
     "CLAMP", "FINITE", "combined", "conditioned", "gumbel", "gumbel_apart", "key_of", "normal", "uniform", "value_of",
 ]  # fmt: skip
 
-# A maximum that can be subtracted where all is −inf, and exponents from where exp() is 0: with both, −inf never meets
-# −inf or 0, and a masked row gives 0, not NaN.
+# FINITE stands for the maximum of −inf only, and CLAMP bounds exponents from below (exp() is 0 there). Together they
+# avoid −inf − −inf and 0 · −inf, so that a masked row gives 0, not NaN.
 FINITE = tl.constexpr(-3.0e38)
 CLAMP = tl.constexpr(-200.0)
 
 
 @triton.jit
 def _read(member, cols, width, FULL: tl.constexpr):
-    # A masked load of a width that is no multiple of 16 is made of 16-bit loads, hence the two branches.
+    # With a width that is not a multiple of 16, masked loads are split into 16-bit ones, hence the two branches.
     if FULL:
         x = tl.load(member + cols)
     else:
@@ -36,19 +36,10 @@ def _weight(weights, row, i: tl.constexpr, M: tl.constexpr, PER_ROW: tl.constexp
 
 @triton.jit
 def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl.constexpr):
-    """The combined logits and the base's own, float32, at some columns of a row.
+    """The combined logits and the base's own, float32, at columns `cols` (int32) of a row (int64).
 
-    Args:
-        logits: Tuple of four: M pointers to rows of logits, the base first; M row strides, in elements; M numbers of
-            columns, past the base's the result is −inf; pointer to the weights `[B, M]`, float32, or M numbers.
-        row: The row, int64.
-        cols: Block of columns, int32.
-        M: Number of members.
-        PER_ROW: Whether the weights are `[B, M]`.
-        FULL: Whether all columns are inside every member.
-
-    Returns:
-        Two blocks: combined and base. NaN or +inf of the base, or of a companion with a weight, comes out as such.
+    FULL says that all columns are inside every member. NaN or +inf of the base, or of a companion with a weight, comes
+    out as NaN or +inf.
     """
     members, strides, widths, weights = logits
     base = _read(members[0] + row * strides[0], cols, widths[0], FULL)
@@ -58,11 +49,11 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
     for i in tl.static_range(1, M):
         x = _read(members[i] + row * strides[i], cols, widths[i], FULL)
         w = _weight(weights, row, i, M, PER_ROW)
-        x = tl.where(w == 0.0, 0.0, x)  # not heard, whatever it says
+        x = tl.where(w == 0.0, 0.0, x)  # weight 0 suppresses NaN and infinities
         silent = silent | (x == float("-inf"))
         delta += w * x
     if M > 1:
-        # −inf here is a companion's +inf under a negative weight: it must not pass for "forbidden".
+        # −inf here comes from a companion's +inf under a negative weight; it must not act as a mask.
         delta = tl.where(silent, 0.0, tl.where(delta == float("-inf"), float("nan"), delta))
     z = _weight(weights, row, 0, M, PER_ROW) * base + delta
     z = tl.where(base == float("-inf"), float("-inf"), z)
@@ -71,71 +62,30 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
 
 @triton.jit
 def gumbel(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
-    """Standard Gumbel variates `−log E` of one Philox word each; counter and series: see `proxytune.ops.noise`.
-
-    Args:
-        noise: Tuple of the keys: seed (int64), position, row and branch (uint32).
-        index: Block of int32: token ids or tile numbers.
-        STREAM: Which of them.
-        ROUNDS: Rounds of Philox.
-
-    Returns:
-        Block of float32.
-    """
+    """Standard Gumbel variates `−log E`, one Philox word per int32 token id or tile; see `proxytune.ops.noise`."""
     r, _ = _words(noise, index.to(tl.uint32), STREAM, ROUNDS)
     return -tl.log(_exponential(r))
 
 
 @triton.jit
 def gumbel_apart(noise, index, apart, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
-    """As `gumbel`, or variates that are independent of those.
-
-    Args:
-        noise: As in `gumbel`.
-        index: As in `gumbel`.
-        apart: Scalar of bool: whether to take the independent ones, made of another word.
-        STREAM: As in `gumbel`.
-        ROUNDS: As in `gumbel`.
-
-    Returns:
-        Block of float32.
-    """
+    """As `gumbel`; where `apart`, from another word, hence independent of `gumbel`'s."""
     r, other = _words(noise, index.to(tl.uint32), STREAM, ROUNDS)
     return -tl.log(_exponential(tl.where(apart, other, r)))
 
 
 @triton.jit
 def uniform(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
-    """Uniform variates of one Philox word each, in (0, 1].
-
-    Args:
-        noise: As in `gumbel`; the position may be a block.
-        index: Block of uint32.
-        STREAM: Which stream.
-        ROUNDS: Rounds of Philox.
-
-    Returns:
-        Block of float32.
-    """
+    """Uniform variates in (0, 1], one Philox word each, for uint32 indices; the position in `noise` may be a block."""
     r, _ = _words(noise, index, STREAM, ROUNDS)
     return _unit(r)
 
 
 @triton.jit
 def normal(noise, index, STREAM: tl.constexpr, ROUNDS: tl.constexpr):
-    """Standard normal variates of two Philox words each, by the transform of Box and Muller; see `proxytune.ops.noise`.
-
-    Args:
-        noise: Tuple of the keys: seed (int64), position, row and branch (uint32).
-        index: Block of uint32, as `proxytune.ops.noise.slotted` makes it.
-        STREAM: Which stream.
-        ROUNDS: Rounds of Philox.
-
-    Returns:
-        Block of float32.
-    """
+    """Standard normal variates (Box-Muller), two Philox words each; uint32 indices of `proxytune.ops.noise.slotted`."""
     r, other = _words(noise, index, STREAM, ROUNDS)
-    # cos 2πu = sin 2πt with t in [−¼, ¼], by its series. A general cosine keeps tables for huge angles in local memory.
+    # cos 2πu = sin 2πt with t in [−¼, ¼], by its series. A general cosine needs tables for huge angles in local memory.
     t = tl.abs(_unit(other) - 0.5) - 0.25
     z = t * t
     cosine = 42.05869394489765 + z * (-15.094642576822984 + z * 3.8199525848482803)
@@ -169,44 +119,24 @@ def _unit(r):
 
 @triton.jit
 def key_of(x):
-    """int32 numbers in the order of the float32 numbers that they are the bits of.
-
-    Args:
-        x: Block or scalar of float32, no NaN.
-
-    Returns:
-        int32 of the same shape.
-    """
+    """Map float32 without NaN to int32 of the same order."""
     b = x.to(tl.int32, bitcast=True)
     return b ^ ((b >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def value_of(key):
-    """The inverse of `key_of`.
-
-    Args:
-        key: int32.
-
-    Returns:
-        float32.
-    """
+    """The inverse of `key_of`."""
     b = key ^ ((key >> 31) & 0x7FFFFFFF)
     return b.to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def conditioned(perturbed, maximum):
-    """Gumbel variates of a set, given that their maximum is another one: `−log(e^−K − e^−Z + e^−G)`, kept stable.
+    """Gumbel variates G conditioned on their maximum K: `−log(e^−K − e^−Z + e^−G)`, Z = max G, numerically stable.
 
-    Kool et al. 2019 (arXiv 1903.06059), appendix B.3; the same arithmetic as in `proxytune.ops.torch_impl.draw`.
-
-    Args:
-        perturbed: Block G, float32; −inf for what is not in the set.
-        maximum: Scalar K.
-
-    Returns:
-        Block of float32; the largest is exactly K.
+    Kool et al. 2019 (arXiv 1903.06059), appendix B.3; the same arithmetic as `proxytune.ops.torch_impl.draw`. G is −inf
+    for what is not in the set; the largest result is exactly K.
     """
     largest = tl.max(perturbed, axis=0)
     absent = perturbed == float("-inf")

@@ -1,4 +1,4 @@
-"""What top-k, top-p and min-p keep of one row: the bounds, in the order of transformers, ties kept."""
+"""What top-k, top-p and min-p keep of a row: the bounds, applied in transformers' order, ties kept."""
 
 from __future__ import annotations
 
@@ -18,28 +18,10 @@ def truncate(
 ):  # fmt: skip
     """Gather candidates and find the bounds.
 
-    Args:
-        logits: As in `combined`.
-        work: As in `read_block`.
-        groups: The row's group maxima.
-        row: The row.
-        top: The row's largest logit.
-        temperature: Scalar.
-        total: Σ exp((z − top)/T) over all tokens.
-        top_k: 0 for off.
-        top_p: 1 for off.
-        log_min_p: −inf for off.
-        n_groups: Number of groups.
-        M: Number of members.
-        PER_ROW: As in `combined`.
-        GROUP: Columns per group.
-        PER_READ: Groups per part.
-        GROUPS_PADDED: `n_groups`, rounded up to a power of two.
-
     Returns:
-        The key (see `key_of`, int64) of the least z/T that top-k and top-p keep; what `read_block` needs: the bound of
-        the candidates, divided by T, the number of live groups and of candidates, whether they are stored, how many
-        parts there are; the number of tokens kept, min-p included, and their mass Σ exp((z − top)/T).
+        `least`, int64: the key (see `key_of`) of the least z/T that top-k and top-p keep; for `read_block` the
+        candidates' bound over T, the numbers of live groups and of candidates, whether they are stored, and the number
+        of parts; then the number of tokens kept, min-p included, and their mass Σ exp((z − top)/T).
     """
     inverse = tl.div_rn(1.0, temperature)
     at = tl.arange(0, GROUPS_PADDED)

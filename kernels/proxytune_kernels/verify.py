@@ -1,6 +1,6 @@
-"""Which drafts are accepted, and the token after them: from the laws of the rows, for all positions of a text at once.
+"""Which drafts are accepted, and the token after them, for all positions of a text at once.
 
-The decisions of all K drafts are taken side by side, by every program that needs them: they are a few numbers each.
+Every program that needs the decisions on the K drafts takes all of them itself: they are a few numbers each.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DECISIONS = tl.constexpr(2)
 def _log_q(
     draft, draft_laws, draft_bounds, log_min_p, row, given, cols, GIVEN: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """The log-probabilities of columns in a draft's row; of a draft that was given, log 1, and log 0 of all others."""
+    """Log-probabilities of columns in a draft's row; with GIVEN, 0 for the drafted token and −inf for all others."""
     if GIVEN:
         log_q = tl.where(cols == given, 0.0, float("-inf"))
     else:
@@ -36,7 +36,7 @@ def _decided(
     logits, draft, found, found_draft, drafted, keys, log_min_p, text, K, V, V_draft,
     M: tl.constexpr, PER_ROW: tl.constexpr, K_PADDED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """How many drafts are accepted, whether one was rejected there, and which: int32, bool, int32; all K at once."""
+    """The number of accepted drafts, whether one was rejected there, and which token: int32, bool, int32."""
     j = tl.arange(0, K_PADDED)
     x = tl.load(drafted + text * K + j, mask=j < K, other=-1)
     row = text * (K + 1) + tl.minimum(j, K)
@@ -49,12 +49,12 @@ def _decided(
         inside = (x >= 0) & (x < V_draft)
         y, base = combined(draft, row, tl.where(inside, x, 0).to(tl.int32), 1, False, False)
         law = law_at(found_draft[0], found_draft[1], log_min_p, row)
-        real = real & (law[2] == law[2])  # without a law there is no draft
+        real = real & (law[2] == law[2])  # without a distribution (NaN) the draft counts as missing
         log_ratio -= logprobs(law, tl.where(inside, y, float("-inf")))
     seed, position, stream, branch = keys
     at = (position + j).to(tl.uint32)
     wish = uniform((seed, at, stream, branch), at * 0, DECISIONS, ROUNDS)
-    # −inf − −inf is NaN, and rejected.
+    # −inf − −inf is NaN, hence rejected.
     agreed = real & (wish <= tl.exp(log_ratio))
     accepted = tl.min(tl.where(agreed, K_PADDED, j), axis=0)
     here = j == accepted
@@ -71,40 +71,17 @@ def residue(
     M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, K_PADDED: tl.constexpr,
     GIVEN: tl.constexpr, TRUNCATED: tl.constexpr,
 ):  # fmt: skip
-    """The mass Σ max(0, p − q) of a tile, where a draft was rejected. Grid (B · tiles), one warp.
+    """The residual's mass Σ max(0, p − q) of a tile, where a draft was rejected. Grid (B · tiles), one warp.
 
-    Args:
-        members: Tuple of M pointers to rows of logits `[B · (K + 1), V_i]`, the base first.
-        strides: Tuple of M row strides.
-        widths: Tuple of M widths.
-        weights: `[B · (K + 1), M]`, float32, or a tuple of M numbers.
-        draft: Tuple of one pointer to the logits that were drafted from, `[B · K, V_draft]`.
-        draft_strides: Tuple of one row stride.
-        draft_widths: Tuple of one width.
-        top_k: `[B]`, int32.
-        top_p: `[B]`, float32.
-        log_min_p: `[B]`, float32.
-        seed: `[B]`, int64; so the noise's other keys, at the position of the first draft.
-        stream: `[B]`, int64.
-        position: `[B]`, int64.
-        branch: `[B]`, int64.
-        laws: `[B · (K + 1), LAW]`, float32, from `laws_of`; so `bounds`, and those of the draft, `[B · K]`.
-        bounds: `[B · (K + 1)]`, int32.
-        draft_laws: `[B · K, LAW]`, float32.
-        draft_bounds: `[B · K]`, int32.
-        drafted: `[B, K]`, int64.
-        masses: Out, `[B, tiles]`, float32; not written where no tile is needed.
-        K: Drafts of a text at most.
-        V: The base's width.
-        V_draft: The draft's.
-        inside: Columns that all members and the draft have.
-        tiles: Number of tiles.
-        M: Number of members.
-        PER_ROW: Whether the weights are `[B · (K + 1), M]`.
-        TILE: Columns per tile.
-        K_PADDED: K + 1, rounded up to a power of two.
-        GIVEN: Whether the drafts are given, not drawn.
-        TRUNCATED: Whether some text has top-k, top-p or min-p: among what is left there, no tiles are needed.
+    Shared arguments as in the package, for B texts with up to K drafts, and:
+
+    - `members`: `[B · (K + 1), V_i]`, weights likewise; `draft`, `draft_strides`, `draft_widths`: tuples of one, the
+      logits that were drafted from, `[B · K, V_draft]`.
+    - `position`: of the first draft; `drafted`: int64 `[B, K]`.
+    - `laws`, `bounds` `[B · (K + 1)]`, `draft_laws`, `draft_bounds` `[B · K]`: from `laws_of`.
+    - `masses`: output, float32 `[B, tiles]`; not written where no tile is needed.
+    - `inside`: columns that all members and the draft have; K_PADDED: K + 1, rounded up to a power of two.
+    - GIVEN: the drafts were not drawn. TRUNCATED: some text has top-k, top-p or min-p, where tiles are not needed.
     """
     tile = tl.program_id(0) % tiles
     text = (tl.program_id(0) // tiles).to(tl.int64)
@@ -156,47 +133,11 @@ def settle(
 ):  # fmt: skip
     """Decide on the drafts of a text, and draw the token after them. Grid (B).
 
-    A draw where no draft stood is the one of `resolve`, by the same noise. After a rejected draft it is one from
-    max(0, p − q), or from p where that is 0 throughout, by the other word of the noise.
+    A draw where no draft stood is `resolve`'s, from the same noise. After a rejected draft it is from max(0, p − q), or
+    from p where that is 0 throughout, with the other word of the noise.
 
-    Args:
-        members: As in `residue`; so what is not named here.
-        strides: As in `residue`.
-        widths: As in `residue`.
-        weights: As in `residue`.
-        draft: As in `residue`.
-        draft_strides: As in `residue`.
-        draft_widths: As in `residue`.
-        top_k: As in `residue`.
-        top_p: As in `residue`.
-        log_min_p: As in `residue`.
-        seed: As in `residue`.
-        stream: As in `residue`.
-        position: As in `residue`.
-        branch: As in `residue`.
-        part: `[B · (K + 1), FIELDS, tiles]`, from `steer_tiles`.
-        laws: As in `residue`.
-        bounds: As in `residue`.
-        draft_laws: As in `residue`.
-        draft_bounds: As in `residue`.
-        drafted: As in `residue`.
-        masses: From `residue`.
-        tokens: Out, `[B, K + 1]`, int64.
-        accepted_out: Out, `[B]`, int64.
-        unread: Memory for what a draw leaves beside the token, `[B · (K + 1)]`, float32.
-        K: As in `residue`.
-        V: As in `residue`.
-        V_draft: As in `residue`.
-        tiles: Number of tiles.
-        M: As in `residue`.
-        PER_ROW: As in `residue`.
-        TILE: Columns per tile.
-        FIELDS: Number of fields of `part`.
-        K_PADDED: As in `residue`.
-        TILES_PADDED: `tiles`, rounded up to a power of two.
-        GIVEN: As in `residue`.
-        FORK: Whether the temperature depends on the entropy.
-        TRUNCATED: Whether some text has top-k, top-p or min-p.
+    Arguments as in `residue`; `part` `[B · (K + 1), FIELDS, tiles]` is from `steer_tiles`. Outputs: `tokens`, int64
+    `[B, K + 1]`, and `accepted_out`, int64 `[B]`. `unread`, float32 `[B · (K + 1)]`, receives a draw's other outputs.
     """
     text = tl.program_id(0).to(tl.int64)
     logits = (members, strides, widths, weights)
@@ -220,7 +161,7 @@ def settle(
     tl.store(accepted_out + text, accepted.to(tl.int64))
 
     row = text * (K + 1) + accepted
-    row_of_draft = text * K + accepted  # read where a draft was rejected, so not past the end
+    row_of_draft = text * K + accepted  # used only where a draft was rejected, so never past the end
     noise = (seed_of, (first + accepted).to(tl.uint32), stream_of, branch_of)
     law = law_at(laws, bounds, m, row)
     top, temperature, log_total, least, unused = law
@@ -286,5 +227,5 @@ def settle(
 
 @triton.jit
 def _log(x):
-    """The logarithm of what is above 0, −inf of the rest."""
+    """The logarithm; −inf where x is not above 0."""
     return tl.where(x > 0.0, tl.log(tl.where(x > 0.0, x, 1.0)), float("-inf"))

@@ -1,4 +1,4 @@
-"""Tokens, counted once: `TokenLedger` is a hard limit over every method."""
+"""A hard limit on tokens: `TokenLedger` counts each token once."""
 
 from proxytune.budget.ledger import Reservation, TokenLedger
 

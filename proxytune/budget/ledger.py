@@ -1,14 +1,11 @@
-"""One ledger of tokens: a hard limit over every method of a call, with shared prefixes paid for once.
+"""A token budget as a hard limit over all methods of a call; shared prefixes are paid for once.
 
-Parallel samples, branches, revisions and search generations all charge the same `TokenLedger`. A unit is one token,
-of a prompt or generated, counted once however often it is read again: the ledger measures text, not forward passes.
+Samples, branches, revisions and search generations charge the same `TokenLedger`. Its unit is one token of text, prompt
+or generated, counted once however often it is read again; it does not measure forward passes. A method that forks first
+calls `reserve(n)`, so that every child it starts can also be finished.
 
-A tree that forks asks first and spends later: `reserve(n)` sets tokens aside that nobody else can take, so that
-children which were started can also be finished.
-
-A prefix costs what it adds to those already paid for. They are kept in a trie of token ids, which is exact: were they
-kept as hashes, a collision would pass for text that was paid for, and the limit would not be hard. Each node of the
-trie is a token that was charged, so its size is bounded by the budget.
+A prefix costs what it adds to the prefixes already paid for. They are kept in a trie of token ids, which is exact; with
+hashes, a collision would count unpaid text as paid. Each node is a charged token, so the budget bounds its size.
 """
 
 from __future__ import annotations
@@ -29,23 +26,13 @@ Key = Ids | str | int
 
 
 class TokenLedger:
-    """The tokens of one call. Any number of threads may use it.
+    """The tokens of one call, prompts included, up to a hard limit `max_total_tokens`; thread-safe.
 
-    Always true: `spent + held + left == max_total_tokens`, and the values of `by` add up to `spent`.
-
-    Attributes:
-        max_total_tokens: The hard limit, in tokens.
+    Always true: `spent + held + left == max_total_tokens`, and the values of `by` sum to `spent`.
     """
 
     def __init__(self, max_total_tokens: int) -> None:
-        """Open a ledger with nothing spent.
-
-        Args:
-            max_total_tokens: The most tokens that all methods together may use, prompts included; at least 1.
-
-        Raises:
-            InputError: If it is no whole number of at least 1.
-        """
+        """Open a ledger with nothing spent; InputError if the limit is not an integer ≥ 1."""
         self.max_total_tokens = whole("max_total_tokens", max_total_tokens, least=1)
         self._lock = threading.Lock()
         self._by: Counter[str] = Counter()
@@ -62,48 +49,38 @@ class TokenLedger:
 
     @property
     def held(self) -> int:
-        """Tokens that open reservations have set aside and not spent."""
+        """Tokens in open reservations that are not spent yet."""
         with self._lock:
             return self._held
 
     @property
     def left(self) -> int:
-        """Tokens that are neither charged nor set aside."""
+        """Tokens neither charged nor reserved."""
         with self._lock:
             return self._left()
 
     @property
     def by(self) -> dict[str, int]:
-        """Label → tokens charged under it; a copy. The values add up to `spent`."""
+        """Label → tokens charged under it; a copy."""
         with self._lock:
             return dict(self._by)
 
     def can_afford(self, tokens: int) -> bool:
-        """Whether a charge of so many tokens would go through now; another thread may be quicker.
-
-        Args:
-            tokens: At least 0.
-
-        Returns:
-            Whether they are left.
-
-        Raises:
-            InputError: If it is no whole number of at least 0.
-        """
+        """Whether a charge of `tokens` ≥ 0 would succeed now; another thread may charge first."""
         return whole("tokens", tokens) <= self.left
 
     def charge(self, tokens: int, *, label: str = "generated", text: Sequence[int] | None = None) -> None:
         """Charge tokens, or raise and charge nothing.
 
         Args:
-            tokens: At least 0.
-            label: The name in the report, e.g. the method's name.
-            text: The whole sequence that these tokens end. With it, a later prompt that goes on from this text
-                (a revision) pays for what it adds only.
+            tokens: ≥ 0.
+            label: The name in the report, e.g. the method's.
+            text: The whole sequence that these tokens end. A later prompt that extends it (a revision) then pays only
+                for what it adds.
 
         Raises:
             BudgetError: If fewer tokens are left.
-            InputError: If `tokens` is no whole number of at least 0, or `text` has more unpaid tokens than are charged.
+            InputError: If `text` has more unpaid tokens than are charged.
         """
         tokens = whole("tokens", tokens)
         with self._lock:
@@ -115,15 +92,15 @@ class TokenLedger:
         """Charge what a prefix adds to those already charged, or raise and charge nothing.
 
         Args:
-            key: The prefix. Token ids, as a sequence of ints or as `bytes` of `length` equally wide ints in the
-                machine's byte order (`numpy.ndarray.tobytes`); they share what they have in common with every prefix
-                and text charged before. Or the name of a node in the caller's tree, a str or an int: then only earlier
-                charges under the same name count.
-            length: How many tokens. Needed for bytes and names; of ids the first `length`, all if None.
+            key: Token ids, as a sequence of ints or as `bytes` of `length` equally wide ints in the machine's byte
+                order (`numpy.ndarray.tobytes`): they share their common start with every prefix and text charged
+                before. Or the name of a node in the caller's tree, a str or int: only charges under the same name are
+                shared.
+            length: Number of tokens. Required for bytes and names; of ids the first `length`, all if None.
             label: The name in the report.
 
         Returns:
-            How many tokens were new, and charged.
+            The number of tokens that were new, hence charged.
 
         Raises:
             BudgetError: If fewer tokens are left than are new.
@@ -142,35 +119,15 @@ class TokenLedger:
             return new
 
     def cost_of_prefix(self, key: Key, length: int | None = None) -> int:
-        """What `charge_prefix` would charge now.
-
-        Args:
-            key: As there.
-            length: As there.
-
-        Returns:
-            Tokens; 0 if all of it is paid for.
-
-        Raises:
-            InputError: As there.
-        """
+        """The tokens that `charge_prefix` would charge now; same arguments and InputError."""
         name, ids, length = _prefix(key, length)
         with self._lock:
             return self._unpaid(name, ids, length)
 
     def reserve(self, tokens: int, *, label: str = "generated") -> Reservation:
-        """Set tokens aside for one purpose.
+        """Reserve tokens that nothing else can take, to be spent under `label`; BudgetError if fewer are left.
 
-        Args:
-            tokens: At least 0.
-            label: The name under which they will be spent.
-
-        Returns:
-            The reservation; a context manager that gives back at its end what was not spent.
-
-        Raises:
-            BudgetError: If fewer tokens are left.
-            InputError: If it is no whole number of at least 0.
+        The reservation is a context manager that gives unspent tokens back on exit.
         """
         tokens = whole("tokens", tokens)
         with self._lock:
@@ -185,14 +142,14 @@ class TokenLedger:
         return self.max_total_tokens - self._spent - self._held
 
     def _spend(self, tokens: int, label: str, text: Sequence[int] | None) -> None:
-        """Charge tokens for which there is room."""
+        """Charge tokens after the caller has checked that they are left."""
         if text is not None:
             ids = token_ids("text", text)
             unpaid = len(ids) - self._paid.covered(ids)
             if unpaid > tokens:
                 raise InputError.of(
                     "text",
-                    expected=f"a sequence that is paid for but for its last {tokens} tokens, which are charged now",
+                    expected=f"a sequence already paid for, except the last {tokens} tokens, which are charged now",
                     got=f"{unpaid} unpaid tokens of {len(ids)}",
                     remedy="Charge the prompt first with charge_prefix(), or leave text out.",
                 )
@@ -209,7 +166,7 @@ class TokenLedger:
 
     def _refusal(self, what: str, tokens: int) -> ProxytuneError:
         if tokens > self.max_total_tokens:
-            remedy = f"It needs max_total_tokens of at least {tokens} for itself alone: raise the limit or shorten it."
+            remedy = f"It alone needs max_total_tokens of at least {tokens}: raise the limit or shorten it."
         else:
             remedy = "Stop here and vote over what is finished, ask for less, or raise max_total_tokens."
         return BudgetError.of(
@@ -221,11 +178,7 @@ class TokenLedger:
 
 
 class Reservation:
-    """Tokens of a ledger set aside for one purpose; made by `TokenLedger.reserve`.
-
-    Attributes:
-        label: The name under which they are spent.
-    """
+    """Reserved tokens of a ledger, spent under `label`; made by `TokenLedger.reserve`."""
 
     def __init__(self, ledger: TokenLedger, tokens: int, label: str) -> None:
         self._ledger = ledger
@@ -234,19 +187,15 @@ class Reservation:
 
     @property
     def left(self) -> int:
-        """Tokens that are still set aside; 0 once released."""
+        """Tokens still reserved; 0 once released."""
         with self._ledger._lock:
             return self._left
 
     def spend(self, tokens: int, *, text: Sequence[int] | None = None) -> None:
-        """Charge some of the reserved tokens, or raise and charge nothing.
-
-        Args:
-            tokens: At least 0.
-            text: As in `TokenLedger.charge`.
+        """Charge some of the reserved tokens, or raise and charge nothing; `text` as in `TokenLedger.charge`.
 
         Raises:
-            BudgetError: If fewer are still set aside; a released reservation has none.
+            BudgetError: If fewer are still reserved; a released reservation has none.
             InputError: As `TokenLedger.charge`.
         """
         tokens = whole("tokens", tokens)
@@ -255,16 +204,16 @@ class Reservation:
             if tokens > self._left:
                 raise BudgetError.of(
                     f"the reservation for {self.label!r}",
-                    expected=f"at most the {self._left} tokens that are still set aside",
+                    expected=f"at most the {self._left} tokens that are still reserved",
                     got=f"{tokens}",
-                    remedy="Reserve what the continuation can need at most, or charge() the rest to the ledger.",
+                    remedy="Reserve the most that the continuation can need, or charge() the rest to the ledger.",
                 )
             ledger._spend(tokens, self.label, text)
             self._left -= tokens
             ledger._held -= tokens
 
     def release(self) -> None:
-        """Give back what was not spent; without effect the second time."""
+        """Give unspent tokens back; a second call does nothing."""
         with self._ledger._lock:
             self._ledger._held -= self._left
             self._left = 0
@@ -277,7 +226,7 @@ class Reservation:
 
 
 def _prefix(key: Key, length: int | None) -> tuple[str | int | None, Sequence[int], int]:
-    """A prefix as (name, no ids, length) or (None, ids, length)."""
+    """(name, no ids, length) of a named node, or (None, ids, length)."""
     if length is not None:
         length = whole("length", length)
     named = key if isinstance(key, str) else as_int(key)

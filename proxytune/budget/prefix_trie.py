@@ -1,7 +1,4 @@
-"""Which prefixes were paid for, exactly.
-
-A trie in one dictionary, from (node, token) to node.
-"""
+"""The prefixes that were paid for, exactly: a trie in one dictionary from (node, token) to node."""
 
 from __future__ import annotations
 
@@ -9,37 +6,25 @@ from collections.abc import Sequence
 
 __all__ = ["Prefixes"]
 
-
 _ROOT = 0
 
 
 class Prefixes:
-    """A set of token sequences with all their prefixes. Not locked: its owner is."""
+    """A set of token sequences with all their prefixes. Not thread-safe; the ledger locks it."""
 
     def __init__(self) -> None:
         self._children: dict[tuple[int, int], int] = {}  # (node, token id) → node
 
     def __len__(self) -> int:
-        """How many different prefixes it holds, the empty one not counted."""
+        """The number of different non-empty prefixes."""
         return len(self._children)
 
     def covered(self, ids: Sequence[int]) -> int:
-        """How many tokens at the start of a sequence are known.
-
-        Args:
-            ids: `[T]`.
-
-        Returns:
-            The length of the longest prefix that it shares with any sequence added, in 0 … T.
-        """
+        """The length of the longest prefix that `ids` shares with any added sequence."""
         return self._walk(ids)[1]
 
     def add(self, ids: Sequence[int]) -> None:
-        """Add a sequence.
-
-        Args:
-            ids: `[T]`.
-        """
+        """Add a sequence with all its prefixes."""
         node, depth = self._walk(ids)
         for token in ids[depth:]:
             child = len(self._children) + 1
@@ -47,7 +32,7 @@ class Prefixes:
             node = child
 
     def _walk(self, ids: Sequence[int]) -> tuple[int, int]:
-        """The deepest node on the way of some ids, and its depth."""
+        """The deepest node along `ids`, and its depth."""
         node = _ROOT
         for depth, token in enumerate(ids):
             child = self._children.get((node, token))

@@ -1,1 +1,1 @@
-"""What a token has to cost, before anything is measured."""
+"""What a token costs at least, before anything is measured."""

@@ -1,9 +1,9 @@
-"""How long a forward pass takes, roughly, from what it has to do: enough to choose a draft length by.
+"""Rough time of a forward pass from its work, accurate enough to choose a draft length.
 
-A pass reads its weights, does two operations per parameter and token, and every layer of it has to be launched. On a
-CPU these come one after the other; on a GPU the host launches while the device works, so the longer of the two counts.
-The figures are round ones for a kind of device, never measured at run time: the same call drafts the same lengths, and
-so gives the same text, wherever it runs on that kind. `DraftCosts` of one's own take their place.
+A pass reads its weights, does two operations per parameter and token, and launches every layer. On a CPU these times
+add up; on a GPU the host launches while the device computes, so the longer one counts. The figures are round numbers,
+never measured at run time, so that a call drafts the same lengths, and gives the same text, on every device of a kind.
+Pass your own `DraftCosts` to replace them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,14 @@ from proxytune.costs.speculation import DraftCosts
 __all__ = ["DECIDING", "DRAWING", "Machine", "Work", "draft_costs", "machine_of"]
 
 DECIDING = 1.5e-3
-"""Seconds that a round takes the host beside its passes: the verdict, what stands of it, rows brought in line."""
+"""Host overhead of one round, in seconds: verification, bookkeeping, realigning rows."""
 DRAWING = 2e-4
-"""Seconds that a drafted token takes beside its pass."""
+"""Host overhead of one drafted token, in seconds."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a pass of a model has to do.
-
-    Attributes:
-        bytes: What it has to read.
-        parameters: How many numbers take part in it.
-        layers: How many layers it has.
-    """
+    """What one forward pass reads (`bytes`), and how many parameters and layers take part in it."""
 
     bytes: PassBytes
     parameters: float
@@ -43,9 +37,9 @@ class Machine:
 
     Attributes:
         bandwidth: Bytes per second.
-        operations: Floating-point operations per second, in the products of a decode step.
-        launch: Seconds per layer that the host is busy, in eager mode.
-        at_once: Whether the host launches while the device works.
+        operations: Floating-point operations per second, in the matrix products of a decode step.
+        launch: Host seconds per layer, in eager mode.
+        at_once: Whether the host launches while the device computes.
     """
 
     bandwidth: float
@@ -54,55 +48,28 @@ class Machine:
     at_once: bool
 
     def seconds(self, work: Work, rows: int, positions: int = 1) -> float:
-        """What a pass takes.
-
-        Args:
-            work: What it has to do.
-            rows: B.
-            positions: Tokens of each row.
-
-        Returns:
-            Seconds.
-        """
+        """Seconds of one pass over `rows` rows of `positions` tokens each."""
         launched = work.layers * self.launch
         done = work.bytes.at(rows=rows) / self.bandwidth + 2.0 * work.parameters * rows * positions / self.operations
         return max(launched, done) if self.at_once else launched + done
 
 
 _CPU = Machine(bandwidth=1e10, operations=5e10, launch=3e-4, at_once=False)
-"""A few cores: ten further tokens take about as long as reading the weights once more."""
+"""A few cores: computing ten more tokens takes about as long as reading float32 weights once more."""
 _GPU = Machine(bandwidth=2e12, operations=3e14, launch=3e-4, at_once=True)
-"""A data-centre GPU with a recent host: below 600 MB per layer, eager mode waits for the host."""
+"""A data-centre GPU with a recent host: below 600 MB per layer, the host's launches take longer than reading."""
 
 
 def machine_of(device: str) -> Machine:
-    """The figures of a kind of device.
-
-    Args:
-        device: The type of a device, such as "cuda".
-
-    Returns:
-        Those of a CPU, or of a GPU for everything else.
-    """
+    """The figures of a type of device, such as "cuda": a CPU's for "cpu", a GPU's for everything else."""
     return _CPU if device == "cpu" else _GPU
 
 
 def draft_costs(
     machine: Machine, verifying: Sequence[Work], drafting: Work | None, rows: int, *, member: bool
 ) -> DraftCosts:
-    """What a round of speculation takes.
-
-    Args:
-        machine: Where it runs.
-        verifying: The members that verify: base and antiexpert if the expert drafts, all otherwise.
-        drafting: The draft; None for one without a model.
-        rows: B.
-        member: Whether the draft is a member of the composition, so that a plain step needs it too.
-
-    Returns:
-        Seconds.
-    """
-    ahead = 8  # a position's price is taken over some: the first ones may hide behind the launches
+    """The costs in seconds of a round of speculation over `rows` rows; arguments as in `DraftCosts.of_bytes`."""
+    ahead = 8  # average a position's cost over several: the first ones may hide behind the launches
 
     def together(positions: int) -> float:
         return sum(machine.seconds(work, rows, positions) for work in verifying)

@@ -1,4 +1,4 @@
-"""What a forward pass of a model has to read and to do, from its parameters and its config."""
+"""The bytes and operations of a model's forward pass, from its parameters and config."""
 
 from __future__ import annotations
 
@@ -11,19 +11,16 @@ __all__ = ["pass_bytes", "pass_work"]
 
 
 def pass_bytes(model: PreTrainedModel) -> PassBytes:
-    """What one forward pass reads: all weights once, but of a table of embeddings that is no head only a few rows.
+    """The bytes one forward pass of a causal LM reads: all weights once.
 
-    Args:
-        model: A causal LM. Of a mixture of experts all weights are counted, which is more than a pass of few tokens
-            reads.
-
-    Returns:
-        Bytes of the weights, and of the cache per token of a row (0 where the config does not tell its shape).
+    An embedding table that is not also the head does not count, since a pass reads few of its rows. All weights of a
+    mixture of experts count, more than a pass of few tokens reads. The cache counts per token of a row, 0 if the config
+    does not tell its shape.
     """
     table = model.get_input_embeddings().weight
     head = model.get_output_embeddings()
     looked_up = head is not None and head.weight is not table
-    # A set of the tensors: tied ones are read as often as they are used, but a pass uses them from memory once.
+    # By id, so that tied tensors count once.
     parts = {id(p): p.numel() * p.element_size() for p in model.parameters() if not (looked_up and p is table)}
     config = model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
@@ -35,14 +32,7 @@ def pass_bytes(model: PreTrainedModel) -> PassBytes:
 
 
 def pass_work(model: PreTrainedModel) -> Work:
-    """What one forward pass has to do.
-
-    Args:
-        model: A causal LM.
-
-    Returns:
-        Its bytes, parameters and layers.
-    """
+    """The bytes, parameters and layers of one forward pass of a causal LM."""
     read = pass_bytes(model)
     size = model.get_input_embeddings().weight.element_size()
     return Work(read, read.weights / size, int(model.config.get_text_config(decoder=True).num_hidden_layers))

@@ -1,4 +1,4 @@
-"""Bytes of a forward pass, and bytes per token."""
+"""Bytes per forward pass and per token."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ __all__ = ["PassBytes", "bytes_per_token"]
 
 @dataclass(frozen=True)
 class PassBytes:
-    """What one forward pass of a model has to read.
+    """The bytes that one forward pass of a model reads.
 
     Attributes:
-        weights: Bytes of the parameters of a pass. A table of embeddings that is no head as well does not count: of it
-            a pass reads one row per token.
-        cached: Bytes that the key-value cache holds per token of a row.
-
-    Raises:
-        InputError: If a number is negative or not finite.
+        weights: Bytes of the parameters, without an embedding table that is not also the head: a pass reads one row of
+            it per token.
+        cached: Bytes of the key-value cache per token of a row.
     """
 
     weights: float
@@ -31,18 +28,7 @@ class PassBytes:
         finite("cached", self.cached, "of bytes", least=0.0)
 
     def at(self, *, context: float = 0.0, rows: int = 1) -> float:
-        """Bytes of one pass; those of several positions at once are the same.
-
-        Args:
-            context: Tokens that each row's cache holds.
-            rows: B.
-
-        Returns:
-            Bytes.
-
-        Raises:
-            InputError: If the context is negative, or there is no row.
-        """
+        """Bytes of one pass over B rows with `context` cached tokens each, however many positions it computes."""
         finite("context", context, "of tokens", least=0.0)
         return self.weights + whole("rows", rows, "of rows", least=1) * context * self.cached
 
@@ -50,19 +36,13 @@ class PassBytes:
 def bytes_per_token(
     passes: Sequence[tuple[float, PassBytes]], tokens: float, *, context: float = 0.0, rows: int = 1
 ) -> float:
-    """Bytes read per generated token of all rows together: what a method costs, or has to cost at least.
+    """Bytes read per generated token: the cost of a method, or its lower bound.
 
     Args:
-        passes: Of each member, how many forward passes it made, and what one reads.
-        tokens: How many tokens that gave, over all rows.
+        passes: Per member, the number of its forward passes and what one reads.
+        tokens: Number of tokens generated, over all rows; > 0, else InputError.
         context: Tokens in each row's cache, the mean over the passes.
         rows: B.
-
-    Returns:
-        Bytes per token.
-
-    Raises:
-        InputError: If there is no token, or a number is negative or not finite.
     """
     for i, (count, _) in enumerate(passes):
         finite(f"passes[{i}]", count, "of passes", least=0.0)

@@ -1,11 +1,10 @@
-"""What a token costs: bytes that a forward pass has to read, rounds of speculative decoding, the best draft length.
+"""The costs of speculative decoding: rounds, expected tokens, the best draft length.
 
-A decode step of a large model waits for memory: every weight is read once per pass, however few tokens pass. So the
-time of a method has a floor, the bytes it reads over the bandwidth, and two methods compare by their bytes. Speculation
-(Leviathan et al. 2023, arXiv 2211.17192) reads the verifying members once per round instead of once per token. In the
-composed model the expert is the draft: it runs anyway, so a round of k drafted tokens has k passes of it, one more
-where all k were accepted, and one of the base and one of the antiexpert. Pure Python: nothing here is measured, and
-times may be in any unit, as long as it is one.
+A decode step of a large model is bound by memory: a pass reads every weight once, however few tokens pass, so methods
+compare by the bytes they read. Speculation (Leviathan et al. 2023, arXiv 2211.17192) reads the verifying members once
+per round instead of once per token. In the composed model the expert drafts, since it runs anyway: a round of k drafted
+tokens has k passes of the expert, one more if all k were accepted, and one pass each of base and antiexpert. Nothing is
+measured here.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ __all__ = ["DraftCosts", "acceptance_of", "best_draft_length", "expected_tokens"
 
 @dataclass(frozen=True)
 class DraftCosts:
-    """What a round of speculative decoding takes, in any unit of time (or in bytes, for the floor).
+    """The costs of a round of speculative decoding, in any unit of time (or in bytes, for the lower bound).
 
-    A round at draft length k takes `round + (k + a^k) draft + k position`: all members that verify make one pass over
-    k + 1 positions; the draft makes k passes to draft, and one over the last drafted token if that was accepted. At
-    k = 0 that is a plain step: the expert's one pass is its own.
+    A round at draft length k costs `round + (k + a^k) draft + k position`: one verifying pass over k + 1 positions; k
+    passes of the draft, and one over the last drafted token if that was accepted (a is the acceptance). At k = 0 that
+    is a plain step, with the expert's one pass.
 
     Attributes:
-        round: One pass of each member that verifies, over one position: base and antiexpert if the expert drafts, all
-            three otherwise.
+        round: One pass of each verifying member over one position: base and antiexpert if the expert drafts, else all
+            three.
         draft: One pass of the draft over one token; 0 for a draft without a model (prompt lookup).
-        position: What each further position adds to the verifying pass, and to all that happens once per position.
-        plain: A step without a draft; None for `round + draft`. A draft that is no member rests at k = 0: then it is
-            `round`.
+        position: What each further position adds, to the verifying pass and to per-position work.
+        plain: A step without a draft; None for `round + draft`. A draft that is not a member does not run at k = 0:
+            then it is `round`.
 
     Raises:
         InputError: If a number is negative or not finite, or a step costs nothing.
@@ -69,37 +68,23 @@ class DraftCosts:
         context: float = 0.0,
         rows: int = 1,
     ) -> DraftCosts:
-        """The floor of the costs: what has to be read.
+        """The lower bound of the costs, in bytes; a further position adds none.
 
         Args:
-            verifying: The members that verify: base and antiexpert if the expert drafts, all three otherwise.
+            verifying: The members that verify: base and antiexpert if the expert drafts, else all three.
             drafting: The draft; None for one without a model.
-            member: Whether the draft is a member of the composition, so that a plain step needs it too.
+            member: Whether the draft is a member of the composition, so that a plain step runs it too.
             context: Tokens in each row's cache.
             rows: B.
-
-        Returns:
-            Costs in bytes; a further position adds none.
-
-        Raises:
-            InputError: If there is no verifying member, or as `PassBytes.at`.
         """
         together = sum(one.at(context=context, rows=rows) for one in verifying)
         draft = 0.0 if drafting is None else drafting.at(context=context, rows=rows)
         return cls(together, draft, plain=None if member else together)
 
     def of_round(self, draft_length: int, acceptance: float | Sequence[float] = 1.0) -> float:
-        """What a round takes.
+        """The mean cost of a round of draft length k; arguments and errors as for `expected_tokens`.
 
-        Args:
-            draft_length: k, at least 0.
-            acceptance: As for `expected_tokens`. The draft's last pass is made if any row needs it.
-
-        Returns:
-            In the unit of the costs, on average.
-
-        Raises:
-            InputError: If an a is outside [0, 1], or k is no whole number of at least 0.
+        The draft's last pass runs if any row needs it.
         """
         powers = (
             [a**k for a in _rates(acceptance)] if (k := whole("draft_length", draft_length, "of tokens")) else [1.0]
@@ -107,7 +92,7 @@ class DraftCosts:
         return self._of_round(k, powers)
 
     def _of_round(self, k: int, powers: Sequence[float]) -> float:
-        """With the chance of each row that all of its k drafts are accepted."""
+        """`powers` are each row's probability that all k drafts are accepted."""
         if k == 0 and self.plain is not None:
             return self.plain
         some = 1.0 - math.prod(1.0 - p for p in powers)
@@ -115,77 +100,47 @@ class DraftCosts:
 
 
 def acceptance_of(accepted: int, rejected: int) -> float:
-    """The share of accepted tokens among those that were decided upon.
+    """Accepted tokens as a share of the tokens that were tested; NaN if none was.
 
-    What stands behind a rejected token in a draft was never decided upon: accepted tokens over drafted ones would be
-    too low, the more so the longer the drafts were.
+    Tokens after a rejection were never tested, so accepted/drafted underestimates acceptance, the more so the longer
+    the drafts. This is the maximum-likelihood estimate for independent decisions.
 
     Args:
         accepted: Drafted tokens that were accepted.
         rejected: Rounds, over all rows, that ended in a rejection.
-
-    Returns:
-        In [0, 1]; the estimate of largest likelihood for independent decisions, and NaN if none was made.
-
-    Raises:
-        InputError: If a number is not whole.
     """
     accepted, rejected = whole("accepted", accepted), whole("rejected", rejected, "of rounds")
     return accepted / (accepted + rejected) if accepted + rejected else math.nan
 
 
 def expected_tokens(acceptance: float | Sequence[float], draft_length: int) -> float:
-    """Tokens per round and row: `(1 − a^(k+1)) / (1 − a)`.
+    """Expected tokens per round and row, `(1 − a^(k+1)) / (1 − a)`, in [1, k + 1].
 
-    Leviathan et al. 2023, arXiv 2211.17192, eq. 1: each drafted token is accepted with probability a as long as those
-    before it were, and each round ends in one token of the verifier's own.
+    Leviathan et al. 2023, arXiv 2211.17192, eq. 1: each drafted token is accepted with probability a if all before it
+    were, and every round ends in one token of the verifier's own.
 
     Args:
-        acceptance: a, in [0, 1]; of several rows one each. Rows go on by themselves, so their mean counts.
-        draft_length: k, at least 0.
-
-    Returns:
-        In [1, k + 1].
+        acceptance: a in [0, 1], or one per row. Rows advance independently, so their mean counts.
+        draft_length: k ≥ 0.
 
     Raises:
-        InputError: If an a is outside [0, 1], or k is no whole number of at least 0.
+        InputError: If an a is outside [0, 1], or k is not an integer ≥ 0.
     """
     k = whole("draft_length", draft_length, "of tokens")
     rates = _rates(acceptance)
-    # The sum of powers: exact at a = 1, and not a difference of two numbers near 1 next to it.
+    # As a sum of powers: exact at a = 1, and no cancellation near it.
     return math.fsum(a**i for a in rates for i in range(k + 1)) / len(rates)
 
 
 def time_per_token(acceptance: float | Sequence[float], draft_length: int, costs: DraftCosts) -> float:
-    """What a token of each row takes: a round's costs over its expected tokens.
-
-    Args:
-        acceptance: As for `expected_tokens`.
-        draft_length: k, at least 0.
-        costs: Of a round.
-
-    Returns:
-        In the unit of the costs.
-
-    Raises:
-        InputError: As `expected_tokens`.
-    """
+    """Time per token and row: a round's cost over its expected tokens. Arguments as for `expected_tokens`."""
     return costs.of_round(draft_length, acceptance) / expected_tokens(acceptance, draft_length)
 
 
 def best_draft_length(acceptance: float | Sequence[float], costs: DraftCosts, most: int) -> int:
-    """The draft length at which a token takes the least time.
+    """The draft length k in 0 … `most` with the least time per token, the smallest of equally good ones.
 
-    Args:
-        acceptance: As for `expected_tokens`.
-        costs: Of a round.
-        most: The longest draft that is allowed.
-
-    Returns:
-        k in 0 … most; the smallest of those that are equally good. 0 is to draft nothing.
-
-    Raises:
-        InputError: If an a is outside [0, 1], or `most` is no whole number of at least 0.
+    `acceptance` and errors are as for `expected_tokens`; 0 means not to draft.
     """
     rates = _rates(acceptance)
     powers = [1.0] * len(rates)
@@ -195,7 +150,7 @@ def best_draft_length(acceptance: float | Sequence[float], costs: DraftCosts, mo
         tokens += math.fsum(powers) / len(rates)
         times.append(costs._of_round(k, powers) / tokens)
         powers = [p * a for p, a in zip(powers, rates, strict=True)]
-    near = min(times) * (1 + 1e-13)  # what differs by rounding alone is equally good
+    near = min(times) * (1 + 1e-13)  # times that differ only by rounding are equally good
     return next(k for k, time in enumerate(times) if time <= near)
 
 
@@ -206,6 +161,6 @@ def _rates(acceptance: float | Sequence[float]) -> list[float]:
             "acceptance",
             expected="a rate in [0, 1], or one for each row",
             got=repr(acceptance),
-            remedy="Pass acceptance_of(accepted, rejected), or a rate to suppose.",
+            remedy="Pass acceptance_of(accepted, rejected), or an assumed rate.",
         )
     return rates

@@ -1,4 +1,4 @@
-"""How the members' logits become one row."""
+"""How the members' logits become one row of logits."""
 
 from proxytune.formulas.base import Formula
 from proxytune.formulas.proxy_tuning import ProxyTuning

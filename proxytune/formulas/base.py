@@ -1,4 +1,4 @@
-"""The protocol of a formula: name, roles, weights, `with_alpha`."""
+"""The protocol of a formula."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Formula"]
 
 
 class Formula(Protocol):
-    """What a formula is: a name for the recipe, the companions it needs, and a weight for each."""
+    """A formula: its name in a recipe, the companions it needs (`roles`), and a weight for each."""
 
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]]

@@ -14,11 +14,7 @@ __all__ = ["ProxyTuning"]
 class ProxyTuning:
     """`z_base + α (z_expert − z_antiexpert)` (Liu et al. 2024, arXiv 2401.08565, eq. 1; α as in DExperts, 2105.03023).
 
-    Attributes:
-        alpha: The strength α of the shift. 0 is the base, 1 the paper's setting.
-
-    Raises:
-        InputError: If α is not a finite number.
+    The strength α is finite, else InputError; 0 is the base, 1 the paper's setting.
     """
 
     name: ClassVar[str] = "proxy-tuning"
@@ -29,23 +25,9 @@ class ProxyTuning:
         object.__setattr__(self, "alpha", validate_alpha(self.alpha))
 
     def weights(self) -> tuple[float, ...]:
-        """The weight of each companion's logits, in the order of `roles`.
-
-        Returns:
-            `(alpha, -alpha)`.
-        """
+        """`(alpha, -alpha)`: the weight of each companion's logits, in the order of `roles`."""
         return (self.alpha, -self.alpha)
 
     def with_alpha(self, alpha: float) -> ProxyTuning:
-        """The same formula at another α.
-
-        Args:
-            alpha: The new α.
-
-        Returns:
-            A new formula.
-
-        Raises:
-            InputError: If α is not a finite number.
-        """
+        """The same formula at another α; InputError if it is not a finite number."""
         return replace(self, alpha=alpha)

@@ -1,4 +1,4 @@
-"""Name → formula. Who registers one inherits the contract test."""
+"""Formulas by name. A registered formula runs through the formulas' contract test."""
 
 from __future__ import annotations
 
@@ -6,8 +6,5 @@ from proxytune.formulas.proxy_tuning import ProxyTuning
 
 __all__ = ["FORMULAS"]
 
-
 FORMULAS: dict[str, type[ProxyTuning]] = {ProxyTuning.name: ProxyTuning}
-
-
 """The formulas that a recipe can name."""

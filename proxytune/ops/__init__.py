@@ -1,11 +1,7 @@
-"""One decision on members' logits; the only place that picks Triton or torch.
+"""One decision on the members' logits, by Triton or torch.
 
-============== ====================================================================================================
-`step`         one decision: combine, measure, draw; takes `SamplingParams` and `Noise`, returns a `StepOutput`
-`verify`       drafted tokens accepted or rejected so that nothing is lost; returns a `VerifyOutput`
-`mix`          rows of an embedding, weighted: what a latent step feeds back
-`combine`      the combined logits alone
-============== ====================================================================================================
+`step` combines, measures and draws; `verify` accepts or rejects drafted tokens losslessly; `mix` sums embedding rows
+for a latent step; `combine` gives the combined logits alone.
 """
 
 from proxytune.ops.dispatch import Impl, choose, why_not_triton

@@ -1,4 +1,4 @@
-"""Wrong use of a decoding step, refused before anything is launched."""
+"""Argument checks of `step`, `verify` and `mix`: shapes, dtypes and strides, never values on the device."""
 
 from __future__ import annotations
 
@@ -18,21 +18,13 @@ MAX_MEMBERS = 5
 """Base and companions together."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What logits can be in."""
+"""Dtypes that logits may have."""
 
 _LARGEST = torch.finfo(torch.float32).max
 
 
 def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
-    """Refuse logits and weights that do not fit each other. Looks at shapes and strides only, never waits.
-
-    Args:
-        members: What was given as the members' logits.
-        weights: What was given as their weights.
-
-    Raises:
-        InputError: If the number, a shape, dtype, device or stride is not as `proxytune.ops.step` says.
-    """
+    """Raise InputError if logits and weights are not as `proxytune.ops.step` says."""
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise InputError.of(
             "members",
@@ -90,18 +82,10 @@ _FIT = "All members' logits are of the same rows: pass e.g. outputs.logits[:, -1
 def refuse_request(
     base: torch.Tensor, sampling: SamplingParams | None, noise: Noise | None, draws: int, want: Collection[str]
 ) -> None:
-    """Refuse a request that cannot be answered for these logits.
+    """Raise InputError if `step` cannot serve this request for the base's logits `[B, V]`.
 
-    Args:
-        base: The base's logits, `[B, V]`.
-        sampling: The settings, or None.
-        noise: The keys of the noise, or None.
-        draws: The number of draws.
-        want: The names of the outputs.
-
-    Raises:
-        InputError: If a name is unknown, k or `draws` is larger than V, a draw lacks settings or noise or has them for
-            other rows, or something is asked of the argmax that only a draw has.
+    That is: an unknown output name, k or `draws` > V, a draw without settings or noise or with those of another batch
+    size, or an output of draws without `sampling`.
     """
     width = base.shape[1]
     unknown = [name for name in want if name not in OUTPUTS]
@@ -118,36 +102,27 @@ def refuse_request(
             what = "noise" if noise is not None else f"draws={draws}" if draws != 1 else min(set(OF_DRAWS) & set(want))
             raise InputError.of(
                 "sampling",
-                expected=f"settings to draw with, beside {what}",
+                expected=f"SamplingParams together with {what}",
                 got="None",
                 remedy="Pass SamplingParams.of(B).",
             )
         return
     if noise is None:
         raise InputError.of(
-            "noise", expected="the keys of the noise, beside sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
+            "noise", expected="a Noise together with sampling", got="None", remedy="Pass Noise.of(B, seed=0)."
         )
     _refuse_settings(base, len(base), sampling, noise)
 
 
 def refuse_ids(base: torch.Tensor, sampling: SamplingParams, ids: torch.Tensor) -> None:
-    """Refuse tokens to ask about, or settings, that do not fit the logits. Never looks at the ids, so never waits.
-
-    Args:
-        base: The base's logits, `[B, V]`.
-        sampling: The settings.
-        ids: The tokens.
-
-    Raises:
-        InputError: If the ids are no `[B, K]` of int64 on the logits' device, or the settings are for other rows.
-    """
+    """Raise InputError if `ids` is not int64 `[B, K]` on the logits' device, or the settings are for other rows."""
     rows = base.shape[0]
     if ids.ndim != 2 or len(ids) != rows or ids.dtype != torch.int64 or ids.device != base.device:
         raise InputError.of(
             "ids",
             expected=f"token ids [{rows}, K], torch.int64, on {base.device}",
             got=f"shape {list(ids.shape)}, {ids.dtype}, on {ids.device}",
-            remedy="Fill shorter rows up with −1.",
+            remedy="Pad shorter rows with −1.",
         )
     _refuse_settings(base, rows, sampling, None)
 
@@ -155,24 +130,13 @@ def refuse_ids(base: torch.Tensor, sampling: SamplingParams, ids: torch.Tensor) 
 def refuse_drafts(
     base: torch.Tensor, drafted: torch.Tensor, draft: torch.Tensor | None, sampling: SamplingParams, noise: Noise
 ) -> None:
-    """Refuse drafts, or settings, that do not fit the logits. Never looks at the drafts, so never waits.
-
-    Args:
-        base: The base's logits, `[B · (K + 1), V]`.
-        drafted: The drafts.
-        draft: The logits that they were drawn from, or None.
-        sampling: The settings.
-        noise: The keys of the noise.
-
-    Raises:
-        InputError: If a shape, dtype, device or stride is not as `proxytune.ops.verify` says.
-    """
+    """Raise InputError if drafts, their logits or settings are not as `proxytune.ops.verify` says."""
     if drafted.ndim != 2 or drafted.dtype != torch.int64 or drafted.device != base.device:
         raise InputError.of(
             "drafted",
             expected=f"token ids [B, K], torch.int64, on {base.device}",
             got=_described(drafted),
-            remedy="Fill shorter drafts up with −1.",
+            remedy="Pad shorter drafts with −1.",
         )
     rows, most = drafted.shape
     if len(base) != rows * (most + 1):
@@ -180,7 +144,7 @@ def refuse_drafts(
             "members",
             expected=f"{rows * (most + 1)} rows of logits: {rows} texts of {most} drafts, {most + 1} each",
             got=f"{len(base)}",
-            remedy="A text's first row follows it without a draft, its last one follows all of them.",
+            remedy="Pass K + 1 rows per text: row j holds the logits after its first j drafts.",
         )
     if draft is not None and most:
         if draft.ndim != 2 or len(draft) != rows * most or draft.dtype not in DTYPES or draft.device != base.device:
@@ -188,7 +152,7 @@ def refuse_drafts(
                 "draft",
                 expected=f"logits [{rows * most}, V], float32, float16 or bfloat16, on {base.device}",
                 got=_described(draft),
-                remedy="Pass the rows that the drafts were drawn from; None for drafts that are given.",
+                remedy="Pass the logits that the drafts were drawn from, or None if they were not drawn.",
             )
         refuse_members([draft], (1.0,))
         if sampling.largest_k > draft.shape[1]:
@@ -210,21 +174,7 @@ def refuse_mixture(
     sigma: float,
     noise: Noise | None,
 ) -> None:
-    """Refuse what cannot be mixed. Looks at shapes and strides only, never at ids or weights, so never waits.
-
-    Args:
-        table: What was given as the rows to mix; so the others, see `proxytune.ops.mix.mix`.
-        ids: Which rows.
-        weights: Their weights.
-        tokens: The emitted tokens.
-        soft: Which rows are mixed, or None.
-        sigma: The relative size of the noise.
-        noise: The keys of the noise, or None.
-
-    Raises:
-        InputError: If a shape, dtype, device or stride is not as `proxytune.ops.mix.mix` says, or `sigma` is not a
-            finite number from 0 on, or lacks keys.
-    """
+    """Raise InputError if arguments are not as `proxytune.ops.mix.mix` says."""
     if table.ndim != 2 or 0 in table.shape or table.shape[1] > _WIDEST:
         raise InputError.of(
             "table",
@@ -237,7 +187,7 @@ def refuse_mixture(
             "table",
             expected="float32, float16, bfloat16 or float64",
             got=str(table.dtype),
-            remedy="Where a module dequantises, mix what it gives.",
+            remedy="If a module dequantises the table, mix the module's outputs.",
         )
     if table.shape[1] > 1 and table.stride(1) != 1:
         raise InputError.of(
@@ -251,7 +201,7 @@ def refuse_mixture(
             "ids",
             expected=f"rows of the table [B, K], neither of them 0, torch.int64, on {table.device}",
             got=_described(ids),
-            remedy="Fill shorter rows up with any id, and give it a weight of 0.",
+            remedy="Pad shorter rows with any id of weight 0.",
         )
     rows, candidates = ids.shape
     wanted = {"weights": (weights, (rows, candidates), torch.float32), "tokens": (tokens, (rows,), torch.int64)}
@@ -261,7 +211,7 @@ def refuse_mixture(
         if x.shape != shape or x.dtype != dtype or x.device != table.device:
             raise InputError.of(
                 name,
-                expected=f"{list(shape)}, {dtype}, on {table.device}, beside ids {list(ids.shape)}",
+                expected=f"{list(shape)}, {dtype}, on {table.device}, for ids {list(ids.shape)}",
                 got=_described(x),
                 remedy="Weights are one per id, tokens and soft one per row.",
             )
@@ -270,7 +220,7 @@ def refuse_mixture(
         if sigma > 0:
             raise InputError.of(
                 "noise",
-                expected="the keys of the noise, beside sigma",
+                expected="a Noise together with sigma > 0",
                 got="None",
                 remedy=f"Pass Noise.of({rows}, seed=0, position=…).",
             )
@@ -286,7 +236,7 @@ def refuse_mixture(
 
 
 _WIDEST = 1 << 27
-"""How many coordinates have noise of their own, see `proxytune.ops.noise.slotted`."""
+"""Coordinates that have independent noise, see `proxytune.ops.noise.slotted`."""
 
 
 def _described(x: torch.Tensor) -> str:

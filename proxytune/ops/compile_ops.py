@@ -1,4 +1,4 @@
-"""The decision as a custom operator, for `torch.compile`."""
+"""`step` as a custom operator, for `torch.compile`."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _step_op(
     noise = Noise(*keys) if keys else None
     wanted = tuple(names.split(","))
     out = run_step(members, numbers if weights is None else weights, sampling, noise, draws, wanted, impl)
-    # Outputs of an operator may not share storage; all but the scores are small.
+    # Outputs of a custom operator may not share storage; cloning is cheap, since only the scores are large.
     return [out[name] if name == "scores" else out[name].clone() for name in wanted]
 
 

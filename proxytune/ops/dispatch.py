@@ -1,4 +1,4 @@
-"""Which implementation runs: `impl="auto"` resolved once; the kernels are imported here only."""
+"""Which implementation runs: resolves `impl="auto"`; the kernels are imported here and in `mix` only."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run_step(
     names: tuple[str, ...],
     impl: str,
 ) -> dict[str, torch.Tensor]:
-    # As float32, in which 1e-50 is no weight at all.
+    # Rounded to float32, as the kernels read them: 1e-50 becomes 0, no weight.
     weights = weights.contiguous() if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
     if choose(impl, members[0].device) == "triton":
         return kernels().step(members, weights, packed(sampling), packed(noise), draws, names)
@@ -42,17 +42,14 @@ def run_step(
 
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
-    """Which implementation runs.
+    """Which implementation runs for tensors on `device`.
 
     Args:
         impl: "auto", "triton" or "torch".
         device: Where the logits are.
 
-    Returns:
-        "triton" or "torch".
-
     Raises:
-        InputError: If `impl` is another word, or Triton was asked for where it cannot run.
+        InputError: If `impl` is another word, or Triton is requested but cannot run.
     """
     choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
     if impl == "torch":
@@ -62,19 +59,12 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
         raise InputError.of(
             "impl='triton'", expected="a GPU, and Triton installed", got=reason, remedy="Use impl='auto' or 'torch'."
         )
-    # The interpreter is for tests: it runs only where it is asked for.
+    # Triton's interpreter is for tests: "auto" never chooses it.
     return "torch" if reason or (impl == "auto" and device.type != "cuda") else "triton"
 
 
 def why_not_triton(device: str) -> str | None:
-    """What keeps the kernels from running.
-
-    Args:
-        device: The type of a device, such as "cuda".
-
-    Returns:
-        The reason in a few words; None if they can run, were it in Triton's interpreter.
-    """
+    """Why the kernels cannot run on a type of device ("cuda"); None if they can, be it in Triton's interpreter."""
     if not _has_triton():
         return "no Triton in this environment"
     if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -89,12 +79,12 @@ def _has_triton() -> bool:
 
 @cache
 def kernels() -> Any:
-    # Only here: importing Triton takes seconds, and there are systems without it.
+    # Imported lazily: importing Triton takes seconds, and not every system has it.
     return importlib.import_module("proxytune_kernels")
 
 
 def packed(values: Any) -> Any:
-    # The kernels read settings and keys without strides; a loop may well pass a column of a table of positions.
+    # The kernels ignore the strides of settings and keys, but a caller may pass e.g. a column of a table.
     given = {} if values is None else vars(values)
     apart = {k: x.contiguous() for k, x in given.items() if isinstance(x, torch.Tensor) and not x.is_contiguous()}
     return replace(values, **apart) if apart else values

@@ -1,4 +1,4 @@
-"""Entropy, varentropy, branching factor and KL divergence of logits at hand, in nats."""
+"""Entropy, varentropy, branching factor and KL divergence of given logits, in nats."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     """`H = −Σ p log p` with `p = softmax(logits)`.
 
     Args:
-        logits: `[..., V]`, any floating dtype, normalised or not. −inf is a masked token: it has no probability.
+        logits: `[..., V]`, any floating dtype, normalised or not. −inf masks a token: probability 0.
 
     Returns:
-        `[...]`, float32, nats, from 0 to ln V. NaN for a row with NaN or +inf, and for one that is −inf throughout.
+        `[...]`, float32, nats, from 0 to ln V. NaN for a row with NaN or +inf, or of −inf only.
 
     Raises:
-        InputError: If the logits are no floating tensor with at least one column.
+        InputError: If the logits are not a floating tensor with at least one column.
     """
     d, e, total, top = _exponentials(logits)
     value = (total.log() - (e * d).sum(-1) / total).clamp(min=0.0)
@@ -30,16 +30,9 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def varentropy(logits: torch.Tensor) -> torch.Tensor:
-    """`Σ p (log p + H)²`: how unequal the surprises of the tokens are; 0 for a uniform or a certain distribution.
+    """`Σ p (log p + H)²`, nats²: the variance of the tokens' surprise; 0 for a uniform or a certain distribution.
 
-    Args:
-        logits: `[..., V]`, as for `entropy`.
-
-    Returns:
-        `[...]`, float32, nats²; NaN as for `entropy`.
-
-    Raises:
-        InputError: As `entropy`.
+    Shapes, NaN and errors as for `entropy`.
     """
     d, e, total, top = _exponentials(logits)
     mean = (e * d).sum(-1) / total
@@ -48,35 +41,24 @@ def varentropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def branching_factor(logits: torch.Tensor) -> torch.Tensor:
-    """`e^H`: among how many equally probable tokens the choice would be as open.
+    """`e^H`, from 1 to V: the number of equally probable tokens that would have the same entropy.
 
-    Args:
-        logits: `[..., V]`, as for `entropy`.
-
-    Returns:
-        `[...]`, float32, from 1 to V; NaN as for `entropy`.
-
-    Raises:
-        InputError: As `entropy`.
+    Shapes, NaN and errors as for `entropy`.
     """
     return entropy(logits).exp()
 
 
 def kl_divergence(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
-    """`KL(p ‖ q) = Σ p (log p − log q)`, p from `logits` and q from `base`.
+    """`KL(p ‖ q) = Σ p (log p − log q)`, nats, with p from `logits` and q from `base`.
 
-    A token that p masks adds nothing, whatever q says. A token that q masks and p does not makes the divergence
-    infinite. Rows that were combined by proxytune never do that: the base owns the support.
-
-    Args:
-        logits: `[..., V]`, as for `entropy`: the combined row.
-        base: `[..., V]`, likewise; leading dimensions broadcast.
+    Both are `[..., V]`; leading dimensions broadcast. A token masked in p adds nothing. A token masked in q but not in
+    p makes the divergence infinite; rows combined by proxytune never have one, since the base owns the support.
 
     Returns:
-        `[...]`, float32, nats, ≥ 0. NaN where either row has no distribution (see `entropy`).
+        `[...]`, float32, ≥ 0. NaN where either row has no distribution (see `entropy`).
 
     Raises:
-        InputError: If either is no floating tensor with at least one column, or they differ in V.
+        InputError: If either is not a floating tensor with at least one column, or they differ in V.
     """
     p_d, p_e, p_total, p_top = _exponentials(logits)
     q_d, _, q_total, q_top = _exponentials(base)
@@ -94,7 +76,7 @@ def kl_divergence(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
 
 
 def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of logits `[..., V]`: d = z − max and e^d, `[..., V]`; Σ e^d and the max, `[...]`. d is finite at −inf."""
+    """For logits `[..., V]`: d = z − max (finite at −inf) and e^d, `[..., V]`; Σ e^d and the max, `[...]`."""
     if (
         not isinstance(logits, torch.Tensor)
         or not logits.is_floating_point()

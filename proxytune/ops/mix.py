@@ -1,8 +1,8 @@
-"""Mixtures of embeddings for latent steps, by the Triton kernel, or by torch where there is none.
+"""Weighted sums of embedding rows for latent steps, by the Triton kernel or torch.
 
-A latent step feeds back, instead of one token's embedding, a mixture of several. Both implementations keep the same
-contract: the sum is taken in float32, in the order of the candidates, and rounded once; without noise they agree bit
-for bit. A row's result does not depend on the rows around it, and nothing waits for the device.
+A latent step feeds back a mixture of several embeddings instead of one token's. Both implementations sum in float32, in
+the order of the candidates, and round once; without noise they agree bit for bit. A row's result does not depend on the
+other rows, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -32,32 +32,31 @@ def mix(
     noise: Noise | None = None,
     impl: Impl = "auto",
 ) -> torch.Tensor:
-    """Mix rows of a table: `x = Σ weights · table[ids]`, and with `sigma` the noise `x + sigma · rms(x) · n`.
+    """Mix rows of a table: `x = Σ weights · table[ids]`, then with `sigma` add noise: `x + sigma · rms(x) · n`.
 
-    A weight of exactly 0 contributes nothing, whatever its row holds, and a weight of 1 beside zeros is that row, bit
-    for bit. A mixture of which a coordinate is not finite in the table's dtype is replaced, the whole row of it, by the
-    emitted token's row.
+    A weight of exactly 0 contributes nothing, whatever its row holds; a weight of 1 beside zeros gives that row bit for
+    bit. If any coordinate is not finite in the table's dtype, the whole row is replaced by the emitted token's row.
 
-    The table is an embedding's weight where the embedding is nothing but a look-up. Where a module scales or quantises,
-    mix what it gives: `mix(module(ids).flatten(0, 1), arange, …)`, the emitted tokens among the ids.
+    If the embedding is a plain look-up, pass its weight as the table. If the module scales or quantises, mix its
+    outputs: `mix(module(ids).flatten(0, 1), arange, …)`, with the emitted tokens among the ids.
 
     Args:
-        table: `[N, D]`, float32, float16, bfloat16, or float64 (torch only), D at most 2²⁷, the columns next to each
-            other; it may be a parameter, but the result carries no gradient.
-        ids: `[B, K]`, int64, from 0 to N − 1: which rows. Not looked at in advance: one outside is undefined.
-        weights: `[B, K]`, float32, at least 0, each row adding up to 1.
-        tokens: `[B]`, int64, from 0 to N − 1: the emitted token's row.
-        soft: `[B]`, bool: which rows are mixed; the others are the emitted token's row, bit for bit. None for all.
+        table: `[N, D]`, float32, float16, bfloat16, or float64 (torch only), D ≤ 2²⁷, inner stride 1. It may be a
+            parameter, but the result carries no gradient.
+        ids: `[B, K]`, int64 in 0 … N − 1: rows of the table. Not checked; an id outside is undefined behaviour.
+        weights: `[B, K]`, float32, ≥ 0, each row summing to 1.
+        tokens: `[B]`, int64 in 0 … N − 1: the emitted tokens.
+        soft: `[B]`, bool: rows to mix; the others get the emitted token's row, bit for bit. None mixes all.
         sigma: Standard deviation of the noise, relative to the root mean square of the mixture.
-        noise: The keys of the noise; needed with `sigma` above 0, ignored without.
-        impl: "triton", "torch", or "auto": Triton for tensors on a GPU, where it is installed.
+        noise: The noise keys; required with `sigma` > 0, ignored otherwise.
+        impl: "triton", "torch", or "auto": Triton for tensors on a GPU where it is installed.
 
     Returns:
-        `[B, D]`, the table's dtype, contiguous.
+        `[B, D]`, in the table's dtype, contiguous.
 
     Raises:
         InputError: If shapes, dtypes, devices or strides do not fit, `sigma` is negative or lacks `noise`, or Triton is
-            asked for where it cannot run. Nothing has been launched then.
+            requested but cannot run. Nothing has been launched then.
     """
     refuse_mixture(table, ids, weights, tokens, soft, sigma, noise)
     if impl == "triton" and table.dtype == torch.float64:
@@ -68,7 +67,7 @@ def mix(
             remedy="Use impl='auto' or 'torch'.",
         )
     keys = [] if noise is None or sigma == 0 else [noise.seed, noise.row, noise.position, noise.branch]
-    # One node of a graph; plain calls do without, since the dispatcher costs more than the launch.
+    # One custom operator in a graph. Eager calls skip it: the dispatcher costs more than the launch.
     run = _mix_op if torch.compiler.is_compiling() else _run
     return run(table.detach(), ids, weights, tokens, soft, float(sigma), keys, impl)
 
@@ -83,11 +82,11 @@ def _run(
     keys: list[torch.Tensor],
     impl: str,
 ) -> torch.Tensor:
-    # As float32, in which 1e-50 is no noise at all.
+    # Rounded to float32, as the kernel reads it: 1e-50 becomes 0, no noise.
     sigma = c_float(sigma).value
     noise = Noise(*(x.contiguous() for x in keys)) if keys and sigma else None
     if choose(impl, table.device) == "triton" and table.dtype != torch.float64:
-        # The kernel reads all but the table without strides. Imported only here, see `proxytune.ops`.
+        # The kernel ignores strides except the table's. Imported lazily: importing Triton takes seconds.
         packed = [x.contiguous() for x in (ids, weights, tokens)]
         soft = None if soft is None else soft.contiguous()
         mixed: torch.Tensor = importlib.import_module("proxytune_kernels").mix(table, *packed, soft, sigma, noise)

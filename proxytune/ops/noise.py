@@ -1,14 +1,13 @@
-"""Noise that is keyed, never drawn: the same (seed, row, position, branch, index) always gives the same number.
+"""Stateless noise: the same (seed, row, position, branch, index) always gives the same number.
 
-`generate()` asks again, undoes positions and reorders rows, and a request must not depend on the batch around it, so no
-generator keeps a state here. Every draw is a function of its key, by Philox-4x32-10 (Salmon et al. 2011, "Parallel
-random numbers: as easy as 1, 2, 3"). The Triton kernels compute the same words, bit for bit; the Gumbel variates made
-of them agree to rounding.
+`generate()` repeats steps, undoes positions and reorders rows, and a request must not depend on its batch, so no
+generator keeps state. Variates are functions of their key by Philox-4x32-10 (Salmon et al. 2011, "Parallel random
+numbers: as easy as 1, 2, 3"). The Triton kernels compute the same words bit for bit; the Gumbel variates agree to
+rounding.
 
-Counter of a word: `(index, position, row, branch · 4 + stream)`, key: the 64 bits of the seed. `index` is a token id in
-the stream `TOKENS`, and the number of a tile of the vocabulary in the stream `TILES`: there word 0 is a draw's, and
-word 1 that of the draw after a rejected draft, which has to be independent of the draft's. In the stream `LATENT` the
-index holds two numbers, see `slotted`.
+Counter of a word: `(index, position, row, branch · 4 + stream)`; key: the seed's 64 bits. `index` is a token id in
+`TOKENS`, a tile number in `TILES`, and a (slot, index) pair in `LATENT`, see `slotted`. Draws use word 0; the draw
+after a rejected draft uses word 1, since it must be independent of the draft's.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from proxytune.validation import as_int
 __all__ = ["COORDINATES", "DECISIONS", "LATENT", "SLOTS", "TILES", "TOKENS", "Noise", "slotted"]
 
 TOKENS, TILES, DECISIONS, LATENT = 0, 1, 2, 3
-"""Streams of words: per token, per tile of the vocabulary, for what is decided about a position, for latent steps."""
+"""Streams of words: per token, per tile of the vocabulary, per accept/reject decision, and for latent steps."""
 SLOTS = 32
-"""How many independent variates the stream `LATENT` has for each token id, or each coordinate of a state."""
+"""Independent variates that `LATENT` has per token id or per coordinate of a state."""
 COORDINATES = SLOTS - 1
-"""The slot of the noise on a mixture's coordinates; the others are for the mixture's weights."""
+"""Slot of the noise on a mixture's coordinates; the other slots are for its weights."""
 
 
 _BRANCHES = 1 << 30
@@ -36,26 +35,23 @@ _SLOT_BITS = 27
 
 
 def slotted(slot: int | torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The counter's first word in the stream `LATENT`, which holds which variate is meant and of what.
+    """The counter's first word in `LATENT`, `slot · 2²⁷ + index`, int64 in [0, 2³²).
 
     Args:
-        slot: From 0 to `SLOTS` − 1: which of several variates of the same thing.
-        index: int64 in [0, 2²⁷): a token id, or the coordinate of a state.
-
-    Returns:
-        int64 in [0, 2³²), of the shape of both broadcast.
+        slot: 0 … `SLOTS` − 1: which of several variates of the same index.
+        index: int64 in [0, 2²⁷): a token id, or a coordinate of a state.
     """
     return index + (slot << _SLOT_BITS)
 
 
 @dataclass(frozen=True, eq=False)
 class Noise:
-    """The keys of one step's noise, one per row. Tensors, so that a captured graph can be replayed with others.
+    """The noise keys of one step, one per row. Tensors, so that a captured graph can be replayed with other keys.
 
     Attributes:
-        seed: `[B]`, int64: all 64 bits count.
-        row: `[B]`, int64 in [0, 2³²): which stream of that seed.
-        position: `[B]`, int64 in [0, 2³²): the position of the token to be drawn, not counting padding.
+        seed: `[B]`, int64; all 64 bits count.
+        row: `[B]`, int64 in [0, 2³²): the stream of that seed.
+        position: `[B]`, int64 in [0, 2³²): position of the token to be drawn, padding not counted.
         branch: `[B]`, int64 in [0, 2³⁰): which of several continuations of that row.
     """
 
@@ -75,21 +71,18 @@ class Noise:
         branch: int | torch.Tensor = 0,
         device: torch.device | str | None = None,
     ) -> Noise:
-        """Keys for a batch. Values are checked here, which waits for the device; `at` does not check again.
+        """Keys for a batch. Values are checked, which waits for the device; `at` does not check again.
 
         Args:
-            rows: The number of rows B.
-            seed: One for all rows, or `[B]`; from −2⁶³ to 2⁶³ − 1.
+            rows: B.
+            seed: −2⁶³ … 2⁶³ − 1; one for all rows, or `[B]`.
             row: `[B]`; None for 0, 1, 2, …
             position: One for all rows, or `[B]`.
             branch: One for all rows, or `[B]`.
             device: Where the logits are.
 
-        Returns:
-            The keys.
-
         Raises:
-            InputError: If a tensor is not `[B]` of whole numbers, or a value is out of its range.
+            InputError: If a tensor is not `[B]` of integers, or a value is out of range.
         """
         row = torch.arange(rows) if row is None else row
         return cls(
@@ -100,77 +93,34 @@ class Noise:
         )
 
     def at(self, position: torch.Tensor) -> Noise:
-        """The same streams at other positions; does not wait for the device.
-
-        Args:
-            position: `[B]`, int64.
-
-        Returns:
-            New keys that share the other tensors.
-        """
+        """The same streams at other positions `[B]`, int64; does not wait for the device."""
         return Noise(self.seed, self.row, position, self.branch)
 
     def pick(self, index: torch.Tensor) -> Noise:
-        """The keys of some of the rows; does not wait for the device.
-
-        Args:
-            index: `[N]`, int64: which rows; one may be there more than once.
-
-        Returns:
-            Keys for N rows.
-        """
+        """The keys of the rows `index`, `[N]`, int64, repeats allowed; does not wait for the device."""
         keys = (self.seed, self.row, self.position, self.branch)
         return Noise(*(x.index_select(0, index) for x in keys))
 
     def uniform(self, stream: int) -> torch.Tensor:
-        """One uniform variate for each row.
-
-        Args:
-            stream: `DECISIONS`.
-
-        Returns:
-            `[B]`, float32, in (0, 1].
-        """
+        """One uniform variate per row, `[B]`, float32, in (0, 1]; `stream` is `DECISIONS`."""
         return unit(self.words(torch.zeros_like(self.row)[:, None], stream)[0][:, 0])
 
     def gumbel(self, index: torch.Tensor, stream: int, word: int = 0) -> torch.Tensor:
-        """A Gumbel variate for each index.
+        """Gumbel variates `[B, N]`, float32, for token ids or tile numbers `[B, N]` or `[1, N]`, int64.
 
-        Args:
-            index: `[B, N]` or `[1, N]`, int64: token ids or tile numbers.
-            stream: `TOKENS` or `TILES`.
-            word: 0 for a draw; 1 for one that is independent of it.
-
-        Returns:
-            `[B, N]`, float32.
+        Word 0 is for draws; word 1 is independent of it.
         """
         return gumbel(self.words(index, stream)[word])
 
     def normal(self, index: torch.Tensor, stream: int) -> torch.Tensor:
-        """A standard normal variate for each index.
-
-        Args:
-            index: `[B, N]` or `[1, N]`, int64; with `LATENT` as `slotted` makes it.
-            stream: The stream.
-
-        Returns:
-            `[B, N]`, float32.
-        """
+        """Standard normal variates `[B, N]`, float32, for indices `[B, N]` or `[1, N]`, int64 (`slotted`)."""
         first, second, _, _ = self.words(index, stream)
         return normal(first, second)
 
     def words(self, index: torch.Tensor, stream: int) -> tuple[torch.Tensor, ...]:
-        """Four words for each index, for variates that take more than one.
-
-        Args:
-            index: `[B, N]` or `[1, N]`, int64 in [0, 2³²).
-            stream: The stream.
-
-        Returns:
-            Four tensors `[B, N]`, int64 in [0, 2³²).
-        """
+        """Four words per index `[B, N]` or `[1, N]`, int64 in [0, 2³²): four tensors `[B, N]` of the same range."""
         last = self.branch * 4 + stream
-        # Positions are not checked when they are counted up: the counter takes their lower 32 bits, as in the kernels.
+        # `at` does not check positions, so the counter takes their lower 32 bits, as the kernels do.
         position, row = self.position[:, None] & _MASK, self.row[:, None] & _MASK
         return philox(self.seed[:, None], index, position, row, last[:, None] & _MASK)
 

@@ -1,4 +1,4 @@
-"""What a decoding step can be asked for, or the verification of drafts, and what each of it means."""
+"""What `step` and `verify` return, and the names of `step`'s outputs."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ __all__ = ["OF_DRAWS", "OUTPUTS", "StepOutput", "VerifyOutput"]
 
 @dataclass(frozen=True, eq=False)
 class StepOutput:
-    """What a step found; None for what was not asked for. B rows, N draws; float32 where no dtype is given.
+    """Outputs of `step`, None for those not in `want`. B rows, N draws; float32 unless a dtype is given.
 
     Attributes:
-        tokens: `[B, N]`, int64: the draws in the order of their keys; the argmax without `sampling`. −1 in a row that
-            has no distribution, and where fewer than N tokens are left.
-        logprobs: `[B, N]`, nats: log-probability of the token under the combined distribution itself (temperature 1,
-            nothing truncated). −inf beside a draw that found no token.
+        tokens: `[B, N]`, int64: the draws, largest key first; without `sampling` the argmax. −1 in rows without a
+            distribution, and where fewer than N tokens can be drawn.
+        logprobs: `[B, N]`, nats: log-probability of the token under the combined distribution (temperature 1, no
+            truncation). −inf for a draw that found no token.
         draw_logprobs: `[B, N]`, nats: under the distribution drawn from.
-        keys: `[B, N]`: `draw_logprobs` + Gumbel; descending. The (k+1)-th is the κ of Kool et al. 2019
-            (arXiv 1903.06059), from which the weights of k draws without replacement follow.
+        keys: `[B, N]`, descending: `draw_logprobs` + Gumbel. The (k+1)-th is the κ of Kool et al. 2019 (arXiv
+            1903.06059), from which the weights of k draws without replacement follow.
         lse: `[B]`: log Σ exp(combined logits).
         entropy: `[B]`, nats, at temperature 1 over all tokens.
         varentropy: `[B]`, nats²: Σ p (log p + H)².
@@ -28,8 +28,8 @@ class StepOutput:
         kl: `[B]`, nats: KL(combined ‖ base).
         temperature: `[B]`: the one used.
         fork: `[B]`, bool: entropy above the fork threshold.
-        confidence: `[B]`, nats: −mean log p of the 20 most probable tokens (DeepConf, arXiv 2508.15260), of those that
-            are not masked where fewer are left; larger is more confident.
+        confidence: `[B]`, nats: −mean log p of the 20 most probable tokens (DeepConf, arXiv 2508.15260), or of all
+            unmasked ones if fewer; larger is more confident.
         kept: `[B]`, int64: how many tokens could have been drawn.
         scores: `[B, V]`: the combined logits.
     """
@@ -52,11 +52,11 @@ class StepOutput:
 
 @dataclass(frozen=True, eq=False)
 class VerifyOutput:
-    """What became of drafted tokens. B rows, K drafts at most.
+    """Outputs of `verify`, for B rows and up to K drafts.
 
     Attributes:
-        tokens: `[B, K + 1]`, int64: the accepted drafts, then the token that was drawn after them (−1 where there is no
-            distribution to draw from), then −1.
+        tokens: `[B, K + 1]`, int64: the accepted drafts, the token drawn after them (−1 without a distribution), then
+            −1.
         accepted: `[B]`, int64: how many drafts were accepted, 0 to K.
     """
 
@@ -67,7 +67,7 @@ class VerifyOutput:
 OF_DRAWS = ("draw_logprobs", "keys", "temperature", "fork", "kept")
 
 
-"""Outputs that only a draw has."""
+"""Outputs that require `sampling`."""
 
 
 OUTPUTS = (

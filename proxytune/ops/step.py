@@ -1,13 +1,12 @@
-"""The one place that chooses: a decoding decision by the Triton kernels, or by torch where there are none.
+"""`step`: combine the members' logits, measure the distribution and draw, in one pass over the rows.
 
-`step` combines the members' rows, measures the distribution and draws, in one pass over the rows. Both
-implementations keep the same contract and use the same noise, so that the same seed gives the same tokens:
+Triton and torch follow one contract and use the same noise, so the same seed gives the same tokens:
 
-- the base owns the support; a companion's −inf, a weight of 0, or an id past its width is no shift;
-- arithmetic in float32 from bfloat16, float16 or float32 rows; entropies in nats;
-- a row with NaN or +inf: token −1 and NaN statistics; a row that is −inf throughout: token −1, log-sum-exp −inf;
-- a row's result does not depend on the rows around it, bit for bit (the kernels, and torch on the CPU; elsewhere
-  torch adds up in an order that depends on the batch), and nothing waits for the device.
+- The base owns the support. A companion's −inf, a weight of 0, or an id past a companion's width shifts nothing.
+- Arithmetic is float32, from bfloat16, float16 or float32 rows; entropies are in nats.
+- A row with NaN or +inf gives token −1 and NaN statistics. A row of −inf only gives token −1 and log-sum-exp −inf.
+- A row's result does not depend on the other rows, bit for bit (Triton, and torch on the CPU; torch elsewhere sums in
+  an order that depends on the batch). Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -40,30 +39,27 @@ def step(
     want: Collection[str] = ("tokens",),
     impl: Impl = "auto",
 ) -> StepOutput:
-    """Combine, measure and decide.
+    """Combine the members' logits, measure the distribution and choose tokens.
 
     Args:
-        members: Logits of the base and up to four companions, `[B, V_i]` each, float32, float16 or bfloat16 in any mix,
-            on one device, the columns next to each other; V is the base's width.
+        members: Logits of the base and up to four companions, `[B, V_i]` each, in any mix of float32, float16 and
+            bfloat16, on one device, inner stride 1. V is the base's width.
         weights: One finite weight per member, the base's first, or a float32 tensor `[B, M]`.
-        sampling: The settings of the draw; None for the argmax.
-        noise: The keys of the noise; needed with `sampling`.
+        sampling: Sampling parameters; None for the argmax.
+        noise: The noise keys; required with `sampling`.
         draws: How many tokens to draw without replacement.
-        want: Which outputs to compute, names of `OUTPUTS`.
-        impl: "triton", "torch", or "auto": Triton for tensors on a GPU, where it is installed.
-
-    Returns:
-        The outputs asked for.
+        want: Names of the outputs to compute, out of `OUTPUTS`.
+        impl: "triton", "torch", or "auto": Triton for tensors on a GPU where it is installed.
 
     Raises:
-        InputError: If shapes, dtypes, devices or strides do not fit, k > V, or draws are asked for without settings and
-            noise. Nothing has been launched then.
+        InputError: If shapes, dtypes, devices or strides do not fit, k > V, or a draw lacks `sampling` or `noise`.
+            Nothing has been launched then.
     """
     refuse_members(members, weights)
     refuse_request(members[0], sampling, noise, draws, want)
     names = tuple(dict.fromkeys(want))
     if torch.compiler.is_compiling():
-        # One node of the graph; plain calls do without, since the dispatcher costs more than the launch.
+        # One custom operator in the graph. Eager calls skip it: the dispatcher costs more than the launch.
         return StepOutput(
             **dict(zip(names, step_in_graph(members, weights, sampling, noise, draws, names, impl), strict=True))
         )
@@ -71,7 +67,7 @@ def step(
 
 
 def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Impl = "auto") -> torch.Tensor:
-    """The combined logits alone, for those who go on with them (a logits processor, a model's forward).
+    """The combined logits alone, for a logits processor or a model's forward.
 
     Args:
         members: Logits of the base and the companions, `[..., V_i]`; companions may be on other devices.
@@ -79,13 +75,13 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
         impl: As in `step`.
 
     Returns:
-        `[..., V]`, float32, on the base's device; −inf where the base is.
+        `[..., V]`, float32, on the base's device; −inf where the base is −inf.
 
     Raises:
         InputError: If the number of weights is wrong.
     """
     base = members[0]
-    # The kernels have no derivative, and what compiles the model fuses these few operations by itself.
+    # The kernels have no gradient, and torch.compile fuses these few operations by itself.
     graph = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in members))
     alike = all(x.shape[:-1] == base.shape[:-1] for x in members)
     known = 1 <= len(members) <= MAX_MEMBERS and len(weights) == len(members) - 1 and base.numel() > 0
@@ -93,7 +89,7 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
     if graph or not (alike and known and plain):
         choose(impl, base.device)
         return shift(base, members[1:], weights)
-    # Not waiting is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+    # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
     unwaited = base.device.type != "cpu"
     flat = [x.to(base.device, non_blocking=unwaited).reshape(-1, x.shape[-1]) for x in members]
     scores = step(flat, (1.0, *weights), want=("scores",), impl=impl).scores
@@ -102,14 +98,7 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
 
 
 def normalise_(logits: torch.Tensor) -> torch.Tensor:
-    """Logits become log-probabilities in place: `log_softmax` without a second tensor of their size.
-
-    Args:
-        logits: `[B, V]`, float32; written to.
-
-    Returns:
-        The same tensor, in nats; NaN in rows that have no distribution.
-    """
+    """`log_softmax` of `[B, V]`, float32, in place, in nats; NaN in rows without a distribution."""
     lse = step([logits], want=("lse",)).lse
     assert lse is not None
     return logits.sub_(lse[:, None])
@@ -122,23 +111,20 @@ def draw_logprobs(
     sampling: SamplingParams,
     ids: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What given tokens have in the distribution that `step` draws from, be they among its draws or not.
+    """Log-probabilities of given tokens under the distribution that `step` draws from; InputError as in `step`.
 
-    In torch on every device; the kernels' sums differ in their last bits, so there a token that ties with a bound of
-    the truncation to within rounding may fall on the other side of it.
+    Runs in torch on every device. The kernels' sums differ in the last bits, so a token that ties with a truncation
+    bound to within rounding may fall on the other side of it there.
 
     Args:
         members: As in `step`.
         weights: As in `step`.
-        sampling: The settings of the draw.
-        ids: `[B, K]`, int64, on the logits' device; −1 for none. A token may be given twice.
+        sampling: Sampling parameters.
+        ids: `[B, K]`, int64, on the logits' device; −1 for padding. A token may occur twice.
 
     Returns:
-        `[B, K]`, float32, nats: −inf beside what cannot be drawn; `[B]`, float32, nats: the logarithm of the mass of
-        all tokens not among `ids`, added up rather than taken from 1. NaN in a row that has no distribution.
-
-    Raises:
-        InputError: If shapes, dtypes or devices do not fit.
+        `[B, K]`, float32, nats, −inf for tokens that cannot be drawn; and `[B]`, the log of the mass of all tokens not
+        in `ids` (summed, not 1 minus the rest). NaN in rows without a distribution.
     """
     refuse_members(members, weights)
     refuse_ids(members[0], sampling, ids)

@@ -1,4 +1,4 @@
-"""Drafted tokens accepted or rejected, so that nothing is lost."""
+"""Lossless verification of drafted tokens (speculative sampling)."""
 
 from __future__ import annotations
 
@@ -29,45 +29,47 @@ def verify(
     noise: Noise,
     impl: Impl = "auto",
 ) -> VerifyOutput:
-    """Accept or reject drafted tokens so that what comes out is distributed as draws of `step` are.
+    """Accept or reject drafted tokens so that the output is distributed as draws of `step`.
 
-    A draft x drawn from q is accepted with probability min(1, p(x) / q(x)), with p what `step` would draw from there;
-    at the first that is not, a token is drawn from the residual max(0, p − q), normalised; after the last one, from p
-    (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318). K = 0 is a draw.
+    A draft x drawn from q is accepted with probability min(1, p(x) / q(x)), where p is what `step` would draw from. At
+    the first rejection a token is drawn from the normalised residual max(0, p − q); if none is rejected, the bonus
+    token is drawn from p (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318). K = 0 is a
+    plain draw.
 
-    The drafts may be drawn with the same keys: `step([rows], sampling=…, noise=noise.at(position))`. The decision and
-    the residual's draw take other words of the noise. A draw where no draft stood is `step`'s with these keys, bit for
-    bit. Whether a position has a draft may depend on the text before it and on q, and on nothing of the draft itself:
-    drafts that are left out because of what was drawn make the rest another distribution.
+    Drafts may use the same keys: `step([rows], sampling=…, noise=noise.at(position))`. Acceptance and the residual's
+    draw use other words of the noise. A token drawn where there was no draft equals `step`'s with these keys, bit for
+    bit. Whether a position has a draft may depend on the text before it and on q, but not on the drafted token:
+    dropping drafts by what was drawn changes the distribution.
 
-    Where p is q to rounding and a draft is rejected all the same, the token is drawn from p. So it is where the draft's
-    row has no distribution (NaN, +inf, all −inf): the draft is ignored then, as one that is not there.
+    If a draft is rejected although p equals q to rounding, the token is drawn from p. The same holds if the draft's row
+    has no distribution (NaN, +inf, all −inf): the draft is then treated as missing.
 
-    Not for use inside torch.compile: call it beside what is compiled.
+    Cannot be traced by torch.compile: call it outside the compiled function.
 
     Args:
-        members: As in `step`, `[B · (K + 1), V_i]`: row b · (K + 1) + j follows text b with its first j drafts.
+        members: As in `step`, `[B · (K + 1), V_i]`: row b · (K + 1) + j holds the logits of text b after its first j
+            drafts.
         weights: One finite weight per member, or a float32 tensor `[B · (K + 1), M]`.
-        drafted: `[B, K]`, int64, on the logits' device; −1 for no draft, from there on in that row. A token past V has
-            probability 0 and is rejected.
-        draft: `[B · K, V_q]`, float32, float16 or bfloat16: the logits that the drafts were drawn from, with the same
-            settings. None where they were not drawn: they are accepted with probability p(x), which is right for any
-            drafts that do not depend on the noise's decisions.
-        sampling: The settings of B rows, each for all positions of its text.
-        noise: The keys of B rows, at the position of `drafted[:, 0]`; those that follow take the positions after it.
+        drafted: `[B, K]`, int64, on the logits' device; −1 from the first missing draft on. A token ≥ V has probability
+            0 and is rejected.
+        draft: `[B · K, V_q]`, float32, float16 or bfloat16: the logits the drafts were drawn from, with the same
+            `sampling`. None if they were not drawn: each is then accepted with probability p(x), which is right for any
+            drafts that do not depend on the words of the noise used for acceptance.
+        sampling: Sampling parameters of B rows, each for all positions of its text.
+        noise: Noise keys of B rows, at the position of `drafted[:, 0]`; later drafts take the positions after it.
         impl: As in `step`.
-
-    Returns:
-        The tokens, and how many drafts were accepted.
 
     Raises:
         InputError: If shapes, dtypes, devices or strides do not fit, or k is larger than V or V_q. Nothing has been
             launched then.
-        UnsupportedModeError: If torch.compile is about to take this into a graph.
+        UnsupportedModeError: If torch.compile traces this call.
     """
     if torch.compiler.is_compiling():
         raise UnsupportedModeError.of(
-            "verify", expected="a call outside of a graph", got="torch.compile", remedy="Compile what is around it."
+            "verify",
+            expected="a call outside torch.compile",
+            got="a call that torch.compile traces",
+            remedy="Call verify() outside the compiled function.",
         )
     refuse_members(members, weights)
     refuse_drafts(members[0], drafted, draft, sampling, noise)

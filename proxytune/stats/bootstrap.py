@@ -1,4 +1,4 @@
-"""Interval, and the bootstrap that makes one."""
+"""Bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ Metric = Callable[..., float]
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure and its bootstrap interval.
-
-    Attributes:
-        value: The figure.
-        low: The lower end.
-        high: The upper end.
-    """
+    """A value with its bootstrap interval from `low` to `high`."""
 
     value: float
     low: float
@@ -49,19 +43,17 @@ def interval(
     """A metric with its percentile bootstrap interval.
 
     Args:
-        metric: `auroc`, `brier`, `ece`, or another of `(scores, right)`. With groups, `auroc` compares within them.
+        metric: `auroc`, `brier`, `ece`, or another function of `(scores, right)`. With groups, `auroc` compares within
+            them.
         scores: `[N]`.
         right: `[N]`, bool.
-        groups: `[N]`: resample whole groups (problems), whose samples are not independent. None: resample samples.
-        level: The level of the interval, in (0, 1).
-        draws: How many resamples. Those in which the metric has no value (all right) do not count.
+        groups: `[N]`: resample whole groups (problems), whose samples are correlated. None resamples single samples.
+        level: Confidence level, in (0, 1).
+        draws: Number of resamples. Those where the metric is undefined (e.g. all right) are skipped.
         seed: The same seed gives the same interval.
 
-    Returns:
-        The figure and its interval.
-
     Raises:
-        InputError: As the metric; also if most resamples have no value.
+        InputError: As the metric; also if most resamples are skipped.
     """
     values, truth = _checked(scores, right)
     level, draws = share("level", level), whole("draws", draws, "of resamples", least=1)
@@ -74,7 +66,7 @@ def interval(
     for _ in range(draws):
         drawn = rng.integers(len(sizes), size=len(sizes))
         lengths = sizes[drawn]
-        # A problem that is drawn twice is two problems.
+        # A problem that is drawn twice counts as two problems.
         copy = np.repeat(np.arange(len(drawn)), lengths)
         within = np.arange(len(copy)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         rows = order[np.repeat(starts[drawn], lengths) + within]
@@ -86,8 +78,8 @@ def interval(
     if len(got) * 2 < draws:
         raise InputError.of(
             "interval",
-            expected="data of which most resamples have right and wrong answers",
-            got=f"{draws - len(got)} of {draws} resamples without",
+            expected="right and wrong answers in most resamples",
+            got=f"{draws - len(got)} of {draws} resamples without both",
             remedy="Use more problems.",
         )
     low, high = np.quantile(got, [(1 - level) / 2, (1 + level) / 2])

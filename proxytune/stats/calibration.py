@@ -1,8 +1,7 @@
-"""Can a confidence tell right from wrong? AUROC, Brier, ECE with intervals; and the choice of a vote that follows.
+"""How well confidences tell right from wrong answers: AUROC, Brier score, expected calibration error.
 
-A vote compares samples of one problem. So what counts for it is whether, *within* a problem, right answers score higher
-than wrong ones. Over all problems together a confidence may look good because it knows which problems are hard, and
-still be of no use to a vote; `choose_vote` therefore looks at pairs of the same problem only, and resamples problems.
+A vote compares samples of one problem, so what counts for it is whether right answers score higher than wrong ones
+*within* a problem. Over all problems together a confidence may look good only because it knows which problems are hard.
 """
 
 from __future__ import annotations
@@ -17,15 +16,12 @@ __all__ = ["auroc", "brier", "ece"]
 
 
 def auroc(scores: ArrayLike, right: ArrayLike, groups: ArrayLike | None = None) -> float:
-    """P(a right answer scores higher than a wrong one), a tie counting ½; ½ is no signal.
+    """P(a right answer scores higher than a wrong one), ties counting ½; ½ is no signal.
 
     Args:
         scores: `[N]`; larger is more confident.
         right: `[N]`, bool.
-        groups: `[N]`, the problem of each; only pairs within a problem are compared. None for all pairs.
-
-    Returns:
-        In [0, 1].
+        groups: `[N]`, the problem of each; only pairs within a problem are compared. None compares all pairs.
 
     Raises:
         InputError: If scores are empty or not finite, lengths differ, or there is no pair of right and wrong.
@@ -34,7 +30,7 @@ def auroc(scores: ArrayLike, right: ArrayLike, groups: ArrayLike | None = None) 
     problem = (
         np.zeros(len(values), np.intp) if groups is None else np.unique(_same(groups, values), return_inverse=True)[1]
     )
-    # Blocks of equal score within a problem, in order: a right answer beats the wrong ones of the blocks before.
+    # Sort into blocks of equal score within a problem: a right answer beats the wrong ones in earlier blocks.
     order = np.lexsort((values, problem))
     v, g, t = values[order], problem[order], truth[order]
     first = np.concatenate([[True], (np.diff(v) != 0) | (np.diff(g) != 0)])
@@ -56,14 +52,7 @@ def auroc(scores: ArrayLike, right: ArrayLike, groups: ArrayLike | None = None) 
 
 
 def brier(probabilities: ArrayLike, right: ArrayLike) -> float:
-    """The Brier score: the mean of `(probability − right)²`.
-
-    Args:
-        probabilities: `[N]`, in [0, 1], that each is right.
-        right: `[N]`, bool.
-
-    Returns:
-        In [0, 1]; smaller is better.
+    """The Brier score: the mean of `(probability − right)²` over `[N]` answers, in [0, 1]; smaller is better.
 
     Raises:
         InputError: If they are empty, not in [0, 1], or lengths differ.
@@ -75,18 +64,11 @@ def brier(probabilities: ArrayLike, right: ArrayLike) -> float:
 def ece(probabilities: ArrayLike, right: ArrayLike, bins: int = 10) -> float:
     """Expected calibration error, `Σ (n_b/N) |mean probability − share right|` over bins of equal mass.
 
-    Equal probabilities are always in one bin (that of the middle of their ranks), so the order does not matter.
-
-    Args:
-        probabilities: `[N]`, in [0, 1].
-        right: `[N]`, bool.
-        bins: The number of bins.
-
-    Returns:
-        In [0, 1]; smaller is better.
+    In [0, 1]; smaller is better. Equal probabilities always share a bin (that of their middle rank), so the order does
+    not matter.
 
     Raises:
-        InputError: If they are empty, not in [0, 1], lengths differ, or there are no bins.
+        InputError: If probabilities are empty, not in [0, 1], lengths differ, or there are no bins.
     """
     values, truth = _checked(probabilities, right, probabilities=True)
     bins = whole("bins", bins, "of bins", least=1)
@@ -106,7 +88,7 @@ def _checked(
             "probabilities",
             expected="values in [0, 1]",
             got=f"from {values.min()} to {values.max()}",
-            remedy="A confidence in nats is no probability; fit one first.",
+            remedy="A confidence in nats is not a probability: fit probabilities to it first.",
         )
     truth = np.asarray(right)
     if truth.shape != values.shape or not (truth.dtype == bool or np.isin(truth, (0, 1)).all()):

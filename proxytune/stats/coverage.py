@@ -1,4 +1,4 @@
-"""How often at least one of k samples is right."""
+"""pass@k: the probability that at least one of k samples is right."""
 
 from __future__ import annotations
 
@@ -11,27 +11,20 @@ __all__ = ["pass_at_k"]
 
 
 def pass_at_k(right: int, total: int, k: int) -> float:
-    """The unbiased estimate of P(one of k independent samples is right), `1 − C(n−c, k)/C(n, k)`.
+    """The unbiased estimate of P(at least one of k independent samples is right), `1 − C(n−c, k)/C(n, k)`.
 
-    Chen et al. 2021, arXiv 2107.03374, eq. 1. For independent samples only: leaves of a tree are not.
-
-    Args:
-        right: c, how many of the samples are right.
-        total: n, how many there are.
-        k: At most n.
-
-    Returns:
-        In [0, 1].
+    Chen et al. 2021, arXiv 2107.03374, eq. 1, with c = `right` and n = `total`. For independent samples only; the
+    leaves of a tree are not.
 
     Raises:
-        InputError: If a number is not whole, k is 0 or larger than n, or c is larger than n.
+        InputError: If a number is not an integer, k is 0 or > n, or c > n.
     """
     total = whole("total", total, "of samples", least=1)
     right, k = whole("right", right, "of samples"), whole("k", k, "of samples", least=1)
     if right > total or k > total:
         raise InputError.of(
             "pass@k",
-            expected=f"at most {total} right, and k at most {total}: so many samples there are",
+            expected=f"right ≤ {total} and k ≤ {total}, the number of samples",
             got=f"{right} right and k = {k}",
             remedy="Draw more samples, or lower k.",
         )

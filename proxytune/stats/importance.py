@@ -1,4 +1,4 @@
-"""What a sample weighs: by its rank, or by how a tree drew it; and expectations under such weights."""
+"""Importance weights of samples drawn without replacement, and expectations under them."""
 
 from __future__ import annotations
 
@@ -15,20 +15,14 @@ __all__ = ["kool_log_weights", "log_importance", "normalised", "weighted_mean"]
 
 
 def kool_log_weights(log_p: ArrayLike, kappa: ArrayLike) -> NDArray[np.float64]:
-    """`log w`, w = p / (1 − exp(−exp(log p − κ))): weights of samples drawn without replacement by Gumbel-top-k.
+    """`log w` with w = p / (1 − exp(−exp(log p − κ))): weights of samples drawn without replacement by Gumbel-top-k.
 
-    After Kool et al. 2019 (arXiv 1903.06059). A sample's w is multiplied down the tree, so log-weights add up; exp() of
-    them is `Sample.weight`. For p far below exp(κ), w is exp(κ): also where p itself underflows, this is exact.
+    After Kool et al. 2019 (arXiv 1903.06059). Down a tree weights multiply, so log-weights add; `exp` of the sum is
+    `Sample.weight`. For p far below exp(κ), w is exp(κ), which is exact even where p underflows.
 
     Args:
-        log_p: `[N]`, log-probabilities of the k drawn, at most 0.
-        kappa: κ, the (k+1)-th largest perturbed log-probability, one or `[N]`; −inf if there was none: then w = p.
-
-    Returns:
-        `[N]`, float64.
-
-    Raises:
-        InputError: If log-probabilities are not finite or above 0, or κ is NaN or +inf.
+        log_p: `[N]`, log-probabilities of the k samples, finite and ≤ 0, else InputError.
+        kappa: κ, the (k+1)-th largest perturbed log-probability, one or `[N]`; −inf if there was none (then w = p).
     """
     values = numbers("log_p", log_p)
     limit = np.asarray(kappa, np.float64)
@@ -48,16 +42,13 @@ def kool_log_weights(log_p: ArrayLike, kappa: ArrayLike) -> NDArray[np.float64]:
 
 
 def weighted_mean(values: ArrayLike, log_weights: ArrayLike, *, normalised: bool = True) -> float:
-    """The expectation of a function of samples with weights.
+    """The expectation of a function of weighted samples.
 
     Args:
         values: `[N]`, e.g. 1.0 where the answer is right.
         log_weights: `[N]`, e.g. of `kool_log_weights`.
-        normalised: Whether to divide by the sum of the weights: a little biased, far less variable, and never outside
-            the range of the values. Without, Kool's unbiased estimate `Σ w f`.
-
-    Returns:
-        The estimate.
+        normalised: Divide by the sum of the weights: slightly biased, far less variable, and never outside the range of
+            the values. If False, Kool's unbiased estimate `Σ w f`.
 
     Raises:
         InputError: If either is empty or not finite, or their lengths differ.
@@ -78,14 +69,7 @@ def weighted_mean(values: ArrayLike, log_weights: ArrayLike, *, normalised: bool
 
 
 def normalised(log_weights: Sequence[float]) -> list[float]:
-    """Weights that sum to 1.
-
-    Args:
-        log_weights: `[N]`, nats; at least one, none of them infinite.
-
-    Returns:
-        `[N]`.
-    """
+    """Weights `[N]` that sum to 1, from finite log-weights `[N]`, N ≥ 1, in nats."""
     top = max(log_weights)  # the heaviest is 1: tiny weights do not underflow together
     raw = [math.exp(w - top) for w in log_weights]
     total = sum(raw)
@@ -95,14 +79,10 @@ def normalised(log_weights: Sequence[float]) -> list[float]:
 def log_importance(logprob: float, kappa: float) -> float:
     """The log of a draw's importance weight, `p / (1 − exp(−exp(log p − κ)))` (Kool et al. 2019, 1903.06059, eq. 5).
 
-    Args:
-        logprob: log p of the token under the distribution drawn from, nats.
-        kappa: The largest perturbed log-probability that was not drawn; −inf if nothing was left.
-
-    Returns:
-        The logarithm, nats.
+    `logprob` is log p under the distribution drawn from; κ is the largest perturbed log-probability not drawn, −inf if
+    nothing was left.
     """
-    rate = logprob - kappa  # log of the mean number of arrivals before the threshold
+    rate = logprob - kappa
     if rate > 4.0:  # certain to be drawn: exp(−exp(4)) is 2e-24
         return logprob
     if rate < -36.0:  # log(1 − exp(−e^rate)) = rate − e^rate/2 + …; also where e^rate underflows

@@ -1,4 +1,4 @@
-"""The threshold above which a share of values lies."""
+"""The threshold that a given share of values exceeds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,11 @@ __all__ = ["as_values", "share_threshold"]
 
 
 def share_threshold(entropies: Any, share: float) -> tuple[float, float]:
-    """The threshold above which a given share of values lies, or as nearly as their ties allow.
-
-    Args:
-        entropies: Values of any shape, nats: a tensor, an array or a sequence; finite.
-        share: The share that is to lie above, in (0, 1).
+    """The threshold that a share of the values, in (0, 1), exceeds; or the nearest share that ties allow.
 
     Returns:
-        The threshold h, nats, midway between two values so that rounding moves no token across it; and the share of
-        the values above it. h is negative where all values have to be above it and some are 0.
+        The threshold h, midway between two values so that rounding moves no token across it, and the share of the
+        values above it. h is negative if all values must exceed it and some are 0.
 
     Raises:
         InputError: If there are no values, one is not finite or negative, or the share is not in (0, 1).
@@ -41,27 +37,20 @@ def share_threshold(entropies: Any, share: float) -> tuple[float, float]:
     # Cuts i: values[i:] are forks. Only where two neighbours differ, and at both ends.
     cuts = np.concatenate([[0], np.flatnonzero(values[1:] > values[:-1]) + 1, [n]])
     distance = np.abs((n - cuts) / n - share)
-    cut = int(cuts[np.flatnonzero(distance == distance.min())[-1]])  # the fewer forks of two that are as near
+    cut = int(cuts[np.flatnonzero(distance == distance.min())[-1]])  # of two equally near shares, the smaller
     if cut == n:
         h = float(values[-1])
     elif cut == 0:
         h = float(values[0]) / 2 or -1.0
     else:
         low, high = float(values[cut - 1]), float(values[cut])
-        h = float(np.float32((low + high) / 2))  # what entropies are compared in
+        h = float(np.float32((low + high) / 2))  # entropies are compared in float32
         h = h if low <= h < high else low
     return h, (n - cut) / n
 
 
 def as_values(entropies: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Entropies as a flat array.
-
-    Args:
-        entropies: A tensor on any device, an array, or a sequence of numbers; any shape.
-
-    Returns:
-        `[n]`, float64.
-    """
-    if hasattr(entropies, "detach"):  # a tensor; bfloat16 has no counterpart in numpy
+    """A tensor on any device, an array or a sequence of numbers, of any shape, as a flat float64 array."""
+    if hasattr(entropies, "detach"):  # a tensor; numpy has no bfloat16
         entropies = entropies.detach().double().cpu().numpy()
     return np.asarray(entropies, dtype=np.float64).ravel()

@@ -1,4 +1,4 @@
-"""Does a confidence tell right from wrong, and which vote follows?"""
+"""Whether a confidence tells right from wrong on a calibration set, and which vote follows."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ __all__ = ["Choice", "choose_vote"]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which way to vote, and why.
+    """The way to vote, and the evidence for it.
 
     Attributes:
         how: The `how` of `vote`.
-        score: The score it goes by; also of the calibration.
+        score: The score that vote and calibration use.
         why: The reason, with the figures.
-        auroc: Right against wrong within problems, and its interval; None if there were too few to tell.
+        auroc: AUROC within problems, with its interval; None if there were too few answers to tell.
         pooled: AUROC over all answers together, for comparison; None likewise.
-        right: Right answers in problems that also have wrong ones.
-        wrong: Wrong answers in problems that also have right ones.
-        unanswered: Samples without an answer, which are neither.
+        right: Right answers in problems that also have wrong ones; `wrong` likewise.
+        unanswered: Samples without an answer, counted as neither.
     """
 
     how: How
@@ -54,25 +53,22 @@ def choose_vote(
     draws: int = 1000,
     seed: int = 0,
 ) -> Choice:
-    """Whether a calibration set supports a vote by confidence; plain majority if not.
+    """The vote in question (`how`) if a calibration set supports it, else plain majority.
 
-    The vote is supported if the AUROC of right against wrong answers within problems is above ½ with its whole
-    interval. Stopped samples and samples without an answer are left out of it; the latter are reported.
+    It is supported if the AUROC of right against wrong answers within problems has an interval wholly above ½. Stopped
+    samples and samples without an answer are left out; the latter are reported.
 
     Args:
         problems: The samples of each problem.
-        truths: The right answer of each.
+        truths: The right answer to each.
         how: The vote in question.
-        score: The trace score of `"confidence"` and `"deepconf"`; the other ways have theirs.
-        window: Tokens of its groups, or a share of the length.
-        least: So many right, and so many wrong, there have to be, in problems that have both.
-        least_problems: So many problems with both there have to be.
-        level: The level of the interval.
-        draws: The resamples, of whole problems.
-        seed: Of the resamples.
-
-    Returns:
-        The choice and its reason.
+        score: The trace score of `"confidence"` and `"deepconf"`; the other votes have their own.
+        window: Tokens per group, or a share of the length.
+        least: Minimum number of right, and of wrong, answers in problems that have both.
+        least_problems: Minimum number of problems that have both.
+        level: Confidence level of the interval.
+        draws: Number of resamples, of whole problems.
+        seed: Seed of the resamples.
 
     Raises:
         InputError: If the numbers of problems and truths differ, a truth is None, or a record is missing.
@@ -80,9 +76,9 @@ def choose_vote(
     if len(problems) != len(truths) or not problems or any(truth is None for truth in truths):
         raise InputError.of(
             "truths",
-            expected="one right answer for each of the problems, at least one problem and none of them None",
+            expected="at least one problem, and one right answer other than None for each",
             got=f"{len(problems)} problems and {len(truths)} truths, {sum(t is None for t in truths)} of them None",
-            remedy="Leave out problems whose answer is not known.",
+            remedy="Leave out problems whose right answer is unknown.",
         )
     by: Score = "self_certainty" if how == "borda" else "margin" if how == "margin" else score
     answered = [(i, s) for i, p in enumerate(problems) for s in p if not s.stopped and s.answer is not None]

@@ -1,10 +1,8 @@
-"""How sure a model was while it wrote: confidence per token, per window and per trace, and what it filters (DeepConf).
+"""Confidence of finished traces, per token, window and trace, and DeepConf's filter.
 
 After "Deep Think with Confidence" (Fu et al. 2025, arXiv 2508.15260) and self-certainty (Kang et al. 2025, 2502.18581).
-All confidences are in nats, and **larger is more confident**: both measure how far the next-token distribution is from
-spread out, by the log-probabilities of tokens that were *not* likely.
-
-Here a trace is finished; `stopping` has the same while it is written, with the same numbers.
+All confidences are in nats and **larger is more confident**: they grow as tokens that were *not* likely lose
+probability. `proxytune.voting.stopping` computes the same numbers while a trace is written.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ __all__ = [
 ]
 
 WINDOW = 2048
-"""Tokens of a group, as in the paper."""
+"""Tokens per group, as in the paper."""
 
 FINITE = "Confidences come from the distribution before truncation, where no token is at −inf."
 """The remedy for a confidence that is not finite."""
@@ -59,18 +57,15 @@ class TraceScores:
 
 
 def token_confidence(log_probs: ArrayLike, k: int = 20) -> NDArray[np.float64]:
-    """DeepConf's token confidence `C_t = −mean(log p of the k likeliest tokens)`.
+    """DeepConf's token confidence `C_t = −mean(log p of the k most likely tokens)`, `[T]`, nats.
 
     Args:
-        log_probs: `[T, N ≥ k]`, log-probabilities in nats of at least the k likeliest tokens, in any order; of the
-            distribution before truncation, where no token is at −inf.
+        log_probs: `[T, N ≥ k]`, nats, of at least the k most likely tokens in any order; before truncation, so that
+            none is −inf.
         k: How many tokens.
 
-    Returns:
-        `[T]`, in nats.
-
     Raises:
-        InputError: If there are fewer than k columns, or the k likeliest are not all finite and at most 0.
+        InputError: If there are fewer than k columns, or the k most likely are not all finite and ≤ 0.
     """
     rows = np.asarray(log_probs, np.float64)
     if rows.ndim != 2 or not 1 <= k <= rows.shape[-1] or not rows.shape[0]:
@@ -86,16 +81,9 @@ def token_confidence(log_probs: ArrayLike, k: int = 20) -> NDArray[np.float64]:
 
 
 def self_certainty(log_probs: ArrayLike) -> float:
-    """Self-certainty: the mean over the text of `KL(uniform ‖ p) = −(1/V) Σ log(V p)`.
+    """Self-certainty: the mean over the text of `KL(uniform ‖ p) = −(1/V) Σ log(V p)`, nats, ≥ 0.
 
-    Args:
-        log_probs: `[T, V]`, log-probabilities in nats of the whole vocabulary.
-
-    Returns:
-        At least 0, in nats; larger is more certain.
-
-    Raises:
-        InputError: If it is empty, or not all finite and at most 0.
+    `log_probs` is `[T, V]`, over the whole vocabulary; InputError if it is empty, or not all finite and ≤ 0.
     """
     rows = np.asarray(log_probs, np.float64)
     if rows.ndim != 2 or not rows.size:
@@ -107,39 +95,25 @@ def self_certainty(log_probs: ArrayLike) -> float:
 
 
 def group_confidence(confidences: ArrayLike, window: int | float = WINDOW) -> NDArray[np.float64]:
-    """Mean confidence of every window of neighbouring tokens.
+    """Mean confidence of every window of W neighbouring tokens: `[max(1, T − W + 1)]`, in the order of the text.
 
     Args:
-        confidences: `[T]`, in nats.
-        window: Tokens of a group W; or, for short answers, a share of the length in (0, 1). A trace that is shorter
-            than the window is one group.
-
-    Returns:
-        `[max(1, T − W + 1)]`, in the order of the text.
+        confidences: `[T]`, nats.
+        window: Tokens per group W; or, for short answers, a share of the length in (0, 1). A shorter trace is one
+            group.
 
     Raises:
         InputError: If confidences are empty or not finite, or the window is neither.
     """
     values = numbers("confidences", confidences, remedy=FINITE)
     width = min(_window(window, len(values)), len(values))
-    # Prefix sums in the order of the text, as a tracker that sees one token at a time adds them up.
+    # Prefix sums in the order of the text, so that `ConfidenceTracker` gets the same numbers token by token.
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[width:] - sums[:-width]) / width
 
 
 def trace_scores(confidences: ArrayLike, window: int | float = WINDOW) -> TraceScores:
-    """All four scores of one trace.
-
-    Args:
-        confidences: `[T]`, in nats.
-        window: As in `group_confidence`.
-
-    Returns:
-        The scores.
-
-    Raises:
-        InputError: As `group_confidence`.
-    """
+    """All four scores of a trace with confidences `[T]` in nats; window and InputError as in `group_confidence`."""
     groups = group_confidence(confidences, window)
     bottom = np.sort(groups)[: max(1, len(groups) // 10)]
     return TraceScores(
@@ -151,42 +125,25 @@ def trace_scores(confidences: ArrayLike, window: int | float = WINDOW) -> TraceS
 
 
 def threshold_of(scores: ArrayLike, eta: float) -> float:
-    """The (100 − η)-th percentile, interpolated linearly: what a trace has to reach to be among the top η %.
+    """The (100 − η)-th percentile of the scores, linearly interpolated: what the top η % of traces reach.
 
-    Args:
-        scores: `[N]`, one per trace.
-        eta: η in (0, 100]: 10 is strict, 90 lenient, 100 keeps all.
-
-    Returns:
-        The threshold.
-
-    Raises:
-        InputError: If scores are empty or not finite, or η is out of its range.
+    η is in (0, 100]: 10 is strict, 90 lenient, 100 keeps all. InputError if scores are empty or not finite, or η is out
+    of range.
     """
     return float(np.percentile(numbers("scores", scores, remedy=FINITE), 100.0 - share("eta", eta, 100.0)))
 
 
 def keep_top(scores: ArrayLike, eta: float) -> NDArray[np.bool_]:
-    """DeepConf's filter: the top η % of the traces; what ties with the threshold is kept.
+    """DeepConf's filter: whether each trace is among the top η %; ties with the threshold are kept.
 
-    At least one trace is kept, and a larger η keeps all that a smaller one does.
-
-    Args:
-        scores: `[N]`, one per trace.
-        eta: η in (0, 100].
-
-    Returns:
-        `[N]`, whether each is kept.
-
-    Raises:
-        InputError: As `threshold_of`.
+    At least one trace is kept, and a larger η keeps all that a smaller one does. InputError as `threshold_of`.
     """
     values = numbers("scores", scores, remedy=FINITE)
     return values >= threshold_of(values, eta)
 
 
 def _refuse_log_probs(rows: NDArray[np.float64]) -> None:
-    # Rounding may leave a certain token a little above 0.
+    # Rounding may put the log-probability of a certain token slightly above 0.
     if not np.isfinite(rows).all() or (rows > 1e-3).any():
         raise InputError.of(
             "log_probs",

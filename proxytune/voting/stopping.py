@@ -1,12 +1,10 @@
-"""When to stop: a trace that falls below a confidence, and sampling whose winner is settled.
+"""When to stop a trace, and when to stop sampling.
 
-Three rules, none of which looks at a model:
-
-- `OnlineFilter` (DeepConf, arXiv 2508.15260) stops a trace while it is written, exactly if the filter of finished
-  traces would drop it: the same prefix sums, the same threshold.
+- `OnlineFilter` (DeepConf, arXiv 2508.15260) stops a trace while it is written, exactly when the filter of finished
+  traces would drop it: same prefix sums, same threshold.
 - `consensus` (DeepConf) stops sampling when the leading answer holds nearly all of the weight.
-- `settled` (adaptive consistency: Aggarwal et al. 2023, arXiv 2305.11860) stops when the leader hardly loses to the
-  runner-up any more.
+- `settled` (adaptive consistency: Aggarwal et al. 2023, arXiv 2305.11860) stops when the leader is unlikely to lose to
+  the runner-up.
 """
 
 from __future__ import annotations
@@ -27,24 +25,17 @@ __all__ = ["ConfidenceTracker", "OnlineFilter", "consensus", "leader_probability
 
 
 class ConfidenceTracker:
-    """The group confidences of one trace while it is written; a step costs the same however long the trace is.
+    """Group confidences of a trace while it is written, at constant cost per token.
 
     Attributes:
-        window: Tokens of a group.
+        window: Tokens per group.
         length: Tokens so far.
-        group: The confidence of the last window; None before there is a whole one.
-        lowest: The smallest so far; None before there is one.
+        group: Confidence of the last window; None before one is complete.
+        lowest: The smallest so far; None before one is complete.
     """
 
     def __init__(self, window: int = WINDOW) -> None:
-        """Start with no token.
-
-        Args:
-            window: Tokens of a group, at least 1. A share of the length is not known before the end.
-
-        Raises:
-            InputError: If it is no whole number of at least 1.
-        """
+        """Start with no token. A share of the length cannot be a window, since the length is unknown before the end."""
         self.window = whole("window", window, least=1)
         self.length = 0
         self.group: float | None = None
@@ -52,16 +43,10 @@ class ConfidenceTracker:
         self._sums: deque[float] = deque([0.0], maxlen=self.window + 1)  # prefix sums
 
     def push(self, confidence: float) -> float | None:
-        """Add one token.
-
-        Args:
-            confidence: Its confidence, in nats.
+        """Add one token's confidence, in nats; InputError if it is not finite.
 
         Returns:
-            The confidence of the window that ends here; None before there is a whole one.
-
-        Raises:
-            InputError: If it is not finite.
+            The confidence of the window that ends here; None before one is complete.
         """
         value = finite("confidence", float(confidence), remedy=FINITE)
         self.length += 1
@@ -73,17 +58,11 @@ class ConfidenceTracker:
 
 
 class OnlineFilter:
-    """DeepConf online: the first traces set a threshold, later ones stop where a window falls below it.
+    """DeepConf online: warm-up traces set a threshold; later traces stop once a window falls below it.
 
-    The threshold is the (100 − η)-th percentile of the warm-up traces' lowest group confidences. It stays where it is
-    afterwards. A trace below it does not vote: neither one that was stopped, nor one of the warm-up, nor one that is
-    shorter than a window and is found to be below when it has ended.
-
-    Attributes:
-        eta: η in percent.
-        window: Tokens of a group.
-        warmup: How many traces set the threshold.
-        threshold: In nats; None during the warm-up.
+    The threshold is the (100 − η)-th percentile of the warm-up traces' lowest group confidences, and then fixed. A
+    trace below it does not vote, whether it was stopped, belongs to the warm-up, or was shorter than a window.
+    `threshold` is in nats, None during the warm-up.
     """
 
     def __init__(self, eta: float = 10.0, *, window: int = WINDOW, warmup: int = 16) -> None:
@@ -91,11 +70,11 @@ class OnlineFilter:
 
         Args:
             eta: η in (0, 100]: 10 is strict, 90 lenient.
-            window: Tokens of a group. For short answers, choose it by the warm-up's lengths.
-            warmup: How many traces set the threshold, at least 1.
+            window: Tokens per group. For short answers, choose it by the lengths of the warm-up.
+            warmup: Number of traces that set the threshold, ≥ 1.
 
         Raises:
-            InputError: If a setting is out of its range.
+            InputError: If a setting is out of range.
         """
         self.eta = share("eta", eta, 100.0)
         self.window = whole("window", window, least=1)
@@ -104,13 +83,10 @@ class OnlineFilter:
         self._lowest: list[float] = []
 
     def update(self, trace: TraceScores) -> bool:
-        """Hand over a finished trace of the warm-up; the last one sets the threshold.
-
-        Args:
-            trace: Its scores, of windows of this filter's size.
+        """Add the scores of a finished warm-up trace, for this filter's window; the last one sets the threshold.
 
         Returns:
-            Whether the threshold is set. Traces after that do not move it.
+            Whether the threshold is set. Later traces do not change it.
 
         Raises:
             InputError: If its lowest group confidence is not finite.
@@ -123,21 +99,17 @@ class OnlineFilter:
         return self.threshold is not None
 
     def track(self) -> ConfidenceTracker:
-        """A tracker for a trace that starts; push each token's confidence into it, then ask `keep_going`."""
+        """A tracker for a new trace: push each token's confidence into it, then ask `keep_going`."""
         return ConfidenceTracker(self.window)
 
     def keep_going(self, confidences_so_far: ConfidenceTracker | Sequence[float] | NDArray[np.floating[Any]]) -> bool:
-        """Whether a trace may be continued.
+        """Whether a trace may continue: False once a whole window was below the threshold, True during the warm-up.
 
         Args:
-            confidences_so_far: Its tracker, at a cost that does not depend on the length; or its confidences `[T]`,
-                which are all read.
-
-        Returns:
-            False once a whole window was below the threshold; True during the warm-up.
+            confidences_so_far: Its tracker, at constant cost; or its confidences `[T]`, which are all read.
 
         Raises:
-            InputError: If confidences are not finite, or the tracker has windows of another size.
+            InputError: If confidences are not finite, or the tracker has another window.
         """
         tracker = confidences_so_far
         if not isinstance(tracker, ConfidenceTracker):
@@ -154,48 +126,23 @@ class OnlineFilter:
         return self.threshold is None or tracker.lowest is None or tracker.lowest >= self.threshold
 
     def votes(self, trace: TraceScores) -> bool:
-        """Whether a finished trace votes: one of the warm-up, one that ran to its end, or one that was stopped.
-
-        Args:
-            trace: Its scores.
-
-        Returns:
-            Whether its lowest group confidence reaches the threshold; True during the warm-up.
-        """
+        """Whether a trace votes: its lowest group confidence reaches the threshold. True in the warm-up."""
         return self.threshold is None or trace.lowest_group >= self.threshold
 
 
 def consensus(tally: Tally, least: float = 0.95) -> bool:
-    """Whether the leading answer holds enough of the weight to stop sampling.
+    """Whether the leading answer holds enough of the weight to stop sampling; False if there is none.
 
-    Args:
-        tally: The vote so far. Samples without an answer hold weight too, so they put the stop off.
-        least: The share, in (0, 1].
-
-    Returns:
-        Whether the winner's share reaches it; False if there is no answer.
-
-    Raises:
-        InputError: If the share is out of its range.
+    Samples without an answer hold weight too, so they delay the stop. `least` is in (0, 1], else InputError.
     """
     return tally.winner is not None and tally.share >= share("least", least)
 
 
 def leader_probability(leader: int, runner_up: int) -> float:
-    """P(the leader's probability is above ½) under Beta(v₁ + 1, v₂ + 1): that it beats the runner-up in the long run.
+    """P(the leader beats the runner-up in the long run): that its probability is > ½ under Beta(v₁ + 1, v₂ + 1).
 
-    For whole numbers that tail is a binomial one, `Σ_{j ≤ v₁} C(v₁ + v₂ + 1, j) / 2^(v₁ + v₂ + 1)`: here in whole
-    numbers throughout, and rounded once.
-
-    Args:
-        leader: Votes v₁ of the leading answer.
-        runner_up: Votes v₂ of the next.
-
-    Returns:
-        The probability.
-
-    Raises:
-        InputError: If a number of votes is negative or no int.
+    v₁ and v₂ are their votes, integers ≥ 0, else InputError. For integers this tail is binomial, `Σ_{j ≤ v₁} C(v₁ + v₂
+    + 1, j) / 2^(v₁ + v₂ + 1)`, computed in integers and rounded once.
     """
     remedy = "Adaptive consistency counts samples; for weights use consensus()."
     v1 = whole("leader", leader, "of votes", remedy=remedy)
@@ -208,17 +155,11 @@ def leader_probability(leader: int, runner_up: int) -> float:
 
 
 def settled(counts: Mapping[Hashable, int], least: float = 0.95) -> bool:
-    """Adaptive consistency: whether the leader is so far ahead of the runner-up that sampling can stop.
+    """Adaptive consistency: whether the leader is so far ahead that sampling can stop; False without an answer.
 
     Args:
-        counts: Answer → number of samples, e.g. `Tally.counts`. None, no answer, neither leads nor runs up.
-        least: The probability to be reached, in (0, 1].
-
-    Returns:
-        Whether it is reached; False without an answer.
-
-    Raises:
-        InputError: If a count is negative or no int, or `least` is out of its range.
+        counts: Answer → number of samples, e.g. `Tally.counts`. None (no answer) is neither leader nor runner-up.
+        least: The probability to reach, in (0, 1], else InputError.
     """
     votes = sorted((n for answer, n in counts.items() if answer is not None), reverse=True)
     least = share("least", least)

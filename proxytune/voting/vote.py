@@ -1,12 +1,11 @@
-"""Which answer, out of many samples: votes with weights, and what the weights can be made of.
+"""Votes over the answers of many samples.
 
-Input is answers and per-token records of finished samples; no model. The class of *no answer* (`None`) is counted and
-reported like any other, and never wins against an answer. Stopped samples do not vote, and are counted apart.
-
-Ways to vote, each times the sample's own weight (its weight in a tree, 1 for independent samples):
+Samples without an answer form the class `None`, counted and reported like any other, which never wins against an
+answer. Stopped samples do not vote and are counted apart. Each vote is the sample's weight (from a tree; 1 for
+independent samples) times:
 
 =============== =====================================================================================================
-`"majority"`     nothing else
+`"majority"`     1
 `"confidence"`   a trace score, e.g. the mean confidence (DeepConf, arXiv 2508.15260)
 `"deepconf"`     the same, over the top η % of the traces or those above a threshold
 `"borda"`        `(N − r + 1)^p` for the r-th most self-certain of N (2502.18581)
@@ -14,7 +13,7 @@ Ways to vote, each times the sample's own weight (its weight in a tree, 1 for in
 =============== =====================================================================================================
 
 Ties go to the answer with more samples, then to the one with the heaviest single sample, then to the one whose type and
-`repr` come first in the alphabet; never to the one that happened to come first.
+`repr` come first alphabetically; never to the one that came first.
 """
 
 from __future__ import annotations
@@ -42,14 +41,13 @@ class Sample:
     """One finished sample.
 
     Attributes:
-        answer: What it says, as a hashable value that is equal for equal answers; None if it has no answer.
+        answer: A hashable value, equal for equal answers; None if it has no answer.
         confidences: `[T]`, C_t of each token in nats, larger = more confident; None if not recorded.
         weight: Its weight in a tree; 1 for independent samples.
         self_certainty: In nats, larger = more certain; None if not recorded.
         margins: `[A]`, p₁ − p₂ over the answer's tokens; None if not recorded.
-        stopped: Whether it was stopped before its end. It does not vote then.
-        cut: Whether its length or a budget cut it off. It votes with what it had said by then, and the tally's note
-            says so.
+        stopped: Whether it was stopped early; then it does not vote.
+        cut: Whether its length or a budget cut it off. It votes with what it had by then, and the tally's note says so.
     """
 
     answer: Hashable | None
@@ -78,17 +76,7 @@ class Sample:
             finite("self_certainty", self.self_certainty, remedy=FINITE)
 
     def scores(self, window: int | float = WINDOW) -> TraceScores:
-        """The trace scores of its confidences.
-
-        Args:
-            window: Tokens of a group, or a share of the length.
-
-        Returns:
-            The scores, in nats.
-
-        Raises:
-            InputError: If no confidences were recorded, or the window is neither.
-        """
+        """The trace scores of its confidences, in nats; InputError if none were recorded."""
         return trace_scores(_recorded(self, "confidences"), window)
 
 
@@ -97,16 +85,16 @@ class Tally:
     """The outcome of a vote.
 
     Attributes:
-        winner: The answer; None if no sample that was not stopped has one.
-        share: The winner's share of the weight, no answer included in the whole.
-        shares: Answer → share of the weight, the heaviest first; None → that of no answer. They add up to 1.
-        totals: Answer → weight as it was given, not normalised. Under `"majority"` with Kool's weights of a tree, the
-            unbiased estimate of the answer's probability.
+        winner: The answer; None if no voting sample has one.
+        share: The winner's share of the total weight, samples without an answer included.
+        shares: Answer → share of the weight, the heaviest first; None is no answer. They sum to 1.
+        totals: Answer → weight, not normalised. Under `"majority"` with Kool's weights of a tree, the unbiased estimate
+            of the answer's probability.
         counts: Answer → number of samples that voted.
         filtered: Samples that a filter left out.
         stopped: Samples that did not vote because they were stopped.
-        note: What the reader should know of how it came about; empty if nothing.
-        cut: Samples among those that voted whose texts were cut off.
+        note: What to know about how the vote came about; may be empty.
+        cut: Voting samples whose texts were cut off.
     """
 
     winner: Hashable | None
@@ -121,7 +109,7 @@ class Tally:
 
     @property
     def answered(self) -> bool:
-        """Whether there was an answer at all."""
+        """Whether there is an answer at all."""
         return self.winner is not None
 
 
@@ -135,24 +123,24 @@ def vote(
     threshold: float | None = None,
     power: float = 0.5,
 ) -> Tally:
-    """Vote.
+    """Vote over samples.
 
     Args:
-        samples: At least one that was not stopped; in any order.
-        how: What weighs a vote; the module's docstring has the table.
+        samples: At least one that was not stopped; the order does not matter.
+        how: What weights a vote; see the module's table.
         score: The trace score of `"confidence"` and `"deepconf"`.
-        window: Tokens of its groups, or a share of the length.
-        eta: `"deepconf"`: η in (0, 100], the percentage of traces that vote; by that score.
-        threshold: `"deepconf"`: traces vote whose score reaches it, instead of the top η %: an `OnlineFilter`'s.
+        window: Tokens per group, or a share of the length.
+        eta: `"deepconf"`: η in (0, 100], the percentage of traces, by that score, that vote.
+        threshold: `"deepconf"`: the score that voting traces reach, instead of the top η %; e.g. an `OnlineFilter`'s.
         power: `"borda"`: p ≥ 0; 0 is the majority. The default is that of the authors' code.
 
     Returns:
-        The outcome. Its note says where texts were cut off, and where it is a majority after all: of all samples if a
-        filter leaves none with an answer, of those that are left if their scores are all 0.
+        The outcome. Its note says if texts were cut off, and if it fell back to a majority: of all samples if the
+        filter kept none with an answer, of the kept ones if their scores are all 0.
 
     Raises:
-        InputError: If there is nothing to vote, a record is missing, a setting is out of its range, or the weights are
-            negative or all 0.
+        InputError: If no sample votes, a record is missing, a setting is out of range, or the weights are negative or
+            all 0.
     """
     voting = [s for s in samples if not s.stopped]
     if not voting:
@@ -190,17 +178,7 @@ def vote(
 
 
 def check_answer(answer: Any) -> Hashable | None:
-    """Check that a value can be counted as an answer.
-
-    Args:
-        answer: The value; None for no answer.
-
-    Returns:
-        The value.
-
-    Raises:
-        InputError: If it is not hashable, or does not equal itself.
-    """
+    """Return an answer (None for no answer); InputError if it is not hashable or does not equal itself."""
     try:
         hash(answer)
         same = bool(answer == answer)
@@ -217,19 +195,13 @@ def check_answer(answer: Any) -> Hashable | None:
 
 
 def sample_scores(samples: Sequence[Sample], score: Score, *, window: int | float = WINDOW) -> NDArray[np.float64]:
-    """One score per sample.
+    """One score per sample `[N]`; larger is more confident. InputError if a sample lacks the record.
 
     Args:
-        samples: N samples that have the record it takes.
-        score: A trace score in nats, `"self_certainty"` in nats, or `"margin"`, the mean p₁ − p₂ of the answer's
-            tokens; 0 for a sample without an answer, which has no such tokens.
-        window: Tokens of a group, or a share of the length.
-
-    Returns:
-        `[N]`; larger is more confident.
-
-    Raises:
-        InputError: If a sample lacks the record, or there is no such score.
+        samples: N samples that have the record it needs.
+        score: A trace score or `"self_certainty"`, in nats; or `"margin"`, the mean p₁ − p₂ of the answer's tokens, 0
+            for a sample without an answer.
+        window: Tokens per group, or a share of the length.
     """
     if score == "self_certainty":
         return np.array([float(_recorded(s, "self_certainty")) for s in samples])
@@ -251,25 +223,25 @@ def _recorded(sample: Sample, name: str) -> Any:
 
 
 def _tally(samples: Sequence[Sample], factors: NDArray[np.float64], *, filtered: int, stopped: int, note: str) -> Tally:
-    """Add up; in an order that does not depend on the samples' own."""
+    """Sum the votes, independently of the samples' order."""
     if (factors < 0).any():
         raise InputError.of(
             "votes",
             expected="scores of at least 0",
             got=f"{factors.min()}",
-            remedy="Negative confidences cannot weigh.",
+            remedy="Use another score: a vote's weight cannot be negative.",
         )
     members: dict[Hashable | None, list[tuple[Hashable | None, float]]] = {}
     for sample, factor in zip(samples, factors, strict=True):
         members.setdefault(sample.answer, []).append((sample.answer, sample.weight * float(factor)))
-    # 1 and 1.0 are one class: which of them stands for it must not depend on the order.
+    # 1 and 1.0 are one class; which of them represents it must not depend on the order.
     classes = {min((a for a, _ in votes), key=_name): [w for _, w in votes] for votes in members.values()}
     totals = {answer: math.fsum(weights) for answer, weights in classes.items()}
     whole = math.fsum(totals.values())
     if not 0 < whole < math.inf:
         raise InputError.of(
             "votes",
-            expected="weights of which some is above 0, with a finite sum",
+            expected="weights with a finite sum > 0",
             got=f"a sum of {whole}",
             remedy='Scale the weights, or leave the scores out: how="majority".',
         )
@@ -298,13 +270,6 @@ def _name(answer: Hashable | None) -> tuple[str, str]:
 
 def borda_points(scores: ArrayLike, power: float = 0.5) -> NDArray[np.float64]:
     """Borda votes `(N − r + 1)^p` by rank r, the largest score first; equal scores share their ranks' votes equally.
-
-    Args:
-        scores: `[N]`.
-        power: p ≥ 0.
-
-    Returns:
-        `[N]`.
 
     Raises:
         InputError: If scores are empty or not finite, or p is negative or not finite.

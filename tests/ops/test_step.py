@@ -547,7 +547,7 @@ def test_the_implementation_asked_for_is_the_one_that_runs(
     def fail(*_: Any, **__: Any) -> None:
         raise AssertionError("the other implementation ran")
 
-    monkeypatch.setattr(dispatch, "decide" if impl == "triton" else "_kernels", fail)
+    monkeypatch.setattr(dispatch, "decide" if impl == "triton" else "kernels", fail)
     x = torch.zeros(2, 9, device=device)
     run([x], sampling=SamplingParams.of(2, device=device), noise=Noise.of(2, device=device), want=ALL)
     with pytest.raises(AssertionError, match="the other implementation ran"):  # the control

@@ -417,7 +417,7 @@ def test_wrong_use_is_refused(change: Any, says: str) -> None:
 
 def test_inside_a_graph_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(UnsupportedModeError, match="verify: expected a call outside of a graph"):
+    with pytest.raises(UnsupportedModeError, match="verify: expected a call outside torch.compile"):
         drafts(2, 2, 60, settings={}).verify(ops.verify)
 
 

@@ -23,8 +23,8 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_right_one(total: int) -> None:
 @pytest.mark.parametrize(
     ("right", "total", "k", "message"),
     [
-        (3, 2, 1, r"at most 2 right"),
-        (1, 2, 3, r"k at most 2.*k = 3"),
+        (3, 2, 1, r"right ≤ 2"),
+        (1, 2, 3, r"k ≤ 2.*k = 3"),
         (0, 0, 1, r"total: expected a whole number of samples, at least 1"),
         (1, 4, 0, r"k: expected a whole number of samples, at least 1"),
         (1.5, 4, 1, r"right: expected a whole number of samples"),

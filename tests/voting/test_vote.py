@@ -185,7 +185,7 @@ def test_margins_are_means_over_the_answer_summed_per_answer() -> None:
         (lambda: Sample("a", margins=np.array([1.5])), r"margins: expected p₁ − p₂ in \[0, 1\]"),
         (lambda: Sample("a", self_certainty=INF), "self_certainty: expected a finite number; got inf"),
         (lambda: vote([]), "samples: expected at least one that was not stopped; got none"),
-        (lambda: vote(samples_of("a", weight=0.0)), "votes: expected weights of which some is above 0"),
+        (lambda: vote(samples_of("a", weight=0.0)), "votes: expected weights with a finite sum > 0"),
         (lambda: vote(samples_of("a"), "confidence"), "confidences: expected a record of it in every sample; got None"),
         (lambda: vote(samples_of("a"), "borda"), "self_certainty: expected a record"),
         (lambda: vote(samples_of("a"), "margin"), "margins: expected a record"),

@@ -1,1 +1,1 @@
-"""The torch implementation of a decision; file names are those of the kernels."""
+"""The torch implementation of a decision; files are named as those of the kernels."""

@@ -1,10 +1,9 @@
-"""One decoding decision in torch: what `proxytune.ops.step` does where there is no Triton, and what it means.
+"""`proxytune.ops.step` in torch: the reference, used where Triton cannot run.
 
-The same plan as the kernels', and the same noise: one pass over the members' rows leaves a few numbers per tile of 1024
-columns and the maximum of every 128; all that follows reads these, and goes back to the rows only for the tiles or
-groups that matter. On the CPU the pass goes chunk by chunk, so that no `[B, V]` temporary is made, and only a few
-hundred candidates are ever sorted. Elsewhere the sizes have to be known without waiting for the device, so all tokens
-are candidates.
+It follows the kernels' plan with the same noise: one pass over the members' rows leaves a few numbers per tile of 1024
+columns and the maximum of every 128; the rest reads these, and goes back only to the tiles or groups that matter. On
+the CPU the pass goes block by block, so no `[B, V]` temporary is made, and few candidates are sorted. Elsewhere sizes
+must be known without waiting for the device, so all tokens are candidates.
 """
 
 from __future__ import annotations
@@ -24,25 +23,14 @@ from proxytune.ops.torch_impl.truncate import mean_of_largest
 __all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs"]
 
 CONFIDENCE_TOKENS = 20
-"""How many of the most probable tokens the confidence looks at (DeepConf, arXiv 2508.15260)."""
+"""Number of most probable tokens in the confidence (DeepConf, arXiv 2508.15260)."""
 
 
 @torch.no_grad()
 def decide(
     rows: MemberRows, sampling: SamplingParams | None, noise: Noise | None, draws: int, want: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Measure the rows and draw.
-
-    Args:
-        rows: The members' rows.
-        sampling: The settings; None for the argmax.
-        noise: The keys of the noise; None only without `sampling`.
-        draws: How many draws without replacement.
-        want: Names of the outputs, see `proxytune.ops.StepOutput`.
-
-    Returns:
-        The outputs by name.
-    """
+    """Measure the rows and draw; the outputs named in `want`, see `proxytune.ops.StepOutput`."""
     if sampling is None and rows.device.type == "cpu" and set(want) <= {"tokens", "argmax"}:
         token, top = first_largest(rows)  # [B, 1]
         token = token.masked_fill(~((top > FINITE) & (top < torch.inf)), -1)
@@ -59,14 +47,14 @@ def decide(
     if "argmax" in tiles:
         out["argmax"] = tiles["argmax"]
     if sampling is None:
-        out["tokens"] = out["argmax"][:, None].clone()  # two outputs do not share their memory
+        out["tokens"] = out["argmax"][:, None].clone()  # outputs do not share memory
         out["relative"] = torch.zeros_like(top)[:, None]
     else:
         assert noise is not None
         out |= draw(rows, tiles, out.get("entropy"), top, sampling, noise, draws)
     if "logprobs" in want:
         out["logprobs"] = out["relative"] - out["log_total"][:, None]
-    # Where it can be seen that all rows are well, nothing has to be masked.
+    # On the CPU masking can be skipped if every row has a distribution.
     if rows.device.type != "cpu" or bool(undecided.any()):
         if "lse" in out:
             out["lse"] = out["lse"].masked_fill(dead, -torch.inf).masked_fill(bad, torch.nan)
@@ -85,16 +73,7 @@ def decide(
 
 @torch.no_grad()
 def draw_logprobs(rows: MemberRows, sampling: SamplingParams, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What given tokens have in the distribution that `decide` draws from.
-
-    Args:
-        rows: The members' rows.
-        sampling: The settings.
-        ids: `[B, K]`, int64; −1 for none.
-
-    Returns:
-        As `proxytune.ops.torch_impl.distribution.shares`; NaN in rows that have no distribution.
-    """
+    """`proxytune.ops.torch_impl.distribution.shares` of unmeasured rows; NaN in rows without a distribution."""
     tiles = measure(rows, sampling, ())
     top = tiles["max"].amax(1)  # [B]
     undecided = (top == torch.inf) | (top == FINITE)

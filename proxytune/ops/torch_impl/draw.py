@@ -1,4 +1,4 @@
-"""Draws without replacement from rows that were measured: in two levels, or among candidates if truncated."""
+"""Draws without replacement from measured rows: in two levels, or among the candidates of a truncation."""
 
 from __future__ import annotations
 
@@ -22,24 +22,15 @@ def draw(
     noise: Noise,
     draws: int,
 ) -> dict[str, torch.Tensor]:
-    """Draw tokens without replacement.
-
-    Args:
-        rows: The members' rows.
-        tiles: What `proxytune.ops.torch_impl.measure.measure` gave.
-        entropy: `[B]`, nats; None where no temperature depends on it.
-        top: `[B]`, the largest logit.
-        sampling: The settings.
-        noise: The keys of the noise.
-        draws: How many.
+    """Draw tokens without replacement; arguments as for `proxytune.ops.torch_impl.distribution.distribution_of`.
 
     Returns:
-        "fork" `[B]` bool, "temperature" `[B]`, "kept" `[B]` int64; `[B, draws]`: "tokens" int64 (−1 where no more
-        tokens are left), their logits "relative" to `top`, "draw_logprobs", "keys".
+        "fork" `[B]` bool, "temperature" `[B]`, "kept" `[B]` int64; `[B, draws]`: "tokens" int64 (−1 where no token is
+        left), their logits "relative" to `top`, "draw_logprobs", "keys".
     """
     temperature, fork, mass, relative, total = tempered(tiles, entropy, top, sampling)
 
-    # A row goes its own way, whatever the others in its batch do.
+    # Whether a row is truncated decides its path, so that its result does not depend on the other rows.
     choices = []
     if sampling.some_truncated:
         kept = truncate(rows, tiles["groups"], top, temperature, total, sampling)
@@ -67,11 +58,11 @@ def _draw_plain(
     noise: Noise,
     draws: int,
 ) -> dict[str, torch.Tensor]:
-    """Gumbel-top-k in two levels: the best tiles by their perturbed mass, then the best tokens inside them.
+    """Gumbel-top-k in two levels: the best tiles by perturbed mass, then the best tokens in them.
 
-    The largest perturbed log-probability of a tile's tokens is itself a Gumbel variate at the tile's log-mass (Maddison
-    et al. 2014, "A* sampling"); the tokens' variates are then conditioned on that maximum (Kool et al. 2019,
-    arXiv 1903.06059, appendix B.3). The n best tokens lie in the n best tiles.
+    The largest perturbed log-probability in a tile is itself a Gumbel variate at the tile's log-mass (Maddison et al.
+    2014, "A* sampling"); the tokens' variates are then conditioned on that maximum (Kool et al. 2019, arXiv 1903.06059,
+    appendix B.3). The n best tokens lie in the n best tiles.
     """
     log_total = total.log()[:, None]
     device = top.device
@@ -95,17 +86,12 @@ def _draw_plain(
 
 
 def _conditioned(perturbed: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-    """Gumbel variates of a set, given that their maximum is another one: `−log(e^−K − e^−Z + e^−G)`, kept stable.
+    """Gumbel variates G `[..., n]` conditioned on their maximum K `[...]`: `−log(e^−K − e^−Z + e^−G)`, Z = max G.
 
-    Args:
-        perturbed: G, `[..., n]`.
-        maximum: K, `[...]`.
-
-    Returns:
-        `[..., n]`, in the same order; the largest is exactly K.
+    Numerically stable. The order is kept, and the largest is exactly K.
     """
     largest = perturbed.amax(-1, keepdim=True)
-    gap = (largest - perturbed).nan_to_num(nan=torch.inf)  # ≥ 0; all −inf have no say
+    gap = (largest - perturbed).nan_to_num(nan=torch.inf)  # ≥ 0; NaN where all are −inf
     # log(1 − e^−gap), by its series where the difference would cancel.
     small = gap * (1.0 - gap * (0.5 - gap * (1.0 / 6.0)))
     log1mexp = torch.where(gap < 0.015625, small, 1.0 - torch.exp(-gap)).log()

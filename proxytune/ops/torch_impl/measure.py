@@ -1,4 +1,4 @@
-"""The members' rows of one step, and one pass over them that leaves a few numbers per tile and per group of columns."""
+"""One pass over the members' rows that reduces them to a few numbers per tile and per group of columns."""
 
 from __future__ import annotations
 
@@ -18,19 +18,15 @@ _LOG2E = 1.0 / math.log(2.0)
 
 
 def measure(rows: MemberRows, sampling: SamplingParams | None, want: Collection[str]) -> dict[str, torch.Tensor]:
-    """Pass over all columns once.
-
-    Args:
-        rows: The members' rows.
-        sampling: The settings; None for none.
-        want: Names of the outputs, see `proxytune.ops.StepOutput`.
+    """Pass over all columns once and reduce them as `want`, names of `proxytune.ops.StepOutput`, requires.
 
     Returns:
-        By name, float32. `[B, tiles]`: "max"; the sums "s", "t1", "t2" of e^d, d·e^d, d²·e^d with d = z − max; "mass"
-        and "fork mass" of e^(d/T); for the divergence "base max", "base s" and "shift" (e^d · (d − d of the base));
-        "live", how many are above −inf. `[B, groups]`: "groups", the maxima of the groups. `[B, V]`: "scores", the
-        combined logits. `[B]`, int64: "argmax", the first column that holds the maximum, of no meaning in rows that
-        have none. What nothing asked for depends on is missing.
+        By name, float32; what nothing in `want` depends on is missing.
+        `[B, tiles]`: "max"; the sums "s", "t1", "t2" of e^d, d·e^d, d²·e^d with d = z − max; "mass" and "fork mass" of
+        e^(d/T); for the KL divergence "base max", "base s" and "shift" (e^d · (d − d of the base)); "live", the number
+        of columns above −inf.
+        `[B, groups]`: "groups", the maximum of each group. `[B, V]`: "scores", the combined logits.
+        `[B]`, int64: "argmax", the first column with the maximum; undefined in rows without a distribution.
     """
     plan = _Plan.of(rows, sampling, want)
     blocks: list[dict[str, torch.Tensor]] = []  # one per block of rows
@@ -51,13 +47,13 @@ def measure(rows: MemberRows, sampling: SamplingParams | None, want: Collection[
         else:
             blocks.append(_joined(parts, 1))
     out = _joined(blocks, 0)
-    # NaN as a maximum is as bad as +inf.
+    # From here on +inf marks a row with NaN or +inf.
     out["max"] = out["max"].nan_to_num_(nan=torch.inf, posinf=torch.inf)
     if "argmax" in out:
         out["argmax"] = out["argmax"][:, 0]
     for name, power in (("t1", 1), ("t2", 2)):
         if name in out:
-            out[name] *= math.log(2.0) ** power  # they were summed in bits
+            out[name] *= math.log(2.0) ** power  # from bits to nats
     if plan.unit:
         out["mass"] = out["s"]
     if scores is not None:
@@ -70,16 +66,9 @@ class _Plan:
     """What a pass has to reduce.
 
     Attributes:
-        scales: By name, `[B]`: what d is multiplied by for the exponential sums at a temperature, to the base 2.
-        unit: Whether "mass" is "s": all temperatures are 1.
-        raw: Whether "s" is needed.
-        mean: Whether "t1" is.
-        square: Whether "t2" is.
-        groups: Whether the groups' maxima are.
-        kl: Whether what the divergence is made of is.
-        live: Whether the number of columns above −inf is.
-        argmax: Whether the argmax is.
-        scores: Whether the combined logits are.
+        scales: By name, `[B]`: log₂(e) / T, the factor of d in the sums at a temperature.
+        unit: Whether "mass" equals "s" because all temperatures are 1.
+        raw: Whether "s" is needed; likewise `mean` for "t1" and `square` for "t2".
     """
 
     scales: dict[str, torch.Tensor]
@@ -95,21 +84,20 @@ class _Plan:
 
     @property
     def buffers(self) -> int:
-        """How many blocks of float32 the pass needs beside the logits'."""
+        """Float32 blocks that the pass needs."""
         sums = self.raw or bool(self.scales)
         return 1 + (2 if self.kl else 1 if sums and (self.raw or len(self.scales) > 1) else 0)
 
     @classmethod
     def of(cls, rows: MemberRows, sampling: SamplingParams | None, want: Collection[str]) -> _Plan:
-        """The least that serves what is wanted; on the CPU the settings' values may be looked at for it."""
         asked = set(want)
         scales: dict[str, torch.Tensor] = {}
         forks = sampling is not None and sampling.fork_threshold is not None
         raw = forks or bool({"entropy", "varentropy", "lse", "logprobs", "kl", "confidence"} & asked)
         unit = False
         if sampling is not None:
-            seen = rows.device.type == "cpu"
-            # The tiles' masses are for draws without truncation, and for a top-p of everything.
+            seen = rows.device.type == "cpu"  # values may be inspected
+            # The tiles' masses are needed for draws without truncation, and for top-p without top-k.
             if not seen or bool((~sampling.truncated | ((sampling.top_k == 0) & (sampling.top_p < 1))).any()):
                 unit = raw and seen and bool((sampling.temperature == 1.0).all())
                 if not unit:
@@ -139,10 +127,10 @@ def _reduce(
     scratch: list[torch.Tensor],
     scores: torch.Tensor | None,
 ) -> dict[str, torch.Tensor]:
-    """The numbers of `measure` for a block of rows and columns, by name; "argmax" is `[rows, 1]`, `scores` is filled.
+    """The numbers of `measure` for a block of rows and columns; "argmax" is `[rows, 1]`; `scores` is filled.
 
-    Every sum is over one tile, so that no block's shape changes a bit of it. On the CPU, masks are slow and exp() is:
-    2^x takes a quarter of its time there, and bounds handle −inf.
+    Every sum is over one tile, so the block's shape changes no bit. On the CPU masks and exp() are slow: 2^x takes a
+    quarter of exp()'s time there, and clamping handles −inf.
     """
     count, width = there.stop - there.start, columns.stop - columns.start
     padded = -(-width // TILE) * TILE
@@ -178,7 +166,7 @@ def _reduce(
             b.flatten(1)[:, width:] = -torch.inf
         base_top = b.amax(-1).clamp_(min=FINITE)
         b.sub_(base_top[..., None]).clamp_(min=FINITE)
-        # Each relative to its own top, so that large logits lose no digits. Where d is −inf it has no weight.
+        # Each relative to its own maximum, so that large logits lose no digits. Where d is −inf, its weight is 0.
         torch.clamp(d, min=FINITE, out=difference).sub_(b)
         out["base max"] = base_top
         out["base s"] = b.mul_(_LOG2E).exp2_().sum(-1)
@@ -208,14 +196,11 @@ def _joined(parts: list[dict[str, torch.Tensor]], dim: int) -> dict[str, torch.T
 
 
 def statistics(tiles: dict[str, torch.Tensor], top: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Merge the tiles' sums, each relative to its own maximum, into those of the row: at temperature 1, in nats.
-
-    Args:
-        tiles: What `proxytune.ops.torch_impl.measure.measure` gave.
-        top: `[B]`, the largest logit.
+    """Merge the tiles' sums of `measure` into the row's, given its largest logit `top` `[B]`.
 
     Returns:
-        `[B]` by name, of "log_total" (of e^(z − top)), "lse", "entropy", "varentropy" and "kl" what was measured.
+        `[B]` by name, at temperature 1: "log_total" (log Σ e^(z − top)), "lse", "entropy", "varentropy", "kl", as far
+        as they were measured; nats.
     """
     out: dict[str, torch.Tensor] = {}
     if "s" not in tiles:

@@ -1,4 +1,4 @@
-"""Rows of an embedding, summed in order, in float32."""
+"""`proxytune.ops.mix` in torch: the sum in the order of the candidates, in float32."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def mix_rows(
     own = table.index_select(0, tokens)  # [B, D]
     by_candidate = weights.to(wide).t()[..., None]  # [K, B, 1]
     terms = table.index_select(0, ids.t().flatten()).view(*by_candidate.shape[:2], -1).to(wide)
-    # −0 is what adds nothing: −0 + −0 stays −0, and 0 + −0 does not.
+    # −0, not 0, is the neutral element: x + −0 is x for every x, but −0 + 0 is 0.
     terms = terms.mul_(by_candidate).masked_fill_(by_candidate == 0, -0.0)
     x = terms[0]
-    for term in terms[1:]:  # not by sum(), which has an order of its own
+    for term in terms[1:]:  # not sum(), whose order is its own
         x = x + term
     if noise is not None:
         coordinate = slotted(COORDINATES, torch.arange(table.shape[1], device=table.device))
@@ -39,7 +39,7 @@ def mix_rows(
 
 
 def _squares(x: torch.Tensor) -> torch.Tensor:
-    # Halves upon halves, since the order of sum() depends on the batch on some devices.
+    # Pairwise by halves, since on some devices the order of sum() depends on the batch.
     width = x.shape[1]
     x = torch.nn.functional.pad(x.square(), (0, (1 << (width - 1).bit_length()) - width))
     while x.shape[1] > 1:

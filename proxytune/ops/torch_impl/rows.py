@@ -1,4 +1,4 @@
-"""The members' rows, read in blocks."""
+"""The members' logits of a step, read in blocks and combined."""
 
 from __future__ import annotations
 
@@ -13,53 +13,34 @@ __all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "MemberRows", "block_of", "combin
 
 
 TILE = 1024
-
-
-"""Columns per tile; it keys the noise, so it is part of the contract."""
-
+"""Columns per tile. It keys the noise, so it is part of the contract."""
 
 GROUP = 128
-
-
 """Columns per group maximum."""
 
-
 FINITE = -3.0e38
-
-
-"""A maximum that can be subtracted where all is −inf."""
-
+"""Stands for the maximum of a row of −inf, since −inf − −inf is NaN."""
 
 CLAMP = -200.0
+"""Lower bound of exponents: exp() is 0 below about −104 in float32, and 0 · −inf would be NaN."""
 
-
-"""Exponents from here on: exp() is 0 from about −104 on, and 0 · −inf would be NaN."""
-
-
-# Tiles of a block, for each thread: half a megabyte in float32. Smaller ones spend their time in calls, larger ones
-# only take more memory.
+# Tiles per block and thread on the CPU: half a megabyte of float32. Smaller blocks spend their time in calls, larger
+# ones only take more memory.
 _BLOCK = 128
 
-
-# Elsewhere calls cost more than the memory does: parts of the columns.
+# Parts of the columns per pass on other devices, where calls cost more than memory.
 _PARTS = 8
 
 
 class MemberRows:
-    """The members' rows with their weights, read in parts.
+    """The members' rows with their weights; nothing is computed before `read` or `at`.
 
     Attributes:
         width: The base's number of columns V.
-        device: The base's device; its type says whether values may be looked at without a wait.
+        device: The base's device. On the CPU values may be inspected; elsewhere that would wait for the device.
     """
 
     def __init__(self, members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
-        """Keep the rows; nothing is computed.
-
-        Args:
-            members: `[B, V_i]` each, the base first.
-            weights: One weight per member, or `[B, M]`.
-        """
         self._members = members
         self._base_weight: float | torch.Tensor
         self._weights: Sequence[float] | torch.Tensor
@@ -72,14 +53,7 @@ class MemberRows:
         self.device = members[0].device
 
     def pick(self, index: torch.Tensor) -> MemberRows:
-        """Some of the rows, as rows of their own; no logits are copied before they are read.
-
-        Args:
-            index: `[N]`, int64, on the logits' device: which rows.
-
-        Returns:
-            N rows.
-        """
+        """The rows `index`, `[N]`, int64; no logits are copied before they are read."""
         picked = copy(self)
         picked._index = index if self._index is None else self._index.index_select(0, index)
         picked.count = len(index)
@@ -90,27 +64,11 @@ class MemberRows:
         return picked
 
     def empty(self, count: int) -> torch.Tensor:
-        """Memory beside the rows.
-
-        Args:
-            count: How many numbers.
-
-        Returns:
-            `[count]`, float32, not initialised.
-        """
+        """Uninitialised float32 memory `[count]` on the rows' device."""
         return torch.empty(count, dtype=torch.float32, device=self._members[0].device)
 
     def read(self, rows: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
-        """The combined logits of a block.
-
-        Args:
-            rows: Which rows.
-            columns: Which columns.
-            out: Where they go, `[rows, columns]`, float32.
-
-        Returns:
-            The base's own logits there, `[rows, columns]`, in its dtype.
-        """
+        """Write the combined logits of a block to `out`, float32, and return the base's own there, in its dtype."""
         if self._index is None:
             base, *companions = (x[rows, columns] for x in self._members)
         else:
@@ -124,15 +82,8 @@ class MemberRows:
         return base
 
     def at(self, ids: torch.Tensor) -> torch.Tensor:
-        """The combined logits at some columns of each row.
-
-        Args:
-            ids: `[B, n]`, int64; columns past the end are −inf.
-
-        Returns:
-            `[B, n]`, float32; the same bits as `read` gives.
-        """
-        # On the CPU one look at the ids saves the masks for all members that are wide enough.
+        """The combined logits at columns `ids` `[B, n]`, float32, bit for bit as `read` gives; −inf past the end."""
+        # On the CPU the largest id tells which members are wide enough to need no mask.
         end = int(ids.max()) + 1 if self.device.type == "cpu" else None
 
         def taken(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -141,7 +92,7 @@ class MemberRows:
         def picked(x: torch.Tensor) -> torch.Tensor:
             if end is not None and end <= x.shape[1]:
                 return taken(x, ids)
-            # −inf past a companion's width is "no shift" by the rule, past the base's it is "no such token".
+            # −inf past a companion's width means "no shift", past the base's "no such token".
             return taken(x, ids.clamp(max=x.shape[1] - 1)).masked_fill_(ids >= x.shape[1], -torch.inf)
 
         base, *companions = (picked(x) for x in self._members)
@@ -150,14 +101,7 @@ class MemberRows:
 
 
 def combined(rows: MemberRows) -> torch.Tensor:
-    """The combined logits, made in parts: nothing else of their size is.
-
-    Args:
-        rows: The members' rows.
-
-    Returns:
-        `[B, V]`, float32.
-    """
+    """The combined logits `[B, V]`, float32, computed in parts: no other tensor of that size is made."""
     out = rows.empty(rows.count * rows.width).view(rows.count, rows.width)
     high, wide = block_of(rows)
     if rows.device.type != "cpu":
@@ -170,14 +114,7 @@ def combined(rows: MemberRows) -> torch.Tensor:
 
 
 def first_largest(rows: MemberRows) -> tuple[torch.Tensor, torch.Tensor]:
-    """The argmax alone, on the CPU.
-
-    Args:
-        rows: The members' rows.
-
-    Returns:
-        `[B, 1]`, int64: the first column that holds the maximum, or the first NaN; `[B, 1]`, float32: what is there.
-    """
+    """The first column with the maximum, or the first NaN, `[B, 1]` int64, and its value `[B, 1]`; CPU only."""
     high = min(rows.count, max(1, _BLOCK * torch.get_num_threads() * TILE // rows.width))
     scratch = rows.empty(high * rows.width)
     found = []
@@ -185,7 +122,7 @@ def first_largest(rows: MemberRows) -> tuple[torch.Tensor, torch.Tensor]:
         there = slice(row, min(row + high, rows.count))
         z = scratch[: (there.stop - row) * rows.width].view(-1, rows.width)
         rows.read(there, slice(0, rows.width), z)
-        # NumPy's argmax is vectorised, which torch's is not on the CPU, and tells the first of equal ones as well.
+        # NumPy's argmax is vectorised, unlike torch's on the CPU; both return the first of equal values.
         column = torch.from_numpy(z.numpy().argmax(1, keepdims=True))
         found.append((column, z.gather(1, column)))
     if len(found) == 1:
@@ -195,18 +132,11 @@ def first_largest(rows: MemberRows) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def block_of(rows: MemberRows) -> tuple[int, int]:
-    """The size of the blocks that a pass goes by: on the CPU small enough for the cache, elsewhere everything at once.
-
-    Args:
-        rows: The members' rows.
-
-    Returns:
-        How many rows, and how many tiles of them.
-    """
+    """How many rows and tiles a block has: on the CPU as many as fit the cache, elsewhere all."""
     tiles = -(-rows.width // TILE)
     if rows.device.type != "cpu":
         return rows.count, tiles
     most = _BLOCK * torch.get_num_threads()
     if tiles <= most:
         return min(rows.count, most // tiles), tiles
-    return 1, -(-tiles // -(-tiles // most))  # parts of a row, about equally wide
+    return 1, -(-tiles // -(-tiles // most))  # parts of a row, of about equal width

@@ -1,4 +1,4 @@
-"""Top-k, top-p and min-p exactly, with few tokens looked at: the candidates that can be kept, and the bounds."""
+"""Exact top-k, top-p and min-p from few tokens: the candidates that can be kept, and the bounds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ __all__ = ["Truncation", "largest", "mean_of_largest", "truncate"]
 
 @dataclass(frozen=True, eq=False)
 class Truncation:
-    """What truncation leaves of each row; of no meaning in rows that are not truncated.
+    """What truncation leaves of each row; undefined in rows without truncation.
 
     Attributes:
-        ids: `[B, n]`, int64: the candidates, in the order of their logits; columns past the end are none.
+        ids: `[B, n]`, int64: the candidates, by falling logit; columns past the end are padding.
         z: `[B, n]`, float32: their logits.
         relative: `[B, n]`: (z − top) / T.
-        kept: `[B, n]`, bool: which of them can be drawn.
+        kept: `[B, n]`, bool: which can be drawn.
         log_kept: `[B, 1]`: log Σ e^relative over those.
         lowest: `[B, 1]`: the least z / T that top-k keeps; −inf for all.
         nucleus: `[B, 1]`: the least z / T that top-p keeps; −inf for all.
@@ -37,26 +37,11 @@ class Truncation:
     least: torch.Tensor
 
     def pick(self, index: torch.Tensor | slice) -> Truncation:
-        """What is left of some of the rows.
-
-        Args:
-            index: Which rows, `[N]`, int64.
-
-        Returns:
-            That of N rows.
-        """
+        """What is left of the rows `index`, `[N]`, int64."""
         return Truncation(**{name: x[index] for name, x in vars(self).items()})
 
     def keeps(self, s: torch.Tensor, relative: torch.Tensor) -> torch.Tensor:
-        """Whether logits are within all bounds, be they of candidates or not.
-
-        Args:
-            s: `[B, N]`, float32: logits divided by the temperature.
-            relative: `[B, N]`: logits less the largest, times 1 / T.
-
-        Returns:
-            `[B, N]`, bool.
-        """
+        """Whether tokens are within all bounds, be they candidates or not; s = z / T and `relative`, `[B, N]`."""
         return (s > -torch.inf) & (s >= self.lowest) & (s >= self.nucleus) & (relative >= self.least)
 
 
@@ -68,18 +53,10 @@ def truncate(
     total: torch.Tensor,
     sampling: SamplingParams,
 ) -> Truncation:
-    """Find what is kept.
+    """Find the candidates and the bounds.
 
-    Args:
-        rows: The members' rows.
-        groups: `[B, groups]`, the maxima of the groups.
-        top: `[B]`, the largest logit.
-        temperature: `[B]`.
-        total: `[B]`: Σ e^((z − top) / T) over all columns, where top-p without top-k has to know it.
-        sampling: The settings.
-
-    Returns:
-        The candidates and the bounds.
+    `groups` `[B, groups]` are the groups' maxima; `total` `[B]`, Σ e^((z − top) / T) over all columns, matters for
+    top-p without top-k.
     """
     k, p = sampling.top_k[:, None], sampling.top_p[:, None]  # [B, 1]
     inverse = temperature.reciprocal()[:, None]
@@ -91,7 +68,7 @@ def truncate(
         else:
             ids, floor = torch.arange(rows.width, device=top.device).expand(rows.count, -1), None
         z = rows.at(ids)
-        # The order of transformers: ties are those of the logits divided by T, as rounded.
+        # As in transformers, tokens tie if their logits are equal after the (rounded) division by T.
         s = z / temperature[:, None]
         if floor is None:
             s, order = s.sort(dim=1, descending=True, stable=True)
@@ -102,10 +79,10 @@ def truncate(
         real = s > -torch.inf
         relative = (z - top[:, None]) * inverse
         e = relative.clamp(min=CLAMP).exp() * real
-        reached = e.cumsum(1)  # one after the other, so that a row's sums do not depend on the batch's width
+        reached = e.cumsum(1)  # sequential, so that a row's sums do not depend on the width of the batch
         if floor is None:
             break
-        # Whether the candidates are enough is seen afterwards; if not, more groups.
+        # If these candidates do not suffice, take more groups.
         found = real.sum(1)
         nothing_below = (floor - top) * inverse[:, 0] < sampling.log_min_p
         enough = torch.where(
@@ -132,15 +109,7 @@ def truncate(
 
 
 def largest(keys: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The largest keys, filled up with −inf where there are fewer columns.
-
-    Args:
-        keys: `[B, n]`.
-        draws: How many.
-
-    Returns:
-        `[B, draws]` and their columns, the largest first.
-    """
+    """The `draws` largest of `[B, n]` and their columns, `[B, draws]`, falling; −inf where there are fewer columns."""
     missing = draws - keys.shape[1]
     if missing > 0:
         keys = torch.nn.functional.pad(keys, (0, missing), value=-torch.inf)
@@ -152,17 +121,7 @@ def largest(keys: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def mean_of_largest(rows: MemberRows, groups: torch.Tensor, top: torch.Tensor, count: int) -> torch.Tensor:
-    """The mean of the largest logits of each row, relative to the largest.
-
-    Args:
-        rows: The members' rows.
-        groups: `[B, groups]`, the maxima of the groups.
-        top: `[B]`, the largest logit.
-        count: How many; where fewer are above −inf, these.
-
-    Returns:
-        `[B]`, float32.
-    """
+    """The mean of each row's `count` largest logits (or all above −inf, if fewer), relative to the largest, `[B]`."""
     # The n largest tokens lie in the n groups with the largest maxima.
     best = groups.topk(min(count, groups.shape[1]), dim=1).indices.sort(1).values
     z, _ = largest(rows.at(_members_of(best)), count)
@@ -171,22 +130,17 @@ def mean_of_largest(rows: MemberRows, groups: torch.Tensor, top: torch.Tensor, c
 
 
 def _members_of(groups: torch.Tensor) -> torch.Tensor:
-    """Group numbers `[B, n]` → the columns in them, `[B, n · GROUP]`."""
+    """The columns `[B, n · GROUP]` of groups `[B, n]`."""
     return (groups[..., None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
 
 
 def _candidates(
     groups: torch.Tensor, take: torch.Tensor, temperature: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The columns of the best groups, and a bound of the logits, from which on none is missing in them.
+    """The columns `[B, n]` of the best groups, at least `take` per row, and a bound `[B]` of the logits.
 
-    Args:
-        groups: `[B, groups]`.
-        take: `[B]`, how many groups at least.
-        temperature: `[B]`; what ties with the bound after the division by it is taken as well.
-
-    Returns:
-        Columns `[B, n]` and the bound `[B]`, which is −inf where every group is taken.
+    Every column whose logit reaches the bound, or ties with it after the division by T, is among them. The bound is
+    −inf if all groups are taken.
     """
     count = groups.shape[1]
     take = take.clamp(max=count)
@@ -197,6 +151,6 @@ def _candidates(
     t = temperature[:, None]
     live = (groups / t >= floor[:, None] / t) & (groups > -torch.inf)
     width = max(1, int(live.sum(1).max()))
-    # In the order of the columns; rows with fewer live groups are filled up with columns past the end.
+    # In the order of the columns; rows with fewer live groups are padded with columns past the end.
     number = torch.arange(count, device=groups.device).masked_fill(~live, count)
     return _members_of(number.topk(width, dim=1, largest=False).values.sort(1).values), floor

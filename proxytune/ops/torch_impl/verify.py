@@ -1,13 +1,9 @@
-"""Lossless verification of drafts in torch: what `ops.verify` does where there is no Triton, and what it means.
+"""`proxytune.ops.verify` in torch: the reference, used where Triton cannot run. See there for rule and sources.
 
-A draft x, drawn from q, is accepted with probability min(1, p(x) / q(x)); after the first that is not, a token is drawn
-from the residual max(0, p − q) / Σ max(0, p − q), and after the last of them from p. What comes out is distributed as
-if every token had been drawn from p (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318).
-
-The rows are measured as for a draw, once all positions together; from then on one row for each text is left. Where no
-draft stood in the way its draw is `proxytune.ops.torch_impl.draw.draw`, to the bit. The residual is drawn in the same
-two levels, tiles and tokens, or among the truncation's candidates, but with words of noise of its own: the draft's own
-words would not be independent of the draft. On the CPU the residual is made block by block.
+All positions are measured at once; then one row per text is left. A token drawn where no draft stood equals
+`proxytune.ops.torch_impl.draw.draw` to the bit. The residual is drawn in the same two levels, or among the truncation's
+candidates, but with other words of the noise, since the draft's own words are not independent of the draft. On the CPU
+the residual is computed block by block.
 """
 
 from __future__ import annotations
@@ -27,27 +23,20 @@ from proxytune.ops.torch_impl.truncate import largest
 __all__ = ["judge"]
 
 _WORD = 1
-"""The word of the noise's that the draw after a rejected draft takes; drafts and other draws take word 0."""
+"""The word of the noise used by the draw after a rejected draft; drafts and other draws use word 0."""
 
 
 @torch.no_grad()
 def judge(
     rows: MemberRows, draft: MemberRows | None, drafted: torch.Tensor, sampling: SamplingParams, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accept or reject drafts, and draw the token after them.
+    """Accept or reject drafts `[B, K]` and draw the token after them, as `proxytune.ops.VerifyOutput` says.
 
-    Args:
-        rows: The members' rows, B · (K + 1) of them, those of a text next to each other.
-        draft: The rows that the drafts were drawn from, B · K; None if they are given.
-        drafted: `[B, K]`, int64: the drafts; −1, from there on, for none.
-        sampling: The settings, `[B]`.
-        noise: The keys of the noise, `[B]`, at the positions of the first drafts.
-
-    Returns:
-        "tokens" `[B, K + 1]` and "accepted" `[B]` of `proxytune.ops.VerifyOutput`.
+    `rows` are the B · (K + 1) rows of the members, those of a text next to each other; `draft` the B · K rows that the
+    drafts were drawn from, None if they were not drawn; `noise` the keys `[B]` at the positions of the first drafts.
     """
     count, most = drafted.shape
-    seen = rows.device.type == "cpu"
+    on_cpu = rows.device.type == "cpu"
     texts = torch.arange(count, device=drafted.device)
     target = _Measured.of(rows, sampling, most + 1)
     x = torch.nn.functional.pad(drafted, (0, 1), value=-1)  # [B, K + 1]
@@ -58,26 +47,26 @@ def judge(
         proposal = _Given(drafted)
     at = texts.repeat_interleave(most + 1)
     step = torch.arange(most + 1, device=drafted.device).repeat(count)
-    wish = noise.pick(at).at(noise.position.index_select(0, at) + step).uniform(DECISIONS).view_as(x)  # (0, 1]
-    # A draft beyond both, −inf − −inf, is NaN and rejected.
-    agreed = proposal.real & (wish <= (logp - proposal.logprobs).exp())  # [B, K + 1]
-    accepted = agreed.long().cumprod(1).sum(1)  # the last column holds no draft
-    refused = proposal.real.gather(1, accepted[:, None])[:, 0]  # [B]: a draft stood where a token is now drawn
+    threshold = noise.pick(at).at(noise.position.index_select(0, at) + step).uniform(DECISIONS).view_as(x)  # (0, 1]
+    # −inf − −inf (a draft that neither can draw) is NaN, hence rejected.
+    passed = proposal.real & (threshold <= (logp - proposal.logprobs).exp())  # [B, K + 1]
+    accepted = passed.long().cumprod(1).sum(1)  # the last column holds no draft
+    refused = proposal.real.gather(1, accepted[:, None])[:, 0]  # [B]: whether a draft was rejected there
 
     keys = noise.at(noise.position + accepted)
     final = torch.full_like(accepted, -1)
-    for kind, some in ((False, ~refused), (True, refused)):
-        which = some.nonzero()[:, 0] if seen else texts
-        if seen and not len(which):
+    for rejected, selected in ((False, ~refused), (True, refused)):
+        which = selected.nonzero()[:, 0] if on_cpu else texts
+        if on_cpu and not len(which):
             continue
         of = target.pick(which * (most + 1) + accepted[which])
         own, streams = sampling.pick(which), keys.pick(which)
-        if kind:
+        if rejected:
             drawn = _draw_residual(of, proposal.pick(which, accepted[which]), own, streams)
         else:
             drawn = draw(of.rows, of.tiles, of.entropy, of.top, own, streams, 1)["tokens"][:, 0]
         drawn = drawn.masked_fill(of.undecided, -1)
-        final = final.index_copy(0, which, drawn) if seen else torch.where(some, drawn, final)
+        final = final.index_copy(0, which, drawn) if on_cpu else torch.where(selected, drawn, final)
     place = torch.arange(most + 1, device=drafted.device)
     tokens = torch.where(place < accepted[:, None], x, torch.where(place == accepted[:, None], final[:, None], -1))
     return tokens, accepted
@@ -85,7 +74,7 @@ def judge(
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """Rows that were passed over once, and what they are drawn from."""
+    """Measured rows and the distributions they are drawn from."""
 
     rows: MemberRows
     tiles: dict[str, torch.Tensor]
@@ -96,7 +85,7 @@ class _Measured:
 
     @classmethod
     def of(cls, rows: MemberRows, sampling: SamplingParams, each: int) -> _Measured:
-        """Measure rows of which each text has as many."""
+        """Measure rows; `each` neighbouring rows belong to one text and have its settings."""
         sampling = sampling.pick(torch.arange(rows.count, device=sampling.temperature.device) // each)
         tiles = measure(rows, sampling, ())
         top = tiles["max"].amax(1)  # [B]
@@ -105,7 +94,6 @@ class _Measured:
         return cls(rows, tiles, entropy, top, law, (top == torch.inf) | (top == FINITE))
 
     def pick(self, index: torch.Tensor) -> _Measured:
-        """Some of the rows."""
         return _Measured(
             self.rows.pick(index),
             {name: x.index_select(0, index) for name, x in self.tiles.items()},
@@ -116,13 +104,13 @@ class _Measured:
         )
 
     def logprobs(self, ids: torch.Tensor) -> torch.Tensor:
-        """Of tokens `[B, n]`, nats: −inf for what cannot be drawn, no token at all included; NaN without a law."""
+        """Log-probabilities of tokens `[B, n]`; −inf for what cannot be drawn or no id; NaN without a distribution."""
         outside = (ids < 0) | (ids >= self.rows.width)
         found = self.law.logprobs(self.rows.at(ids.masked_fill(outside, self.rows.width)))
         return found.masked_fill_(self.undecided[:, None], torch.nan)
 
     def probabilities(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
-        """Of a block, `[rows, columns]`; 0 past the width. `out` is memory for it."""
+        """The probabilities of a block `[rows, columns]`, written to `out`; 0 past the width."""
         inside = max(0, min(self.rows.width, columns.stop) - columns.start)
         if inside:
             self.rows.read(there, slice(columns.start, columns.start + inside), out[:, :inside])
@@ -133,8 +121,8 @@ class _Measured:
 class _Drawn:
     """Drafts that were drawn from rows of logits.
 
-    A row that has no distribution says nothing about how its draft came about. No law can be restored from it, and none
-    has to be: whatever the draft is, it is ignored, and the token is drawn from p, as where there is no draft.
+    If such a row has no distribution, nothing is known of how its draft came about: the draft counts as missing, and
+    the token is drawn from p.
     """
 
     def __init__(self, measured: _Measured, drafted: torch.Tensor) -> None:
@@ -146,22 +134,21 @@ class _Drawn:
         self.logprobs = pad(measured.logprobs(drafted.reshape(-1, 1)).view_as(drafted), (0, 1))  # [B, K + 1]
 
     def pick(self, which: torch.Tensor, accepted: torch.Tensor) -> _Drawn:
-        """The one row of each text that matters; rows of no meaning where all drafts were accepted."""
+        """The rejected draft's row of each text; undefined where all drafts were accepted."""
         picked = object.__new__(_Drawn)
         picked._measured = self._measured.pick(which * self._most + accepted.clamp(max=self._most - 1))
         return picked
 
     def at(self, ids: torch.Tensor) -> torch.Tensor:
-        """Probabilities of tokens `[B, n]`."""
+        """The probabilities q of tokens `[B, n]`."""
         return self._measured.logprobs(ids).exp_()
 
     def block(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
-        """Probabilities of a block, `[rows, columns]`."""
         return self._measured.probabilities(there, columns, out)
 
 
 class _Given:
-    """Drafts that were not drawn: q(x) = 1. Also right for drafts drawn with word 0 of the noise, from whatever."""
+    """Drafts that were not drawn: q(x) = 1. Also right for drafts drawn with word 0 of the noise, from any row."""
 
     def __init__(self, drafted: torch.Tensor) -> None:
         self._drafted = torch.nn.functional.pad(drafted, (0, 1), value=-1)
@@ -169,17 +156,16 @@ class _Given:
         self.logprobs = torch.zeros_like(self._drafted, dtype=torch.float32)
 
     def pick(self, which: torch.Tensor, accepted: torch.Tensor) -> _Given:
-        """The one draft of each text that matters."""
+        """The rejected draft of each text."""
         picked = object.__new__(_Given)
         picked._drafted = self._drafted.index_select(0, which).gather(1, accepted[:, None])
         return picked
 
     def at(self, ids: torch.Tensor) -> torch.Tensor:
-        """Probabilities of tokens `[B, n]`: 1 or 0."""
+        """The probabilities q of tokens `[B, n]`: 1 or 0."""
         return (ids == self._drafted).float()
 
     def block(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
-        """Probabilities of a block, `[rows, columns]`."""
         return (torch.arange(columns.start, columns.stop, device=out.device) == self._drafted[there]).float()
 
 
@@ -187,10 +173,10 @@ _Proposal = _Drawn | _Given
 
 
 def _draw_residual(target: _Measured, proposal: _Proposal, sampling: SamplingParams, noise: Noise) -> torch.Tensor:
-    """Draw from max(0, p − q), one token per row, `[B]`.
+    """Draw from max(0, p − q), one token per row, `[B]`; from p where that is 0 throughout.
 
-    Where that is 0 throughout, p is q to rounding, and a rejected draft would have been accepted with one more digit.
-    A draw from p has the right law then, since it does not depend on the draft.
+    In the latter case p equals q to rounding, and one more digit would have accepted the draft. Drawing from p is right
+    then, since that draw does not depend on the draft.
     """
     choices = []
     if sampling.some_truncated:
@@ -218,13 +204,13 @@ def _draw_residual(target: _Measured, proposal: _Proposal, sampling: SamplingPar
 
 
 def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """`max(0, p − q)`, `[B, n]`, or p in rows in which that is 0 throughout."""
+    """`max(0, p − q)`, `[B, n]`; p in rows where that is 0 throughout."""
     rest = (p - q).clamp_(min=0.0)
     return torch.where((rest > 0).any(1, keepdim=True), rest, p)
 
 
 def _masses(target: _Measured, proposal: _Proposal) -> torch.Tensor:
-    """The residual's mass in every tile, `[B, tiles]`, block by block; 0 in all of a row where p is q to rounding."""
+    """The residual's mass per tile, `[B, tiles]`, block by block; all 0 in rows where p equals q to rounding."""
     rows = target.rows
     tiles = -(-rows.width // TILE)
     high, wide = block_of(rows)
@@ -234,7 +220,7 @@ def _masses(target: _Measured, proposal: _Proposal) -> torch.Tensor:
         there = slice(row, min(row + high, rows.count))
         for tile in range(0, tiles, wide):
             end = min(tile + wide, tiles)
-            columns = slice(tile * TILE, end * TILE)  # in whole tiles, the last one filled up
+            columns = slice(tile * TILE, end * TILE)  # whole tiles, the last one padded
             shape = (there.stop - there.start, columns.stop - columns.start)
             z, y = (x[: shape[0] * shape[1]].view(shape) for x in (ours, theirs))
             p = target.probabilities(there, columns, z)
