@@ -1,7 +1,4 @@
-"""Keys made of a purpose, a prompt and numbers, and noise that is a function of them; for NumPy, without torch.
-
-As in `proxytune.ops.noise`, nothing is drawn from a generator's state: what was asked before changes nothing.
-"""
+"""Keyed noise for NumPy, without torch: a function of purpose, prompt and numbers, not of a generator's state."""
 
 from __future__ import annotations
 
@@ -33,10 +30,10 @@ def prompt_key(prompt: str | Ids) -> PromptKey:
 
 
 def key_of(purpose: str, prompt: str | Ids, *numbers: int) -> int:
-    """128 bits of a key; which two keys share them is chance.
+    """A 128-bit hash of a purpose, a prompt and numbers.
 
     Args:
-        purpose: What it is for: different purposes have different bits.
+        purpose: What the noise is for; different purposes have independent noise.
         prompt: The prompt.
         *numbers: E.g. the seed and the round.
 
@@ -53,32 +50,23 @@ def key_of(purpose: str, prompt: str | Ids, *numbers: int) -> int:
 def round_key(purpose: str, prompt: str | Ids, round: int, seed: int) -> int:
     """The key of a decision about a prompt in a round.
 
-    Args:
-        purpose: Which decision.
-        prompt: The prompt.
-        round: The number of the round.
-        seed: The seed.
-
-    Returns:
-        The key.
-
     Raises:
-        InputError: If the round is no whole number of at least 0, or the seed is none.
+        InputError: If `round` is not a whole number of at least 0, or `seed` is not a whole number.
     """
     seed = whole("seed", seed, "", least=None, remedy="Pass e.g. seed=0.")
     return key_of(purpose, prompt, seed, whole("round", round, "that counts the rounds"))
 
 
 def keyed_uniforms(key: int, count: int) -> NDArray[np.float64]:
-    """Uniform variates that are a function of their key; more of them leave the first ones as they are.
+    """Uniform variates that are a function of their key; a larger `count` keeps the first ones.
 
     Args:
-        key: In [0, 2¹²⁸), of `key_of`.
+        key: In [0, 2¹²⁸), from `key_of`.
         count: How many.
 
     Returns:
         `[count]`, float64, in (0, 1), both ends excluded.
     """
-    # Raw words: of them NumPy promises that they stay the same between versions, of its distributions it does not.
+    # NumPy keeps raw words stable between versions, but not its distributions.
     words = np.random.Philox(key=key).random_raw(count)
     return ((words >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52
