@@ -1,4 +1,4 @@
-"""The methods that the throughput bench compares, each prepared outside of the time that is taken."""
+"""The methods that the throughput bench compares; their preparation is not timed."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ NAIVE, PROCESSOR = "naive loop", "processor door"
 COMPOSITE, FUSED = "composite door", "fused loop"
 OVERLAP, GRAPHS, SPECULATION = "fused, overlap", "fused, graphs", "speculation"
 RATES = (0.0, 0.5, 0.7, 0.9)
-"""Acceptances that are planted where the models are random."""
+"""Acceptances planted in random models."""
 TRIO = ("base", "expert", "antiexpert")
 Kind = Literal["alone", "steered", "speculation"]
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a run gave.
+    """The result of a run.
 
     Attributes:
         sequences: `[B, T + new]`, int64.
-        rounds: Of speculation; None for the others.
-        acceptance: Of speculation, of the tokens that were decided upon; None for the others.
+        rounds: Rounds of speculation; None for other methods.
+        acceptance: Accepted share of the draft tokens that were tested; None for other methods.
     """
 
     sequences: torch.Tensor
@@ -61,7 +61,7 @@ class Ran:
 
 
 Run = Callable[[torch.Tensor, GenerationConfig, FirstToken], Ran]
-"""From `[B, T]` ids to what came out; the criterion is told of each token."""
+"""From `[B, T]` ids to the result; the criterion is called for each token."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Method:
     """A way to generate.
 
     Attributes:
-        name: In the table.
-        kind: A model alone, one that is steered token by token, or speculation.
+        name: Its name in the table.
+        kind: A model alone, token-by-token steering, or speculation.
         roles: The models that it runs.
-        prepare: Makes what runs it once; not timed.
-        missing: Why it cannot run; None where it can.
-        rate: The acceptance that is planted; None for the models' own, and for methods without a draft.
-        hooked: Whether its passes can be counted by hooks, which a compiled pass would be compiled with.
+        prepare: Makes the function to time.
+        missing: Why it cannot run on a subject; None if it can.
+        rate: The planted acceptance; None for the models' own, and for methods without a draft.
+        hooked: Whether its passes can be counted by hooks; in a compiled pass they would be compiled too.
     """
 
     name: str
@@ -91,12 +91,9 @@ def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: boo
     """All methods, in the order of the table.
 
     Args:
-        subject: The models: a trained family has the acceptance that it has.
-        rates: What is planted in a random one.
+        subject: The models.
+        rates: Acceptances planted in random models; a trained family keeps its own.
         graphs: Whether companions may be compiled, which takes minutes.
-
-    Returns:
-        The methods.
     """
     drafts: list[float | None] = [None] if subject.trained else [*rates]
     return [
@@ -138,11 +135,11 @@ def generated(
         loop: For `custom_generate`; None for transformers' own.
         ids: `[B, T]`, int64, without padding.
         config: The settings.
-        told: Is told of each token.
-        **settings: For the one method that has a setting of its own.
+        told: Called for each token.
+        **settings: Extra arguments of `generate()`.
 
     Returns:
-        The output, as an object.
+        The output object of `generate()`.
     """
     return model.generate(
         ids,
@@ -171,7 +168,7 @@ def _naive(subject: Subject) -> Run:
 
 
 def _processor(subject: Subject) -> Run:
-    # A new one each time: its companions would find the prompt in their caches.
+    # A new one each time, or its companions would find the prompt in their caches.
     companions = {role: subject.models[role] for role in TRIO[1:]}
     processor = ProxyTuningLogitsProcessor(**companions, alpha=subject.alpha, check_vocabulary=False)
     processor.overlap = False
@@ -204,7 +201,7 @@ def _steered(loop: Callable[[], Any], *, overlap: bool | None) -> Callable[[Subj
 
 
 def _compiled(subject: Subject) -> Run:
-    # Once: it serves static caches only, which no other method has.
+    # Compiled once; it only affects static caches, which no other method uses.
     model: Any = subject.steered
     if not subject.compiled:
         model.compile_members(roles=("expert", "antiexpert"))
