@@ -2,9 +2,9 @@
 
 ::
 
-    python benches/readme.py --measure   run the demo and the README's code again, and keep what they say
+    python benches/readme.py --measure   run the demo and the README's code again, and keep the results
     python benches/readme.py --write     fill the blocks
-    python benches/readme.py --check     exit with 1 if a block is not what --write would make of it
+    python benches/readme.py --check     exit with 1 if a block differs from what --write would make
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def losses() -> str:
 
 
 def seeds() -> str:
-    """The gap closed by families trained with other seeds, on more problems than the demo asks."""
+    """The gap closed by families of other training seeds, on more problems than the demo asks."""
     families = load("lab_seeds.json")["per_seed"]
     shown = (("chain", "strict"), ("qa", "strict"), ("countdown", "lenient"))
     totals = {task: families[0]["rows"][0]["scores"][task]["strict"]["problems"] for task, _ in shown}
@@ -138,7 +138,7 @@ def seeds() -> str:
 
 
 def kernels() -> str:
-    """What a decision costs, at one vocabulary; all cells are in the JSON."""
+    """The cost of a decision at one vocabulary size; all cells are in the JSON."""
     _find_benches()
     from bench_kernels import kernels_table
 
@@ -149,7 +149,7 @@ def kernels() -> str:
 
 
 def forks() -> str:
-    """What the bench of forks found."""
+    """The results of `bench_forks.py`."""
     _find_benches()
     from _forks.report import forks_block
 
@@ -157,7 +157,7 @@ def forks() -> str:
 
 
 def latent() -> str:
-    """What the bench of latent steps and recursion found."""
+    """The results of `bench_latent.py`."""
     _find_benches()
     from _latent.report import latent_block
 
@@ -165,7 +165,7 @@ def latent() -> str:
 
 
 def throughput() -> str:
-    """What a steered token costs."""
+    """The results of `bench_throughput.py`."""
     _find_benches()
     from bench_throughput import throughput_table
 
@@ -173,7 +173,7 @@ def throughput() -> str:
 
 
 def overlap() -> str:
-    """What running members at the same time brings on a CPU."""
+    """The results of `bench_overlap.py`."""
     _find_benches()
     from bench_overlap import overlap_table
 
@@ -181,13 +181,13 @@ def overlap() -> str:
 
 
 def _find_benches() -> None:
-    """Let the benches beside this file be imported, also where this file was loaded by its path."""
+    """Make the benches beside this file importable, even if this file was loaded by its path."""
     if str(ROOT / "benches") not in sys.path:
         sys.path.insert(0, str(ROOT / "benches"))
 
 
 def wrapped(text: str) -> str:
-    """Text with its long lines broken, tables left as they are."""
+    """Text with its long lines wrapped; tables are left as they are."""
     return "\n".join(
         textwrap.fill(line, WIDTH, break_on_hyphens=False) if line and not line.startswith("|") else line
         for line in text.split("\n")
@@ -208,7 +208,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README with every block made anew."""
+    """The README with every block regenerated."""
 
     def fill(found: re.Match[str]) -> str:
         if found["name"] not in BLOCKS:
@@ -227,7 +227,7 @@ def measure() -> None:
 
 
 def weights() -> dict[str, str]:
-    """The hashes of the bundled family: figures of other weights are not this README's."""
+    """The hashes of the bundled family, since the README's figures belong to these weights."""
     folder = ROOT / "proxytune" / "demo" / "weights"
     return {
         member: hashlib.sha256((folder / member / "model.safetensors").read_bytes()).hexdigest()
@@ -236,7 +236,7 @@ def weights() -> dict[str, str]:
 
 
 def run(program: str) -> str:
-    """What a program prints."""
+    """The output of a program."""
     return subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
 
 

@@ -1,4 +1,4 @@
-"""What `results/forks.json` says, as the tables of the README."""
+"""`results/forks.json` as the tables of the README."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODELS = {"tuned": "tuned", "collapsed": "collapsed twin"}
 
 
 def points(value: dict[str, float], *, sign: bool = True) -> str:
-    """A share with its interval, in points of a hundred."""
+    """A share with its interval, in percentage points."""
     form = "{:+.1f}" if sign else "{:.1f}"
     return f"{form} [{form}, {form}]".format(*(100 * value[end] for end in ("value", "low", "high")))
 
@@ -48,7 +48,7 @@ def votes_table(record: dict[str, Any]) -> list[str]:
 
 
 def sampling_table(record: dict[str, Any]) -> list[str]:
-    """Countdown: what was compared with plain sampling for as many tokens, at the plain temperature best for it."""
+    """Countdown: differences to plain sampling at its best temperature, for the same number of tokens."""
     over = record["over seeds"]
     lines = [
         "| Countdown, minus plain sampling at its best temperature for as many tokens | "
@@ -80,7 +80,7 @@ def number(value: dict[str, float]) -> str:
 
 
 def collapse_sentence(record: dict[str, Any]) -> str:
-    """What the policy gradient did."""
+    """The effect of the policy gradient."""
     rates = {
         model: {
             k: fmean(run["spreads"]["independent"][f"k={k}"]["coverage"]["value"] for run in record["per seed"][model])
@@ -95,7 +95,7 @@ def collapse_sentence(record: dict[str, Any]) -> str:
 
 
 def lengths_table(record: dict[str, Any]) -> list[str]:
-    """Accuracy of a sample by how long it was made, and of votes."""
+    """Accuracy of a sample by how long it was made."""
     runs = record["per seed"]["lengths"]
     ways = ["as it comes", *(f"at least {n} more" for n in (1, 3, 5)), "at most 40 tokens"]
     lines = ["| a sample is right, % | " + " | ".join(ways) + " |", "|---|" + "--:|" * len(ways)]
@@ -106,7 +106,7 @@ def lengths_table(record: dict[str, Any]) -> list[str]:
 
 
 def confidence_table(record: dict[str, Any]) -> list[str]:
-    """DeepConf against the majority, and what the calibration set said."""
+    """DeepConf against the majority, and the vote chosen on the calibration set."""
     runs = record["per seed"]["confidence"]
     shown = ("majority, 8", "deepconf 90, 8", "deepconf 50, 8", "deepconf 10, 8")
     lines = [
@@ -149,14 +149,7 @@ def allocation_table(record: dict[str, Any]) -> list[str]:
 
 
 def forks_block(record: dict[str, Any]) -> str:
-    """Everything, in the order of the README.
-
-    Args:
-        record: What `bench_forks.py --write` wrote.
-
-    Returns:
-        Markdown.
-    """
+    """All tables, in the order of the README, from what `bench_forks.py --write` wrote."""
     detection = record["per seed"]["detection"]
     taught = [run["target share as taught"] for run in detection]
     fifth = [run["target share 20 %"] for run in detection]

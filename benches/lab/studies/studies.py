@@ -1,9 +1,9 @@
-"""Three more models of the lab, each trained from a member of a family to have one property that a study is about.
+"""Three more models of the lab, each trained from a member of a family to have one property for a study.
 
 ============== ==================== ===================================================================================
 `"routes"`      from `large-base`    answers with forks that are known by construction (`lab.studies.routes`)
 `"ponder"`      from `large-base`    answers that get worse, or better, the longer they are (`lab.studies.pondering`)
-`"collapsed"`   from `large-tuned`   Countdown by a policy gradient without restraint (`lab.studies.collapse`)
+`"collapsed"`   from `large-tuned`   Countdown by a policy gradient without regularisation (`lab.studies.collapse`)
 ============== ==================== ===================================================================================
 """
 
@@ -58,7 +58,7 @@ class StudyRecipe:
         default_factory=lambda: {
             "routes": TrainingPlan(400, 1e-3, optimizer="adamw", warmup=10, decay=0.7),
             "ponder": TrainingPlan(900, 1.5e-3, optimizer="adamw", warmup=10, decay=0.7),
-            # Long enough that the best of 64 samples has become worse, which is what the study is about.
+            # Long enough that the best of 64 samples gets worse, the subject of the study.
             "collapsed": TrainingPlan(250, 3e-4, optimizer="adamw", warmup=10, decay=0.2, checkpoint_every=50),
         }
     )
@@ -77,15 +77,15 @@ def train_studies(
     Args:
         out: Folder; each model gets a sub-folder of its name.
         seed: Training seed: examples, their order, the draws of the policy gradient.
-        family: Folder of the family they start from [the bundled one].
-        recipe: What to train [the shipped recipe].
-        studies: Which.
+        family: Folder of the family they start from; None for the bundled one.
+        recipe: What to train; None for the shipped recipe.
+        studies: The studies to train.
 
     Returns:
-        What each cost.
+        The cost of each.
 
     Raises:
-        LabError: `out` holds checkpoints of another seed, family or recipe.
+        LabError: If `out` holds checkpoints of another seed, family or recipe.
     """
     recipe = recipe or StudyRecipe()
     wanted = {"seed": seed, "family": None if family is None else str(family), "recipe": asdict(recipe)}
@@ -104,17 +104,13 @@ def bundled_study(name: StudyName) -> Path:
 
 
 def load_study(name: StudyName, folder: Path | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Open the model of a study.
-
-    Args:
-        name: Which.
-        folder: A folder that `train_studies` wrote [the bundled weights, of "routes" and "collapsed" only].
+    """Load the model of a study, from a folder that `train_studies` wrote or from the bundled weights (not "ponder").
 
     Returns:
         The model in float32 and evaluation mode, and its tokenizer, which pads on the left.
 
     Raises:
-        LabError: It is not there.
+        LabError: If it is missing.
     """
     place = bundled_study(name) if folder is None else folder / name
     if not (place / "config.json").exists():
