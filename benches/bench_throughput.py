@@ -78,7 +78,7 @@ def floors_table(floors: Sequence[dict[str, Any]]) -> str:
     rates = [one["acceptance"] for one in floors[0]["speculation"]]
     heads = ["three passes per token", *(f"speculation, {rate:g} accepted" for rate in rates if rate)]
     lines = [
-        "| bytes per token, tuned = 1 (drafted tokens) | " + " | ".join(heads) + " |",
+        "| bytes per token, tuned = 1 (draft length) | " + " | ".join(heads) + " |",
         "|---|" + "--:|" * len(heads),
     ]
     for one in floors:

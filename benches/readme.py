@@ -57,7 +57,7 @@ def quickstart() -> str:
     said = load("quickstart.json")
     return (
         f"```python\n{code(load('demo.json')['alpha'])}```\n\n```text\n{said['proxy']}\n```\n\n"
-        f"At `alpha=0.0` it is the base, which says:\n\n```text\n{said['base']}\n```"
+        f"With `alpha=0.0` the model is the base, which answers:\n\n```text\n{said['base']}\n```"
     )
 
 
@@ -86,8 +86,9 @@ def table() -> str:
     lines.append(f"| gap closed, % | {cells} | | |")
     caption = (
         f"Held-out problems, greedy decoding, α = {record['alpha']:g} (chosen on other problems), 95 % intervals in "
-        "brackets. Strict: exactly the taught form; lenient: the right content in any form. Gap closed: from base, "
-        "0-shot, to tuned directly; *no gap* where tuning gained nothing measurable. Tokens/s: batches of "
+        "brackets. Strict: exactly the taught form; lenient: the right content in any form. Gap closed: the proxy's "
+        "share of the gain from base, 0-shot, to tuned directly; *no gap* if tuning gained nothing measurable. "
+        "Tokens/s: batches of "
         f"{record['speed']['batch']}, CPU threads: {record['threads']}, "
         f"torch {record['torch']}. The demo took {record['seconds']:.0f} s."
     )
@@ -104,13 +105,13 @@ def losses() -> str:
         return f"{percent(score['rate'], score['interval'])} %"
 
     points = (
-        f"**Speed matters most.** Every token is a pass through three models: {proxy['tokens_per_second']:,} tokens/s "
-        f"here, against {base['tokens_per_second']:,} of the base alone.",
-        "**The base cannot do it either.** The shift brings out what the base has in it. On Countdown, a search "
-        f"problem, nobody gets far: the base {rate(base, 'countdown')} ({rate(shots, 'countdown')} with 3 shots), the "
-        f"proxy {rate(proxy, 'countdown')}, the tuned model {rate(tuned, 'countdown')}. There the gap is mostly the "
-        "form of the answer; the search itself is hardly in the base, and neither tuning nor the shift adds it.",
-        "**A prompt of a few solved examples is enough.** Where the form does not matter, the base with 3 shots has "
+        f"**Speed matters most.** Every token needs a pass through three models: {proxy['tokens_per_second']:,} "
+        f"tokens/s here, against {base['tokens_per_second']:,} for the base alone.",
+        "**The base lacks the skill.** The shift only brings out what the base can do. On Countdown, a search problem, "
+        f"no model gets far: the base has {rate(base, 'countdown')} right ({rate(shots, 'countdown')} with 3 shots), "
+        f"the proxy {rate(proxy, 'countdown')}, the tuned model {rate(tuned, 'countdown')}. There the gap is mostly "
+        "the form of the answer; the base can hardly search, and neither tuning nor the shift teaches it.",
+        "**A few solved examples in the prompt are enough.** If the form does not matter, the base with 3 shots gets "
         f"{rate(shots, 'chain')} of the chains and {rate(shots, 'qa')} of the questions right, without a second model.",
     )
     return "\n".join(
@@ -254,7 +255,9 @@ def main() -> None:
     elif wanted.check and new != text:
         sys.exit("README.md is stale: run `python benches/readme.py --write` and commit it")
     elif wanted.check and load("demo.json")["weights"] != weights():
-        sys.exit("the figures are of other weights: run `python benches/readme.py --measure --write` and commit them")
+        sys.exit(
+            "the figures belong to other weights: run `python benches/readme.py --measure --write` and commit them"
+        )
 
 
 if __name__ == "__main__":

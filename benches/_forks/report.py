@@ -7,11 +7,11 @@ from statistics import fmean
 from typing import Any
 
 VOTES = {
-    "equal": "all leaves alike",
-    "p-weighted": "by their probabilities",
+    "equal": "all leaves equal",
+    "p-weighted": "weighted by probability",
     "exact": "exact (Kool et al.)",
     "as many independent samples": "as many independent samples",
-    "independent samples for as many tokens": "independent samples for as many tokens",
+    "independent samples for as many tokens": "independent samples, equal tokens",
 }
 METHODS = ("fork tree", "random tree", "start", "siblings, repulsion 0.5", "siblings, repulsion 2")
 MODELS = {"tuned": "tuned", "collapsed": "collapsed twin"}
@@ -34,7 +34,7 @@ def votes_table(record: dict[str, Any]) -> list[str]:
     runs = record["per seed"]["votes"]
     lines = [
         f"| vote over a tree of {runs[0]['leaves at most']} leaves | share of the likeliest answer: error, points | "
-        "in standard errors, per seed | root-mean-square error | winner is the likeliest, % |",
+        "in standard errors, per seed | root-mean-square error | winner is the likeliest answer, % |",
         "|---|--:|--:|--:|--:|",
     ]
     for key, name in VOTES.items():
@@ -51,11 +51,11 @@ def sampling_table(record: dict[str, Any]) -> list[str]:
     """Countdown: differences to plain sampling at its best temperature, for the same number of tokens."""
     over = record["over seeds"]
     lines = [
-        "| Countdown, minus plain sampling at its best temperature for as many tokens | "
+        "| Countdown, difference to plain sampling at its best temperature, equal tokens | "
         + " | ".join(
             f"{name}: {what}"
             for name in MODELS.values()
-            for what in ("some sample is right, points", "different solutions")
+            for what in ("some sample is right, points", "distinct solutions")
         )
         + " |",
         "|---|" + "--:|" * (2 * len(MODELS)),
@@ -158,20 +158,20 @@ def forks_block(record: dict[str, Any]) -> str:
         f"forks by construction. A threshold calibrated to that share finds them with precision "
         f"{span([one['precision'] for one in taught])} and recall {span([one['recall'] for one in taught])}; one "
         f"calibrated to 20 %, with precision {span([one['precision'] for one in fifth])}: a target share above the "
-        "real one makes forks of whatever comes next."
+        "real one marks tokens as forks that are none."
     )
     trees = record["per seed"]["votes"]
     costs = span([100 * tree["tokens of a tree"] / tree["tokens of as many samples"] for tree in trees], 0)
     votes = (
-        f"**Votes.** {trees[0]['routes']} routes, {trees[0]['trees of each']} trees of each, three models. The truth "
-        f"is enumerated; a tree costs {costs} % of the tokens of as many samples."
+        f"**Votes.** {trees[0]['routes']} routes, {trees[0]['trees of each']} trees of each, three models. The true "
+        f"distribution is enumerated. A tree costs {costs} % of the tokens of as many samples."
     )
     sizes = record["sizes"]["spreads"]
     countdown = (
-        f"**Two temperatures, trees and siblings.** {sizes['count']} test problems; knobs chosen on others; the tuned "
-        f"model with three seeds of the draws, three trainings of its twin. {collapse_sentence(record)}"
+        f"**Two temperatures, trees and siblings.** {sizes['count']} test problems; settings chosen on others. The "
+        f"tuned model with three sampling seeds, and three trainings of its collapsed twin. {collapse_sentence(record)}"
     )
-    lengths = "**Answers that swing with their length**, by construction; three trainings, range over them."
+    lengths = "**Answers that change with their length**, by construction: range over three trainings."
     blocks: list[Sequence[str]] = [
         [found],
         [votes],
@@ -181,7 +181,7 @@ def forks_block(record: dict[str, Any]) -> str:
         [lengths],
         lengths_table(record),
         confidence_table(record),
-        ["**Parallel or sequential**, over problems of both kinds, calibrated on others:"],
+        ["**Parallel or sequential**, on problems of both kinds, calibrated on other problems:"],
         allocation_table(record),
     ]
     return "\n\n".join("\n".join(block) for block in blocks)

@@ -10,13 +10,13 @@ from _latent.verdicts import KINDS, PUZZLES, TWINS, latent_family
 KIND = {"llama": "Llama", "hrm": "HRM"}
 MARKS = {"win": " ▲", "null": "", "loss": " ▼"}
 SELECTORS = {
-    "pass@16": "a verifier, of 16",
+    "pass@16": "verifier, of 16",
     "logprob@16": "mean log-probability, of 16",
-    "vote@16": "a vote, of 16",
+    "vote@16": "vote, of 16",
 }
 COLUMNS = {
     "latent": "latent steps",
-    "gated": "the same, gated",
+    "gated": "latent steps, gated",
     "recursion": "recursion",
     "fork sampling": "fork sampling",
     "tree": "fork tree",
@@ -121,9 +121,9 @@ def latent_block(record: dict[str, Any]) -> str:
     intro = (
         "Three puzzles whose solutions are enumerated; a Llama and an HRM, each also trained on one solution per "
         f'instance ("collapsed"); {seeds} trainings of each. Every method gets the forward passes of 16 plain samples '
-        "(a tree has those it needs, and is compared at these), knobs are chosen on validation, the reference's "
-        "temperature among 20 from 0.05 to 4. Differences in points; ▲ and ▼: the 95 % interval of all trainings is on "
-        "one side of 0, and so is each training by itself. Latent steps on Countdown are in the scratchpad only."
+        "(a tree is compared at the passes it takes). Settings are chosen on validation, the reference's temperature "
+        "among 20 from 0.05 to 4. Differences in percentage points; ▲ and ▼: the 95 % interval over all trainings is "
+        "on one side of 0, and so is the mean of each training. Latent steps on Countdown are in the scratchpad only."
     )
     families = {"latent": "latent steps", "recursion": "recursion", "fork sampling": "fork sampling"}
     families |= {"tree": "fork trees", "siblings": "siblings"}
@@ -131,9 +131,9 @@ def latent_block(record: dict[str, Any]) -> str:
     valid = ", ".join(f"{name} {tally(record, 'valid', family)}" for family, name in list(families.items())[:2])
     some = ", ".join(f"{name} {tally(record, 'pass@16', family)}" for family, name in list(families.items())[:2])
     said = (
-        f"Cells in which coverage@16 is above the best temperature: {counts}. Share of valid answers: {valid}. "
-        f"Some of 16 valid: {some}. What was expected was registered beforehand, in the docstring of "
-        "`benches/bench_latent.py`, which also says what was amended after trial runs:"
+        f"Cells in which coverage@16 beats the best temperature: {counts}. The same for the share of valid answers: "
+        f"{valid}; and for at least one valid answer of 16: {some}. The hypotheses were registered beforehand, in the "
+        "docstring of `benches/bench_latent.py`, with the amendments made after trial runs:"
     )
     blocks = [[intro], coverage_table(record), selection_table(record), [said], hypotheses_table(record)]
     return "\n\n".join("\n".join(block) for block in blocks)

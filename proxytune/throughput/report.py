@@ -125,14 +125,14 @@ def markdown(part: Mapping[str, Any]) -> str:
     names = list(dict.fromkeys(name for cell in firsts for name in cell["methods"]))
     heads = [f"{family['name']}, {cell_name(cell)}" for family, cell in zip(families, firsts, strict=True)]
     rows = [[name, *(_beside(cell["methods"].get(name, {})) for cell in firsts)] for name in names]
-    blocks = [_table(["time per token, tuned = 1 (bytes alone)", *heads], [row for row in rows if any(row[1:])])]
+    blocks = [_table(["time per token, tuned = 1 (by bytes alone)", *heads], [row for row in rows if any(row[1:])])]
     blocks += [f"- **{family['name']}**: {'. '.join(verdicts(family))}." for family in families]
     compared = [family for family in families if "drafting" in family]
     if compared:
         lengths = dict.fromkeys(line["draft_length"] for family in compared for line in family["drafting"]["lines"])
         rows = [[str(k), *(_predicted(family, k) for family in compared)] for k in lengths]
         heads = [f"{family['name']}: tokens per round; ms per token" for family in compared]
-        blocks.append(_table(["drafted", *heads], rows))
+        blocks.append(_table(["draft length", *heads], rows))
     of = part["machine"]
     blocks.append(
         f"{of['processor']}, {of['cores']} cores (load at the start: {of['load']}), threads: {of['threads']}, "

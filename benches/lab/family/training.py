@@ -27,7 +27,7 @@ IGNORED = -100
 """Label of a position without loss, as in transformers."""
 
 BatchSource = Callable[[int], tuple[torch.Tensor, ...]]
-"""Step → the global batch: input ids and next-token labels, `[B, T]` int64; optionally loss weights, `[B, T]` float32."""
+"""Step → the global batch: input ids, next-token labels, `[B, T]` int64; optional loss weights, `[B, T]` float32."""
 
 
 @dataclass(frozen=True)
