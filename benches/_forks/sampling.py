@@ -38,7 +38,6 @@ class Answers:
     """The answers to one problem.
 
     Attributes:
-        samples: Number of samples.
         right: How often each distinct right solution was written.
         tokens: Generated tokens, shared ones counted once.
     """
@@ -85,14 +84,8 @@ def temperatures(
 ) -> dict[str, Any]:
     """The grid T_exec × T_fork against a sweep of plain temperatures.
 
-    Args:
-        subject: The model.
-        nats: The fork threshold.
-        seed: Of the draws.
-        chosen_on: Number of validation problems, on which every setting is tried.
-        judged_on: Number of test problems, for the best of either kind.
-        few: Samples of a validation problem.
-        many: Samples of a test problem.
+    Every setting gets `few` samples on `chosen_on` validation problems, the best of either kind `many` on `judged_on`
+    test problems.
 
     Returns:
         pass@k of all settings on validation, of the chosen ones on test, and the paired differences.
@@ -144,14 +137,8 @@ def spreads(
 ) -> dict[str, Any]:
     """Coverage and distinct solutions of trees and siblings against independent samples for the same number of tokens.
 
-    Args:
-        subject: The model.
-        nats: The fork threshold.
-        seed: Of the draws.
-        count: Number of test problems.
-        samples: Independent samples of each, from which the curve is estimated.
-        best_temperature: The plain temperature with the best pass@16 on validation. The methods are all at temperature
-            1.
+    `samples` independent samples of each of `count` test problems estimate the curve. The methods are at temperature 1;
+    `best_temperature` is the plain one with the best pass@16 on validation.
 
     Returns:
         pass@k of independent samples at temperature 1; for every method and size, coverage, distinct solutions and

@@ -80,12 +80,7 @@ def detection(subject: Subject, *, problems: int, samples: int) -> dict[str, Any
 def votes(subject: Subject, nats: float, *, problems: int, trees: int, branches: int = 8) -> dict[str, Any]:
     """Bias and spread of votes over fork trees against the enumerated distribution of answers.
 
-    Args:
-        subject: The routes model.
-        nats: The fork threshold.
-        problems: Number of test routes.
-        trees: Trees of each, and sets of as many independent samples as a tree has leaves.
-        branches: Most leaves.
+    For each route, `trees` trees are compared with as many sets of independent samples, one per leaf.
 
     Returns:
         For each way to vote: bias, root-mean-square error and how often the winner is the likeliest answer.

@@ -27,15 +27,7 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One decision.
-
-    Attributes:
-        name: In the tables and the JSON.
-        want: The outputs requested from `proxytune.ops.step`.
-        temperature: None for no draw.
-        top_k: 0 for off.
-        top_p: 1 for off.
-    """
+    """One decision: the outputs requested from `proxytune.ops.step`, and its settings (None, 0 and 1 for off)."""
 
     name: str
     want: tuple[str, ...]

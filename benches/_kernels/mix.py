@@ -23,14 +23,7 @@ Given = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Mixture:
-    """One shape of a mixture.
-
-    Attributes:
-        rows: B.
-        width: D.
-        candidates: K.
-        size: N, the rows of the table.
-    """
+    """One shape of a mixture: B rows, width D, K candidates, N = `size` rows of the table."""
 
     rows: int
     width: int = 4096

@@ -28,14 +28,7 @@ Given = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Round:
-    """One round of verification.
-
-    Attributes:
-        case: The settings of the draw.
-        rows: B.
-        drafts: K.
-        width: V.
-    """
+    """One round of verification: B rows, K drafts, V = `width`."""
 
     case: Case
     rows: int

@@ -17,14 +17,7 @@ RULE = "coverage@16"
 
 @dataclass(frozen=True)
 class Size:
-    """How much is drawn.
-
-    Attributes:
-        chosen_on: Number of validation instances.
-        tried: Samples of each.
-        judged_on: Number of test instances.
-        drawn: Samples of each.
-    """
+    """How much is drawn: `tried` samples of `chosen_on` validation instances, `drawn` of `judged_on` test instances."""
 
     chosen_on: int
     tried: int
@@ -33,13 +26,7 @@ class Size:
 
 
 def cell(validation: Asked, test: Asked, size: Size, *, seed: int) -> dict[str, Any]:
-    """Everything about one model and one puzzle.
-
-    Args:
-        validation: The instances on which settings are chosen.
-        test: The instances on which the chosen settings are tested.
-        size: How much is drawn.
-        seed: Key of the draws on validation; those on test use the next one.
+    """Everything about one model and one puzzle: settings chosen on validation, tested on test with other draws.
 
     Returns:
         The record: `validation` with all settings, `test` with a value per instance, and the base temperature.
@@ -64,16 +51,10 @@ def cell(validation: Asked, test: Asked, size: Size, *, seed: int) -> dict[str, 
 
 
 def choose(tried: dict[Setting, list[Answered]], best: Setting, metric: str) -> dict[str, Setting]:
-    """The best setting of each family for a metric, by its mean advantage over the best temperature at equal passes.
+    """The best setting of each family for a metric, by its mean advantage over the temperature `best` at equal passes.
 
-    Args:
-        tried: Setting → its answers on validation.
-        best: The temperature that all are compared with.
-        metric: The metric.
-
-    Returns:
-        A setting for each family that can have the metric. Ties, frequent in pass@16 on few instances, are broken by
-        the advantage in coverage@16, then by order.
+    `tried` has each setting's answers on validation. Families that cannot have the metric are left out. Ties, frequent
+    in pass@16 on few instances, are broken by the advantage in coverage@16, then by order.
     """
     out: dict[str, Setting] = {}
     for family in FAMILIES:

@@ -48,13 +48,7 @@ FAMILIES = ("temperature", "latent", "scratchpad", "gated", "fork sampling", "tr
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its settings.
-
-    Attributes:
-        family: One of `FAMILIES`.
-        temperature: Of the draws; 0 for greedy decoding.
-        knobs: The other settings, by name.
-    """
+    """A method with its settings; temperature 0 is greedy decoding, `knobs` are the other settings by name."""
 
     family: str
     temperature: float
@@ -75,14 +69,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, a puzzle and some of its instances.
-
-    Attributes:
-        model: In float32.
-        puzzle: The puzzle.
-        instances: The instances.
-        nats: The fork threshold of each of `SHARES`.
-    """
+    """A model in float32, a puzzle, some of its instances, and the fork threshold of each of `SHARES`."""
 
     model: Any
     puzzle: Puzzle

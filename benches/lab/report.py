@@ -31,18 +31,11 @@ def measure_family(
     alphas: Sequence[float] = ALPHAS,
     count: int = 300,
 ) -> dict[str, Any]:
-    """Choose alpha, measure the table and write `family.json`.
-
-    Args:
-        folder: A family folder.
-        seed: Its training seed.
-        training: The cost of every member.
-        recipe: What was trained; None for the shipped recipe.
-        alphas: The candidates, tried on the validation split only.
-        count: Most problems per task and split.
+    """Choose alpha on validation, measure the table with at most `count` problems per task, write the record.
 
     Returns:
-        The record: `alpha`, `seed`, `recipe`, `training`, `validation` (the sweep) and `test` (the table).
+        The record, as in `family.json`: `alpha`, `seed`, `recipe`, `training`, `validation` (the sweep) and `test` (the
+        table).
     """
     models, tokenizer = load_family(folder)
     sweep = sweep_alpha(models, tokenizer, alphas, count=count)

@@ -71,11 +71,7 @@ class AnswerFile:
             raise
 
     def begin(self, resolved: Mapping[str, Any], per_prompt: int) -> None:
-        """Truncate the file to the lines to keep, and write the note.
-
-        Args:
-            resolved: The settings of `generate()`, the model's own included; JSON values.
-            per_prompt: Lines per prompt.
+        """Truncate the file to the lines to keep, and write the note, with the settings that `generate()` resolved.
 
         Raises:
             InputError: If the file was begun with other settings, or the note cannot be written.

@@ -19,14 +19,7 @@ __all__ = ["Device", "Finding", "Report", "WeightFile", "doctor", "examine"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One requirement and the installed version.
-
-    Attributes:
-        name: The distribution, or `python`.
-        version: The installed version; None if it is missing.
-        supported: The supported range, from the installed metadata.
-        ok: Whether the version is in the range.
-    """
+    """One requirement (`python` or a distribution), the installed version (None if missing) and the supported range."""
 
     name: str
     version: str | None
@@ -36,12 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Device:
-    """One device that torch can compute on.
-
-    Attributes:
-        name: As in `device_map`, e.g. `cpu` or `cuda:0`.
-        description: Its make, and its threads or memory.
-    """
+    """One device that torch can compute on, named as in `device_map`, with its make, threads or memory."""
 
     name: str
     description: str
@@ -63,11 +51,9 @@ class Report:
 
     Attributes:
         proxytune: The installed version; None if not installed, where the supported ranges are unknown.
-        requirements: Python and every required package.
         devices: Where it can run, best first.
         implementation: "triton" or "torch": what combines the logits.
         note: The reason for it.
-        weights: The bundled models.
     """
 
     proxytune: str | None

@@ -38,7 +38,6 @@ class Completion:
     """One line of the output.
 
     Attributes:
-        prompt: The prompt as given.
         completion: The generated text, without special tokens.
         tokens: Number of generated tokens, end-of-text token included.
         finish: `"stop"` at an end-of-text token or stop string, `"length"` at a limit.

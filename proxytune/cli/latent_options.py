@@ -51,12 +51,7 @@ SamplerOf = Callable[[Sequence[int]], "LatentDecoding | None"]
 
 
 def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> LatentMixture | None:
-    """The mixture that was asked for. Needs no model, so errors show before one is loaded.
-
-    Args:
-        latent: The kind, with its settings after a colon; None for no latent steps.
-        tau: Temperature of `gumbel`.
-        **others: Options that need `--latent`.
+    """The mixture that was asked for; needs no model, so errors show before one is loaded. `others` need `--latent`.
 
     Raises:
         InputError: If the kind or a setting is unknown, out of range or given twice, or settings come without a kind.
@@ -90,16 +85,7 @@ def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> L
 def sampler_of(
     mixture: LatentMixture | None, tokenizer: PreTrainedTokenizerBase, span: str | None, gates: str | None, seed: int
 ) -> SamplerOf:
-    """A function from the row numbers of a batch in the whole run to its decoding loop.
-
-    So a prompt's weights do not depend on the batch size.
-
-    Args:
-        mixture: The mixture; None for no latent steps.
-        tokenizer: The model's tokenizer.
-        span: The thinking span, as text.
-        gates: Further gates.
-        seed: Key of all weights.
+    """A function from the row numbers of a batch in the whole run to its loop: batches do not affect the weights.
 
     Raises:
         InputError: If the span is not made of two tokens, or a gate is unknown or out of range.

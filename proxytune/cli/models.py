@@ -20,11 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_members(base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None) -> None:
-    """Require either all three members or a recipe.
-
-    Raises:
-        InputError: If a member is missing, or members are given beside a recipe.
-    """
+    """Refuse anything but all three members, or a recipe."""
     given = {"--base": base, "--expert": expert, "--antiexpert": antiexpert}
     present = [name for name, value in given.items() if value is not None]
     if recipe is not None and present:
@@ -51,19 +47,9 @@ def load(
     device: str | None,
     dtype: str,
 ) -> tuple[ProxyTunedModel, PreTrainedTokenizerBase]:
-    """Load the composed model and the base's tokenizer.
+    """Load the composed model and the base's tokenizer, from three hub ids or folders, or from a recipe.
 
-    Args:
-        base: A hub id or folder; None with a recipe.
-        expert: Likewise.
-        antiexpert: Likewise.
-        alpha: α; None for the recipe's, else 1.
-        recipe: A folder or file; None with three models.
-        device: The device; None to choose.
-        dtype: One of `DTYPES`.
-
-    Returns:
-        The model and the tokenizer, which pads on the left.
+    `alpha` defaults to the recipe's, else 1; the tokenizer pads on the left.
 
     Raises:
         InputError: If the dtype or the device is invalid.
@@ -96,11 +82,7 @@ def load(
 def named(
     base: str | None, expert: str | None, antiexpert: str | None, alpha: float | None, recipe: Path | None
 ) -> dict[str, Any]:
-    """The adapter that the options name (members, formula and α as in a recipe), without opening a model.
-
-    Raises:
-        RecipeError: If the recipe cannot be read.
-    """
+    """The adapter that the options name (members, formula and α as in a recipe), without opening a model."""
     from proxytune.formulas.proxy_tuning import ProxyTuning
     from proxytune.recipe import Recipe
 
@@ -123,11 +105,7 @@ def chosen_device(device: str | None) -> str:
 
 
 def check_device(device: str) -> None:
-    """Refuse a missing device, which while loading would look like a fault of the model.
-
-    Raises:
-        InputError: If the device does not exist.
-    """
+    """Refuse a missing device, which while loading would look like a fault of the model."""
     import torch
 
     from proxytune.validation import choice
@@ -141,11 +119,7 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the left, from the first of the references.
-
-    Raises:
-        MemberNotFoundError: If there is none.
-    """
+    """Load a tokenizer that pads on the left, from the first reference; `MemberNotFoundError` if there is none."""
     from proxytune.models.loading import find_tokenizer
 
     reference = references[0]
@@ -164,11 +138,7 @@ def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool) -> Any:
-    """Tokenize a batch, padded on the left; with `chat`, each prompt as a user turn of the chat template.
-
-    Raises:
-        InputError: If `chat` is set and there is no chat template.
-    """
+    """Tokenize a batch, padded on the left; with `chat`, each prompt as a user turn of the chat template."""
     if chat:
         if tokenizer.chat_template is None:
             raise InputError.of(

@@ -28,13 +28,10 @@ _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate prompts from the `key=value` settings after them.
+    """Separate prompts from the `key=value` settings after them; a setting given twice is refused.
 
     Only the last arguments can be settings. A prompt that looks like one is safe before another prompt; on its own it
     has to come from a file or stdin.
-
-    Raises:
-        InputError: If a setting is given twice.
     """
     end = len(arguments)
     while end and _FLAG.fullmatch(arguments[end - 1]):
@@ -65,11 +62,7 @@ def parse_value(text: str) -> Any:
 
 
 def check_names(flags: Mapping[str, Any]) -> None:
-    """Refuse unknown settings before any model is loaded.
-
-    Raises:
-        InputError: If a name is not a field of `GenerationConfig`.
-    """
+    """Refuse names that are not fields of `GenerationConfig`, before any model is loaded."""
     from transformers import GenerationConfig
 
     known = sorted(name for name in GenerationConfig().to_dict() if name[0] != "_" and name not in _NOT_SETTABLE)
@@ -116,11 +109,7 @@ def merged_settings(defaults: GenerationConfig, flags: Mapping[str, Any]) -> Gen
 
 
 def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
-    """Read prompts from a file or stdin, one per line.
-
-    Args:
-        file: The file; `-` is stdin; None reads stdin if no prompt was given and stdin is not a terminal.
-        prompts_given: Whether the command line has prompts already.
+    """Read prompts, one per line, from a file; `-` is stdin, and so is None if no prompt was given.
 
     Raises:
         InputError: If there is no prompt at all, or a line of a `.jsonl` file is not an object with a `"prompt"`.
@@ -148,11 +137,7 @@ def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
 
 
 def refuse_empty(prompts: Sequence[str]) -> None:
-    """Refuse empty or blank prompts, of which most tokenizers make no token.
-
-    Raises:
-        InputError: If a prompt is empty or blank.
-    """
+    """Refuse empty or blank prompts, of which most tokenizers make no token."""
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError.of(

@@ -34,13 +34,11 @@ class Result:
     """What was drawn for one prompt.
 
     Attributes:
-        prompt: As given.
-        length: Its tokens.
+        length: The prompt's tokens.
         branches: The leaves of its tree, or the samples.
         weights: One per branch, adding up to 1.
         texts: One per branch, without special tokens.
         answers: One per branch; None for no answer.
-        tally: The vote over them.
         spent: Tokens of the budget: the prompt and all generated tokens, shared ones counted once.
         drawing: The tree or the samples as text.
     """
@@ -70,14 +68,10 @@ class Extract(Protocol):
 
 
 def extractor(pattern: str | None) -> Extract:
-    """A function that finds the answer in a text.
+    """A function that finds the answer in a text, by a regular expression whose last match counts.
 
-    Args:
-        pattern: A regular expression whose last match counts: its first group if it has one, else all of it. None for
-            what follows "The answer is" up to the end of the sentence, else the last number.
-
-    Raises:
-        InputError: If it is not a regular expression.
+    The answer is its first group if it has one, else all of it. For None: what follows "The answer is" up to the end of
+    the sentence, else the last number. `InputError` if it is not a regular expression.
     """
     if pattern is None:
         return _usual_answer
@@ -112,15 +106,11 @@ class SampleRun:
     """What all prompts of a run share.
 
     Attributes:
-        model: The composed model.
-        tokenizer: Its tokenizer.
         config: The settings of the draws.
         loop: A `ForkDecoding` for a tree per prompt, or a `SiblingDecoding` for samples.
         prompts: Number of prompts in all.
-        extract: Finds the answer in a text.
         vote: How leaves count.
         eta: Share of leaves that vote, in percent.
-        meter: The progress bar.
     """
 
     model: Any

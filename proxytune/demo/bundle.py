@@ -48,11 +48,7 @@ def bundled_record() -> dict[str, Any]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The content of a family folder's `family.json`.
-
-    Raises:
-        LabError: If the folder has no record.
-    """
+    """The content of a family folder's `family.json`; `LabError` if there is none."""
     path = folder / RECORD_NAME
     if not path.exists():
         raise LabError.of(
@@ -65,10 +61,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTrainedTokenizerBase]:
-    """Load a family from a folder that `python -m lab train` wrote, or from `bundled_family()`.
-
-    Returns:
-        The members in float32 and evaluation mode, and their shared tokenizer.
+    """Load the members (float32, evaluation mode) of a family folder, and their shared tokenizer.
 
     Raises:
         LabError: If a member is missing.

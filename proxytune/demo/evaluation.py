@@ -27,13 +27,7 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True)
 class Outcome:
-    """One answered problem.
-
-    Attributes:
-        problem: The problem.
-        text: What the model wrote after `Answer:`, without special tokens.
-        grade: Its lenient and strict grades.
-    """
+    """One answered problem: what the model wrote after `Answer:`, without special tokens, and its grade."""
 
     problem: Problem
     text: str
@@ -69,12 +63,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """All outcomes of one model or prompting method.
-
-    Attributes:
-        name: Its name in the table.
-        outcomes: Per task, in the order of the problems.
-    """
+    """All outcomes of one model or prompting method, per task in the order of the problems."""
 
     name: str
     outcomes: Mapping[Task, Sequence[Outcome]]
@@ -109,19 +98,11 @@ def answer(
     batch_size: int = 64,
     progress: tqdm[Any] | None = None,
 ) -> list[Outcome]:
-    """Answer every problem once, greedily, through the model's own `generate()`.
+    """Answer every problem once, greedily, through the model's own `generate()`, whose saved settings decide the stop.
 
-    Args:
-        model: Anything with transformers' `generate()`; its saved settings decide where answers stop.
-        tokenizer: The model's tokenizer, padding on the left.
-        asked: The problems.
-        shots: Solved problems to put before each prompt. With shots an answer ends at the first line break, where the
-            next question would begin; without, everything up to the end-of-text token is graded.
-        batch_size: Prompts per call.
-        progress: A bar to advance by one per problem.
-
-    Returns:
-        The outcomes, in the order of `asked`.
+    `shots` are solved problems to put before each prompt. With shots an answer ends at the first line break, where the
+    next question would begin; without, everything up to the end-of-text token is graded. The tokenizer has to pad on
+    the left.
     """
     prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
     prompts = [prefix + prompt_of(problem.question) for problem in asked]

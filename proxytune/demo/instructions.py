@@ -13,14 +13,7 @@ __all__ = ["InstructionRecipe", "instruction_set", "prompt_of"]
 
 @dataclass(frozen=True)
 class InstructionRecipe:
-    """Size of the instruction set.
-
-    Attributes:
-        chain: Number of chains.
-        qa: Questions about people of the tuning group; there are three per person.
-        countdown: Number of Countdown problems.
-        seed: Seed of the draw.
-    """
+    """Number of chains, questions about people of the tuning group (at most three each), and Countdown problems."""
 
     chain: int = 400
     qa: int = 90

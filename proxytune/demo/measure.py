@@ -25,13 +25,7 @@ SPEED_REPEATS = 5
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One token of the proxy's answer.
-
-    Attributes:
-        token: Its text.
-        base_token: Text of the base's top token after the same prefix.
-        changed: Whether the two differ, that is, whether the shift changed the choice.
-    """
+    """One token of the proxy's answer, and the base's top token after the same prefix; `changed` if they differ."""
 
     token: str
     base_token: str
@@ -39,13 +33,7 @@ class ShownToken:
 
 
 def measure(folder: Path, alpha: float, count: int, report: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
-    """Measure the table, and answer one problem of each task.
-
-    Args:
-        folder: A family folder.
-        alpha: Strength of the shift.
-        count: Most problems per task.
-        report: Called with the name of each part before it is measured.
+    """Measure the table on at most `count` problems per task, and answer one problem of each task.
 
     Returns:
         JSON values: `rows` (with `scores`, `tokens_per_second` and `parameters`), `gap_closed`, `answers`, the

@@ -117,15 +117,7 @@ def person_problem(rng: random.Random, person: Person, attribute: Attribute) -> 
 
 
 def problems(task: Task, split: HeldOut, count: int, world: World, seed: int = 0) -> list[Problem]:
-    """Held-out problems of one task, each key once, in a fixed order.
-
-    Args:
-        task: `"chain"`, `"qa"` (about people never asked about in training) or `"countdown"`.
-        split: `"validation"` or `"test"`.
-        count: Most problems; `"qa"` has three per person, so about 180 per split.
-        world: The world to ask about.
-        seed: Seed of the draw.
-    """
+    """Held-out problems of one task, each key once, in a fixed order; "qa" has about 180 per split."""
     rng = random.Random(f"{task}:{split}:{seed}")
     if task == "qa":
         found = [person_problem(rng, person, attribute) for person in world.group(split) for attribute in ATTRIBUTES]

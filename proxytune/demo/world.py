@@ -54,13 +54,8 @@ def stable_hash(text: str) -> int:
 class Person:
     """One inhabitant.
 
-    Attributes:
-        name: First and last name, unique in the world.
-        city: Where the person lives.
-        job: The person's job.
-        food: The person's favourite food.
-        group: Where questions about the person may occur: in `pretraining` threads, in the `tuning` set, or in no
-            training text (`validation`, `test`).
+    `group` says where questions about the person may occur: in `pretraining` threads, in the `tuning` set, or in no
+    training text (`validation`, `test`).
     """
 
     name: str
@@ -88,11 +83,9 @@ class World:
 
 
 def build_world(seed: int = 1, population: int = 300) -> World:
-    """Draw the world, the same on every machine.
+    """Draw the world, the same on every machine. The shipped weights belong to the default seed.
 
-    Args:
-        seed: Seed of the facts. The shipped weights belong to the default.
-        population: Number of people, at most 1024 (32 first times 32 last names).
+    `population` is at most 1024 (32 first times 32 last names).
     """
     names_rng = random.Random(7)
     first_names = _invent_words(names_rng, 32, "cvcv")

@@ -1,11 +1,4 @@
-"""Parallel or sequential: spend what a ledger has left on one task, as a calibration run recommends.
-
-```python
-run = run_policies(policies, tasks, truths, budget=512)  # once, then run.save("run.json")
-found = allocate(task, policies, run, TokenLedger(512))
-found.tally.winner, found.spent, found.plan.why
-```
-"""
+"""Parallel or sequential: spend what a ledger has left on one task, as a calibration run recommends."""
 
 from __future__ import annotations
 
@@ -28,9 +21,7 @@ class Allocation:
     """The plan, samples, vote and cost of one task.
 
     Attributes:
-        plan: The chosen level and the reason, with both forms compared.
-        samples: What the chosen policy returned.
-        tally: The vote over them; its winner is None if no sample has an answer.
+        tally: The vote over the samples; its winner is None if no sample has an answer.
         spent: Tokens that the policy charged.
         left: Tokens left in the ledger.
     """

@@ -3,14 +3,7 @@
 The UCB bonus of "Outcome-based Exploration for LLM Reasoning" (arXiv 2509.06941), applied at decoding time. A store
 counts each answer per prompt; candidates (branches of a tree, islands of a search) are drawn without replacement in
 proportion to `prior · 1/√(1 + N(answer))`, by Gumbel-top-k. Importance weights (Kool et al. 2019, arXiv 1903.06059)
-correct for the draw.
-
-```python
-history = AnswerHistory()
-history.record(prompt, answers)  # this round's, one for each candidate; None for no answer
-selected = history.select(prompt, answers, 2, round=1)
-selected.indices  # which two candidates go on
-```
+correct for the draw. `proxytune.search.restart` has an example.
 """
 
 from __future__ import annotations
@@ -40,15 +33,15 @@ __all__ = ["AnswerHistory", "Selection"]
 class Selection:
     """The selected candidates and their importance weights.
 
-    `Σ exp(log_weight) · f` over the drawn candidates is an unbiased estimate of E[f], under the distribution that the
-    weight belongs to. `proxytune.stats.importance.weighted_mean` takes either weight.
+    Over the drawn candidates, `Σ exp(log_weight) · f` is an unbiased estimate of E[f] under the weight's distribution;
+    `proxytune.stats.importance.weighted_mean` takes either weight.
 
     Attributes:
         indices: `[k]`, candidate indices in the order of the draw.
         log_p: `[k]`, nats: log-probabilities under the distribution drawn from (prior × bonus).
         kappa: κ, the largest perturbed log-probability that was not drawn; −inf if all were.
         log_weights: `[k]`, nats: for expectations under the distribution drawn from.
-        log_prior_weights: `[k]`, nats: for expectations under the prior, as if there were no bonus.
+        log_prior_weights: `[k]`, nats: for expectations under the prior.
     """
 
     indices: list[int]
@@ -69,11 +62,7 @@ class AnswerHistory:
         self._counts: dict[PromptKey, Counter[Hashable | None]] = {}
 
     def record(self, prompt: str | Ids, answers: Sequence[Hashable | None]) -> None:
-        """Count the answers of a round; if one is refused, none is counted.
-
-        Args:
-            prompt: A text or token ids; the two are different prompts.
-            answers: One per generated text; None for no answer.
+        """Count one answer per generated text (None: no answer); if one is refused, none is counted.
 
         Raises:
             InputError: If `answers` is not a sequence of hashable values that equal themselves (NaN does not).
@@ -101,7 +90,7 @@ class AnswerHistory:
         """The distribution that `select` draws from, in proportion to `prior · bonus`.
 
         Args:
-            prompt: The prompt.
+            prompt: A text or token ids; the two are different prompts.
             answers: `[n]`, the candidates' current answers.
             prior: `[n]`, at least 0, not all 0, of any scale, e.g. `ForkTree.weights()`; None for uniform.
 
@@ -129,16 +118,15 @@ class AnswerHistory:
         at the time of the call: record this round's answers first.
 
         Args:
-            prompt: The prompt.
-            answers: `[n]`, the candidates' current answers; None for no answer.
+            prompt: As in `log_law`.
+            answers: As in `log_law`; None for no answer.
             count: How many to draw, from 1 to the number of candidates with a prior above 0.
             round: Number of the round, at least 0.
             seed: The same seed draws the same.
             prior: As in `log_law`.
 
         Raises:
-            InputError: If the prior does not fit the candidates, `count` exceeds those that can be drawn, or a setting
-                is out of range.
+            InputError: If the prior does not fit the candidates, `count` is too large, or a setting is out of range.
         """
         checked = _answers(answers)
         log_p, log_prior = _log_law(self.counts(prompt), checked, prior)

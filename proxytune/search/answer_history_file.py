@@ -32,11 +32,7 @@ Counts = Mapping[PromptKey, Mapping[Hashable | None, int]]
 
 
 def write_counts(file: Path, counts: Counts) -> Path:
-    """Write counts (prompt → answer → N) atomically.
-
-    Raises:
-        InputError: If the file cannot be written, or an answer has no JSON form.
-    """
+    """Write counts (prompt → answer → N) atomically; `InputError` if that fails, or an answer has no JSON form."""
     prompts = [
         {"prompt": prompt, "answers": [[_to_json(answer), n] for answer, n in answers.items()]}
         for prompt, answers in counts.items()
@@ -45,15 +41,7 @@ def write_counts(file: Path, counts: Counts) -> Path:
 
 
 def read_counts(file: Path) -> dict[PromptKey, dict[Hashable | None, int]]:
-    """Read counts strictly.
-
-    Returns:
-        Prompt → answer → N, at least 1.
-
-    Raises:
-        InputError: If it cannot be read, its format is newer, keys are missing or unknown, a prompt or an answer occurs
-            twice, or a count is not a whole number of at least 1.
-    """
+    """Read counts (prompt → answer → N, at least 1) strictly; errors as in `AnswerHistory.load`."""
     found = read(file, _WHAT, remedy="Give the file that AnswerHistory.save() wrote.")
     data = check_form(
         found,

@@ -37,13 +37,7 @@ _OWN = (
 class BudgetedSampler:
     """A model that generates within a ledger's budget, and the function that extracts answers.
 
-    Attributes:
-        model: A composed model, or a plain causal LM.
-        tokenizer: Its tokenizer.
-        extract: From a generated text, without special tokens, to its answer; None for no answer.
-        max_new_tokens: The longest text, at least 1.
-        seed: Key of all draws, 64 bits.
-        generation: Arguments of `generate()`.
+    `seed` (64 bits) keys all draws; `generation` are further arguments of `generate()`.
 
     Raises:
         InputError: If a setting is out of range, or `generation` holds an argument that this class sets itself.
@@ -69,14 +63,7 @@ class BudgetedSampler:
         ForkDecoding(branches=1, where="start", seed=self.seed)
 
     def pay(self, task: str | Ids, ledger: TokenLedger) -> list[int]:
-        """Charge the prompt, provided that at least one token can be generated after it.
-
-        Args:
-            task: The prompt.
-            ledger: Charged for the part of the prompt not charged before.
-
-        Returns:
-            `[T]`, the prompt's token ids.
+        """Charge the prompt and return its token ids, provided that at least one token can be generated after it.
 
         Raises:
             BudgetError: If there is no room for the prompt and one token; nothing is charged then.
@@ -103,18 +90,15 @@ class BudgetedSampler:
     def write(
         self, ids: list[int], streams: Sequence[int], room: int, ledger: TokenLedger, label: str, *processors: Any
     ) -> list[Branch]:
-        """Generate texts after a prompt, and charge them.
+        """Generate texts after a prompt that is already charged, and charge them.
 
         Args:
-            ids: `[T]`, the prompt, already charged.
+            ids: `[T]`, the prompt.
             streams: Noise stream of each text; the same stream gives the same text.
-            room: Most tokens per text. Reserved beforehand, so the ledger cannot be exceeded.
+            room: Most tokens per text, reserved beforehand, so the ledger cannot be exceeded.
             ledger: Is charged.
             label: Name of the charge in the ledger.
             *processors: Logits processors, applied after those in `generation`.
-
-        Returns:
-            One branch per text.
 
         Raises:
             BudgetError: If less is left than the texts may need.
@@ -145,11 +129,7 @@ class BudgetedSampler:
         return [tree.branches[0] for tree in out.trees]
 
     def sample(self, branch: Branch) -> Sample:
-        """A generated text as a sample: answer, confidences, and whether its length or the ledger cut it.
-
-        Raises:
-            InputError: If `extract` raises, or returns something that cannot be an answer.
-        """
+        """A text as a sample: its answer, confidences, and whether it was cut; `InputError` if `extract` raises."""
         text = str(self.tokenizer.decode([int(token) for token in branch.along("tokens")], skip_special_tokens=True))
         try:
             answer = self.extract(text)

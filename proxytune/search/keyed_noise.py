@@ -30,19 +30,7 @@ def prompt_key(prompt: str | Ids) -> PromptKey:
 
 
 def key_of(purpose: str, prompt: str | Ids, *numbers: int) -> int:
-    """A 128-bit hash of a purpose, a prompt and numbers.
-
-    Args:
-        purpose: What the noise is for; different purposes have independent noise.
-        prompt: The prompt.
-        *numbers: E.g. the seed and the round.
-
-    Returns:
-        A number in [0, 2¹²⁸).
-
-    Raises:
-        InputError: If the prompt is neither a text nor token ids.
-    """
+    """A hash in [0, 2¹²⁸) of a purpose, a prompt and numbers, e.g. seed and round; `InputError` as `prompt_key`."""
     said = repr((purpose, *map(int, numbers), prompt_key(prompt)))
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
 
@@ -58,15 +46,7 @@ def round_key(purpose: str, prompt: str | Ids, round: int, seed: int) -> int:
 
 
 def keyed_uniforms(key: int, count: int) -> NDArray[np.float64]:
-    """Uniform variates that are a function of their key; a larger `count` keeps the first ones.
-
-    Args:
-        key: In [0, 2¹²⁸), from `key_of`.
-        count: How many.
-
-    Returns:
-        `[count]`, float64, in (0, 1), both ends excluded.
-    """
+    """`[count]` float64 in (0, 1), both ends excluded, a function of the key; a larger `count` keeps the first."""
     # NumPy keeps raw words stable between versions, but not its distributions.
     words = np.random.Philox(key=key).random_raw(count)
     return ((words >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52

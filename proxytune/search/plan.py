@@ -3,11 +3,10 @@
 Of the levels that fit the budget, the one most often right within it wins; among equals the one that spends less. A
 rule
 that takes a cheaper level whenever the data cannot separate it from the best would, with few problems, nearly always
-take the cheapest. To trade accuracy for tokens, set `tolerance`.
-
-The chosen level's accuracy is measured on the problems it was chosen by, so it is slightly too high, the more so the
-more levels there are. Intervals are percentile bootstraps over problems, with the same resamples for all levels
-(paired).
+take the cheapest. To trade accuracy for tokens, set `tolerance`. The chosen level's accuracy is slightly too high,
+since
+it is measured on the problems it was chosen by. Intervals are percentile bootstraps over problems, paired between
+levels.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The two forms on a model: `Parallel`, several samples, and `Sequential`, one text that is made to think on.
 
-Both take a prompt as text or token ids, charge the ledger for the prompt once and for every generated token, and
-reserve the most that a text can need before drawing it, so the ledger is never exceeded. Draws are keyed by the seed
-and
-the prompt's ids, not by the order of calls: the same prompt gives the same texts. `Parallel` with 8 samples draws those
-with 4 first; the first is what `Sequential` writes without extensions. So levels differ less by chance.
+Both charge the ledger for the prompt once and for every generated token, and reserve the most that a text can need
+before drawing it, so the ledger is never exceeded. Draws are keyed by the seed and the prompt's ids, not by the order
+of
+calls. `Parallel` with 8 samples draws those with 4 first; the first is what `Sequential` writes without extensions. So
+levels differ less by chance.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["Parallel", "Sequential"]
 
 
 class Parallel:
-    """Independent samples of one prompt, for a vote.
+    """Independent samples of one prompt, for a vote; `level` is their number.
 
     If the ledger has no room for all samples, as many are drawn as can be finished for certain, and at least one, which
     may be cut. Their number then depends on how long the first ones were, which slightly favours answers with short
-    texts; with room for all there is no such bias.
+    texts.
     """
 
     form: Literal["parallel"] = "parallel"
@@ -96,12 +96,7 @@ class Parallel:
         return out
 
     def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
-        """Draw the samples, and extract their answers.
-
-        Raises:
-            BudgetError: If the ledger has no room for the prompt and one token.
-            InputError: If the prompt is empty, or neither a text nor token ids, or `extract` raises.
-        """
+        """Draw the samples, and extract their answers; errors as in `draw`, and `InputError` if `extract` raises."""
         return [self._writer.sample(branch) for branch in self.draw(task, ledger)]
 
 
@@ -109,7 +104,7 @@ class Sequential:
     """One text whose end of thinking is put off n times (s1, arXiv 2501.19393); the answer is that of the whole text.
 
     If the text holds several answers, `extract` has to take the last. If the ledger has less room than
-    `max_new_tokens`, the text is cut there.
+    `max_new_tokens`, the text is cut there. `level` is n.
     """
 
     form: Literal["sequential"] = "sequential"
@@ -178,5 +173,5 @@ class Sequential:
         return self._writer.write(ids, [0], room, ledger, self.name, budget)
 
     def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
-        """Write the text, and extract its answer: one sample; errors as in `Parallel`."""
+        """Write the text, and extract its answer: one sample; errors as in `Parallel.__call__`."""
         return [self._writer.sample(branch) for branch in self.draw(task, ledger)]

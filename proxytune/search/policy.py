@@ -42,16 +42,11 @@ class Policy(Protocol):
         """Number of samples or extensions."""
 
     def __call__(self, task: Any, ledger: TokenLedger, /) -> Sequence[Sample]:
-        """Attempt a task: charge all tokens, prompt included, to the ledger; return at least one sample to vote on."""
+        """Attempt a task: charge all tokens, prompt included; return at least one sample to vote on."""
 
 
 def attempt(policy: Policy, task: Any, ledger: TokenLedger) -> tuple[list[Sample], int]:
-    """Let a policy attempt a task, and check that it kept to the rules.
-
-    Args:
-        policy: The policy.
-        task: Passed on to it.
-        ledger: The budget. Nothing else may use it during the call, or the cost is wrong.
+    """Let a policy attempt a task on a ledger that nothing else uses meanwhile, and check that it kept to the rules.
 
     Returns:
         Its samples, at least one, and the tokens that it charged, at least 1.

@@ -38,18 +38,10 @@ def floor_bytes(
     rows: int = 1,
     acceptance: float | None = None,
 ) -> float:
-    """Fewest bytes per token that a method has to read.
+    """Fewest bytes per token that a method has to read, given its kind and the roles it runs.
 
-    Args:
-        bytes_of: Role → what a pass reads.
-        kind: The method's kind.
-        roles: The models it runs.
-        context: Tokens in the cache, averaged over the generation.
-        rows: B.
-        acceptance: Of speculation; None counts as 0.
-
-    Returns:
-        Bytes. For speculation with the expert as draft: at the best draft length.
+    Speculation: with the expert as draft, at the best draft length; an acceptance of None counts as 0. `context` is the
+    mean number of tokens in the cache.
     """
     if kind != "speculation":
         return bytes_per_token([(1, bytes_of[role]) for role in roles], rows, context=context, rows=rows)
@@ -61,11 +53,6 @@ def floor_bytes(
 
 def published_floors(trio: Trio, rates: Sequence[float], *, context: float = 264.0) -> dict[str, Any]:
     """Floors of published shapes, relative to a tuned model of the base's size; no model is run.
-
-    Args:
-        trio: The shapes.
-        rates: Acceptances.
-        context: Tokens in the cache.
 
     Returns:
         JSON values: the ratio of a `step` of all three models, and for each acceptance the ratio and the draft length.
@@ -85,15 +72,10 @@ def published_floors(trio: Trio, rates: Sequence[float], *, context: float = 264
 
 
 def with_floors(cell: dict[str, Any], bytes_of: Mapping[str, PassBytes]) -> dict[str, Any]:
-    """Add the floor of each method to a measured cell.
+    """Add the floor of each method that ran to what `measure_cell` returned.
 
-    Args:
-        cell: What `measure_cell` returned.
-        bytes_of: Role → what a pass reads.
-
-    Returns:
-        The cell, where each method that ran has `floor_mb_per_token`, `floor_over_tuned` and `over_floor`: its time per
-            token relative to the tuned model's, divided by the same ratio of the bytes alone.
+    The new keys are `floor_mb_per_token`, `floor_over_tuned` and `over_floor`: its time per token relative to the tuned
+    model's, divided by the same ratio of the bytes alone.
     """
     context = cell["prompt"] + cell["new"] / 2
     tuned = floor_bytes(bytes_of, "alone", ("tuned",), context=context, rows=cell["rows"])
@@ -122,15 +104,11 @@ def with_floors(cell: dict[str, Any], bytes_of: Mapping[str, PassBytes]) -> dict
 
 
 def aims(family: dict[str, Any], *, gpu: bool = False) -> list[dict[str, Any]]:
-    """The targets, and the result of each.
-
-    Args:
-        family: A measured family: `name`, `mb_per_pass` and `cells`.
-        gpu: Whether it was measured on a GPU, where one more target applies.
+    """The targets, and the result of each in each cell of a measured family; one more target applies on a GPU.
 
     Returns:
-        One entry per target and cell: `aim`, `at`, `method`, `value` with its interval, `bound`, `met`, and `floor`
-            where bytes alone limit the value.
+        Entries with `aim`, `at`, `method`, `value` with its interval, `bound`, `met`, and `floor` where bytes alone
+        limit the value.
     """
     return [one for cell in family["cells"] for one in _of_cell(family, cell, gpu)]
 

@@ -25,12 +25,9 @@ def now(device: torch.device) -> float:
 
 
 class FirstToken(StoppingCriteria):
-    """A stopping criterion that never stops, and records the time of the first token.
+    """A stopping criterion that never stops, and records when (`at`, seconds as of `now`) the first token came.
 
-    Attributes:
-        at: Seconds as of `now`; None before the first token.
-        calls: How often it was called.
-        passes: If given, counts that restart at the first token, so that the prompt's passes are left out.
+    If `passes` is given, its counts restart then, so that the prompt's passes are left out.
     """
 
     def __init__(self, device: torch.device, passes: Passes | None = None) -> None:
@@ -58,7 +55,6 @@ class Reads:
     """Forward passes of one model.
 
     Attributes:
-        passes: How many.
         positions: Tokens × rows that went through them.
         context: Tokens × rows in the cache at the end of each pass, summed over passes.
     """

@@ -27,16 +27,9 @@ _VERIFYING = ("base", "antiexpert")
 
 
 def measured_costs(subject: Subject, cell: Cell, *, rounds: int = 7, ahead: int = 8) -> DraftCosts:
-    """The cost of a round, from passes of the members alone.
+    """The cost of a round in milliseconds, from passes of the members alone, timed in turns; the medians count.
 
-    Args:
-        subject: The models.
-        cell: Rows, and how many tokens the caches hold.
-        rounds: How often each pass is timed, in turns; the medians count.
-        ahead: Further positions over which the cost of one is averaged.
-
-    Returns:
-        Costs in milliseconds.
+    The cost of a further position is averaged over `ahead` of them.
     """
     ids = subject.prompts(cell)
 
@@ -72,15 +65,7 @@ def compare_drafts(
     rounds: int = 3,
     report: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Predict and time rounds at fixed draft lengths.
-
-    Args:
-        subject: The models.
-        cell: What is generated.
-        rate: The acceptance planted in random models.
-        lengths: The draft lengths.
-        rounds: How often each is timed, in turns.
-        report: Called with a name before each measurement.
+    """Predict and time rounds at fixed draft lengths; `rate` is the acceptance planted in random models.
 
     Returns:
         JSON values: `costs_ms`, a line for each length, and the best length `predicted` and `measured`.

@@ -38,16 +38,9 @@ def measure_cell(
     until: float = math.inf,
     report: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Count and time all methods on one cell of the protocol.
+    """Count and time all methods in one cell of the protocol; those that cannot run report why.
 
-    Args:
-        subject: The models.
-        cell: The cell.
-        methods: The methods; those that cannot run report why.
-        rounds: Most rounds.
-        least: Fewest rounds.
-        until: When to stop after `least` rounds, in seconds of `time.perf_counter`.
-        report: Called with a name before each measurement.
+    After `least` rounds, it stops at `rounds` rounds or at the time `until` (of `time.perf_counter`).
 
     Returns:
         JSON values: the cell, `members` (times of each one's own passes) and `methods`, with counts and times.
@@ -98,11 +91,8 @@ def measure_cell(
 def members_alone(subject: Subject, ids: torch.Tensor, text: torch.Tensor, cell: Cell) -> dict[str, Taken]:
     """Time only the forward passes that each member needs for a text: a lower bound for the three models.
 
-    Args:
-        subject: The models.
-        ids: `[B, P]`, int64: the prompts.
-        text: `[B, P + new]`, int64: prompts and what followed.
-        cell: How many tokens are new; the last is not forwarded.
+    `ids` are the prompts, `[B, P]`, and `text` the prompts and what followed, `[B, P + new]`; the last token is not
+    forwarded.
 
     Returns:
         Role → seconds of the prompt, and of all passes.

@@ -47,13 +47,7 @@ Kind = Literal["alone", "steered", "speculation"]
 
 @dataclass(frozen=True)
 class Ran:
-    """The result of a run.
-
-    Attributes:
-        sequences: `[B, T + new]`, int64.
-        rounds: Rounds of speculation; None for other methods.
-        acceptance: Accepted share of the draft tokens that were tested; None for other methods.
-    """
+    """The result of a run: `[B, T + new]` ids; in speculation also rounds, and the accepted share of tested tokens."""
 
     sequences: torch.Tensor
     rounds: int | None = None
@@ -69,7 +63,6 @@ class Method:
     """A way to generate.
 
     Attributes:
-        name: Its name in the table.
         kind: A model alone, token-by-token steering, or speculation.
         roles: The models that it runs.
         prepare: Makes the function to time.
@@ -90,10 +83,8 @@ class Method:
 def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: bool = False) -> list[Method]:
     """All methods, in the order of the table.
 
-    Args:
-        subject: The models.
-        rates: Acceptances planted in random models; a trained family keeps its own.
-        graphs: Whether companions may be compiled, which takes minutes.
+    `rates` are planted in random models; a trained family keeps its own. `graphs` allows compiling companions, which
+    takes minutes.
     """
     drafts: list[float | None] = [None] if subject.trained else [*rates]
     return [
@@ -128,19 +119,7 @@ def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: boo
 def generated(
     model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig, told: FirstToken, **settings: Any
 ) -> Any:
-    """Call `generate()` as all methods do.
-
-    Args:
-        model: A causal LM.
-        loop: For `custom_generate`; None for transformers' own.
-        ids: `[B, T]`, int64, without padding.
-        config: The settings.
-        told: Called for each token.
-        **settings: Extra arguments of `generate()`.
-
-    Returns:
-        The output object of `generate()`.
-    """
+    """Call `generate()` as all methods do, on ids `[B, T]` without padding; `told` is called for each token."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),

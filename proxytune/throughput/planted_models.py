@@ -27,12 +27,7 @@ _BLOCK = 40
 
 
 def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The next token after each id, by the composition and by the expert.
-
-    Args:
-        width: V, the number of ids.
-        rate: The share of ids after which both agree.
-        seed: Of the order of the ids, and of the ids that agree.
+    """The next token after each of V = `width` ids, by composition and expert; they agree on the share `rate`.
 
     Returns:
         Two `[V]`, int64: the first is one cycle through all ids.
@@ -55,12 +50,7 @@ def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, tor
 
 @torch.no_grad()
 def plant(models: Mapping[str, PreTrainedModel], rate: float, *, seed: int = 0) -> None:
-    """Plant next tokens, in place. May be called again with another rate.
-
-    Args:
-        models: `base`, `expert` and `antiexpert`, all with untied heads.
-        rate: The share of ids after which expert and composition agree.
-        seed: Seed of the planted tokens.
+    """Plant next tokens in base, expert and antiexpert, in place. May be called again with another rate.
 
     Raises:
         InputError: If the rate is outside [0, 1], or a head is tied.

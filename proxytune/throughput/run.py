@@ -116,14 +116,9 @@ def measure(
     report: Callable[[str], object] = lambda _: None,
     keep: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure families, one after the other.
+    """Measure families, one after the other; after `deadline` seconds no further family is started.
 
-    Args:
-        plans: One per family.
-        gpu: Whether they are on a GPU.
-        deadline: Seconds after which no further family is started.
-        report: Called with a name before each measurement.
-        keep: Called after each family with the results so far.
+    `report` is called with a name before each measurement, `keep` after each family with the results so far.
 
     Returns:
         JSON values: `status`, the `machine`, `families`, how many were `left_out` by the deadline, and `seconds`.
@@ -147,11 +142,6 @@ def measure_family(
     plan: Plan, *, gpu: bool = False, report: Callable[[str], object] = lambda _: None
 ) -> dict[str, Any]:
     """Measure one family.
-
-    Args:
-        plan: What is measured.
-        gpu: Whether it is on a GPU.
-        report: Called with a name before each measurement.
 
     Returns:
         JSON values: `name`, `parameters`, `mb_per_pass`, `cells` with floors, `aims`, and `drafting`, the cost model

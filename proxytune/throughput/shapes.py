@@ -12,17 +12,7 @@ __all__ = ["PUBLISHED", "SCALED", "Shape", "Trio"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a Llama.
-
-    Attributes:
-        width: Size of the hidden state.
-        layers: Decoder layers.
-        heads: Attention heads.
-        key_heads: Key-value heads.
-        feed_forward: Size of the gated feed-forward layer.
-        vocabulary: Number of ids.
-        tied: Whether the head shares the embedding table.
-    """
+    """The shape of a Llama; `tied` if the head shares the embedding table."""
 
     width: int
     layers: int
@@ -35,10 +25,7 @@ class Shape:
     def build(self, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LlamaForCausalLM:
         """Make a model of this shape with random weights, in evaluation mode, without an end-of-text token.
 
-        Args:
-            dtype: Of the weights.
-            device: "meta" for a model without weights, to count them.
-            seed: Of the weights.
+        On the device "meta" it has no weights, to count them only.
         """
         config = LlamaConfig(
             vocab_size=self.vocabulary,
@@ -63,13 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Trio:
-    """The shapes of a composition.
-
-    Attributes:
-        name: Its name in the table.
-        base: Shape of the base, and of the tuned model that it is compared with.
-        small: Shape of expert and antiexpert.
-    """
+    """The shapes of a composition: of the base (and the tuned model), and of expert and antiexpert."""
 
     name: str
     base: Shape

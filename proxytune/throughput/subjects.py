@@ -41,13 +41,9 @@ Setting = Literal["greedy", "sampled"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the protocol.
+    """One cell of the protocol: B prompts of so many tokens, and exactly `new` tokens each.
 
-    Attributes:
-        prompt: Tokens of each prompt.
-        new: Tokens to generate, never fewer.
-        rows: B.
-        setting: Greedy, or sampled at temperature 1 with top-k 50 and top-p 0.95.
+    "sampled" is temperature 1 with top-k 50 and top-p 0.95.
     """
 
     prompt: int
@@ -81,7 +77,6 @@ class Subject:
     """The models that are compared.
 
     Attributes:
-        name: Of the family.
         models: `base`, `tuned`, `expert` and `antiexpert`.
         steered: The composed model.
         text: `[N]`, int64: prompts are cut from it.
@@ -149,12 +144,6 @@ def random_subject(trio: Trio, *, dtype: torch.dtype = torch.bfloat16, device: s
 
     Heads are always untied, so that next tokens can be planted. That takes more memory where the shape has a tied head,
     but as many bytes per pass.
-
-    Args:
-        trio: The shapes.
-        dtype: Of the weights.
-        device: Where they are made.
-        seed: Of the weights and of the prompts.
     """
     base = replace(trio.base, tied=False).build(dtype=dtype, device=device, seed=seed)
     expert, antiexpert = (

@@ -38,14 +38,7 @@ from proxytune.errors import LabError
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a Llama.
-
-    Attributes:
-        width: Size of the hidden state.
-        layers: Number of decoder layers.
-        heads: Attention heads, each with its own keys and values.
-        feed_forward: Size of the gated feed-forward layer.
-    """
+    """The shape of a Llama whose attention heads all have their own keys and values."""
 
     width: int
     layers: int
@@ -78,10 +71,6 @@ class FamilyRecipe:
     """Everything that decides the four models, apart from the training seed.
 
     Attributes:
-        large: Shape of the large pair.
-        tiny: Shape of the tiny pair.
-        corpus: Pre-training text.
-        instructions: Instruction set.
         rows: Rows per pre-training batch.
         length: Tokens per pre-training row.
         tuning_rows: Examples per tuning batch.
@@ -121,18 +110,10 @@ def train_family(
     processes: int = 2,
     members: Iterable[MemberName] = MEMBERS,
 ) -> dict[MemberName, TrainingReport]:
-    """Train the family from scratch.
+    """Train the family from scratch, and return each member's cost. All processes share every batch, one thread each.
 
-    Args:
-        out: Folder of the family; each member gets a sub-folder.
-        seed: Training seed: initial weights, text and order. The world and the hold-out do not depend on it.
-        recipe: What to train; None for the shipped recipe.
-        resume: Continue from the checkpoints in `out`; otherwise they are removed first.
-        processes: Number of processes that share every batch, one thread each.
-        members: Which members to train; a tuned one needs its base in `out` or in this list.
-
-    Returns:
-        The cost of every member.
+    The seed decides initial weights, text and order, but not the world and the hold-out. Without `resume`, existing
+    checkpoints in `out` are removed first. A tuned member needs its base in `out` or in `members`.
 
     Raises:
         LabError: If `out` holds checkpoints of another seed or recipe.
@@ -246,11 +227,7 @@ def claim_folder(
 ) -> None:
     """Note what is trained in a folder, so that a resumed run cannot mix two seeds or recipes.
 
-    Args:
-        note: The file, in the folder's `checkpoints/`.
-        wanted: What decides the models, the seed first.
-        resume: Whether an existing note has to match; if not, it is replaced.
-        remedy: The remedy in the error message.
+    `wanted` decides the models, the seed first. Without `resume` an existing note is replaced; else it has to match.
 
     Raises:
         LabError: If an existing note differs.

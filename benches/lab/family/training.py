@@ -71,7 +71,6 @@ class TrainingReport:
         seconds: Wall-clock time inside the loop, over all resumed parts.
         processor_seconds: Processor time of the first process times the number of processes; unlike `seconds`, hardly
             affected by other work on the machine.
-        processes: Processes that shared the batches.
         tokens: Positions fed over all processes, padding included.
         loss: Moving average of the training loss on the first process, in nats per scored token.
     """
@@ -93,16 +92,10 @@ def train(
     checkpoint: Path | None = None,
     description: str = "training",
 ) -> TrainingReport:
-    """Train `model` in place.
+    """Train `model` (float32, on the CPU) in place, and leave it in evaluation mode.
 
-    Args:
-        model: The model, on the CPU in float32; it is left in evaluation mode.
-        batches: The global batch of each step; every process takes its share of the rows.
-        plan: Steps, rates and optimizer.
-        accelerator: The processes that share the work.
-        checkpoint: A file to resume from if it exists, written every `plan.checkpoint_every` steps and at the end, so
-            resuming a finished run is free.
-        description: Label of the progress bar.
+    Every process takes its share of the rows of each global batch. The checkpoint is resumed from if it exists, and
+    written every `plan.checkpoint_every` steps and at the end, so resuming a finished run is free.
     """
     optimizers = _optimizers(model, plan)
     start, tokens, loss_average = 0, 0, math.nan

@@ -52,9 +52,6 @@ class PuzzlerRecipe:
     """Everything that decides the four models, apart from the training seed.
 
     Attributes:
-        width: Size of the hidden state.
-        heads: Attention heads, each with its own keys and values.
-        feed_forward: Size of the gated feed-forward layer.
         layers: Decoder layers of the Llama, and layers in each of the two stacks of the HRM.
         cycles: Turns of the HRM's high-level stack, and of its low-level stack within each.
         rotary_base: Base of the rotary positions. Small, because the puzzles ask what is at a position among 60; with
@@ -109,18 +106,10 @@ def train_puzzlers(
     models: Iterable[PuzzlerName] = PUZZLERS,
     recipe: PuzzlerRecipe | None = None,
 ) -> dict[PuzzlerName, TrainingReport]:
-    """Train the models of the puzzles, in this process and with one thread; resumes from the checkpoints in `out`.
+    """Train the models of the puzzles and return their costs; one thread, resumed from the checkpoints in `out`.
 
-    Several processes may train different models in the same folder.
-
-    Args:
-        out: Folder; each model gets a sub-folder of its name, and a report in `checkpoints/NAME.json`.
-        seed: Training seed: initial weights, instances, draws among their solutions.
-        models: The models to train.
-        recipe: What to train; None for the shipped recipe.
-
-    Returns:
-        The cost of each.
+    Several processes may train different models in the same folder. Each model gets a sub-folder of its name, and a
+    report in `checkpoints/NAME.json`. The seed decides initial weights, instances and draws among their solutions.
 
     Raises:
         LabError: If a name is unknown, or `out` holds checkpoints of another seed or recipe.

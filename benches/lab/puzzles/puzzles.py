@@ -34,8 +34,6 @@ class PuzzleScore:
     """Score of several answers to each of several instances.
 
     Attributes:
-        instances: Number of instances.
-        samples: Answers to each.
         valid: Share of answers that are solutions.
         solved: Share of instances with at least one valid answer.
         distinct: Mean number of distinct solutions found per instance.

@@ -24,13 +24,7 @@ __all__ = ["RewardPlan", "reward_batches"]
 
 @dataclass(frozen=True)
 class RewardPlan:
-    """How the answers of a step are drawn.
-
-    Attributes:
-        problems: Problems per step.
-        samples: Answers to each, at temperature 1; at least 2.
-        max_new_tokens: Longest answer.
-    """
+    """How the answers of a step are drawn: at least 2 samples per problem, at temperature 1."""
 
     problems: int = 16
     samples: int = 8

@@ -53,14 +53,7 @@ _LARGEST_SLIP = 9
 
 @dataclass(frozen=True)
 class Ponder:
-    """One problem.
-
-    Attributes:
-        kind: Whether its answers get worse or better from attempt to attempt.
-        question: The text after `Question: `.
-        gold: The right answer.
-        steps: The right steps.
-    """
+    """One problem, with its right answer and steps; `kind` says whether attempts get worse or better."""
 
     kind: Kind
     question: str

@@ -35,7 +35,6 @@ class Path:
 
     Attributes:
         signs: The sign taken at each number.
-        answer: Where it ends.
         text: The whole answer, with the leading blank.
         taught: Its probability in the training text.
     """

@@ -48,7 +48,6 @@ class StudyRecipe:
         examples: Number of examples for each of the two that are tuned on text.
         rows: Examples per batch.
         rewards: Answers per step of the policy gradient.
-        plans: The training plan of each.
     """
 
     examples: int = 12_000
@@ -72,17 +71,10 @@ def train_studies(
     recipe: StudyRecipe | None = None,
     studies: Iterable[StudyName] = STUDIES,
 ) -> dict[StudyName, TrainingReport]:
-    """Train the models of the studies, in this process and with one thread; resumes from the checkpoints in `out`.
+    """Train the models of the studies and return their costs; one thread, resumed from the checkpoints in `out`.
 
-    Args:
-        out: Folder; each model gets a sub-folder of its name.
-        seed: Training seed: examples, their order, the draws of the policy gradient.
-        family: Folder of the family they start from; None for the bundled one.
-        recipe: What to train; None for the shipped recipe.
-        studies: The studies to train.
-
-    Returns:
-        The cost of each.
+    The seed decides examples, their order and the draws of the policy gradient. Each model gets a sub-folder of its
+    name. A `family` of None is the bundled one.
 
     Raises:
         LabError: If `out` holds checkpoints of another seed, family or recipe.
