@@ -11,8 +11,7 @@
 
 Writes benches/results/throughput.json after each family; `proxytune.throughput.run` defines the measurements. On the
 CPU: the lab's family with its own acceptance, and random members in the ratio of 13B + 7B + 7B and 32B + 1.5B + 1.5B.
-On
-a GPU: random members of these shapes and of 8B + 1B + 1B, in bfloat16. Acceptance in random members is planted and
+On a GPU: random members of these shapes and of 8B + 1B + 1B, in bfloat16. Acceptance in random members is planted and
 labelled so. What was not run is marked so.
 """
 

@@ -2,9 +2,8 @@
 
 The unit of cost is one pass of a row through a stack of layers. Per token fed back, a Llama takes one; an HRM takes, in
 each of `H_cycles` cycles, one of the high-level stack and `L_cycles` of the low-level stack. The last token of an
-answer
-is not fed back. The prompt's first pass is not counted. Where noise changes the prompt's states, each trajectory needs
-its own pass over the prompt; that counts as one more, whatever the prompt's length.
+answer is not fed back. The prompt's first pass is not counted. Where noise changes the prompt's states, each trajectory
+needs its own pass over the prompt; that counts as one more, whatever the prompt's length.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
 """Which level of which form to spend a budget on, by a calibration run.
 
 Of the levels that fit the budget, the one most often right within it wins; among equals the one that spends less. A
-rule
-that takes a cheaper level whenever the data cannot separate it from the best would, with few problems, nearly always
-take the cheapest. To trade accuracy for tokens, set `tolerance`. The chosen level's accuracy is slightly too high,
-since
-it is measured on the problems it was chosen by. Intervals are percentile bootstraps over problems, paired between
-levels.
+rule that takes a cheaper level whenever the data cannot separate it from the best would, with few problems, nearly
+always take the cheapest. To trade accuracy for tokens, set `tolerance`. The chosen level's accuracy is slightly too
+high, since it is measured on the problems it was chosen by. Intervals are percentile bootstraps over problems, paired
+between levels.
 """
 
 from __future__ import annotations
@@ -130,8 +128,8 @@ def plan(
     trials = _chosen_from(run, names)
     rows, basis = _basis(run, kind, least)
     tokens = np.stack([trial.tokens[rows] for trial in trials], 1)  # [P, L]
-    # Attempts over the budget would be cut short, so they count as wrong. Dropping a level that exceeds the budget
-    # instead would make it vanish at a threshold, whichever of two levels crosses it first by chance.
+    # Attempts over the budget would be cut short, so they count as wrong. If levels were only dropped, one would look
+    # as good as ever just below the threshold, and which of two is dropped would be chance.
     right = (np.stack([trial.right[rows] for trial in trials], 1) & (tokens <= budget)).astype(np.float64)  # [P, L]
     # An observed number: what is reached by at least that share of the problems.
     high = np.quantile(tokens, share("quantile", quantile), axis=0, method="inverted_cdf").astype(int)

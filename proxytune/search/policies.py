@@ -2,9 +2,8 @@
 
 Both charge the ledger for the prompt once and for every generated token, and reserve the most that a text can need
 before drawing it, so the ledger is never exceeded. Draws are keyed by the seed and the prompt's ids, not by the order
-of
-calls. `Parallel` with 8 samples draws those with 4 first; the first is what `Sequential` writes without extensions. So
-levels differ less by chance.
+of calls. `Parallel` with 8 samples draws those with 4 first; the first is what `Sequential` writes without extensions.
+So levels differ less by chance.
 """
 
 from __future__ import annotations

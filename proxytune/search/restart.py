@@ -11,8 +11,7 @@ starts = [[*prompt_ids, *point.tokens] for point in points]  # the prompts of ro
 ```
 
 Give the next round another seed or other stream_ids: noise is keyed by position, so the same noise after the same
-prefix
-would repeat the text.
+prefix would repeat the text.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Time methods in turns and count what each does.
 
 All methods generate the same number of tokens under one generation config. Within a round each has its turn, in an
-order
-that changes, so background load affects all alike. Ratios are taken within a round, with intervals over rounds.
+order that changes, so background load affects all alike. Ratios are taken within a round, with intervals over rounds.
 """
 
 from __future__ import annotations

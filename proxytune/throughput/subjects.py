@@ -1,8 +1,7 @@
 """What the throughput bench runs on: cells of the protocol, the lab's family, random members of given shapes.
 
 A pass takes as long with random weights as with trained ones. The acceptance of drafts does depend on the weights, so
-in
-random models it is planted (see `proxytune.throughput.planted_models`).
+in random models it is planted (see `proxytune.throughput.planted_models`).
 """
 
 from __future__ import annotations

@@ -4,8 +4,7 @@ An expression is two steps: two of the numbers are combined, then the result wit
 results in 0..99. Written with the larger operand first, an expression is canonical under commutation and counts as one
 solution; so `(3 + 4) + 5` and `(3 + 5) + 4` are two. The scratchpad between `<think>` and `</think>` holds the steps of
 up to two attempts that miss, and of the one that hits. The answer after it repeats that one; the verifier reads only
-the
-answer.
+the answer.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
 `Start with 25, walk 4, 7, 2, 5. What is the result?` Each number is added or subtracted at random: an even number is
 added with probability .85, an odd one with .6. So an answer has two kinds of tokens: one sign per number, and all
-others,
-which the text before them determines. A route of n numbers has 2ⁿ paths, so a model's distribution over answers is
-known
-without sampling.
+others, which the text before them determines. A route of n numbers has 2ⁿ paths, so a model's distribution over answers
+is known without sampling.
 """
 
 from __future__ import annotations
