@@ -15,17 +15,7 @@ PromptKey = str | tuple[int, ...]
 
 
 def prompt_key(prompt: str | Ids) -> PromptKey:
-    """A prompt as what it can be looked up by.
-
-    Args:
-        prompt: A text or token ids; the two are different prompts.
-
-    Returns:
-        The text, or a tuple of Python's own ints.
-
-    Raises:
-        InputError: If it is neither.
-    """
+    """A prompt as a dictionary key: the text itself, or its token ids as a tuple of Python ints; else `InputError`."""
     return prompt if isinstance(prompt, str) else token_ids("prompt", prompt, "a text or token ids")
 
 
@@ -36,11 +26,7 @@ def key_of(purpose: str, prompt: str | Ids, *numbers: int) -> int:
 
 
 def round_key(purpose: str, prompt: str | Ids, round: int, seed: int) -> int:
-    """The key of a decision about a prompt in a round.
-
-    Raises:
-        InputError: If `round` is not a whole number of at least 0, or `seed` is not a whole number.
-    """
+    """`key_of` a decision in a round; `InputError` unless `round` is whole and at least 0, and `seed` whole."""
     seed = whole("seed", seed, "", least=None, remedy="Pass e.g. seed=0.")
     return key_of(purpose, prompt, seed, whole("round", round, "that counts the rounds"))
 

@@ -131,7 +131,7 @@ def plan(
     # Attempts over the budget would be cut short, so they count as wrong. If levels were only dropped, one would look
     # as good as ever just below the threshold, and which of two is dropped would be chance.
     right = (np.stack([trial.right[rows] for trial in trials], 1) & (tokens <= budget)).astype(np.float64)  # [P, L]
-    # An observed number: what is reached by at least that share of the problems.
+    # An observed cost: at least that share of the problems stayed within it.
     high = np.quantile(tokens, share("quantile", quantile), axis=0, method="inverted_cdf").astype(int)
     fits = np.flatnonzero(high <= budget).tolist()
     if not fits:

@@ -27,7 +27,7 @@ from proxytune.search.answer_history import AnswerHistory
 from proxytune.search.keyed_noise import keyed_uniforms, round_key
 from proxytune.validation import Ids, choice
 
-if TYPE_CHECKING:  # trees need torch, what is done with them here does not
+if TYPE_CHECKING:  # trees need torch, this module does not
     from proxytune.methods.trees.tree import Branch, ForkTree
 
 __all__ = ["RestartPoint", "RestartRule", "forks_along", "restart_points"]
