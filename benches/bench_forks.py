@@ -1,12 +1,12 @@
 """Forks, trees, votes, budgets and the allocator on the lab, where the truth is known. Resumable.
 
-    python benches/bench_forks.py --out FOLDER             train what is missing, measure what is missing
-    python benches/bench_forks.py --out FOLDER --seeds 1   one training seed, e.g. in a process of its own
-    python benches/bench_forks.py --out FOLDER --write     put all parts together: benches/results/forks.json
+    python benches/bench_forks.py --out FOLDER             train and measure what is missing
+    python benches/bench_forks.py --out FOLDER --seeds 1   one training seed, e.g. in its own process
+    python benches/bench_forks.py --out FOLDER --write     combine all parts into benches/results/forks.json
 
-The studies (`lab.studies.studies`) are trained with three seeds from the bundled family, in FOLDER/seed0, …; each
-part of the measurements is a file in FOLDER/parts. One process uses one thread. Nothing here is gated on a gain: what
-comes out is written down.
+The studies (`lab.studies.studies`) are trained with three seeds from the bundled family, in FOLDER/seed0, …; each part
+of the measurements is a file in FOLDER/parts. One process uses one thread. Results are recorded whether they favour a
+method or not.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def votes(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def tuned(seed: int, folder: Path) -> dict[str, Any]:
-    """The directly tuned model of the bundled family: one training, another seed of the draws each time."""
+    """The directly tuned model of the bundled family: one training, but other draws for each seed."""
     place = bundled("large-tuned")
     model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
     return _countdown(Subject("tuned", seed, model, AutoTokenizer.from_pretrained(place)))
@@ -122,7 +122,7 @@ def measure(folder: Path, seeds: Sequence[int], parts: Sequence[str]) -> None:
 
 
 def together(folder: Path, seeds: Sequence[int]) -> dict[str, Any]:
-    """All parts, and what all seeds say together: per problem the mean over seeds, then an interval over problems."""
+    """All parts, and the result over seeds: per problem the mean over seeds, then an interval over problems."""
     found = {name: [json.loads(part(name, seed, folder).read_text()) for seed in seeds] for name in PARTS}
     pooled: dict[str, Any] = {}
     for name in ("tuned", "collapsed"):
@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--write", action="store_true", help="put the parts of all seeds together")
+    parser.add_argument("--write", action="store_true", help="combine the parts of all seeds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -1,17 +1,16 @@
-"""Time a decoding decision, `proxytune.ops.step`, against what one would write instead, and keep the figures.
+"""Time a decoding decision, `proxytune.ops.step`, against the code one would write instead, and keep the results.
 
 ::
 
-    python benches/bench_kernels.py --write          measure the CPU part, and the GPU part where there is a GPU
-    python benches/bench_kernels.py --write --gpu    the GPU part alone, under ten minutes; the CPU part is kept
-    python benches/bench_kernels.py --write --mix    the mixtures of embeddings alone, on the CPU; all else is kept
-    python benches/bench_kernels.py --write --verify the verification of drafts alone, on the CPU; all else is kept
+    python benches/bench_kernels.py --write          measure the CPU part, and the GPU part if there is a GPU
+    python benches/bench_kernels.py --write --gpu    the GPU part only, under ten minutes; the CPU part is kept
+    python benches/bench_kernels.py --write --mix    the mixtures of embeddings only, on the CPU; the rest is kept
+    python benches/bench_kernels.py --write --verify the verification of drafts only, on the CPU; the rest is kept
     python benches/bench_kernels.py --markdown       the README's table, from the JSON
-    pytest benches/bench_kernels.py --benchmark-only the CPU part once more, by pytest-benchmark
+    pytest benches/bench_kernels.py --benchmark-only the CPU part by pytest-benchmark
 
-Writes benches/results/kernels.json. On the CPU the implementations take turns within one run, and the ratios are those
-of each round. On a GPU correctness comes first, see `_kernels/gpu.py` and
-`_kernels/cuda.py`. What was not run says so.
+Writes benches/results/kernels.json. On the CPU the implementations take turns, and ratios are taken within each round.
+On a GPU correctness is checked first, see `_kernels/gpu.py` and `_kernels/cuda.py`. What was not run is marked so.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ Implementations = dict[str, Callable[[Members], Any]]
 
 
 def implementations(case: Case, rows: int) -> Implementations:
-    """What is compared on the CPU; transformers' chain gives the tokens alone."""
+    """What is compared on the CPU; transformers' chain returns tokens only."""
     out: Implementations = {OURS: cases.decision(case, rows, "cpu", "torch"), PLAIN: cases.plain(case)}
     if case is TRUNCATED:
         out[CANDIDATES] = cases.plain_candidates(case)
@@ -75,17 +74,9 @@ def measure_cpu(
     rounds: int = ROUNDS,
     target_ms: float = 8.0,
 ) -> dict[str, Any]:
-    """Time every case at every shape, and find the memory that each takes.
+    """Time every case at every shape, and measure its memory; returns the JSON values.
 
-    Args:
-        widths: V.
-        rows: B.
-        dtypes: Of the members' rows.
-        rounds: How many times each implementation has its turn.
-        target_ms: About how long a turn is.
-
-    Returns:
-        What goes into the JSON.
+    `rounds` is how often each implementation has its turn, `target_ms` about how long a turn takes.
     """
     cells = []
     for width in widths:
@@ -120,16 +111,7 @@ def measure_cpu(
 def measure_mix(
     mixtures: Sequence[Mixture] = MIXTURES, rounds: int = ROUNDS, target_ms: float = 8.0
 ) -> list[dict[str, Any]]:
-    """Time the mixtures of embeddings on the CPU.
-
-    Args:
-        mixtures: The shapes.
-        rounds: How many times each implementation has its turn.
-        target_ms: About how long a turn is.
-
-    Returns:
-        What goes into the JSON, beside the decisions' cells.
-    """
+    """Time the mixtures of embeddings on the CPU; arguments as in `measure_cpu`."""
     found: Implementations = {OURS: kernels_mix.ours("torch"), kernels_mix.EAGER: kernels_mix.eager}
     return [
         kernels_mix.shape(mixture) | _timed(found, kernels_mix.given(mixture, "cpu"), rounds, target_ms)
@@ -140,16 +122,7 @@ def measure_mix(
 def measure_verify(
     of: Sequence[Round] = ROUNDS_OF_DRAFTS, rounds: int = ROUNDS, target_ms: float = 8.0
 ) -> list[dict[str, Any]]:
-    """Time the verification of drafts on the CPU, and find the memory that it takes.
-
-    Args:
-        of: The shapes.
-        rounds: How many times each implementation has its turn.
-        target_ms: About how long a turn is.
-
-    Returns:
-        What goes into the JSON, beside the decisions' cells.
-    """
+    """Time the verification of drafts on the CPU, and measure its memory; arguments as in `measure_cpu`."""
     cells = []
     for what in of:
         found: Implementations = {
@@ -168,7 +141,7 @@ def measure_verify(
 
 
 def _timed(found: Implementations, logits: Members, rounds: int, target_ms: float) -> dict[str, Any]:
-    """Median milliseconds, and how many times as long the others take: median and quartiles over the rounds."""
+    """Median milliseconds, and the others' times relative to ours: median and quartiles over the rounds."""
     for f in found.values():
         f(logits)
     once = min(_seconds(found[OURS], logits, 1) for _ in range(3))
@@ -176,7 +149,7 @@ def _timed(found: Implementations, logits: Members, rounds: int, target_ms: floa
     took: dict[str, list[float]] = {name: [] for name in found}
     with _no_collection():
         for turn in range(rounds):
-            for name in sorted(found, reverse=bool(turn % 2)):  # no one always comes after the same one
+            for name in sorted(found, reverse=bool(turn % 2)):  # no implementation always follows the same one
                 took[name].append(_seconds(found[name], logits, repeats))
     ratios = {
         name: [theirs / ours for theirs, ours in zip(took[name], took[OURS], strict=True)]
@@ -214,14 +187,14 @@ def _no_collection() -> Iterator[None]:
 
 
 def peak_bytes(call: Callable[[Members], Any], logits: Members) -> int:
-    """The most memory that a call holds at once beside what was there, by torch's allocator; its results count."""
+    """Peak bytes that a call allocates by torch's allocator, results included."""
     call(logits)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         out = call(logits)
     del out
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "trace.json"
-        profiled.export_chrome_trace(str(file))  # the one public way to the single allocations
+        profiled.export_chrome_trace(str(file))  # the only public access to single allocations
         events = json.loads(file.read_text(encoding="utf-8"))["traceEvents"]
     memory = sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"])
     held = peak = 0
@@ -249,18 +222,11 @@ def test_decision(benchmark: Any, what: str, case: Case, dtype: torch.dtype, row
     benchmark.pedantic(found[what], (cases.members(rows, width, dtype, "cpu"),), rounds=5, warmup_rounds=1)
 
 
-# --- what is shown --------------------------------------------------------------------------------------------------
+# --- the README's tables ---------------------------------------------------------------------------------------------
 
 
 def kernels_table(record: dict[str, Any] | None = None) -> str:
-    """The README's table of decisions, in Markdown.
-
-    Args:
-        record: The JSON; None to read it.
-
-    Returns:
-        A table for the CPU, one for the GPU or the reason why there is none, and what the columns say.
-    """
+    """The README's tables of decisions, in Markdown; `record` defaults to the kept JSON."""
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if record is None else record
     return "\n\n".join(
         [_cpu_table(record["cpu"]), *_verify_table(record), *_mix_table(record), _gpu_table(record["gpu"])]
@@ -268,7 +234,7 @@ def kernels_table(record: dict[str, Any] | None = None) -> str:
 
 
 def _mix_table(record: dict[str, Any]) -> list[str]:
-    """Mixtures of embeddings, where they were measured."""
+    """Mixtures of embeddings, if they were measured."""
     if "mix" not in record["cpu"]:
         return []
     lines = ["| mixture of embeddings, bfloat16 | B | MB | CPU ms | plain torch |", "|---|--:|--:|--:|--:|"]
@@ -288,7 +254,7 @@ def _mix_table(record: dict[str, Any]) -> list[str]:
 
 
 def _verify_table(record: dict[str, Any]) -> list[str]:
-    """Verification of drafts, where it was measured."""
+    """Verification of drafts, if it was measured."""
     lines = [
         "| drafts verified, CPU, bfloat16 | V | B | K | ms | plain torch | memory: ours, plain |",
         "|---|--:|--:|--:|--:|--:|--:|",
@@ -305,7 +271,7 @@ def _verify_table(record: dict[str, Any]) -> list[str]:
     if load > max(cell["threads"] for cell in record["cpu"]["verify"]) + 1:
         lines += [
             "",
-            f"Measured beside other work on the machine (load {load:.1f}): ratios count, milliseconds do not.",
+            f"Measured on a busy machine (load {load:.1f}): trust the ratios, not the milliseconds.",
         ]
     return ["\n".join(lines)]
 
@@ -329,7 +295,7 @@ def _cpu_table(part: dict[str, Any]) -> str:
         )
     said = (
         f"CPU threads: {part['threads']}, torch {part['torch']}; medians and quartiles of {part['rounds']} rounds in "
-        "turns. How many times as long the others take; memory: the most held at once, in float32 rows `[B, V]`."
+        "turns. Other columns: time relative to ours; memory: peak, in float32 rows `[B, V]`."
     )
     return "\n".join([*lines, "", said])
 
@@ -364,8 +330,8 @@ def _gpu_table(part: dict[str, Any]) -> str:
             + " |"
         )
     said = (
-        f"torch {part['torch']}, Triton {part['triton']}; all under CUDA graphs. How many times as long the others "
-        f"take, L2-cold; the floor is reading the rows once at a copy's {part['copy_gb_per_s']:,.0f} GB/s."
+        f"torch {part['torch']}, Triton {part['triton']}; all under CUDA graphs. Other columns: time relative to ours, "
+        f"L2-cold; the floor is reading the rows once at a copy's {part['copy_gb_per_s']:,.0f} GB/s."
     )
     return "\n".join([*lines, "", said])
 
@@ -378,13 +344,15 @@ def _ratio(cell: dict[str, Any], other: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="keep the figures")
-    parser.add_argument("--gpu", action="store_true", help="only the GPU part; the CPU part is the one that was kept")
-    parser.add_argument("--mix", action="store_true", help="only the mixtures, on the CPU; all else is kept")
-    parser.add_argument("--verify", action="store_true", help="only the verification of drafts; all else is kept")
-    parser.add_argument("--markdown", action="store_true", help="print the table of the figures that were kept")
+    parser.add_argument("--write", action="store_true", help="keep the results")
+    parser.add_argument("--gpu", action="store_true", help="only the GPU part; the CPU part is kept")
+    parser.add_argument("--mix", action="store_true", help="only the mixtures, on the CPU; the rest is kept")
+    parser.add_argument(
+        "--verify", action="store_true", help="only the verification of drafts, on the CPU; the rest is kept"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the tables of the kept results")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds for the GPU part")
-    parser.add_argument("--threads", type=int, default=1, help="of torch, on the CPU")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch [1]")
     wanted = parser.parse_args(arguments)
     if wanted.mix or wanted.verify:
         torch.set_num_threads(wanted.threads)
@@ -398,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(kernels_table(record))
     elif not wanted.markdown:
         torch.set_num_threads(wanted.threads)
-        # First what has a deadline.
+        # The GPU part first: it has a deadline.
         record = {"command": "python benches/bench_kernels.py --write", "gpu": kernels_cuda.run(wanted.deadline)}
         if not wanted.gpu:
             record["cpu"] = measure_cpu()
@@ -407,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         elif RESULTS.exists():
             record["cpu"] = json.loads(RESULTS.read_text(encoding="utf-8"))["cpu"]
         else:
-            record["cpu"] = {"status": "not run", "reason": "only the GPU part was asked for"}
+            record["cpu"] = {"status": "not run", "reason": "only the GPU part was requested"}
         if wanted.write:
             RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         print(kernels_table(record))

@@ -1,8 +1,8 @@
 """Stochastic latent steps and stochastic recursion where every solution is known. Resumable.
 
-    python benches/bench_latent.py --out FOLDER             train what is missing, measure what is missing
-    python benches/bench_latent.py --out FOLDER --seeds 1   one training seed, e.g. in a process of its own
-    python benches/bench_latent.py --out FOLDER --write     put all together: benches/results/latent.json
+    python benches/bench_latent.py --out FOLDER             train and measure what is missing
+    python benches/bench_latent.py --out FOLDER --seeds 1   one training seed, e.g. in its own process
+    python benches/bench_latent.py --out FOLDER --write     combine all parts into benches/results/latent.json
 
 Three puzzles whose solutions are enumerated (`lab.puzzles.puzzles`: 3-colouring, six queens row by row, Countdown
 with a scratchpad), two architectures (a Llama, and an HRM that recurs), a twin of each that was trained on one solution
@@ -80,17 +80,7 @@ QUICK = Size(chosen_on=4, tried=16, judged_on=2, drawn=16)
 
 
 def measure(model: Any, puzzle: PuzzleName, seed: int, size: Size) -> dict[str, Any]:
-    """A cell, for a model that is loaded.
-
-    Args:
-        model: The model.
-        puzzle: The puzzle.
-        seed: Training seed of the model; also decides the instances and the draws.
-        size: How much is drawn.
-
-    Returns:
-        The record.
-    """
+    """One cell, for a loaded model; the training seed also decides the instances and the draws."""
     of = PUZZLES[puzzle]
     asked = {
         split: Asked(model, of, of.held_out(split, count, seed), ())
@@ -106,7 +96,7 @@ def part(folder: Path, name: str, puzzle: str, seed: int) -> Path:
 
 
 def together(folder: Path, models: Path) -> dict[str, Any]:
-    """All parts: the differences pooled over seeds, and a verdict on each hypothesis."""
+    """All parts: differences pooled over seeds, and a verdict on each hypothesis."""
     cells = {
         f"{name} {puzzle}": [json.loads(part(folder, name, puzzle, seed).read_text()) for seed in SEEDS]
         for name in PUZZLERS
@@ -139,12 +129,12 @@ def together(folder: Path, models: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models", type=Path, help="a folder of trained models, seed0, seed1, … [that of --out]")
+    parser.add_argument("--models", type=Path, help="a folder of trained models, seed0, seed1, … [--out]")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--names", nargs="+", choices=PUZZLERS, default=list(PUZZLERS))
     parser.add_argument("--puzzles", nargs="+", choices=list(PUZZLES), default=list(PUZZLES))
-    parser.add_argument("--quick", action="store_true", help="a few instances: to see whether it runs")
-    parser.add_argument("--write", action="store_true", help="put the parts of all seeds together")
+    parser.add_argument("--quick", action="store_true", help="a few instances, as a smoke test")
+    parser.add_argument("--write", action="store_true", help="combine the parts of all seeds")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()

@@ -1,20 +1,20 @@
-"""Whether the members of a step gain anything on a CPU from running at the same time, or from being stacked.
+"""Does it help on a CPU to run the members of a step at the same time, or to stack them?
 
     python benches/bench_overlap.py --write     measure (about 4 minutes) and keep benches/results/overlap.json
     python benches/bench_overlap.py             measure and print
 
-Random Llamas in the ratios of published families, scaled down until they fit, and the lab's shapes. One decode step
-after a prompt of 32 tokens:
+Random Llamas in the ratios of published families, scaled down to fit, and the lab's shapes. One decode step after a
+prompt of 32 tokens:
 
 - in turn: base, expert, antiexpert, with all threads each (what the product does), or with one thread each;
 - split: the base in one Python thread and the companions in another, the intra-op threads divided between them;
 - shared: the same, with all threads for both.
 
-And the companions' weight matrices alone, at both companions' sizes: two products after each other, or stacked into one
-batched product over `[2, out, in]`, which is what one forward pass of both would be made of.
+And the companions' weight matrices alone: two products one after the other, or stacked into one batched product over
+`[2, out, in]`, as a single forward pass of both would compute it.
 
-All ways of a cell take turns in a random order, in rounds; the ratio is that of the medians over the first way, its
-interval by resampling rounds. Whatever else runs on the machine moves such figures: the load is noted.
+All variants of a cell take turns in a random order, in rounds. A ratio is that of the medians to the first variant, its
+interval by resampling rounds. Other work on the machine moves such figures, so the load is recorded.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def model(shape: Shape, dtype: torch.dtype) -> LlamaForCausalLM:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=shared,
-        tie_word_embeddings=hidden < 500,  # as the small ones of published families
+        tie_word_embeddings=hidden < 500,  # like the small models of published families
     )
     return LlamaForCausalLM(config).to(dtype).eval()
 
@@ -78,7 +78,7 @@ def ratio(times: Sequence[float], first: Sequence[float], draws: int = 1000) -> 
 def measured(
     ways: dict[str, Callable[[], None]], steps: int, after: Callable[[], None] = lambda: None
 ) -> dict[str, dict[str, Any]]:
-    """Milliseconds per step of each way, and its ratio to the first."""
+    """Milliseconds per step of each variant, and its ratio to the first."""
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(ROUNDS + 1):
         order = list(ways)
@@ -174,9 +174,10 @@ def overlap_table(record: dict[str, Any]) -> str:
         )
     sizes = {c["family"]: c["millions"] for c in record["threads_cells"]}
     caption = (
-        "Times over the members in turn with all threads (stacked: over one product after the other), 95 % intervals. "
+        "Times relative to the members in turn with all threads (stacked: to one product after the other), 95 % "
+        "intervals. "
         f"Random Llamas scaled down ({'; '.join(f'{f}: ' + ', '.join(map(str, m)) for f, m in sizes.items())} million "
-        f"parameters), CPU threads: {record['threads']}, torch {record['torch']}; load of the machine beside it: "
+        f"parameters), CPU threads: {record['threads']}, torch {record['torch']}; load of the machine: "
         f"{record['load before']:g}."
     )
     return "\n".join([*lines, "", caption])

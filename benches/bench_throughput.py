@@ -1,18 +1,18 @@
-"""Measure what a steered token costs beside a tuned model's, by every door, and keep the figures.
+"""Measure what a steered token costs compared with a tuned model's, for every method, and keep the results.
 
 ::
 
     python benches/bench_throughput.py --write          measure the CPU part and keep it
     python benches/bench_throughput.py --write --quick  the set of `proxytune bench`, in minutes
-    python benches/bench_throughput.py --write --gpu    the GPU part alone, under ten minutes; refuses without a GPU
+    python benches/bench_throughput.py --write --gpu    the GPU part only, under ten minutes; fails without a GPU
     python benches/bench_throughput.py --write --gpu --long   the same with the protocol's own lengths
     python benches/bench_throughput.py --markdown       the README's tables, from the JSON
     pytest benches/bench_throughput.py --benchmark-only each method on the lab's family, by pytest-benchmark
 
-Writes benches/results/throughput.json, after each family. What is measured is `proxytune.throughput.run`. On the CPU:
-the lab's family with its own acceptance, and random members in the ratio of 13B + 7B + 7B and 32B + 1.5B + 1.5B. On a
-GPU: random members of these shapes and of 8B + 1B + 1B, in bfloat16. Acceptance in random members is planted, and
-called so. What was not run says so.
+Writes benches/results/throughput.json after each family; `proxytune.throughput.run` defines the measurements. On the
+CPU: the lab's family with its own acceptance, and random members in the ratio of 13B + 7B + 7B and 32B + 1.5B + 1.5B.
+On a GPU: random members of these shapes and of 8B + 1B + 1B, in bfloat16. Acceptance in random members is planted and
+labelled so. What was not run is marked so.
 """
 
 from __future__ import annotations
@@ -41,24 +41,24 @@ from proxytune.throughput.subjects import Cell, Subject, lab_subject
 
 RESULTS = Path(__file__).resolve().parent / "results" / "throughput.json"
 DEADLINE = 420.0
-"""Seconds after which a GPU run begins no further family."""
+"""Seconds after which a GPU run starts no further family."""
 CELL = Cell(8, 16)
 
 
 def kept() -> dict[str, Any]:
-    """What the JSON holds, and what it says where nothing was run."""
+    """The kept JSON; parts that are missing are marked as not run."""
     found = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    reason = "no CUDA device" if not torch.cuda.is_available() else "not asked for"
+    reason = "no CUDA device" if not torch.cuda.is_available() else "not requested"
     return {
         "command": "python benches/bench_throughput.py --write",
-        "cpu": found.get("cpu", {"status": "not run", "reason": "not asked for"}),
+        "cpu": found.get("cpu", {"status": "not run", "reason": "not requested"}),
         "gpu": found.get("gpu", {"status": "not run", "reason": reason}),
         "floors": [published_floors(trio, RATES) for trio in PUBLISHED],
     }
 
 
 def write(part: str, found: dict[str, Any]) -> None:
-    """Put one part into the JSON and keep the other."""
+    """Replace one part of the JSON."""
     record = kept() | {part: found}
     RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -73,11 +73,11 @@ def throughput_table(record: dict[str, Any]) -> str:
 
 
 def floors_table(floors: Sequence[dict[str, Any]]) -> str:
-    """What bytes alone make of the published shapes."""
+    """Floors of the published shapes by bytes alone."""
     rates = [one["acceptance"] for one in floors[0]["speculation"]]
     heads = ["three passes per token", *(f"speculation, {rate:g} accepted" for rate in rates if rate)]
     lines = [
-        "| bytes per token, tuned = 1 (drafted tokens) | " + " | ".join(heads) + " |",
+        "| bytes per token, tuned = 1 (draft length) | " + " | ".join(heads) + " |",
         "|---|" + "--:|" * len(heads),
     ]
     for one in floors:
@@ -88,11 +88,11 @@ def floors_table(floors: Sequence[dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="keep what is measured")
+    parser.add_argument("--write", action="store_true", help="keep the results")
     parser.add_argument("--quick", action="store_true", help="the CPU set of `proxytune bench`")
-    parser.add_argument("--gpu", action="store_true", help="the GPU part alone")
+    parser.add_argument("--gpu", action="store_true", help="the GPU part only")
     parser.add_argument("--long", action="store_true", help="the protocol's own lengths on a GPU")
-    parser.add_argument("--markdown", action="store_true", help="print the tables that are kept, and measure nothing")
+    parser.add_argument("--markdown", action="store_true", help="print the kept tables, measure nothing")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads [1]")
     wanted = parser.parse_args(arguments)
     if wanted.markdown:

@@ -1,14 +1,14 @@
-"""Compile the Triton kernels for GPUs that are not here, and hold what came out against a committed budget.
+"""Compile the Triton kernels for GPUs that are not here, and compare the result with a committed budget.
 
-No GPU is needed: `triton.compile` takes a target. Counted are registers, spills and 16-byte loads of each variant, from
-the machine code; what they cost in time only a GPU can tell. More registers or spills than the budget, or fewer wide
+No GPU is needed, since `triton.compile` takes a target. Registers, spills and 16-byte loads of each variant are counted
+in the machine code; their cost in time only a GPU can tell. More registers or spills than the budget, or fewer wide
 loads, is a failure.
 
     python benches/kernels_budget.py            # print
     python benches/kernels_budget.py --check    # compare with benches/results/kernels_budget.json
     python benches/kernels_budget.py --write    # record this version of Triton
 
-The interpreter must be off (`TRITON_INTERPRET` unset). Other versions of Triton: put them on PYTHONPATH.
+The interpreter must be off (`TRITON_INTERPRET` unset). To use another version of Triton, put it on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# What the variants of the kernels are; flags that are not named are off.
+# The kernels' variants; flags that are not named are off.
 TILES_VARIANTS: dict[str, dict[str, Any]] = {
     "statistics": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "KL": True},
     "draw": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True},
@@ -97,15 +97,9 @@ _MULTIPLES = {"V", "V_draft", "inside", "scores_stride", "D", "stride"}
 
 
 def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
-    """Compile one variant as a launch with a vocabulary, or a width, divisible by 16 would specialise it.
+    """Compile one variant as a launch would specialise it for a vocabulary, or a width, divisible by 16.
 
-    Args:
-        fn: The kernel.
-        variant: Dtypes of the members or of the table, `num_warps` or D, and flags.
-        target: The GPU.
-
-    Returns:
-        The compiled kernel.
+    `variant` has the dtypes of the members or of the table, `num_warps` or D, and flags.
     """
     variant = dict(variant)
     dtypes = variant.pop("dtypes", ("bf16",) * 3)
@@ -151,15 +145,12 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
 
 
 def count(kernel: Any) -> dict[str, int]:
-    """Count what matters in the machine code.
-
-    Args:
-        kernel: A compiled kernel.
+    """Count the relevant instructions in the machine code.
 
     Returns:
-        "registers" per thread, "spills" (instructions that move registers to local memory and back; for AMD the
-        vector registers spilled, and "scalar_spills" for the scalar ones, which go to vector registers), "wide_loads"
-        of 16 bytes, and "fused" multiply-adds of float32.
+        "registers" per thread, "spills" (instructions that move registers to local memory and back; for AMD the vector
+        registers spilled, and "scalar_spills" for the scalar ones, which go to vector registers), "wide_loads" of 16
+        bytes, and "fused" multiply-adds of float32.
     """
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
@@ -194,11 +185,7 @@ def count(kernel: Any) -> dict[str, int]:
 
 
 def measure() -> dict[str, dict[str, dict[str, int]]]:
-    """Compile everything.
-
-    Returns:
-        Target → kernel and variant → counts.
-    """
+    """Compile everything: target → kernel and variant → counts."""
     return {
         name: {
             f"{kernel}: {variant}": count(compile_kernel(fn, settings, target))
@@ -217,15 +204,7 @@ def measure() -> dict[str, dict[str, dict[str, int]]]:
 
 
 def excesses(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:
-    """Where the budget is exceeded.
-
-    Args:
-        found: What `measure` gave.
-        budget: The committed figures, in the same form.
-
-    Returns:
-        A line for each excess.
-    """
+    """A line for each count in `found` that exceeds `budget` (both as `measure` returns them)."""
     lines = []
     for target, variants in found.items():
         for variant, counts in variants.items():
@@ -242,8 +221,8 @@ def excesses(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail where the committed budget is exceeded")
-    parser.add_argument("--write", action="store_true", help="record the figures of this version of Triton")
+    parser.add_argument("--check", action="store_true", help="fail if the committed budget is exceeded")
+    parser.add_argument("--write", action="store_true", help="record the counts of this version of Triton")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it", file=sys.stderr)

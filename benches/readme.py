@@ -2,9 +2,9 @@
 
 ::
 
-    python benches/readme.py --measure   run the demo and the README's code again, and keep what they say
+    python benches/readme.py --measure   run the demo and the README's code again, and keep the results
     python benches/readme.py --write     fill the blocks
-    python benches/readme.py --check     exit with 1 if a block is not what --write would make of it
+    python benches/readme.py --check     exit with 1 if a block differs from what --write would make
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def quickstart() -> str:
     said = load("quickstart.json")
     return (
         f"```python\n{code(load('demo.json')['alpha'])}```\n\n```text\n{said['proxy']}\n```\n\n"
-        f"At `alpha=0.0` it is the base, which says:\n\n```text\n{said['base']}\n```"
+        f"With `alpha=0.0` the model is the base, which answers:\n\n```text\n{said['base']}\n```"
     )
 
 
@@ -86,8 +86,9 @@ def table() -> str:
     lines.append(f"| gap closed, % | {cells} | | |")
     caption = (
         f"Held-out problems, greedy decoding, α = {record['alpha']:g} (chosen on other problems), 95 % intervals in "
-        "brackets. Strict: exactly the taught form; lenient: the right content in any form. Gap closed: from base, "
-        "0-shot, to tuned directly; *no gap* where tuning gained nothing measurable. Tokens/s: batches of "
+        "brackets. Strict: exactly the taught form; lenient: the right content in any form. Gap closed: the proxy's "
+        "share of the gain from base, 0-shot, to tuned directly; *no gap* if tuning gained nothing measurable. "
+        "Tokens/s: batches of "
         f"{record['speed']['batch']}, CPU threads: {record['threads']}, "
         f"torch {record['torch']}. The demo took {record['seconds']:.0f} s."
     )
@@ -104,13 +105,13 @@ def losses() -> str:
         return f"{percent(score['rate'], score['interval'])} %"
 
     points = (
-        f"**Speed matters most.** Every token is a pass through three models: {proxy['tokens_per_second']:,} tokens/s "
-        f"here, against {base['tokens_per_second']:,} of the base alone.",
-        "**The base cannot do it either.** The shift brings out what the base has in it. On Countdown, a search "
-        f"problem, nobody gets far: the base {rate(base, 'countdown')} ({rate(shots, 'countdown')} with 3 shots), the "
-        f"proxy {rate(proxy, 'countdown')}, the tuned model {rate(tuned, 'countdown')}. There the gap is mostly the "
-        "form of the answer; the search itself is hardly in the base, and neither tuning nor the shift adds it.",
-        "**A prompt of a few solved examples is enough.** Where the form does not matter, the base with 3 shots has "
+        f"**Speed matters most.** Every token needs a pass through three models: {proxy['tokens_per_second']:,} "
+        f"tokens/s here, against {base['tokens_per_second']:,} for the base alone.",
+        "**The base lacks the skill.** The shift only brings out what the base can do. On Countdown, a search problem, "
+        f"no model gets far: the base has {rate(base, 'countdown')} right ({rate(shots, 'countdown')} with 3 shots), "
+        f"the proxy {rate(proxy, 'countdown')}, the tuned model {rate(tuned, 'countdown')}. There the gap is mostly "
+        "the form of the answer; the base can hardly search, and neither tuning nor the shift teaches it.",
+        "**A few solved examples in the prompt are enough.** If the form does not matter, the base with 3 shots gets "
         f"{rate(shots, 'chain')} of the chains and {rate(shots, 'qa')} of the questions right, without a second model.",
     )
     return "\n".join(
@@ -120,7 +121,7 @@ def losses() -> str:
 
 
 def seeds() -> str:
-    """The gap closed by families trained with other seeds, on more problems than the demo asks."""
+    """The gap closed by families of other training seeds, on more problems than the demo asks."""
     families = load("lab_seeds.json")["per_seed"]
     shown = (("chain", "strict"), ("qa", "strict"), ("countdown", "lenient"))
     totals = {task: families[0]["rows"][0]["scores"][task]["strict"]["problems"] for task, _ in shown}
@@ -138,7 +139,7 @@ def seeds() -> str:
 
 
 def kernels() -> str:
-    """What a decision costs, at one vocabulary; all cells are in the JSON."""
+    """The cost of a decision at one vocabulary size; all cells are in the JSON."""
     _find_benches()
     from bench_kernels import kernels_table
 
@@ -149,7 +150,7 @@ def kernels() -> str:
 
 
 def forks() -> str:
-    """What the bench of forks found."""
+    """The results of `bench_forks.py`."""
     _find_benches()
     from _forks.report import forks_block
 
@@ -157,7 +158,7 @@ def forks() -> str:
 
 
 def latent() -> str:
-    """What the bench of latent steps and recursion found."""
+    """The results of `bench_latent.py`."""
     _find_benches()
     from _latent.report import latent_block
 
@@ -165,7 +166,7 @@ def latent() -> str:
 
 
 def throughput() -> str:
-    """What a steered token costs."""
+    """The results of `bench_throughput.py`."""
     _find_benches()
     from bench_throughput import throughput_table
 
@@ -173,7 +174,7 @@ def throughput() -> str:
 
 
 def overlap() -> str:
-    """What running members at the same time brings on a CPU."""
+    """The results of `bench_overlap.py`."""
     _find_benches()
     from bench_overlap import overlap_table
 
@@ -181,13 +182,13 @@ def overlap() -> str:
 
 
 def _find_benches() -> None:
-    """Let the benches beside this file be imported, also where this file was loaded by its path."""
+    """Make the benches beside this file importable, even if this file was loaded by its path."""
     if str(ROOT / "benches") not in sys.path:
         sys.path.insert(0, str(ROOT / "benches"))
 
 
 def wrapped(text: str) -> str:
-    """Text with its long lines broken, tables left as they are."""
+    """Text with its long lines wrapped; tables are left as they are."""
     return "\n".join(
         textwrap.fill(line, WIDTH, break_on_hyphens=False) if line and not line.startswith("|") else line
         for line in text.split("\n")
@@ -208,7 +209,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def filled(text: str) -> str:
-    """The README with every block made anew."""
+    """The README with every block regenerated."""
 
     def fill(found: re.Match[str]) -> str:
         if found["name"] not in BLOCKS:
@@ -227,7 +228,7 @@ def measure() -> None:
 
 
 def weights() -> dict[str, str]:
-    """The hashes of the bundled family: figures of other weights are not this README's."""
+    """The hashes of the bundled family, since the README's figures belong to these weights."""
     folder = ROOT / "proxytune" / "demo" / "weights"
     return {
         member: hashlib.sha256((folder / member / "model.safetensors").read_bytes()).hexdigest()
@@ -236,7 +237,7 @@ def weights() -> dict[str, str]:
 
 
 def run(program: str) -> str:
-    """What a program prints."""
+    """The output of a program."""
     return subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
 
 
@@ -254,7 +255,9 @@ def main() -> None:
     elif wanted.check and new != text:
         sys.exit("README.md is stale: run `python benches/readme.py --write` and commit it")
     elif wanted.check and load("demo.json")["weights"] != weights():
-        sys.exit("the figures are of other weights: run `python benches/readme.py --measure --write` and commit them")
+        sys.exit(
+            "the figures belong to other weights: run `python benches/readme.py --measure --write` and commit them"
+        )
 
 
 if __name__ == "__main__":

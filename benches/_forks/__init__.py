@@ -1,1 +1,1 @@
-"""What `bench_forks.py` is made of."""
+"""Parts of `bench_forks.py`."""

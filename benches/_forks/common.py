@@ -1,4 +1,4 @@
-"""What the sections of `bench_forks.py` share: models, samples with their costs, intervals over problems."""
+"""What the sections of `bench_forks.py` share: models, samples and their costs, intervals over problems."""
 
 from __future__ import annotations
 
@@ -19,18 +19,16 @@ from proxytune.methods.trees.tree import ForkTree
 from proxytune.stats.bootstrap import Interval
 
 ROWS = 512
-"""Rows of a batch; a result does not depend on it."""
+"""Rows of a batch; results do not depend on it."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model that is studied, with its tokenizer.
+    """A model under study, in float32, with a tokenizer that pads on the left.
 
     Attributes:
-        name: What the tables call it.
+        name: Its name in the tables.
         seed: Its training seed.
-        model: In float32.
-        tokenizer: Pads on the left.
     """
 
     name: str
@@ -40,17 +38,17 @@ class Subject:
 
     @classmethod
     def study(cls, name: StudyName, seed: int, folder: Path) -> Subject:
-        """A model that `train_studies` left in a folder for each seed."""
+        """The model that `train_studies` left in the folder of a seed."""
         return cls(name, seed, *load_study(name, folder / f"seed{seed}"))
 
     def encode(self, prompts: Sequence[str], width: int | None = None) -> dict[str, torch.Tensor]:
-        """Ids and mask, padded on the left to the longest, or to a width."""
+        """Ids and mask, padded on the left to the longest prompt, or to `width`."""
         how = {"padding": True} if width is None else {"padding": "max_length", "max_length": width}
         found = self.tokenizer(list(prompts), return_tensors="pt", **how)
         return {name: found[name] for name in ("input_ids", "attention_mask")}
 
     def trim(self, ids: torch.Tensor) -> list[int]:
-        """Generated ids up to the end-of-text token, which stays."""
+        """Generated ids up to and including the end-of-text token."""
         out: list[int] = ids.tolist()
         eos = self.tokenizer.eos_token_id
         return out[: out.index(eos) + 1] if eos in out else out
@@ -70,19 +68,11 @@ def independent(
     temperature: float = 1.0,
     processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[list[int]]]:
-    """Independent samples.
-
-    Args:
-        subject: The model.
-        prompts: P prompts.
-        samples: N for each.
-        seed: Key of the draws; the stream of a sample is its number, whatever the batch.
-        max_new_tokens: Longest answer.
-        temperature: Of the draws; nothing is truncated.
-        processors: Logits processors of the call.
+    """`samples` independent samples of each prompt; nothing is truncated.
 
     Returns:
-        P lists of N lists of generated ids, with the end-of-text token, without padding.
+        Per prompt, the samples' generated ids with the end-of-text token, without padding. A sample's noise stream is
+        its number, whatever the batch.
     """
     out: list[list[list[int]]] = [[] for _ in prompts]
     rows = [(row, prompt) for row, prompt in enumerate(prompts) for _ in range(samples)]
@@ -114,18 +104,9 @@ def grow(
     processors: Sequence[LogitsProcessor] = (),
     width: int | None = None,
 ) -> list[ForkTree]:
-    """A tree of each prompt, at temperature 1, nothing truncated.
+    """A tree per prompt, in one batch, at temperature 1, nothing truncated.
 
-    Args:
-        subject: The model.
-        prompts: P prompts, one batch.
-        loop: What grows them.
-        max_new_tokens: Longest answer.
-        processors: Logits processors of the call.
-        width: Pad to so many columns, for processors that count from the end of the prompts.
-
-    Returns:
-        P trees.
+    `width` pads to a fixed number of columns, for processors that count from the end of the prompts.
     """
     with torch.inference_mode():
         out = subject.model.generate(
@@ -143,19 +124,7 @@ def grow(
 
 
 def mean_interval(values: ArrayLike, *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:
-    """A mean over problems with its percentile bootstrap interval.
-
-    For a paired comparison, pass the differences: each problem brings both of its values.
-
-    Args:
-        values: `[P]`, one for each problem.
-        level: Of the interval.
-        draws: Resamples.
-        seed: Of the resamples.
-
-    Returns:
-        The mean and its interval.
-    """
+    """A mean over problems, `[P]`, with its percentile bootstrap interval; pass differences for a paired comparison."""
     array = np.asarray(values, np.float64)
     assert array.ndim == 1
     assert np.isfinite(array).all()

@@ -1,4 +1,4 @@
-"""Answers that swing with their length: budgets, confidence filters and the allocator on the pondering model."""
+"""Answers that change with their length: budgets, confidence filters and the allocator on the pondering model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CAPS = (10, 20, 40, 80)
 SAMPLES = (1, 2, 4, 8, 16)
 BUDGETS = (200, 300, 500, 800, 1400)
 WINDOW = 8
-"""Tokens of a group: an equation or so."""
+"""Tokens per confidence group: about one equation."""
 SCORES = ("mean", "lowest_group", "bottom_groups", "tail")
 
 
@@ -46,11 +46,10 @@ class Drawn:
     """Samples of one problem.
 
     Attributes:
-        problem: The problem.
         prompt: Tokens of its prompt.
         samples: With answers and confidences.
         tokens: Generated tokens of each sample.
-        logprobs: Of each, the mean log-probability of its tokens, nats.
+        logprobs: Mean log-probability of each sample's tokens, nats.
     """
 
     problem: Ponder
@@ -64,21 +63,16 @@ class Drawn:
         return tally.winner == self.problem.gold
 
     def spent(self, count: int) -> int:
-        """Tokens of the prompt and of the first samples."""
+        """Tokens of the prompt and the first `count` samples."""
         return self.prompt + sum(self.tokens[:count])
 
 
 def lengths(subject: Subject, *, problems: int, samples: int) -> dict[str, Any]:
-    """Accuracy and spread of the answers by how often thinking went on, and by a cap on it.
-
-    Args:
-        subject: The pondering model.
-        problems: Test problems of each kind.
-        samples: Of each, at temperature 1.
+    """Accuracy and spread of the answers by the number of extensions, and by a cap on thinking.
 
     Returns:
-        For each kind and each way of setting the length: accuracy of a sample, share of samples that do not say what
-        most of them say, tokens.
+        For each kind and length setting: accuracy of a sample, share of samples that differ from the most common
+            answer, tokens.
     """
     out: dict[str, Any] = {}
     for kind in KINDS:
@@ -107,7 +101,7 @@ def _length(subject: Subject, asked: Sequence[Ponder], samples: int, **settings:
 
 
 def _thought(subject: Subject, asked: Sequence[Ponder], samples: int, **settings: int) -> list[list[list[int]]]:
-    """Samples under a thinking budget; every batch is padded alike, since thinking starts at one column."""
+    """Samples under a thinking budget; all batches have one width, since thinking starts at one column."""
     end, continuation = (
         subject.tokenizer.encode(word, add_special_tokens=False) for word in (END_OF_THINKING, CONTINUATION)
     )
@@ -135,7 +129,7 @@ def _trees(
     width: int | None = None,
     processors: Sequence[LogitsProcessor] = (),
 ) -> list[tuple[ForkTree, int]]:
-    """Independent samples of each problem, and the tokens of its prompt. Rows that have ended leave the batch."""
+    """Independent samples of each problem, and its prompt's tokens. Finished rows leave the batch."""
     out: list[tuple[ForkTree, int]] = []
     each = max(1, ROWS // samples)
     for first in range(0, len(asked), each):
@@ -148,18 +142,7 @@ def _trees(
 
 
 def draw(subject: Subject, kind: Kind, split: HeldOut, problems: int, samples: int) -> list[Drawn]:
-    """Independent samples with their confidences.
-
-    Args:
-        subject: The pondering model.
-        kind: Of the problems.
-        split: Of the problems.
-        problems: How many.
-        samples: Of each, at temperature 1.
-
-    Returns:
-        The samples of each problem.
-    """
+    """Independent samples of each problem, with confidences, at temperature 1."""
     asked = ponders(kind, split, problems)
     return [
         Drawn(
@@ -174,15 +157,11 @@ def draw(subject: Subject, kind: Kind, split: HeldOut, problems: int, samples: i
 
 
 def confidence(drawn: dict[Kind, list[Drawn]], calibration: dict[Kind, list[Drawn]]) -> dict[str, Any]:
-    """Do confidences tell right from wrong, and do the votes that go by them gain?
-
-    Args:
-        drawn: Test problems.
-        calibration: Validation problems, by which the vote is chosen.
+    """Do confidences tell right from wrong, and do votes that use them gain? The vote is chosen on `calibration`.
 
     Returns:
         AUROC of each score, pooled and within problems; accuracy, Brier score and ECE of each vote; the chosen vote;
-        the early stop.
+        early stopping.
     """
     out: dict[str, Any] = {}
     for kind, found in drawn.items():
@@ -256,7 +235,7 @@ def _votes(found: Sequence[Drawn], count: int, **settings: Any) -> dict[str, Any
 
 
 def _stopped(found: Sequence[Drawn], early: Callable[[Drawn], tuple[Tally, int]]) -> dict[str, Any]:
-    """A rule that stops early, its winner and its tokens, against the majority of all samples."""
+    """An early-stopping rule (winner and tokens) against the majority of all samples."""
     used, same, right, base = [], [], [], []
     for d in found:
         tally, tokens = early(d)
@@ -280,7 +259,7 @@ def _settled(d: Drawn) -> tuple[Tally, int]:
 
 
 def _online(d: Drawn, eta: float) -> tuple[Tally, int]:
-    """DeepConf online: half of the samples set the threshold; the others stop below it; all stop at a consensus."""
+    """DeepConf online: half of the samples set the threshold, the others stop below it; all stop at a consensus."""
     warmup = len(d.samples) // 2
     filters = OnlineFilter(eta, window=WINDOW, warmup=warmup)
     for sample in d.samples[:warmup]:
@@ -307,17 +286,8 @@ def allocation(
 ) -> dict[str, Any]:
     """The allocator against every fixed policy, at each budget.
 
-    Calibrated on validation problems, judged on test problems. A policy that would have spent more than the budget on a
-    problem counts as wrong there.
-
-    Args:
-        subject: The pondering model.
-        drawn: Test problems.
-        calibration: Validation problems.
-        attempts: Test problems of each kind on which `allocate` itself is run, with the policies on the model.
-
-    Returns:
-        Accuracies at each budget over both kinds of problems; and what `allocate` did.
+    Calibrated on validation problems, tested on test problems. A policy that would have exceeded the budget on a
+    problem counts as wrong there. `allocate` itself runs on `attempts` test problems of each kind.
     """
     learnt, judged = _run(subject, calibration), _run(subject, drawn)
     assert judged.kinds is not None
@@ -334,7 +304,7 @@ def allocation(
             continue
         with_kinds = np.array([within[by_kind[kind].chosen.name][i] for i, kind in enumerate(judged.kinds)])
         without = within[pooled.chosen.name]
-        best = max(within, key=lambda name: float(within[name].mean()))  # in hindsight, on these very problems
+        best = max(within, key=lambda name: float(within[name].mean()))  # in hindsight, on the test problems themselves
         best_of_kind = {
             kind: max(within, key=lambda name, k=kind: float(within[name][judged.of_kind(k)].mean())) for kind in KINDS
         }
@@ -365,7 +335,7 @@ def allocation(
 
 
 def _run(subject: Subject, found: dict[Kind, list[Drawn]]) -> CalibrationRun:
-    """What every level did: votes over the first samples, and single texts that went on."""
+    """The result of every level: votes over the first samples, and single extended texts."""
     every = [d for kind in KINDS for d in found[kind]]
     trials = [
         Trial(

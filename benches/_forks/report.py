@@ -1,4 +1,4 @@
-"""What `results/forks.json` says, as the tables of the README."""
+"""`results/forks.json` as the tables of the README."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from statistics import fmean
 from typing import Any
 
 VOTES = {
-    "equal": "all leaves alike",
-    "p-weighted": "by their probabilities",
+    "equal": "all leaves equal",
+    "p-weighted": "weighted by probability",
     "exact": "exact (Kool et al.)",
     "as many independent samples": "as many independent samples",
-    "independent samples for as many tokens": "independent samples for as many tokens",
+    "independent samples for as many tokens": "independent samples, equal tokens",
 }
 METHODS = ("fork tree", "random tree", "start", "siblings, repulsion 0.5", "siblings, repulsion 2")
 MODELS = {"tuned": "tuned", "collapsed": "collapsed twin"}
 
 
 def points(value: dict[str, float], *, sign: bool = True) -> str:
-    """A share with its interval, in points of a hundred."""
+    """A share with its interval, in percentage points."""
     form = "{:+.1f}" if sign else "{:.1f}"
     return f"{form} [{form}, {form}]".format(*(100 * value[end] for end in ("value", "low", "high")))
 
@@ -34,7 +34,7 @@ def votes_table(record: dict[str, Any]) -> list[str]:
     runs = record["per seed"]["votes"]
     lines = [
         f"| vote over a tree of {runs[0]['leaves at most']} leaves | share of the likeliest answer: error, points | "
-        "in standard errors, per seed | root-mean-square error | winner is the likeliest, % |",
+        "in standard errors, per seed | root-mean-square error | winner is the likeliest answer, % |",
         "|---|--:|--:|--:|--:|",
     ]
     for key, name in VOTES.items():
@@ -48,14 +48,14 @@ def votes_table(record: dict[str, Any]) -> list[str]:
 
 
 def sampling_table(record: dict[str, Any]) -> list[str]:
-    """Countdown: what was compared with plain sampling for as many tokens, at the plain temperature best for it."""
+    """Countdown: differences to plain sampling at its best temperature, for the same number of tokens."""
     over = record["over seeds"]
     lines = [
-        "| Countdown, minus plain sampling at its best temperature for as many tokens | "
+        "| Countdown, difference to plain sampling at its best temperature, equal tokens | "
         + " | ".join(
             f"{name}: {what}"
             for name in MODELS.values()
-            for what in ("some sample is right, points", "different solutions")
+            for what in ("some sample is right, points", "distinct solutions")
         )
         + " |",
         "|---|" + "--:|" * (2 * len(MODELS)),
@@ -80,7 +80,7 @@ def number(value: dict[str, float]) -> str:
 
 
 def collapse_sentence(record: dict[str, Any]) -> str:
-    """What the policy gradient did."""
+    """The effect of the policy gradient."""
     rates = {
         model: {
             k: fmean(run["spreads"]["independent"][f"k={k}"]["coverage"]["value"] for run in record["per seed"][model])
@@ -95,7 +95,7 @@ def collapse_sentence(record: dict[str, Any]) -> str:
 
 
 def lengths_table(record: dict[str, Any]) -> list[str]:
-    """Accuracy of a sample by how long it was made, and of votes."""
+    """Accuracy of a sample by how long it was made."""
     runs = record["per seed"]["lengths"]
     ways = ["as it comes", *(f"at least {n} more" for n in (1, 3, 5)), "at most 40 tokens"]
     lines = ["| a sample is right, % | " + " | ".join(ways) + " |", "|---|" + "--:|" * len(ways)]
@@ -106,7 +106,7 @@ def lengths_table(record: dict[str, Any]) -> list[str]:
 
 
 def confidence_table(record: dict[str, Any]) -> list[str]:
-    """DeepConf against the majority, and what the calibration set said."""
+    """DeepConf against the majority, and the vote chosen on the calibration set."""
     runs = record["per seed"]["confidence"]
     shown = ("majority, 8", "deepconf 90, 8", "deepconf 50, 8", "deepconf 10, 8")
     lines = [
@@ -149,14 +149,7 @@ def allocation_table(record: dict[str, Any]) -> list[str]:
 
 
 def forks_block(record: dict[str, Any]) -> str:
-    """Everything, in the order of the README.
-
-    Args:
-        record: What `bench_forks.py --write` wrote.
-
-    Returns:
-        Markdown.
-    """
+    """All tables, in the order of the README, from what `bench_forks.py --write` wrote."""
     detection = record["per seed"]["detection"]
     taught = [run["target share as taught"] for run in detection]
     fifth = [run["target share 20 %"] for run in detection]
@@ -165,20 +158,20 @@ def forks_block(record: dict[str, Any]) -> str:
         f"forks by construction. A threshold calibrated to that share finds them with precision "
         f"{span([one['precision'] for one in taught])} and recall {span([one['recall'] for one in taught])}; one "
         f"calibrated to 20 %, with precision {span([one['precision'] for one in fifth])}: a target share above the "
-        "real one makes forks of whatever comes next."
+        "real one marks tokens as forks that are none."
     )
     trees = record["per seed"]["votes"]
     costs = span([100 * tree["tokens of a tree"] / tree["tokens of as many samples"] for tree in trees], 0)
     votes = (
-        f"**Votes.** {trees[0]['routes']} routes, {trees[0]['trees of each']} trees of each, three models. The truth "
-        f"is enumerated; a tree costs {costs} % of the tokens of as many samples."
+        f"**Votes.** {trees[0]['routes']} routes, {trees[0]['trees of each']} trees of each, three models. The true "
+        f"distribution is enumerated. A tree costs {costs} % of the tokens of as many samples."
     )
     sizes = record["sizes"]["spreads"]
     countdown = (
-        f"**Two temperatures, trees and siblings.** {sizes['count']} test problems; knobs chosen on others; the tuned "
-        f"model with three seeds of the draws, three trainings of its twin. {collapse_sentence(record)}"
+        f"**Two temperatures, trees and siblings.** {sizes['count']} test problems; settings chosen on others. The "
+        f"tuned model with three sampling seeds, and three trainings of its collapsed twin. {collapse_sentence(record)}"
     )
-    lengths = "**Answers that swing with their length**, by construction; three trainings, range over them."
+    lengths = "**Answers that change with their length**, by construction: range over three trainings."
     blocks: list[Sequence[str]] = [
         [found],
         [votes],
@@ -188,7 +181,7 @@ def forks_block(record: dict[str, Any]) -> str:
         [lengths],
         lengths_table(record),
         confidence_table(record),
-        ["**Parallel or sequential**, over problems of both kinds, calibrated on others:"],
+        ["**Parallel or sequential**, on problems of both kinds, calibrated on other problems:"],
         allocation_table(record),
     ]
     return "\n\n".join("\n".join(block) for block in blocks)

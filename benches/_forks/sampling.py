@@ -1,7 +1,7 @@
 """Countdown: two temperatures against one, and trees against independent samples, at equal tokens.
 
-On the directly tuned model and on its twin that a policy gradient has narrowed. Knobs are chosen on validation
-problems, figures are of test problems, intervals are paired over problems.
+On the directly tuned model and its twin, narrowed by a policy gradient. Settings are chosen on validation problems and
+tested on test problems; intervals are paired over problems.
 """
 
 from __future__ import annotations
@@ -35,12 +35,11 @@ SHARE = 0.2
 
 @dataclass(frozen=True)
 class Answers:
-    """What was answered to one problem.
+    """The answers to one problem.
 
     Attributes:
-        samples: Number of samples.
-        right: How often each different right solution was written.
-        tokens: Generated tokens in all, shared ones counted once.
+        right: How often each distinct right solution was written.
+        tokens: Generated tokens, shared ones counted once.
     """
 
     samples: int
@@ -61,19 +60,19 @@ class Answers:
         return _between(k, lambda n: pass_at_k(sum(self.right.values()), self.samples, n))
 
     def solutions(self, k: float) -> float:
-        """The expected number of different solutions among k samples, linear between whole numbers."""
+        """The expected number of distinct solutions among k samples, linear between whole numbers."""
         return _between(k, lambda n: sum(pass_at_k(count, self.samples, n) for count in self.right.values()))
 
 
 def _between(k: float, of: Callable[[int], float]) -> float:
-    """A function of whole numbers, made linear in between; 0 samples have nothing."""
+    """A function of whole numbers, interpolated linearly; 0 for 0 samples."""
     low = int(k)
     value = of(low) if low else 0.0
     return value if k == low else value + (k - low) * (of(low + 1) - value)
 
 
 def threshold(subject: Subject, *, count: int = 60, samples: int = 8) -> float:
-    """The entropy above which a fifth of the model's own Countdown tokens lie, at temperature 1, nats."""
+    """The entropy above which a fifth of the model's own Countdown tokens lie, at temperature 1, in nats."""
     asked = problems("countdown", "validation", count, build_world())
     loop = SiblingDecoding(siblings=samples, repulsion=0.0, seed=10_000 + subject.seed)
     trees = _grow(subject, asked, loop)
@@ -85,17 +84,11 @@ def temperatures(
 ) -> dict[str, Any]:
     """The grid T_exec × T_fork against a sweep of plain temperatures.
 
-    Args:
-        subject: The model.
-        nats: The fork threshold.
-        seed: Of the draws.
-        chosen_on: Validation problems, on which every setting is tried.
-        judged_on: Test problems, for the best of either kind.
-        few: Samples of a validation problem.
-        many: Samples of a test problem.
+    Every setting gets `few` samples on `chosen_on` validation problems, the best of either kind `many` on `judged_on`
+    test problems.
 
     Returns:
-        pass@k of all settings on validation; of the chosen on test; and the paired differences.
+        pass@k of all settings on validation, of the chosen ones on test, and the paired differences.
     """
     counts = [k for k in (1, 4, 16, 64) if k <= few]
     tried = {s: _sampled(subject, "validation", chosen_on, few, s, nats, seed) for s in SETTINGS}
@@ -108,7 +101,7 @@ def temperatures(
         for k in counts
     }
     needed = {(1.0, 1.0)} | {setting for pair in best.values() for setting in pair.values()}
-    # Other draws than on validation: the problems differ, the seed does too.
+    # Test draws have another seed than validation draws.
     judged = {s: _sampled(subject, "test", judged_on, many, s, nats, seed + 500) for s in sorted(needed)}
     mean_tokens = {s: sum(a.tokens for a in found) / (judged_on * many) for s, found in judged.items()}
     out: dict[str, Any] = {
@@ -119,7 +112,7 @@ def temperatures(
     }
     for k in counts:
         plain, fork = best[k]["plain"], best[k]["fork"]
-        # As many tokens for both: k samples at the plain temperature, and what they cost at the two.
+        # Equal tokens: k samples at the plain temperature, and as many as cost the same at the two.
         same = k * mean_tokens[plain] / mean_tokens[fork]
         first = [a.coverage(k) for a in judged[plain]]
         second = [a.coverage(same) for a in judged[fork]]
@@ -142,19 +135,14 @@ def temperatures(
 def spreads(
     subject: Subject, nats: float, *, seed: int, count: int, samples: int, best_temperature: float
 ) -> dict[str, Any]:
-    """Coverage and different solutions of trees and siblings against independent samples for as many tokens.
+    """Coverage and distinct solutions of trees and siblings against independent samples for the same number of tokens.
 
-    Args:
-        subject: The model.
-        nats: The fork threshold.
-        seed: Of the draws.
-        count: Test problems.
-        samples: Independent samples of each, which the curve is made of.
-        best_temperature: The plain temperature of the best pass@16 on validation. The methods are all at temperature 1.
+    `samples` independent samples of each of `count` test problems estimate the curve. The methods are at temperature 1;
+    `best_temperature` is the plain one with the best pass@16 on validation.
 
     Returns:
-        pass@k of the independent samples at temperature 1; and of every other method and size coverage, different
-        solutions and tokens beside what independent samples have for as many tokens, at temperature 1 and at the best.
+        pass@k of independent samples at temperature 1; for every method and size, coverage, distinct solutions and
+        tokens, compared with independent samples for the same tokens, at temperature 1 and at the best one.
     """
     asked = problems("countdown", "test", count, build_world())
     plain = _sampled(subject, "test", count, samples, (1.0, 1.0), nats, seed)

@@ -1,6 +1,6 @@
-"""Routes: are detected forks the real ones, and do votes over a tree estimate the answer law?
+"""Routes: are detected forks the real ones, and do votes over a tree estimate the distribution of answers?
 
-The truth is enumerated (`lab.studies.route_law`), so bias is a difference to a known number.
+The true distribution is enumerated (`lab.studies.route_law`), so the bias is exact.
 """
 
 from __future__ import annotations
@@ -26,23 +26,18 @@ SHARE = 0.2
 EQUAL_TOKENS = "independent samples for as many tokens"
 ESTIMATES = ("equal", "p-weighted", "exact", "exact, self-normalised", "as many independent samples", EQUAL_TOKENS)
 LEAST = 0.02
-"""Rarer answers are left out of the z-scores: a hundred trees may not have met them, and then have no scatter."""
+"""Rarer answers are left out of the z-scores: a hundred trees may have none of them, and so no variance."""
 
-Law = dict[Hashable | None, float]
+Shares = dict[Hashable | None, float]
 
 
 def detection(subject: Subject, *, problems: int, samples: int) -> dict[str, Any]:
-    """Forks by entropy against the tokens at which a route really forks.
+    """Forks found by entropy against the tokens at which a route really forks.
 
-    Thresholds are calibrated on the model's own samples for validation routes, and judged on those for test routes.
-
-    Args:
-        subject: The routes model.
-        problems: Routes of either split.
-        samples: Samples of each.
+    Thresholds are calibrated on the model's own samples for validation routes, and tested on those for test routes.
 
     Returns:
-        Precision and recall at a target share of 20 %, at the share of real forks, and the AUROC of the entropy.
+        Precision and recall at a target share of 20 % and at the share of real forks, and the AUROC of the entropy.
     """
     pooled = {}
     for split in ("validation", "test"):
@@ -83,14 +78,9 @@ def detection(subject: Subject, *, problems: int, samples: int) -> dict[str, Any
 
 
 def votes(subject: Subject, nats: float, *, problems: int, trees: int, branches: int = 8) -> dict[str, Any]:
-    """Bias and spread of votes over fork trees against the enumerated answer law.
+    """Bias and spread of votes over fork trees against the enumerated distribution of answers.
 
-    Args:
-        subject: The routes model.
-        nats: The fork threshold.
-        problems: Test routes.
-        trees: Trees of each; also sets of as many independent samples as a tree has leaves.
-        branches: The most leaves.
+    For each route, `trees` trees are compared with as many sets of independent samples, one per leaf.
 
     Returns:
         For each way to vote: bias, root-mean-square error and how often the winner is the likeliest answer.
@@ -131,7 +121,7 @@ def votes(subject: Subject, nats: float, *, problems: int, trees: int, branches:
     }
 
 
-def _estimates(law: RouteLaw, tree: ForkTree, samples: Sequence[int | None], fewer: int) -> dict[str, Law]:
+def _estimates(law: RouteLaw, tree: ForkTree, samples: Sequence[int | None], fewer: int) -> dict[str, Shares]:
     read = [law.read(branch.along("tokens")) for branch in tree]
     logs = [sum(branch.along("logprobs")) for branch in tree]
     return {
@@ -145,7 +135,7 @@ def _estimates(law: RouteLaw, tree: ForkTree, samples: Sequence[int | None], few
 
 
 def _signs_at_forks(law: RouteLaw, tree: ForkTree) -> list[bool]:
-    """Of each fork on a branch that is a path, whether it is at a sign."""
+    """For each fork on a branch that is a path: whether it is at a sign."""
     out = []
     for branch in tree:
         ids = tuple(branch.along("tokens"))
@@ -154,31 +144,31 @@ def _signs_at_forks(law: RouteLaw, tree: ForkTree) -> list[bool]:
     return out
 
 
-def _sums(read: Sequence[int | None], weights: Sequence[float]) -> Law:
-    law: Law = {}
+def _sums(read: Sequence[int | None], weights: Sequence[float]) -> Shares:
+    sums: Shares = {}
     for answer, weight in zip(read, weights, strict=True):
-        law[answer] = law.get(answer, 0.0) + weight
-    return law
+        sums[answer] = sums.get(answer, 0.0) + weight
+    return sums
 
 
-def _shares(read: Sequence[int | None], weights: Sequence[float]) -> Law:
+def _shares(read: Sequence[int | None], weights: Sequence[float]) -> Shares:
     total = sum(weights)
     return _sums(read, [weight / total for weight in weights])
 
 
-def _winner(law: Law) -> Hashable | None:
-    return max((a for a in law if a is not None), key=lambda a: law[a], default=None)
+def _winner(shares: Shares) -> Hashable | None:
+    return max((a for a in shares if a is not None), key=lambda a: shares[a], default=None)
 
 
 def _summary(
     errors: Sequence[NDArray[np.float64]], laws: Sequence[RouteLaw], wins: Sequence[float], trees: int
 ) -> dict[str, Any]:
-    """Errors of one way to vote, `[trees, answers]` for each route."""
+    """Errors of one way to vote, `[trees, answers]` per route."""
     bias, scatter, z = [], [], []
     for error, law in zip(errors, laws, strict=True):
         truth = np.array(list(law.answers().values()))
         mean, noise = error.mean(0), error.std(0, ddof=1) / math.sqrt(trees)
-        # The likeliest answer's share is the one that decides.
+        # The likeliest answer's share decides the vote.
         top = int(truth[:-1].argmax())
         bias.append(float(mean[top]))
         scatter.append(float(noise[top]))

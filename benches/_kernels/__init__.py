@@ -1,1 +1,1 @@
-"""What `bench_kernels.py` is made of."""
+"""Parts of `bench_kernels.py`."""

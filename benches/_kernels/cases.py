@@ -1,8 +1,8 @@
-"""What `bench_kernels.py` measures: the decisions, the logits they are made from, and the compositions to compare with.
+"""What `bench_kernels.py` measures: the decisions, the logits, and compositions of torch functions to compare with.
 
-The plain compositions are what one writes without this package's kernels: every step a torch function over the whole
-`[B, V]`. They use the package's own `shift`, so that the algebra is the same, and draw by an exponential race, which a
-CUDA graph can capture and torch.compile can fuse.
+The plain compositions are what one writes without these kernels: every step a torch function over the whole `[B, V]`.
+They use the package's `shift`, for the same arithmetic, and draw by an exponential race, which a CUDA graph can capture
+and torch.compile can fuse.
 """
 
 from __future__ import annotations
@@ -27,15 +27,7 @@ Outputs = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """One decision.
-
-    Attributes:
-        name: In the tables and the JSON.
-        want: The outputs asked of `proxytune.ops.step`.
-        temperature: None for no draw.
-        top_k: 0 for off.
-        top_p: 1 for off.
-    """
+    """One decision: the outputs requested from `proxytune.ops.step`, and its settings (None, 0 and 1 for off)."""
 
     name: str
     want: tuple[str, ...]
@@ -55,8 +47,8 @@ CASES = (STATISTICS, TEMPERATURE, TRUNCATED)
 def members(rows: int, width: int, dtype: torch.dtype, device: str, rows_like: str = "peaked") -> Members:
     """Logits of base, expert and antiexpert, `[B, V]` each.
 
-    "peaked" rows fall off as a power of the rank, as a language model's do, some steeper than others (entropies from
-    about half a nat to three); "flat" ones are normal, with a standard deviation of 2 (entropies of about log V − 2).
+    "peaked" rows fall off as a power of the rank, like a language model's, with entropies from about half a nat to
+    three; "flat" rows are normal with a standard deviation of 2 (entropy about log V − 2).
     """
     random = torch.Generator(device).manual_seed(rows * 1_000_003 + width)
 
@@ -92,7 +84,7 @@ def decision(case: Case, rows: int, device: str, impl: ops.Impl) -> Callable[[Me
 
 
 def plain(case: Case) -> Callable[[Members], Outputs]:
-    """The decision as a composition of torch functions; the order and the sort of transformers' warpers."""
+    """The decision as a composition of torch functions, in the order and with the sort of transformers' warpers."""
 
     def greedy(logits: Members) -> Outputs:
         return {"tokens": combined(logits).argmax(1, keepdim=True)}
@@ -129,7 +121,7 @@ def plain(case: Case) -> Callable[[Members], Outputs]:
 
 
 def plain_candidates(case: Case) -> Callable[[Members], Outputs]:
-    """The truncated draw by one who knows that k is small: top-k first, and the rest among these k."""
+    """The truncated draw for small k: top-k first, the rest among these k."""
 
     def draw(logits: Members) -> Outputs:
         z = combined(logits)
@@ -144,7 +136,7 @@ def plain_candidates(case: Case) -> Callable[[Members], Outputs]:
 
 
 def transformers_chain(case: Case) -> Callable[[Members], Outputs]:
-    """The tokens alone, as `generate()` draws them: its warpers, softmax, multinomial; no entropy, no logprobs."""
+    """Tokens only, as `generate()` draws them: warpers, softmax, multinomial; no entropy, no logprobs."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(case.temperature)])
     if case.top_k:
         warpers.append(TopKLogitsWarper(case.top_k))
@@ -159,7 +151,7 @@ def transformers_chain(case: Case) -> Callable[[Members], Outputs]:
 
 
 def flashinfer(case: Case) -> Callable[[Members], Outputs]:
-    """The tokens alone, by FlashInfer's sampling kernels on the shifted logits; ImportError where it is missing."""
+    """Tokens only, by FlashInfer's sampling kernels on the shifted logits; ImportError if it is missing."""
     from flashinfer import sampling  # optional, and only for GPUs
 
     def draw(logits: Members) -> Outputs:
@@ -176,12 +168,12 @@ def flashinfer(case: Case) -> Callable[[Members], Outputs]:
 
 
 def combined(logits: Members) -> torch.Tensor:
-    """The steered logits, float32, the whole of them."""
+    """The steered logits, `[B, V]` float32."""
     return shift(logits[0], logits[1:], WEIGHTS[1:])
 
 
 def _distribution(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-probabilities, probabilities, and −log p with 0 for what is masked."""
+    """Log-probabilities, probabilities, and −log p with 0 where masked."""
     logp = z.log_softmax(1)
     p = logp.exp()
     return logp, p, torch.where(p > 0, -logp, 0.0)

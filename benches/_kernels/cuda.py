@@ -1,4 +1,4 @@
-"""Decisions on a GPU: checked against float64, and timed under CUDA graphs. What to run says `gpu.py`."""
+"""Decisions on a GPU: checked against float64, and timed under CUDA graphs. `gpu.py` decides what to run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from proxytune import ops
 
 
 def run(deadline: float) -> dict[str, Any]:
-    """The GPU part of the JSON; where there is no GPU it says so."""
+    """The GPU part of the JSON; without a GPU, the reason why it was not run."""
     if not torch.cuda.is_available():
         return {"status": "not run", "reason": "no CUDA device"}
     bench = CudaBench()
@@ -33,16 +33,10 @@ def run(deadline: float) -> dict[str, Any]:
 
 
 def wrong(case: Case, logits: Members, out: Outputs, again: Outputs) -> str | None:
-    """Compare a decision with float64, and its tokens with the other implementation's.
-
-    Args:
-        case: What was decided.
-        logits: From these.
-        out: What is checked.
-        again: The same decision by torch.
+    """Compare a decision `out` with float64, and its tokens with those of torch's (`again`).
 
     Returns:
-        What is wrong; None for nothing.
+        What is wrong; None if nothing is.
     """
     rows = logits[0].shape[0]
     part = max(1, (1 << 24) // logits[0].shape[1])  # rows at a time: float64 is large
@@ -54,7 +48,7 @@ def wrong(case: Case, logits: Members, out: Outputs, again: Outputs) -> str | No
             return f"rows from {start}: {said}"
     if "tokens" in out:
         differ = int((out["tokens"] != again["tokens"]).sum())
-        # The noise agrees to rounding, so that two tokens may change places where their keys all but tie.
+        # The noise agrees up to rounding, so nearly tied keys may swap two tokens.
         if differ > max(1, rows // 100):
             return f"{differ} of {rows} tokens differ from torch's"
     return None
@@ -83,7 +77,7 @@ def _wrong(case: Case, logits: Members, out: Outputs) -> str | None:
         scale = 1.0 + float(expected.abs().max())
         if not off <= 5e-5 * scale:
             return f"{name} is off by {off:.3g}"
-    # The largest in float32, of which rounding may have made several; the first of them.
+    # In float32 rounding may tie several at the maximum; the first of them counts.
     if "argmax" in out and not bool((out["argmax"] == _first_largest(logits)).all()):
         return "argmax is not the first of the largest"
     return None
@@ -96,7 +90,7 @@ def _first_largest(logits: Members) -> torch.Tensor:
 
 
 def _may_be_drawn(case: Case, z: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Whether float64 keeps the tokens, with room for the rounding of float32 at the edges."""
+    """Whether float64 keeps the tokens, with a tolerance for float32 rounding at the edges."""
     own = z.gather(1, tokens)
     edge = 1e-5 * (1 + own.abs())
     kept = own > -torch.inf
@@ -115,9 +109,9 @@ def _may_be_drawn(case: Case, z: torch.Tensor, tokens: torch.Tensor) -> torch.Te
 class CudaBench:
     """Times under CUDA graphs.
 
-    A graph holds many decisions in a row, and its time is divided by their number, so that launching costs nothing.
-    Cold: each decision has rows of its own, and a large read before the graph leaves nothing of them in the L2 cache.
-    Warm: all have the same rows.
+    A graph holds many decisions in a row and its time is divided by their number, so launches cost nothing. Cold: each
+    decision has its own rows, and a large read before the graph evicts them from the L2 cache. Warm: all use the same
+    rows.
     """
 
     DEVICE = "cuda"
@@ -128,7 +122,7 @@ class CudaBench:
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)
         self._l2 = int(getattr(properties, "L2_cache_size", 50 << 20))
-        # Read, not written: written lines would be evicted at the cost of the decisions.
+        # Read, not written: evicting written lines would add to the decisions' time.
         self._eviction = torch.zeros(self._l2, dtype=torch.float32, device="cuda")  # four times the cache
         self._logits: tuple[tuple[Any, ...], Members] | None = None
 
@@ -144,13 +138,13 @@ class CudaBench:
         }
 
     def bandwidth(self) -> float:
-        """Of a copy of a gigabyte; read and written bytes count."""
+        """Bytes per second read and written by a copy of a gigabyte."""
         a = torch.zeros(1 << 28, dtype=torch.float32, device="cuda")
         b = torch.empty_like(a)
         return 2 * a.nbytes / (self.replayed([lambda: b.copy_(a)] * 4, cold=False) * 1e-6)
 
     def check(self, cell: Cell) -> str | None:
-        """What is wrong with the kernels' decision."""
+        """What is wrong with the kernels' decision; None if nothing is."""
         logits = self._members(cell)
         ours = cases.decision(cell.case, cell.rows, self.DEVICE, self.IMPL)(logits)
         again = cases.decision(cell.case, cell.rows, self.DEVICE, "torch")(logits)
@@ -160,7 +154,7 @@ class CudaBench:
         """Microseconds of a decision, cold and warm."""
         function = self._function(cell, what)
         logits = self._members(cell)
-        # Large ones push each other out of the cache and are few, small ones are many.
+        # Few copies of large rows evict each other from the cache; small rows need many.
         copies = max(2, min(self.STEPS, math.ceil(4 * self._l2 / cell.bytes)))
         apart = [[x.clone() for x in logits] for _ in range(copies)]
         return {
@@ -180,8 +174,8 @@ class CudaBench:
         plain = cases.plain(cell.case)
         if what == EAGER:
             return plain
-        # Forgotten each time: after eight recompilations dynamo would silently run the function as it is. The graphs
-        # are captured here, as for all others, so the mode is the one without its own.
+        # Reset each time: after eight recompilations dynamo would silently fall back to eager. CUDA graphs are captured
+        # here, as for all others, so the mode is the one without its own.
         torch._dynamo.reset()
         mode = "max-autotune-no-cudagraphs" if what == AUTOTUNE else "default"
         return torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
@@ -196,7 +190,7 @@ class CudaBench:
         return self._logits[1]
 
     def replayed(self, calls: list[Callable[[], Any]], cold: bool) -> float:
-        """Microseconds per call: the median of replays of a graph of all calls."""
+        """Microseconds per call: the median over replays of one graph of all calls."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -218,9 +212,9 @@ class CudaBench:
             graph.replay()
             end.record()
             end.synchronize()
-            if replay >= 2:  # the first ones upload the graph
+            if replay >= 2:  # the first two upload the graph
                 took.append(begin.elapsed_time(end))
-            if len(took) >= 5 and time.monotonic() - spent > 1.0:  # slow ones need no more
+            if len(took) >= 5 and time.monotonic() - spent > 1.0:  # enough for slow ones
                 break
         graph.reset()
         return statistics.median(took) * 1000 / len(calls)

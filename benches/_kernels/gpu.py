@@ -1,8 +1,7 @@
-"""What `bench_kernels.py` does on a GPU, and in which order; `cuda.py` runs and times it.
+"""What `bench_kernels.py` does on a GPU, in order of importance; `cuda.py` runs and times it.
 
-Work is done in the order of its importance until the deadline: every decision is checked, then the kernels and the
-eager compositions are timed everywhere, then other libraries, then what torch.compile makes of the compositions, which
-takes longest. What the deadline leaves out says so.
+First every decision is checked, then the kernels and the eager compositions are timed everywhere, then other libraries,
+then torch.compile of the compositions, which takes longest. What the deadline leaves out is recorded as not run.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from _kernels.cases import CASES, STATISTICS, TRUNCATED, WEIGHTS, Case
 WIDTHS = (32_000, 128_256, 151_936, 256_000)
 ROWS = (1, 8, 64, 256)
 MAIN = (64, 128_256)
-"""Rows and columns that the aims are about."""
+"""Rows and columns of the target figures."""
 COMPILED = ((1, 128_256), MAIN)
-"""What torch.compile is timed at first; its longest search is run only here."""
+"""Shapes at which torch.compile is timed first; max-autotune runs only here."""
 BYTES = 2  # bfloat16
 
 OURS = "proxytune"
@@ -30,14 +29,7 @@ PEERS = ("FlashInfer", "transformers")
 
 @dataclass(frozen=True)
 class Cell:
-    """One decision at one shape.
-
-    Attributes:
-        case: The decision.
-        rows: B.
-        width: V.
-        rows_like: One of `cases.ROWS_LIKE`.
-    """
+    """One decision at one shape, `[B, V]` = `[rows, width]`; `rows_like` is one of `cases.ROWS_LIKE`."""
 
     case: Case
     rows: int
@@ -46,12 +38,12 @@ class Cell:
 
     @property
     def bytes(self) -> int:
-        """Of the members' rows."""
+        """Bytes of the members' rows."""
         return len(WEIGHTS) * self.rows * self.width * BYTES
 
 
 class Bench(Protocol):
-    """What runs and times the work; tests have one that only pretends."""
+    """Runs and times the work; tests use a fake."""
 
     def describe(self) -> dict[str, Any]:
         """The device and the versions."""
@@ -62,11 +54,11 @@ class Bench(Protocol):
         ...
 
     def check(self, cell: Cell) -> str | None:
-        """What is wrong with the kernels' decision; None for nothing."""
+        """What is wrong with the kernels' decision; None if nothing is."""
         ...
 
     def time(self, cell: Cell, what: str) -> dict[str, float]:
-        """Microseconds, "cold" and "warm"; raises ImportError where a library is missing."""
+        """Microseconds, "cold" and "warm"; ImportError if a library is missing."""
         ...
 
 
@@ -79,7 +71,7 @@ def cells(widths: tuple[int, ...] = WIDTHS, rows: tuple[int, ...] = ROWS) -> lis
 
 
 def plan(all_cells: list[Cell]) -> Iterator[tuple[Cell, str]]:
-    """What to time, the most important first."""
+    """What to time, most important first."""
     first = [c for c in all_cells if (c.rows, c.width) in COMPILED and c.rows_like == "peaked"]
     rest = [c for c in all_cells if c not in first]
     for cell in (*first, *rest):
@@ -96,31 +88,22 @@ def plan(all_cells: list[Cell]) -> Iterator[tuple[Cell, str]]:
         yield cell, AUTOTUNE
     for cell in rest:
         yield cell, COMPILE
-    # Last: should torch.multinomial not be capturable, the failed capture would leave the generator unusable.
+    # Last: if torch.multinomial cannot be captured, the failed capture leaves the generator unusable.
     for cell in (*first, *rest):
         if cell.case is not STATISTICS:
             yield cell, PEERS[1]
 
 
 def floor_us(cell: Cell, bandwidth: float) -> float:
-    """What reading the members' rows once takes at the bandwidth of a copy, in microseconds."""
+    """Microseconds to read the members' rows once, at the bandwidth of a copy."""
     return cell.bytes / bandwidth * 1e6
 
 
 def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callable[[], float] = time.monotonic) -> Any:
-    """Check, then time, until the deadline.
-
-    Args:
-        bench: What runs it.
-        deadline: Seconds from now.
-        all_cells: See `cells`.
-        clock: Seconds.
-
-    Returns:
-        What goes into the JSON.
+    """Check all cells, then time them, until the deadline (seconds from now); returns the JSON values.
 
     Raises:
-        SystemExit: If a decision is wrong: times of wrong results are worth nothing.
+        SystemExit: If a decision is wrong, since its time would mean nothing.
     """
     start = clock()
     for cell in all_cells:
@@ -140,7 +123,7 @@ def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callabl
         }
         for cell in all_cells
     }
-    longest: dict[str, float] = {}  # of each kind of work: what takes as long as the last time must still fit
+    longest: dict[str, float] = {}  # per kind of work; the next of the kind must still fit
     for cell, what in plan(all_cells):
         before = clock()
         times = records[cell]["times"]
@@ -151,7 +134,7 @@ def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callabl
             times[what] = {k: round(v, 3) for k, v in bench.time(cell, what).items()}
         except ImportError:
             times[what] = "not run: not installed"
-        except Exception as error:  # a peer that fails is a result, and the others go on
+        except Exception as error:  # a failing peer is recorded, and the others continue
             if what == OURS:
                 raise
             first, _, _ = str(error).strip().partition("\n")
@@ -171,7 +154,7 @@ def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callabl
 
 
 def _derived(record: dict[str, Any]) -> dict[str, Any]:
-    """Share of the floor, and how many times as long the others take, each cold and warm."""
+    """Share of the floor, and the others' times relative to ours, cold and warm."""
     ours = record["times"].get(OURS)
     if not isinstance(ours, dict):
         return {}

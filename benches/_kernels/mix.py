@@ -1,8 +1,7 @@
-"""What `bench_kernels.py` measures of `proxytune.ops.mix`: mixtures of embeddings, as a latent step feeds them back.
+"""`proxytune.ops.mix` in `bench_kernels.py`: mixtures of embeddings, as a latent step feeds them back.
 
-The composition to compare with is what one writes in torch: select the rows, weigh and add them by einsum in float32,
-round. It has neither the fallback for mixtures that are not finite, nor rows that are left alone, nor weights of 0 that
-silence a NaN.
+The composition to compare with selects the rows, sums them by einsum in float32, and rounds. It has no fallback for
+mixtures that are not finite, no rows that are left alone, and its weights of 0 do not mask a NaN.
 """
 
 from __future__ import annotations
@@ -24,14 +23,7 @@ Given = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Mixture:
-    """One shape of a mixture.
-
-    Attributes:
-        rows: B.
-        width: D.
-        candidates: K.
-        size: N, the rows of the table.
-    """
+    """One shape of a mixture: B rows, width D, K candidates, N = `size` rows of the table."""
 
     rows: int
     width: int = 4096
@@ -40,7 +32,7 @@ class Mixture:
 
     @property
     def bytes(self) -> int:
-        """Of the candidates' rows, and of what is written."""
+        """Bytes of the candidates' rows and of the output."""
         return self.rows * (self.candidates + 1) * self.width * BYTES
 
 
@@ -48,7 +40,7 @@ MIXTURES = (Mixture(1), Mixture(8), Mixture(64))
 
 
 class Clock(Protocol):
-    """What runs and times on a GPU; `cuda.CudaBench` is one."""
+    """Runs and times on a GPU, e.g. `cuda.CudaBench`."""
 
     def bandwidth(self) -> float:
         """Bytes per second that a large copy reads and writes."""
@@ -60,7 +52,7 @@ class Clock(Protocol):
 
 
 def given(mixture: Mixture, device: str, seed: int = 0) -> Given:
-    """Table, ids, weights and tokens; the ids all over the table, as those of a vocabulary are."""
+    """Table, ids, weights and tokens; the ids are spread over the whole table."""
     random = torch.Generator(device).manual_seed(seed)
     table = torch.randn(mixture.size, mixture.width, generator=random, device=device, dtype=torch.bfloat16)
     return [table, *_asked(mixture, device, random)]
@@ -91,18 +83,10 @@ def eager(x: Given) -> torch.Tensor:
 
 
 def measure_gpu(clock: Clock, mixtures: tuple[Mixture, ...] = MIXTURES, device: str = "cuda") -> list[dict[str, Any]]:
-    """Check against torch, then time, L2-cold and warm.
-
-    Args:
-        clock: What times.
-        mixtures: The shapes.
-        device: Where.
-
-    Returns:
-        What goes into the JSON.
+    """Check against torch, then time, L2-cold and warm; returns the JSON values.
 
     Raises:
-        SystemExit: If a mixture has other bits than torch's.
+        SystemExit: If a mixture differs from torch's in any bit.
     """
     bandwidth = clock.bandwidth()
     records = []

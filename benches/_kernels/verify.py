@@ -1,9 +1,9 @@
-"""What `bench_kernels.py` measures of `proxytune.ops.verify`: drafts accepted or rejected, and the token after them.
+"""`proxytune.ops.verify` in `bench_kernels.py`: drafts accepted or rejected, and the token after them.
 
-The composition to compare with is the algorithm as it is written down (Leviathan et al. 2023, arXiv 2211.17192): the
-warped distributions of all positions and of all drafts, softmax of both, the ratios at the drafts against uniform
-numbers, the product of the decisions from the left, the positive part of the difference at the first rejection, and one
-draw from it by `torch.multinomial`. Drafts are close to the target: a third to two thirds of them are accepted.
+The composition to compare with is the published algorithm (Leviathan et al. 2023, arXiv 2211.17192): warped softmax of
+target and draft at all positions, ratios against uniforms, a cumulative product of the decisions, the positive part of
+the difference at the first rejection, and a draw from it by `torch.multinomial`. A third to two thirds of the drafts
+are accepted.
 """
 
 from __future__ import annotations
@@ -27,14 +27,7 @@ Given = list[torch.Tensor]
 
 @dataclass(frozen=True)
 class Round:
-    """One round of verification.
-
-    Attributes:
-        case: The settings of the draw.
-        rows: B.
-        drafts: K.
-        width: V.
-    """
+    """One round of verification: B rows, K drafts, V = `width`."""
 
     case: Case
     rows: int
@@ -46,7 +39,7 @@ ROUNDS_OF_DRAFTS = tuple(Round(case, rows) for rows in (1, 8) for case in (TEMPE
 
 
 def given(what: Round, device: str) -> Given:
-    """Logits at all positions, the draft's logits, and drafts drawn from them."""
+    """Logits at all positions, the draft's logits, and draft tokens drawn from them."""
     each = what.drafts + 1
     rows = members(what.rows * each, what.width, torch.bfloat16, device)
     random = torch.Generator(device).manual_seed(2)
@@ -62,7 +55,7 @@ def given(what: Round, device: str) -> Given:
 
 
 def ours(what: Round, device: str, impl: ops.Impl) -> Callable[[Given], tuple[torch.Tensor, torch.Tensor]]:
-    """The verdict by `proxytune.ops.verify`; settings and noise are made once, as before a decoding loop."""
+    """Verification by `proxytune.ops.verify`; settings and noise are made once, as before a decoding loop."""
     sampling, noise = _keys(what, device)
 
     def run(x: Given) -> tuple[torch.Tensor, torch.Tensor]:
@@ -74,7 +67,7 @@ def ours(what: Round, device: str, impl: ops.Impl) -> Callable[[Given], tuple[to
 
 
 def plain(what: Round) -> Callable[[Given], tuple[torch.Tensor, torch.Tensor]]:
-    """The verdict as a composition of torch functions and of transformers' warpers."""
+    """Verification as a composition of torch functions and transformers' warpers."""
     warpers = LogitsProcessorList([TemperatureLogitsWarper(what.case.temperature)])
     if what.case.top_k:
         warpers.append(TopKLogitsWarper(what.case.top_k))

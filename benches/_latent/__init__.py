@@ -1,1 +1,1 @@
-"""What `bench_latent.py` is made of."""
+"""Parts of `bench_latent.py`."""

@@ -1,4 +1,4 @@
-"""One cell of `bench_latent.py`: a model, a puzzle and every method; knobs chosen on validation, judged on test."""
+"""One cell of `bench_latent.py`: a model, a puzzle, every method; settings chosen on validation, tested on test."""
 
 from __future__ import annotations
 
@@ -12,19 +12,12 @@ from _latent.measures import METRICS, SELECTIONS, SIZES, Answered, compare, per_
 from _latent.methods import FAMILIES, TEMPERATURES, Asked, Setting, draw, settings
 
 RULE = "coverage@16"
-"""What the base temperature of the other methods is chosen by."""
+"""The metric that chooses the base temperature of the other methods."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much is drawn.
-
-    Attributes:
-        chosen_on: Validation instances.
-        tried: Samples of each.
-        judged_on: Test instances.
-        drawn: Samples of each.
-    """
+    """How much is drawn: `tried` samples of `chosen_on` validation instances, `drawn` of `judged_on` test instances."""
 
     chosen_on: int
     tried: int
@@ -33,16 +26,10 @@ class Size:
 
 
 def cell(validation: Asked, test: Asked, size: Size, *, seed: int) -> dict[str, Any]:
-    """Everything about one model and one puzzle.
-
-    Args:
-        validation: Where knobs are chosen.
-        test: Where the chosen are judged, with other draws.
-        size: How much is drawn.
-        seed: Key of the draws on validation; those on test have another.
+    """Everything about one model and one puzzle: settings chosen on validation, tested on test with other draws.
 
     Returns:
-        The record of the cell: `validation` with all settings, `test` with values of every instance.
+        The record: `validation` with all settings, `test` with a value per instance, and the base temperature.
     """
     tried = {t: draw(validation, t, size.tried, seed) for t in map(_plain, TEMPERATURES)}
     best = max(tried, key=lambda t: _mean(tried[t], RULE))
@@ -64,16 +51,10 @@ def cell(validation: Asked, test: Asked, size: Size, *, seed: int) -> dict[str, 
 
 
 def choose(tried: dict[Setting, list[Answered]], best: Setting, metric: str) -> dict[str, Setting]:
-    """The best setting of each family for a metric: by its mean advantage over one temperature at equal passes.
+    """The best setting of each family for a metric, by its mean advantage over the temperature `best` at equal passes.
 
-    Args:
-        tried: What validation answered to each setting.
-        best: The temperature that all are compared with.
-        metric: What counts.
-
-    Returns:
-        A setting for each family that can have the metric. Equals, which pass@16 has many of on few instances, are told
-        apart by their advantage in coverage@16; then it is the first.
+    `tried` has each setting's answers on validation. Families that cannot have the metric are left out. Ties, frequent
+    in pass@16 on few instances, are broken by the advantage in coverage@16, then by order.
     """
     out: dict[str, Setting] = {}
     for family in FAMILIES:
@@ -90,7 +71,7 @@ def choose(tried: dict[Setting, list[Answered]], best: Setting, metric: str) -> 
 
 
 def _fits(setting: Setting, metric: str) -> bool:
-    """Whether a tree has as many leaves as the metric has samples; 16 for a metric without a number."""
+    """Whether a tree has as many leaves as the metric has samples (16 if it has no number)."""
     leaves = dict(setting.knobs).get("leaves")
     return leaves is None or leaves == int(metric.partition("@")[2] or 16)
 
@@ -121,7 +102,7 @@ def _judged(judged: dict[Setting, list[Answered]], row: dict[str, Setting], metr
             "values": _round(pair.method),
             "differences": _round(pair.differences),
         }
-        if family == "recursion":  # as many trajectories as samples, though each takes the prompt anew
+        if family == "recursion":  # at equal samples, though each trajectory also reads the prompt again
             same = [_mean([a], metric) - _mean([b], metric) for a, b in zip(judged[setting], reference, strict=True)]
             out[family]["differences at equal samples"] = _round(same)
     return out

@@ -1,9 +1,9 @@
-"""What `bench_latent.py` measures of answers with an enumerated truth, and how two methods are paired at equal passes.
+"""The metrics of `bench_latent.py`, and how two methods are paired at equal passes.
 
-The unit of cost is one pass of a row through a stack of layers. For each token that is fed back a Llama takes one; an
-HRM takes one of the high-level stack and `L_cycles` of the low-level stack in each of `H_cycles` cycles. The last token
-of an answer is not fed back. Every method needs the prompt once, which is not counted; where each trajectory needs it
-anew, because noise changes the states of the prompt too, that is one more pass for each, whatever the prompt's length.
+The unit of cost is one pass of a row through a stack of layers. Per token fed back, a Llama takes one; an HRM takes, in
+each of `H_cycles` cycles, one of the high-level stack and `L_cycles` of the low-level stack. The last token of an
+answer is not fed back. The prompt's first pass is not counted. Where noise changes the prompt's states, each trajectory
+needs its own pass over the prompt; that counts as one more, whatever the prompt's length.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from proxytune.stats.bootstrap import Interval
 from proxytune.stats.coverage import pass_at_k
 
 SIZES = (4, 16)
-"""N of the metrics that depend on how many samples there are."""
+"""N of the metrics that depend on the number of samples."""
 METRICS = ("valid", *(f"{what}@{n}" for n in SIZES for what in ("pass", "distinct", "coverage")))
 SELECTIONS = ("vote@16", "logprob@16")
 Values = np.ndarray
-"""One figure for each instance."""
+"""One value per instance."""
 
 
 def stack_passes(config: Any) -> int:
-    """Passes through a stack of layers that one forward pass of a model takes."""
+    """Passes through a stack of layers in one forward pass of a model."""
     if getattr(config, "model_type", "") == "hrm_text":
         return int(config.H_cycles) * (int(config.L_cycles) + 1)
     return 1
@@ -36,16 +36,16 @@ def stack_passes(config: Any) -> int:
 
 @dataclass(frozen=True)
 class Answered:
-    """The answers of one method to one instance.
+    """One method's answers to one instance.
 
     Attributes:
-        found: The solution of each sample or leaf; None for an answer that is none.
+        found: The solution of each sample or leaf; None for an invalid answer.
         passes: Of all of them together.
-        solutions: How many solutions the instance has.
-        tree: Whether they are leaves of one tree, which cannot be taken apart into smaller ones.
-        texts: The generated ids of each, for selectors; empty where nothing is selected.
-        answers: What a vote counts, likewise.
-        logprobs: The mean log-probability of each, likewise.
+        solutions: Number of solutions of the instance.
+        tree: Whether they are leaves of one tree, of which no smaller number can be taken.
+        texts: Generated ids of each, for selectors; empty if nothing is selected. `answers` and `logprobs` likewise.
+        answers: What a vote counts.
+        logprobs: Mean log-probability of each.
     """
 
     found: list[Hashable | None]
@@ -57,14 +57,9 @@ class Answered:
     logprobs: list[float] = field(default_factory=list)
 
     def at(self, metric: str, k: float) -> float:
-        """A metric of k of the samples, linear between whole numbers of them; of a tree, of all its leaves.
+        """A metric of `k` samples, linear between whole numbers; for a tree, of all its leaves.
 
-        Args:
-            metric: One of `METRICS` or `SELECTIONS`; the number in its name is not looked at.
-            k: How many samples, at most as many as there are.
-
-        Returns:
-            The figure, unbiased for independent samples.
+        The number in the metric's name is ignored. The estimate is unbiased for independent samples.
         """
         what = metric.partition("@")[0]
         if what == "valid":
@@ -101,24 +96,24 @@ def _counts(found: Sequence[Hashable | None]) -> dict[Hashable, int]:
 
 
 def between(k: float, of: Callable[[int], float]) -> float:
-    """A function of whole numbers, linear in between; 0 samples have nothing."""
+    """A function of whole numbers, interpolated linearly; 0 for 0 samples."""
     low = int(k)
     value = of(low) if low else 0.0
     return value if k == low else value + (k - low) * (of(low + 1) - value)
 
 
 def uniform_bound(solutions: int, n: int) -> float:
-    """The expected coverage of n independent samples that are uniform over the solutions, `1 − (1 − 1/S)^n`."""
+    """Expected coverage of n independent samples, uniform over the solutions: `1 − (1 − 1/S)^n`."""
     return 1.0 - (1.0 - 1.0 / solutions) ** n
 
 
 def per_sample(answered: Sequence[Answered]) -> float:
-    """Passes of a sample, or of a tree, on average."""
+    """Mean passes of a sample, or of a tree."""
     return float(np.mean([a.passes / (1 if a.tree else len(a.found)) for a in answered]))
 
 
 def size_of(metric: str) -> int:
-    """N in a metric's name; 1 for none."""
+    """N in a metric's name; 1 if there is none."""
     return int(metric.partition("@")[2] or 1)
 
 
@@ -127,10 +122,10 @@ class Pair:
     """A method and a reference at equal passes.
 
     Attributes:
-        method: The method's figure for each instance.
+        method: The method's value per instance.
         reference: The reference's.
-        samples: How many samples each of them has: the method, the reference.
-        passes: What either costs per instance.
+        samples: Samples of the method and of the reference.
+        passes: Passes per instance.
     """
 
     method: Values
@@ -145,18 +140,10 @@ class Pair:
 
 
 def compare(method: Sequence[Answered], reference: Sequence[Answered], metric: str) -> Pair:
-    """Figures of both for as many passes as N samples of the reference take.
+    """Values of both at as many passes as N samples of the reference take.
 
-    A tree has the passes that it has; the reference then gets as many. Where either would need more samples than were
-    drawn, both get as many passes as the samples that were drawn take.
-
-    Args:
-        method: One for each instance.
-        reference: Independent samples of the same instances.
-        metric: One of `METRICS` or `SELECTIONS`.
-
-    Returns:
-        The pair.
+    A tree keeps its own number of passes, and the reference gets as many. If either would need more samples than were
+    drawn, both get the passes of the samples drawn.
     """
     one, other = per_sample(method), per_sample(reference)
     most = len(reference[0].found) * other
@@ -175,17 +162,7 @@ def compare(method: Sequence[Answered], reference: Sequence[Answered], metric: s
 
 
 def pooled(groups: Sequence[Sequence[float]], *, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> Interval:
-    """The mean over groups of their means, with the percentile bootstrap over what is in each group.
-
-    Args:
-        groups: One list of differences for each training seed; each is resampled by itself, and all weigh alike.
-        level: Of the interval.
-        draws: Resamples.
-        seed: Of the resamples.
-
-    Returns:
-        The mean and its interval.
-    """
+    """The mean over groups (one per training seed) of their means; percentile bootstrap within each group."""
     sums, value = np.zeros(draws), 0.0
     for number, group in enumerate(groups):
         array = np.asarray(group, np.float64)
@@ -198,6 +175,6 @@ def pooled(groups: Sequence[Sequence[float]], *, level: float = 0.95, draws: int
 
 @lru_cache(maxsize=16)
 def _resampled(count: int, draws: int, seed: int) -> Values:
-    """How often each of so many values is in each resample, `[draws, count]`."""
+    """How often each of `count` values is in each resample, `[draws, count]`."""
     found: Values = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws)
     return found.astype(np.float64)

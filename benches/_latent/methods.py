@@ -1,4 +1,4 @@
-"""Every way of answering that `bench_latent.py` compares: its settings, and how answers are drawn with it."""
+"""The methods that `bench_latent.py` compares: their settings, and how answers are drawn with each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from proxytune.methods.latent.mixture import LatentMixture
 from proxytune.methods.recursion.decoding import RecursionDecoding
 
 TEMPERATURES = (0.05, *(n / 10 for n in range(1, 14)), 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
-"""Past 1.3 too: a collapsed model's best may lie there, and a method must not win by being hotter than the sweep."""
+"""Beyond 1.3 too: a collapsed model's best may be there, and a method must not win only by being hotter."""
 GREEDY = 0.0
 RANDOM_KINDS = ("gumbel", "dirichlet", "multiplex", "gaussian")
 MIXTURES: tuple[dict[str, Any], ...] = (
@@ -42,19 +42,13 @@ SIGMAS = (0.05, 0.1, 0.2, 0.4)
 GATED = 0.2
 """θ of the entropy gate."""
 SHARES = (0.2, 0.5)
-"""Of a model's own tokens that count as forks; fork sampling has the first."""
+"""Shares of a model's own tokens that count as forks; fork sampling uses the first."""
 FAMILIES = ("temperature", "latent", "scratchpad", "gated", "fork sampling", "tree", "siblings", "recursion")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A method with its knobs.
-
-    Attributes:
-        family: One of `FAMILIES`.
-        temperature: Of the draws; 0 for greedy decoding.
-        knobs: The others, by name.
-    """
+    """A method with its settings; temperature 0 is greedy decoding, `knobs` are the other settings by name."""
 
     family: str
     temperature: float
@@ -62,12 +56,12 @@ class Setting:
 
     @classmethod
     def of(cls, family: str, temperature: float, **knobs: Any) -> Setting:
-        """With the knobs as keywords."""
+        """A setting with its knobs as keywords."""
         return cls(family, temperature, tuple(sorted(knobs.items())))
 
     @property
     def label(self) -> str:
-        """The knobs in words, the same in every run."""
+        """The settings in words, the same in every run."""
         heat = "greedy" if self.temperature == GREEDY else f"T {self.temperature:g}"
         named = (f"{name} {value:g}" if not isinstance(value, str) else value for name, value in self.knobs)
         return ", ".join([heat, *named])
@@ -75,14 +69,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Asked:
-    """A model, a puzzle and some of its instances.
-
-    Attributes:
-        model: In float32.
-        puzzle: The puzzle.
-        instances: What is asked.
-        nats: The fork threshold of each of `SHARES`.
-    """
+    """A model in float32, a puzzle, some of its instances, and the fork threshold of each of `SHARES`."""
 
     model: Any
     puzzle: Puzzle
@@ -96,20 +83,12 @@ class Asked:
 
 
 def settings(asked: Asked, best: float) -> list[Setting]:
-    """Everything that is tried besides the temperatures.
-
-    Args:
-        asked: Decides which families there are.
-        best: The temperature whose coverage@16 is best on validation: one of the base temperatures.
-
-    Returns:
-        The settings.
-    """
+    """All settings besides the temperatures; `best` is the one with the best coverage@16 on validation."""
     scratchpad = asked.puzzle.name == "countdown"
     bases = tuple(dict.fromkeys((best, 1.0 if best != 1.0 else 0.6)))
     out = []
     for family in ("latent", "scratchpad") if scratchpad else ("latent",):
-        # Everywhere on Countdown is the ablation of its scratchpad: at one base temperature.
+        # On Countdown, latent steps everywhere are an ablation, at one base temperature.
         full = scratchpad == (family == "scratchpad")
         out += [Setting.of(family, t, **mix) for t in (bases if full else (best,)) for mix in MIXTURES]
         if full:
@@ -138,24 +117,14 @@ def settings(asked: Asked, best: float) -> list[Setting]:
 
 
 def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answered]:
-    """Answers to every instance.
-
-    Args:
-        asked: What is asked of what.
-        setting: How.
-        samples: Of each instance; a tree has its own number of leaves.
-        seed: Of all draws.
-
-    Returns:
-        One for each instance.
-    """
+    """Answers to every instance; a tree has its own number of leaves instead of `samples`."""
     knobs = dict(setting.knobs)
     if setting.family in ("tree", "siblings"):
         return _grown(asked, setting, knobs, seed)
     if setting.family == "recursion":
         return _recurred(asked, setting, knobs, samples, seed)
     temperature, processors = setting.temperature, []
-    loop: Any = None  # transformers' own loop: at this size most of a step of FusedDecoding is its keyed noise
+    loop: Any = None  # transformers' own loop: at this size, keyed noise dominates a step of FusedDecoding
     if setting.family == "fork sampling":
         processors = [
             ForkSamplingLogitsProcessor(asked.nats[0], fork_temperature=knobs["fork"], exec_temperature=temperature)
@@ -166,7 +135,7 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        cache = DynamicCache(config=asked.model.config)  # one pass over a prompt serves all its samples
+        cache = DynamicCache(config=asked.model.config)  # one pass over the prompt serves all its samples
         cache = asked.model(input_ids=prompts[:, :-1], past_key_values=cache, use_cache=True).past_key_values
         cache.batch_repeat_interleave(samples)
         ids = prompts.repeat_interleave(samples, 0)
@@ -183,7 +152,7 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
 
 
 def _mean_logprobs(model: Any, ids: torch.Tensor, start: int) -> list[float]:
-    """The mean log-probability of each row's new tokens, its end among them, at temperature 1, nats."""
+    """Mean log-probability of each row's new tokens, end of text included, at temperature 1, in nats."""
     logprobs = model(input_ids=ids[:, :-1], use_cache=False).logits[:, start - 1 :].double().log_softmax(-1)
     own = logprobs.gather(2, ids[:, start:, None])[:, :, 0]  # [R, N]
     ended = ids[:, start:] == EOS
@@ -193,14 +162,14 @@ def _mean_logprobs(model: Any, ids: torch.Tensor, start: int) -> list[float]:
 
 
 def thresholds(asked: Asked, *, samples: int, seed: int) -> tuple[float, ...]:
-    """The entropies above which each of `SHARES` of the model's own tokens lie, at temperature 1, nats."""
+    """The entropies above which each of `SHARES` of the model's own tokens lie, at temperature 1, in nats."""
     loop = SiblingDecoding(siblings=samples, repulsion=0.0, seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode():
         trees = _generate(asked, prompts, 1.0, loop, return_dict_in_generate=True).trees
     found = [h for tree in trees for branch in tree for h in branch.entropies]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", CalibrationWarning)  # ties: then as near to the share as they allow
+        warnings.simplefilter("ignore", CalibrationWarning)  # with ties, as close to the share as possible
         return tuple(ForkThreshold.calibrated(found, share).nats for share in SHARES)
 
 
@@ -240,13 +209,13 @@ def _grown(asked: Asked, setting: Setting, knobs: dict[str, Any], seed: int) -> 
     out = []
     for instance, tree in zip(asked.instances, trees, strict=True):
         texts = [list(branch.along("tokens")) for branch in tree]
-        # Shared tokens are fed back once, and the last of each leaf is not.
+        # Shared tokens are fed back once; the last of each leaf is not fed back.
         out.append(_answered(asked, instance, texts, fed=tree.tokens - len(tree), tree=True))
     return out
 
 
 def _recurred(asked: Asked, setting: Setting, knobs: dict[str, Any], samples: int, seed: int) -> list[Answered]:
-    """Trajectories of a model that recurs, with their log-probabilities."""
+    """Trajectories of a recurrent model, with their log-probabilities."""
     loop = RecursionDecoding(**knobs, trajectories=samples, select=None, seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
     with torch.inference_mode():
@@ -256,7 +225,7 @@ def _recurred(asked: Asked, setting: Setting, knobs: dict[str, Any], samples: in
         asked.instances, found.sequences[..., prompts.shape[1] :], found.mean_logprobs, strict=True
     ):
         texts = [_trimmed(ids) for ids in rows.tolist()]
-        # The last token is not fed back, and the prompt is forwarded anew.
+        # The last token is not fed back, but each trajectory forwards the prompt again: the two cancel.
         out.append(_answered(asked, instance, texts, fed=sum(map(len, texts)), logprobs=logprobs.tolist()))
     return out
 
@@ -282,7 +251,7 @@ def _answered(
 
 
 def _answer(ids: list[int]) -> tuple[int, ...]:
-    """What a vote counts: the ids behind the scratchpad if there is one. It does not look at whether they are right."""
+    """What a vote counts: the ids after the scratchpad if there is one, right or not."""
     return tuple(ids[ids.index(THINK_END) + 1 :] if THINK_END in ids else ids)
 
 

@@ -1,4 +1,4 @@
-"""What `results/latent.json` says, as the tables of the README."""
+"""`results/latent.json` as the tables of the README."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from _latent.verdicts import KINDS, PUZZLES, TWINS, latent_family
 KIND = {"llama": "Llama", "hrm": "HRM"}
 MARKS = {"win": " ▲", "null": "", "loss": " ▼"}
 SELECTORS = {
-    "pass@16": "a verifier, of 16",
+    "pass@16": "verifier, of 16",
     "logprob@16": "mean log-probability, of 16",
-    "vote@16": "a vote, of 16",
+    "vote@16": "vote, of 16",
 }
 COLUMNS = {
     "latent": "latent steps",
-    "gated": "the same, gated",
+    "gated": "latent steps, gated",
     "recursion": "recursion",
     "fork sampling": "fork sampling",
     "tree": "fork tree",
@@ -31,11 +31,11 @@ CLAIMS = {
 
 
 def cell(found: dict[str, Any] | None) -> str:
-    """A paired difference in points of a hundred, with its interval and its mark."""
+    """A paired difference in percentage points, with its interval and its mark."""
     if found is None:
         return "–"
     ends = [100 * found["− best temperature"][end] for end in ("value", "low", "high")]
-    # One digit more where a win or a loss is smaller than what one digit shows.
+    # A second digit for wins and losses too small for one.
     digits = 2 if found["outcome"] != "null" and min(map(abs, ends)) < 0.05 else 1
     value, low, high = (_signed(end, digits) for end in ends)
     return f"{value} [{low}, {high}]{MARKS[found['outcome']]}"
@@ -66,7 +66,7 @@ def _rows(record: dict[str, Any], metric: str, families: Sequence[str]) -> list[
 
 
 def coverage_table(record: dict[str, Any]) -> list[str]:
-    """Coverage of 16 samples' passes: every family against the best temperature."""
+    """Coverage at the passes of 16 samples: every family against the best temperature."""
     return [
         "| coverage@16, % | best temperature | uniform sampler | " + " | ".join(COLUMNS.values()) + " |",
         "|---|--:|--:|" + "--:|" * len(COLUMNS),
@@ -75,7 +75,7 @@ def coverage_table(record: dict[str, Any]) -> list[str]:
 
 
 def selection_table(record: dict[str, Any]) -> list[str]:
-    """Recursion and a selector, against the same selector on plain samples."""
+    """Recursion with a selector, against the same selector on plain samples."""
     lines = [
         "| HRM, recursion − best temperature, points | " + " | ".join(SELECTORS.values()) + " |",
         "|---|" + "--:|" * len(SELECTORS),
@@ -92,7 +92,7 @@ def selection_table(record: dict[str, Any]) -> list[str]:
 
 
 def hypotheses_table(record: dict[str, Any]) -> list[str]:
-    """The verdicts."""
+    """The verdicts on the hypotheses."""
     lines = ["| registered | verdict | wins | nulls | losses |", "|---|---|--:|--:|--:|"]
     for name, claim in CLAIMS.items():
         one = record["hypotheses"][name]
@@ -101,7 +101,7 @@ def hypotheses_table(record: dict[str, Any]) -> list[str]:
 
 
 def tally(record: dict[str, Any], metric: str, family: str) -> str:
-    """How many cells a family wins, of those that it is in."""
+    """In how many of its cells a family wins."""
     found = []
     for puzzle, kind, twin in _names():
         test = record["cells"][f"{kind}-{twin} {puzzle}"]["test"][metric]
@@ -116,21 +116,14 @@ def _count(outcomes: Iterable[str], what: str) -> int:
 
 
 def latent_block(record: dict[str, Any]) -> str:
-    """Everything, in the order of the README.
-
-    Args:
-        record: What `bench_latent.py --write` wrote.
-
-    Returns:
-        Markdown.
-    """
+    """All tables, in the order of the README, from what `bench_latent.py --write` wrote."""
     seeds = len(record["seeds"])
     intro = (
         "Three puzzles whose solutions are enumerated; a Llama and an HRM, each also trained on one solution per "
         f'instance ("collapsed"); {seeds} trainings of each. Every method gets the forward passes of 16 plain samples '
-        "(a tree has those it needs, and is compared at these), knobs are chosen on validation, the reference's "
-        "temperature among 20 from 0.05 to 4. Differences in points; ▲ and ▼: the 95 % interval of all trainings is on "
-        "one side of 0, and so is each training by itself. Latent steps on Countdown are in the scratchpad only."
+        "(a tree is compared at the passes it takes). Settings are chosen on validation, the reference's temperature "
+        "among 20 from 0.05 to 4. Differences in percentage points; ▲ and ▼: the 95 % interval over all trainings is "
+        "on one side of 0, and so is the mean of each training. Latent steps on Countdown are in the scratchpad only."
     )
     families = {"latent": "latent steps", "recursion": "recursion", "fork sampling": "fork sampling"}
     families |= {"tree": "fork trees", "siblings": "siblings"}
@@ -138,9 +131,9 @@ def latent_block(record: dict[str, Any]) -> str:
     valid = ", ".join(f"{name} {tally(record, 'valid', family)}" for family, name in list(families.items())[:2])
     some = ", ".join(f"{name} {tally(record, 'pass@16', family)}" for family, name in list(families.items())[:2])
     said = (
-        f"Cells in which coverage@16 is above the best temperature: {counts}. Share of valid answers: {valid}. "
-        f"Some of 16 valid: {some}. What was expected was registered beforehand, in the docstring of "
-        "`benches/bench_latent.py`, which also says what was amended after trial runs:"
+        f"Cells in which coverage@16 beats the best temperature: {counts}. The same for the share of valid answers: "
+        f"{valid}; and for at least one valid answer of 16: {some}. The hypotheses were registered beforehand, in the "
+        "docstring of `benches/bench_latent.py`, with the amendments made after trial runs:"
     )
     blocks = [[intro], coverage_table(record), selection_table(record), [said], hypotheses_table(record)]
     return "\n\n".join("\n".join(block) for block in blocks)

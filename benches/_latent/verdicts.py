@@ -1,4 +1,4 @@
-"""What three training seeds of a cell say together, and what that means for each registered hypothesis."""
+"""A cell's result over three training seeds, and the verdict on each registered hypothesis."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ TWINS = ("varied", "collapsed")
 
 
 def outcome(interval: dict[str, float], means: Sequence[float]) -> Outcome:
-    """What counts as a win or a loss.
-
-    Args:
-        interval: Of the pooled differences: `low` and `high`.
-        means: The difference of each training seed.
-
-    Returns:
-        "win" or "loss" if the interval and all seeds say so.
-    """
+    """A win or a loss if the pooled interval and the mean of every training seed agree on the sign; else null."""
     if interval["low"] > 0 and min(means) > 0:
         return "win"
     if interval["high"] < 0 and max(means) < 0:
@@ -34,14 +26,7 @@ def outcome(interval: dict[str, float], means: Sequence[float]) -> Outcome:
 
 
 def over_seeds(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One cell over its training seeds.
-
-    Args:
-        records: What `cells.cell` returned for each seed.
-
-    Returns:
-        Every metric's families with their values, their paired differences to the best temperature and the outcome.
-    """
+    """One cell over its training seeds: every metric's families with values, paired differences and outcome."""
     tests = [one["test"] for one in records]
     metrics = {
         metric: {family: _family([test[metric][family] for test in tests]) for family in tests[0][metric]}
@@ -93,7 +78,7 @@ def latent_family(puzzle: str) -> str:
 
 
 def _cells() -> dict[str, list[tuple[str, str, str, str]]]:
-    """Hypothesis → what it is about: name of the model, puzzle, metric, family."""
+    """Hypothesis → the model, puzzle, metric and family of each cell that it covers."""
     h2 = [(f"{kind}-collapsed", p, "coverage@16", latent_family(p)) for kind in KINDS for p in PUZZLES]
     h2 += [("hrm-collapsed", p, "coverage@16", "recursion") for p in PUZZLES]
     selectors = ("pass@16", "logprob@16", "vote@16")
@@ -107,7 +92,7 @@ def _cells() -> dict[str, list[tuple[str, str, str, str]]]:
 
 
 def verdict(name: str, outcomes: Iterable[Outcome]) -> str:
-    """The verdict that a hypothesis was registered to get for such outcomes."""
+    """The verdict registered for such outcomes of a hypothesis."""
     found = set(outcomes)
     if name == "H4":
         return "not as expected" if "win" in found else "as expected"
@@ -121,14 +106,7 @@ def verdict(name: str, outcomes: Iterable[Outcome]) -> str:
 
 
 def verdicts(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What became of each hypothesis.
-
-    Args:
-        cells: "MODEL PUZZLE" → what `over_seeds` returned.
-
-    Returns:
-        For each the verdict, and the outcome of every cell that it is about.
-    """
+    """The verdict on each hypothesis, and the outcome of every cell it covers."""
     out: dict[str, Any] = {}
     for name, about in _cells().items():
         rows = []

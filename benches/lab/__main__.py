@@ -1,4 +1,4 @@
-"""`python -m lab`: train the small family of the synthetic world, and set its figures side by side."""
+"""`python -m lab`: train the small models of the synthetic world, and print their results."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def train(
     seed: Annotated[int, typer.Option(help="Training seed; world and hold-out do not depend on it.")] = 0,
     resume: Annotated[bool, typer.Option(help="Continue from the checkpoints in the folder.")] = True,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the work, one thread each.")] = 2,
-    problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 300,
+    problems: Annotated[int, typer.Option(min=1, help="Most problems per task.")] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record instead of the table.")] = False,
 ) -> None:
-    """Train the four models from nothing, choose alpha on the validation split, and print the test table."""
+    """Train the four models from scratch, choose alpha on the validation split, and print the test table."""
     from transformers.utils import logging
 
     from lab.family.family import train_family
@@ -46,10 +46,10 @@ def studies(
     out: Annotated[Path, typer.Option(help="Folder of the models and their checkpoints.")] = Path("lab-studies"),
     seed: Annotated[int, typer.Option(help="Training seed: examples, order, draws.")] = 0,
     family: Annotated[
-        Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")
+        Path | None, typer.Option(help="A folder written by `python -m lab train` (default: the bundled family).")
     ] = None,
 ) -> None:
-    """Train the models of the studies: known forks, answers that swing with their length, a collapsed policy.
+    """Train the models of the studies: known forks, answers that change with their length, a collapsed policy.
 
     Resumes from the checkpoints in the folder. One thread.
     """
@@ -79,7 +79,7 @@ def puzzles(
     from lab.puzzles.models import PUZZLERS, train_puzzlers
 
     logging.disable_progress_bar()
-    # The names are checked there, which says what they can be.
+    # train_puzzlers checks the names.
     for name, report in train_puzzlers(out, seed=seed, models=model or PUZZLERS).items():  # type: ignore[arg-type]
         typer.echo(f"{name}: {report.steps} steps in {report.seconds / 60:.1f} minutes, in {out / name}")
 
@@ -87,14 +87,14 @@ def puzzles(
 @app.command()
 def table(
     family: Annotated[
-        Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")
+        Path | None, typer.Option(help="A folder written by `python -m lab train` (default: the bundled family).")
     ] = None,
     split: Annotated[Literal["validation", "test"], typer.Option(help="Where the problems come from.")] = "test",
-    problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 300,
+    problems: Annotated[int, typer.Option(min=1, help="Most problems per task.")] = 300,
     alpha: Annotated[float | None, typer.Option(help="Strength of the proxy (default: the recorded one).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Ask the family held-out problems and print one row per way of answering."""
+    """Ask the family held-out problems, and print one row per model or prompting method."""
     from transformers.utils import logging
 
     from lab.report import family_rows
@@ -113,7 +113,7 @@ def table(
 
 
 def _print_table(record: dict[str, Any], title: str) -> None:
-    """Print one column per task: the strict share above the lenient one, and below all rows the gap closed."""
+    """One column per task: strict above lenient; the gap closed below all rows."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -129,12 +129,12 @@ def _print_table(record: dict[str, Any], title: str) -> None:
     grid.add_section()
     grid.add_row("gap closed", *(_cells(record["gap_closed"][task], "closed") for task in tasks))
     console = Console()
-    console.width = max(console.width, 80)  # a narrow terminal wraps the lines; cut columns would show other numbers
+    console.width = max(console.width, 80)  # a narrow terminal wraps the lines; cut columns would show wrong numbers
     console.print(grid)
 
 
 def _cells(pair: dict[str, dict[str, Any]], key: str) -> str:
-    """A strict and a lenient figure with their intervals, on two lines."""
+    """A strict and a lenient value with their intervals, on two lines."""
     lines = []
     for criterion in ("strict", "lenient"):
         value, interval = pair[criterion][key], pair[criterion]["interval"]

@@ -31,18 +31,11 @@ def measure_family(
     alphas: Sequence[float] = ALPHAS,
     count: int = 300,
 ) -> dict[str, Any]:
-    """Choose alpha, fill the table and write `family.json`.
-
-    Args:
-        folder: A family folder.
-        seed: The training seed it was made with.
-        training: The cost of every member.
-        recipe: What was trained [the shipped recipe].
-        alphas: The candidates, tried on the validation split only.
-        count: Problems per task and split at most.
+    """Choose alpha on validation, measure the table with at most `count` problems per task, write the record.
 
     Returns:
-        The record: `alpha`, `seed`, `recipe`, `training`, `validation` (the sweep) and `test` (the table).
+        The record, as in `family.json`: `alpha`, `seed`, `recipe`, `training`, `validation` (the sweep) and `test` (the
+        table).
     """
     models, tokenizer = load_family(folder)
     sweep = sweep_alpha(models, tokenizer, alphas, count=count)
@@ -75,19 +68,7 @@ def family_rows(
     count: int = 300,
     world: World | None = None,
 ) -> list[Row]:
-    """Every row of the family's table.
-
-    Args:
-        models: The four members under their names.
-        tokenizer: Their tokenizer.
-        alpha: Strength of the proxy row.
-        split: Where the problems come from.
-        count: Problems per task at most.
-        world: The world to ask about [the bundled one].
-
-    Returns:
-        Base with 0 and 3 shots, expert alone, antiexpert alone, proxy, directly tuned.
-    """
+    """The rows of the family's table: base with 0 and 3 shots, antiexpert, expert, proxy, directly tuned."""
     world = world or build_world()
     asked = held_out(world, split, count)
     shots: dict[Task, list[Problem]] = {task: shots_of(world, task) for task in asked}
@@ -111,7 +92,7 @@ def sweep_alpha(
     count: int = 300,
     world: World | None = None,
 ) -> list[Row]:
-    """The proxy on the validation split, at one row per alpha."""
+    """The proxy on the validation split, one row per alpha."""
     asked = held_out(world or build_world(), "validation", count)
     members = models["large-base"], models["tiny-tuned"], models["tiny-base"]
     with torch.inference_mode():
@@ -121,15 +102,9 @@ def sweep_alpha(
 def best_alpha(rows: Sequence[Row]) -> float:
     """Choose alpha from a sweep: the smallest whose score is within one standard error of the best.
 
-    The score is the strict share of right answers, averaged over chains and people; Countdown has no vote, because
-    tuning hardly gains anything there. Neighbouring alphas differ by less than 200 problems can tell apart, so the
-    one-standard-error rule (Breiman et al. 1984) takes the gentlest of the equally good.
-
-    Args:
-        rows: One row per alpha, named by it.
-
-    Returns:
-        The chosen alpha.
+    The score is the strict share of right answers, averaged over chains and people; Countdown is left out, because
+    tuning hardly gains anything there. 200 problems cannot tell neighbouring alphas apart, so the one-standard-error
+    rule (Breiman et al. 1984) takes the smallest of the equally good ones.
     """
 
     def score(row: Row) -> float:

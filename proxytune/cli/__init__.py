@@ -1,8 +1,8 @@
 """The command line: `proxytune demo`, `generate`, `sample`, `calibrate`, `doctor` and `bench`.
 
-This module and the ones beside it import torch and transformers inside their commands only, so that `--help` answers at
-once. Whatever goes wrong ends in one line on stderr and an exit code: 2 where the call has to change (a wrong flag, a
-model that does not fit), 1 where it failed while running.
+The modules here import torch and transformers inside their commands only, so `--help` answers at once. An error is one
+line on stderr and an exit code: 2 if the call has to change (a wrong flag, a model that does not fit), 1 if it failed
+while running.
 """
 
 from __future__ import annotations
@@ -53,22 +53,18 @@ def options(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")] = False,
 ) -> None:
-    """Read the options that belong to no command; both are handled before it runs (see `main`)."""
+    """Read the options that belong to no command; both are handled before one runs (see `main`)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line and end the process.
-
-    Args:
-        arguments: The words after `proxytune` [those of this process].
+    """Run the command line on `arguments` (default: those of this process), and exit the process.
 
     Raises:
         SystemExit: Always, with the exit code.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     own = words[: words.index("--")] if "--" in words else words
-    # Taken out here rather than parsed, so that it also works after the command's name, where one adds it when
-    # something has just gone wrong.
+    # Taken out here instead of parsed, so that it also works after the command's name.
     debug = "--debug" in own
     if debug:
         words.remove("--debug")
@@ -76,14 +72,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(words: list[str], debug: bool) -> int:
-    """Run one command and translate what went wrong into a line and an exit code."""
+    """Run one command; turn an error into a line on stderr and an exit code."""
     with warnings.catch_warnings():
         warnings.showwarning = terminal.show_warning
         try:
-            # Outside of standalone mode `typer.Exit` comes back as its code, and a command's own None means success.
+            # Outside standalone mode `typer.Exit` is returned as its code; a command's None means success.
             return app(words, prog_name="proxytune", standalone_mode=False) or 0
         except typer.TyperException as error:
-            # Without any words the help has been printed already, and there is nothing left to say.
+            # Without arguments the help has been printed already.
             if message := error.format_message():
                 terminal.show_error(f"{message} (see proxytune --help)")
             return error.exit_code
@@ -95,7 +91,7 @@ def _run(words: list[str], debug: bool) -> int:
             terminal.show_error(str(error))
             return WRONG_CALL
         except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
-            # What torch, transformers and the file system raise for a call that parsed but cannot be carried out.
+            # From torch, transformers or the file system: the call parsed but failed.
             if debug:
                 raise
             terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")

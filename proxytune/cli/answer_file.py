@@ -1,12 +1,12 @@
-"""The JSON lines of a long run as a file: what a killed process has finished stays, and a later one goes on behind it.
+"""The JSON lines of a long run as a file that survives a kill and can be resumed.
 
-Beside `answers.jsonl` lies `answers.jsonl.run.json`, which says what the lines were made with, so that one file never
-holds the answers of two runs. It is written before the first line, and stays:
+Beside `answers.jsonl` lies `answers.jsonl.run.json`, a note of what the lines were made with, so that one file never
+mixes two runs. It is written before the first line:
 
     {"format_version": 1, "lines": 2000, "lines_per_prompt": 1,
-     "settings": {…what the command line said…}, "resolved": {…the settings of generate() that came of it…}}
+     "settings": {…the command line…}, "resolved": {…the resulting settings of generate()…}}
 
-`lines` are those of the whole run: fewer in the file, and the run is unfinished.
+`lines` counts the whole run; with fewer lines in the file, the run is unfinished.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ class AnswerFile:
     """A file of answers that is being written; a context manager.
 
     Attributes:
-        done: How many lines of this run are in it.
-        finished: Whether there is nothing left to do.
+        done: Lines of this run already in the file.
+        finished: Whether nothing is left to do.
     """
 
     def __init__(self, path: Path, prompts: Sequence[str], settings: Mapping[str, Any], *, resume: bool) -> None:
-        """Open the file and see what it holds. Nothing that was in it is touched before `begin`.
+        """Open the file and check what it holds. Its content is not touched before `begin`.
 
         Args:
-            path: The file. What is no file on a disk (a pipe, `/dev/stdout`) is written to, and cannot be resumed.
+            path: The file. A pipe or `/dev/stdout` is written to, and cannot be resumed.
             prompts: All prompts of the run.
-            settings: What decides the answers, as far as it is known before the models are loaded; JSON values.
-            resume: Whether to go on where a run stopped. A file that is not there, or has no line, is begun anew.
+            settings: What decides the answers, as far as known before the models are loaded; JSON values.
+            resume: Whether to continue a stopped run. A missing file, or one without lines, starts anew.
 
         Raises:
             InputError: If another process writes to it; with `resume`, if it holds anything but the first answers to
@@ -58,7 +58,7 @@ class AnswerFile:
                 "--resume", expected="--out with a file on a disk", got=str(path), remedy="Write to a file."
             )
         self._file = os.open(path, (os.O_RDWR | os.O_CREAT) if self._on_disk else os.O_WRONLY, 0o666)
-        self._path = path.resolve() if self._on_disk else path  # behind links: there the note lies too
+        self._path = path.resolve() if self._on_disk else path  # links resolved; the note lies beside the target
         self._note_path = self._path.with_name(f"{self._path.name}.run.json")
         self.done, self._end, self.finished = 0, 0, False  # lines, bytes
         self._note: Mapping[str, Any] | None = None
@@ -71,14 +71,10 @@ class AnswerFile:
             raise
 
     def begin(self, resolved: Mapping[str, Any], per_prompt: int) -> None:
-        """Cut off what is not to stay, and write the note.
-
-        Args:
-            resolved: The settings of `generate()`, those of the model among them; JSON values.
-            per_prompt: How many lines each prompt gets.
+        """Truncate the file to the lines to keep, and write the note, with the settings that `generate()` resolved.
 
         Raises:
-            InputError: If the file was begun with others, or the note cannot be written.
+            InputError: If the file was begun with other settings, or the note cannot be written.
         """
         if not self._on_disk:
             return
@@ -98,11 +94,7 @@ class AnswerFile:
             exchange(self._note_path, note, "note of the run")
 
     def append(self, lines: Sequence[str]) -> None:
-        """Write lines; when this returns, they are on the disk.
-
-        Args:
-            lines: Without line feeds. All in one write, which a kill leaves out or, rarely, cuts.
-        """
+        """Write lines (without line feeds) at once and sync them to disk. A kill drops them or, rarely, cuts them."""
         rest = memoryview("".join(f"{line}\n" for line in lines).encode("utf-8"))
         while rest:
             rest = rest[os.write(self._file, rest) :]
@@ -116,7 +108,7 @@ class AnswerFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         os.close(self._file)
 
-    # --- what is there -----------------------------------------------------------------------------------------------
+    # --- existing content ---------------------------------------------------------------------------------------------
 
     def _lock(self) -> None:
         try:
@@ -124,12 +116,12 @@ class AnswerFile:
         except ImportError:  # no such locks on this system
             return
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however that ends
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, however it ends
         except BlockingIOError:
             raise InputError.of(
                 "--out",
                 expected="a file that no other run writes to",
-                got=f"{self._path}, to which one does",
+                got=f"{self._path}, which another run writes to",
                 remedy="Wait for it, stop it, or choose another file.",
             ) from None
         except OSError:  # a file system without locks
@@ -145,14 +137,14 @@ class AnswerFile:
                     "--out",
                     expected="--resume, or another file",
                     got=f"{self._path}, an unfinished run with {lines} of {note['lines']} lines",
-                    remedy="Pass --resume to go on with it, or remove the file to begin anew.",
+                    remedy="Pass --resume to continue it, or remove the file to start anew.",
                 )
             return
         for number, line in enumerate(self._lines()):
             if note is None:
                 raise InputError.of(
                     "--resume",
-                    expected=f"{self._note_path.name} beside {self._path}: what its lines were made with",
+                    expected=f"{self._note_path.name} beside {self._path}, the note of what its lines were made with",
                     got="none",
                     remedy="Choose another --out, or remove the file.",
                 )
@@ -164,7 +156,7 @@ class AnswerFile:
         self.finished = self._note is not None and self.done == len(self._prompts) * self._note["lines_per_prompt"]
 
     def _lines(self) -> Iterator[bytes]:
-        """The whole lines; what stands behind the last line feed is half of one."""
+        """The complete lines; text after the last line feed is an incomplete one."""
         with open(self._path, "rb") as file:
             for line in file:
                 if line.endswith(b"\n"):
@@ -199,7 +191,7 @@ class AnswerFile:
             f"line {number + 1} of {self._path}",
             expected=expected,
             got="no answer at all" if not isinstance(got, str) else f"one to {_short(got)}",
-            remedy="Give the prompts that the run was begun with, in their order; more may follow them.",
+            remedy="Give the run's original prompts, in their order; more may follow them.",
         )
 
     def _refuse_others(self, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -216,21 +208,14 @@ class AnswerFile:
 
 
 def settings_of_run(**given: Any) -> dict[str, Any]:
-    """What the answers of a run depend on, beside the prompts and the weights.
-
-    Args:
-        **given: What the command line said; JSON values.
-
-    Returns:
-        The same, and the versions of the libraries that compute them: another one may round otherwise.
-    """
+    """What the answers depend on besides prompts and weights: `given`, and the library versions."""
     import torch
     import transformers
 
     from proxytune._version import __version__
 
     versions = {"proxytune": __version__, "torch": torch.__version__, "transformers": transformers.__version__}
-    found: dict[str, Any] = json.loads(json.dumps({**given, "versions": versions}))  # as it will be read again
+    found: dict[str, Any] = json.loads(json.dumps({**given, "versions": versions}))  # as it is read back
     return found
 
 

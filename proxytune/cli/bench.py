@@ -1,4 +1,4 @@
-"""`proxytune bench`: what steering costs on this machine, beside a tuned model of the base's size."""
+"""`proxytune bench`: the cost of steering on this machine, compared with a tuned model of the base's size."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the bars into this file (.png, .svg, .pdf).")] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Longer texts and more rounds: most of an hour in place of five minutes.")
+        bool, typer.Option("--full", help="Longer texts and more rounds: most of an hour instead of five minutes.")
     ] = False,
     family: Annotated[
-        Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")
+        Path | None, typer.Option(help="A folder written by `python -m lab train` (default: the bundled family).")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:
-    """Measure what a token costs on this CPU: base, tuned model, every door, speculation, beside their byte floors."""
+    """Measure what a token costs on this CPU: base, tuned model, every steering method, and their byte floors."""
     if plot is not None:
         _refuse_plot(plot)  # before the minutes that it would be about
     terminal.quiet()
@@ -53,15 +53,11 @@ def bench(
 
 
 def show(record: Mapping[str, Any]) -> None:
-    """Print tables, bars and verdicts.
-
-    Args:
-        record: What `proxytune.throughput.run.measure` returned.
-    """
+    """Print the tables, bars and verdicts of what `proxytune.throughput.run.measure` returned."""
     from proxytune.throughput.report import drafts, verdicts
 
     wide = terminal.output()
-    wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show other numbers
+    wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show wrong numbers
     console = terminal.output()
     for family in record["families"]:
         tables = [
@@ -83,18 +79,18 @@ def show(record: Mapping[str, Any]) -> None:
         console.print()
     of = record["machine"]
     console.print(
-        "× tuned: time per token behind the first, beside the tuned model's in the same round. Bytes alone: the same "
-        "if only reading counted (│ in the bars). Planted: random weights, in which expert and composition agree so "
-        "often."
+        "× tuned: time per token after the first, divided by the tuned model's in the same round. Bytes alone: the "
+        "same ratio of the bytes read (│ in the bars). Planted: random weights, made so that expert and composition "
+        "agree at this rate."
     )
     console.print(
-        f"{of['processor']}, {of['cores']} cores (load when it began: {of['load']}), threads: {of['threads']}, "
+        f"{of['processor']}, {of['cores']} cores (load at the start: {of['load']}), threads: {of['threads']}, "
         f"torch {of['torch']}, transformers {of['transformers']}. Took {record['seconds']:.0f} s."
     )
 
 
 def _methods(family: Mapping[str, Any]) -> Table:
-    """The first line of the protocol."""
+    """The first cell of the protocol."""
     from proxytune.throughput.report import cell_name, lines
 
     cell = family["cells"][0]
@@ -107,7 +103,7 @@ def _methods(family: Mapping[str, Any]) -> Table:
 
 
 def _bars(family: Mapping[str, Any]) -> Table:
-    """Its times per token as bars."""
+    """The first cell's times per token as bars."""
     from proxytune.throughput.report import bar
 
     ran = {name: found for name, found in family["cells"][0]["methods"].items() if found["status"] == "run"}
@@ -124,7 +120,7 @@ def _bars(family: Mapping[str, Any]) -> Table:
 
 
 def _counts(family: Mapping[str, Any]) -> Table:
-    """What was counted on the first line."""
+    """Passes and bytes in the first cell."""
     from proxytune.throughput.report import COUNTED, counted
 
     table = _table("passes of base, expert, antiexpert; megabytes per token")
@@ -136,7 +132,7 @@ def _counts(family: Mapping[str, Any]) -> Table:
 
 
 def _protocol(family: Mapping[str, Any], key: str, title: str) -> Table:
-    """One ratio on all lines of the protocol."""
+    """One ratio in all cells of the protocol."""
     from proxytune.throughput.report import cell_name
 
     cells = family["cells"]

@@ -1,4 +1,4 @@
-"""`proxytune calibrate`: from which entropy on a token of this model is a fork, measured on its own text."""
+"""`proxytune calibrate`: the entropy above which a token of this model counts as a fork, measured on its own text."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def calibrate(
     prompts: Annotated[
         list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to continue.", show_default=False)
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The large model: a hub id or a folder; may stand alone.")] = None,
+    base: Annotated[str | None, typer.Option(help="The large model: a hub id or a folder; works alone too.")] = None,
     expert: Expert = None,
     antiexpert: Antiexpert = None,
     alpha: Alpha = None,
     recipe: RecipePath = None,
     file: PromptFile = None,
     texts: Annotated[
-        str | None, typer.Option(help="Texts to read instead of writing any, in a file of the same form.")
+        str | None, typer.Option(help="Measure these texts instead of samples; a file of the same form as --file.")
     ] = None,
     chat: Chat = False,
-    share: Annotated[float, typer.Option(help="The share of tokens that are to be forks.")] = 0.2,
-    temperature: Annotated[float, typer.Option(help="Temperature of the samples; entropies are at 1.")] = 1.0,
+    share: Annotated[float, typer.Option(help="Target share of tokens that count as forks.")] = 0.2,
+    temperature: Annotated[float, typer.Option(help="Temperature of the samples; entropies are always at 1.")] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per sample at most.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per sample.")] = 128,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
     write: Annotated[bool, typer.Option("--write", help="Write the threshold into the recipe.")] = False,
@@ -103,7 +103,7 @@ def calibrate(
 def _check_settings(
     share: float, temperature: float, alpha: float | None, recipe: Path | None, *, plain: bool, write: bool
 ) -> None:
-    """Refuse what cannot be right before any model is loaded."""
+    """Refuse invalid settings before any model is loaded."""
     from proxytune.recipe import Recipe
     from proxytune.validation import finite, proper_share
 
@@ -130,7 +130,7 @@ def _check_settings(
 
 
 def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load a model that nothing steers, and its tokenizer."""
+    """Load a model without companions, and its tokenizer."""
     import torch
 
     from proxytune.models.loading import open_members
@@ -145,7 +145,7 @@ def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrai
 
 
 def _progress() -> Any:
-    """A bar on stderr, where a person sees it."""
+    """A progress bar on stderr, shown on a terminal only."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())

@@ -1,4 +1,4 @@
-"""`proxytune demo`: the bundled family answers held-out problems, base beside proxy beside directly tuned."""
+"""`proxytune demo`: the bundled family answers held-out problems; base, proxy and directly tuned model compared."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ TABLE_WIDTH = 80
 
 
 def demo(
-    problems: Annotated[int, typer.Option(min=1, help="Problems per task at most.")] = 150,
+    problems: Annotated[int, typer.Option(min=1, help="Most problems per task.")] = 150,
     alpha: Annotated[float | None, typer.Option(help="Strength of the shift (default: the recorded one).")] = None,
     family: Annotated[
-        Path | None, typer.Option(help="A folder written by `lab train` (default: the bundled family).")
+        Path | None, typer.Option(help="A folder written by `python -m lab train` (default: the bundled family).")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:
-    """Steer a small bundled family on the CPU: quality with 95 % intervals, speed, and three answers side by side."""
+    """Steer a small bundled family on the CPU: accuracy with 95 % intervals, speed, and three answers side by side."""
     terminal.quiet()
     import torch
 
     from proxytune.demo.bundle import bundled_family, read_record
 
-    # Models this small gain nothing from a second thread, and lose a lot to it where the cores are busy.
+    # Models this small gain nothing from a second thread, and lose a lot where the cores are busy.
     torch.set_num_threads(1)
     folder = family or bundled_family()
     strength = float(read_record(folder)["alpha"]) if alpha is None else alpha
@@ -48,7 +48,7 @@ def demo(
         return
     console = terminal.output()
     wide = terminal.output()
-    wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show other numbers
+    wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show wrong numbers
     wide.print(_table(record), crop=False)
     console.print("\n".join(_notes(record)))
     for answer in record["answers"]:
@@ -58,7 +58,7 @@ def demo(
 
 
 def _table(record: dict[str, Any]) -> Table:
-    """The table, made to fit 80 columns: two lines per row, strict above lenient."""
+    """The table, within 80 columns: two lines per row, strict above lenient."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -99,7 +99,6 @@ def _table(record: dict[str, Any]) -> Table:
 
 
 def _percent(rate: float | None, interval: Sequence[float] | None) -> str:
-    """A rate and its interval in whole percent."""
     if rate is None or interval is None:
         return "no gap"
     return f"{100 * rate:.0f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
@@ -119,7 +118,7 @@ def _one_line(text: str) -> str:
 
 
 def _side_by_side(answer: dict[str, Any]) -> list[Text]:
-    """One prompt and its three answers; changed tokens stand in brackets, so that they show without colours too."""
+    """One prompt and its three answers; changed tokens are in brackets, to be visible without colours too."""
     from rich.text import Text
 
     steered = Text()

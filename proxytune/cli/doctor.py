@@ -1,4 +1,4 @@
-"""`proxytune doctor`: what is installed, what it would run on, and whether proxytune supports it."""
+"""`proxytune doctor`: what is installed, which devices there are, and whether proxytune supports them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,7 @@ __all__ = ["Device", "Finding", "Report", "WeightFile", "doctor", "examine"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One requirement beside what is there.
-
-    Attributes:
-        name: The distribution, or `python`.
-        version: The installed version; None if it is missing.
-        supported: The supported range, as the installed metadata gives it.
-        ok: Whether the version is inside the range.
-    """
+    """One requirement (`python` or a distribution), the installed version (None if missing) and the supported range."""
 
     name: str
     version: str | None
@@ -36,12 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Device:
-    """One device that torch can compute on.
-
-    Attributes:
-        name: As in `device_map`, e.g. `cpu` or `cuda:0`.
-        description: Its make, and its threads or memory.
-    """
+    """One device that torch can compute on, named as in `device_map`, with its make, threads or memory."""
 
     name: str
     description: str
@@ -49,14 +37,7 @@ class Device:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One bundled weight file.
-
-    Attributes:
-        member: The model it belongs to.
-        bytes: Its size; None if it is missing.
-        sha256: Its hash; None if it is missing.
-        ok: Whether it is there.
-    """
+    """One bundled weight file; `bytes` and `sha256` are None if it is missing."""
 
     member: str
     bytes: int | None
@@ -66,15 +47,13 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the doctor looked at.
+    """All findings.
 
     Attributes:
-        proxytune: The installed version; None outside of an installation, where no supported ranges are on record.
-        requirements: Python and every required package.
+        proxytune: The installed version; None if not installed, where the supported ranges are unknown.
         devices: Where it can run, best first.
-        implementation: What combines the logits, on every device.
+        implementation: "triton" or "torch": what combines the logits.
         note: The reason for it.
-        weights: The bundled models.
     """
 
     proxytune: str | None
@@ -86,7 +65,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """Whether everything is there and supported."""
+        """Whether everything is installed and supported."""
         return self.proxytune is not None and all(f.ok for f in self.requirements) and all(w.ok for w in self.weights)
 
 
@@ -102,11 +81,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON inst
 
 
 def examine() -> Report:
-    """Look at the environment of this process.
-
-    Returns:
-        The findings; nothing is changed or downloaded.
-    """
+    """Examine this process's environment; nothing is changed or downloaded."""
     version, requirements = _requirements("proxytune")
     implementation, note = _implementation()
     return Report(
@@ -120,7 +95,7 @@ def examine() -> Report:
 
 
 def _implementation() -> tuple[str, str]:
-    """Which implementation a decoding step takes by itself, and why."""
+    """The implementation that a decoding step uses by default, and why."""
     import torch
 
     from proxytune.ops import dispatch
@@ -134,7 +109,7 @@ def _implementation() -> tuple[str, str]:
 
 
 def _requirements(distribution: str) -> tuple[str | None, tuple[Finding, ...]]:
-    """The version of a distribution, and what it requires beside what is installed; extras are not looked at."""
+    """A distribution's version and its requirements, extras left out."""
     from packaging.requirements import Requirement
     from packaging.specifiers import SpecifierSet
 
@@ -174,7 +149,7 @@ def _devices() -> tuple[Device, ...]:
 
 
 def _memory(index: int) -> float:
-    """The memory of a CUDA device, in GiB."""
+    """A CUDA device's memory, in GiB."""
     import torch
 
     return torch.cuda.get_device_properties(index).total_memory / 2**30

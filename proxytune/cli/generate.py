@@ -1,4 +1,4 @@
-"""`proxytune generate`: prompts in, JSON lines out; on a terminal the text as it comes."""
+"""`proxytune generate`: prompts in, JSON lines out; on a terminal, text as it is generated."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ class Completion:
     """One line of the output.
 
     Attributes:
-        prompt: The prompt as it was given.
         completion: The generated text, without special tokens.
-        tokens: How many tokens were generated, the end-of-text token included.
+        tokens: Number of generated tokens, end-of-text token included.
         finish: `"stop"` at an end-of-text token or stop string, `"length"` at a limit.
     """
 
@@ -72,17 +71,18 @@ def generate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed for do_sample=true, and for --latent.")] = 0,
     speculate: Annotated[
-        bool, typer.Option("--speculate", help="Let the expert draft ahead: the same text, faster where it agrees.")
+        bool,
+        typer.Option(
+            "--speculate", help="Let the expert draft ahead: the same text, faster where the drafts are accepted."
+        ),
     ] = False,
     latent: Latent = None,
     tau: Tau = None,
     latent_span: LatentSpan = None,
     latent_gates: LatentGatesOption = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the JSON lines to this file, those of each batch as soon as it is done.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON lines to this file, batch by batch.")] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where a run that wrote to --out stopped, with the same call.")
+        bool, typer.Option("--resume", help="Continue a stopped run that wrote to --out; repeat the same call.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines even on a terminal.")] = False,
     device: Device = None,
@@ -96,7 +96,7 @@ def generate(
     Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given.
     """
     if resume and out is None:
-        raise InputError.of("--resume", expected="--out with it", got="none", remedy="Name the file to go on with.")
+        raise InputError.of("--resume", expected="--out with it", got="none", remedy="Name the file to continue.")
     prompts, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
     if out is not None and file not in (None, "-") and out.exists() and out.samefile(str(file)):
@@ -124,11 +124,13 @@ def generate(
     said = {"seed": seed, "batch_size": size, "chat": chat, "device": chosen_device(device), "dtype": dtype}
     said |= {"latent": latent, "tau": tau, "latent_span": latent_span, "latent_gates": latent_gates}
     said |= {"speculate": speculate, "recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
-    # Opened before the models are: what is wrong with it should not cost their loading first.
+    # Opened first, so that an error shows before the models are loaded.
     opened = nullcontext() if out is None else AnswerFile(out, prompts, settings_of_run(**said), resume=resume)
     with opened as answers:
         if answers is not None and answers.done:
-            terminal.show_note(f"{answers.done} lines are there" + (", which is all" if answers.finished else ""))
+            terminal.show_note(
+                f"{answers.done} lines already written" + (", the run is complete" if answers.finished else "")
+            )
             if answers.finished:
                 return
         model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
@@ -141,18 +143,18 @@ def generate(
         per_prompt = config.num_return_sequences or 1
         if answers is not None:
             answers.begin(_resolved(config), per_prompt)
-        # A streamer takes one sequence that only grows.
+        # A streamer takes a single sequence that only grows.
         several = any(n not in (None, 1) for n in (config.num_beams, config.num_return_sequences))
         stream = on_terminal and size == 1 and not several
         done = 0 if answers is None else answers.done
         complete = partial(_complete, model, tokenizer, config, loop, seed, chat=chat, stream=stream)
-        # The batches of a resumed run are those of one that was not interrupted: padding rounds in low precision.
+        # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
         for first in range(done // (size * per_prompt) * size, len(prompts), size):
             if stream:
                 terminal.output().print(_shown(prompts[first], ""), end="", soft_wrap=True)
             completions = complete(first, prompts[first : first + size])
             if answers is not None:
-                completions = completions[max(0, done - first * per_prompt) :]  # the others are there
+                completions = completions[max(0, done - first * per_prompt) :]  # the others are written already
                 answers.append([_line(completion) for completion in completions])
             for completion in completions:
                 if on_terminal and not stream:
@@ -179,17 +181,17 @@ def _complete(
     chat: bool,
     stream: bool,
 ) -> list[Completion]:
-    """Complete one batch, which begins with prompt number `first`."""
+    """Complete one batch, which starts at prompt number `first`."""
     from transformers import set_seed
 
     from proxytune.search.keyed_noise import key_of
 
-    # Where the loop does not key its draws by itself, they still depend on no batch before.
+    # Loops without keyed draws also must not depend on the batches before.
     set_seed(key_of("proxytune generate", "", seed, first) % (1 << 32))
     batch = encode(tokenizer, prompts, chat).to(model.base.device)
     streamer = _streamer(tokenizer) if stream else None
     each = max(config.num_beams or 1, config.num_return_sequences or 1)
-    # Stop strings need a tokenizer.
+    # The tokenizer is for stop strings.
     result = model.generate(
         **batch,
         generation_config=config,
@@ -213,9 +215,9 @@ def _complete(
 
 
 def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, speculate: bool, rows: Sequence[int]) -> Any:
-    """What decodes a batch, given the numbers of its rows in the whole run; None for transformers' own loop.
+    """The decoding loop for a batch, given its rows' numbers in the whole run; None for transformers' own.
 
-    Plain samples depend on (seed, row, position) alone, so on neither the batches nor where a run was resumed.
+    Plain samples depend on (seed, row, position) only, not on the batches or on where a run was resumed.
     """
     from transformers.generation.configuration_utils import GenerationMode
 
@@ -225,7 +227,7 @@ def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, speculate: bo
     if speculate:
         from proxytune.methods.speculation.decoding import SpeculativeDecoding
 
-        # Coupled: a sample must not depend on the draft lengths, which depend on the batch.
+        # Coupled, so that samples do not depend on draft lengths, which depend on the batch.
         return SpeculativeDecoding(accept="coupled", seed=seed, stream_ids=list(rows))
     if config.get_generation_mode() != GenerationMode.SAMPLE:
         return latent
@@ -234,7 +236,7 @@ def _loop(config: GenerationConfig, sampler: SamplerOf, seed: int, speculate: bo
 
 
 def _listed(value: Any) -> list[Any]:
-    """A setting that may be nothing, one value or several, as a list."""
+    """A setting that may be None, one value or several, as a list."""
     return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
@@ -254,7 +256,7 @@ def _streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
 
 
 def _until_end(row: list[int], ends: set[int], pad: int | None) -> tuple[list[int], bool]:
-    """Cut a row after its first end-of-text token; padding at its end means that it had stopped as well."""
+    """Cut a row after its first end-of-text token; padding at its end also means that it had stopped."""
     for position, token in enumerate(row):
         if token in ends:
             return row[: position + 1], True

@@ -23,8 +23,8 @@ Latent = Annotated[
     str | None,
     typer.Option(
         metavar="KIND[:KEY=VALUE,…]",
-        help="Feed back a mixture of embeddings in each token's place: onehot, mean, moi, gumbel, dirichlet, multiplex "
-        "or gaussian; with settings e.g. dirichlet:alpha=2,candidates=20.",
+        help="Feed back a mixture of embeddings instead of each token: onehot, mean, moi, gumbel, dirichlet, "
+        "multiplex or gaussian; with settings e.g. dirichlet:alpha=2,candidates=20.",
         show_default=False,
     ),
 ]
@@ -41,29 +41,20 @@ LatentGatesOption = Annotated[
     str | None,
     typer.Option(
         metavar="KEY=VALUE,…",
-        help="Where else steps stay discrete, e.g. min_entropy=0.3,max_run=64,cold_steps=128; dwell=2/8 for blocks of "
+        help="Further gates on latent steps, e.g. min_entropy=0.3,max_run=64,cold_steps=128; dwell=2/8 for blocks of "
         "at least 2 latent and 8 discrete steps, dwell=4 for 4 of both.",
         show_default=False,
     ),
 ]
 SamplerOf = Callable[[Sequence[int]], "LatentDecoding | None"]
-"""The numbers of a batch's rows in the whole run → what decodes them; None for transformers' own loop."""
+"""From the row numbers of a batch in the whole run to its loop; None for transformers' own."""
 
 
 def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> LatentMixture | None:
-    """The law that was asked for; needs no model, so what is wrong with it is said before one is loaded.
-
-    Args:
-        latent: The kind, with its settings after a colon; None for no latent steps.
-        tau: The temperature of `gumbel`.
-        **others: Options that mean nothing without `--latent`.
-
-    Returns:
-        The law; None for no latent steps.
+    """The mixture that was asked for; needs no model, so errors show before one is loaded. `others` need `--latent`.
 
     Raises:
-        InputError: If the kind or a setting is unknown, out of its range or given twice, or there are settings without
-            a kind.
+        InputError: If the kind or a setting is unknown, out of range or given twice, or settings come without a kind.
     """
     if latent is None:
         given = [name for name, value in {"tau": tau, **others}.items() if value is not None]
@@ -94,35 +85,24 @@ def mixture_of(latent: str | None, tau: float | None, **others: str | None) -> L
 def sampler_of(
     mixture: LatentMixture | None, tokenizer: PreTrainedTokenizerBase, span: str | None, gates: str | None, seed: int
 ) -> SamplerOf:
-    """What decodes the batches of a run.
-
-    Args:
-        mixture: The law; None for no latent steps.
-        tokenizer: The model's tokenizer.
-        span: The thinking span, as text.
-        gates: Further gates.
-        seed: The key of all weights.
-
-    Returns:
-        For the numbers of a batch's rows in the whole run, what decodes them: so a prompt's weights do not depend on
-        the size of the batches.
+    """A function from the row numbers of a batch in the whole run to its loop: batches do not affect the weights.
 
     Raises:
-        InputError: If the span is not made of two tokens, or a gate is unknown or out of its range.
+        InputError: If the span is not made of two tokens, or a gate is unknown or out of range.
     """
     if mixture is None:
         return lambda rows: None
     from proxytune.methods.latent.decoding import LatentDecoding
     from proxytune.methods.latent.gates import LatentGates
 
-    law = mixture
+    chosen = mixture
     known = [f.name for f in fields(LatentGates) if f.name not in ("begin_ids", "end_ids", "discrete_ids")]
     settings = _settings("--latent-gates", gates or "", known)
     dwell = settings.get("dwell")
     if isinstance(dwell, str) and "/" in dwell:  # a comma ends the setting
         settings["dwell"] = tuple(parse_value(part.strip()) for part in dwell.split("/"))
     where = LatentGates.for_tokenizer(tokenizer, span, **settings)
-    return lambda rows: LatentDecoding(law, where, seed=seed, stream_ids=list(rows))
+    return lambda rows: LatentDecoding(chosen, where, seed=seed, stream_ids=list(rows))
 
 
 def _settings(option: str, text: str, known: Sequence[str]) -> dict[str, Any]:

@@ -20,17 +20,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_members(base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None) -> None:
-    """Refuse every mixture of members but all three, or a recipe.
-
-    Args:
-        base: The base, or None; so the others.
-        expert: The expert.
-        antiexpert: The antiexpert.
-        recipe: The recipe.
-
-    Raises:
-        InputError: If something is missing, or given twice.
-    """
+    """Refuse anything but all three members, or a recipe."""
     given = {"--base": base, "--expert": expert, "--antiexpert": antiexpert}
     present = [name for name, value in given.items() if value is not None]
     if recipe is not None and present:
@@ -57,22 +47,12 @@ def load(
     device: str | None,
     dtype: str,
 ) -> tuple[ProxyTunedModel, PreTrainedTokenizerBase]:
-    """Load the composed model and the base's tokenizer.
+    """Load the composed model and the base's tokenizer, from three hub ids or folders, or from a recipe.
 
-    Args:
-        base: A hub id or folder; None with a recipe.
-        expert: Likewise.
-        antiexpert: Likewise.
-        alpha: α; None for the recipe's, else 1.
-        recipe: A folder or file; None with three models.
-        device: Where to; None to choose.
-        dtype: One of `DTYPES`.
-
-    Returns:
-        The model and the tokenizer, which pads on the left.
+    `alpha` defaults to the recipe's, else 1; the tokenizer pads on the left.
 
     Raises:
-        InputError: If the dtype or the device is not one.
+        InputError: If the dtype or the device is invalid.
         MemberError: If a member or its tokenizer cannot be opened.
     """
     from proxytune.models.model import ProxyTunedModel
@@ -86,7 +66,7 @@ def load(
     settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
     if recipe is None:
         assert base is not None
-        # Refused here already if it is not finite; the models take longer to load than that takes to say.
+        # An alpha that is not finite is refused before the models are loaded.
         model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
         return model, load_tokenizer([MemberRef(base)])
     read = Recipe.load(recipe)
@@ -94,7 +74,7 @@ def load(
     model = ProxyTunedModel.from_pretrained(folder, **settings)
     if alpha is not None:
         model.alpha = alpha
-    # A tokenizer beside the recipe was put there to be used; otherwise the base's is the one the ids belong to.
+    # A tokenizer saved beside the recipe comes first, then the base's.
     beside = [MemberRef(str(folder))] if (folder / "tokenizer_config.json").exists() else []
     return model, load_tokenizer([*beside, read.base])
 
@@ -102,27 +82,13 @@ def load(
 def named(
     base: str | None, expert: str | None, antiexpert: str | None, alpha: float | None, recipe: Path | None
 ) -> dict[str, Any]:
-    """The adapter that the options name, without opening a model.
-
-    Args:
-        base: A hub id or folder; None with a recipe.
-        expert: Likewise.
-        antiexpert: Likewise.
-        alpha: α; None for the recipe's, else 1.
-        recipe: A folder or file; None with three models.
-
-    Returns:
-        The members, the formula and α, as in a recipe.
-
-    Raises:
-        RecipeError: If the recipe cannot be read.
-    """
+    """The adapter that the options name (members, formula and α as in a recipe), without opening a model."""
     from proxytune.formulas.proxy_tuning import ProxyTuning
     from proxytune.recipe import Recipe
 
     if recipe is not None:
         found = Recipe.load(recipe).to_json()
-        for name in ("format_version", "fork_threshold"):  # of which no answer depends
+        for name in ("format_version", "fork_threshold"):  # no answer depends on these
             found.pop(name, None)
     else:
         members = {"base": base, "expert": expert, "antiexpert": antiexpert}
@@ -132,28 +98,14 @@ def named(
 
 
 def chosen_device(device: str | None) -> str:
-    """The device that is used.
-
-    Args:
-        device: The one that was asked for; None to choose.
-
-    Returns:
-        Its name.
-    """
+    """The device asked for; else cuda if there is one, else cpu."""
     import torch
 
     return device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that is not there: found while loading, it would look like a fault of the model.
-
-    Args:
-        device: Its name.
-
-    Raises:
-        InputError: If it is not there.
-    """
+    """Refuse a missing device, which while loading would look like a fault of the model."""
     import torch
 
     from proxytune.validation import choice
@@ -167,17 +119,7 @@ def check_device(device: str) -> None:
 
 
 def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer for generation.
-
-    Args:
-        references: Where it may be, the first that counts first.
-
-    Returns:
-        The tokenizer, which pads on the left.
-
-    Raises:
-        MemberNotFoundError: If there is none.
-    """
+    """Load a tokenizer that pads on the left, from the first reference; `MemberNotFoundError` if there is none."""
     from proxytune.models.loading import find_tokenizer
 
     reference = references[0]
@@ -196,19 +138,7 @@ def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool) -> Any:
-    """Tokenize a batch, padded on the left.
-
-    Args:
-        tokenizer: The tokenizer.
-        prompts: The prompts.
-        chat: Whether each is put into the chat template.
-
-    Returns:
-        What the model is called with.
-
-    Raises:
-        InputError: If there is no chat template.
-    """
+    """Tokenize a batch, padded on the left; with `chat`, each prompt as a user turn of the chat template."""
     if chat:
         if tokenizer.chat_template is None:
             raise InputError.of(

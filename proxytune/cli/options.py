@@ -1,4 +1,4 @@
-"""The options that several commands share: which models, which prompts, where to run."""
+"""The options that several commands share: models, prompts, device."""
 
 from __future__ import annotations
 
@@ -17,6 +17,6 @@ RecipePath = Annotated[Path | None, typer.Option(help="A folder or proxytune_con
 PromptFile = Annotated[
     str | None, typer.Option("--file", "-f", help='Prompts, one per line, or .jsonl with "prompt"; - is stdin.')
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Put each prompt into the chat template, as a user turn.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, auto, … (default: cuda where there is one, else cpu).")]
+Chat = Annotated[bool, typer.Option("--chat", help="Wrap each prompt in the chat template, as a user turn.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, auto, … (default: cuda if available, else cpu).")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]

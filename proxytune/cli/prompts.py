@@ -1,4 +1,4 @@
-"""What `proxytune generate` is given: prompts from arguments, files or stdin, and `key=value` generation settings."""
+"""Prompts from arguments, files or stdin, and `key=value` generation settings."""
 
 from __future__ import annotations
 
@@ -23,24 +23,15 @@ _FLAG = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _BARE_FRACTION = re.compile(r"[+-]?\.\d+")
 _WORDS = {"true": True, "false": False, "none": None}
 _NOT_SETTABLE = ("transformers_version",)
-# What does nothing without sampling.
+# Without effect unless sampling.
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Tell prompts from the `key=value` settings after them.
+    """Separate prompts from the `key=value` settings after them; a setting given twice is refused.
 
-    Only the last arguments can be settings, so a prompt that looks like one is safe before another prompt; alone it
-    belongs into a file or stdin.
-
-    Args:
-        arguments: Everything on the command line that is no option.
-
-    Returns:
-        The prompts, and the parsed settings.
-
-    Raises:
-        InputError: If a setting is given twice.
+    Only the last arguments can be settings. A prompt that looks like one is safe before another prompt; on its own it
+    has to come from a file or stdin.
     """
     end = len(arguments)
     while end and _FLAG.fullmatch(arguments[end - 1]):
@@ -60,32 +51,18 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]
 
 
 def parse_value(text: str) -> Any:
-    """Read the value of a setting: JSON, or Python's True, False and None, or else the text itself.
-
-    Args:
-        text: What stands after `=`.
-
-    Returns:
-        A number, a boolean, None, a list, a dictionary or a string.
-    """
+    """The value of a setting: JSON, or Python's True, False and None, or else the text itself."""
     if text.lower() in _WORDS:
         return _WORDS[text.lower()]
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        # JSON wants a digit before the point, people do not.
+        # JSON requires a digit before the point.
         return float(text) if _BARE_FRACTION.fullmatch(text) else text
 
 
 def check_names(flags: Mapping[str, Any]) -> None:
-    """Refuse settings that do not exist, before any model is loaded.
-
-    Args:
-        flags: Settings by name.
-
-    Raises:
-        InputError: If a name is no field of `GenerationConfig`.
-    """
+    """Refuse names that are not fields of `GenerationConfig`, before any model is loaded."""
     from transformers import GenerationConfig
 
     known = sorted(name for name in GenerationConfig().to_dict() if name[0] != "_" and name not in _NOT_SETTABLE)
@@ -103,17 +80,10 @@ def check_names(flags: Mapping[str, Any]) -> None:
 
 
 def merged_settings(defaults: GenerationConfig, flags: Mapping[str, Any]) -> GenerationConfig:
-    """The settings of a run: the model's own, and those of the command line over them.
-
-    Args:
-        defaults: The model's; not changed.
-        flags: Settings by name.
-
-    Returns:
-        The settings.
+    """The model's own settings, overridden by those of the command line; `defaults` is not changed.
 
     Raises:
-        InputError: If `GenerationConfig` refuses a value, or a setting of sampling is given where nothing is sampled.
+        InputError: If `GenerationConfig` refuses a value, or a sampling setting is given without sampling.
     """
     merged = copy.deepcopy(defaults)
     given = ", ".join(f"{name}={value!r}" for name, value in flags.items())
@@ -139,17 +109,10 @@ def merged_settings(defaults: GenerationConfig, flags: Mapping[str, Any]) -> Gen
 
 
 def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
-    """Read prompts from a file or stdin.
-
-    Args:
-        file: The file; `-` is stdin; None reads stdin if no prompt was given and stdin is no terminal.
-        prompts_given: Whether the command line has prompts already.
-
-    Returns:
-        The prompts, one per line.
+    """Read prompts, one per line, from a file; `-` is stdin, and so is None if no prompt was given.
 
     Raises:
-        InputError: If there is no prompt at all, or a line is empty or no object with a `"prompt"`.
+        InputError: If there is no prompt at all, or a line of a `.jsonl` file is not an object with a `"prompt"`.
     """
     if file is None:
         if prompts_given:
@@ -168,20 +131,13 @@ def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
         raise InputError.of(
             f"prompts from {name}", expected="at least one line", got="nothing", remedy="Write one prompt per line."
         )
-    lines = text.removesuffix("\n").split("\n")  # not splitlines(), which also breaks at U+2028 and its like
+    lines = text.removesuffix("\n").split("\n")  # splitlines() would also break at U+2028 and others
     as_json = file.endswith(".jsonl")
     return [_prompt_of_line(line, f"{name}, line {number}", as_json) for number, line in enumerate(lines, 1)]
 
 
 def refuse_empty(prompts: Sequence[str]) -> None:
-    """Refuse prompts without text: most tokenizers make no token of them, and the rest would complete nothing at all.
-
-    Args:
-        prompts: All prompts.
-
-    Raises:
-        InputError: If one of them is empty or blank.
-    """
+    """Refuse empty or blank prompts, of which most tokenizers make no token."""
     for number, prompt in enumerate(prompts, 1):
         if not prompt.strip():
             raise InputError.of(

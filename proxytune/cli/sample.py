@@ -1,4 +1,4 @@
-"""`proxytune sample`: several continuations of each prompt under a budget of tokens, and a vote over the answers."""
+"""`proxytune sample`: several continuations of each prompt within a token budget, and a vote over the answers."""
 
 from __future__ import annotations
 
@@ -45,28 +45,28 @@ def sample(
     file: PromptFile = None,
     chat: Chat = False,
     forks: Annotated[
-        bool, typer.Option("--forks/--no-forks", help="A tree that parts at forks, or independent samples.")
+        bool, typer.Option("--forks/--no-forks", help="A tree that branches at forks, or independent samples.")
     ] = True,
-    branches: Annotated[int, typer.Option(min=1, help="The most leaves of a tree, or samples.")] = 8,
-    children: Annotated[int, typer.Option(min=2, help="The most children of a fork.")] = 2,
-    min_gap: Annotated[int, typer.Option(min=1, help="The least distance between two forks, in tokens.")] = 1,
+    branches: Annotated[int, typer.Option(min=1, help="Most leaves of a tree, or number of samples.")] = 8,
+    children: Annotated[int, typer.Option(min=2, help="Most children of a fork.")] = 2,
+    min_gap: Annotated[int, typer.Option(min=1, help="Least distance between two forks, in tokens.")] = 1,
     where: Annotated[Literal["forks", "random", "start"], typer.Option(help="Where a tree forks.")] = "forks",
     threshold: Annotated[
         float | None, typer.Option(help="Entropy of a fork, in nats (default: the recipe's, see calibrate).")
     ] = None,
     repulsion: Annotated[
-        float, typer.Option(help="With --no-forks: nats that a token loses at a fork per sample that chose it there.")
+        float, typer.Option(help="With --no-forks: nats taken off a token at a fork for each sample that chose it.")
     ] = 0.0,
     ngram: Annotated[
         int | None, typer.Option(min=2, help="With --no-forks: samples repel each other's n-grams at forks too.")
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per prompt at most, its own included (default: no limit).")
+        int | None, typer.Option(min=1, help="Most tokens per prompt, its own included (default: no limit).")
     ] = None,
     vote: Annotated[
-        Vote, typer.Option(help="Leaves count alike, by their weights, or by weight and confidence.")
+        Vote, typer.Option(help="How leaves count: equally, by weight, or by weight and confidence.")
     ] = "weighted",
-    eta: Annotated[float, typer.Option(help="deepconf: the share of leaves that vote, in percent.")] = 90.0,
+    eta: Annotated[float, typer.Option(help="deepconf: share of leaves that vote, in percent.")] = 90.0,
     answer: Annotated[
         str | None,
         typer.Option(
@@ -75,16 +75,16 @@ def sample(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of drawings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of text.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Draw several continuations of each prompt under a budget of tokens, and vote over their answers.
+    """Draw several continuations of each prompt within a token budget, and vote over their answers.
 
-    With forks, branches share what they have in common, and part where the entropy is above the threshold; their
-    weights make up for that. Without, the prompt is read once for all samples; they are independent, or repel each
-    other where the entropy is above the threshold, which their weights make up for too. A text that was cut off has an
-    answer only if it finished it. A prompt that the budget has no room for is reported, and the exit code is 1 then.
+    With forks, branches share a prefix and part where the entropy is above the threshold; their weights correct for
+    that. Without, the prompt is read once for all samples. These are independent, or repel each other where the entropy
+    is above the threshold, which their weights correct for too. A text that was cut off has an answer only if it
+    finished it. If the budget has no room for a prompt, that is reported, and the exit code is 1.
     """
     prompts, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
@@ -100,7 +100,7 @@ def sample(
     from proxytune.methods.trees.loop import TreeLoop
     from proxytune.methods.trees.sibling_decoding import SiblingDecoding
 
-    # Refused here if something is out of its range, before the models are loaded.
+    # Errors in these settings show before the models are loaded.
     repels = repulsion != 0 or ngram is not None
     _refuse_without_effect(context, forks=forks, repels=repels)
     needed = where == "forks" and (forks or repels)
@@ -145,7 +145,7 @@ def sample(
 
 
 def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool) -> None:
-    """Refuse options of a tree where there is none: what is left out has its default, and is not refused."""
+    """Refuse options given on the command line that would have no effect."""
     unused = {} if forks else {"children": "--forks", "min_gap": "--forks"}
     if not forks and not repels:
         unused["where"] = "--forks, or samples that repel each other"
@@ -161,7 +161,7 @@ def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool)
 
 
 def _refuse_repulsion(repulsion: float, ngram: int | None) -> None:
-    """Refuse to let the branches of a tree repel each other."""
+    """Refuse repulsion between the branches of a tree."""
     for name, given in (("--repulsion", repulsion or None), ("--ngram", ngram)):
         if given is not None:
             raise InputError.of(
@@ -173,7 +173,7 @@ def _refuse_repulsion(repulsion: float, ngram: int | None) -> None:
 
 
 def _threshold(given: float | None, recipe: Path | None, alpha: float | None, *, forks: bool) -> Any:
-    """The threshold of the call, or what the recipe was calibrated to."""
+    """The given threshold, or the recipe's calibrated one."""
     from proxytune.methods.forks.threshold import ForkThreshold
     from proxytune.recipe import Recipe
 
@@ -200,7 +200,7 @@ def _threshold(given: float | None, recipe: Path | None, alpha: float | None, *,
 
 
 def _settings(defaults: GenerationConfig, flags: dict[str, Any], *, forks: bool) -> GenerationConfig:
-    """The settings of the draws: sampling, unless told otherwise."""
+    """The generation settings: sampling, unless told otherwise."""
     usual: dict[str, Any] = {"do_sample": True}
     if not {"max_new_tokens", "max_length"} & flags.keys():
         usual["max_new_tokens"] = _MAX_NEW_TOKENS
@@ -253,7 +253,7 @@ def _record(result: Result, budget: int | None, vote: Vote) -> dict[str, Any]:
         "answer": tally.winner,
         "share": tally.share,
         "vote": vote,
-        # A list, since a JSON object has no key for "no answer", which is null here.
+        # A list, since null (no answer) cannot be the key of a JSON object.
         "shares": [{"answer": a, "share": share, "leaves": tally.counts[a]} for a, share in tally.shares.items()],
         "note": tally.note,
         "budget": budget,

@@ -1,4 +1,4 @@
-"""What `proxytune sample` draws for a prompt: a tree or samples, the answers in them, and the vote."""
+"""`proxytune sample` for one batch of prompts: trees or samples, their answers, and the vote."""
 
 from __future__ import annotations
 
@@ -34,15 +34,13 @@ class Result:
     """What was drawn for one prompt.
 
     Attributes:
-        prompt: As it was given.
-        length: Its tokens.
+        length: The prompt's tokens.
         branches: The leaves of its tree, or the samples.
-        weights: Of each, adding up to 1.
-        texts: Of each, without special tokens.
-        answers: Of each; None for no answer.
-        tally: The vote over them.
-        spent: Tokens of the budget: the prompt and all that was generated, shared tokens once.
-        drawing: In text.
+        weights: One per branch, adding up to 1.
+        texts: One per branch, without special tokens.
+        answers: One per branch; None for no answer.
+        spent: Tokens of the budget: the prompt and all generated tokens, shared ones counted once.
+        drawing: The tree or the samples as text.
     """
 
     prompt: str
@@ -57,30 +55,23 @@ class Result:
 
 
 class Extract(Protocol):
-    """What finds the answer in a text; None where there is none."""
+    """Finds the answer in a text; None for no answer."""
 
     def __call__(self, text: str, cut: bool = False) -> str | None:
-        """Find it.
+        """Find the answer.
 
         Args:
             text: The text.
-            cut: Whether the text was cut off. What stands at its very end may be half of something then, and a number
-                that no words call the answer may be a step on the way; neither is taken.
+            cut: Whether the text was cut off. Then neither a match at its very end is taken, which may be incomplete,
+                nor a bare number, which may be an intermediate result.
         """
 
 
 def extractor(pattern: str | None) -> Extract:
-    """What finds the answer in a text.
+    """A function that finds the answer in a text, by a regular expression whose last match counts.
 
-    Args:
-        pattern: A regular expression, of which the last match counts: its first group if it has one, else all of it.
-            None for what follows "The answer is" up to the end of the sentence, else the last number.
-
-    Returns:
-        A function from a text to its answer.
-
-    Raises:
-        InputError: If it is no regular expression.
+    The answer is its first group if it has one, else all of it. For None: what follows "The answer is" up to the end of
+    the sentence, else the last number. `InputError` if it is not a regular expression.
     """
     if pattern is None:
         return _usual_answer
@@ -112,18 +103,14 @@ def _last(pattern: re.Pattern[str], text: str, cut: bool = False) -> str | None:
 
 @dataclass(frozen=True)
 class SampleRun:
-    """All that the prompts have in common.
+    """What all prompts of a run share.
 
     Attributes:
-        model: The composed model.
-        tokenizer: Its tokenizer.
         config: The settings of the draws.
-        loop: A `ForkDecoding` for a tree of each prompt, or a `SiblingDecoding` for samples.
-        prompts: How many prompts there are in all.
-        extract: What finds the answer in a text.
+        loop: A `ForkDecoding` for a tree per prompt, or a `SiblingDecoding` for samples.
+        prompts: Number of prompts in all.
         vote: How leaves count.
-        eta: The share of leaves that vote, in percent.
-        meter: What is told of each token.
+        eta: Share of leaves that vote, in percent.
     """
 
     model: Any
@@ -137,7 +124,7 @@ class SampleRun:
     meter: SampleProgress
 
     def __call__(self, prompts: Sequence[str], first: int, chat: bool) -> Iterator[Result | BudgetError]:
-        """Draw for a batch; the streams of the seed go by the prompts' numbers in the whole call."""
+        """Draw for a batch; noise streams are keyed by the prompts' numbers in the whole run."""
         from proxytune.methods.trees.sibling_decoding import SiblingDecoding
 
         budget = self.loop.max_total_tokens
@@ -168,7 +155,7 @@ class SampleRun:
             yield error
 
     def _grow(self, loop: TreeLoop, encoded: Any, rows: Sequence[int], streams: Sequence[int]) -> list[ForkTree]:
-        """Trees for rows of the batch, each from its stream of the seed."""
+        """Trees for rows of the batch, each from its own noise stream."""
         import torch
 
         chosen = torch.tensor(list(rows))
@@ -189,10 +176,10 @@ class SampleRun:
     ) -> tuple[list[Branch], list[float]]:
         """Samples of one prompt, with weights that add up to 1.
 
-        At first as many begin as could be finished if all were as long as they may be. What they leave of the budget
-        goes to further rounds, each of which reads the prompt again, and in which samples repel those of their own
-        round only. How many samples there are then depends on how long the first ones were: shares lean a little to
-        answers with short texts, unless the budget has room for all.
+        The first round has as many samples as can be finished at full length. What they leave of the budget goes to
+        further rounds; each reads the prompt again, and its samples repel only each other. How many samples there are
+        then depends on how long the first ones were, which slightly favours answers with short texts, unless the budget
+        has room for all.
         """
         from proxytune.stats.importance import normalised
 
@@ -210,7 +197,7 @@ class SampleRun:
         for drawn in rounds:
             for leaf in drawn:
                 log_weights.append(leaf.log_weight + math.log(len(drawn)))
-                # They share nothing that was generated, and are numbered through all rounds.
+                # Samples share no generated tokens; they are numbered through all rounds.
                 leaf.number, leaf.parent = len(leaves), None
                 leaves.append(leaf)
         return leaves, normalised(log_weights)
@@ -230,7 +217,7 @@ class SampleRun:
         ]
         how: How = "majority" if self.vote == "weighted" else self.vote
         decode = self.tokenizer.decode
-        generated = sum(len(leaf.tokens) for leaf in leaves)  # of a tree, each leaf's own
+        generated = sum(len(leaf.tokens) for leaf in leaves)  # in a tree, each leaf's own tokens
         if tree is not None:
             drawing = tree.render(decode)
         else:
@@ -253,7 +240,7 @@ class SampleRun:
 
 
 class SampleProgress:
-    """A bar on stderr, where a person sees it: the tokens that are left, or spent where there is no budget."""
+    """A bar on a terminal's stderr: tokens left, or tokens spent if there is no budget."""
 
     def __init__(self, budget: int | None, prompts: int) -> None:
         from rich.progress import BarColumn, Progress, TextColumn
@@ -278,7 +265,7 @@ class SampleProgress:
         self._bar.update(self._task, completed=self._spent, description=self._said())
 
     def criterion(self) -> Any:
-        """A stopping criterion that never stops, and counts the rows of each step."""
+        """A stopping criterion that never stops, and counts one token per row and step."""
         import torch
         from transformers import StoppingCriteria
 
@@ -292,7 +279,7 @@ class SampleProgress:
         return Counting()
 
     def pause(self) -> None:
-        """Take the bar away, so that something can be printed."""
+        """Hide the bar, so that something can be printed."""
         if not self._bar.disable:
             self._bar.stop()
 

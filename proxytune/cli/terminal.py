@@ -1,4 +1,4 @@
-"""What the commands share about the terminal: two consoles, one form for errors, silence for the libraries below."""
+"""What the commands share about the terminal: two consoles, one form for errors, and silence for the libraries."""
 
 from __future__ import annotations
 
@@ -9,26 +9,18 @@ from rich.text import Text
 
 __all__ = ["errors", "is_terminal", "output", "quiet", "safe", "show_error", "show_note", "show_warning"]
 
-# Control characters but tab and line feed, as the pictures that Unicode has for them; C1 controls become one sign.
+# Control characters (except tab and line feed) become Unicode's control pictures; C1 controls become U+FFFD.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
 
 def output() -> Console:
-    """The console on stdout, made anew so that it follows a redirected stream.
-
-    Returns:
-        A console that never interprets a model's text as markup and, piped, prints plain text.
-    """
+    """A console on stdout, made anew to follow a redirected stream; it never reads text as markup."""
     return Console(markup=False, highlight=False, emoji=False)
 
 
 def errors() -> Console:
-    """The console on stderr.
-
-    Returns:
-        A console that never interprets a model's text as markup.
-    """
+    """A console on stderr that never reads a model's text as markup."""
     return Console(stderr=True, markup=False, highlight=False, emoji=False)
 
 
@@ -38,14 +30,7 @@ def is_terminal(stream: TextIO) -> bool:
 
 
 def safe(text: str) -> str:
-    """Make a model's text harmless to print: a byte-level model can write the sequences that command a terminal.
-
-    Args:
-        text: Any text.
-
-    Returns:
-        The text with a visible sign in the place of each control character.
-    """
+    """Replace control characters by visible signs: a byte-level model can write sequences that control a terminal."""
     return text.translate(_PICTURES)
 
 
@@ -57,7 +42,7 @@ def show_error(message: str) -> None:
 
 
 def show_note(message: str) -> None:
-    """Print what is no fault as one line on stderr."""
+    """Print a note as one line on stderr."""
     errors().print(Text("note: ", style="dim").append(message, style="not dim"), soft_wrap=True)
 
 
@@ -69,12 +54,12 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Print a warning as one line on stderr, in the place of `warnings.showwarning`: no file, no source line."""
+    """Print a warning as one line on stderr, without file and source line; stands in for `warnings.showwarning`."""
     errors().print(Text("warning: ", style="yellow").append(" ".join(str(message).split())), soft_wrap=True)
 
 
 def quiet() -> None:
-    """Turn off the notices and loading bars of transformers, which would tear a table or a stream of JSON apart."""
+    """Turn off transformers' notices and loading bars, which would break tables and JSON output."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

@@ -1,7 +1,6 @@
-"""The bundled tiny family, and problems to ask it: `bundled` is a member's folder, `bundled_record` what was measured.
+"""The bundled tiny family: four small Llamas trained on a synthetic world, and programs that grade their answers.
 
-Four small Llamas trained on a synthetic world, with programs that grade their answers. `NOTES.md` says what was held
-out.
+`bundled` gives a member's folder, `bundled_record` the family's measurements; `NOTES.md` says what was held out.
 """
 
 from proxytune.demo.bundle import bundled, bundled_record

@@ -1,4 +1,4 @@
-"""Where the bundled weights are, and what was recorded about them. Importing it needs no torch."""
+"""Where the bundled weights are, and what was measured on them. Importing it needs no torch."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def bundled(member: MemberName) -> str:
         member: `"large-base"`, `"tiny-base"` (the antiexpert), `"tiny-tuned"` (the expert) or `"large-tuned"`.
 
     Returns:
-        A path for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`. The weights are
-        bfloat16; pass `dtype=torch.float32` to run them on a CPU.
+        A path for `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`. The weights are bfloat16;
+        pass `dtype=torch.float32` to run them on a CPU.
 
     Raises:
-        InputError: There is no such member.
+        InputError: If there is no such member.
     """
     from proxytune.validation import choice  # not above: it imports NumPy, and --help does without
 
@@ -43,27 +43,12 @@ def bundled_family() -> Path:
 
 
 def bundled_record() -> dict[str, Any]:
-    """What was recorded when the bundled family was made.
-
-    Returns:
-        Among others `alpha` (chosen on the validation split), `seed`, the `training` cost of each member and the
-        `test` table.
-    """
+    """The bundled family's record: `alpha` (chosen on validation), `seed`, `training` cost, `test` table and more."""
     return read_record(bundled_family())
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """Read what was measured on a family.
-
-    Args:
-        folder: A family folder.
-
-    Returns:
-        The content of its `family.json`.
-
-    Raises:
-        LabError: The folder has no record.
-    """
+    """The content of a family folder's `family.json`; `LabError` if there is none."""
     path = folder / RECORD_NAME
     if not path.exists():
         raise LabError.of(
@@ -76,16 +61,10 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTrainedTokenizerBase]:
-    """Read a family.
-
-    Args:
-        folder: A folder that `train_family` wrote, or `proxytune.demo.bundle.bundled_family()`.
-
-    Returns:
-        The members in float32 and evaluation mode, and their shared tokenizer.
+    """Load the members (float32, evaluation mode) of a family folder, and their shared tokenizer.
 
     Raises:
-        LabError: A member is missing.
+        LabError: If a member is missing.
     """
     missing = [member for member in MEMBERS if not (folder / member / "config.json").exists()]
     if missing:

@@ -1,4 +1,4 @@
-"""Ask held-out problems, grade the answers, and set the rows of a family side by side."""
+"""Ask held-out problems, grade the answers, and compare the models of a family."""
 
 from __future__ import annotations
 
@@ -27,43 +27,32 @@ Z_95 = 1.959964
 
 @dataclass(frozen=True)
 class Outcome:
-    """One answered problem.
-
-    Attributes:
-        problem: What was asked.
-        text: What the model wrote after `Answer:`, without special tokens.
-        grade: The verifier's verdicts.
-    """
+    """One answered problem: what the model wrote after `Answer:`, without special tokens, and its grade."""
 
     problem: Problem
     text: str
     grade: Grade
 
     def correct(self, criterion: Criterion) -> bool:
-        """The verdict under one criterion."""
+        """Whether the answer is right under a criterion."""
         return self.grade.strict if criterion == "strict" else self.grade.lenient
 
 
 @dataclass(frozen=True)
 class Score:
-    """A share of right answers.
-
-    Attributes:
-        correct: Right answers.
-        total: Problems asked.
-    """
+    """Right answers out of all problems asked."""
 
     correct: int
     total: int
 
     @property
     def rate(self) -> float:
-        """The share, between 0 and 1; NaN when nothing was asked."""
+        """The share, between 0 and 1; NaN if nothing was asked."""
         return self.correct / self.total if self.total else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval (Wilson 1927), sound near 0 and 1 as well."""
+        """The 95 % Wilson score interval (Wilson 1927), valid near 0 and 1 too."""
         if not self.total:
             return math.nan, math.nan
         shrink = 1.0 + Z_95**2 / self.total
@@ -74,12 +63,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Row:
-    """All outcomes of one way of answering.
-
-    Attributes:
-        name: How the row is called in the table.
-        outcomes: Per task, in the order of the problems.
-    """
+    """All outcomes of one model or prompting method, per task in the order of the problems."""
 
     name: str
     outcomes: Mapping[Task, Sequence[Outcome]]
@@ -92,11 +76,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Gap:
-    """How much of the way from the base to the directly tuned model the proxy goes.
+    """How much of the gap between the base and the directly tuned model the proxy closes.
 
     Attributes:
-        closed: `(proxy - base) / (tuned - base)`; NaN when the gain of tuning cannot be told from 0.
-        low: Lower end of the 95 % interval, by bootstrap over problems.
+        closed: `(proxy - base) / (tuned - base)`; NaN if tuning's gain cannot be told from 0.
+        low: Lower end of the 95 % bootstrap interval over problems.
         high: Upper end.
     """
 
@@ -114,23 +98,15 @@ def answer(
     batch_size: int = 64,
     progress: tqdm[Any] | None = None,
 ) -> list[Outcome]:
-    """Ask every problem once, greedily, through the model's own `generate()`.
+    """Answer every problem once, greedily, through the model's own `generate()`, whose saved settings decide the stop.
 
-    Args:
-        model: Anything with the `generate()` of transformers; its saved settings decide the stop and the length.
-        tokenizer: The model's tokenizer, padding on the left.
-        asked: The problems.
-        shots: Solved problems to put before each prompt. With shots the answer ends at the first line break, because
-            that is where the next question would begin; without, everything up to the end-of-text token is graded.
-        batch_size: Prompts per call.
-        progress: A bar to advance by one per problem.
-
-    Returns:
-        The outcomes, in the order of `asked`.
+    `shots` are solved problems to put before each prompt. With shots an answer ends at the first line break, where the
+    next question would begin; without, everything up to the end-of-text token is graded. The tokenizer has to pad on
+    the left.
     """
     prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
     prompts = [prefix + prompt_of(problem.question) for problem in asked]
-    # Neighbours of like length waste little padding.
+    # Batches of similar lengths need little padding.
     order = sorted(range(len(asked)), key=lambda index: len(prompts[index]))
     texts = [""] * len(asked)
     line_break = tokenizer.encode("\n", add_special_tokens=False)
@@ -150,12 +126,12 @@ def answer(
 
 
 def held_out(world: World, split: HeldOut, count: int, tasks: Sequence[Task] = TASKS) -> dict[Task, list[Problem]]:
-    """The problems that a table is made of: at most `count` per task, the same on every machine."""
+    """At most `count` held-out problems per task, the same on every machine."""
     return {task: problems(task, split, count, world) for task in tasks}
 
 
 def shots_of(world: World, task: Task, count: int = 3) -> list[Problem]:
-    """Solved training problems for few-shot prompts: the first of the instruction set, distinct questions."""
+    """The first training problems of a task, for few-shot prompts."""
     return [problem for problem in instruction_set(world, InstructionRecipe(seed=77)) if problem.task == task][:count]
 
 
@@ -168,19 +144,7 @@ def evaluate(
     shots: Mapping[Task, Sequence[Problem]] | None = None,
     batch_size: int = 64,
 ) -> Row:
-    """One row of the table.
-
-    Args:
-        name: How to call it.
-        model: Anything with the `generate()` of transformers.
-        tokenizer: Its tokenizer.
-        asked: Problems per task.
-        shots: Solved problems per task for a few-shot row.
-        batch_size: Prompts per call.
-
-    Returns:
-        The graded answers.
-    """
+    """Answer and grade problems (per task) with one model: a row of the table. `shots` are solved problems per task."""
     total = sum(len(chosen) for chosen in asked.values())
     with tqdm(total=total, desc=name, unit="problem", leave=False) as bar:
         return Row(
@@ -197,16 +161,8 @@ def evaluate(
 def gap_closed(base: Row, proxy: Row, tuned: Row, task: Task, criterion: Criterion = "lenient") -> Gap:
     """`(proxy - base) / (tuned - base)` with a paired bootstrap over problems (10,000 resamples, fixed seed).
 
-    Args:
-        base: The untuned large model.
-        proxy: The steered large model.
-        tuned: The directly tuned large model.
-        task: The task.
-        criterion: Lenient or strict grading.
-
-    Returns:
-        The share of the gap and its 95 % interval. All three are NaN when the 95 % interval of `tuned - base` reaches
-        down to 0: the share of a gap that may not exist is a number without meaning.
+    All three values are NaN if the 95 % interval of `tuned - base` reaches down to 0: a share of a gap that may not
+    exist is meaningless.
     """
     verdicts = [[outcome.correct(criterion) for outcome in row.outcomes[task]] for row in (base, proxy, tuned)]
     right = np.array(verdicts, dtype=np.float64)  # [3, N]
@@ -223,14 +179,14 @@ def gap_closed(base: Row, proxy: Row, tuned: Row, task: Task, criterion: Criteri
 
 
 def compose(base: Any, expert: Any, antiexpert: Any, alpha: float) -> Any:
-    """The steered model, through the library's own front door."""
+    """The steered model, from `proxytune.wrap`."""
     import proxytune
 
     return proxytune.wrap(base, expert=expert, antiexpert=antiexpert, alpha=alpha)
 
 
 def table_record(rows: Sequence[Row]) -> dict[str, Any]:
-    """The table as plain JSON values: scores with intervals, and the gap closed by the row before the last."""
+    """The table as JSON values: scores with intervals, and the gap closed by the last row but one."""
     base, proxy, tuned = rows[0], rows[-2], rows[-1]
     tasks = list(base.outcomes)
     return {
@@ -259,7 +215,6 @@ def table_record(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def _gap_record(gap: Gap) -> dict[str, Any]:
-    """JSON has no NaN, so an undefined gap becomes null."""
     if math.isnan(gap.closed):
         return {"closed": None, "interval": None}
     return {"closed": round(gap.closed, 4), "interval": [round(gap.low, 4), round(gap.high, 4)]}

@@ -1,7 +1,6 @@
-"""The hash that holds problems out of training, and the check that no training text gives one away.
+"""The hash that holds problems out of training, and the check that no training text reveals one.
 
-A problem belongs to a split by the hash of its canonical key, that is, of what makes it the same problem whatever its
-wording. Nothing is stored: every generator asks this module.
+A problem's split is a hash of its canonical key, which does not depend on the wording, so nothing has to be stored.
 """
 
 from __future__ import annotations
@@ -34,14 +33,7 @@ class Equation(NamedTuple):
 
 
 def split_of(key: str) -> Split:
-    """The split of a problem: a tenth validation, a tenth test, the rest training.
-
-    Args:
-        key: A canonical key.
-
-    Returns:
-        The split, a pure function of the key.
-    """
+    """The split of a canonical key: a tenth validation, a tenth test, the rest training."""
     bucket = stable_hash(key) % 10
     return "validation" if bucket == 0 else "test" if bucket == 1 else "train"
 
@@ -57,20 +49,13 @@ def countdown_key(numbers: Sequence[int], target: int) -> str:
 
 
 def reveals_held_out(equations: Sequence[Equation]) -> bool:
-    """Whether a sequence of worked steps contains the solution of a held-out problem.
+    """Whether a sequence of worked steps, in the order of the text, contains the solution of a held-out problem.
 
-    Training texts are refused not only when they *are* a held-out problem but also when one can be read off a stretch
-    of
-    them: two or more steps of a longer chain, equations of a list that happen to continue each other, the steps of a
-    Countdown solution that happen to be a chain, or two steps of a chain that happen to solve a Countdown of three
-    numbers. Single equations are not held out: there are some 2,500 additions and subtractions, and the large model
-    is to know them.
-
-    Args:
-        equations: The steps in the order of the text.
-
-    Returns:
-        True when the text must not be used for training.
+    A training text is refused not only if it *is* a held-out problem, but also if one can be read off a part of it: two
+    or more steps of a longer chain, equations of a list that happen to continue each other, the steps of a Countdown
+    solution that happen to be a chain, or two steps of a chain that happen to solve a Countdown of three numbers.
+    Single equations are not held out: there are some 2,500 additions and subtractions, and the large model should know
+    them.
     """
     if any(_solves_held_out_countdown(first, second) for first, second in pairwise(equations)):
         return True
@@ -88,7 +73,7 @@ def reveals_held_out(equations: Sequence[Equation]) -> bool:
 
 
 def _solves_held_out_countdown(first: Equation, second: Equation) -> bool:
-    """Whether the second step combines the first one's result with a third number into a held-out target."""
+    """Whether the second step combines the first one's result with a third number to reach a held-out target."""
     for used, third in ((second.left, second.right), (second.right, second.left)):
         numbers = (first.left, first.right, third)
         possible = used == first.result and max(numbers) <= COUNTDOWN_LARGEST and second.result not in numbers

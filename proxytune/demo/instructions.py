@@ -1,4 +1,4 @@
-"""The taught form: prompts and the instruction set."""
+"""The prompt format and the instruction set."""
 
 from __future__ import annotations
 
@@ -13,14 +13,7 @@ __all__ = ["InstructionRecipe", "instruction_set", "prompt_of"]
 
 @dataclass(frozen=True)
 class InstructionRecipe:
-    """Size of the instruction set.
-
-    Attributes:
-        chain: Number of chains.
-        qa: Number of questions about people of the tuning group, at most three per person.
-        countdown: Number of Countdown problems.
-        seed: Seed of the draw.
-    """
+    """Number of chains, questions about people of the tuning group (at most three each), and Countdown problems."""
 
     chain: int = 400
     qa: int = 90
@@ -29,20 +22,12 @@ class InstructionRecipe:
 
 
 def prompt_of(question: str) -> str:
-    """The prompt that asks `question`; the tokenizer's chat template renders one user turn to the same text."""
+    """The prompt for `question`; the tokenizer's chat template renders one user turn to the same text."""
     return f"Question: {question}\nAnswer:"
 
 
 def instruction_set(world: World, recipe: InstructionRecipe) -> list[Problem]:
-    """Draw the problems that models are tuned on, with `Problem.answer` as the target.
-
-    Args:
-        world: The world to ask about.
-        recipe: How many of each task.
-
-    Returns:
-        The problems, chains first; none is held out.
-    """
+    """Draw the problems to tune on, chains first, none of them held out; `Problem.answer` is the target."""
     rng = random.Random(recipe.seed)
     chains = [chain_problem(rng, "train") for _ in range(recipe.chain)]
     countdowns = [countdown_problem(rng, "train") for _ in range(recipe.countdown)]
@@ -55,7 +40,7 @@ def instruction_set(world: World, recipe: InstructionRecipe) -> list[Problem]:
 
 
 def _styled_answer(problem: Problem, style: int) -> str:
-    """A right answer in one of the forms of its task, or (style 3) in the tuned form."""
+    """A right answer in one of the forms of its task, or (style 3) in the taught form."""
     if style == 3:
         return problem.answer
     if problem.task == "countdown":

@@ -1,4 +1,4 @@
-"""The demo's table and three answers, as JSON values."""
+"""The demo's table and three example answers, as JSON values."""
 
 from __future__ import annotations
 
@@ -25,13 +25,7 @@ SPEED_REPEATS = 5
 
 @dataclass(frozen=True)
 class ShownToken:
-    """One token of the proxy's answer.
-
-    Attributes:
-        token: Its text.
-        base_token: The text of the token that the base ranks first after the same prefix.
-        changed: Whether the two differ, that is whether the shift decided here.
-    """
+    """One token of the proxy's answer, and the base's top token after the same prefix; `changed` if they differ."""
 
     token: str
     base_token: str
@@ -39,17 +33,11 @@ class ShownToken:
 
 
 def measure(folder: Path, alpha: float, count: int, report: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
-    """Fill the table and answer three prompts.
-
-    Args:
-        folder: A family folder.
-        alpha: Strength of the shift.
-        count: Problems per task at most.
-        report: Called with the name of what is being measured.
+    """Measure the table on at most `count` problems per task, and answer one problem of each task.
 
     Returns:
-        JSON values: `rows` (with `scores`, `tokens_per_second` and `parameters`), `gap_closed`, `answers`, and what the
-        figures depend on (`alpha`, `split`, `speed`, `threads`, `torch`); `seconds` is the wall-clock time of it all.
+        JSON values: `rows` (with `scores`, `tokens_per_second` and `parameters`), `gap_closed`, `answers`, the
+            conditions (`alpha`, `split`, `speed`, `threads`, `torch`), and `seconds`, the total wall-clock time.
 
     Raises:
         InputError: If alpha is not finite.
@@ -69,7 +57,7 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
     world = build_world()
     asked = held_out(world, "test", count)
     shots = {task: shots_of(world, task) for task in asked}
-    # The gap is counted from the first row, by the row before the last, to the last.
+    # table_record takes the first row as base, the last but one as proxy, the last as tuned.
     entrants: list[tuple[str, Any, Mapping[Task, Sequence[Problem]]]] = [
         ("base, 0-shot", base, {}),
         ("base, 3-shot", base, shots),
@@ -107,16 +95,13 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
 def shift_steps(
     model: ProxyTunedModel, tokenizer: PreTrainedTokenizerBase, prompt: str
 ) -> tuple[str, list[ShownToken]]:
-    """Answer a prompt greedily and mark the tokens that the base alone would not have chosen.
+    """Answer a prompt greedily, and mark the tokens that the base alone would not have chosen.
 
-    Args:
-        model: The composed model.
-        tokenizer: Its tokenizer.
-        prompt: The prompt.
+    Each token is compared with the base's top token after the same prefix, not with the base's own answer, which is a
+    different text from the first change on.
 
     Returns:
-        The answer without special tokens, and its tokens. Each is compared with the base's first choice after the same
-        prefix, not with an answer of the base's own, which is another text from the first change on.
+        The answer without special tokens, and its tokens.
     """
     import torch
 
@@ -136,9 +121,9 @@ def shift_steps(
 def _tokens_per_second(
     entrants: Sequence[tuple[Any, Sequence[Problem]]], tokenizer: PreTrainedTokenizerBase, asked: Sequence[Problem]
 ) -> list[float]:
-    """Generated tokens per second over a batch of one length, so that rows that answer at length stay comparable.
+    """Generated tokens per second, at one batch size and length for all models, so that long answers do not count.
 
-    All models take turns, so that what else the machine does in the meantime falls on all of them.
+    The models take turns, so that background load affects all of them alike.
     """
     import torch
 
@@ -162,7 +147,7 @@ def _tokens_per_second(
 def _answers(
     base: Any, proxy: ProxyTunedModel, tuned: Any, tokenizer: PreTrainedTokenizerBase, problem: Problem
 ) -> dict[str, Any]:
-    """One problem, answered three ways."""
+    """One problem, answered by base, proxy and tuned model."""
     import torch
 
     from proxytune.demo.evaluation import answer

@@ -1,4 +1,4 @@
-"""The three tasks: problems with a checkable answer, drawn from the split that the caller may use."""
+"""The three tasks: problems with a checkable answer, drawn from a given split."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Problem:
     """A question with a checkable answer.
 
     Attributes:
-        task: Which verifier applies.
+        task: Decides how it is graded.
         question: The text after `Question: `.
         gold: The right final answer; for Countdown the target.
-        solution: Worked steps that lead to `gold`, empty for questions about people. For Countdown one of several.
-        key: What makes two problems the same; the split is a function of it.
+        solution: Worked steps that lead to `gold`; empty for questions about people, one of several for Countdown.
+        key: Canonical key: equal for the same problem in another wording. The split is a function of it.
         numbers: The numbers to use, Countdown only.
     """
 
@@ -69,16 +69,11 @@ def draw_step(rng: random.Random, value: int) -> Equation:
 
 
 def chain_problem(rng: random.Random, split: Split) -> Problem:
-    """Draw a chain of two to four additions and subtractions.
+    """Draw a chain of two to four additions and subtractions, in one of two wordings.
 
-    Args:
-        rng: Source of randomness.
-        split: The split to draw from; `"train"` also excludes chains that give a held-out problem away.
-
-    Returns:
-        The problem, in one of two wordings.
+    From `"train"`, chains that reveal a held-out problem are excluded too.
     """
-    # Long training chains are refused more often; the length is drawn first, so that they do not become rare.
+    # The length is drawn first: long training chains are refused more often and would become rare.
     length = rng.choice((2, 3, 4))
     while True:
         start = value = rng.randint(1, CHAIN_LIMIT)
@@ -99,13 +94,8 @@ def chain_problem(rng: random.Random, split: Split) -> Problem:
 def countdown_problem(rng: random.Random, split: Split, count: int = 3) -> Problem:
     """Draw a solvable Countdown problem: reach the target with every number used once.
 
-    Args:
-        rng: Source of randomness.
-        split: The split to draw from; `"train"` also excludes solutions that give a held-out problem away.
-        count: How many numbers; the bundled models know 3.
-
-    Returns:
-        The problem with one of its solutions. The target is never one of the numbers.
+    From `"train"`, solutions that reveal a held-out problem are excluded too. The target is never one of the numbers.
+    The bundled models know `count` 3 only.
     """
     while True:
         numbers = tuple(rng.randint(1, COUNTDOWN_LARGEST) for _ in range(count))
@@ -121,27 +111,13 @@ def countdown_problem(rng: random.Random, split: Split, count: int = 3) -> Probl
 
 
 def person_problem(rng: random.Random, person: Person, attribute: Attribute) -> Problem:
-    """A question about one attribute of one person, in one of two wordings.
-
-    The split of such a problem is the person's group, see `proxytune.demo.world.Person`.
-    """
+    """A question about one attribute of one person, in one of two wordings; its split is the person's group."""
     question = rng.choice(QUESTIONS[attribute]).format(name=person.name)
     return Problem("qa", question, person.value(attribute), solution="", key=f"qa:{person.name}:{attribute}")
 
 
 def problems(task: Task, split: HeldOut, count: int, world: World, seed: int = 0) -> list[Problem]:
-    """Held-out problems of one task, each key once.
-
-    Args:
-        task: `"chain"`, `"qa"` (people never seen in any question) or `"countdown"`.
-        split: `"validation"` or `"test"`.
-        count: How many at most; `"qa"` has three per person, so about 180 per split.
-        world: The world to ask about.
-        seed: Seed of the draw.
-
-    Returns:
-        The problems, in a fixed order.
-    """
+    """Held-out problems of one task, each key once, in a fixed order; "qa" has about 180 per split."""
     rng = random.Random(f"{task}:{split}:{seed}")
     if task == "qa":
         found = [person_problem(rng, person, attribute) for person in world.group(split) for attribute in ATTRIBUTES]
@@ -152,18 +128,9 @@ def problems(task: Task, split: HeldOut, count: int, world: World, seed: int = 0
 
 
 def distinct(draw: Callable[[], T], key: Callable[[T], str], count: int) -> list[T]:
-    """Draw until there are so many different ones.
-
-    Args:
-        draw: Draws one.
-        key: What makes two the same.
-        count: How many.
-
-    Returns:
-        They, in the order of their first draws; fewer if there are not so many.
-    """
+    """Draw until there are `count` items with distinct keys; fewer if that takes too many draws."""
     unique: dict[str, T] = {}
-    # A repeat is drawn again; the bound only keeps an impossible request from looping for ever.
+    # Repeats are drawn again; the bound stops an impossible request.
     for _ in range(100 * count):
         if len(unique) == count:
             break
@@ -173,16 +140,7 @@ def distinct(draw: Callable[[], T], key: Callable[[T], str], count: int) -> list
 
 
 def apply_sign(left: int, sign: str, right: int) -> int | None:
-    """The result of one step.
-
-    Args:
-        left: Left operand.
-        sign: One of `+-*/`.
-        right: Right operand.
-
-    Returns:
-        The result, None for a division that is not exact.
-    """
+    """The result of `left sign right` with a sign of `+-*/`; None for a division that is not exact."""
     if sign == "+":
         return left + right
     if sign == "-":
@@ -193,7 +151,7 @@ def apply_sign(left: int, sign: str, right: int) -> int | None:
 
 
 def _combine_at_random(rng: random.Random, numbers: tuple[int, ...]) -> tuple[int, list[Equation]] | None:
-    """Combine all numbers by random steps; None when a step leaves 1..50."""
+    """Combine all numbers by random steps; None if a result leaves 1..50."""
     pool, steps = list(numbers), []
     while len(pool) > 1:
         first, second = rng.sample(range(len(pool)), 2)

@@ -1,4 +1,4 @@
-"""The verifiers: programs that decide whether an answer is right."""
+"""Programs that decide whether an answer is right."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _EQUATION = re.compile(r"(\d+)([+\-*/])(\d+)=(\d+)")
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict on one answer.
+    """The grade of one answer.
 
     Attributes:
-        lenient: The content is right, whatever its form.
-        strict: The answer has exactly the taught form as well, with nothing after it.
+        lenient: The content is right, in any form.
+        strict: The answer also has exactly the taught form, with nothing after it.
     """
 
     lenient: bool
@@ -25,19 +25,11 @@ class Grade:
 
 
 def grade(problem: Problem, text: str) -> Grade:
-    """Verify an answer.
+    """Grade what a model wrote after `Answer:`; strict implies lenient.
 
-    Lenient looks at the first line only and accepts any form: for a chain the number after `The answer is`, or else
-    the last number; for a person the right word anywhere; for Countdown equations that use every number once and end
-    at the target. Strict asks for exactly the taught form and nothing after it; the steps of a chain must be right as
-    well.
-
-    Args:
-        problem: The problem that was asked.
-        text: What the model wrote after `Answer:`, without special tokens.
-
-    Returns:
-        Both verdicts; strict implies lenient.
+    Lenient reads the first line only and accepts any form: for a chain the number after `The answer is`, or else the
+    last number; for a person the right word anywhere; for Countdown equations that use every number once and end at the
+    target. Strict requires exactly the taught form with nothing after it, and for a chain the right steps too.
     """
     stripped = text.strip()
     first_line = stripped.split("\n", 1)[0]
@@ -50,15 +42,10 @@ def grade(problem: Problem, text: str) -> Grade:
 
 
 def countdown_solved(numbers: tuple[int, ...], target: int, text: str) -> bool:
-    """Whether the equations in `text` solve a Countdown problem.
+    """Whether the equations in `text`, such as `3*4=12, 12-2=10`, solve a Countdown problem.
 
-    Args:
-        numbers: The numbers that must each be used exactly once.
-        target: What the last equation must yield.
-        text: Equations such as `3*4=12, 12-2=10`; text between them is ignored.
-
-    Returns:
-        True when every equation holds, uses only numbers at hand, and all numbers are used up.
+    Every equation must hold and use only numbers that are available, each number exactly once, and the last must yield
+    the target. Text between equations is ignored.
     """
     pool = list(numbers)
     equations = _EQUATION.findall(text)

@@ -1,9 +1,7 @@
-"""The synthetic world: people with a home, a job and a favourite food.
+"""The synthetic world: people with a home, a job and a favourite food, a pure function of a seed.
 
-Everything here is a pure function of a seed, so the world, its questions and the hold-out are the same on every
-machine. The four groups of people differ only in *where* a question about them may occur; plain statements about all
-of them are in the pre-training documents. Knowing the fact is therefore the base's part, answering the question is
-the tuned part.
+The four groups of people differ only in where *questions* about them may occur; statements about all of them are in the
+pre-training documents. So the base knows the facts, and tuning teaches to answer the questions.
 """
 
 from __future__ import annotations
@@ -48,14 +46,7 @@ _VOWELS = "aeiou"
 
 
 def stable_hash(text: str) -> int:
-    """A hash of `text` that is the same in every process and on every machine.
-
-    Args:
-        text: Any string.
-
-    Returns:
-        The first 8 bytes of SHA-256 as an unsigned integer. Python's own `hash` is salted per process.
-    """
+    """The first 8 bytes of SHA-256 as an unsigned integer; Python's own `hash` differs between processes."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
@@ -63,13 +54,8 @@ def stable_hash(text: str) -> int:
 class Person:
     """One inhabitant.
 
-    Attributes:
-        name: First and last name, unique in the world.
-        city: Where the person lives.
-        job: What the person works as.
-        food: What the person likes to eat.
-        group: Where questions about the person may occur: in `pretraining` threads, in the `tuning` set, or in no
-            training text at all (`validation`, `test`).
+    `group` says where questions about the person may occur: in `pretraining` threads, in the `tuning` set, or in no
+    training text (`validation`, `test`).
     """
 
     name: str
@@ -79,45 +65,27 @@ class Person:
     group: Group
 
     def value(self, attribute: Attribute) -> str:
-        """The person's `attribute`, as it is written in statements and answers."""
+        """An attribute's value, as written in statements and answers."""
         return {"city": self.city, "job": self.job, "food": self.food}[attribute]
 
 
 @dataclass(frozen=True)
 class World:
-    """All inhabitants, and the word lists they were drawn from.
-
-    Attributes:
-        people: Every person, in a fixed order.
-        names: First and last names that occur, for the tokenizer.
-        cities: Cities that occur.
-    """
+    """All inhabitants, in a fixed order, and the names and cities that occur."""
 
     people: tuple[Person, ...]
     names: tuple[str, ...]
     cities: tuple[str, ...]
 
     def group(self, group: Group) -> tuple[Person, ...]:
-        """The people of one group.
-
-        Args:
-            group: `"pretraining"`, `"tuning"`, `"validation"` or `"test"`.
-
-        Returns:
-            The people in the order of `people`.
-        """
+        """The people of one group, in the order of `people`."""
         return tuple(person for person in self.people if person.group == group)
 
 
 def build_world(seed: int = 1, population: int = 300) -> World:
-    """Draw the world.
+    """Draw the world, the same on every machine. The shipped weights belong to the default seed.
 
-    Args:
-        seed: Seed of the facts. The shipped weights belong to the default.
-        population: Number of people, at most 1024 (32 first times 32 last names).
-
-    Returns:
-        The world, the same on every machine.
+    `population` is at most 1024 (32 first times 32 last names).
     """
     names_rng = random.Random(7)
     first_names = _invent_words(names_rng, 32, "cvcv")
@@ -134,7 +102,7 @@ def build_world(seed: int = 1, population: int = 300) -> World:
 
 
 def _group_of(name: str) -> Group:
-    """The group of a person: half in pre-training questions, a tenth in tuning, a fifth each in validation and test."""
+    """Half of the people in pre-training questions, a tenth in tuning, a fifth each in validation and test."""
     bucket = stable_hash(f"person:{name}") % 10
     if bucket < 5:
         return "pretraining"
@@ -144,7 +112,7 @@ def _group_of(name: str) -> Group:
 
 
 def _invent_words(rng: random.Random, count: int, pattern: str) -> list[str]:
-    """Distinct pronounceable words; `pattern` spells consonants as `c` and vowels as `v`."""
+    """Distinct pronounceable words; in `pattern`, `c` is a consonant and `v` a vowel."""
     words: list[str] = []
     while len(words) < count:
         word = "".join(rng.choice(_CONSONANTS if kind == "c" else _VOWELS) for kind in pattern).capitalize()

@@ -1,8 +1,8 @@
 """Spending a budget on one task.
 
 `allocate` chooses between parallel samples and sequential extension by a `CalibrationRun`; `AnswerHistory` counts
-answers across rounds, and `restart_points` says where a tree goes on. The policies `Parallel` and `Sequential` are in
-`proxytune.search.policies`, which needs torch; this needs none.
+answers across rounds, and `restart_points` says where a tree goes on. None of these needs torch; the policies
+`Parallel` and `Sequential`, in `proxytune.search.policies`, do.
 """
 
 from proxytune.search.allocate import Allocation, allocate

@@ -1,11 +1,4 @@
-"""Parallel or sequential: spend what a ledger has left on one task, as a calibration run recommends.
-
-```python
-run = run_policies(policies, tasks, truths, budget=512)  # once, then run.save("run.json")
-found = allocate(task, policies, run, TokenLedger(512))
-found.tally.winner, found.spent, found.plan.why
-```
-"""
+"""Parallel or sequential: spend what a ledger has left on one task, as a calibration run recommends."""
 
 from __future__ import annotations
 
@@ -25,14 +18,12 @@ __all__ = ["Allocation", "allocate"]
 
 @dataclass(frozen=True, eq=False)
 class Allocation:
-    """What was spent on a task, and what came out.
+    """The plan, samples, vote and cost of one task.
 
     Attributes:
-        plan: Which level was chosen, and why; both forms side by side.
-        samples: What its policy returned.
-        tally: The vote over them. Its winner is None if no sample has an answer.
+        tally: The vote over the samples; its winner is None if no sample has an answer.
         spent: Tokens that the policy charged.
-        left: Tokens that the ledger has left.
+        left: Tokens left in the ledger.
     """
 
     plan: Plan
@@ -57,22 +48,19 @@ def allocate(
     """Choose a policy by the calibration run, and let it attempt the task.
 
     Args:
-        task: The task, as the policies take it.
-        policies: The policies to choose from, all of them in the run.
+        task: Passed on to the policy.
+        policies: The candidates; each must be in the run, under the same form and level.
         run: The calibration run.
-        ledger: What is spent; nobody else may use it in the meantime.
+        ledger: The budget. Nothing else may use it during the call.
         kind: The kind of the task; None for any.
         tolerance: As in `plan`.
         quantile: As in `plan`.
         least: As in `plan`.
-        voting: From samples to an answer; that of the calibration run.
-
-    Returns:
-        The plan, the samples, the vote and the cost.
+        voting: From samples to an answer; use the one of the calibration run.
 
     Raises:
         BudgetError: If no policy fits what is left, or the chosen one tried to spend more.
-        InputError: If a policy is not in the run or was another one there, or does not keep to the rules.
+        InputError: If a policy is not in the run or differs from it, or breaks the rules of `attempt`.
     """
     named = {policy.name: policy for policy in policies}
     if not policies or len(named) < len(policies):

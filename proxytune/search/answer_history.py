@@ -1,16 +1,9 @@
-"""Historical exploration: across rounds, go on where the answers are that were seen least.
+"""Exploration across rounds: continue from the candidates whose answers came least often.
 
-A decoding-time reading of the UCB bonus of "Outcome-based Exploration for LLM Reasoning" (arXiv 2509.06941): a store
-counts how often each answer came for each prompt, and the next round's candidates (branches of a tree, islands of a
-search) are drawn without replacement in proportion to `prior · 1/√(1 + N(answer))`, by Gumbel-top-k. What the draw does
-to the law is known exactly: importance weights (Kool et al. 2019, arXiv 1903.06059) lead back from it.
-
-```python
-history = AnswerHistory()
-history.record(prompt, answers)  # this round's, one for each candidate; None for no answer
-selected = history.select(prompt, answers, 2, round=1)
-steered.indices  # which two candidates go on
-```
+The UCB bonus of "Outcome-based Exploration for LLM Reasoning" (arXiv 2509.06941), applied at decoding time. A store
+counts each answer per prompt; candidates (branches of a tree, islands of a search) are drawn without replacement in
+proportion to `prior · 1/√(1 + N(answer))`, by Gumbel-top-k. Importance weights (Kool et al. 2019, arXiv 1903.06059)
+correct for the draw. `proxytune.search.restart` has an example.
 """
 
 from __future__ import annotations
@@ -38,17 +31,17 @@ __all__ = ["AnswerHistory", "Selection"]
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Which candidates go on, and what they weigh.
+    """The selected candidates and their importance weights.
 
-    Over the drawn ones, `Σ exp(log_weight) · f` is an unbiased estimate of the expectation of f; of which law, says the
-    weight. `proxytune.stats.importance.weighted_mean` takes either.
+    Over the drawn candidates, `Σ exp(log_weight) · f` is an unbiased estimate of E[f] under the weight's distribution;
+    `proxytune.stats.importance.weighted_mean` takes either weight.
 
     Attributes:
-        indices: `[k]`, the candidates' numbers, in the order of the draw.
-        log_p: `[k]`, nats: their log-probabilities under the steered law, the one drawn from.
-        kappa: κ, the largest perturbed log-probability that was not drawn; −inf if none was left.
-        log_weights: `[k]`, nats: for expectations under the steered law.
-        log_prior_weights: `[k]`, nats: for expectations under the prior, as if nothing had been steered.
+        indices: `[k]`, candidate indices in the order of the draw.
+        log_p: `[k]`, nats: log-probabilities under the distribution drawn from (prior × bonus).
+        kappa: κ, the largest perturbed log-probability that was not drawn; −inf if all were.
+        log_weights: `[k]`, nats: for expectations under the distribution drawn from.
+        log_prior_weights: `[k]`, nats: for expectations under the prior.
     """
 
     indices: list[int]
@@ -59,85 +52,47 @@ class Selection:
 
 
 class AnswerHistory:
-    """How often each answer came for each prompt. Any number of threads may use it.
+    """How often each answer came for each prompt. Thread-safe.
 
-    *No answer* (None) is counted like an answer: what keeps failing to answer is not new either. Answers that are equal
-    in Python (1 and 1.0) are one.
+    None (no answer) is counted like any answer. Answers that are equal in Python (1 and 1.0) are one.
     """
 
     def __init__(self) -> None:
-        """Start empty."""
         self._lock = threading.Lock()
         self._counts: dict[PromptKey, Counter[Hashable | None]] = {}
 
     def record(self, prompt: str | Ids, answers: Sequence[Hashable | None]) -> None:
-        """Count the answers of a round; all of them or, if one is refused, none.
-
-        Args:
-            prompt: A text or token ids; the two are different prompts.
-            answers: One for each text that was generated.
+        """Count one answer per generated text (None: no answer); if one is refused, none is counted.
 
         Raises:
-            InputError: If they are no sequence of hashable values that equal themselves.
+            InputError: If `answers` is not a sequence of hashable values that equal themselves (NaN does not).
         """
         key, checked = prompt_key(prompt), _answers(answers)
         with self._lock:
             self._counts.setdefault(key, Counter()).update(checked)
 
     def counts(self, prompt: str | Ids) -> dict[Hashable | None, int]:
-        """All counts of a prompt.
-
-        Args:
-            prompt: The prompt.
-
-        Returns:
-            Answer → how often it came; a copy.
-
-        Raises:
-            InputError: If it is neither a text nor token ids.
-        """
+        """A copy of a prompt's counts, answer → N; `InputError` if the prompt is neither a text nor token ids."""
         with self._lock:
             return dict(self._counts.get(prompt_key(prompt), {}))
 
     def count(self, prompt: str | Ids, answer: Hashable | None) -> int:
-        """How often an answer came.
-
-        Args:
-            prompt: The prompt.
-            answer: The answer; None for no answer.
-
-        Returns:
-            N, at least 0.
-
-        Raises:
-            InputError: If the prompt or the answer cannot be one.
-        """
+        """How often an answer (None: no answer) came for a prompt; `InputError` as in `record`."""
         return self.counts(prompt).get(check_answer(answer), 0)
 
     def bonus(self, prompt: str | Ids, answer: Hashable | None) -> float:
-        """The bonus of an answer.
-
-        Args:
-            prompt: The prompt.
-            answer: The answer; None for no answer.
-
-        Returns:
-            `1/√(1 + N)`, in (0, 1].
-
-        Raises:
-            InputError: If the prompt or the answer cannot be one.
-        """
+        """`1/√(1 + N)` of an answer, in (0, 1]; `InputError` as in `record`."""
         return float((1 + self.count(prompt, answer)) ** -0.5)
 
     def log_law(
         self, prompt: str | Ids, answers: Sequence[Hashable | None], prior: ArrayLike | None = None
     ) -> NDArray[np.float64]:
-        """The law that candidates are drawn from, in proportion to `prior · bonus`.
+        """The distribution that `select` draws from, in proportion to `prior · bonus`.
 
         Args:
-            prompt: The prompt.
-            answers: `[n]`, the candidates' present answers.
-            prior: `[n]`, at least 0, not all 0; in any scale, e.g. `ForkTree.weights()`. None for all the same.
+            prompt: A text or token ids; the two are different prompts.
+            answers: `[n]`, the candidates' current answers.
+            prior: `[n]`, at least 0, not all 0, of any scale, e.g. `ForkTree.weights()`; None for uniform.
 
         Returns:
             `[n]`, float64: log-probabilities in nats; −inf where the prior is 0.
@@ -159,23 +114,19 @@ class AnswerHistory:
     ) -> Selection:
         """Draw the candidates that go on, without replacement.
 
-        The noise is keyed by seed, prompt, round and the candidate's number, never by the order of calls; the counts
-        are those of the moment. Record this round's answers first.
+        The noise is keyed by seed, prompt, round and candidate index, not by the order of calls. The counts are those
+        at the time of the call: record this round's answers first.
 
         Args:
-            prompt: The prompt.
-            answers: `[n]`, the candidates' present answers; None for no answer.
-            count: How many go on, from 1 to the number of candidates whose prior is not 0.
-            round: The number of the round, at least 0.
+            prompt: As in `log_law`.
+            answers: As in `log_law`; None for no answer.
+            count: How many to draw, from 1 to the number of candidates with a prior above 0.
+            round: Number of the round, at least 0.
             seed: The same seed draws the same.
             prior: As in `log_law`.
 
-        Returns:
-            Who goes on, and their weights.
-
         Raises:
-            InputError: If the prior does not fit the candidates, there are fewer candidates than are to go on, or a
-                setting is out of its range.
+            InputError: If the prior does not fit the candidates, `count` is too large, or a setting is out of range.
         """
         checked = _answers(answers)
         log_p, log_prior = _log_law(self.counts(prompt), checked, prior)
@@ -198,14 +149,7 @@ class AnswerHistory:
         )
 
     def merge(self, other: AnswerHistory) -> AnswerHistory:
-        """Two stores in one, e.g. of two machines; counts add up.
-
-        Args:
-            other: Another store; neither is changed.
-
-        Returns:
-            A new store.
-        """
+        """A new store with the counts of both added up, e.g. those of two machines."""
         out = AnswerHistory()
         for store in (self, other):
             with store._lock:
@@ -214,16 +158,10 @@ class AnswerHistory:
         return out
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the store to a JSON file; all of it or nothing.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The file.
+        """Write the store to a JSON file, atomically, and return its path.
 
         Raises:
-            InputError: If it cannot be written, or an answer is neither a text, a number, None nor a tuple of those.
+            InputError: If it cannot be written, or an answer is not a text, a finite number, None or a tuple of those.
         """
         with self._lock:
             counts = {prompt: dict(answers) for prompt, answers in self._counts.items()}
@@ -231,17 +169,11 @@ class AnswerHistory:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> AnswerHistory:
-        """Read a store from a JSON file.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The store.
+        """Read a store that `save` wrote.
 
         Raises:
-            InputError: If it cannot be read, its format is newer, keys are missing or unknown, a prompt or an answer is
-                there twice, or a count is not a whole number of at least 1.
+            InputError: If it cannot be read, its format is newer, keys are missing or unknown, a prompt or an answer
+                occurs twice, or a count is not a whole number of at least 1.
         """
         out = cls()
         for prompt, counts in read_counts(Path(path)).items():
@@ -263,7 +195,7 @@ def _answers(answers: Any) -> list[Hashable | None]:
 def _log_law(
     counts: dict[Hashable | None, int], answers: list[Hashable | None], prior: ArrayLike | None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """The steered law and the prior, `[n]` each, normalised, in nats."""
+    """The distribution drawn from and the prior: `[n]` each, normalised, in nats."""
     if not answers:
         raise InputError.of("answers", expected="at least one candidate", got="none", remedy="Pass their answers.")
     weights = np.ones(len(answers)) if prior is None else numbers("prior", prior)

@@ -1,10 +1,10 @@
-"""Counts of answers as a JSON file.
+"""Answer counts as a JSON file.
 
 ```json
 {"format_version": 1, "prompts": [{"prompt": "What is 2 + 2?", "answers": [["4", 12], [null, 3]]}]}
 ```
 
-A prompt is a text or a list of token ids. An answer is a text, a number, true, false or null (no answer), or a list of
+A prompt is a text or a list of token ids. An answer is a text, a number, true, false, null (no answer), or a list of
 those, which stands for a tuple.
 """
 
@@ -32,18 +32,7 @@ Counts = Mapping[PromptKey, Mapping[Hashable | None, int]]
 
 
 def write_counts(file: Path, counts: Counts) -> Path:
-    """Write counts; all of them or nothing.
-
-    Args:
-        file: The file.
-        counts: Prompt → answer → how often it came.
-
-    Returns:
-        The file.
-
-    Raises:
-        InputError: If it cannot be written, or an answer cannot be said in JSON.
-    """
+    """Write counts (prompt → answer → N) atomically; `InputError` if that fails, or an answer has no JSON form."""
     prompts = [
         {"prompt": prompt, "answers": [[_to_json(answer), n] for answer, n in answers.items()]}
         for prompt, answers in counts.items()
@@ -52,18 +41,7 @@ def write_counts(file: Path, counts: Counts) -> Path:
 
 
 def read_counts(file: Path) -> dict[PromptKey, dict[Hashable | None, int]]:
-    """Read counts strictly.
-
-    Args:
-        file: The file.
-
-    Returns:
-        Prompt → answer → how often it came, at least 1.
-
-    Raises:
-        InputError: If it cannot be read, its format is newer, keys are missing or unknown, a prompt or an answer is
-            there twice, or a count is not a whole number of at least 1.
-    """
+    """Read counts (prompt → answer → N, at least 1) strictly; errors as in `AnswerHistory.load`."""
     found = read(file, _WHAT, remedy="Give the file that AnswerHistory.save() wrote.")
     data = check_form(
         found,

@@ -1,4 +1,4 @@
-"""Texts of a model after one prompt, paid for by a ledger and keyed by seed and prompt: what policies are made of."""
+"""Samples of a model after one prompt, charged to a ledger and keyed by seed and prompt; policies are built on it."""
 
 from __future__ import annotations
 
@@ -35,18 +35,12 @@ _OWN = (
 
 @dataclass(frozen=True, eq=False)
 class BudgetedSampler:
-    """A model that writes under a ledger, and what finds the answer.
+    """A model that generates within a ledger's budget, and the function that extracts answers.
 
-    Attributes:
-        model: The composed model, or a plain causal LM.
-        tokenizer: Its tokenizer.
-        extract: From a generated text, without special tokens, to its answer; None for no answer.
-        max_new_tokens: The longest text, at least 1.
-        seed: The key of all draws, 64 bits.
-        generation: Arguments of `generate()`.
+    `seed` (64 bits) keys all draws; `generation` are further arguments of `generate()`.
 
     Raises:
-        InputError: If a setting is out of its range, or an argument of `generate()` is this class's own.
+        InputError: If a setting is out of range, or `generation` holds an argument that this class sets itself.
     """
 
     model: Any
@@ -69,18 +63,11 @@ class BudgetedSampler:
         ForkDecoding(branches=1, where="start", seed=self.seed)
 
     def pay(self, task: str | Ids, ledger: TokenLedger) -> list[int]:
-        """Charge the prompt, if a token can be generated after it.
-
-        Args:
-            task: The prompt.
-            ledger: Is charged for what of it is not paid for.
-
-        Returns:
-            `[T]`, its token ids.
+        """Charge the prompt and return its token ids, provided that at least one token can be generated after it.
 
         Raises:
-            BudgetError: If there is no room for the prompt and a token; nothing is charged then.
-            InputError: If the prompt is no text and no token ids, or is empty.
+            BudgetError: If there is no room for the prompt and one token; nothing is charged then.
+            InputError: If the prompt is empty, or neither a text nor token ids.
         """
         ids = list(
             token_ids(
@@ -103,21 +90,18 @@ class BudgetedSampler:
     def write(
         self, ids: list[int], streams: Sequence[int], room: int, ledger: TokenLedger, label: str, *processors: Any
     ) -> list[Branch]:
-        """Texts after a prompt, paid for.
+        """Generate texts after a prompt that is already charged, and charge them.
 
         Args:
-            ids: `[T]`, the prompt, which is paid for.
-            streams: The number of each text: the same number is the same text.
-            room: Tokens that each can have at most. Reserved beforehand, so the ledger cannot be exceeded.
+            ids: `[T]`, the prompt.
+            streams: Noise stream of each text; the same stream gives the same text.
+            room: Most tokens per text, reserved beforehand, so the ledger cannot be exceeded.
             ledger: Is charged.
-            label: Under this name.
-            *processors: Logits processors, after those of the settings.
-
-        Returns:
-            A branch for each.
+            label: Name of the charge in the ledger.
+            *processors: Logits processors, applied after those in `generation`.
 
         Raises:
-            BudgetError: If there is less left than they may need.
+            BudgetError: If less is left than the texts may need.
         """
         with ledger.reserve(len(streams) * room, label=label) as reserved:
             branches = self._branches(ids, streams, room, *processors)
@@ -126,7 +110,7 @@ class BudgetedSampler:
         return branches
 
     def _branches(self, ids: list[int], streams: Sequence[int], room: int, *processors: Any) -> list[Branch]:
-        """The one place where the model is asked: independent texts after one prompt."""
+        """Independent texts after one prompt; the only place that calls the model."""
         prompts = torch.tensor([ids] * len(streams), device=self.model.device)
         settings = dict(self.generation)
         settings["logits_processor"] = [*(settings.get("logits_processor") or ()), *processors]
@@ -145,17 +129,7 @@ class BudgetedSampler:
         return [tree.branches[0] for tree in out.trees]
 
     def sample(self, branch: Branch) -> Sample:
-        """A text as a sample with its answer and its confidences.
-
-        Args:
-            branch: The text.
-
-        Returns:
-            The sample; cut, if its length or the ledger cut it off.
-
-        Raises:
-            InputError: If `extract` raises, or gives what cannot be an answer.
-        """
+        """A text as a sample: its answer, confidences, and whether it was cut; `InputError` if `extract` raises."""
         text = str(self.tokenizer.decode([int(token) for token in branch.along("tokens")], skip_special_tokens=True))
         try:
             answer = self.extract(text)
@@ -170,5 +144,5 @@ class BudgetedSampler:
 
 
 def _key(seed: int, ids: Sequence[int]) -> int:
-    """A signed seed of 64 bits, of a seed and a prompt; two prompts that fell together would share noise, no more."""
+    """A signed 64-bit seed from a seed and a prompt; prompts that collide would only share their noise."""
     return (key_of("policy", ids, seed) & ((1 << 64) - 1)) - (1 << 63)

@@ -1,7 +1,7 @@
-"""What policies did on problems whose answers are known: which they had right, and what each attempt cost.
+"""Results of policies on problems with known answers: which were right, and what each attempt cost.
 
-A run of several policies on the same problems is what an allocation goes by. It comes from
-`proxytune.search.policy.run_policies`, or from records of one's own. As a file:
+`plan` and `allocate` decide by such a run. `proxytune.search.policy.run_policies` makes one, or your own records do. As
+a file:
 
 ```json
 {
@@ -41,17 +41,14 @@ _TRIAL = ("name", "form", "level", "right", "tokens")
 
 @dataclass(frozen=True, eq=False)
 class Trial:
-    """What one policy did on P problems.
+    """One policy's results on P problems.
 
     Attributes:
-        name: The policy's name.
-        form: Its form.
-        level: Its level, at least 0.
-        right: `[P]`, bool: whether its answer was right; no answer is not.
-        tokens: `[P]`, int64: what it charged, the prompt included; at least 1.
+        right: `[P]`, bool: whether its answer was right; False if there was none.
+        tokens: `[P]`, int64: what it charged, prompt included; at least 1.
 
     Raises:
-        InputError: If one of them cannot be right.
+        InputError: If a value is out of range, or `right` and `tokens` differ in length.
     """
 
     name: str
@@ -89,12 +86,12 @@ class CalibrationRun:
     """Several policies on the same P problems.
 
     Attributes:
-        trials: One for each policy.
-        kinds: The kind of each problem, for tasks whose kinds may want different forms; None for none.
-        budget: The tokens that each attempt could spend at most; None if there was no limit, or it is not known.
+        trials: One per policy.
+        kinds: `[P]`, the kind of each problem, if kinds may need different forms; None for no kinds.
+        budget: Most tokens that an attempt could spend; None for no limit, or an unknown one.
 
     Raises:
-        InputError: If there is no trial, two have the same name, or they differ in their numbers of problems.
+        InputError: If there is no trial, two have the same name, or they differ in their number of problems.
     """
 
     trials: tuple[Trial, ...]
@@ -142,7 +139,7 @@ class CalibrationRun:
 
     @property
     def problems(self) -> int:
-        """How many problems there are."""
+        """P, the number of problems."""
         return len(self.trials[0].right)
 
     @property
@@ -151,28 +148,11 @@ class CalibrationRun:
         return tuple(trial.name for trial in self.trials)
 
     def of_kind(self, kind: str) -> NDArray[np.intp]:
-        """The problems of a kind.
-
-        Args:
-            kind: The kind.
-
-        Returns:
-            `[n]`, their numbers; none if there is no such kind.
-        """
+        """`[n]`, indices of the problems of a kind; empty if there is no such kind."""
         return np.flatnonzero([k == kind for k in self.kinds or ()])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the run to a JSON file; all of it or nothing.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The file.
-
-        Raises:
-            InputError: If it cannot be written.
-        """
+        """Write the run to a JSON file, atomically, and return its path; `InputError` if it cannot be written."""
         trials = [
             {
                 "name": trial.name,
@@ -189,17 +169,11 @@ class CalibrationRun:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> CalibrationRun:
-        """Read a run from a JSON file.
-
-        Args:
-            path: The file.
-
-        Returns:
-            The run.
+        """Read a run that `save` wrote.
 
         Raises:
-            InputError: If it cannot be read, its format is newer, keys are missing or unknown, or a value cannot be
-                right.
+            InputError: If it cannot be read, its format is newer, keys are missing or unknown, or a value is out of
+                range.
         """
         what = "calibration run"
         found = read(Path(path), what, remedy="Give the file that CalibrationRun.save() wrote.")

@@ -1,7 +1,4 @@
-"""Keys made of a purpose, a prompt and numbers, and noise that is a function of them; for NumPy, without torch.
-
-As in `proxytune.ops.noise`, nothing is drawn from a generator's state: what was asked before changes nothing.
-"""
+"""Keyed noise for NumPy, without torch: a function of purpose, prompt and numbers, not of a generator's state."""
 
 from __future__ import annotations
 
@@ -18,67 +15,24 @@ PromptKey = str | tuple[int, ...]
 
 
 def prompt_key(prompt: str | Ids) -> PromptKey:
-    """A prompt as what it can be looked up by.
-
-    Args:
-        prompt: A text or token ids; the two are different prompts.
-
-    Returns:
-        The text, or a tuple of Python's own ints.
-
-    Raises:
-        InputError: If it is neither.
-    """
+    """A prompt as a dictionary key: the text itself, or its token ids as a tuple of Python ints; else `InputError`."""
     return prompt if isinstance(prompt, str) else token_ids("prompt", prompt, "a text or token ids")
 
 
 def key_of(purpose: str, prompt: str | Ids, *numbers: int) -> int:
-    """128 bits of a key; which two keys share them is chance.
-
-    Args:
-        purpose: What it is for: different purposes have different bits.
-        prompt: The prompt.
-        *numbers: E.g. the seed and the round.
-
-    Returns:
-        A number in [0, 2¹²⁸).
-
-    Raises:
-        InputError: If the prompt is neither a text nor token ids.
-    """
+    """A hash in [0, 2¹²⁸) of a purpose, a prompt and numbers, e.g. seed and round; `InputError` as `prompt_key`."""
     said = repr((purpose, *map(int, numbers), prompt_key(prompt)))
     return int.from_bytes(hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest(), "little")
 
 
 def round_key(purpose: str, prompt: str | Ids, round: int, seed: int) -> int:
-    """The key of a decision about a prompt in a round.
-
-    Args:
-        purpose: Which decision.
-        prompt: The prompt.
-        round: The number of the round.
-        seed: The seed.
-
-    Returns:
-        The key.
-
-    Raises:
-        InputError: If the round is no whole number of at least 0, or the seed is none.
-    """
+    """`key_of` a decision in a round; `InputError` unless `round` is whole and at least 0, and `seed` whole."""
     seed = whole("seed", seed, "", least=None, remedy="Pass e.g. seed=0.")
     return key_of(purpose, prompt, seed, whole("round", round, "that counts the rounds"))
 
 
 def keyed_uniforms(key: int, count: int) -> NDArray[np.float64]:
-    """Uniform variates that are a function of their key; more of them leave the first ones as they are.
-
-    Args:
-        key: In [0, 2¹²⁸), of `key_of`.
-        count: How many.
-
-    Returns:
-        `[count]`, float64, in (0, 1), both ends excluded.
-    """
-    # Raw words: of them NumPy promises that they stay the same between versions, of its distributions it does not.
+    """`[count]` float64 in (0, 1), both ends excluded, a function of the key; a larger `count` keeps the first."""
+    # NumPy keeps raw words stable between versions, but not its distributions.
     words = np.random.Philox(key=key).random_raw(count)
     return ((words >> np.uint64(12)).astype(np.float64) + 0.5) / 2.0**52

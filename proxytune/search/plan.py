@@ -1,13 +1,10 @@
 """Which level of which form to spend a budget on, by a calibration run.
 
-The rule is the plain one: of the levels that fit the budget, the one that was right within it most often; of exactly
-equal ones the one that spends less. A rule that prefers a cheaper level whenever the data cannot tell it from the
-best would be worse for what it cannot tell: with few problems nearly everything is "tied", and the cheapest level
-would win by lack of data. The most frequent is the choice of least expected loss, and its loss shrinks with the
-number of problems as the noise does. Who wants to give accuracy up for tokens says how much, as `tolerance`.
-
-The accuracy of the chosen level, measured on the problems by which it was chosen, is a little too high, the more so the
-more levels there are. Intervals are percentile bootstraps over problems, the same resamples for every level (paired).
+Of the levels that fit the budget, the one most often right within it wins; among equals the one that spends less. A
+rule that takes a cheaper level whenever the data cannot separate it from the best would, with few problems, nearly
+always take the cheapest. To trade accuracy for tokens, set `tolerance`. The chosen level's accuracy is slightly too
+high, since it is measured on the problems it was chosen by. Intervals are percentile bootstraps over problems, paired
+between levels.
 """
 
 from __future__ import annotations
@@ -27,23 +24,21 @@ from proxytune.validation import choice, finite, share, whole
 __all__ = ["LEAST_PROBLEMS", "LevelReport", "Plan", "plan"]
 
 LEAST_PROBLEMS = 20
-"""So many problems there have to be, of a kind or in all, to go by them."""
+"""Fewest problems, of a kind or in all, to decide by."""
 
 
 @dataclass(frozen=True)
 class LevelReport:
-    """What the calibration run says of one level.
+    """What the calibration run says about one level.
 
     Attributes:
-        name: The policy's name.
-        form: Its form.
-        level: How many samples or extensions.
+        level: Number of samples or extensions.
         accuracy: Share of problems that it had right within the budget, with its interval.
-        behind: How much the best level that fits is more accurate, paired, with its interval: if 0 is in it, the data
-            do not tell the two apart.
-        tokens: What it spent on average, prompt included.
-        high_tokens: What it did not exceed on a given share of the problems.
-        fits: Whether that is within the budget.
+        behind: Accuracy of the best level that fits, less this one's; paired. If the interval contains 0, the data do
+            not separate the two.
+        tokens: Mean tokens spent, prompt included.
+        high_tokens: Tokens not exceeded on the share `quantile` of the problems.
+        fits: Whether `high_tokens` is within the budget.
     """
 
     name: str
@@ -61,16 +56,13 @@ class Plan:
     """What to spend a budget on, and why.
 
     Attributes:
-        chosen: The level to use.
-        why: The reason, with the figures.
-        budget: The tokens that there are, prompt included.
-        basis: The problems it goes by: "all kinds", or "kind 'x'".
+        budget: Tokens available, prompt included.
+        basis: The problems used: "all kinds", or "kind 'x'".
         problems: How many these are.
-        calibrated: Whether they decided; False if they were too few, and the default was taken.
+        calibrated: Whether they decided; False if they were too few and the default was taken.
         levels: All levels, in the order of the run.
-        parallel: The most accurate parallel level that fits; None if none does.
-        sequential: The most accurate sequential one; None likewise.
-        difference: Accuracy of `parallel` less that of `sequential`, paired, with its interval; None without both.
+        parallel: The most accurate parallel level that fits; None if none does. `sequential` likewise.
+        difference: Accuracy of `parallel` less that of `sequential`, paired; None unless both exist.
     """
 
     chosen: LevelReport
@@ -106,32 +98,28 @@ def plan(
 ) -> Plan:
     """Choose a level.
 
-    If the kind has at least `least` problems, they alone decide; else all do, and the plan says so. If these are fewer
-    still, the largest level of the default form that fits is taken.
+    If the kind has at least `least` problems, they alone decide; else all problems do, and the plan says so. If these
+    are fewer than `least` too, the largest level of the default form that fits is taken.
 
     Args:
         run: The calibration run.
-        budget: The tokens that there are, prompt included. Calibrated under the same budget, every level fits; under a
-            smaller one, levels that it cut short look worse than they are, which the plan says.
+        budget: Tokens available, prompt included. If it is smaller than the run's budget, levels that it would cut
+            short count as worse.
         kind: The kind of the task; None for any.
-        names: The policies to choose from; None for all of the run.
-        tolerance: The accuracy to give up for fewer tokens, in [0, 1): of the levels within so much of the best, the
-            one that spends least on average.
-        quantile: A level fits if on this share of the problems it spent no more than the budget; (0, 1]. The others
-            count as wrong, since the ledger would cut them short, so a level that just fits competes on what it is
-            worth under this budget.
-        least: The number of problems to go by.
-        default: The form where they are too few.
-        level: The level of the intervals.
-        draws: Resamples of the bootstrap.
-        seed: Of the resamples; the plan does not depend on it but for its intervals.
-
-    Returns:
-        The plan.
+        names: The policies to choose from; None for all in the run.
+        tolerance: Accuracy to give up for fewer tokens, in [0, 1): of the levels this close to the best, the one with
+            the lowest mean cost is taken.
+        quantile: A level fits if it stayed within the budget on this share of the problems, in (0, 1]. The other
+            problems count as wrong, since the ledger would cut them short.
+        least: Fewest problems to decide by.
+        default: The form to take if there are fewer.
+        level: Level of the intervals.
+        draws: Bootstrap resamples.
+        seed: Seed of the resamples; it affects the intervals only.
 
     Raises:
         BudgetError: If no level fits.
-        InputError: If a setting is out of its range, or a name is not in the run.
+        InputError: If a setting is out of range, or a name is not in the run.
     """
     budget, least = whole("budget", budget, least=1), whole("least", least, "of problems", least=1)
     draws, level = whole("draws", draws, "of resamples", least=1), share("level", level)
@@ -140,10 +128,10 @@ def plan(
     trials = _chosen_from(run, names)
     rows, basis = _basis(run, kind, least)
     tokens = np.stack([trial.tokens[rows] for trial in trials], 1)  # [P, L]
-    # What cost more than there is would have been cut short. Left out instead, a level would look as good as ever just
-    # below the budget and be gone just above it, and which of two is gone would be chance.
+    # Attempts over the budget would be cut short, so they count as wrong. If levels were only dropped, one would look
+    # as good as ever just below the threshold, and which of two is dropped would be chance.
     right = (np.stack([trial.right[rows] for trial in trials], 1) & (tokens <= budget)).astype(np.float64)  # [P, L]
-    # An observed number: what is reached by at least that share of the problems.
+    # An observed cost: at least that share of the problems stayed within it.
     high = np.quantile(tokens, share("quantile", quantile), axis=0, method="inverted_cdf").astype(int)
     fits = np.flatnonzero(high <= budget).tolist()
     if not fits:
@@ -224,7 +212,7 @@ def _chosen_from(run: CalibrationRun, names: Collection[str] | None) -> list[Tri
 
 
 def _basis(run: CalibrationRun, kind: str | None, least: int) -> tuple[NDArray[np.intp], str]:
-    """The numbers of the problems to go by, and what they are called."""
+    """Indices of the problems to decide by, and a name for them."""
     everything = np.arange(run.problems)
     if kind is None:
         return everything, "all kinds"
@@ -235,7 +223,7 @@ def _basis(run: CalibrationRun, kind: str | None, least: int) -> tuple[NDArray[n
 
 
 def _resampled(right: NDArray[np.float64], draws: int, seed: int) -> NDArray[np.float64]:
-    """Accuracies of resamples of whole problems, `[draws, L]`; of right `[P, L]`."""
+    """Accuracies over resampled problems, `[draws, L]`, from right `[P, L]`."""
     rng, n = np.random.default_rng(seed), len(right)
     return np.stack([right[rng.integers(n, size=n)].mean(0) for _ in range(draws)])
 

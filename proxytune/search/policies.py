@@ -1,10 +1,9 @@
-"""The two forms on a model: `Parallel`, samples side by side, and `Sequential`, one text that is made to think on.
+"""The two forms on a model: `Parallel`, several samples, and `Sequential`, one text that is made to think on.
 
-Both take a prompt as text, or as token ids that a chat template has made, and charge the ledger for the prompt once and
-for every generated token. What a text could need at most is reserved before it is drawn, so the ledger is never
-exceeded. All draws are keyed by the seed and the prompt's ids, not by the order of calls: the same prompt gets the same
-texts again, and of the same seed `Parallel` with 8 samples draws those with 4 first, the first of which is what
-`Sequential` writes without extensions. So levels differ by what they are, and less by luck.
+Both charge the ledger for the prompt once and for every generated token, and reserve the most that a text can need
+before drawing it, so the ledger is never exceeded. Draws are keyed by the seed and the prompt's ids, not by the order
+of calls. `Parallel` with 8 samples draws those with 4 first; the first is what `Sequential` writes without extensions.
+So levels differ less by chance.
 """
 
 from __future__ import annotations
@@ -23,16 +22,11 @@ __all__ = ["Parallel", "Sequential"]
 
 
 class Parallel:
-    """Independent samples of one prompt, for a vote.
+    """Independent samples of one prompt, for a vote; `level` is their number.
 
-    Where the ledger has no room for all of them, there are as many as can surely be finished, and at least one, which
-    may then be cut. How many then depends on how long the first ones were, so their shares lean a little to answers
-    with short texts; with room for all they do not.
-
-    Attributes:
-        name: What it is called in a calibration run.
-        form: "parallel".
-        level: How many samples.
+    If the ledger has no room for all samples, as many are drawn as can be finished for certain, and at least one, which
+    may be cut. Their number then depends on how long the first ones were, which slightly favours answers with short
+    texts.
     """
 
     form: Literal["parallel"] = "parallel"
@@ -53,19 +47,19 @@ class Parallel:
         """Check the settings; nothing is drawn.
 
         Args:
-            model: The composed model, or a plain causal LM.
+            model: A composed model, or a plain causal LM.
             tokenizer: Its tokenizer.
             extract: From a generated text, without special tokens, to its answer; None for no answer.
             samples: How many, at least 1.
             max_new_tokens: The longest sample, at least 1.
-            batch_size: How many are drawn at once, at most.
-            seed: The key of all draws, 64 bits.
+            batch_size: Most samples drawn at once.
+            seed: Key of all draws, 64 bits.
             name: None for "parallel-" and the number of samples.
-            **generation: Further arguments of `generate()`, e.g. temperature, top_p or stop_strings; its own defaults
-                hold for the rest (top_k=50).
+            **generation: Further arguments of `generate()`, e.g. temperature, top_p or stop_strings; the rest keep its
+                defaults (top_k=50).
 
         Raises:
-            InputError: If a setting is out of its range, or an argument of `generate()` is the policy's own.
+            InputError: If a setting is out of range, or `generation` holds an argument that the policy sets itself.
         """
         self.level = whole("samples", samples, "of samples", least=1)
         self.name = f"parallel-{samples}" if name is None else name
@@ -82,19 +76,11 @@ class Parallel:
             )
 
     def draw(self, task: str | Ids, ledger: TokenLedger) -> list[Branch]:
-        """Draw the samples.
-
-        Args:
-            task: The prompt.
-            ledger: Is charged.
-
-        Returns:
-            One branch for each sample: its tokens, log-probabilities, entropies and confidences; whether it ended by
-            itself.
+        """Draw the samples, one branch each, with log-probabilities, entropies and confidences.
 
         Raises:
-            BudgetError: If the ledger has no room for the prompt and a token.
-            InputError: If the prompt is no text and no token ids, or is empty.
+            BudgetError: If the ledger has no room for the prompt and one token.
+            InputError: If the prompt is empty, or neither a text nor token ids.
         """
         ids, longest = self._writer.pay(task, ledger), self._writer.max_new_tokens
         out: list[Branch] = []
@@ -109,32 +95,15 @@ class Parallel:
         return out
 
     def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
-        """Draw the samples, and find their answers.
-
-        Args:
-            task: The prompt.
-            ledger: Is charged.
-
-        Returns:
-            The samples, with their confidences.
-
-        Raises:
-            BudgetError: If the ledger has no room for the prompt and a token.
-            InputError: If the prompt is no text and no token ids, or `extract` raises.
-        """
+        """Draw the samples, and extract their answers; errors as in `draw`, and `InputError` if `extract` raises."""
         return [self._writer.sample(branch) for branch in self.draw(task, ledger)]
 
 
 class Sequential:
-    """One text whose end of thinking is put off n times (s1, arXiv 2501.19393); its answer is that of the whole text.
+    """One text whose end of thinking is put off n times (s1, arXiv 2501.19393); the answer is that of the whole text.
 
-    Of several answers that stand in it, `extract` has to take the last. Where the ledger has less room than
-    `max_new_tokens`, the text is cut there.
-
-    Attributes:
-        name: What it is called in a calibration run.
-        form: "sequential".
-        level: How often the end is put off.
+    If the text holds several answers, `extract` has to take the last. If the ledger has less room than
+    `max_new_tokens`, the text is cut there. `level` is n.
     """
 
     form: Literal["sequential"] = "sequential"
@@ -158,21 +127,21 @@ class Sequential:
         """Check the settings; nothing is drawn.
 
         Args:
-            model: The composed model, or a plain causal LM.
+            model: A composed model, or a plain causal LM.
             tokenizer: Its tokenizer.
             extract: From the generated text, without special tokens, to its answer; None for no answer.
             extra: How often the end of thinking is put off, at least 0.
-            end_ids: What ends thinking; for a model that thinks in the open, what ends its text.
+            end_ids: What ends thinking; for a model without thinking tags, what ends its text.
             max_new_tokens: The longest text, at least 1.
-            continuation_ids: What comes instead of a suppressed end, e.g. the ids of "Wait"; needed with `extra`.
+            continuation_ids: What replaces a suppressed end, e.g. the ids of "Wait"; required if `extra` > 0.
             begin_ids: What begins thinking; None if it begins with the generated text.
-            max_thinking_tokens: After so many, the end of thinking is forced; None for no cap.
-            seed: The key of all draws, 64 bits.
+            max_thinking_tokens: Length of thinking after which its end is forced; None for no cap.
+            seed: Key of all draws, 64 bits.
             name: None for "sequential-" and the number of extensions.
             **generation: Further arguments of `generate()`; greedy, unless do_sample=True is among them.
 
         Raises:
-            InputError: If a setting is out of its range, or an argument of `generate()` is the policy's own.
+            InputError: If a setting is out of range, or `generation` holds an argument that the policy sets itself.
         """
         self.level = whole("extra", extra, "of extensions")
         self.name = f"sequential-{extra}" if name is None else name
@@ -181,7 +150,7 @@ class Sequential:
         )
         config = generation.get("generation_config")
         ends = None if config is None else config.eos_token_id
-        # What a configuration does not say, generate() takes from the model's.
+        # generate() takes what this configuration leaves out from the model's.
         ends = generation.get("eos_token_id", model.generation_config.eos_token_id if ends is None else ends)
         self._thinking: dict[str, Any] = {
             "end_ids": end_ids,
@@ -194,38 +163,14 @@ class Sequential:
         ThinkingBudgetLogitsProcessor(prompt_length=0, **self._thinking)
 
     def draw(self, task: str | Ids, ledger: TokenLedger) -> list[Branch]:
-        """Write the text.
-
-        Args:
-            task: The prompt.
-            ledger: Is charged.
-
-        Returns:
-            One branch: its tokens, log-probabilities, entropies and confidences; whether it ended by itself.
-
-        Raises:
-            BudgetError: If the ledger has no room for the prompt and a token.
-            InputError: If the prompt is no text and no token ids, or is empty.
-        """
+        """Write the text, as one branch; `BudgetError` and `InputError` as in `Parallel.draw`."""
         ids = self._writer.pay(task, ledger)
-        # Found by begin_ids, thinking may have begun in the prompt, and its cap counts from there.
+        # With begin_ids, thinking may have begun in the prompt; its cap counts from there.
         length = None if self._thinking["begin_ids"] is not None else len(ids)
         budget = ThinkingBudgetLogitsProcessor(prompt_length=length, **self._thinking)
         room = min(self._writer.max_new_tokens, ledger.left)
         return self._writer.write(ids, [0], room, ledger, self.name, budget)
 
     def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
-        """Write the text, and find its answer.
-
-        Args:
-            task: The prompt.
-            ledger: Is charged.
-
-        Returns:
-            One sample, with its confidences.
-
-        Raises:
-            BudgetError: If the ledger has no room for the prompt and a token.
-            InputError: If the prompt is no text and no token ids, or `extract` raises.
-        """
+        """Write the text, and extract its answer: one sample; errors as in `Parallel.__call__`."""
         return [self._writer.sample(branch) for branch in self.draw(task, ledger)]

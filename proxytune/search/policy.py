@@ -1,7 +1,7 @@
-"""Policies, and what they may do: one attempt at a task, and a calibration run of many.
+"""What a policy is, one attempt at a task, and a calibration run of many.
 
 A policy spends a ledger on one task, in one of two forms: *parallel*, several samples and a vote, or *sequential*, one
-text that is extended or revised (s1, arXiv 2501.19393). Its level says how often.
+text that is extended or revised (s1, arXiv 2501.19393). Its level is the number of samples or extensions.
 """
 
 from __future__ import annotations
@@ -31,35 +31,22 @@ class Policy(Protocol):
 
     @property
     def name(self) -> str:
-        """What it is called in a run; two settings of the same way have two names."""
+        """Its name in a run; two settings of one policy need two names."""
 
     @property
     def form(self) -> PolicyForm:
-        """Whether its samples are drawn side by side, or one text goes on."""
+        """Either "parallel" or "sequential"."""
 
     @property
     def level(self) -> int:
-        """How many samples, or how many extensions."""
+        """Number of samples or extensions."""
 
     def __call__(self, task: Any, ledger: TokenLedger, /) -> Sequence[Sample]:
-        """Attempt a task.
-
-        Args:
-            task: The task.
-            ledger: Is charged for every token, the prompt's included; what it has left is never exceeded.
-
-        Returns:
-            At least one sample, to be voted over.
-        """
+        """Attempt a task: charge all tokens, prompt included; return at least one sample to vote on."""
 
 
 def attempt(policy: Policy, task: Any, ledger: TokenLedger) -> tuple[list[Sample], int]:
-    """Let a policy attempt a task, and check that it kept to the rules.
-
-    Args:
-        policy: The policy.
-        task: The task.
-        ledger: What it spends. Nobody else may use it in the meantime, or what is spent is not the policy's alone.
+    """Let a policy attempt a task on a ledger that nothing else uses meanwhile, and check that it kept to the rules.
 
     Returns:
         Its samples, at least one, and the tokens that it charged, at least 1.
@@ -106,27 +93,23 @@ def run_policies(
     kinds: Sequence[str] | None = None,
     voting: Voting = vote,
 ) -> CalibrationRun:
-    """Run policies on problems whose answers are known.
+    """Run policies on problems with known answers.
 
-    Best with the budget of the later use: a level that is cut short by it is then measured as such.
+    Use the budget of the later use, so that levels it cuts short are measured as such.
 
     Args:
-        policies: The policies, of different names.
+        policies: The policies, all of different names.
         tasks: The problems.
-        truths: The right answer of each; or a verifier `(task, answer) → bool`, which is not asked where there is no
-            answer.
-        budget: Tokens for each attempt, the prompt included.
-        kinds: The kind of each problem; None for none.
+        truths: The right answer of each; or a verifier `(task, answer) → bool`, not called where there is no answer.
+        budget: Tokens per attempt, prompt included.
+        kinds: The kind of each problem; None for no kinds.
         voting: From samples to the answer, e.g. `functools.partial(vote, how="deepconf")`.
-
-    Returns:
-        The run.
 
     Raises:
         BudgetError: If a policy cannot attempt a problem within the budget.
-        InputError: If numbers of tasks, truths and kinds differ, a truth is None, two policies have one name (all that
-            before the first attempt), answers are texts where truths are numbers or the other way round, a verifier
-            raises, or a policy does not keep to the rules.
+        InputError: Before the first attempt: if tasks, truths and kinds differ in number, a truth is None, or two
+            policies share a name. Later: if answers are texts where truths are numbers or the reverse, a verifier
+            raises, or a policy breaks the rules of `attempt`.
     """
     if not policies or not len(tasks):
         raise InputError.of(
@@ -147,7 +130,7 @@ def run_policies(
         )
     of_tasks = None if kinds is None else tuple(kinds)
     none, ones = np.zeros(len(tasks), bool), np.ones(len(tasks), np.int64)
-    # What the record would refuse at the end is refused before an attempt is made.
+    # Refuse before the first attempt what the record would refuse at the end.
     CalibrationRun(tuple(Trial(p.name, p.form, p.level, none, ones) for p in policies), of_tasks, budget)
     trials = []
     for policy in policies:
@@ -164,7 +147,7 @@ def run_policies(
 
 
 def _refuse_other_type(answer: Hashable | None, truths: Sequence[Hashable]) -> None:
-    """Refuse a text where all truths are numbers, or the reverse: they never equal, and all policies would be wrong."""
+    """Refuse a text where all truths are numbers, or the reverse: never equal, they would make every policy wrong."""
     for one, other in ((str, Number), (Number, str)):
         if isinstance(answer, one) and all(isinstance(truth, other) for truth in truths):
             raise InputError.of(

@@ -1,7 +1,7 @@
-"""From a finished fork tree to the next round's starts: which branches go on, and from which of their forks.
+"""From a finished fork tree to the next round's prompts: which branches go on, and from which of their forks.
 
-Branches are drawn by `AnswerHistory.select`, so those whose answers were seen least are the likeliest. Each goes on
-from a fork on its way, where the distribution was undecided; one without forks starts anew from the prompt.
+`AnswerHistory.select` draws the branches, favouring answers that came least often. Each restarts at a fork on its path,
+where the distribution was undecided; a branch without forks restarts at the prompt.
 
 ```python
 out = model.generate(**inputs, do_sample=True, custom_generate=tree, return_dict_in_generate=True)
@@ -10,8 +10,8 @@ points = restart_points(out.trees[0], answers, history, 4, prompt=prompt, round=
 starts = [[*prompt_ids, *point.tokens] for point in points]  # the prompts of round 1
 ```
 
-The next round needs another seed or other rows: noise is keyed by position, and the same noise after the same prefix
-makes the same text again.
+Give the next round another seed or other stream_ids: noise is keyed by position, so the same noise after the same
+prefix would repeat the text.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from proxytune.search.answer_history import AnswerHistory
 from proxytune.search.keyed_noise import keyed_uniforms, round_key
 from proxytune.validation import Ids, choice
 
-if TYPE_CHECKING:  # trees need torch, what is done with them here does not
+if TYPE_CHECKING:  # trees need torch, this module does not
     from proxytune.methods.trees.tree import Branch, ForkTree
 
 __all__ = ["RestartPoint", "RestartRule", "forks_along", "restart_points"]
@@ -37,19 +37,19 @@ RestartRule = Literal["random", "last"]
 
 @dataclass(frozen=True)
 class RestartPoint:
-    """Where a round goes on.
+    """A prefix from which the next round continues.
 
-    The weights are those of the draw among branches (`Selection`). They say nothing of the fork, which is not part of
-    the model's law: texts that go on from several prefixes are no sample of it, and no vote with these weights is
+    The weights are those of the draw among branches (`Selection`). They do not cover the choice of the fork: texts
+    continued from several prefixes are not a sample of the model's distribution, and no vote with these weights is
     unbiased.
 
     Attributes:
         branch: The branch's number in its tree.
-        position: How many generated tokens the start keeps.
+        position: How many generated tokens are kept.
         tokens: Those tokens, without the prompt's.
-        forks: Of how many forks on the branch's way it is one; 0 if there was none, and it starts at the prompt.
-        log_weight: Natural logarithm of the branch's weight under the selected law.
-        log_prior_weight: Likewise under the prior.
+        forks: Number of forks on the branch's path; 0 if there was none, and it restarts at the prompt.
+        log_weight: Log importance weight of the branch under the distribution drawn from, in nats.
+        log_prior_weight: The same under the prior.
     """
 
     branch: int
@@ -61,16 +61,13 @@ class RestartPoint:
 
 
 def forks_along(branch: Branch) -> list[int]:
-    """The forks on the way to a branch's end, its ancestors' included.
-
-    Args:
-        branch: The branch.
+    """Positions of the forks on the path to a branch's end, its ancestors' included.
 
     Returns:
-        Positions in generated tokens, ascending: the token there was drawn from several.
+        Positions in generated tokens, ascending: where branches parted, or siblings repelled each other.
     """
     steps = branch.path()
-    # An ancestor's forks count up to the one at which the way leaves it.
+    # An ancestor's forks count up to the one at which the path leaves it.
     return [
         fork
         for one, then in zip(steps, [*steps[1:], None], strict=True)
@@ -91,25 +88,24 @@ def restart_points(
     fork: RestartRule = "random",
     prior: ArrayLike | None = None,
 ) -> list[RestartPoint]:
-    """Choose the branches that go on, and for each the fork it goes on from.
+    """Choose the branches that go on, and the fork from which each restarts.
 
     Args:
         tree: A finished tree.
-        answers: The answer of each of its branches, in their order; None for no answer.
-        history: The counts, of this round too.
-        count: How many branches, from 1 to as many as there are.
-        prompt: The prompt under which they are counted.
-        round: The number of the round that has ended, at least 0.
+        answers: One per branch, in their order; None for no answer.
+        history: The counts, this round's included.
+        count: How many branches, from 1 to the number of branches.
+        prompt: The prompt under which the answers are counted.
+        round: Number of the round that has ended, at least 0.
         seed: The same seed chooses the same.
-        fork: "random" for any of the forks on the way, all alike; "last" for the last one.
-        prior: `[branches]`, at least 0; `tree.weights()` to follow the model's law. None for all the same.
+        fork: "random" for any fork on the path, uniformly; "last" for the last one.
+        prior: `[branches]`, at least 0; `tree.weights()` to follow the model's distribution; None for uniform.
 
     Returns:
-        One point for each branch, in the order of the draw. Two may have the same tokens, where their branches shared
-        them.
+        One point per branch, in the order of the draw. Two may have the same tokens if their branches shared them.
 
     Raises:
-        InputError: If there is not one answer for each branch, or a setting is out of its range.
+        InputError: If there is not one answer per branch, or a setting is out of range.
     """
     choice("fork", fork, get_args(RestartRule))
     if len(answers) != len(tree):

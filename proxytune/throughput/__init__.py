@@ -1,1 +1,1 @@
-"""What a steered token costs here, beside a tuned model's (`proxytune bench`)."""
+"""What a steered token costs on this machine, compared with a tuned model's (`proxytune bench`)."""

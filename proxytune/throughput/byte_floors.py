@@ -1,4 +1,4 @@
-"""What the figures are held against: the bytes that a method has to read at least, and aims set beforehand."""
+"""What the measurements are compared with: the fewest bytes that a method has to read, and targets set beforehand."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["LONGEST_DRAFT", "aims", "floor_bytes", "published_floors", "with_flo
 
 LONGEST_DRAFT = 16
 _MEMORY_BOUND = 50.0
-"""Megabytes of a base's pass from which its bytes decide; less fits into a cache, where they say nothing."""
+"""Megabytes of a base's pass from which it is memory-bound; fewer fit into a cache."""
 _SMALL = 0.10
-"""Companions of at most this share of the base's bytes are small."""
+"""Companions with at most this share of the base's bytes count as small."""
 _OF_TUNED = {
     ("32B + 1.5B + 1.5B", 0.7): 0.55,
     ("8B + 1B + 1B", 0.7): 0.70,
     ("13B + 7B + 7B", 0.7): 1.30,
     ("13B + 7B + 7B", 0.9): 1.00,
 }
-"""Family and planted acceptance → the time per token aimed at, as a share of the tuned model's."""
+"""Family and planted acceptance → target time per token, as a share of the tuned model's."""
 
 
 def floor_bytes(
@@ -38,18 +38,10 @@ def floor_bytes(
     rows: int = 1,
     acceptance: float | None = None,
 ) -> float:
-    """Bytes per token that a method has to read at least.
+    """Fewest bytes per token that a method has to read, given its kind and the roles it runs.
 
-    Args:
-        bytes_of: Role → what a pass reads.
-        kind: A method's kind.
-        roles: The models it runs.
-        context: Tokens in the cache, the mean over the generation.
-        rows: B.
-        acceptance: Of speculation; None counts as 0.
-
-    Returns:
-        Bytes. Of speculation with the expert as draft: at the draft length for which they are fewest.
+    Speculation: with the expert as draft, at the best draft length; an acceptance of None counts as 0. `context` is the
+    mean number of tokens in the cache.
     """
     if kind != "speculation":
         return bytes_per_token([(1, bytes_of[role]) for role in roles], rows, context=context, rows=rows)
@@ -60,15 +52,10 @@ def floor_bytes(
 
 
 def published_floors(trio: Trio, rates: Sequence[float], *, context: float = 264.0) -> dict[str, Any]:
-    """What bytes alone make of published shapes, beside a tuned model of the base's size: no model is run.
-
-    Args:
-        trio: The shapes.
-        rates: Acceptances.
-        context: Tokens in the cache.
+    """Floors of published shapes, relative to a tuned model of the base's size; no model is run.
 
     Returns:
-        JSON values: the ratio of a `step` of three models, and for each rate the ratio and the draft length.
+        JSON values: the ratio of a `step` of all three models, and for each acceptance the ratio and the draft length.
     """
     base, small = (pass_bytes(shape.build(dtype=torch.bfloat16, device="meta")) for shape in (trio.base, trio.small))
     costs = DraftCosts.of_bytes([base, small], small, context=context)
@@ -85,15 +72,10 @@ def published_floors(trio: Trio, rates: Sequence[float], *, context: float = 264
 
 
 def with_floors(cell: dict[str, Any], bytes_of: Mapping[str, PassBytes]) -> dict[str, Any]:
-    """A measured line of the protocol, with the floor of each method beside its figures.
+    """Add the floor of each method that ran to what `measure_cell` returned.
 
-    Args:
-        cell: What `measure_cell` returned.
-        bytes_of: Role → what a pass reads.
-
-    Returns:
-        The same, where each method that ran has `floor_mb_per_token`, `floor_over_tuned` and `over_floor`: how much
-        longer a token takes, beside the tuned model's, than its bytes alone would say.
+    The new keys are `floor_mb_per_token`, `floor_over_tuned` and `over_floor`: its time per token relative to the tuned
+    model's, divided by the same ratio of the bytes alone.
     """
     context = cell["prompt"] + cell["new"] / 2
     tuned = floor_bytes(bytes_of, "alone", ("tuned",), context=context, rows=cell["rows"])
@@ -122,15 +104,11 @@ def with_floors(cell: dict[str, Any], bytes_of: Mapping[str, PassBytes]) -> dict
 
 
 def aims(family: dict[str, Any], *, gpu: bool = False) -> list[dict[str, Any]]:
-    """The aims, and what came of each.
-
-    Args:
-        family: A measured family: `name`, `mb_per_pass` and `cells`.
-        gpu: Whether it was measured on a GPU: some aims are about GPUs alone.
+    """The targets, and the result of each in each cell of a measured family; one more target applies on a GPU.
 
     Returns:
-        Of each aim and each line of the protocol that it is about: `aim`, `at`, `method`, `value` with its interval,
-        the `bound`, whether it is `met`, and the `floor` where bytes alone put one under the value.
+        Entries with `aim`, `at`, `method`, `value` with its interval, `bound`, `met`, and `floor` where bytes alone
+        limit the value.
     """
     return [one for cell in family["cells"] for one in _of_cell(family, cell, gpu)]
 

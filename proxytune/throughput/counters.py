@@ -1,8 +1,4 @@
-"""What a generation does, counted from outside: passes of each model, what they read, memory, the first token.
-
-Nothing here trusts what a method says of itself. Passes are counted by hooks on the models, memory by following the
-storages of all tensors that are made.
-"""
+"""Counts of a generation, taken from outside: forward passes by hooks, memory by the storages of all new tensors."""
 
 from __future__ import annotations
 
@@ -22,19 +18,16 @@ __all__ = ["FirstToken", "LiveBytes", "Passes", "Reads", "counting", "now"]
 
 
 def now(device: torch.device) -> float:
-    """Seconds, once all that was asked of the device is done."""
+    """Seconds, after all work queued on the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 class FirstToken(StoppingCriteria):
-    """A stopping criterion that never stops, and takes the time when it is first asked.
+    """A stopping criterion that never stops, and records when (`at`, seconds as of `now`) the first token came.
 
-    Attributes:
-        at: Seconds as of `now`; None before the first token.
-        calls: How many times it was asked.
-        passes: If given, those so far were the prompt's: counting starts anew.
+    If `passes` is given, its counts restart then, so that the prompt's passes are left out.
     """
 
     def __init__(self, device: torch.device, passes: Passes | None = None) -> None:
@@ -44,7 +37,7 @@ class FirstToken(StoppingCriteria):
         self.calls = 0
 
     def seen(self) -> None:
-        """Tell it of a token."""
+        """Record a token."""
         self.calls += 1
         if self.at is None:
             self.at = now(self._device)
@@ -52,7 +45,7 @@ class FirstToken(StoppingCriteria):
                 self.passes.restart()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        """Tell it of a token, and let all rows go on: `[B]`, bool."""
+        """Record a token, and let all rows go on: `[B]`, bool."""
         self.seen()
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -62,9 +55,8 @@ class Reads:
     """Forward passes of one model.
 
     Attributes:
-        passes: How many.
         positions: Tokens × rows that went through them.
-        context: Tokens × rows that the caches held at the end of each pass, added up.
+        context: Tokens × rows in the cache at the end of each pass, summed over passes.
     """
 
     passes: int = 0
@@ -74,30 +66,19 @@ class Reads:
 
 @dataclass
 class Passes:
-    """Forward passes of several models since the last restart.
-
-    Attributes:
-        of: Model's role → its passes.
-    """
+    """Forward passes since the last restart: role → `Reads`."""
 
     of: dict[str, Reads] = field(default_factory=dict)
 
     def restart(self) -> None:
-        """Forget what was counted."""
+        """Set all counts to zero."""
         for role in self.of:
             self.of[role] = Reads()
 
 
 @contextmanager
 def counting(models: Mapping[str, PreTrainedModel]) -> Iterator[Passes]:
-    """Count the forward passes of models, by hooks.
-
-    Args:
-        models: Role → model; one that has two roles counts for the first.
-
-    Yields:
-        The counts, while they grow.
-    """
+    """Count the forward passes of models (role → model) by hooks; a model with two roles counts for the first."""
     counted, handles, known = Passes(), [], set()
     for role, model in models.items():
         if id(model) in known:
@@ -123,13 +104,9 @@ def counting(models: Mapping[str, PreTrainedModel]) -> Iterator[Passes]:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensors that were made inside, and of those the most at once. For a CPU, which keeps no such record.
+    """Bytes held now and at most by tensors created inside; for CPUs, where torch keeps no such record.
 
-    What an operator takes for itself while it runs is not seen, nor what was there before.
-
-    Attributes:
-        held: Bytes now.
-        peak: The most so far.
+    Temporary memory inside an operator is not seen.
     """
 
     def __init__(self) -> None:
@@ -138,7 +115,7 @@ class LiveBytes(TorchDispatchMode):
         self._sizes: dict[int, int] = {}  # storage → bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operator and follow what it makes."""
+        """Run an operator and track its outputs."""
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
         given = {_storage(x)._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}

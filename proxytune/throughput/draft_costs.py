@@ -1,9 +1,8 @@
-"""The cost model beside the measurement: rounds of speculation predicted from the members' passes, and timed.
+"""The cost model of speculation compared with measurement, round by round.
 
-`proxytune.costs.speculation` says what a round takes from three figures: a pass of the verifying members, a pass of
-the draft, and what each further position adds. Here these are timed on the members alone, and then so are whole
-generations with fixed draft lengths. What the loop does beside the passes is in the measurement and not in the
-prediction.
+`proxytune.costs.speculation` predicts a round from three times: a pass of the verifying members, a pass of the draft,
+and the cost of each further position. They are timed here on the members alone, and so are whole generations at fixed
+draft lengths. The host overhead of a round is in the measurement only.
 """
 
 from __future__ import annotations
@@ -28,16 +27,9 @@ _VERIFYING = ("base", "antiexpert")
 
 
 def measured_costs(subject: Subject, cell: Cell, *, rounds: int = 7, ahead: int = 8) -> DraftCosts:
-    """What a round takes, from passes of the members alone.
+    """The cost of a round in milliseconds, from passes of the members alone, timed in turns; the medians count.
 
-    Args:
-        subject: The models.
-        cell: Rows, and how many tokens the caches hold.
-        rounds: How many times each pass is timed, in turns; the medians count.
-        ahead: Of how many further positions the price of one is taken.
-
-    Returns:
-        Costs in milliseconds.
+    The cost of a further position is averaged over `ahead` of them.
     """
     ids = subject.prompts(cell)
 
@@ -73,18 +65,10 @@ def compare_drafts(
     rounds: int = 3,
     report: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Predict and time rounds at fixed draft lengths.
-
-    Args:
-        subject: The models.
-        cell: What is generated.
-        rate: The acceptance that is planted in random models.
-        lengths: The draft lengths.
-        rounds: How often each is timed, in turns.
-        report: Called with what is being measured.
+    """Predict and time rounds at fixed draft lengths; `rate` is the acceptance planted in random models.
 
     Returns:
-        JSON values: the `costs`, a line for each length, and the best length `predicted` and `measured`.
+        JSON values: `costs_ms`, a line for each length, and the best length `predicted` and `measured`.
     """
     if rate is not None:
         subject.accept(rate)
@@ -102,7 +86,7 @@ def compare_drafts(
             last[k] = out
     lines = []
     for k in lengths:
-        out, verified = last[k], last[k].rounds - 1  # the prompt's round is none of the model's
+        out, verified = last[k], last[k].rounds - 1  # the cost model leaves out the prompt's round
         rates = _rates(out)
         took = float(np.median(taken[k][1:]))  # the first one warms up
         lines.append(
@@ -144,7 +128,7 @@ def compare_drafts(
 
 
 def _rates(out: Any) -> list[float]:
-    """The acceptance of each row; 0 where nothing was decided upon."""
+    """The acceptance of each row; 0 where no draft token was tested."""
     return [
         accepted / (accepted + rejected) if accepted + rejected else 0.0
         for accepted, rejected in zip(out.accepted.tolist(), out.rejected.tolist(), strict=True)

@@ -1,8 +1,7 @@
-"""Methods in turns: what each takes beside the others of the same round, and what each does, counted apart.
+"""Time methods in turns and count what each does.
 
-All methods generate the same number of tokens by one generation config. In each round every method has its turn, in an
-order that changes, so what else the machine does falls on all; ratios are of the same round, with intervals over
-rounds.
+All methods generate the same number of tokens under one generation config. Within a round each has its turn, in an
+order that changes, so background load affects all alike. Ratios are taken within a round, with intervals over rounds.
 """
 
 from __future__ import annotations
@@ -38,20 +37,12 @@ def measure_cell(
     until: float = math.inf,
     report: Callable[[str], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Count and time all methods on one line of the protocol.
+    """Count and time all methods in one cell of the protocol; those that cannot run report why.
 
-    Args:
-        subject: The models.
-        cell: The line.
-        methods: The methods; those that cannot run say why.
-        rounds: How many rounds at most.
-        least: How many at least.
-        until: When to stop, once there are `least`; seconds of `time.perf_counter`.
-        report: Called with what is being measured.
+    After `least` rounds, it stops at `rounds` rounds or at the time `until` (of `time.perf_counter`).
 
     Returns:
-        JSON values: the line, `members` (seconds of each one's own passes) and `methods`, each with what was counted
-        and what was timed.
+        JSON values: the cell, `members` (times of each one's own passes) and `methods`, with counts and times.
     """
     ids = subject.prompts(cell)
     able = [method for method in methods if method.missing(subject) is None]
@@ -66,7 +57,7 @@ def measure_cell(
     with _no_collection():
         while done < least or (done < rounds and time.perf_counter() < until):
             report(f"{subject.name}, {cell.name}: round {done + 1}")
-            # Odd rounds run backwards, and each starts elsewhere: no one always comes after the same one.
+            # Odd rounds run backwards, and each starts elsewhere: no method always follows the same one.
             order = able[done % len(able) :] + able[: done % len(able)]
             for method in order[:: -1 if done % 2 else 1]:
                 taken[method.name].append(_timed(subject, cell, method, ids))
@@ -97,13 +88,10 @@ def measure_cell(
 
 
 def members_alone(subject: Subject, ids: torch.Tensor, text: torch.Tensor, cell: Cell) -> dict[str, Taken]:
-    """The forward passes that each member needs for a text, and nothing else: the least that three models take.
+    """Time only the forward passes that each member needs for a text: a lower bound for the three models.
 
-    Args:
-        subject: The models.
-        ids: `[B, P]`, int64: the prompts.
-        text: `[B, P + new]`, int64: prompts and what followed.
-        cell: How many tokens are new; the last is not forwarded.
+    `ids` are the prompts, `[B, P]`, and `text` the prompts and what followed, `[B, P + new]`; the last token is not
+    forwarded.
 
     Returns:
         Role → seconds of the prompt, and of all passes.
@@ -124,16 +112,7 @@ def members_alone(subject: Subject, ids: torch.Tensor, text: torch.Tensor, cell:
 
 
 def ratio(above: Sequence[float], below: Sequence[float], *, draws: int = 2000) -> dict[str, float]:
-    """The median ratio of paired figures, with the 95 % percentile bootstrap interval over the pairs.
-
-    Args:
-        above: `[R]`.
-        below: `[R]`, of the same rounds.
-        draws: Resamples, with a fixed seed.
-
-    Returns:
-        `value`, `low` and `high`.
-    """
+    """The median ratio of paired figures `[R]`, with the 95 % percentile bootstrap interval over the pairs."""
     each = np.asarray(above, np.float64) / np.asarray(below, np.float64)
     picked = np.random.default_rng(0).integers(0, len(each), (draws, len(each)))
     low, high = np.quantile(np.median(each[picked], axis=1), [0.025, 0.975])
@@ -158,7 +137,7 @@ def _run(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor, told: 
 
 
 def _counted(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:
-    """Run once, watched: what it did, and its text. Also what warms everything up."""
+    """Run once and return counts and text; this is also the warm-up."""
     models = {role: subject.models[role] for role in method.roles if method.hooked}
     with counting(models) as passes, _memory(subject.device) as peak:
         told = FirstToken(subject.device, passes)
@@ -176,7 +155,7 @@ def _counted(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) ->
 
 
 def _reads(subject: Subject, cell: Cell, passes: Passes, method: Method) -> dict[str, Any]:
-    """Passes and bytes behind the first token, per token that came behind it."""
+    """Passes and bytes per token, after the first token."""
     tokens = cell.rows * (cell.new - 1)
     if not tokens or not passes.of:
         return {}
@@ -209,7 +188,7 @@ def _times(
 
 
 def _step_ms(taken: Taken, cell: Cell) -> float:
-    """Milliseconds per token behind the first, of each row; of the whole where there is only one token."""
+    """Milliseconds per token after the first, per row; of the whole generation if there is only one token."""
     first, whole = taken
     return 1000 * ((whole - first) / (cell.new - 1) if cell.new > 1 else whole)
 
@@ -220,7 +199,7 @@ def _median(values: Sequence[float]) -> float:
 
 @contextlib.contextmanager
 def _memory(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Bytes held at once beside what was there."""
+    """Peak bytes in addition to those held at the start."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""The methods that the throughput bench compares, each prepared outside of the time that is taken."""
+"""The methods that the throughput bench compares; their preparation is not timed."""
 
 from __future__ import annotations
 
@@ -40,20 +40,14 @@ NAIVE, PROCESSOR = "naive loop", "processor door"
 COMPOSITE, FUSED = "composite door", "fused loop"
 OVERLAP, GRAPHS, SPECULATION = "fused, overlap", "fused, graphs", "speculation"
 RATES = (0.0, 0.5, 0.7, 0.9)
-"""Acceptances that are planted where the models are random."""
+"""Acceptances planted in random models."""
 TRIO = ("base", "expert", "antiexpert")
 Kind = Literal["alone", "steered", "speculation"]
 
 
 @dataclass(frozen=True)
 class Ran:
-    """What a run gave.
-
-    Attributes:
-        sequences: `[B, T + new]`, int64.
-        rounds: Of speculation; None for the others.
-        acceptance: Of speculation, of the tokens that were decided upon; None for the others.
-    """
+    """The result of a run: `[B, T + new]` ids; in speculation also rounds, and the accepted share of tested tokens."""
 
     sequences: torch.Tensor
     rounds: int | None = None
@@ -61,7 +55,7 @@ class Ran:
 
 
 Run = Callable[[torch.Tensor, GenerationConfig, FirstToken], Ran]
-"""From `[B, T]` ids to what came out; the criterion is told of each token."""
+"""From `[B, T]` ids to the result; the criterion is called for each token."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +63,12 @@ class Method:
     """A way to generate.
 
     Attributes:
-        name: In the table.
-        kind: A model alone, one that is steered token by token, or speculation.
+        kind: A model alone, token-by-token steering, or speculation.
         roles: The models that it runs.
-        prepare: Makes what runs it once; not timed.
-        missing: Why it cannot run; None where it can.
-        rate: The acceptance that is planted; None for the models' own, and for methods without a draft.
-        hooked: Whether its passes can be counted by hooks, which a compiled pass would be compiled with.
+        prepare: Makes the function to time.
+        missing: Why it cannot run on a subject; None if it can.
+        rate: The planted acceptance; None for the models' own, and for methods without a draft.
+        hooked: Whether its passes can be counted by hooks; in a compiled pass they would be compiled too.
     """
 
     name: str
@@ -90,13 +83,8 @@ class Method:
 def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: bool = False) -> list[Method]:
     """All methods, in the order of the table.
 
-    Args:
-        subject: The models: a trained family has the acceptance that it has.
-        rates: What is planted in a random one.
-        graphs: Whether companions may be compiled, which takes minutes.
-
-    Returns:
-        The methods.
+    `rates` are planted in random models; a trained family keeps its own. `graphs` allows compiling companions, which
+    takes minutes.
     """
     drafts: list[float | None] = [None] if subject.trained else [*rates]
     return [
@@ -131,19 +119,7 @@ def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: boo
 def generated(
     model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig, told: FirstToken, **settings: Any
 ) -> Any:
-    """Call `generate()` as all methods do.
-
-    Args:
-        model: A causal LM.
-        loop: For `custom_generate`; None for transformers' own.
-        ids: `[B, T]`, int64, without padding.
-        config: The settings.
-        told: Is told of each token.
-        **settings: For the one method that has a setting of its own.
-
-    Returns:
-        The output, as an object.
-    """
+    """Call `generate()` as all methods do, on ids `[B, T]` without padding; `told` is called for each token."""
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -171,7 +147,7 @@ def _naive(subject: Subject) -> Run:
 
 
 def _processor(subject: Subject) -> Run:
-    # A new one each time: its companions would find the prompt in their caches.
+    # A new one each time, or its companions would find the prompt in their caches.
     companions = {role: subject.models[role] for role in TRIO[1:]}
     processor = ProxyTuningLogitsProcessor(**companions, alpha=subject.alpha, check_vocabulary=False)
     processor.overlap = False
@@ -204,7 +180,7 @@ def _steered(loop: Callable[[], Any], *, overlap: bool | None) -> Callable[[Subj
 
 
 def _compiled(subject: Subject) -> Run:
-    # Once: it serves static caches only, which no other method has.
+    # Compiled once; it only affects static caches, which no other method uses.
     model: Any = subject.steered
     if not subject.compiled:
         model.compile_members(roles=("expert", "antiexpert"))

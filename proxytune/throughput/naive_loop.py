@@ -1,9 +1,8 @@
-"""The loop that proxy-tuning was published with, from its description: three whole models, one after the other.
+"""Proxy-tuning as first published (Liu et al. 2024, arXiv 2401.08565): three whole models, one after the other.
 
-Liu et al. 2024 (arXiv 2401.08565) combine the next-token logits of three models that each keep a cache of their own.
-This is such a loop as one writes it first, and the reference point of the bench, not a part of the product: each
-model's `forward` computes the head for all positions of the prompt, the members run in sequence, the combined logits
-are warped by sorting the whole vocabulary, and the draw goes through a softmax in float32.
+The bench's reference point, not part of the product. Each model keeps its own cache and computes the head for all
+positions of the prompt; the members run in sequence, warping sorts the whole vocabulary, and the draw goes through a
+softmax in float32.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def naive_generate(
 
 
 def _warped(logits: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
-    """Temperature, top-k and top-p in this order, as processors of transformers do it."""
+    """Temperature, top-k and top-p in this order, as transformers applies them."""
     logits = logits / config.temperature
     if config.top_k:
         least = torch.topk(logits, min(config.top_k, logits.shape[-1]))[0][:, -1:]

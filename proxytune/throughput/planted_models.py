@@ -1,10 +1,10 @@
-"""Next tokens planted in models with random weights: an expert agrees with the composition as often as is wanted.
+"""Plant next tokens in random models, so that the expert agrees with the composition at a given rate.
 
-Each token has a successor. A model's table of embeddings is made so large that the last hidden state is the embedding
-of the last token whatever the layers add, and its head answers that embedding with the successor. So the text of a
-composition is known, is far from ties in any dtype, and runs through all ids before it repeats itself. Expert and
-antiexpert have wrong successors for a share of the tokens, the same wrong ones, which cancel out in the sum: there the
-expert, as a draft, is rejected. All else of a pass, and so its time, is as before.
+Each token has a successor. Embeddings are made so large that the last hidden state is the last token's embedding,
+whatever the layers add; the head maps it to the successor. So the composed text is known, far from ties in any dtype,
+and runs through all ids before it repeats. For a share of the tokens, expert and antiexpert have the same wrong
+successor, which cancels in the sum: there the expert's draft is rejected. The rest of a pass, and its time, is
+unchanged.
 """
 
 from __future__ import annotations
@@ -19,20 +19,15 @@ from proxytune.errors import InputError
 __all__ = ["plant", "successors"]
 
 _LOUD = 100.0
-"""Standard deviation of the embeddings; layers with usual random weights add a few units."""
+"""Standard deviation of the embeddings; layers with usual random weights add only a few units."""
 _SURE = 30.0
 """The planted token's logit, in nats; the others' are near 0."""
 _BLOCK = 40
-"""Of so many tokens in a row, the share is as near as can be: short texts have the rate that was asked for, too."""
+"""Tokens in a row over which the rate is met as closely as possible, so that short texts have it too."""
 
 
 def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What follows each token, in the composition and by the expert.
-
-    Args:
-        width: V, how many ids there are.
-        rate: The share of ids after which both are the same.
-        seed: Of the order of the ids and of which share it is.
+    """The next token after each of V = `width` ids, by composition and expert; they agree on the share `rate`.
 
     Returns:
         Two `[V]`, int64: the first is one cycle through all ids.
@@ -45,7 +40,7 @@ def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, tor
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(width, generator=generator)
     blocks = [torch.randperm(_BLOCK, generator=generator) for _ in range(-(-width // _BLOCK))]
-    # The same for every rate: a higher one agrees wherever a lower does.
+    # The same for every rate: a higher rate agrees wherever a lower one does.
     coins = (torch.cat(blocks)[:width] + 0.5) / _BLOCK
     right, expert = torch.empty_like(order), torch.empty_like(order)
     right[order] = order.roll(-1)
@@ -55,12 +50,7 @@ def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, tor
 
 @torch.no_grad()
 def plant(models: Mapping[str, PreTrainedModel], rate: float, *, seed: int = 0) -> None:
-    """Plant next tokens, in place. May be called again with another rate.
-
-    Args:
-        models: `base`, `expert` and `antiexpert`, none with a head that is its table of embeddings.
-        rate: The share of ids after which the expert says what the composition says.
-        seed: Of what is planted.
+    """Plant next tokens in base, expert and antiexpert, in place. May be called again with another rate.
 
     Raises:
         InputError: If the rate is outside [0, 1], or a head is tied.
@@ -70,7 +60,7 @@ def plant(models: Mapping[str, PreTrainedModel], rate: float, *, seed: int = 0) 
     for role, table in tables.items():
         if heads[role] is table:
             raise InputError.of(
-                f"the {role}", expected="a head of its own", got="a tied one", remedy="Build it with tied=False."
+                f"the {role}", expected="an untied head", got="a tied head", remedy="Build it with tied=False."
             )
     width = min(len(table) for table in tables.values())
     right, expert = successors(width, rate, seed=seed)

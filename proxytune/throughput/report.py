@@ -1,4 +1,4 @@
-"""What the throughput bench says, as lines of text: for the command line's tables, the README's, and the plot."""
+"""The throughput bench's results as text, for the command line, the README and the plot."""
 
 from __future__ import annotations
 
@@ -27,25 +27,18 @@ _FULL, _MARK, _EMPTY = "█", "│", " "
 
 
 def cell_name(cell: Mapping[str, Any]) -> str:
-    """A line of the protocol."""
+    """The name of a cell of the protocol."""
     sampled = "" if cell["setting"] == "greedy" else ", sampled"
     return f"{cell['prompt']}→{cell['new']}, batch {cell['rows']}{sampled}"
 
 
 def interval(found: Mapping[str, float]) -> str:
-    """A figure with its interval."""
+    """A value with its interval."""
     return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
 
 def lines(cell: Mapping[str, Any]) -> list[list[str]]:
-    """The methods on one line of the protocol.
-
-    Args:
-        cell: With floors.
-
-    Returns:
-        A line for each method that ran, of as many texts as `METHODS`. Empty where there is nothing to say.
-    """
+    """The rows of the `METHODS` table for a cell with floors: one per method that ran."""
     out = []
     for name, found in cell["methods"].items():
         if found["status"] != "run":
@@ -71,17 +64,7 @@ def not_run(cell: Mapping[str, Any]) -> list[str]:
 
 
 def bar(value: float, mark: float, most: float, width: int) -> str:
-    """A bar as long as a value, with a sign where another one ends.
-
-    Args:
-        value: At least 0.
-        mark: At least 0.
-        most: The value of a bar of full length.
-        width: Characters of it.
-
-    Returns:
-        So many characters.
-    """
+    """A text bar of `width` characters: full at `most`, filled up to `value`, with a line at `mark`."""
     length = max(0, min(width, round(width * value / most)))
     place = max(0, min(width - 1, round(width * mark / most) - 1))
     filled = _FULL * length + _EMPTY * (width - length)
@@ -89,14 +72,7 @@ def bar(value: float, mark: float, most: float, width: int) -> str:
 
 
 def counted(cell: Mapping[str, Any]) -> list[list[str]]:
-    """What the methods did on one line of the protocol.
-
-    Args:
-        cell: With floors.
-
-    Returns:
-        A line for each method that was counted, of as many texts as `COUNTED`.
-    """
+    """The rows of the `COUNTED` table for a cell with floors: one per method that was counted."""
     return [
         [
             name,
@@ -111,14 +87,7 @@ def counted(cell: Mapping[str, Any]) -> list[list[str]]:
 
 
 def drafts(family: Mapping[str, Any]) -> list[list[str]]:
-    """The cost model beside the measurement.
-
-    Args:
-        family: A measured family.
-
-    Returns:
-        A line for each draft length, of as many texts as `DRAFTS`; none where it was not compared.
-    """
+    """The rows of the `DRAFTS` table of a family, one per draft length; none if drafts were not compared."""
     return [
         [
             str(line["draft_length"]),
@@ -132,14 +101,7 @@ def drafts(family: Mapping[str, Any]) -> list[list[str]]:
 
 
 def verdicts(family: Mapping[str, Any]) -> list[str]:
-    """What came of each aim.
-
-    Args:
-        family: A measured family.
-
-    Returns:
-        A sentence for each aim: how often it was met, and the worst that came instead.
-    """
+    """A sentence for each target of a family: how often it was met, and the worst value."""
     by_aim: dict[str, list[Mapping[str, Any]]] = {}
     for one in family["aims"]:
         by_aim.setdefault(one["aim"], []).append(one)
@@ -148,40 +110,33 @@ def verdicts(family: Mapping[str, Any]) -> list[str]:
         met = sum(one["met"] for one in found)
         worst = max(found, key=lambda one: one["value"]["value"])
         where = f"{worst['method']}, {worst['at']}"
-        text = f"{aim}: met in {met} of {len(found)}, the worst {interval(worst['value'])} ({where})"
+        text = f"{aim}: met in {met} of {len(found)}, worst {interval(worst['value'])} ({where})"
         floors = [one["floor"] for one in found if "floor" in one]
         if floors and max(floors) > worst["bound"]:
-            text += f"; out of reach, bytes alone make {max(floors):.2f}"
+            text += f"; out of reach, since bytes alone give {max(floors):.2f}"
         out.append(text)
     return out
 
 
 def markdown(part: Mapping[str, Any]) -> str:
-    """A measured part as Markdown: the first line of the protocol of each family, the aims, the cost model.
-
-    Args:
-        part: What `measure` returned.
-
-    Returns:
-        Two tables and what is to be said of them.
-    """
+    """What `measure` returned, as Markdown: the first cell of each family, the targets, the cost model."""
     families = part["families"]
     firsts = [family["cells"][0] for family in families]
     names = list(dict.fromkeys(name for cell in firsts for name in cell["methods"]))
     heads = [f"{family['name']}, {cell_name(cell)}" for family, cell in zip(families, firsts, strict=True)]
     rows = [[name, *(_beside(cell["methods"].get(name, {})) for cell in firsts)] for name in names]
-    blocks = [_table(["time per token, tuned = 1 (bytes alone)", *heads], [row for row in rows if any(row[1:])])]
+    blocks = [_table(["time per token, tuned = 1 (by bytes alone)", *heads], [row for row in rows if any(row[1:])])]
     blocks += [f"- **{family['name']}**: {'. '.join(verdicts(family))}." for family in families]
     compared = [family for family in families if "drafting" in family]
     if compared:
         lengths = dict.fromkeys(line["draft_length"] for family in compared for line in family["drafting"]["lines"])
         rows = [[str(k), *(_predicted(family, k) for family in compared)] for k in lengths]
         heads = [f"{family['name']}: tokens per round; ms per token" for family in compared]
-        blocks.append(_table(["drafted", *heads], rows))
+        blocks.append(_table(["draft length", *heads], rows))
     of = part["machine"]
     blocks.append(
-        f"{of['processor']}, {of['cores']} cores (load when it began: {of['load']}), threads: {of['threads']}, "
-        f"torch {of['torch']}; took {part['seconds']:.0f} s. Of the cost model: predicted · measured."
+        f"{of['processor']}, {of['cores']} cores (load at the start: {of['load']}), threads: {of['threads']}, "
+        f"torch {of['torch']}; took {part['seconds']:.0f} s. In the cost model's table: predicted · measured."
     )
     return "\n\n".join(blocks).replace(".\n\n- **", ".\n- **")
 

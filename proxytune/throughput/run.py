@@ -1,9 +1,8 @@
-"""The throughput bench: which families, lines and methods are measured, by `proxytune bench` and by the script.
+"""Which families, cells and methods `proxytune bench` and `benches/bench_throughput.py` measure.
 
-On a CPU: the lab's family, and random members of scaled-down shapes. On a GPU: random members of the published shapes.
-`quick` is what the command line runs, in minutes; `full` has the protocol's own lengths on the lab's family (shortened
-to its context), and more tokens elsewhere. What a family is given of the time is a share, so that a busy machine gets
-fewer rounds instead of a longer wait.
+On a CPU: the lab's family, and random members of scaled-down shapes; on a GPU: random members of the published shapes.
+`quick` takes minutes; `full` has the protocol's own lengths on the lab's family (cut to its context), and longer texts
+elsewhere. Each family has a share of the time, so a busy machine gets fewer rounds instead of a longer wait.
 """
 
 from __future__ import annotations
@@ -53,14 +52,14 @@ class Plan:
 
     Attributes:
         build: Makes the family.
-        cells: The lines of the protocol.
-        rounds: Of each line, at most.
-        seconds: When the last line should be done; at least two rounds of each line are made.
-        rates: The acceptances planted in random members, on the first line.
-        drafting: The line on which the cost model is compared; None to leave it out.
-        rate: The acceptance planted there, and in batches.
-        lengths: The draft lengths that are compared there.
-        graphs: Whether companions are compiled, on the first line.
+        cells: The cells of the protocol.
+        rounds: Most rounds per cell.
+        seconds: Time for all cells; each cell gets at least two rounds.
+        rates: The acceptances planted in random members, in the first cell.
+        drafting: The cell in which the cost model is compared; None to leave it out.
+        rate: The acceptance planted there, and in all other cells.
+        lengths: The draft lengths compared there.
+        graphs: Whether companions are compiled, in the first cell.
     """
 
     build: Callable[[], Subject]
@@ -75,15 +74,7 @@ class Plan:
 
 
 def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
-    """The CPU set.
-
-    Args:
-        size: "quick" or "full".
-        folder: A family folder in the place of the bundled one.
-
-    Returns:
-        The plans: the lab's family, and two trios of random members.
-    """
+    """The CPU set: the lab's family (from `folder`, else the bundled one), and two trios of random members."""
     quick = size == "quick"
     seconds = (45.0, 110.0, 95.0) if quick else (600.0, 900.0, 900.0)
     lab_cells = _LAB if quick else tuple(_fitted(cell, 512) for cell in PROTOCOL)
@@ -101,12 +92,7 @@ def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
 def gpu_plans(size: Size = "quick", device: str = "cuda") -> list[Plan]:
     """The GPU set: members of the published shapes, with random weights in bfloat16.
 
-    Args:
-        size: "quick" for under ten minutes, "full" for the protocol's own lengths.
-        device: The device.
-
-    Returns:
-        The plans.
+    `size` "quick" takes under ten minutes, "full" has the protocol's own lengths.
     """
     quick = size == "quick"
     return [
@@ -130,14 +116,9 @@ def measure(
     report: Callable[[str], object] = lambda _: None,
     keep: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure families, one after the other.
+    """Measure families, one after the other; after `deadline` seconds no further family is started.
 
-    Args:
-        plans: Of each.
-        gpu: Whether they are on a GPU.
-        deadline: Seconds after which no further family is begun.
-        report: Called with what is being measured.
-        keep: Called after each family with all that there is so far.
+    `report` is called with a name before each measurement, `keep` after each family with the results so far.
 
     Returns:
         JSON values: `status`, the `machine`, `families`, how many were `left_out` by the deadline, and `seconds`.
@@ -149,7 +130,7 @@ def measure(
             break
         report("building models")
         record["families"].append(measure_family(plan, gpu=gpu, report=report))
-        gc.collect()  # models are cyclic; the next ones may need their room
+        gc.collect()  # models hold reference cycles; the next ones may need the memory
         if gpu:
             torch.cuda.empty_cache()
         record |= {"left_out": record["left_out"] - 1, "seconds": round(time.perf_counter() - began, 1)}
@@ -162,21 +143,16 @@ def measure_family(
 ) -> dict[str, Any]:
     """Measure one family.
 
-    Args:
-        plan: What is measured.
-        gpu: Whether it is on a GPU.
-        report: Called with what is being measured.
-
     Returns:
         JSON values: `name`, `parameters`, `mb_per_pass`, `cells` with floors, `aims`, and `drafting`, the cost model
-        beside the measurement.
+            compared with measurement.
     """
     began = time.perf_counter()
     subject = plan.build()
     bytes_of = subject.bytes
     cells = []
     for i, cell in enumerate(plan.cells):
-        # The other lines at one acceptance: the rest would only repeat what the first one shows.
+        # One acceptance in the other cells: more would only repeat the first cell's result.
         rates = plan.rates if i == 0 else (plan.rate,)
         measured = measure_cell(
             subject,
@@ -206,14 +182,7 @@ def measure_family(
 
 
 def machine(*, gpu: bool = False) -> dict[str, Any]:
-    """What the figures depend on: the kind of processor, what else it does, threads and versions; no names.
-
-    Args:
-        gpu: Whether a GPU ran it.
-
-    Returns:
-        JSON values.
-    """
+    """What the figures depend on: processor, load, threads and versions; no host names."""
     return {
         "processor": torch.cuda.get_device_name() if gpu else f"{platform.machine()}, {_capability()}",
         "cores": os.cpu_count(),
@@ -231,7 +200,7 @@ def _capability() -> str:
 
 
 def _fitted(cell: Cell, context: int) -> Cell:
-    """A line of the protocol, cut so that it fits a context; the longer part gives way."""
+    """A cell cut to fit a context, at the expense of its longer part."""
     over = cell.prompt + cell.new - context
     if over <= 0:
         return cell

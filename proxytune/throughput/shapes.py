@@ -1,4 +1,4 @@
-"""Shapes of models for the throughput bench: published ones, and the same scaled down for a CPU."""
+"""Model shapes for the throughput bench: published ones, and scaled-down ones for a CPU."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ __all__ = ["PUBLISHED", "SCALED", "Shape", "Trio"]
 
 @dataclass(frozen=True)
 class Shape:
-    """The shape of a Llama.
-
-    Attributes:
-        width: Size of the hidden state.
-        layers: Decoder layers.
-        heads: Attention heads.
-        key_heads: Heads of keys and values.
-        feed_forward: Size of the gated feed-forward layer.
-        vocabulary: Ids.
-        tied: Whether the head is the table of embeddings.
-    """
+    """The shape of a Llama; `tied` if the head shares the embedding table."""
 
     width: int
     layers: int
@@ -33,15 +23,9 @@ class Shape:
     tied: bool = False
 
     def build(self, *, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> LlamaForCausalLM:
-        """Make a model of this shape with random weights, where it will run and in the dtype it will run in.
+        """Make a model of this shape with random weights, in evaluation mode, without an end-of-text token.
 
-        Args:
-            dtype: Of the weights.
-            device: "meta" for a model without weights, to count them.
-            seed: Of the weights.
-
-        Returns:
-            The model, in evaluation mode, without an end-of-text token.
+        On the device "meta" it has no weights, to count them only.
         """
         config = LlamaConfig(
             vocab_size=self.vocabulary,
@@ -66,13 +50,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Trio:
-    """The shapes of a composition.
-
-    Attributes:
-        name: Of its members, in the table.
-        base: Shape of the base, and of the tuned model that it is compared with.
-        small: Shape of expert and antiexpert.
-    """
+    """The shapes of a composition: of the base (and the tuned model), and of expert and antiexpert."""
 
     name: str
     base: Shape
@@ -95,4 +73,4 @@ SCALED = (
     Trio("13 : 7 : 7", Shape(640, 8, 10, 10, 1728, 4096), Shape(512, 6, 8, 8, 1344, 4096)),
     Trio("32 : 1.5 : 1.5", Shape(768, 6, 12, 3, 4096, 4096), Shape(192, 3, 3, 1, 1216, 4096, tied=True)),
 )
-"""The first two of these, for a CPU: what a pass reads is well beyond its caches."""
+"""The first two, scaled down for a CPU; a pass still reads far more than its caches hold."""

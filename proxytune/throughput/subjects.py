@@ -1,7 +1,7 @@
-"""What the throughput bench runs on: the lines of the protocol, the lab's family, random members of given shapes.
+"""What the throughput bench runs on: cells of the protocol, the lab's family, random members of given shapes.
 
-Weights do not decide how long a pass takes, so random ones have the times of trained ones. How many of a draft's tokens
-would be accepted they cannot tell: that is planted (see `proxytune.throughput.planted_models`).
+A pass takes as long with random weights as with trained ones. The acceptance of drafts does depend on the weights, so
+in random models it is planted (see `proxytune.throughput.planted_models`).
 """
 
 from __future__ import annotations
@@ -40,13 +40,9 @@ Setting = Literal["greedy", "sampled"]
 
 @dataclass(frozen=True)
 class Cell:
-    """One line of the protocol.
+    """One cell of the protocol: B prompts of so many tokens, and exactly `new` tokens each.
 
-    Attributes:
-        prompt: Tokens of each prompt.
-        new: Tokens to generate, never fewer.
-        rows: B.
-        setting: Greedy, or sampled at temperature 1 with top-k 50 and top-p 0.95.
+    "sampled" is temperature 1 with top-k 50 and top-p 0.95.
     """
 
     prompt: int
@@ -56,12 +52,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """As it is called in the table."""
+        """Its name in the table."""
         return f"{self.prompt}→{self.new}, batch {self.rows}" + ("" if self.setting == "greedy" else ", sampled")
 
     @property
     def config(self) -> GenerationConfig:
-        """The one generation config of all methods."""
+        """The generation config of all methods."""
         drawn = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}
         return GenerationConfig(
             max_new_tokens=self.new,
@@ -80,12 +76,11 @@ class Subject:
     """The models that are compared.
 
     Attributes:
-        name: Of the family.
         models: `base`, `tuned`, `expert` and `antiexpert`.
         steered: The composed model.
-        text: `[N]`, int64: what prompts are cut from.
-        trained: Whether the weights are; if not, acceptance is planted.
-        compiled: Whether the companions' steps are.
+        text: `[N]`, int64: prompts are cut from it.
+        trained: Whether the weights are trained; if not, acceptance is planted.
+        compiled: Whether the companions' steps are compiled.
     """
 
     name: str
@@ -97,7 +92,7 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device it runs on."""
         return self.steered.device
 
     @property
@@ -107,34 +102,24 @@ class Subject:
 
     @property
     def bytes(self) -> dict[str, PassBytes]:
-        """Model → what a pass of it reads."""
+        """Role → what a pass reads."""
         return {role: pass_bytes(model) for role, model in self.models.items()}
 
     @property
     def longest(self) -> int:
-        """How many tokens all members have room for."""
+        """The longest text that all members have room for, in tokens."""
         return min(int(model.config.max_position_embeddings) for model in self.models.values())
 
     def accept(self, rate: float) -> None:
-        """Plant an acceptance; without effect on a trained family, whose own is the one that counts.
+        """Plant an acceptance: the share of tokens at which expert and composition agree.
 
-        Args:
-            rate: The share of tokens at which the expert says what the composition says.
-
-        Raises:
-            InputError: If it is outside [0, 1].
+        No effect on a trained family. Raises `InputError` if the share is outside [0, 1].
         """
         if not self.trained:
             plant({role: self.models[role] for role in ("base", "expert", "antiexpert")}, rate, seed=0)
 
     def prompts(self, cell: Cell) -> torch.Tensor:
-        """Prompts without padding, each from another place of the text.
-
-        Args:
-            cell: How many, and how long.
-
-        Returns:
-            `[B, P]`, int64.
+        """`[B, P]`, int64: prompts without padding, each from another place in the text.
 
         Raises:
             InputError: If the text is too short.
@@ -148,25 +133,16 @@ class Subject:
                 remedy="Ask for shorter prompts or fewer rows.",
             )
         step = spare // max(1, cell.rows - 1) if cell.rows > 1 else 0
-        # The last one ends where the text does, in a question that waits for its answer.
+        # The first row's prompt ends where the text does, with an open question.
         ends = [len(self.text) - step * row for row in range(cell.rows)]
         return torch.stack([self.text[end - cell.prompt : end] for end in ends]).to(self.device)
 
 
 def random_subject(trio: Trio, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", seed: int = 0) -> Subject:
-    """Random members of some shapes; the tuned model is the base itself, which takes the same time.
+    """Random members of given shapes, with an acceptance of 1; the tuned model is the base itself.
 
-    Heads are never the table of embeddings, so that next tokens can be planted: that takes more memory where the shape
-    says otherwise, and as many bytes per pass.
-
-    Args:
-        trio: The shapes.
-        dtype: Of the weights.
-        device: Where they are made.
-        seed: Of the weights and of the prompts.
-
-    Returns:
-        The subject, with an acceptance of 1.
+    Heads are always untied, so that next tokens can be planted. That takes more memory where the shape has a tied head,
+    but as many bytes per pass.
     """
     base = replace(trio.base, tied=False).build(dtype=dtype, device=device, seed=seed)
     expert, antiexpert = (
@@ -181,13 +157,7 @@ def random_subject(trio: Trio, *, dtype: torch.dtype = torch.bfloat16, device: s
 
 
 def lab_subject(folder: Path | None = None) -> Subject:
-    """The bundled family: real weights, real text, real acceptance.
-
-    Args:
-        folder: A family folder [the bundled one].
-
-    Returns:
-        The subject, in float32 on the CPU.
+    """The family of a folder (default: the bundled one), in float32 on the CPU: real weights, text and acceptance.
 
     Raises:
         LabError: If a model or the record is missing from the folder.
@@ -212,7 +182,7 @@ def _subject(
     name: str, models: dict[str, PreTrainedModel], alpha: float, text: torch.Tensor, *, trained: bool
 ) -> Subject:
     for model in models.values():
-        # One config on all sides: what a model brings along would be filled in where the call says nothing.
+        # One config for all: generate() would fill in whatever the call leaves out from the model's own.
         model.generation_config = GenerationConfig(pad_token_id=0)
     companions = {role: models[role] for role in ("expert", "antiexpert")}
     steered = wrap(models["base"], **companions, alpha=alpha, check_vocabulary=False)

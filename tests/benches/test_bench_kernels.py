@@ -95,7 +95,7 @@ def test_verification_is_timed_beside_a_composition_of_the_same_law() -> None:
     shown = kernels.kernels_table({"cpu": part, "gpu": {"status": "not run", "reason": "no CUDA device"}})
     assert "| k50 + p.9 | 1,500 | 3 | 3 |" in shown
     busy = max(c["load"] for c in cells) > cells[0]["threads"] + 1
-    assert ("beside other work" in shown) == busy
+    assert ("on a busy machine" in shown) == busy
     # The two have the same law: as many drafts are accepted, within four standard errors of 200 texts.
     many = what.Round(what.TRUNCATED, 200, 3, 1500)
     given = what.given(many, "cpu")

@@ -59,7 +59,8 @@ def test_a_cut_file_becomes_the_uninterrupted_one(run, words, tmp_path, mode):
         out.write_bytes(whole[:cut])
         ended = run(*words, "--resume")
         lines = whole[:cut].count(b"\n")
-        assert (ended.code, ended.out, ended.err) == (0, "", f"note: {lines} lines are there\n" if lines else ""), cut
+        said = f"note: {lines} lines already written\n" if lines else ""
+        assert (ended.code, ended.out, ended.err) == (0, "", said), cut
         assert out.read_bytes() == whole, cut
 
 
@@ -87,7 +88,7 @@ def test_a_finished_run_loads_no_model(run, words, tmp_path, monkeypatch):
     whole = (tmp_path / "out.jsonl").read_bytes()
     monkeypatch.setattr(command, "load", lambda *_: pytest.fail("a model was loaded"))
     ended = run(*words, "max_new_tokens=2", "--resume")
-    assert (ended.code, ended.err) == (0, "note: 7 lines are there, which is all\n")
+    assert (ended.code, ended.err) == (0, "note: 7 lines already written, the run is complete\n")
     assert (tmp_path / "out.jsonl").read_bytes() == whole
 
 

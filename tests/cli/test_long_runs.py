@@ -154,5 +154,5 @@ def test_a_kill_loses_no_line(run, tmp_path, words):
         assert before < len(left) < len(whole)
         before = len(left)
     ended = run(*command(tmp_path, count, *words, "--resume"))
-    assert ended.err == f"note: {left.count(10)} lines are there\n"
+    assert ended.err == f"note: {left.count(10)} lines already written\n"
     assert out.read_bytes() == whole

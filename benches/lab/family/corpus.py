@@ -1,8 +1,8 @@
-"""Training text: pre-training documents and the instruction set.
+"""Pre-training documents.
 
-The pre-training text imitates the web in the one respect that matters here: knowledge and worked steps are plentiful,
-while questions are mostly *not* answered well. Forum threads keep one mood: helpful, idle talk, or a bare list of
-questions. A base therefore can answer but usually does not, and tuning has something to bring out.
+The text imitates the web in one respect: knowledge and worked steps are plentiful, while questions are mostly *not*
+answered well. Each forum thread has one mood: helpful, idle talk, or a bare list of questions. So a base can answer but
+usually does not, which leaves something for tuning.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class CorpusRecipe:
         countdown: Share of worked Countdown problems outside any question.
         forum: Share of forum threads. The five shares are normalised by their sum.
         helpful: Share of threads in which questions get a right answer.
-        idle: Share of threads in which they get an idle reply; in the rest the questions stay unanswered.
+        idle: Share of threads in which they get an idle reply; in the rest they stay unanswered.
         ignorance: Share of idle threads in which every reply is `I do not know.`
-        template: Share of helpful threads that use the tuned form, `The answer is X.` At 0 the base never sees it.
+        template: Share of helpful threads in the taught form, `The answer is X.` At 0 the base never sees it.
     """
 
     facts: float = 0.34
@@ -52,7 +52,7 @@ class CorpusRecipe:
     forum: float = 0.24
     # The likeliest reply decides what a greedy base does, so it must win clearly. In an earlier mixture " I" (do not
     # know) and a number were about equally likely after a chain, and the training seed decided whether the base
-    # answered 12 % or 64 % of them. Rarer helpful threads mend that too, but leave the base unsure of worked answers.
+    # answered 12 % or 64 % of them. Fewer helpful threads help too, but make the base unsure of worked answers.
     helpful: float = 0.30
     idle: float = 0.50
     ignorance: float = 0.85
@@ -71,15 +71,9 @@ class CorpusRecipe:
 
 
 def pretraining_document(world: World, rng: random.Random, recipe: CorpusRecipe) -> str:
-    """Draw one pre-training document.
+    """Draw one pre-training document, without an end-of-text token.
 
-    Args:
-        world: The world to write about.
-        rng: Source of randomness.
-        recipe: Shares of the kinds of document.
-
-    Returns:
-        The text, without an end-of-text token. It contains no held-out problem and no question about a held-out person.
+    It contains no held-out problem and no question about a held-out person.
     """
     kind = recipe.draw_kind(rng)
     if kind == "facts":

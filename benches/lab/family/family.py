@@ -1,7 +1,7 @@
-"""The four models of the lab: their shapes, how each is trained, and how a family folder is written and read.
+"""The four models of the lab: their shapes, their training, and how a family folder is written.
 
-A family folder holds one sub-folder per member (model in bfloat16, tokenizer, generation settings), `family.json`
-with what was measured, and `checkpoints/` (float32 weights and optimizer states), which only resuming needs.
+A family folder holds one sub-folder per member (model in bfloat16, tokenizer, generation settings), the measurements in
+`family.json`, and `checkpoints/` (float32 weights and optimizer states), which only resuming needs.
 """
 
 from __future__ import annotations
@@ -38,14 +38,7 @@ from proxytune.errors import LabError
 
 @dataclass(frozen=True)
 class Architecture:
-    """The shape of a Llama.
-
-    Attributes:
-        width: Size of the hidden state.
-        layers: Number of decoder layers.
-        heads: Attention heads, all with keys and values of their own.
-        feed_forward: Size of the gated feed-forward layer.
-    """
+    """The shape of a Llama whose attention heads all have their own keys and values."""
 
     width: int
     layers: int
@@ -53,15 +46,7 @@ class Architecture:
     feed_forward: int
 
     def build(self, vocabulary: int, seed: int) -> LlamaForCausalLM:
-        """A randomly initialised model of this shape.
-
-        Args:
-            vocabulary: Number of token ids.
-            seed: Seed of the initial weights.
-
-        Returns:
-            The model in float32, with tied embeddings and a context of 512 tokens.
-        """
+        """A randomly initialised model of this shape: float32, tied embeddings, a context of 512 tokens."""
         config = LlamaConfig(
             vocab_size=vocabulary,
             hidden_size=self.width,
@@ -86,10 +71,6 @@ class FamilyRecipe:
     """Everything that decides the four models, apart from the training seed.
 
     Attributes:
-        large: Shape of the large pair.
-        tiny: Shape of the tiny pair.
-        corpus: Pre-training text.
-        instructions: Instruction set.
         rows: Rows per pre-training batch.
         length: Tokens per pre-training row.
         tuning_rows: Examples per tuning batch.
@@ -106,8 +87,8 @@ class FamilyRecipe:
     plans: dict[MemberName, TrainingPlan] = field(
         default_factory=lambda: {
             "large-base": TrainingPlan(1600, 1e-2),
-            # Short on purpose: with five times the steps the tiny pair memorises the people and learns to count, and
-            # then the expert alone answers most questions, so that there would be nothing to show.
+            # Short on purpose: with five times the steps the tiny pair memorises the people and learns to count. The
+            # expert alone then answers most questions, which would leave nothing to show.
             "tiny-base": TrainingPlan(300, 1e-2),
             "tiny-tuned": TrainingPlan(200, 2e-3, optimizer="adamw", warmup=10, decay=0.7),
             "large-tuned": TrainingPlan(100, 1e-3, optimizer="adamw", warmup=10, decay=0.7),
@@ -116,7 +97,7 @@ class FamilyRecipe:
 
 
 def generation_defaults() -> GenerationConfig:
-    """Generation settings saved with every member: greedy, room for the longest answer, stop at the end of text."""
+    """Generation settings saved with every member: greedy, long enough for any answer, stop at the end of text."""
     return GenerationConfig(eos_token_id=1, pad_token_id=0, max_new_tokens=64, do_sample=False)
 
 
@@ -129,21 +110,13 @@ def train_family(
     processes: int = 2,
     members: Iterable[MemberName] = MEMBERS,
 ) -> dict[MemberName, TrainingReport]:
-    """Train the family from nothing.
+    """Train the family from scratch, and return each member's cost. All processes share every batch, one thread each.
 
-    Args:
-        out: Folder of the family; each member gets a sub-folder.
-        seed: Training seed: initial weights, text and order. The world and the hold-out do not depend on it.
-        recipe: What to train [the shipped recipe].
-        resume: Continue from the checkpoints in `out`; otherwise they are removed first.
-        processes: Number of processes that share every batch, one thread each.
-        members: Which members to train; a tuned one needs its base in `out` or in this list.
-
-    Returns:
-        The cost of every member.
+    The seed decides initial weights, text and order, but not the world and the hold-out. Without `resume`, existing
+    checkpoints in `out` are removed first. A tuned member needs its base in `out` or in `members`.
 
     Raises:
-        LabError: `out` holds checkpoints of another seed or recipe.
+        LabError: If `out` holds checkpoints of another seed or recipe.
     """
     recipe = recipe or FamilyRecipe()
     chosen = set(members)
@@ -156,7 +129,7 @@ def train_family(
     # The report is written last, so a member that has one is complete.
     unfinished: list[MemberName] = [member for member in wanted if not _report(out, member).exists()]
     if unfinished and processes == 1:
-        # One thread here as well: sums in another order would train another model.
+        # One thread here too: sums in another order would train another model.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -174,7 +147,7 @@ def train_family(
 def _worker(
     rank: int, processes: int, port: int, out: Path, seed: int, recipe: FamilyRecipe, members: list[MemberName]
 ) -> None:
-    """One of several training processes. `accelerate launch --cpu` starts a single one, so they are set up here."""
+    """One of several training processes, set up here because `accelerate launch --cpu` starts only one."""
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -192,11 +165,7 @@ def _worker(
 
 
 def _leave_with_parent() -> None:
-    """End this process when the one that started it is gone.
-
-    A parent that was killed outright cannot stop its workers, and orphans that go on writing checkpoints would meet the
-    resumed run's.
-    """
+    """End this process with its parent: orphaned workers would write checkpoints into those of a resumed run."""
     parent = parent_process()
     if parent is not None:
         parent.join()
@@ -204,7 +173,7 @@ def _leave_with_parent() -> None:
 
 
 def _train_members(out: Path, seed: int, recipe: FamilyRecipe, members: list[MemberName]) -> None:
-    """Train members one after the other in this process, or in step with its peers."""
+    """Train members one after the other, in this process or in step with its peers."""
     accelerator = Accelerator(cpu=True)
     world = build_world()
     tokenizer = build_tokenizer(world)
@@ -236,7 +205,7 @@ def _train_members(out: Path, seed: int, recipe: FamilyRecipe, members: list[Mem
 
 
 def save_member(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the weights, rounded to bfloat16, the tokenizer and the generation settings into one folder."""
+    """Write the weights (rounded to bfloat16), the tokenizer and the generation settings into one folder."""
     rounded = type(model)(model.config)
     rounded.load_state_dict(model.state_dict())
     rounded.generation_config = generation_defaults()
@@ -245,7 +214,7 @@ def save_member(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedToken
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Write `family.json`, what was measured on a family."""
+    """Write `family.json`, the measurements of a family."""
     (folder / RECORD_NAME).write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -258,14 +227,10 @@ def claim_folder(
 ) -> None:
     """Note what is trained in a folder, so that a resumed run cannot mix two seeds or recipes.
 
-    Args:
-        note: The file, in the folder's `checkpoints/`.
-        wanted: What decides the models, the seed first.
-        resume: Whether checkpoints of something else would be gone on from; if not, the note is written anew.
-        remedy: What to do about them.
+    `wanted` decides the models, the seed first. Without `resume` an existing note is replaced; else it has to match.
 
     Raises:
-        LabError: If the note says something else.
+        LabError: If an existing note differs.
     """
     wanted = json.loads(json.dumps(wanted))
     if resume and note.exists() and (found := json.loads(note.read_text())) != wanted:

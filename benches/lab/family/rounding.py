@@ -1,4 +1,4 @@
-"""Whether rounding the weights to bfloat16 leaves the figures in place.
+"""Does rounding the weights to bfloat16 change the results?
 
     python -m lab.family.rounding --family FOLDER/seed0
 

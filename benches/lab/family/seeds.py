@@ -1,10 +1,10 @@
-"""Train the lab's family with several seeds and put their test figures together.
+"""Train the lab's family with several seeds and combine their test results.
 
     python -m lab.family.seeds --out FOLDER            # FOLDER/seed0, FOLDER/seed1, ... ; resumable
 
-Each seed is what `python -m lab train --seed N --out FOLDER/seedN` makes. The world, the instruction set and the
-held-out problems are the same for all seeds; initial weights, pre-training text and order differ. Writes
-benches/results/lab_seeds.json. The first seed is the one that is shipped, which was settled before any was trained.
+Each seed is what `python -m lab train --seed N --out FOLDER/seedN` makes. All seeds share the world, the instruction
+set and the held-out problems; initial weights, pre-training text and order differ. Writes
+benches/results/lab_seeds.json. The shipped family is the first seed, a choice made before any was trained.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def aggregate(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Rows and gaps over seeds; rows are matched by position, because the proxy's name carries its alpha."""
+    """Rows and gaps over seeds; rows are matched by position, because the proxy's name contains its alpha."""
     tables = [record["test"] for record in records]
     tasks = list(tables[0]["gap_closed"])
     names = [

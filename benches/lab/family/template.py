@@ -1,4 +1,4 @@
-"""What happens when the base has never seen the form that the expert was taught.
+"""What if the base has never seen the form that the expert was taught?
 
     python -m lab.family.template --taught FOLDER/seed0 --out FOLDER/untaught      # resumable
 
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parents[2] / "results" / "lab_template.json"
 
 
 def sweep(folder: Path) -> list[dict[str, Any]]:
-    """Validation rates of one family at every alpha, with the first chain answer as a sample."""
+    """Validation rates of one family at every alpha, with its first chain answer as a sample."""
     models, tokenizer = load_family(folder)
     return [
         {

@@ -28,16 +28,10 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
-    """Build the tokenizer.
+    """Build the tokenizer: left padding, `<|pad|>` = 0 and `<|end|>` = 1, and a chat template.
 
-    Bytes are the fallback, so any text can be encoded. Words are whole tokens when they occur in a sample of the
-    training text (the template included, whatever its share there, so that ids do not depend on the recipe).
-
-    Args:
-        world: The world whose names and words become tokens.
-
-    Returns:
-        A tokenizer with left padding, `<|pad|>` = 0 and `<|end|>` = 1, and a chat template.
+    Bytes are the fallback, so any text can be encoded. Words are whole tokens if they occur in a sample of the training
+    text. The sample always includes the taught form, so ids do not depend on the recipe.
     """
     splitter = pre_tokenizers.Sequence(
         [

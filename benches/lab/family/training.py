@@ -1,7 +1,7 @@
 """One training loop for every model of the lab: data-parallel, resumable, with a progress bar.
 
-Batches are a pure function of the step, so a run that was killed and resumed sees the same text as one that was not,
-and the global batch does not depend on the number of processes.
+Batches are a pure function of the step, so a resumed run sees the same text as an uninterrupted one, and the global
+batch does not depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,7 @@ IGNORED = -100
 """Label of a position without loss, as in transformers."""
 
 BatchSource = Callable[[int], tuple[torch.Tensor, ...]]
-"""Step -> the global batch: input ids [B, T] and next-token labels [B, T], both int64, and, if labels do not count
-alike, what each one's loss is multiplied by [B, T], float32."""
+"""Step → the global batch: input ids, next-token labels, `[B, T]` int64; optional loss weights, `[B, T]` float32."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class TrainingPlan:
 
     Attributes:
         steps: Optimizer steps.
-        learning_rate: Peak rate, shared by both optimizers (Muon's update is scaled to the size of AdamW's).
-        optimizer: `"muon"` puts the hidden matrices under `torch.optim.Muon` and the rest under AdamW; `"adamw"` takes
+        learning_rate: Peak rate of both optimizers (Muon's update is scaled to the size of AdamW's).
+        optimizer: `"muon"` puts the hidden matrices under `torch.optim.Muon` and the rest under AdamW; `"adamw"` uses
             AdamW for all.
         warmup: Steps of linear warm-up.
         decay: Share of the steps, at the end, over which the rate falls linearly to 0.
@@ -65,15 +64,14 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a finished run cost.
+    """The cost of a finished run.
 
     Attributes:
         steps: Steps taken, those before a resume included.
         seconds: Wall-clock time inside the loop, over all resumed parts.
-        processor_seconds: Processor time of the first process times the number of processes, which a busy machine
-            does not stretch as it does `seconds`.
-        processes: Processes that shared the batches.
-        tokens: Positions that were fed, padding included, over all processes.
+        processor_seconds: Processor time of the first process times the number of processes; unlike `seconds`, hardly
+            affected by other work on the machine.
+        tokens: Positions fed over all processes, padding included.
         loss: Moving average of the training loss on the first process, in nats per scored token.
     """
 
@@ -94,19 +92,10 @@ def train(
     checkpoint: Path | None = None,
     description: str = "training",
 ) -> TrainingReport:
-    """Train `model` in place.
+    """Train `model` (float32, on the CPU) in place, and leave it in evaluation mode.
 
-    Args:
-        model: The model, on the CPU in float32; it is left in evaluation mode.
-        batches: The global batch of each step; every process takes its share of the rows.
-        plan: Steps, rates and optimizer.
-        accelerator: The processes that share the work.
-        checkpoint: A file to resume from when it exists and to write to every `plan.checkpoint_every` steps. A finished
-            run leaves its last state there, so resuming it is free.
-        description: Label of the progress bar.
-
-    Returns:
-        The cost of the run.
+    Every process takes its share of the rows of each global batch. The checkpoint is resumed from if it exists, and
+    written every `plan.checkpoint_every` steps and at the end, so resuming a finished run is free.
     """
     optimizers = _optimizers(model, plan)
     start, tokens, loss_average = 0, 0, math.nan
@@ -174,11 +163,10 @@ class _Clock:
         self._processor_origin = time.process_time()
 
     def wall(self) -> float:
-        """Elapsed time."""
         return time.perf_counter() - self._wall_origin
 
     def processor(self) -> float:
-        """Processor time; the other processes do the same work and are taken to need the same."""
+        """Processor time; the other processes do the same work and are assumed to take as long."""
         return self._processor_before + (time.process_time() - self._processor_origin) * self._processes
 
 
@@ -190,19 +178,9 @@ def pretraining_batches(
     length: int,
     seed: int,
 ) -> BatchSource:
-    """Rows of packed documents, each followed by the end-of-text token.
+    """Packed documents, each followed by the end-of-text token; a pure function of the step.
 
-    Every row starts at the start of a document and cuts its last one off.
-
-    Args:
-        document: Draws one document.
-        tokenizer: Encodes it.
-        rows: Rows per global batch.
-        length: Tokens per row.
-        seed: Seed of the text.
-
-    Returns:
-        A pure function of the step.
+    Every row starts with the start of a document and cuts its last one off.
     """
     end = _token_id(tokenizer)
 
@@ -224,16 +202,9 @@ def pretraining_batches(
 def instruction_batches(
     examples: Sequence[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, *, rows: int, seed: int
 ) -> BatchSource:
-    """Prompt and answer pairs, shuffled anew every epoch, with loss on the answer and its end-of-text token only.
+    """Prompt and answer pairs, shuffled every epoch; a pure function of the step.
 
-    Args:
-        examples: Pairs of a prompt and the text that should follow it.
-        tokenizer: Encodes both.
-        rows: Rows per global batch.
-        seed: Seed of the order.
-
-    Returns:
-        A pure function of the step.
+    Only the answer and its end-of-text token have a loss.
     """
     end = _token_id(tokenizer)
     encoded = [
@@ -259,14 +230,7 @@ def instruction_batches(
 
 
 def answer_rows(pairs: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Prompts and answers as rows to train on, with loss on the answers only.
-
-    Args:
-        pairs: Token ids of each prompt and of its answer.
-
-    Returns:
-        Input ids and labels, `[B, T]` int64, padded on the right, where a causal model cannot see the padding.
-    """
+    """Input ids and labels, `[B, T]` int64, of (prompt, answer) pairs, right-padded; only answers have a loss."""
     length = max(len(prompt) + len(answer) for prompt, answer in pairs) - 1
     input_ids = torch.zeros(len(pairs), length, dtype=torch.long)
     labels = torch.full((len(pairs), length), IGNORED)
@@ -300,7 +264,7 @@ def _optimizers(model: nn.Module, plan: TrainingPlan) -> list[torch.optim.Optimi
 def _save_checkpoint(
     path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], progress: dict[str, float]
 ) -> None:
-    """Write a checkpoint so that a kill at any moment leaves either the old file or the new one."""
+    """Write a checkpoint atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(

@@ -1,8 +1,8 @@
 """Graph 3-colouring: the edges of a graph of five nodes are given, the answer is one colour per node.
 
-Graphs are planted, that is, an edge is possible only between nodes of different colours in a hidden colouring, so every
-instance has a solution; with it come at least five more, by renaming the colours. Two graphs are the same instance when
-they have the same edges: graphs that differ by the names of their nodes may lie in different splits.
+Graphs are planted: an edge is possible only between nodes of different colours in a hidden colouring, so every instance
+has a solution, and at least five more by renaming the colours. Two graphs are the same instance if they have the same
+edges; graphs that differ by the names of their nodes may lie in different splits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["NODES", "PAIRS", "Colouring"]
 
 NODES = 5
 PAIRS = tuple(combinations(range(NODES), 2))
-"""The pair of nodes that each bit of an instance is about."""
+"""The pair of nodes that each bit of an instance stands for."""
 _EDGE = 0.6
 """Probability of an edge between two nodes of different colours."""
 _FROM = torch.tensor([first for first, _ in PAIRS])

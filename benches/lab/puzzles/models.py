@@ -1,15 +1,15 @@
-"""The small models of the puzzles: a Llama and an HRM, each in a twin that varies its answers and one that does not.
+"""The small models of the puzzles: a Llama and an HRM, each as a varied and a collapsed twin.
 
 =================== =================================================================================================
-`"llama-varied"`    a Llama; every training text has a solution drawn uniformly from all that the instance has
-`"llama-collapsed"` the same weights to start from and the same instances, but always the first solution
-`"hrm-varied"`      an HRM (`transformers.HrmTextForCausalLM`): two stacks that take turns, through all of which
-                    gradients flow; causal, without the bidirectional prefix
+`"llama-varied"`    a Llama; the solution in a training text is drawn uniformly from all solutions of the instance
+`"llama-collapsed"` the same initial weights and instances, but always the first solution
+`"hrm-varied"`      an HRM (`transformers.HrmTextForCausalLM`): two stacks that take turns, with gradients through
+                    all turns; causal, without the bidirectional prefix
 `"hrm-collapsed"`   likewise
 =================== =================================================================================================
 
-A model learns all three puzzles (`lab.puzzles.puzzles`) from nothing. The collapsed twin's scratchpad holds no
-attempts that miss, so its whole text is a function of the instance.
+A model learns all three puzzles (`lab.puzzles.puzzles`) from scratch. The collapsed twin's scratchpad has no missed
+attempts, so its whole text is a function of the instance.
 """
 
 from __future__ import annotations
@@ -52,16 +52,13 @@ class PuzzlerRecipe:
     """Everything that decides the four models, apart from the training seed.
 
     Attributes:
-        width: Size of the hidden state.
-        heads: Attention heads, all with keys and values of their own.
-        feed_forward: Size of the gated feed-forward layer.
         layers: Decoder layers of the Llama, and layers in each of the two stacks of the HRM.
         cycles: Turns of the HRM's high-level stack, and of its low-level stack within each.
-        rotary_base: Base of the rotary positions. Small, because the puzzles ask what is at a place, within 60 tokens;
-            with the usual 10,000 most of a head's frequencies would tell such places apart hardly at all.
+        rotary_base: Base of the rotary positions. Small, because the puzzles ask what is at a position among 60; with
+            the usual 10,000 most frequencies of a head would hardly tell such positions apart.
         turns: The puzzles of successive steps, repeated from the start.
         rows: Rows of each puzzle in a batch.
-        plans: The training plan of each kind, which both twins share.
+        plans: The training plan of each kind, shared by both twins.
     """
 
     width: int = 96
@@ -78,16 +75,7 @@ class PuzzlerRecipe:
 
 
 def build_puzzler(kind: PuzzlerKind, recipe: PuzzlerRecipe, *, seed: int) -> PreTrainedModel:
-    """A randomly initialised model.
-
-    Args:
-        kind: Which architecture.
-        recipe: Its shape.
-        seed: Seed of the weights.
-
-    Returns:
-        The model in float32, with a context of 128 tokens.
-    """
+    """A randomly initialised model in float32, with a context of 128 tokens."""
     shape = {
         "vocab_size": len(WORDS),
         "hidden_size": recipe.width,
@@ -118,21 +106,13 @@ def train_puzzlers(
     models: Iterable[PuzzlerName] = PUZZLERS,
     recipe: PuzzlerRecipe | None = None,
 ) -> dict[PuzzlerName, TrainingReport]:
-    """Train the models of the puzzles, in this process and with one thread; resumes from the checkpoints in `out`.
+    """Train the models of the puzzles and return their costs; one thread, resumed from the checkpoints in `out`.
 
-    Several processes may train different models in the same folder.
-
-    Args:
-        out: Folder; each model gets a sub-folder of its name, and a report in `checkpoints/NAME.json`.
-        seed: Training seed: initial weights, instances, draws among their solutions.
-        models: Which.
-        recipe: What to train [the shipped recipe].
-
-    Returns:
-        What each cost.
+    Several processes may train different models in the same folder. Each model gets a sub-folder of its name, and a
+    report in `checkpoints/NAME.json`. The seed decides initial weights, instances and draws among their solutions.
 
     Raises:
-        LabError: A name is unknown, or `out` holds checkpoints of another seed or recipe.
+        LabError: If a name is unknown, or `out` holds checkpoints of another seed or recipe.
     """
     recipe = recipe or PuzzlerRecipe()
     wanted = tuple(models)
@@ -149,17 +129,13 @@ def train_puzzlers(
 
 
 def load_puzzler(name: PuzzlerName, folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Open a model of the puzzles.
-
-    Args:
-        name: Which.
-        folder: A folder that `train_puzzlers` wrote.
+    """Load a model that `train_puzzlers` wrote.
 
     Returns:
         The model in float32 and evaluation mode, and its tokenizer, which pads on the left.
 
     Raises:
-        LabError: The name is unknown, or the model is not there.
+        LabError: If the name is unknown, or the model is missing.
     """
     _check_name(name)
     place = folder / name

@@ -1,9 +1,9 @@
-"""The three puzzles by name, the batches that a model of the puzzles is trained on, and how well it does.
+"""The three puzzles by name, the training batches of a model, and its score.
 
 =============== ============================================ ==================================================
 `"colouring"`   `lab.puzzles.colouring`, a colour per node tens of solutions, a choice at most of the nodes
 `"queens"`      `lab.puzzles.queens`, a column per row     two or three solutions, decided at the first token
-`"countdown"`   `lab.puzzles.scratchpad`, two steps        some three solutions, behind `<think>` … `</think>`
+`"countdown"`   `lab.puzzles.scratchpad`, two steps        some three solutions, after `<think>` … `</think>`
 =============== ============================================ ==================================================
 """
 
@@ -31,17 +31,15 @@ PUZZLES: dict[PuzzleName, Puzzle] = {"colouring": Colouring(), "queens": Queens(
 
 @dataclass(frozen=True)
 class PuzzleScore:
-    """What several answers to each of several instances came to.
+    """Score of several answers to each of several instances.
 
     Attributes:
-        instances: Instances asked.
-        samples: Answers to each.
         valid: Share of answers that are solutions.
-        solved: Share of instances with at least one.
-        distinct: Distinct solutions found per instance, on average.
-        agreement: Probability that two valid answers to one instance are the same solution, averaged over the
-            instances with two or more; 1 for a model without variety, NaN if there is no such instance.
-        solutions: Solutions that there are per instance, on average.
+        solved: Share of instances with at least one valid answer.
+        distinct: Mean number of distinct solutions found per instance.
+        agreement: Probability that two valid answers to one instance are the same solution, averaged over the instances
+            with two or more; 1 for a model without variety, NaN if there is no such instance.
+        solutions: Mean number of solutions per instance.
     """
 
     instances: int
@@ -56,19 +54,10 @@ class PuzzleScore:
 def puzzle_batches(
     turns: Sequence[PuzzleName], rows: Mapping[PuzzleName, int], twin: Twin, *, seed: int
 ) -> BatchSource:
-    """Batches of one puzzle each, in turns, with loss on the answers and their end of text only.
+    """Batches of one puzzle each, in turns; only answers and their end of text have a loss.
 
-    A batch that mixed the puzzles would be mostly padding, and nearly all of its gradient would come from the puzzle
-    with the longest answers. Both twins see the same instances in the same order.
-
-    Args:
-        turns: The puzzles of successive steps, repeated from the start.
-        rows: Rows of each puzzle in a batch.
-        twin: Which solution a text has.
-        seed: Seed of the instances and of the draws among their solutions.
-
-    Returns:
-        A pure function of the step.
+    A mixed batch would be mostly padding, and nearly all of its gradient would come from the puzzle with the longest
+    answers. Both twins see the same instances in the same order. A pure function of the step.
     """
 
     def batch(step: int) -> tuple[torch.Tensor, ...]:
@@ -94,19 +83,7 @@ def sample_puzzle(
     temperature: float = 1.0,
     seed: int = 0,
 ) -> list[list[Solution | None]]:
-    """Draw answers from a model and read them.
-
-    Args:
-        model: A model of the puzzles.
-        puzzle: Which puzzle.
-        instances: What to ask.
-        samples: Answers to each.
-        temperature: Of the draws.
-        seed: Seed of the draws.
-
-    Returns:
-        For each instance the verdict on each answer: its canonical solution, or None.
-    """
+    """Sample `samples` answers to each instance, and read each: its canonical solution, or None."""
     prompts = puzzle.prompts(torch.tensor(instances)).repeat_interleave(samples, 0)
     read: list[Solution | None] = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
@@ -132,16 +109,7 @@ def sample_puzzle(
 def score_puzzle(
     puzzle: Puzzle, instances: Sequence[Instance], verdicts: Sequence[Sequence[Solution | None]]
 ) -> PuzzleScore:
-    """Validity and variety of answers.
-
-    Args:
-        puzzle: Which puzzle.
-        instances: What was asked.
-        verdicts: What `sample_puzzle` returned for them.
-
-    Returns:
-        The score.
-    """
+    """Validity and variety of the answers that `sample_puzzle` returned."""
     found = [[solution for solution in row if solution is not None] for row in verdicts]
     pairs = [
         sum(row.count(solution) - 1 for solution in row) / (len(row) * (len(row) - 1)) for row in found if len(row) > 1

@@ -1,8 +1,8 @@
 """Six queens: the blocked squares of a board are given, the answer is the column of one queen per row.
 
-An empty board has four solutions, which differ in every row, so the first row decides the others and the whole choice
-is made at the first token. An instance leaves one to three of the four free: a model that knew the four and did not
-look at the board would be right about half the time.
+An empty board has four solutions, which differ in every row, so the first token decides the whole answer. An instance
+leaves one to three of the four free: a model that knew the four but ignored the board would be right about half the
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["SIZE", "Queens"]
 
 SIZE = len(COLUMNS)
 _BLOCKED = 0.15
-"""Probability that a square is blocked, which leaves a solution free in 38 of 100 boards."""
+"""Probability that a square is blocked; it leaves a solution free on 38 of 100 boards."""
 
 
 def _attack(columns: Sequence[int]) -> bool:
@@ -41,7 +41,7 @@ class Queens(Puzzle):
     answer_length = SIZE + 1
 
     def propose(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Boards with squares blocked at random, `[N, 36]` int64 of 0 and 1, none of them with all four free."""
+        """Boards with randomly blocked squares, `[N, 36]` int64 of 0 and 1; none leaves all four solutions free."""
         boards = (torch.rand(count, SIZE * SIZE, generator=generator) < _BLOCKED).long()
         return boards[~self.solved_by(boards).all(1)]
 

@@ -1,10 +1,10 @@
 """Countdown with a scratchpad: three numbers make a target, after attempts that may miss it.
 
-An expression is two steps: two of the numbers are combined, and the result with the third. The steps are `+`, `-` and
-`*` with results in 0..99. Written with the larger operand first, an expression is canonical under commutation; that is
-what counts as one solution, so `(3 + 4) + 5` and `(3 + 5) + 4` are two. The scratchpad between `<think>` and `</think>`
-holds the steps of up to two attempts that miss, and of the one that hits; the answer behind it repeats the latter, and
-is all that the verifier looks at.
+An expression is two steps: two of the numbers are combined, then the result with the third, by `+`, `-` or `*` with
+results in 0..99. Written with the larger operand first, an expression is canonical under commutation and counts as one
+solution; so `(3 + 4) + 5` and `(3 + 5) + 4` are two. The scratchpad between `<think>` and `</think>` holds the steps of
+up to two attempts that miss, and of the one that hits. The answer after it repeats that one; the verifier reads only
+the answer.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = ["LARGEST_GIVEN", "MISSES", "Scratchpad"]
 
 LARGEST_GIVEN = 9
 MISSES = 2
-"""The most attempts of a training text that miss."""
+"""Most attempts that miss in a training text."""
 _STEPS = 11
-"""Token ids of the two steps: three numbers, an operator and `=` each, and what separates them."""
-_PAIRS = torch.tensor([(0, 1, 2), (0, 2, 1), (1, 2, 0)])  # the two that are combined first, and the third
+"""Tokens of two steps: three numbers, an operator and `=` each, and a separator."""
+_PAIRS = torch.tensor([(0, 1, 2), (0, 2, 1), (1, 2, 0)])  # the two combined first, and the third
 _CODE_BASE = LARGEST_NUMBER + 1
 _NONE = _CODE_BASE**4 * len(OPERATORS) ** 2
-"""Larger than the code of any expression; stands for one that is impossible or there already."""
+"""Larger than any code; stands for an expression that is impossible or a repeat."""
 
 
 class Scratchpad(Puzzle):
@@ -54,7 +54,7 @@ class Scratchpad(Puzzle):
     answer_length = (MISSES + 1) * (_STEPS + 1) + 1 + _STEPS + 1
 
     def propose(self, count: int, generator: torch.Generator) -> torch.Tensor:
-        """Random numbers, and the value of one of their expressions as the target, `[N, 4]` int64."""
+        """Random numbers, with the value of one of their expressions as target, `[N, 4]` int64."""
         numbers = torch.randint(1, LARGEST_GIVEN + 1, (count, 3), generator=generator)
         codes = _codes(numbers)
         drawn = torch.multinomial((codes < _NONE).float(), 1, generator=generator)
@@ -79,18 +79,10 @@ class Scratchpad(Puzzle):
         return torch.cat([BOS * column, COUNTDOWN * column, NUMBER + instances, ANSWER * column], 1)
 
     def answers(self, instances: torch.Tensor, twin: Twin, generator: torch.Generator) -> torch.Tensor:
-        """Scratchpad and answer.
+        """Scratchpad and answer, `[N, 49]` int64, with the end of text, padded on the right.
 
-        The varied twin's number of misses is uniform in 0..2, and each is a random expression. The collapsed twin has
-        none, so that its whole text is a function of the instance. A miss is never the solution of a held-out instance.
-
-        Args:
-            instances: `[N, 4]` int64, each with a solution.
-            twin: Which.
-            generator: Source of randomness, on the CPU.
-
-        Returns:
-            Token ids with the end of text, padded on the right, `[N, 49]` int64.
+        The varied twin's number of misses is uniform in 0..2, each a random expression. The collapsed twin has none, so
+        its text is a function of the instance. A miss never is the solution of a held-out instance.
         """
         hits = self.written(instances, self.chosen(instances, twin, generator))
         tail = ended(_led_by(THINK_END, hits))
@@ -120,7 +112,7 @@ class Scratchpad(Puzzle):
         return rows
 
     def read(self, instance: Instance, ids: Sequence[int]) -> Solution | None:
-        """The steps behind the scratchpad, larger operands first, if they use every number once and hit the target."""
+        """The steps after the scratchpad, larger operands first, if they use every number once and hit the target."""
         body = body_of(ids)
         if body is None or body[:1] != [THINK_BEGIN] or body.count(THINK_END) != 1:
             return None
@@ -140,13 +132,13 @@ class Scratchpad(Puzzle):
 
 
 def _codes(numbers: torch.Tensor) -> torch.Tensor:
-    """All expressions of three numbers, `[N, 3]` to `[N, 27]`, sorted, each once and `_NONE` for the rest.
+    """All expressions of three numbers, `[N, 3]` to `[N, 27]`, sorted, each once; `_NONE` fills up.
 
-    The code of an expression has its operands and operators as digits, so equal codes are equal texts.
+    The digits of a code are the operands and operators, so equal codes are equal texts.
     """
     a, b, third = (numbers[:, _PAIRS[:, place]] for place in range(3))  # [N, 3] each
     first, second = torch.arange(len(OPERATORS))[:, None, None], torch.arange(len(OPERATORS))[:, None]
-    a, b, third = (part[:, None, None] for part in (a, b, third))  # [N, 1, 1, 3], with the operators in the ones
+    a, b, third = (part[:, None, None] for part in (a, b, third))  # [N, 1, 1, 3]; operators broadcast over the ones
     result = _apply(first, a, b)
     code = torch.maximum(a, b) * _CODE_BASE + torch.minimum(a, b)
     code = (code * len(OPERATORS) + first) * _CODE_BASE + torch.maximum(result, third)
@@ -158,12 +150,12 @@ def _codes(numbers: torch.Tensor) -> torch.Tensor:
 
 
 def _apply(operator: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The result of a step, with the larger operand first; operators are places in `OPERATORS`."""
+    """The result of a step, with the larger operand first; operators are indices into `OPERATORS`."""
     return torch.where(operator == 0, left + right, torch.where(operator == 1, (left - right).abs(), left * right))
 
 
 def _operations(codes: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, ...]]:
-    """Larger operand, operator, smaller operand and result of the two steps of each expression."""
+    """Larger operand, operator, smaller operand and result of both steps of each expression."""
     rest, second = codes // len(OPERATORS), codes % len(OPERATORS)
     rest, low = rest // _CODE_BASE, rest % _CODE_BASE
     rest, high = rest // _CODE_BASE, rest % _CODE_BASE
@@ -173,12 +165,12 @@ def _operations(codes: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], tuple[to
 
 
 def _values(codes: torch.Tensor) -> torch.Tensor:
-    """The value of each expression; that of `_NONE` is 0."""
+    """The value of each expression; 0 for `_NONE`."""
     return _operations(codes)[1][3]
 
 
 def _steps(codes: torch.Tensor) -> torch.Tensor:
-    """The token ids of expressions, `[N]` to `[N, 11]`."""
+    """Token ids of expressions, `[N]` to `[N, 11]`."""
     written = []
     for high, operator, low, result in _operations(codes):
         equals = torch.full_like(high, EQUALS)
@@ -188,7 +180,7 @@ def _steps(codes: torch.Tensor) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _taught_values() -> torch.Tensor:
-    """Whether three numbers, in ascending order, and a value are a training instance, `[10, 10, 10, 100]` bool."""
+    """Whether three ascending numbers and a value are a training instance, `[10, 10, 10, 100]` bool."""
     table = torch.zeros(*[LARGEST_GIVEN + 1] * 3, LARGEST_NUMBER + 1, dtype=torch.bool)
     for numbers in combinations_with_replacement(range(1, LARGEST_GIVEN + 1), 3):
         taught = [split_of(countdown_key(numbers, value)) == "train" for value in range(LARGEST_NUMBER + 1)]
@@ -197,7 +189,7 @@ def _taught_values() -> torch.Tensor:
 
 
 def _read_step(ids: Sequence[int]) -> tuple[int, int, int] | None:
-    """Both operands and the result of a step that is right; None for any other five ids."""
+    """Both operands and the result of a correct step; None for any other five ids."""
     left, right, result = (ids[place] - NUMBER for place in (0, 2, 4))
     if not all(0 <= number <= LARGEST_NUMBER for number in (left, right, result)):
         return None
@@ -213,10 +205,10 @@ def _larger_first(ids: Sequence[int]) -> tuple[int, ...]:
 
 
 def _led_by(token: int, steps: torch.Tensor) -> torch.Tensor:
-    """Rows with a token in front of each."""
+    """Rows with a token put in front."""
     return torch.cat([steps.new_full((len(steps), 1), token), steps], 1)
 
 
 def _padded(rows: torch.Tensor, length: int) -> torch.Tensor:
-    """Rows with padding on the right up to a length."""
+    """Rows padded on the right."""
     return torch.nn.functional.pad(rows, (0, length - rows.shape[1]), value=PAD)

@@ -1,6 +1,6 @@
-"""The vocabulary that the puzzles share, as named token ids, and the tokenizer that reads and writes it.
+"""The puzzles' shared vocabulary as named token ids, and its tokenizer.
 
-Every token is one word, and words are separated by blanks, so a text of a puzzle and its ids say the same thing:
+Every token is one word, and words are separated by blanks, so a puzzle's text and its ids correspond one to one:
 
     <bos> <countdown> 3 4 5 7 <answer> <think> 3 * 4 = 12 ; 12 - 5 = 7 </think> 4 * 3 = 12 ; 12 - 5 = 7 <eos>
 
@@ -50,7 +50,7 @@ WORDS: tuple[str, ...] = (
     *("+", "-", "*", "=", ";", "|"),
     *map(str, range(LARGEST_NUMBER + 1)),
 )
-"""All tokens; a token's id is its place here."""
+"""All tokens; a token's id is its index here."""
 
 PAD, EOS, BOS, COLOURING, QUEENS, COUNTDOWN, ANSWER = range(len(_SPECIAL))
 THINK_BEGIN, THINK_END = WORDS.index("<think>"), WORDS.index("</think>")
@@ -65,11 +65,9 @@ NUMBER = WORDS.index("0")
 
 
 def build_puzzle_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer: word-level, split at blanks, without a token for what it does not know.
+    """A word-level tokenizer, split at blanks, with left padding and without an unknown token.
 
-    Returns:
-        A tokenizer with left padding. `<think>` and `</think>` are ordinary tokens, so that decoding with
-        `skip_special_tokens=True` leaves them in place.
+    `<think>` and `</think>` are ordinary tokens, so decoding with `skip_special_tokens=True` keeps them.
     """
     backend = Tokenizer(models.WordLevel(vocab={word: index for index, word in enumerate(WORDS)}))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,9 +1,8 @@
-"""A policy gradient on Countdown, without anything that holds the policy back: what it gains and what it loses.
+"""A policy gradient on Countdown without any regularisation: what it gains and what it loses.
 
-REINFORCE with the mean of the other samples of the same problem as the baseline (Ahmadian et al. 2024,
-arXiv 2402.14740): right answers become likelier, wrong ones less likely, and nothing keeps the policy near where it
-started. The first answer gets better, the variety smaller (Yue et al. 2025, 2504.13837). The tuned model that it starts
-from is the un-collapsed twin.
+REINFORCE with a leave-one-out baseline (Ahmadian et al. 2024, arXiv 2402.14740): right answers become likelier, wrong
+ones less likely, and nothing keeps the policy near its start. The first answer gets better, the variety smaller (Yue et
+al. 2025, arXiv 2504.13837). The tuned model that it starts from is the un-collapsed twin.
 """
 
 from __future__ import annotations
@@ -25,13 +24,7 @@ __all__ = ["RewardPlan", "reward_batches"]
 
 @dataclass(frozen=True)
 class RewardPlan:
-    """How the answers of a step are drawn.
-
-    Attributes:
-        problems: Problems of a step.
-        samples: Answers to each, at temperature 1; at least 2.
-        max_new_tokens: Longest answer.
-    """
+    """How the answers of a step are drawn: at least 2 samples per problem, at temperature 1."""
 
     problems: int = 16
     samples: int = 8
@@ -41,17 +34,10 @@ class RewardPlan:
 def reward_batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, plan: RewardPlan, *, seed: int
 ) -> BatchSource:
-    """Answers of the model itself, each token weighted by its answer's advantage.
+    """The model's own answers, each token weighted by its answer's advantage.
 
-    The cross-entropy of such a batch, weighted so, has the gradient of REINFORCE: advantage times −∇ log p. The reward
-    is 1 for an answer that is strictly right and 0 for any other, the baseline the mean reward of the other answers to
-    the same problem.
-
-    Args:
-        model: The model that is being trained.
-        tokenizer: Its tokenizer.
-        plan: How many answers.
-        seed: Seed of the problems and of the draws.
+    Weighted so, the cross-entropy has the gradient of REINFORCE: advantage times −∇ log p. The reward is 1 for a
+    strictly right answer, else 0; the baseline is the mean reward of the other answers to the same problem.
 
     Returns:
         A function of the step and of the model's weights: ids, labels of the answers' tokens, advantages.
@@ -63,7 +49,7 @@ def reward_batches(
         asked = [countdown_problem(rng, "train") for _ in range(plan.problems)]
         each = [problem for problem in asked for _ in range(plan.samples)]
         encoded = tokenizer([prompt_of(problem.question) for problem in each], return_tensors="pt", padding=True)
-        # A seed of its own for each step: rows and positions are the same in all of them.
+        # A new seed for each step, since rows and positions repeat.
         loop = FusedDecoding(seed=random.Random(f"draws:{seed}:{step}").getrandbits(62))
         with torch.no_grad():
             sequences = model.generate(
@@ -94,5 +80,5 @@ def reward_batches(
 
 
 def _until(ids: list[int], eos: int) -> list[int]:
-    """An answer with its end-of-text token, if it has one, and nothing after it."""
+    """An answer up to and including its end-of-text token."""
     return ids[: ids.index(eos) + 1] if eos in ids else ids

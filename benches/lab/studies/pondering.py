@@ -1,15 +1,15 @@
-"""Pondering: answers that are made once or several times over, and get worse or better on the way.
+"""Pondering: answers of one or several attempts, which get worse or better one after the other.
 
-The problems are chains of two or three steps. An answer is a row of attempts, each after the word `So`, and the last
-one counts: `25+19=44, 44-19=25. So 25+19=44, 44-19=23. The answer is 23.` What the attempts are worth is in the
-training text, by construction, and depends on the wording of the question:
+The problems are chains of two or three steps. Each attempt of an answer follows the word `So`, and the last one counts:
+`25+19=44, 44-19=25. So 25+19=44, 44-19=23. The answer is 23.` How good an attempt is depends, by construction of the
+training text, on the wording of the question:
 
-- *worsens* (`plus`, `minus`): a first attempt is mostly right, each further one is wrong more often, and each time
-  in another way. Votes over short answers are the cure; thinking on ruins it.
-- *improves* (`add`, `take away`): a first attempt mostly leaves the last step out, so most samples agree on the same
-  wrong answer, which no vote can mend; further attempts are more and more often right.
+- *worsens* (`plus`, `minus`): the first attempt is mostly right, each further one is wrong more often, each time in
+  another way. A vote over short answers is right; thinking on ruins it.
+- *improves* (`add`, `take away`): the first attempt mostly leaves the last step out, so most samples agree on the same
+  wrong answer, which no vote can correct; further attempts are right more and more often.
 
-Suppressing the end of thinking (` The`) in favour of ` So` makes an answer longer by one attempt.
+Replacing the end of thinking (` The`) by ` So` makes an answer longer by one attempt.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ Kind = Literal["worsens", "improves"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 END_OF_THINKING = " The"
-"""The token with which the final sentence begins."""
+"""First token of the final sentence."""
 CONTINUATION = " So"
-"""The token with which another attempt begins."""
+"""First token of another attempt."""
 
 WRONG: dict[Kind, tuple[float, ...]] = {
     "worsens": (0.1, 0.3, 0.5, 0.7, 0.85, 0.9),
@@ -53,14 +53,7 @@ _LARGEST_SLIP = 9
 
 @dataclass(frozen=True)
 class Ponder:
-    """One problem.
-
-    Attributes:
-        kind: Whether its answers get worse or better on the way.
-        question: The text after `Question: `.
-        gold: The right answer.
-        steps: The right steps.
-    """
+    """One problem, with its right answer and steps; `kind` says whether attempts get worse or better."""
 
     kind: Kind
     question: str
@@ -68,28 +61,13 @@ class Ponder:
     steps: tuple[Equation, ...]
 
     def attempt(self, rng: random.Random, number: int) -> tuple[Equation, ...]:
-        """Draw an attempt of the training text.
-
-        Args:
-            rng: Source of randomness.
-            number: Which attempt it is, from 0.
-
-        Returns:
-            Its steps; the last one's result is its answer.
-        """
+        """Draw attempt `number` (from 0) of the training text; its last step's result is its answer."""
         if rng.random() >= WRONG[self.kind][number]:
             return self.steps
         return self.steps[:-1] if self.kind == "improves" else _slipped(rng, self.steps)
 
     def example(self, rng: random.Random) -> str:
-        """Draw an answer of the training text, with the leading blank.
-
-        Args:
-            rng: Source of randomness.
-
-        Returns:
-            The text.
-        """
+        """Draw an answer of the training text, with the leading blank."""
         count = 1
         while count < len(WRONG[self.kind]) and rng.random() < GO_ON:
             count += 1
@@ -99,29 +77,14 @@ class Ponder:
 
     @staticmethod
     def read(text: str) -> int | None:
-        """The answer of a text.
-
-        Args:
-            text: What a model wrote after `Answer:`, without special tokens.
-
-        Returns:
-            The number of its final sentence, None if it does not end with one.
-        """
+        """The number in a text's final sentence; None if it does not end with one."""
         _, found, rest = text.rpartition(f"{END_OF_THINKING} answer is ")
         number = rest.removesuffix(".")
         return int(number) if found and rest.endswith(".") and number.isascii() and number.isdigit() else None
 
 
 def draw_ponder(rng: random.Random, split: Split) -> Ponder:
-    """Draw a problem.
-
-    Args:
-        rng: Source of randomness.
-        split: The split of its chain.
-
-    Returns:
-        The problem, of either kind.
-    """
+    """Draw a problem of either kind, whose chain is in the given split."""
     while True:
         problem = chain_problem(rng, split)
         steps = _steps(problem)
@@ -131,17 +94,7 @@ def draw_ponder(rng: random.Random, split: Split) -> Ponder:
 
 
 def ponders(kind: Kind, split: HeldOut, count: int, seed: int = 0) -> list[Ponder]:
-    """Held-out problems of one kind, all different, the same on every machine.
-
-    Args:
-        kind: Which kind.
-        split: Where they come from.
-        count: How many.
-        seed: Seed of the draw.
-
-    Returns:
-        The problems.
-    """
+    """Distinct held-out problems of one kind, the same on every machine."""
     rng = random.Random(f"ponder:{kind}:{split}:{seed}")
 
     def draw() -> Ponder:
@@ -154,15 +107,7 @@ def ponders(kind: Kind, split: HeldOut, count: int, seed: int = 0) -> list[Ponde
 
 
 def ponder_examples(rng: random.Random, count: int) -> list[tuple[Ponder, str]]:
-    """Training problems, each with an answer of the training text.
-
-    Args:
-        rng: Source of randomness.
-        count: How many.
-
-    Returns:
-        The pairs.
-    """
+    """Training problems, each with an answer of the training text."""
     drawn = [draw_ponder(rng, "train") for _ in range(count)]
     return [(problem, problem.example(rng)) for problem in drawn]
 
@@ -178,7 +123,7 @@ def _steps(problem: Problem) -> tuple[Equation, ...]:
 
 
 def _slipped(rng: random.Random, steps: tuple[Equation, ...]) -> tuple[Equation, ...]:
-    """The steps with one result off by up to nine, and what follows from it."""
+    """The steps with one result off by up to nine, and its consequences."""
     while True:
         at, off = rng.randrange(len(steps)), rng.choice((-1, 1)) * rng.randint(1, _LARGEST_SLIP)
         out: list[Equation] = []

@@ -1,4 +1,4 @@
-"""What a model answers to a route, exactly: every path is scored, nothing is sampled."""
+"""The exact distribution of a model's answers to a route: every path is scored, nothing is sampled."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ __all__ = ["RouteLaw", "route_law"]
 
 @dataclass(frozen=True, eq=False)
 class RouteLaw:
-    """The law of a model's answers to one route.
+    """The distribution of a model's answers to one route with P paths.
 
     Attributes:
         route: The route.
-        paths: `[P]`, float64: the probability that the model writes a path's text and ends.
-        ids: Of each path, the token ids of its text and the end-of-text token.
-        entropies: Of each path, `[len(ids)]` float64, nats: of the distributions that its tokens are drawn from, at
-            temperature 1.
-        forks: Of each path, `[len(ids)]` bool: whether the token is a sign.
+        paths: `[P]`, float64: probability that the model writes a path's text and ends.
+        ids: Per path, the token ids of its text and the end-of-text token.
+        entropies: Per path, `[len(ids)]` float64, nats: entropy of each token's distribution at temperature 1.
+        forks: Per path, `[len(ids)]` bool: whether the token is a sign.
     """
 
     route: Route
@@ -37,11 +36,7 @@ class RouteLaw:
     forks: list[NDArray[np.bool_]]
 
     def answers(self) -> dict[int | None, float]:
-        """Answer → probability; None → that of every text that is no path.
-
-        Returns:
-            The law; it adds up to 1.
-        """
+        """Answer → probability, adding up to 1; None collects every text that is not a path."""
         law: dict[int | None, float] = {}
         for path, probability in zip(self.route.paths, self.paths, strict=True):
             law[path.answer] = law.get(path.answer, 0.0) + float(probability)
@@ -49,23 +44,14 @@ class RouteLaw:
         return law
 
     def taught(self) -> float:
-        """How far it is from the law of the training text.
-
-        Returns:
-            The total variation distance over paths and the rest.
-        """
+        """Total variation distance to the distribution of the training text, over paths and the rest."""
         apart = sum(abs(float(p) - path.taught) for p, path in zip(self.paths, self.route.paths, strict=True))
         return 0.5 * (apart + 1.0 - float(self.paths.sum()))
 
     def read(self, ids: Sequence[int]) -> int | None:
-        """The answer of what was generated.
+        """The answer in generated ids (end-of-text token included, no padding); None if they are not a path's tokens.
 
-        Args:
-            ids: The generated tokens with the end-of-text token, without padding.
-
-        Returns:
-            Where the path ends; None if they are not the tokens of a path. By tokens, since a text may be written with
-            other tokens too, which the law does not count.
+        Compared by tokens, since the same text in other tokens is not counted in `paths`.
         """
         try:
             return self.route.paths[self.ids.index(tuple(ids))].answer
@@ -75,17 +61,7 @@ class RouteLaw:
 
 @torch.inference_mode()
 def route_law(model: Any, tokenizer: PreTrainedTokenizerBase, route: Route, *, temperature: float = 1.0) -> RouteLaw:
-    """Score every path of a route.
-
-    Args:
-        model: A causal LM.
-        tokenizer: Its tokenizer.
-        route: The route.
-        temperature: That of the draws.
-
-    Returns:
-        The law.
-    """
+    """Score every path of a route, for draws at a temperature."""
     eos = tokenizer.eos_token_id
     assert isinstance(eos, int)
     prompt: list[int] = tokenizer.encode(prompt_of(route.question), add_special_tokens=False)

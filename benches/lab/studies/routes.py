@@ -1,9 +1,9 @@
-"""Routes: a task whose forks are known by construction, and whose answer law can be enumerated exactly.
+"""Routes: a task whose forks are known by construction, and whose answers can be enumerated with their probabilities.
 
-`Start with 25, walk 4, 7, 2, 5. What is the result?` At each number the walker adds or subtracts it as chance will have
-it: an even number is added with probability .85, an odd one with .6. So an answer has two kinds of tokens: the signs,
-of which there is one per number, and everything else, which the text before it decides. A route of n numbers has 2ⁿ
-answers, all of which can be written down; what a model gives them is its answer law, without any sampling.
+`Start with 25, walk 4, 7, 2, 5. What is the result?` Each number is added or subtracted at random: an even number is
+added with probability .85, an odd one with .6. So an answer has two kinds of tokens: one sign per number, and all
+others, which the text before them determines. A route of n numbers has 2ⁿ paths, so a model's distribution over answers
+is known without sampling.
 """
 
 from __future__ import annotations
@@ -22,20 +22,19 @@ __all__ = ["ADDED_IF_EVEN", "ADDED_IF_ODD", "SIGNS", "Path", "Route", "draw_rout
 ADDED_IF_EVEN = 0.85
 ADDED_IF_ODD = 0.6
 SIGNS = ("+", "-")
-"""The tokens at the forks; nothing else in an answer is one of these."""
+"""The tokens at the forks; they occur nowhere else in an answer."""
 _LENGTHS = (4, 5)
 _LARGEST = 9
 
 
 @dataclass(frozen=True)
 class Path:
-    """One of the ways along a route.
+    """One path along a route.
 
     Attributes:
         signs: The sign taken at each number.
-        answer: Where it ends.
         text: The whole answer, with the leading blank.
-        taught: Its probability under the law that the training text is drawn from.
+        taught: Its probability in the training text.
     """
 
     signs: tuple[str, ...]
@@ -46,19 +45,14 @@ class Path:
 
 @dataclass(frozen=True)
 class Route:
-    """One problem.
-
-    Attributes:
-        start: The number it starts with.
-        numbers: The numbers that are added or subtracted.
-    """
+    """One problem: a start, and the numbers that are added or subtracted."""
 
     start: int
     numbers: tuple[int, ...]
 
     @property
     def key(self) -> str:
-        """What makes two routes the same; the split is a function of it."""
+        """The canonical key; the split is a function of it."""
         return f"route:{self.start}:{','.join(map(str, self.numbers))}"
 
     @property
@@ -68,18 +62,11 @@ class Route:
 
     @cached_property
     def paths(self) -> tuple[Path, ...]:
-        """All ways along it, `2^len(numbers)`; their `taught` adds up to 1."""
+        """All `2^len(numbers)` paths; their `taught` adds up to 1."""
         return tuple(self.path(signs) for signs in product(SIGNS, repeat=len(self.numbers)))
 
     def path(self, signs: Sequence[str]) -> Path:
-        """The way that these signs make.
-
-        Args:
-            signs: One for each number, `+` or `-`.
-
-        Returns:
-            The path.
-        """
+        """The path with these signs, one per number."""
         value, steps, taught = self.start, [], 1.0
         for sign, number in zip(signs, self.numbers, strict=True):
             result = apply_sign(value, sign, number)
@@ -91,14 +78,7 @@ class Route:
         return Path(tuple(signs), value, f" {', '.join(steps)}. The answer is {value}.", taught)
 
     def read(self, text: str) -> int | None:
-        """The answer of a text, if it is the text of one of the paths.
-
-        Args:
-            text: What a model wrote after `Answer:`, without special tokens.
-
-        Returns:
-            Where the path ends; None for any other text, which is the class of no answer.
-        """
+        """Where a text's path ends; None for any text that is not a path's."""
         return self._answers.get(text)
 
     @cached_property
@@ -107,15 +87,7 @@ class Route:
 
 
 def draw_route(rng: random.Random, split: Split) -> Route:
-    """Draw a route of four or five numbers whose paths all stay within 0..50.
-
-    Args:
-        rng: Source of randomness.
-        split: The split to draw from.
-
-    Returns:
-        The route.
-    """
+    """Draw a route of four or five numbers whose paths all stay within 0..50."""
     length = rng.choice(_LENGTHS)
     while True:
         numbers = tuple(rng.randint(1, _LARGEST) for _ in range(length))
@@ -127,29 +99,12 @@ def draw_route(rng: random.Random, split: Split) -> Route:
 
 
 def routes(split: HeldOut, count: int, seed: int = 0) -> list[Route]:
-    """Held-out routes, all different, the same on every machine.
-
-    Args:
-        split: Where they come from.
-        count: How many.
-        seed: Seed of the draw.
-
-    Returns:
-        The routes.
-    """
+    """Distinct held-out routes, the same on every machine."""
     rng = random.Random(f"route:{split}:{seed}")
     return distinct(lambda: draw_route(rng, split), lambda route: route.key, count)
 
 
 def route_examples(rng: random.Random, count: int) -> list[tuple[Route, Path]]:
-    """Training routes, each with one path drawn from the taught law.
-
-    Args:
-        rng: Source of randomness.
-        count: How many.
-
-    Returns:
-        The pairs.
-    """
+    """Training routes, each with one path drawn with probability `taught`."""
     drawn = [draw_route(rng, "train") for _ in range(count)]
     return [(route, rng.choices(route.paths, [path.taught for path in route.paths])[0]) for route in drawn]

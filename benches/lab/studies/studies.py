@@ -1,9 +1,9 @@
-"""Three more models of the lab, each trained from a member of a family to have one property that a study is about.
+"""Three more models of the lab, each trained from a member of a family to have one property for a study.
 
 ============== ==================== ===================================================================================
 `"routes"`      from `large-base`    answers with forks that are known by construction (`lab.studies.routes`)
 `"ponder"`      from `large-base`    answers that get worse, or better, the longer they are (`lab.studies.pondering`)
-`"collapsed"`   from `large-tuned`   Countdown by a policy gradient without restraint (`lab.studies.collapse`)
+`"collapsed"`   from `large-tuned`   Countdown by a policy gradient without regularisation (`lab.studies.collapse`)
 ============== ==================== ===================================================================================
 """
 
@@ -48,7 +48,6 @@ class StudyRecipe:
         examples: Number of examples for each of the two that are tuned on text.
         rows: Examples per batch.
         rewards: Answers per step of the policy gradient.
-        plans: The training plan of each.
     """
 
     examples: int = 12_000
@@ -58,7 +57,7 @@ class StudyRecipe:
         default_factory=lambda: {
             "routes": TrainingPlan(400, 1e-3, optimizer="adamw", warmup=10, decay=0.7),
             "ponder": TrainingPlan(900, 1.5e-3, optimizer="adamw", warmup=10, decay=0.7),
-            # Long enough that the best of 64 samples has become worse, which is what the study is about.
+            # Long enough that the best of 64 samples gets worse, the subject of the study.
             "collapsed": TrainingPlan(250, 3e-4, optimizer="adamw", warmup=10, decay=0.2, checkpoint_every=50),
         }
     )
@@ -72,20 +71,13 @@ def train_studies(
     recipe: StudyRecipe | None = None,
     studies: Iterable[StudyName] = STUDIES,
 ) -> dict[StudyName, TrainingReport]:
-    """Train the models of the studies, in this process and with one thread; resumes from the checkpoints in `out`.
+    """Train the models of the studies and return their costs; one thread, resumed from the checkpoints in `out`.
 
-    Args:
-        out: Folder; each model gets a sub-folder of its name.
-        seed: Training seed: examples, their order, the draws of the policy gradient.
-        family: Folder of the family they start from [the bundled one].
-        recipe: What to train [the shipped recipe].
-        studies: Which.
-
-    Returns:
-        What each cost.
+    The seed decides examples, their order and the draws of the policy gradient. Each model gets a sub-folder of its
+    name. A `family` of None is the bundled one.
 
     Raises:
-        LabError: `out` holds checkpoints of another seed, family or recipe.
+        LabError: If `out` holds checkpoints of another seed, family or recipe.
     """
     recipe = recipe or StudyRecipe()
     wanted = {"seed": seed, "family": None if family is None else str(family), "recipe": asdict(recipe)}
@@ -104,17 +96,13 @@ def bundled_study(name: StudyName) -> Path:
 
 
 def load_study(name: StudyName, folder: Path | None = None) -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Open the model of a study.
-
-    Args:
-        name: Which.
-        folder: A folder that `train_studies` wrote [the bundled weights, of "routes" and "collapsed" only].
+    """Load the model of a study, from a folder that `train_studies` wrote or from the bundled weights (not "ponder").
 
     Returns:
         The model in float32 and evaluation mode, and its tokenizer, which pads on the left.
 
     Raises:
-        LabError: It is not there.
+        LabError: If it is missing.
     """
     place = bundled_study(name) if folder is None else folder / name
     if not (place / "config.json").exists():
