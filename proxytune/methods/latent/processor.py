@@ -6,9 +6,7 @@ the list does not matter as long as it knows which warpers come after it: they c
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import torch
@@ -16,12 +14,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.generation.batch import lengths_of
+from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_rules import refuse_processors
 from proxytune.generation.seeds import StreamIds
 from proxytune.methods.latent.capture import EarlyCapture, with_capture
 from proxytune.methods.latent.gates import LatentGates
-from proxytune.methods.latent.input_hook import ARGUMENT, InputHook, put_hook, take_hook
+from proxytune.methods.latent.input_hook import ARGUMENT, put_hook
 from proxytune.methods.latent.mixture import Kind, LatentMixture
 from proxytune.methods.latent.steps import check_latent_settings, embeddings_of, latent_steps_of
 from proxytune.models.generation_mixin import refuse_continuous_batching
@@ -33,7 +32,7 @@ __all__ = ["LatentLogitsProcessor"]
 _NAME = "LatentLogitsProcessor"
 
 
-class LatentLogitsProcessor(LogitsProcessor):
+class LatentLogitsProcessor(Attachable, LogitsProcessor):
     """What `LatentDecoding` does, for any `generate()`, pipeline or trainer around a model.
 
     `processor.attach(model)` is needed in both ways of using it, and `detach()` ends it; also a context manager:
@@ -78,7 +77,6 @@ class LatentLogitsProcessor(LogitsProcessor):
         self.warpers = list(warpers)
         self.seed, self.stream_ids = seed, stream_ids
         self.impl: Impl = impl
-        self._attached: Any = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> NoReturn:
         """Refuse: in a `generate()` of the model that it is attached to, something else stands in for it.
@@ -93,7 +91,7 @@ class LatentLogitsProcessor(LogitsProcessor):
         raise UnsupportedModeError.of(
             _NAME,
             expected="a generate() of the model that it is attached to",
-            got="a call in which it is not attached" if self._attached is None else "a call by another model, or loop",
+            got="a call by another model, or loop" if self._hooks else "a call in which it is not attached",
             remedy="Call processor.attach(model) before model.generate(...).",
         )
 
@@ -111,10 +109,7 @@ class LatentLogitsProcessor(LogitsProcessor):
             UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
             UnsupportedModeError: If something else takes latent steps on the model, or it is an encoder-decoder.
         """
-        if self._attached is not None:
-            raise InputError.of(
-                "attach", expected="a detached processor", got="one that is attached", remedy="Call detach() first."
-            )
+        self._refuse_attached()
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise UnsupportedModelError.of(
                 _NAME,
@@ -122,12 +117,10 @@ class LatentLogitsProcessor(LogitsProcessor):
                 got="a PEFT model that learns a prompt or prefix, which prepares them in its place",
                 remedy="Pass a LatentDecoding to generate(custom_generate=…).",
             )
-        # PEFT's generate() calls that of the model inside, and so does that of a compiled module.
-        inner = getattr(model, "_orig_mod", model)
-        target: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+        target = target_of(model)
         refuse_modes(_NAME, target, target.generation_config, None, beams=True)
-        put = vars(target).get("_get_logits_processor")
-        if getattr(put, "is_attached", False) and not isinstance(put, _Processors):
+        put = [hook.replacement for hook in hooks_on(target, "_get_logits_processor")]
+        if any(getattr(p, "changes_logits", False) and not isinstance(p, _Processors) for p in put):
             raise UnsupportedModeError.of(
                 "attach",
                 expected="a model to which nothing is attached",
@@ -135,50 +128,26 @@ class LatentLogitsProcessor(LogitsProcessor):
                 remedy="Detach it. To steer and take latent steps, compose the models with proxytune.wrap.",
             )
         embeddings_of(target)
-        hook = put_hook(target)
-        target._get_logits_processor = _Processors(self, target, hook, target._get_logits_processor)
-        target.init_continuous_batching = refuse_continuous_batching
-        self._attached = target
+        inputs = put_hook(target)
+        self._hooks = (
+            inputs,
+            MethodHook(target, "_get_logits_processor", _Processors(self, target, inputs)),
+            MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
+        )
         return self
-
-    def detach(self) -> None:
-        """Undo `attach`; without effect if the processor is not attached."""
-        if self._attached is None:
-            return
-        for name in _HOOKS:
-            vars(self._attached).pop(name, None)
-        take_hook(self._attached)
-        self._attached = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.detach()
-
-
-_HOOKS = ("_get_logits_processor", "init_continuous_batching")
 
 
 class _Processors:
-    """What stands in for a model's `_get_logits_processor`; a copy of the model goes without."""
+    """Replaces a model's `_get_logits_processor`."""
 
-    is_attached = True
+    changes_logits = True
 
-    def __init__(
-        self,
-        processor: LatentLogitsProcessor,
-        model: Any,
-        hook: InputHook,
-        original: Callable[..., LogitsProcessorList],
-    ) -> None:
-        self.processor, self.model, self.hook, self.original = processor, model, hook, original
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
+    def __init__(self, processor: LatentLogitsProcessor, model: Any, hook: MethodHook) -> None:
+        self.processor, self.model, self.hook = processor, model, hook
 
     def __call__(
         self,
+        original: Callable[..., LogitsProcessorList],
         generation_config: GenerationConfig,
         input_ids_seq_length: int | None = None,
         *args: Any,
@@ -186,9 +155,9 @@ class _Processors:
         **kwargs: Any,
     ) -> LogitsProcessorList:
         """Build the processors of one `generate()`, with one that shows the scores to its latent steps."""
-        found = self.original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
+        found = original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
         own = self.processor
-        if model_kwargs is None or self.model.prepare_inputs_for_generation is not self.hook:
+        if model_kwargs is None or not self.hook.is_on_top:
             raise UnsupportedModeError.of(
                 _NAME,
                 expected="a generate() in which the model prepares its inputs, through what attach() has put on it",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +16,7 @@ from proxytune.ops import normalise_
 if TYPE_CHECKING:
     from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
 
-__all__ = ["AttachedProcessor", "CompanionPrefetch", "ProcessorHook", "refuse_no_ids"]
-
-_PREPARE = "prepare_inputs_for_generation"
+__all__ = ["AttachedProcessor", "CompanionPrefetch", "SteeredProcessors", "refuse_no_ids"]
 
 
 def refuse_no_ids(length: int | None) -> None:
@@ -41,20 +37,17 @@ def refuse_no_ids(length: int | None) -> None:
         )
 
 
-class ProcessorHook:
-    """What stands in for a steered model's `_get_logits_processor`; a copy of the model goes without."""
+class SteeredProcessors:
+    """Replaces a steered model's `_get_logits_processor`."""
 
-    is_attached = True
+    changes_logits = True
 
-    def __init__(self, processor: ProxyTuningLogitsProcessor, original: Callable[..., LogitsProcessorList]) -> None:
+    def __init__(self, processor: ProxyTuningLogitsProcessor) -> None:
         self.processor = processor
-        self.original = original
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
 
     def __call__(
         self,
+        original: Callable[..., LogitsProcessorList],
         generation_config: GenerationConfig,
         input_ids_seq_length: int | None = None,
         *args: Any,
@@ -64,6 +57,7 @@ class ProcessorHook:
         """Build the processors of one `generate()`, the shift first.
 
         Args:
+            original: The method.
             generation_config: The settings of the call.
             input_ids_seq_length: The length of the prompts, in tokens.
             *args: As in transformers.
@@ -77,7 +71,7 @@ class ProcessorHook:
             InputError: If the ids are missing or not the whole prefix, or the shift would be added twice.
             UnsupportedModeError: If the mode would run the base unsteered (guidance, drafting with parts of itself).
         """
-        processors = self.original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
+        processors = original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
         if any(isinstance(p, AttachedProcessor) and p.processor is self.processor for p in processors):
             return processors  # the model drafts for itself, and was handed its own processors
         if any(getattr(p, "shifts_logits", False) for p in processors):
@@ -123,49 +117,23 @@ class ProcessorHook:
 
 
 class CompanionPrefetch:
-    """What stands in for a steered model's `prepare_inputs_for_generation`; a copy of the model goes without.
+    """Replaces a steered model's `prepare_inputs_for_generation`.
 
     It is called right before every forward pass of the base, with the whole prefix, beams in their new order, which a
     hook on the module would not see. So the companions begin with the same step there; the processor asks them for it
     afterwards, and finds it remembered. Where this was the wrong prefix, or came not at all, they run when asked.
     """
 
-    def __init__(self, processor: ProxyTuningLogitsProcessor, original: Callable[..., dict[str, Any]]) -> None:
-        functools.update_wrapper(self, original)  # generate() reads the signature
+    def __init__(self, processor: ProxyTuningLogitsProcessor) -> None:
         self.processor = processor
-        self.original = original
 
-    @classmethod
-    def put_on(cls, model: Any, processor: ProxyTuningLogitsProcessor) -> None:
-        """Stand in for the method of a model.
-
-        Args:
-            model: The model.
-            processor: Whose companions begin.
-        """
-        setattr(model, _PREPARE, cls(processor, getattr(model, _PREPARE)))
-
-    @classmethod
-    def take_off(cls, model: Any) -> None:
-        """Undo `put_on`; without effect if somebody has put something else on top.
-
-        Args:
-            model: The model.
-        """
-        put = vars(model).get(_PREPARE)
-        if not isinstance(put, cls):
-            return
-        delattr(model, _PREPARE)
-        if getattr(put.original, "__func__", None) is not getattr(type(model), _PREPARE):
-            setattr(model, _PREPARE, put.original)  # it was on the instance before
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copy.deepcopy(self.original, memo)
-
-    def __call__(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def __call__(
+        self, original: Callable[..., dict[str, Any]], input_ids: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
         """Prepare the inputs of a forward pass, and let the companions begin.
 
         Args:
+            original: The method.
             input_ids: The whole prefix, `[B, T]`, int64.
             *args: As in transformers.
             **kwargs: As in transformers.
@@ -176,7 +144,7 @@ class CompanionPrefetch:
         Raises:
             InputError: As `ProxyTuningLogitsProcessor`.
         """
-        inputs = self.original(input_ids, *args, **kwargs)
+        inputs = original(input_ids, *args, **kwargs)
         mask = kwargs.get("attention_mask")
         # Not for prompts, which may come in chunks, nor for drafts, about which the companions have been asked already.
         step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")

@@ -6,7 +6,6 @@ The processor holds the expert and the antiexpert as companions that follow what
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -14,8 +13,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from proxytune.errors import InputError
 from proxytune.formulas.proxy_tuning import ProxyTuning
+from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
 from proxytune.generation.prompt_rows import expand_mask
-from proxytune.methods.steering.attach import CompanionPrefetch, ProcessorHook, refuse_no_ids
+from proxytune.methods.steering.attach import CompanionPrefetch, SteeredProcessors, refuse_no_ids
 from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.generation_mixin import ComposedGenerationMixin, refuse_continuous_batching
 from proxytune.models.loading import check_vocabularies, open_members, reference_of
@@ -25,10 +25,8 @@ from proxytune.ops import combine, normalise_
 
 __all__ = ["ProxyTuningLogitsProcessor"]
 
-_HOOKS = ("_get_logits_processor", "init_continuous_batching")
 
-
-class ProxyTuningLogitsProcessor(LogitsProcessor):
+class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
     """`scores + α (z_expert − z_antiexpert)` (arXiv 2401.08565), for any `generate()` of the base.
 
     Two ways to use it:
@@ -103,7 +101,6 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         self._companions = [PrefixCachedMember(models[role], role) for role in self.formula.roles]
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
-        self._attached: PreTrainedModel | None = None
         self.overlap = True
         self._sides = CompanionStreams()
 
@@ -174,7 +171,7 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             InputError: As `shifted`.
         """
         # Which row a mask of one's own belongs to, a tree tells when it asks for logits, and not before.
-        if self._attached is None or self._explicit_mask is not None:
+        if not self._hooks or self._explicit_mask is not None:
             return
         for companion in self._companions:
             device = companion.member.device
@@ -257,14 +254,13 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
         """
-        if self._attached is not None:
-            raise InputError.of(
-                "attach", expected="a detached processor", got="one that is attached", remedy="Call detach() first."
-            )
-        # PEFT's generate() calls that of the model inside.
-        target = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._refuse_attached()
+        target = target_of(model)
         composed = isinstance(target, ComposedGenerationMixin)
-        if composed or getattr(vars(target).get("_get_logits_processor"), "is_attached", False):
+        attached = any(
+            getattr(hook.replacement, "changes_logits", False) for hook in hooks_on(target, "_get_logits_processor")
+        )
+        if composed or attached:
             raise InputError.of(
                 "attach",
                 expected="a model that is not steered yet",
@@ -273,23 +269,9 @@ class ProxyTuningLogitsProcessor(LogitsProcessor):
             )
         if self._check_vocabulary:
             check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
-        # On the instance: other models of the class are not touched, and detaching is deleting.
-        target._get_logits_processor = ProcessorHook(self, target._get_logits_processor)
-        target.init_continuous_batching = refuse_continuous_batching
-        CompanionPrefetch.put_on(target, self)
-        self._attached = target
+        self._hooks = (
+            MethodHook(target, "_get_logits_processor", SteeredProcessors(self)),
+            MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
+            MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self)),
+        )
         return self
-
-    def detach(self) -> None:
-        """Undo `attach`; without effect if the processor is not attached."""
-        if self._attached is not None:
-            for hook in _HOOKS:
-                delattr(self._attached, hook)
-            CompanionPrefetch.take_off(self._attached)
-        self._attached = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.detach()
