@@ -66,7 +66,6 @@ def independent(
     seed: int,
     max_new_tokens: int,
     temperature: float = 1.0,
-    processors: Sequence[LogitsProcessor] = (),
 ) -> list[list[list[int]]]:
     """`samples` independent samples of each prompt; nothing is truncated.
 
@@ -87,7 +86,6 @@ def independent(
                 temperature=temperature,
                 top_k=0,
                 max_new_tokens=max_new_tokens,
-                logits_processor=list(processors),
                 custom_generate=loop,
             )
         for (row, _), ids in zip(some, sequences[:, encoded["input_ids"].shape[1] :], strict=True):

@@ -7,6 +7,7 @@ tested on test problems; intervals are paired over problems.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -208,18 +209,18 @@ def _sampled(
 ) -> list[Answers]:
     asked = problems("countdown", split, count, build_world())
     exec_, fork = setting
-    processors = []
-    if exec_ != fork:
-        processors = [ForkSamplingLogitsProcessor(nats, fork_temperature=fork, exec_temperature=exec_)]
-    drawn = independent(
-        subject,
-        [prompt_of(problem.question) for problem in asked],
-        samples,
-        seed=seed,
-        max_new_tokens=MAX_NEW_TOKENS,
-        temperature=exec_ if exec_ == fork else 1.0,
-        processors=processors,
-    )
+    with ExitStack() as attached:
+        if exec_ != fork:
+            processor = ForkSamplingLogitsProcessor(nats, fork_temperature=fork, exec_temperature=exec_)
+            attached.enter_context(processor.attach(subject.model))
+        drawn = independent(
+            subject,
+            [prompt_of(problem.question) for problem in asked],
+            samples,
+            seed=seed,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=exec_ if exec_ == fork else 1.0,
+        )
     return [
         Answers.of(problem, [subject.read(ids) for ids in some], sum(map(len, some)))
         for problem, some in zip(asked, drawn, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,23 +124,25 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
         return _grown(asked, setting, knobs, seed)
     if setting.family == "recursion":
         return _recurred(asked, setting, knobs, samples, seed)
-    temperature, processors = setting.temperature, []
+    temperature = setting.temperature
+    attached = ExitStack()
     loop: Any = None  # transformers' own loop: at this size, keyed noise dominates a step of FusedDecoding
     if setting.family == "fork sampling":
-        processors = [
-            ForkSamplingLogitsProcessor(asked.nats[0], fork_temperature=knobs["fork"], exec_temperature=temperature)
-        ]
+        processor = ForkSamplingLogitsProcessor(
+            asked.nats[0], fork_temperature=knobs["fork"], exec_temperature=temperature
+        )
+        attached.enter_context(processor.attach(asked.model))
         temperature = 1.0
     elif setting.family != "temperature":
         loop = LatentDecoding(LatentMixture(**knobs), _gates(setting.family, asked.puzzle.name), seed=seed)
     prompts = asked.puzzle.prompts(torch.tensor(asked.instances))
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+    with attached, torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cache = DynamicCache(config=asked.model.config)  # one pass over the prompt serves all its samples
         cache = asked.model(input_ids=prompts[:, :-1], past_key_values=cache, use_cache=True).past_key_values
         cache.batch_repeat_interleave(samples)
         ids = prompts.repeat_interleave(samples, 0)
-        out = _generate(asked, ids, temperature, loop, past_key_values=cache, logits_processor=processors)
+        out = _generate(asked, ids, temperature, loop, past_key_values=cache)
         selects = asked.recurs and setting.family == "temperature"
         means = _mean_logprobs(asked.model, out, prompts.shape[1]) if selects else None
     new = out[:, prompts.shape[1] :].view(len(asked.instances), samples, -1)

@@ -192,7 +192,8 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     ) -> LogitsProcessorList:
         tail = TailMask(self.usable_ids)
         processors = LogitsProcessorList([tail])
-        for processor in super()._get_logits_processor(generation_config, *args, **kwargs):
+        found = super()._get_logits_processor(generation_config, *args, **kwargs)
+        for processor in found:
             # As somebody's draft, it is handed that one's processors, and may be steered on top: drafts only propose.
             if getattr(processor, "shifts_logits", False) and not generation_config.is_assistant:
                 raise InputError.of(
@@ -201,9 +202,8 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                     got="one: the shifts would add up",
                     remedy="Leave it out, or use it on the base alone.",
                 )
-            if hasattr(processor, "check_settings") and not generation_config.is_assistant:
-                processor.check_settings(generation_config)  # what a step will not tell it
-            processors.append(processor)
+            tells = hasattr(processor, "for_call") and not generation_config.is_assistant
+            processors.append(processor.for_call(generation_config, found) if tells else processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 processors.append(tail)  # it subtracts −inf from −inf there
         return processors

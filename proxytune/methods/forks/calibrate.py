@@ -53,15 +53,15 @@ def sampled_entropies(
     # generate() fills what its settings leave open from the model's own: penalties there would change the entropies.
     model.generation_config = GenerationConfig(**special)
     try:
-        model.generate(
-            **encoded,
-            do_sample=True,
-            temperature=temperature,
-            top_k=0,
-            num_return_sequences=samples,
-            max_new_tokens=max_new_tokens,
-            logits_processor=[recorder],
-        )
+        with recorder.attach(model):
+            model.generate(
+                **encoded,
+                do_sample=True,
+                temperature=temperature,
+                top_k=0,
+                num_return_sequences=samples,
+                max_new_tokens=max_new_tokens,
+            )
     finally:
         model.generation_config = own
     rows = recorder.record().entropy.double().cpu().numpy()  # [B * samples, n], NaN after the end

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NoReturn, Self, get_args
 
 import torch
 from transformers import (
@@ -12,14 +11,17 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    PreTrainedModel,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError, ProxytuneError, UnsupportedModeError
+from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
 from proxytune.methods.forks.call_tracker import CallTracker, ForkRecord
 from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.models.generation_mixin import refuse_continuous_batching
 from proxytune.ops.entropy import entropy
 from proxytune.recipe import MEASURES, ForkCalibration, Measure, Recipe
 from proxytune.validation import choice, finite
@@ -40,7 +42,7 @@ _WARPERS: dict[str, type[LogitsProcessor]] = {
 _OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
-class ForkSamplingLogitsProcessor(LogitsProcessor):
+class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
     """Divides each row's scores by a temperature that depends on that row's entropy H.
 
     ========= ============================================================================ =========================
@@ -51,8 +53,16 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
     "edt"     `fork_temperature · 0.8^(theta / H)`, at least `FLOOR`                       arXiv 2403.14541
     ========= ============================================================================ =========================
 
-    For any `generate(logits_processor=[processor])`: of a plain model, of a `ProxyTunedModel`, of a model with a
-    `ProxyTuningLogitsProcessor` attached, or after one in the same list. There H is that of the combined row.
+    Three ways to use it:
+
+    - `generate(logits_processor=[processor])` of a `ProxyTunedModel`, or of a model with a `ProxyTuningLogitsProcessor`
+      attached.
+    - `processor.attach(model)` for every other model, then `generate(...)` or a pipeline as ever; `detach()` ends it;
+      also a context manager. It comes last among the user's processors, or where `logits_processor` has it, e.g. after
+      a `ProxyTuningLogitsProcessor`.
+    - In a loop of one's own: `for_call(generation_config)` gives the processor of one call.
+
+    H is that of the combined row.
 
     **What H is taken of.** A user's processor is called after generate()'s penalties and masks (`repetition_penalty`,
     `bad_words_ids`, …) and before its warpers. So with
@@ -75,9 +85,10 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
     counts would mix two models. With a streaming threshold it is an error. (A second `generate()` that starts inside
     the last one's text looks the same: call `reset()` before.)
 
-    Wrong use is found where it can be seen: in the list that calls the processor, in the loop that calls the list, and
-    by `check_settings` wherever a caller has the generation settings. A loop of another package that does beam search
-    under a name of its own is not seen. `generate_batch` drops processors without a word.
+    A step tells a processor neither the mode nor the warpers that come after it. So the settings are compared before
+    the first step, in each of the three ways above. In every other call, such as `logits_processor=[processor]` of a
+    plain model that it is not attached to, the first step is refused. `generate_batch` drops processors without a word;
+    attached, it is an error.
 
     One processor serves many generations, one at a time.
 
@@ -142,7 +153,25 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
         self._ends = _listed(eos_token_id)
         self._following = CallTracker(keeps=record)
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> NoReturn:
+        """Refuse: in a call whose settings were compared, what `for_call` returns stands in for it.
+
+        Args:
+            input_ids: `[B, T]`.
+            scores: `[B, V]`.
+
+        Raises:
+            UnsupportedModeError: Always.
+        """
+        raise UnsupportedModeError.of(
+            "ForkSamplingLogitsProcessor",
+            expected="a call whose settings it has compared: a step tells neither temperature, top-k, top-p nor beams",
+            got="a step of a plain model that it is not attached to, or of a loop of one's own",
+            remedy="Call processor.attach(model) before model.generate(...); in a loop of your own, use "
+            "processor.for_call(generation_config).",
+        )
+
+    def step(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Divide the scores of one step by their rows' temperatures.
 
         Args:
@@ -154,13 +183,11 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
             tokens that differ go on doing so. Rows without a distribution (NaN, +inf, all −inf) keep being so.
 
         Raises:
-            InputError: If generate() has other settings than it was told, or the shift would come after it.
-            UnsupportedModeError: In beam search; in assisted decoding with a streaming threshold.
+            UnsupportedModeError: In assisted decoding with a streaming threshold.
 
         Warns:
             DriftWarning: As `ForkThreshold.observe`.
         """
-        self._look_at_caller()
         scores = scores.float()
         measured = scores
         for warper in self._warpers:
@@ -191,21 +218,68 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
         """Take the next call as the start of a generation. The threshold keeps its counts: see its own `reset`."""
         self._following.reset()
 
-    def check_settings(self, generation_config: GenerationConfig) -> None:
-        """Compare with the settings of a `generate()`, for callers that see them; takes its end-of-text tokens over.
+    def attach(self, model: PreTrainedModel) -> Self:
+        """Let every `generate()` of a model go through the processor, which sees its settings.
+
+        Args:
+            model: The composed model, or a plain causal LM.
+
+        Returns:
+            Itself, so that `with processor.attach(model):` detaches at the end.
+
+        Raises:
+            InputError: If the processor is attached already, or the model has another one of this kind.
+        """
+        self._refuse_attached()
+        target = target_of(model)
+        name = "_get_logits_processor"
+        if any(isinstance(hook.replacement, _ForkProcessors) for hook in hooks_on(target, name)):
+            raise _several("attach", 2)
+        self._hooks = (
+            MethodHook(target, name, _ForkProcessors(self)),
+            MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
+        )
+        return self
+
+    def for_call(
+        self, generation_config: GenerationConfig, processors: Sequence[LogitsProcessor] | None = None
+    ) -> LogitsProcessor:
+        """The processor of one call, after `check_settings`; for callers that see the settings.
 
         Args:
             generation_config: The settings.
+            processors: As in `check_settings`.
+
+        Returns:
+            What stands in for this processor in that call.
 
         Raises:
-            InputError: If they are not those that the processor was told.
-            UnsupportedModeError: If they ask for beams.
+            InputError: As `check_settings`.
+            UnsupportedModeError: As `check_settings`.
+        """
+        self.check_settings(generation_config, processors)
+        return _ForkStep(self)
+
+    def check_settings(
+        self, generation_config: GenerationConfig, processors: Sequence[LogitsProcessor] | None = None
+    ) -> None:
+        """Compare with the settings of a call, and take its end-of-text tokens over.
+
+        Args:
+            generation_config: The settings.
+            processors: All processors of the call in their order, this one among them; None if they are not known.
+
+        Raises:
+            InputError: If the settings are not those that the processor was told, there are several of this kind, or a
+                `ProxyTuningLogitsProcessor` comes after it.
+            UnsupportedModeError: If the settings ask for beams.
         """
         if (generation_config.num_beams or 1) > 1:
             raise _beams(f"num_beams={generation_config.num_beams}")
         if generation_config.do_sample:
             found = {name: getattr(generation_config, name, None) for name in _WARPERS}
             self._compare({name: _OFF[name] if value is None else value for name, value in found.items()})
+        self._check_neighbours(processors or ())
         if not self._ends:
             self._ends = _listed(generation_config.eos_token_id)
 
@@ -239,18 +313,7 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
 
     # --- wrong use -----------------------------------------------------------------------------------------------
 
-    def _look_at_caller(self) -> None:
-        """Find what would go wrong silently. A processor is told nothing of the mode: its callers are the witnesses."""
-        caller = sys._getframe(2)
-        if caller.f_code is LogitsProcessorList.__call__.__code__:
-            # Of this frame only, which ends with the step: looking at a loop's locals would keep its tensors alive.
-            self._look_at_neighbours(caller.f_locals["self"])
-            assert caller.f_back is not None
-            caller = caller.f_back
-        if caller.f_code.co_name.endswith("beam_search"):
-            raise _beams("beam search")
-
-    def _look_at_neighbours(self, processors: Sequence[LogitsProcessor]) -> None:
+    def _check_neighbours(self, processors: Sequence[LogitsProcessor]) -> None:
         own = next((i for i, p in enumerate(processors) if p is self), 0)
         if any(getattr(p, "shifts_logits", False) for p in processors[own + 1 :]):
             raise InputError.of(
@@ -261,12 +324,7 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
             )
         count = sum(isinstance(p, ForkSamplingLogitsProcessor) for p in processors)
         if count > 1:
-            raise InputError.of(
-                "logits_processor",
-                expected="one ForkSamplingLogitsProcessor",
-                got=f"{count}, whose temperatures would multiply",
-                remedy="Leave one.",
-            )
+            raise _several("logits_processor", count)
         kinds = {kind: name for name, kind in _WARPERS.items()}
         self._compare({kinds[type(p)]: getattr(p, kinds[type(p)]) for p in processors if type(p) in kinds})
 
@@ -282,6 +340,41 @@ class ForkSamplingLogitsProcessor(LogitsProcessor):
                 got=f"{value}, which {matters}",
                 remedy=f"Pass {name}={_OFF[name]} to generate(), or {name}={value} to the processor if it is meant.",
             )
+
+
+class _ForkStep(LogitsProcessor):
+    """A processor in one call, whose settings it has compared."""
+
+    supports_continuous_batching = False
+
+    def __init__(self, processor: ForkSamplingLogitsProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        return self.processor.step(input_ids, scores)
+
+
+class _ForkProcessors:
+    """Replaces `_get_logits_processor` of a model that a processor is attached to."""
+
+    def __init__(self, processor: ForkSamplingLogitsProcessor) -> None:
+        self.processor = processor
+
+    def __call__(
+        self,
+        original: Callable[..., LogitsProcessorList],
+        generation_config: GenerationConfig,
+        *args: Any,
+        logits_processor: Sequence[LogitsProcessor] | None = None,
+        **kwargs: Any,
+    ) -> LogitsProcessorList:
+        """The processors of one `generate()`, this one among the user's; as somebody's draft, those it was handed."""
+        own = self.processor
+        given = list(logits_processor or ())
+        if not generation_config.is_assistant and all(p is not own for p in given):
+            given.append(own)
+        processors = original(generation_config, *args, logits_processor=LogitsProcessorList(given), **kwargs)
+        return LogitsProcessorList(own.for_call(generation_config, processors) if p is own else p for p in processors)
 
 
 def _threshold(given: Any, measure: Measure, form: TemperatureRule) -> ForkThreshold | None:
@@ -334,16 +427,23 @@ def _warpers(told: Mapping[str, float], measure: Measure) -> list[LogitsProcesso
     return [] if measure == "raw" else list(made.values())
 
 
-def _beams(got: str) -> UnsupportedModeError:
-    error = UnsupportedModeError.of(
+def _several(of: str, count: int) -> ProxytuneError:
+    return InputError.of(
+        of,
+        expected="one ForkSamplingLogitsProcessor",
+        got=f"{count}, whose temperatures would multiply",
+        remedy="Leave one.",
+    )
+
+
+def _beams(got: str) -> ProxytuneError:
+    return UnsupportedModeError.of(
         "beam search",
         expected="greedy decoding or sampling",
         got=f"{got}: beams are compared by sums of log-probabilities, which a temperature that changes from token to "
         "token makes sums of different things",
         remedy="Leave num_beams out, or the processor.",
     )
-    assert isinstance(error, UnsupportedModeError)
-    return error
 
 
 def _listed(value: Any) -> list[int]:

@@ -6,7 +6,6 @@ the distribution that a token is drawn from, and a hook on the inputs of the nex
 
 from __future__ import annotations
 
-import sys
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -63,10 +62,12 @@ class LatentDecoding:
 
     For greedy decoding, sampling and beams, with any cache or none, any padding, compiled forwards and streamers. One
     `generate()` with latent steps at a time on a model. Assisted decoding is refused, and so are encoder-decoders.
-    `generate_batch` and `cache_implementation="paged"` on a plain model never call a callable: there transformers'
-    warning that it switches is all there is. An assistant is refused where `generate()` calls this object itself, not a
-    function around it. A composed model refuses them, an attached
-    `LatentLogitsProcessor` too.
+
+    On a plain model transformers hands a callable neither `streamer=` nor `assistant_model=` of `generate()`: give the
+    streamer here (one given to `generate()` gets the prompt alone); an assistant is ignored, and the text is that
+    without it. `generate_batch` and `cache_implementation="paged"` never call it: there transformers' warning that it
+    switches is all there is. A composed model hands both over and refuses what cannot be, an attached
+    `LatentLogitsProcessor` refuses assistants and paged caches.
 
     Attributes:
         mixture: The law of the weights, or its kind for the defaults.
@@ -75,7 +76,7 @@ class LatentDecoding:
         stream_ids: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …].
         loop: How tokens are drawn: None for transformers' own loops; a `FusedDecoding`, for greedy decoding and
             sampling, if a row's tokens too are to depend on (seed, row, position) alone.
-        streamer: A streamer, if it is not given to `generate()`.
+        streamer: A streamer for plain models; it gets the prompt too.
         impl: "triton", "torch" or "auto".
 
     Raises:
@@ -132,8 +133,6 @@ class LatentDecoding:
             UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
             InputError: If `stream_ids` does not fit the batch, or a gate names an id that the model cannot embed.
         """
-        given = _given_to_generate(self)
-        assistant_model = given.get("assistant_model") if assistant_model is None else assistant_model
         refuse_modes(_NAME, model, generation_config, assistant_model, beams=self.loop is None)
         self._refuse_paged(generation_config, model_kwargs)
         refuse_processors(logits_processor)
@@ -149,8 +148,6 @@ class LatentDecoding:
             rows=streams_of(self.stream_ids, input_ids.shape[0]),
             impl=self.impl,
         )
-        if streamer is None:
-            streamer = given.get("streamer")
         if beams > 1 and (streamer is not None or self.streamer is not None):
             raise UnsupportedModeError.of(
                 _NAME,
@@ -188,20 +185,6 @@ class LatentDecoding:
                 got="a paged one, whose batches run without latent steps",
                 remedy="Leave cache_implementation out.",
             )
-
-
-def _given_to_generate(loop: LatentDecoding) -> dict[str, Any]:
-    """What `generate()` was given but hands to no callable of a plain model: the assistant and the streamer."""
-    # Left out without a word; the frame of generate() is the one witness.
-    frame = sys._getframe(1)
-    for _ in range(8):
-        found = frame.f_back
-        if found is None:
-            break
-        frame = found
-        if frame.f_code.co_name == "generate" and frame.f_locals.get("custom_generate") is loop:
-            return {name: frame.f_locals.get(name) for name in ("assistant_model", "streamer")}
-    return {}
 
 
 class _Ended(StoppingCriteriaList):

@@ -81,9 +81,10 @@ class SteeredProcessors:
                 got="one: the shifts would add up",
                 remedy="Leave it out of logits_processor, or detach() the attached one.",
             )
-        for processor in processors:
-            if hasattr(processor, "check_settings") and not generation_config.is_assistant:
-                processor.check_settings(generation_config)
+        if not generation_config.is_assistant:
+            processors = LogitsProcessorList(
+                p.for_call(generation_config, processors) if hasattr(p, "for_call") else p for p in processors
+            )
         processors.insert(0, self._steering(generation_config, input_ids_seq_length, model_kwargs or {}))
         return processors
 

@@ -1,5 +1,7 @@
 """Fork sampling on the doors: the same decisions and the same tokens as written out, and wrong use that is told."""
 
+import contextlib
+import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -52,6 +54,11 @@ def forks(threshold: Any = H, **settings: Any) -> ForkSamplingLogitsProcessor:
     return ForkSamplingLogitsProcessor(threshold, **{"fork_temperature": 1.2, "exec_temperature": 0.5} | settings)
 
 
+def ready(processor: ForkSamplingLogitsProcessor) -> LogitsProcessor:
+    """For calls by hand: with the settings that it was told."""
+    return processor.for_call(GenerationConfig(do_sample=True, **processor._told))
+
+
 def padded() -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(3, 240, (3, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -82,7 +89,7 @@ def test_two_temperatures_by_hand() -> None:
     scores = torch.randn(40, 30) * torch.linspace(0.1, 6, 40)[:, None]
     scores[:, ::4] = -torch.inf
     threshold = 1.5
-    got = ForkSamplingLogitsProcessor(threshold)(torch.zeros(40, 3, dtype=torch.int64), scores)
+    got = ready(ForkSamplingLogitsProcessor(threshold))(torch.zeros(40, 3, dtype=torch.int64), scores)
     h = torch.distributions.Categorical(logits=scores[:, scores[0] > -torch.inf].double()).entropy()
     t = torch.where(h > threshold, 1.0, 0.6)
     assert 0.2 < (t == 1.0).float().mean() < 0.8
@@ -94,13 +101,13 @@ def test_two_temperatures_by_hand() -> None:
 def test_at_1_everywhere_it_is_the_identity() -> None:
     scores = torch.randn(5, 30)
     for form in ("two", "dynamic"):
-        one = ForkSamplingLogitsProcessor(1.0, fork_temperature=1.0, exec_temperature=1.0, form=form)
+        one = ready(ForkSamplingLogitsProcessor(1.0, fork_temperature=1.0, exec_temperature=1.0, form=form))
         assert torch.equal(one(IDS.expand(5, 3), scores), scores)
 
 
 def temperature_of(processor: ForkSamplingLogitsProcessor, scores: torch.Tensor) -> torch.Tensor:
     """What the scores were divided by, read off the distance of two tokens."""
-    out = processor(IDS.expand(len(scores), 3), scores)
+    out = ready(processor)(IDS.expand(len(scores), 3), scores)
     return (scores[:, 0] - scores[:, 1]) / (out[:, 0] - out[:, 1])
 
 
@@ -116,8 +123,8 @@ def test_the_dynamic_form(exponent: float) -> None:
     # One token left, and all equal: the ends.
     single, flat = torch.full((1, 8), -torch.inf), torch.zeros(1, 8)
     single[0, 2] = 4.0
-    assert torch.equal(one(IDS, single), single - 4.0 * (single > 0))
-    assert torch.isfinite(one(IDS, flat)).all()
+    assert torch.equal(ready(one)(IDS, single), single - 4.0 * (single > 0))
+    assert torch.isfinite(ready(one)(IDS, flat)).all()
 
 
 def test_the_edt_form() -> None:
@@ -128,7 +135,7 @@ def test_the_edt_form() -> None:
     assert want[1] == pytest.approx(0.72)
     # H → 0: the floor, and the argmax stays.
     sure = torch.tensor([[60.0, 0.0, 0.0], [5.0, -torch.inf, -torch.inf]])
-    out = one(IDS.expand(2, 3), sure)
+    out = ready(one)(IDS.expand(2, 3), sure)
     assert out.argmax(-1).tolist() == [0, 0]
     assert not out.isnan().any()
     assert float(out[0, 0] - out[0, 1]) == pytest.approx(60 / FLOOR, rel=1e-4)
@@ -139,7 +146,7 @@ def test_rows_without_a_distribution_stay_so_and_leave_the_others_alone() -> Non
     scores[1, 3], scores[2, 4], scores[3] = torch.nan, torch.inf, -torch.inf
     for form in ("two", "dynamic", "edt"):
         threshold = ForkThreshold(0.5)
-        out = forks(threshold, form=form)(IDS.expand(4, 3), scores)
+        out = ready(forks(threshold, form=form))(IDS.expand(4, 3), scores)
         assert torch.isfinite(out[0]).all()
         assert torch.equal(out[1].isnan(), scores[1].isnan())
         assert out[2, 4] == torch.inf
@@ -153,7 +160,7 @@ def test_the_largest_stays_the_largest_to_the_last_bit() -> None:
     rows = torch.stack([a, torch.nextafter(a, torch.tensor(torch.inf))], 1)
     cold = 0.7
     assert (rows / cold).argmax(-1).eq(0).any()
-    out = ForkSamplingLogitsProcessor(100.0, exec_temperature=cold)(IDS.expand(4000, 3), rows)
+    out = ready(ForkSamplingLogitsProcessor(100.0, exec_temperature=cold))(IDS.expand(4000, 3), rows)
     assert (out.argmax(-1) == 1).all()
 
 
@@ -178,9 +185,9 @@ def test_the_law_on_a_tiny_vocabulary() -> None:
     told = 0
     for prompt, z, fork in zip(prompts, logits, (h > threshold).tolist(), strict=True):
         one = ForkSamplingLogitsProcessor(threshold, fork_temperature=hot, exec_temperature=cold)
-        drawn = model.generate(
-            prompt[None], **SAMPLED | {"max_new_tokens": 1, "num_return_sequences": n}, logits_processor=[one]
-        )[:, -1]
+        run = SAMPLED | {"max_new_tokens": 1, "num_return_sequences": n}
+        with one.attach(model):
+            drawn = model.generate(prompt[None], **run)[:, -1]
         law = (z.log_softmax(-1) / (hot if fork else cold)).softmax(-1)
         other = (z.log_softmax(-1) / (cold if fork else hot)).softmax(-1)
         counts = torch.bincount(drawn, minlength=8).double()
@@ -212,17 +219,21 @@ def test_all_doors_decide_alike_and_give_the_same_tokens(mode: dict[str, Any]) -
     ids, mask = padded()
     base = members()[0]
     found = {}
-    for door in ("written", "composed", "attached", "dropped in"):
+    for door in ("written", "composed", "steered", "attached", "passed and attached"):
         torch.manual_seed(5)
         one: Any = Written() if door == "written" else forks(record=True)
         run = {"attention_mask": mask, **mode}
         if door in ("written", "composed"):
             text = composed().generate(ids, logits_processor=[one], **run)
-        elif door == "attached":
+        elif door == "steered":
             with steering().attach(base):
                 text = base.generate(ids, logits_processor=[one], **run)
+        elif door == "attached":
+            with one.attach(base):
+                text = base.generate(ids, logits_processor=[steering()], **run)
         else:
-            text = base.generate(ids, logits_processor=[steering(), one], **run)
+            with one.attach(base):
+                text = base.generate(ids, logits_processor=[steering(), one], **run)
         found[door] = (text, torch.stack(one.forks, 1) if door == "written" else one.record().fork)
     want, decisions = found["written"]
     assert 0.1 < decisions.float().mean() < 0.9
@@ -285,7 +296,8 @@ def test_rows_that_have_ended_are_not_counted() -> None:
     end = int(plain[1, 3])
     threshold = ForkThreshold(H)
     one = forks(threshold, eos_token_id=end, record=True)
-    text = model.generate(prompts, logits_processor=[one], **GREEDY | {"eos_token_id": end})[:, 5:]
+    with one.attach(model):
+        text = model.generate(prompts, **GREEDY | {"eos_token_id": end})[:, 5:]
     record = one.record()
     ended = (text == end).long().cumsum(1) - (text == end).long() > 0  # after the first one
     assert ended.any()
@@ -303,8 +315,8 @@ def test_scaled_and_truncated_entropies() -> None:
     told = {"temperature": 0.7, "top_k": 8, "top_p": 0.9, "min_p": 0.02}
     scaled = forks(measure="scaled", temperature=0.7, record=True)
     truncated = forks(measure="truncated", record=True, **told)
-    scaled(ids, scores)
-    truncated(ids, scores)
+    ready(scaled)(ids, scores)
+    ready(truncated)(ids, scores)
     torch.testing.assert_close(scaled.record().entropy[:, 0], entropy(scores / 0.7))
     # What generate() itself keeps of such a row.
     config = GenerationConfig(do_sample=True, **told)
@@ -313,9 +325,8 @@ def test_scaled_and_truncated_entropies() -> None:
     assert (truncated.record().entropy < scaled.record().entropy).all()
     # And told so, generate() may have these settings.
     prompt, run = torch.randint(3, 240, (2, 5)), {**SAMPLED, **told}
-    assert (
-        shared("llama", 1).generate(prompt, logits_processor=[forks(measure="truncated", **told)], **run).shape[1] == 17
-    )
+    with forks(measure="truncated", **told).attach(shared("llama", 1)):
+        assert shared("llama", 1).generate(prompt, **run).shape[1] == 17
 
 
 # --- thresholds ----------------------------------------------------------------------------------------------------
@@ -353,7 +364,8 @@ def test_a_streaming_threshold_over_several_generations() -> None:
     run = SAMPLED | {"max_new_tokens": 20}
     for seed in range(6):
         ids = torch.randint(3, 240, (20, 5), generator=torch.Generator().manual_seed(seed))
-        model.generate(ids, logits_processor=[one], **run)
+        with one.attach(model):
+            model.generate(ids, **run)
         assert one.record().entropy.shape == (20, 20)
     assert threshold.tokens == 6 * 400 - 200
     assert threshold.realised_share == pytest.approx(0.2, abs=0.03)
@@ -402,7 +414,8 @@ def test_a_record_is_of_the_last_generation() -> None:
         forks().record()
     ids = torch.randint(3, 240, (2, 5))
     for prompt, new in ((ids, 12), (ids, 7), (ids[:1], 3), (torch.randint(3, 240, (2, 9)), 4)):
-        model.generate(prompt, logits_processor=[one], **SAMPLED | {"max_new_tokens": new})
+        with one.attach(model):
+            model.generate(prompt, **SAMPLED | {"max_new_tokens": new})
         assert one.record().entropy.shape == (len(prompt), new)
     one.reset()
     with pytest.raises(InputError, match="no generation yet"):
@@ -410,41 +423,45 @@ def test_a_record_is_of_the_last_generation() -> None:
 
 
 def test_two_generations_that_look_like_one() -> None:
-    model, one = shared("llama", 1), forks(record=True)
+    model, one = build("llama", 1), forks(record=True)
+    one.attach(model)
     run = SAMPLED | {"max_new_tokens": 3}
-    text = model.generate(torch.randint(3, 240, (2, 5)), logits_processor=[one], **run)
-    model.generate(torch.randint(3, 240, text.shape), logits_processor=[one], **run)
+    text = model.generate(torch.randint(3, 240, (2, 5)), **run)
+    model.generate(torch.randint(3, 240, text.shape), **run)
     with pytest.raises(InputError, match=r"record: expected one generation; got two .* Call reset\(\)"):
         one.record()
     # The same text going on is one text.
     one.reset()
-    text = model.generate(torch.randint(3, 240, (2, 5)), logits_processor=[one], **run)
-    model.generate(text, logits_processor=[one], **run)
+    text = model.generate(torch.randint(3, 240, (2, 5)), **run)
+    model.generate(text, **run)
     assert one.record().entropy.shape == (2, 6)
 
 
 def test_assisted_decoding() -> None:
-    base, draft = shared("llama", 1), build("llama", 4)
+    base, draft = build("llama", 1), build("llama", 4)
     draft.generation_config.num_assistant_tokens = 3
     ids = torch.randint(3, 240, (1, 7))
     threshold = ForkThreshold(H)
     one = forks(threshold, record=True)
-    want = base.generate(ids, logits_processor=[one], **GREEDY)
+    one.attach(base)
+    want = base.generate(ids, **GREEDY)
     record = one.record()
     one.reset()
     threshold.reset()
-    got = base.generate(ids, logits_processor=[one], assistant_model=draft, **GREEDY)
+    got = base.generate(ids, assistant_model=draft, **GREEDY)
+    one.detach()
     assert torch.equal(got, want)
     # The record is the verifying model's; of the draft's positions only the end may be left over.
     torch.testing.assert_close(one.record().entropy[:, :12], record.entropy, atol=1e-4, rtol=1e-4)
     assert threshold.tokens < 12
-    with pytest.raises(UnsupportedModeError, match="streaming threshold: expected a generation that asks for each"):
-        base.generate(ids, logits_processor=[forks(ForkThreshold.streaming())], assistant_model=draft, **GREEDY)
+    streaming = forks(ForkThreshold.streaming()).attach(base)
+    with streaming, pytest.raises(UnsupportedModeError, match="streaming threshold: expected a generation that asks"):
+        base.generate(ids, assistant_model=draft, **GREEDY)
 
 
 def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step may not look at values: that would be a wait on a GPU. Below a window, a stream's step does not either."""
-    one = forks(ForkThreshold.streaming(), eos_token_id=[1, 2], record=True)
+    one = ready(forks(ForkThreshold.streaming(), eos_token_id=[1, 2], record=True))
     ids, scores = torch.randint(3, 240, (4, 5)), torch.randn(4, 50)
     one(ids, scores)
 
@@ -463,58 +480,147 @@ def test_nothing_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("mode", [{"num_beams": 3}, {"num_beams": 2, "do_sample": True}])
-@pytest.mark.parametrize("door", ["plain", "composed", "attached", "dropped in"])
+@pytest.mark.parametrize("door", ["plain", "composed", "steered", "after steering"])
 def test_beams_are_refused(mode: dict[str, Any], door: str) -> None:
     base, ids = members()[0], torch.randint(3, 240, (2, 5))
-    model = composed() if door == "composed" else base
-    processors: list[LogitsProcessor] = [steering(), forks()] if door == "dropped in" else [forks()]
-    one = steering()
-    if door == "attached":
-        one.attach(base)
-    try:
+    one = forks()
+    run = {"max_new_tokens": 3, **mode}
+    with contextlib.ExitStack() as attached:
+        if door == "steered":
+            attached.enter_context(steering().attach(base))
+        elif door != "composed":
+            attached.enter_context(one.attach(base))
+        before: list[LogitsProcessor] = [steering()] if door == "after steering" else []
+        model = composed() if door == "composed" else base
         with pytest.raises(UnsupportedModeError, match="beam search: expected greedy decoding or sampling; got "):
-            model.generate(ids, logits_processor=processors, max_new_tokens=3, **mode)
-    finally:
-        one.detach()
+            model.generate(ids, logits_processor=[*before, one], **run)
+        if door not in ("composed", "steered"):
+            with pytest.raises(UnsupportedModeError, match="beam search: expected greedy decoding or sampling; got "):
+                model.generate(ids, logits_processor=before, **run)
+
+
+@pytest.mark.parametrize("mode", [SAMPLED, GREEDY, SAMPLED | {"temperature": 0.6}, GREEDY | {"num_beams": 3}])
+def test_a_plain_model_that_it_is_not_attached_to_is_refused(mode: dict[str, Any]) -> None:
+    base, ids = members()[0], torch.randint(3, 240, (2, 5))
+    match = r"expected a call whose settings it has compared.* Call processor\.attach\(model\) before .*for_call"
+    for before in ([], [steering()]):
+        with pytest.raises(UnsupportedModeError, match=match):
+            base.generate(ids, logits_processor=[*before, forks()], **mode)
+    # Nor does it take one call's settings for another's.
+    one = forks()
+    composed().generate(ids, logits_processor=[one], **GREEDY)
+    with one.attach(build("llama", 1)) as attached:
+        attached._hooks[0].model.generate(ids, **GREEDY)
+        with pytest.raises(UnsupportedModeError, match=match):
+            base.generate(ids, logits_processor=[one], **mode)
+    with pytest.raises(UnsupportedModeError, match=match):
+        base.generate(ids, logits_processor=[one], **mode)
+    with pytest.raises(UnsupportedModeError, match=match):
+        one(ids, torch.randn(2, 9))
 
 
 def test_generate_s_own_temperature_multiplies_and_is_told() -> None:
-    model, ids = shared("llama", 1), torch.randint(3, 240, (2, 5))
-    with pytest.raises(InputError, match=r"generate\(\)'s temperature: expected 1\.0, which the .*; got 0\.6"):
-        model.generate(ids, logits_processor=[forks()], temperature=0.6, **SAMPLED)
+    model, ids = build("llama", 1), torch.randint(3, 240, (2, 5))
+    with (
+        forks().attach(model),
+        pytest.raises(InputError, match=r"\)'s temperature: expected 1\.0, which the .*; got 0\.6"),
+    ):
+        model.generate(ids, temperature=0.6, **SAMPLED)
     torch.manual_seed(1)
-    told = model.generate(ids, logits_processor=[forks(temperature=0.6)], temperature=0.6, **SAMPLED)
+    with forks(temperature=0.6).attach(model):
+        told = model.generate(ids, temperature=0.6, **SAMPLED)
     torch.manual_seed(1)
-    product = forks(fork_temperature=1.2 * 0.6, exec_temperature=0.5 * 0.6)
-    assert torch.equal(told, model.generate(ids, logits_processor=[product], **SAMPLED))
+    with forks(fork_temperature=1.2 * 0.6, exec_temperature=0.5 * 0.6).attach(model):
+        assert torch.equal(told, model.generate(ids, **SAMPLED))
     # Settings that a model ships are found as well as those of the call.
-    own = build("llama", 1)
-    own.generation_config = GenerationConfig(do_sample=True, temperature=0.6, pad_token_id=PAD)
-    with pytest.raises(InputError, match="generate"):
-        own.generate(ids, logits_processor=[forks()], max_new_tokens=3)
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.6, pad_token_id=PAD)
+    with forks().attach(model), pytest.raises(InputError, match=r"generate\(\)'s temperature"):
+        model.generate(ids, max_new_tokens=3)
 
 
 def test_truncation_is_told_where_it_is_measured() -> None:
     model, ids = shared("llama", 1), torch.randint(3, 240, (2, 5))
+    run = SAMPLED | {"top_k": 50, "top_p": 0.9}
     one = forks(measure="truncated", top_p=0.9)
-    with pytest.raises(InputError, match=r"generate\(\)'s top_k: expected 0, which the processor was told; got 50"):
-        model.generate(ids, logits_processor=[one], **SAMPLED | {"top_k": 50, "top_p": 0.9})
-    model.generate(ids, logits_processor=[forks()], **SAMPLED | {"top_k": 50, "top_p": 0.9})  # raw: no matter
+    match = r"generate\(\)'s top_k: expected 0, which the processor was told; got 50"
+    with one.attach(model), pytest.raises(InputError, match=match):
+        model.generate(ids, **run)
+    with forks().attach(model):
+        model.generate(ids, **run)  # raw: no matter
 
 
 def test_the_order_of_processors_matters() -> None:
     base, ids = members()[0], torch.randint(3, 240, (2, 5))
-    with pytest.raises(InputError, match="expected the ForkSampling.* after the ProxyTuning"):
-        base.generate(ids, logits_processor=[forks(), steering()], **SAMPLED)
-    with pytest.raises(InputError, match="expected one ForkSamplingLogitsProcessor; got 2, whose"):
-        base.generate(ids, logits_processor=[forks(), forks()], **SAMPLED)
+    one = forks()
+    with one.attach(base):
+        with pytest.raises(InputError, match="expected the ForkSampling.* after the ProxyTuning"):
+            base.generate(ids, logits_processor=[one, steering()], **SAMPLED)
+        for several in ([forks()], [one, forks()]):
+            with pytest.raises(InputError, match="expected one ForkSamplingLogitsProcessor; got 2, whose"):
+                base.generate(ids, logits_processor=several, **SAMPLED)
+    with steering().attach(base):
+        for model in (base, composed()):
+            with pytest.raises(InputError, match="expected one ForkSamplingLogitsProcessor; got 2, whose"):
+                model.generate(ids, logits_processor=[forks(), forks()], **SAMPLED)
+
+
+def test_attaching_twice_is_refused_and_detaching_leaves_no_trace() -> None:
+    base, ids = build("llama", 1), torch.randint(3, 240, (2, 5))
+    alone, before = base.generate(ids, **GREEDY), set(vars(base))
+    one = forks(record=True)
+    with one.attach(base):
+        with pytest.raises(InputError, match="attach: expected a detached processor; got one that is attached to a Ll"):
+            one.attach(shared("llama", 2))
+        with pytest.raises(InputError, match="attach: expected one ForkSamplingLogitsProcessor; got 2, whose"):
+            forks().attach(base)
+        with pytest.raises(UnsupportedModeError, match="continuous batching"):
+            base.generate_batch([[5, 6, 7]])
+        assert torch.equal(base.generate(ids, **GREEDY), alone)
+        assert one.record().entropy.shape == (2, 12)
+        assert torch.equal(copy.deepcopy(base).generate(ids, **SAMPLED | {"top_k": 1, "temperature": 0.6}), alone)
+    one.detach()  # without effect
+    assert set(vars(base)) == before
+    assert torch.equal(base.generate(ids, **GREEDY), alone)
+
+
+@pytest.mark.parametrize("first", ["steering", "forks"])
+def test_attached_together_with_steering_in_either_order(first: str) -> None:
+    ids, mask = padded()
+    base, one, steer = build("llama", 1), forks(record=True), steering()
+    run = {"attention_mask": mask, **SAMPLED}
+    torch.manual_seed(5)
+    want = composed().generate(ids, logits_processor=[forks()], **run)
+    for processor in (steer, one) if first == "steering" else (one, steer):
+        processor.attach(base)
+    torch.manual_seed(5)
+    assert torch.equal(base.generate(ids, **run), want)
+    # The one below goes first: what is on top stays, and works.
+    (steer if first == "steering" else one).detach()
+    torch.manual_seed(5)
+    rest = base.generate(ids, **run)
+    (one if first == "steering" else steer).detach()
+    assert "_get_logits_processor" not in vars(base)
+    with one.attach(base) if first == "steering" else steer.attach(base):
+        torch.manual_seed(5)
+        assert torch.equal(base.generate(ids, **run), rest)
+    assert not torch.equal(rest, want)
+
+
+def test_a_model_that_drafts_for_another_goes_without() -> None:
+    base, draft = shared("llama", 1), build("llama", 4)
+    ids, one = torch.randint(3, 240, (1, 7)), forks(record=True)
+    with one.attach(draft):
+        got = base.generate(ids, assistant_model=draft, **GREEDY)
+    assert torch.equal(got, base.generate(ids, **GREEDY))
+    with pytest.raises(InputError, match="no generation yet"):
+        one.record()
 
 
 def test_check_settings_says_the_same_of_settings() -> None:
     one = forks()
     one.check_settings(GenerationConfig(do_sample=True, top_k=50, eos_token_id=[7, 8]))
     one.check_settings(GenerationConfig(do_sample=False, temperature=0.6))  # greedy decoding ignores it
-    one(torch.tensor([[3, 4, 7]]), torch.randn(1, 9))
+    ready(one)(torch.tensor([[3, 4, 7]]), torch.randn(1, 9))
     one.reset()
     with pytest.raises(UnsupportedModeError, match="num_beams=4"):
         one.check_settings(GenerationConfig(num_beams=4))
@@ -526,9 +632,15 @@ def test_check_settings_says_the_same_of_settings() -> None:
 
 def test_a_list_of_one_s_own_is_looked_at_too() -> None:
     ids, scores = torch.randint(3, 240, (2, 5)), torch.randn(2, 9)
-    LogitsProcessorList([forks(), TopKLogitsWarper(3)])(ids, scores)
+    config = GenerationConfig(do_sample=True, top_k=0)
+    one, warper = forks(), TopKLogitsWarper(3)
+    with pytest.raises(UnsupportedModeError, match="for_call"):
+        LogitsProcessorList([one, warper])(ids, scores)
+    LogitsProcessorList([one.for_call(config, [one, warper]), warper])(ids, scores)
     with pytest.raises(InputError, match="temperature"):
-        LogitsProcessorList([forks(), TemperatureLogitsWarper(0.5)])(ids, scores)
+        one.for_call(config, [one, TemperatureLogitsWarper(0.5)])
+    with pytest.raises(UnsupportedModeError, match="for_call"):
+        LogitsProcessorList([one, TemperatureLogitsWarper(0.5)])(ids, scores)
 
 
 @pytest.mark.parametrize(
@@ -554,9 +666,9 @@ def test_settings_that_cannot_be_right(settings: dict[str, Any], message: str) -
 
 def test_in_a_pipeline_which_has_a_temperature_of_its_own() -> None:
     model = build("llama", 1, vocab=259)
-    one = forks(record=True)
+    one = forks(record=True).attach(model)
     ask = pipeline("text-generation", model, tokenizer=tokenizer())
     with pytest.raises(InputError, match=r"generate\(\)'s temperature: expected 1\.0, .* got 0\.7"):
-        ask("abc", logits_processor=[one], **SAMPLED)
-    ask("abc", logits_processor=[one], temperature=1.0, **SAMPLED)
+        ask("abc", **SAMPLED)
+    ask("abc", temperature=1.0, **SAMPLED)
     assert one.record().entropy.shape == (1, 12)

@@ -275,8 +275,7 @@ class Kept(BaseStreamer):
         self.ended = True
 
 
-@pytest.mark.parametrize("where", ["generate", "sampler"])
-@pytest.mark.parametrize("which", ["plain", "composed"])
+@pytest.mark.parametrize(("which", "where"), [("plain", "sampler"), ("composed", "sampler"), ("composed", "generate")])
 def test_streaming(which: str, where: str) -> None:
     model = composed() if which == "composed" else shared("llama", 1)
     kept = Kept()
@@ -285,6 +284,21 @@ def test_streaming(which: str, where: str) -> None:
     out = run(model, 1, **given, custom_generate=LatentDecoding("gumbel", seed=1, **own))
     assert torch.equal(torch.cat([x.flatten() for x in kept.put_]), out[0])
     assert kept.ended
+
+
+def test_what_transformers_hands_no_callable_of_a_plain_model() -> None:
+    """The streamer and the assistant of generate(): the text is right, the streamer gets the prompt alone."""
+    model, sampler = shared("llama", 1), LatentDecoding("gumbel", seed=1)
+    want = run(model, 1, custom_generate=sampler)
+    kept = Kept()
+    assert torch.equal(run(model, 1, streamer=kept, custom_generate=sampler), want)
+    assert [x.tolist() for x in kept.put_] == [prompts(1)[0].tolist()]
+    assert not kept.ended
+    assert torch.equal(run(model, 1, assistant_model=build("llama", 4), custom_generate=sampler), want)
+    kept, beams = Kept(), LatentDecoding("mean")
+    want = run(model, 1, num_beams=2, custom_generate=beams)
+    assert torch.equal(run(model, 1, num_beams=2, streamer=kept, custom_generate=beams), want)
+    assert [x.tolist() for x in kept.put_] == [prompts(1)[0].expand(2, 12).tolist()]
 
 
 def test_the_output_tells_which_steps_were_latent() -> None:
@@ -347,8 +361,9 @@ def test_assisted_decoding_is_refused(which: str) -> None:
     model = composed(torch.float32) if which == "composed" else build("llama", 1)
     draft = build("llama", 4)
     for settings in ({"assistant_model": draft}, {"prompt_lookup_num_tokens": 3}):
-        with pytest.raises(UnsupportedModeError, match="assisted"):
-            run(model, 1, **settings, custom_generate=LatentDecoding("mean"))
+        if which == "composed" or "assistant_model" not in settings:  # see above: a plain model hands none over
+            with pytest.raises(UnsupportedModeError, match="assisted"):
+                run(model, 1, **settings, custom_generate=LatentDecoding("mean"))
         with LatentLogitsProcessor("mean").attach(model), pytest.raises(UnsupportedModeError):
             run(model, 1, **settings)
     with LatentLogitsProcessor("mean").attach(draft), pytest.raises(UnsupportedModeError, match="drafts"):
@@ -452,7 +467,7 @@ def test_models_that_make_more_of_their_ids_are_refused() -> None:
 
 def test_wrong_settings_are_refused() -> None:
     model = shared("llama", 1)
-    with pytest.raises(InputError, match="Did you mean gumbel"):
+    with pytest.raises(InputError, match="Did you mean 'gumbel'"):
         LatentDecoding("gumble")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="gates: expected a LatentGates"):
         LatentDecoding("mean", LatentMixture())  # type: ignore[arg-type]
@@ -460,7 +475,7 @@ def test_wrong_settings_are_refused() -> None:
         LatentDecoding("mean", seed=0.5)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="below 256"):
         run(model, custom_generate=LatentDecoding("mean", LatentGates(discrete_ids=[256])))
-    with pytest.raises(InputError, match="rows: .* each of 3 rows"):
+    with pytest.raises(InputError, match="stream_ids: .* each of 3 rows"):
         run(model, custom_generate=LatentDecoding("mean", stream_ids=[0, 1]))
     with pytest.raises(UnsupportedModeError, match="greedy decoding or sampling"):
         run(model, num_beams=3, custom_generate=LatentDecoding("mean", loop=FusedDecoding()))
@@ -619,8 +634,11 @@ def test_guidance_is_refused() -> None:
 
 def test_a_streamer_with_beams_is_refused() -> None:
     model = build("llama", 1)
-    with pytest.raises(UnsupportedModeError, match="streamer"):
-        run(model, 1, num_beams=2, streamer=Kept(), custom_generate=LatentDecoding("mean"))
+    for do_sample, error in ((False, ValueError), (True, UnsupportedModeError)):  # the first is transformers' own
+        with pytest.raises(error, match="streamer"):
+            run(
+                composed(), 1, num_beams=2, do_sample=do_sample, streamer=Kept(), custom_generate=LatentDecoding("mean")
+            )
     with pytest.raises(UnsupportedModeError, match="streamer"):
         run(model, 1, num_beams=2, custom_generate=LatentDecoding("mean", streamer=Kept()))
 
