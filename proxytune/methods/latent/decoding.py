@@ -15,11 +15,11 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune.errors import UnsupportedModeError
-from proxytune.generation.batch import cache_of, is_synced, lengths_of
+from proxytune.generation.batch import cache_of
+from proxytune.generation.call import Call
 from proxytune.generation.fused import FusedDecoding
-from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_rules import refuse_processors
-from proxytune.generation.seeds import StreamIds, streams_of
+from proxytune.generation.seeds import StreamIds
 from proxytune.methods.latent.capture import with_capture
 from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.input_hook import ARGUMENT, latent_inputs_installed
@@ -133,47 +133,59 @@ class LatentDecoding:
             UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
             InputError: If `stream_ids` does not fit the batch, or a gate names an id that the model cannot embed.
         """
-        refuse_modes(_NAME, model, generation_config, assistant_model, beams=self.loop is None)
+        beams = int(generation_config.num_beams or 1)
+        given = self.streamer if streamer is None else streamer
+        if beams > 1 and given is not None:
+            raise UnsupportedModeError.of(
+                _NAME,
+                expected="no streamer with beam search, whose texts change until the end",
+                got=f"a {type(given).__name__}",
+                remedy="Leave it out, or num_beams.",
+            )
+        call = Call.begin(
+            _NAME,
+            model,
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            model_kwargs,
+            stream_ids=self.stream_ids,
+            streamer=streamer,
+            own_streamer=self.streamer,
+            synced_gpus=synced_gpus,
+            assistant_model=assistant_model,
+            beams=self.loop is None,
+        )
         self._refuse_paged(generation_config, model_kwargs)
         refuse_processors(logits_processor)
         assert isinstance(self.mixture, LatentMixture)
-        beams = int(generation_config.num_beams or 1)
         feedback = latent_steps_of(
             model,
             self.mixture,
             self.gates,
             generation_config,
             seed=self.seed,
-            lengths=lengths_of(len(input_ids), input_ids.shape[1], input_ids.device, generation_config, model_kwargs),
-            rows=streams_of(self.stream_ids, input_ids.shape[0]),
+            lengths=call.lengths,
+            rows=call.keys.row,
             impl=self.impl,
         )
-        if beams > 1 and (streamer is not None or self.streamer is not None):
-            raise UnsupportedModeError.of(
-                _NAME,
-                expected="no streamer with beam search, whose texts change until the end",
-                got="one",
-                remedy="Leave it out, or num_beams.",
-            )
         ended = _Ended(stopping_criteria)
         shared: dict[str, Any] = {
             "logits_processor": with_capture(logits_processor, feedback),
             "stopping_criteria": ended,
             "generation_config": generation_config,
-            "synced_gpus": is_synced(model) if synced_gpus is None else synced_gpus,
+            "synced_gpus": call.synced,
             **model_kwargs,
             ARGUMENT: feedback,
         }
-        if streamer is None and self.streamer is not None:
-            streamer = self.streamer
-            streamer.put(input_ids.cpu())  # to its own, generate() has given the prompt
         with latent_inputs_installed(model):
             if beams > 1:
                 return model._beam_search(input_ids, **shared)
             if self.loop is not None:
-                out = self.loop(model, input_ids, streamer=streamer, **shared)
+                out = self.loop(model, input_ids, streamer=call.streamer, **shared)
             else:
-                out = model._sample(input_ids, streamer=streamer, **shared)
+                out = model._sample(input_ids, streamer=call.streamer, **shared)
         return out if isinstance(out, torch.Tensor) else _output(out, feedback, ended.steps, input_ids.shape[1])
 
     def _refuse_paged(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
@@ -13,10 +13,20 @@ from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
 from proxytune.ops import normalise_
 
-if TYPE_CHECKING:
-    from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
-
 __all__ = ["AttachedProcessor", "CompanionPrefetch", "SteeredProcessors", "refuse_no_ids"]
+
+
+class _Steering(Protocol):
+    """What is read of a `ProxyTuningLogitsProcessor`."""
+
+    overlap: bool
+
+    def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None: ...
+    def read_in_chunks(self, size: int | None) -> None: ...
+    def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None: ...
+    def shifted(
+        self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor: ...
 
 
 def refuse_no_ids(length: int | None) -> None:
@@ -42,7 +52,7 @@ class SteeredProcessors:
 
     changes_logits = True
 
-    def __init__(self, processor: ProxyTuningLogitsProcessor) -> None:
+    def __init__(self, processor: _Steering) -> None:
         self.processor = processor
 
     def __call__(
@@ -125,7 +135,7 @@ class CompanionPrefetch:
     afterwards, and finds it remembered. Where this was the wrong prefix, or came not at all, they run when asked.
     """
 
-    def __init__(self, processor: ProxyTuningLogitsProcessor) -> None:
+    def __init__(self, processor: _Steering) -> None:
         self.processor = processor
 
     def __call__(
@@ -160,9 +170,7 @@ class AttachedProcessor(LogitsProcessor):
     supports_continuous_batching = False
     shifts_logits = True
 
-    def __init__(
-        self, processor: ProxyTuningLogitsProcessor, attention_mask: torch.Tensor | None, *, normalise: bool
-    ) -> None:
+    def __init__(self, processor: _Steering, attention_mask: torch.Tensor | None, *, normalise: bool) -> None:
         self.processor = processor
         self.attention_mask = attention_mask
         self.normalise = normalise  # beam search hands over log-probabilities, and wants such back
