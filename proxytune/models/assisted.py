@@ -8,13 +8,13 @@ the draft is another matter: it runs ahead on the composite cache, in the loop o
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
 from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
 
+import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.members.member import embedding_rows
 
@@ -159,7 +159,7 @@ class AssistedMixin:
         for name in ("inputs_tensor", "assistant_tokenizer"):
             kwargs.pop(name, None)
         tokens = expert.generation_config.num_assistant_tokens
-        # By name: the loops stand above the model, and know it.
-        loops = importlib.import_module("proxytune.methods.speculation.decoding")
-        loop = loops.SpeculativeDecoding(draft_tokens="auto" if tokens is None else tokens)
+        # `assistant_model=model.expert` is a short way to write `custom_generate=SpeculativeDecoding()`: the public name,
+        # since the loops stand above the model.
+        loop = proxytune.SpeculativeDecoding(draft_tokens="auto" if tokens is None else tokens)
         return loop(self, *args, **kwargs)

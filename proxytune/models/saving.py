@@ -25,7 +25,7 @@ _CODE_FILE = "modeling_proxytune.py"
 # What transformers runs, with trust_remote_code=True, in a process that has not imported proxytune.
 _CODE = '''"""Opens a proxytune recipe with transformers' Auto classes. Needs `pip install proxytune`."""
 
-from proxytune.models.model import ProxyTunedConfig, ProxyTunedModel
+from proxytune import ProxyTunedConfig, ProxyTunedModel
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 '''

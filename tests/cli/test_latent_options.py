@@ -71,7 +71,7 @@ def test_the_span_and_the_gates_reach_the_sampler(run, members, tokenizer, monke
         ended = run(*words, "--latent-span", span, "--latent-gates", "min_entropy=0.25,max_run=7", "--batch-size", 1)
         assert ended.code == 0, ended.err
     assert len(seen) == 4
-    assert [s.rows for s in seen] == [[0], [1]] * 2
+    assert [s.stream_ids for s in seen] == [[0], [1]] * 2
     for sampler in seen:
         assert sampler.mixture == LatentMixture(kind="dirichlet", alpha=2, candidates=5)
         assert sampler.gates.begin_ids == (vocabulary[begin],)
