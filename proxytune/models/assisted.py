@@ -159,7 +159,7 @@ class AssistedMixin:
         for name in ("inputs_tensor", "assistant_tokenizer"):
             kwargs.pop(name, None)
         tokens = expert.generation_config.num_assistant_tokens
-        # `assistant_model=model.expert` is a short way to write `custom_generate=SpeculativeDecoding()`: the public name,
-        # since the loops stand above the model.
+        # `assistant_model=model.expert` is short for `custom_generate=SpeculativeDecoding()`, and is written so: by the
+        # public name, since the loops stand above the model.
         loop = proxytune.SpeculativeDecoding(draft_tokens="auto" if tokens is None else tokens)
         return loop(self, *args, **kwargs)
