@@ -8,7 +8,10 @@ loads, is a failure.
     python benches/kernels_budget.py --check    # compare with benches/results/kernels_budget.json
     python benches/kernels_budget.py --write    # record this version of Triton
 
-The interpreter must be off (`TRITON_INTERPRET` unset). To use another version of Triton, put it on PYTHONPATH.
+Each core compiles variants in a process of its own (`--jobs` says how many); the figures and their order do not depend
+on it. `--target` compiles for one GPU alone.
+
+The interpreter must be off (`TRITON_INTERPRET` unset). Other versions of Triton: put them on PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import argparse
 import collections
 import inspect
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +92,14 @@ SETTLE_VARIANTS: dict[str, dict[str, Any]] = {
     "drawn": {"num_warps": 4},
     "drawn, fork, truncated": {"num_warps": 4, "FORK": True, "TRUNCATED": True},
     "given, truncated": {"num_warps": 4, "GIVEN": True, "TRUNCATED": True},
+}
+KERNELS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
+    "steer_tiles": (steer_tiles, TILES_VARIANTS),
+    "resolve": (resolve, RESOLVE_VARIANTS),
+    "mix_rows": (mix_rows, MIX_VARIANTS),
+    "laws_of": (laws_of, LAWS_VARIANTS),
+    "residue": (residue, RESIDUE_VARIANTS),
+    "settle": (settle, SETTLE_VARIANTS),
 }
 _POINTERS = {
     "top_k": "i32", "seed": "i64", "stream": "i64", "position": "i64", "branch": "i64", "live_groups": "i32",
@@ -184,23 +198,41 @@ def count(kernel: Any) -> dict[str, int]:
     }
 
 
-def measure() -> dict[str, dict[str, dict[str, int]]]:
-    """Compile everything: target → kernel and variant → counts."""
-    return {
-        name: {
-            f"{kernel}: {variant}": count(compile_kernel(fn, settings, target))
-            for kernel, fn, variants in (
-                ("steer_tiles", steer_tiles, TILES_VARIANTS),
-                ("resolve", resolve, RESOLVE_VARIANTS),
-                ("mix_rows", mix_rows, MIX_VARIANTS),
-                ("laws_of", laws_of, LAWS_VARIANTS),
-                ("residue", residue, RESIDUE_VARIANTS),
-                ("settle", settle, SETTLE_VARIANTS),
-            )
-            for variant, settings in variants.items()
-        }
-        for name, target in TARGETS.items()
-    }
+def count_one(place: tuple[str, str, str]) -> dict[str, int]:
+    """Compile one variant and count.
+
+    Args:
+        place: Names of the target, the kernel and the variant.
+
+    Returns:
+        What `count` gives.
+    """
+    target, kernel, variant = place
+    fn, variants = KERNELS[kernel]
+    return count(compile_kernel(fn, variants[variant], TARGETS[target]))
+
+
+def measure(targets: Sequence[str] = tuple(TARGETS), jobs: int = 1) -> dict[str, dict[str, dict[str, int]]]:
+    """Compile everything, each variant once.
+
+    Args:
+        targets: Names of the GPUs.
+        jobs: How many processes compile; the result is the same for any number.
+
+    Returns:
+        Target → kernel and variant → counts, in the order of the tables above.
+    """
+    places = [(target, kernel, variant) for target in targets for kernel in KERNELS for variant in KERNELS[kernel][1]]
+    if jobs == 1:
+        counts = list(map(count_one, places))
+    else:
+        # Fresh processes: a fork would copy torch's locks, but not the threads that hold them.
+        with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+            counts = list(pool.map(count_one, places))
+    found: dict[str, dict[str, dict[str, int]]] = {target: {} for target in targets}
+    for (target, kernel, variant), one in zip(places, counts, strict=True):
+        found[target][f"{kernel}: {variant}"] = one
+    return found
 
 
 def excesses(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:
@@ -219,16 +251,27 @@ def excesses(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if the committed budget is exceeded")
-    parser.add_argument("--write", action="store_true", help="record the counts of this version of Triton")
+    parser.add_argument("--check", action="store_true", help="fail where the committed budget is exceeded")
+    parser.add_argument("--write", action="store_true", help="record the figures of this version of Triton")
+    parser.add_argument("--target", choices=TARGETS, help="compile for this GPU alone (default: for all)")
+    parser.add_argument("--jobs", type=int, default=_cores(), help="processes that compile (default: one per core)")
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected a positive number of processes; got {arguments.jobs}")
+    if arguments.write and arguments.target:
+        parser.error(f"--write: expected all targets; got --target {arguments.target}. Leave --target out.")
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it", file=sys.stderr)
         return 2
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = measure()
+    found = measure([arguments.target] if arguments.target else list(TARGETS), arguments.jobs)
     for target, variants in found.items():
         for variant, counts in variants.items():
             print(f"{triton.__version__:8} {target:7} {variant:34} {counts}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import builtins
+import importlib.util
 import json
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -103,18 +105,46 @@ def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_measured(
 
 
 def test_without_matplotlib_the_error_names_the_extra(run, measured, monkeypatch, tmp_path) -> None:
-    there = builtins.__import__
-
-    def without(name: str, *rest: Any, **more: Any) -> Any:
-        if name.startswith("matplotlib"):
-            raise ImportError(name)
-        return there(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "matplotlib" else there(name, *rest)
+    )
     ended = run("bench", "--plot", tmp_path / "out.png")
     assert ended.code == 2
     assert "pip install 'proxytune[plot]'" in ended.err
     assert measured == []
+
+
+@pytest.mark.parametrize(
+    ("name", "absent", "words"),
+    [
+        ("out.png", ("matplotlib",), "pip install 'proxytune[plot]'"),
+        ("out.nothing", (), "ends in one of"),
+        ("no/folder/out.png", (), "exists"),
+    ],
+)
+def test_a_wrong_plot_is_refused_before_anything_heavy_is_imported(tmp_path, name, absent, words) -> None:
+    program = (
+        "import sys\n"
+        f"for name in {absent!r}: sys.modules[name] = None\n"
+        "from proxytune.cli import main\n"
+        "try: main(['bench', '--plot', sys.argv[1]])\n"
+        "except SystemExit as ended: assert ended.code == 2, ended.code\n"
+        "names = ('torch', 'transformers', 'numpy', 'accelerate', 'matplotlib')\n"
+        "heavy = [name for name in names if sys.modules.get(name) is not None]\n"
+        "assert not heavy, heavy\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / name)], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert words in ran.stderr
+
+
+def test_every_kind_of_plot_is_one_that_matplotlib_writes() -> None:
+    from matplotlib.figure import Figure
+
+    assert set(command.PLOT_KINDS) <= set(Figure().canvas.get_supported_filetypes())
 
 
 def test_a_folder_without_a_family_is_a_clear_error(run, tmp_path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.decisions import RowsElsewhere, Run
+from support.interpreter import patch_the_language_once_per_launch
 
 from proxytune import ops
 from proxytune.ops import StepOutput, dispatch
@@ -28,6 +29,8 @@ def impl(request: pytest.FixtureRequest) -> str:
             pytest.skip("no Triton in this environment")
         if not hasattr(importlib.import_module("proxytune_kernels"), "step"):
             pytest.skip("proxytune_kernels has no step yet")
+        if not torch.cuda.is_available():
+            patch_the_language_once_per_launch()
     if request.param == "torch without waiting" and torch.cuda.is_available():
         pytest.skip("the device's own way of torch is tested as torch")
     return str(request.param)

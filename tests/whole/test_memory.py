@@ -202,11 +202,11 @@ def test_short_texts_are_not_parted(members: dict[str, PreTrainedModel], monkeyp
 # --- the whole composition ------------------------------------------------------------------------------------------
 
 
-def llama(seed: int, hidden: int, layers: int) -> PreTrainedModel:
+def llama(seed: int, hidden: int, layers: int, vocab: int = 32_000) -> PreTrainedModel:
     """A random Llama in bfloat16 with the proportions of a real one."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=32_000,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=hidden * 43 // 16,
         num_hidden_layers=layers,
@@ -229,7 +229,10 @@ LOOPS = {"transformers": None, "fused": FusedDecoding(seed=0)}
 @pytest.mark.slow
 def test_a_composition_takes_no_more_than_its_members() -> None:
     """Weights, caches and activations together: at most 5 % above the sum of what the members take alone."""
-    roles = {"base": llama(1, 768, 8), "expert": llama(2, 256, 4), "antiexpert": llama(3, 256, 4)}
+    # Width, vocabulary and text of half the size of a text of 512: weights and activations keep their ratio.
+    torch.set_num_threads(1)  # the blocks of the combination hardly count here, and two workers have two cores
+    base, expert, antiexpert = llama(1, 384, 8, 16_000), llama(2, 128, 4, 16_000), llama(3, 128, 4, 16_000)
+    roles = {"base": base, "expert": expert, "antiexpert": antiexpert}
     model = proxytune.wrap(**roles, **PLAIN)
 
     def peak(model: Any, ids: torch.Tensor, **run: Any) -> int:
@@ -238,18 +241,18 @@ def test_a_composition_takes_no_more_than_its_members() -> None:
         return live.peak
 
     for rows in (1, 8):
-        ids = torch.randint(3, 32_000, (rows, 512))
+        ids = torch.randint(3, 16_000, (rows, 256))
         run: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
         alone = {role: weights(m) + peak(m, ids, **run) for role, m in roles.items()}
         every = sum(map(weights, roles.values()))
         for loop in LOOPS.values():
-            for chunk in (None, 128):
+            for chunk in (None, 64):
                 together = every + peak(model, ids, prefill_chunk_size=chunk, custom_generate=loop, **run)
                 share = together / sum(alone.values())
                 assert share <= 1.05
                 # One member's activations at a time: also less than the base alone with the others' weights and caches.
                 held = sum(weights(roles[r]) for r in ("expert", "antiexpert"))
-                caches = 2 * 2 * rows * 515 * 4 * 64 * 2  # members, keys and values, rows, tokens, layers, sizes, bytes
+                caches = 2 * 2 * rows * 259 * 4 * 64 * 2  # members, keys and values, rows, tokens, layers, sizes, bytes
                 assert together <= 1.02 * (alone["base"] + held + caches)
         processor = ProxyTuningLogitsProcessor(roles["expert"], roles["antiexpert"], 0.5, check_vocabulary=False)
         with processor.attach(roles["base"]):
