@@ -135,7 +135,7 @@ IDS = torch.zeros(2, 1, dtype=torch.int64)
         (
             IDS[:1],
             SamplingParams.of(2),
-            r"ids: expected token ids \[2, K\].* got shape \[1, 1\], torch.int64, on cpu\. Fill",
+            r"ids: expected token ids \[2, K\].* got shape \[1, 1\], torch.int64, on cpu\. Pad",
         ),
         (IDS.int(), SamplingParams.of(2), r"ids: .* got shape \[2, 1\], torch.int32, on cpu"),
         (IDS.to("meta"), SamplingParams.of(2), r"ids: .* torch.int64, on meta"),

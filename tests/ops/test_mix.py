@@ -303,7 +303,7 @@ GOOD = {"table": TABLE, "ids": IDS, "weights": torch.ones(2, 3) / 3, "tokens": I
 WRONG = [
     ({"table": TABLE[0]}, r"table: expected rows to mix, \[N, D\].*; got shape \[4\]\. Pass an embedding's"),
     ({"table": TABLE[:, :0]}, r"table: .* got shape \[9, 0\]"),
-    ({"table": TABLE.long()}, r"table: expected float32, .* or float64; got torch.int64\. Where a module"),
+    ({"table": TABLE.long()}, r"table: expected float32, .* or float64; got torch.int64\. If a module"),
     ({"table": torch.zeros(4, 9).t()}, r"table: .* inner stride of 1\); got strides \[1, 9\]\. Call"),
     ({"ids": IDS[0]}, r"ids: expected rows of the table \[B, K\], .* got shape \[3\], torch.int64, on cpu"),
     ({"ids": IDS.int()}, r"ids: .* got shape \[2, 3\], torch.int32, on cpu\. Pad shorter"),
