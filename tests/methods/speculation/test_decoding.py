@@ -193,9 +193,9 @@ def test_a_row_alone_is_the_row_in_a_batch(name: str, accept: Any) -> None:
     def loop(**keys: Any) -> SpeculativeDecoding:
         return SpeculativeDecoding(draft=draft(name, "mistral"), draft_tokens=3, accept=accept, seed=SEED, **keys)
 
-    keys = {"rows": [3, 9, 9, 4], "branches": torch.tensor([0, 0, 7, 1])}
+    keys = {"stream_ids": [3, 9, 9, 4], "branch_ids": torch.tensor([0, 0, 7, 1])}
     batch = run(model, ids, mask, loop(**keys), eos_token_id=None, **SAMPLE).sequences
-    for row, stream, branch in zip(range(4), keys["rows"], keys["branches"].tolist(), strict=True):
+    for row, stream, branch in zip(range(4), keys["stream_ids"], keys["branch_ids"].tolist(), strict=True):
         text = ids[row][mask[row].bool()][None]
         own = loop(stream_ids=[stream], branch_ids=torch.tensor([branch]))
         got = run(model, text, None, own, eos_token_id=None, **SAMPLE).sequences
