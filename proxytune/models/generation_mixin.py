@@ -1,7 +1,7 @@
-"""What transformers asks of the composed model beside its logits.
+"""What transformers asks of the composed model besides its logits.
 
-The inputs of a step, masks and caches for `generate()`; the parts that `PreTrainedModel` takes one model to have; and
-the refusal of what could only go wrong silently.
+Inputs, masks and caches for `generate()`; the attributes that `PreTrainedModel` expects of one model; and errors for
+what would otherwise go wrong silently.
 """
 
 from __future__ import annotations
@@ -37,14 +37,10 @@ class MemberOutput(CausalLMOutputWithPast):
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for `init_continuous_batching`: paged caches hold one model's layers, and drop processors silently.
-
-    Args:
-        *args: Ignored.
-        **kwargs: Ignored.
+    """Replace `init_continuous_batching`: paged caches hold one model's layers and silently drop logits processors.
 
     Raises:
-        UnsupportedModeError: Always; so also from `generate_batch` and `cache_implementation="paged"`.
+        UnsupportedModeError: Always, also through `generate_batch` and `cache_implementation="paged"`.
     """
     raise UnsupportedModeError.of(
         "continuous batching",
@@ -55,14 +51,7 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
 
 
 def refuse_arguments(**given: Any) -> None:
-    """Refuse forward arguments that the composition cannot serve.
-
-    Args:
-        **given: Name → value; None and False are as good as not given.
-
-    Raises:
-        InputError: If any other value is given.
-    """
+    """Refuse unsupported `forward` arguments, unless they are None or False."""
     for name, value in given.items():
         if value is None or value is False:
             continue
@@ -82,17 +71,7 @@ def refuse_arguments(**given: Any) -> None:
 
 
 def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> None:
-    """Refuse ids, masks and labels of another form than `[B, T]`.
-
-    Args:
-        input_ids: What was given as the ids.
-        attention_mask: What was given as their mask; it may cover cached tokens before them. None if there is none.
-        labels: What was given as their labels; None if there are none.
-
-    Raises:
-        InputError: If the ids are no tensor of whole numbers `[B, T]`, the mask has other rows or fewer positions, or
-            the labels have another shape.
-    """
+    """Refuse ids, labels and masks that are not `[B, T]`; a mask may also cover cached tokens before them."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
         raise InputError.of(
@@ -121,9 +100,9 @@ def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> No
 
 
 class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
-    """`GenerationMixin` for a model that is composed of several, the base among them.
+    """`GenerationMixin` for a model composed of several, the base among them.
 
-    Its name has to end like `GenerationMixin`: `can_generate()`, which pipelines ask, looks for that in the bases.
+    The name must end in `GenerationMixin`: `can_generate()`, which pipelines call, looks for that among the bases.
     """
 
     def prepare_inputs_for_generation(
@@ -136,22 +115,19 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare a step of `generate()`; the members build their own masks, so the 2-D mask is kept as it is.
+        """Prepare a step of `generate()`. The 2-D mask is passed on unchanged: the members build their own.
 
         Args:
             input_ids: `[B, T]`.
             next_sequence_length: How many of the last ids are new; None for all.
             past_key_values: The composite cache.
             attention_mask: `[B, T]`.
-            inputs_embeds: Refused.
+            inputs_embeds: Refused with an InputError.
             is_first_iteration: Whether this is a prompt.
-            **kwargs: What else `generate()` hands over.
+            **kwargs: Other arguments from `generate()`.
 
         Returns:
             The keyword arguments of `forward`.
-
-        Raises:
-            InputError: If `inputs_embeds` is given.
         """
         refuse_arguments(inputs_embeds=inputs_embeds)
         if next_sequence_length is not None:
@@ -253,58 +229,32 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
 
     @property
     def device(self) -> torch.device:
-        """The base's device; logits are returned there."""
+        """The base's device, where logits are returned."""
         return self.base.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The base's dtype; logits are float32 all the same."""
+        """The base's dtype; logits are float32 nevertheless."""
         return self.base.dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        """The base's input embedding.
-
-        Returns:
-            The module.
-        """
+        """The base's input embedding."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The base's output embedding; its logits alone are not this model's.
-
-        Returns:
-            The module.
-        """
+        """The base's output embedding; it alone does not give this model's logits."""
         return self.base.get_output_embeddings()
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: each member has tied its own weights.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-        """
+        """Do nothing: each member has tied its own weights."""
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Switch the attention implementation of all members.
-
-        Args:
-            *args: As in transformers.
-            **kwargs: As in transformers.
-        """
+        """Switch the attention implementation of all members."""
         for member in self.members:
             member.model.set_attn_implementation(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: ids added to one member mean nothing to the others.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-
-        Raises:
-            UnsupportedModeError: Always.
-        """
+        """Always raise UnsupportedModeError: an id added to one member means nothing to the others."""
         raise UnsupportedModeError.of(
             "resize_token_embeddings",
             expected="members whose vocabularies agree",

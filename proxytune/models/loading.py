@@ -1,4 +1,4 @@
-"""Opening the members: from a model object, a hub id or a folder, with a check that their ids mean the same tokens."""
+"""Opening the members from a model object, a hub id or a folder, and checking that they use the same token ids."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def open_members(
     """Open all members of a composition.
 
     Args:
-        sources: Role → model object, hub id or folder; the one that owns the ids (the base) first.
+        sources: Role → model object, hub id or folder; the base first.
         revisions: Role → branch, tag or commit, for hub ids.
-        tokenizers: Role → tokenizer, for members that have none beside their weights.
+        tokenizers: Role → tokenizer, for members saved without one.
         check_vocabulary: Whether to compare the members' token ids.
-        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
+        **from_pretrained: Passed to `from_pretrained` of the members given by id or folder.
 
     Returns:
-        Role → model, and role → where it can be had again (None for one that exists only in memory).
+        Role → model, and role → reference to load it again (None for one that exists only in memory).
 
     Raises:
         InputError: If a member is missing, or arguments contradict each other.
-        MemberError: If a member cannot be opened, means other tokens by its ids, or is the model inside another one of
-            PEFT, with its adapter.
+        MemberError: If a member cannot be opened, uses other token ids, or is the model inside another member's PEFT
+            model.
 
     Warns:
-        VocabularyWarning: If there was no tokenizer to compare by.
+        VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
     """
     for role, source in sources.items():
         if source is None:
@@ -83,7 +83,7 @@ def open_members(
 
 
 def _refuse_injected(members: Mapping[str, Any]) -> None:
-    """Refuse a PEFT model beside the model that it was made of: that one carries the adapter too, and is no other."""
+    """Refuse a PEFT model beside the model inside it, which carries the same adapter."""
     for role, model in members.items():
         inner = model.get_base_model() if hasattr(model, "get_base_model") else None
         for other, plain in members.items():
@@ -97,18 +97,10 @@ def _refuse_injected(members: Mapping[str, Any]) -> None:
 
 
 def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
-    """Get a member's model.
-
-    Args:
-        source: A model, which is taken as it is, or a `MemberRef` to load with `AutoModelForCausalLM`.
-        role: Its role, for messages.
-        **from_pretrained: Handed to `from_pretrained`, e.g. `dtype`, `device_map`; only with a `MemberRef`.
-
-    Returns:
-        The model.
+    """Load a `MemberRef` with `AutoModelForCausalLM`; a model is returned unchanged.
 
     Raises:
-        InputError: If the source is neither a model, nor a reference.
+        InputError: If the source is neither a model nor a reference.
         MemberNotFoundError: If the folder or hub id cannot be opened.
         MemberError: If transformers refuses the arguments.
     """
@@ -142,15 +134,9 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
 
 
 def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
-    """Where a member can be had again.
+    """A reference to load a member again, folders made absolute.
 
-    Args:
-        source: A hub id, a folder, or a model.
-        revision: The revision asked for, if any.
-
-    Returns:
-        The reference, with folders made absolute; None for a model that was not loaded from anywhere, or that carries
-        an adapter, whose weights its name does not tell of.
+    None for a model that exists only in memory, or that carries an adapter, which its name does not cover.
     """
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
@@ -166,32 +152,25 @@ def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
 
 
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters that a model carries.
-
-    Args:
-        model: A model of transformers, or of PEFT around one.
-
-    Returns:
-        The names, sorted; empty for a plain model.
-    """
+    """The names of the PEFT adapters that a model carries, sorted; empty for a plain model."""
     return tuple(sorted(dict(getattr(model, "peft_config", None) or {})))
 
 
 def check_vocabularies(
     references: Mapping[str, MemberRef | None], tokenizers: Mapping[str, Any] | None = None, **hub: Any
 ) -> None:
-    """Compare all members' token ids with those of the first whose tokenizer is known.
+    """Compare all members' token ids with those of the first member whose tokenizer is known.
 
     Args:
         references: Role → where the member came from, the base first.
         tokenizers: Role → tokenizer, for members whose folder has none.
-        **hub: `token`, `cache_dir` and the like, for finding tokenizers.
+        **hub: `token`, `cache_dir` and the like, to find tokenizers.
 
     Raises:
-        VocabularyMismatchError: If the ids of two members mean different tokens.
+        VocabularyMismatchError: If two members use the same id for different tokens.
 
     Warns:
-        VocabularyWarning: If some member's tokenizer is not to be found, so that nothing could be compared.
+        VocabularyWarning: If some member's tokenizer is not found, so it could not be compared.
     """
     vocabularies: dict[str, Mapping[str, int]] = {}
     seen: dict[MemberRef, Mapping[str, int]] = {}
@@ -226,15 +205,7 @@ def check_vocabularies(
 
 
 def find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
-    """A member's tokenizer; None if it has none, where transformers may make up an empty one of the model's family.
-
-    Args:
-        reference: Where the member is to be had.
-        **hub: `token`, `cache_dir` and the like; also what the tokenizer's `from_pretrained` takes.
-
-    Returns:
-        The tokenizer, or None.
-    """
+    """A member's tokenizer; None if it has none, even where transformers would make up an empty one."""
     where: dict[str, Any] = {"revision": reference.revision or "main", **hub}
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference.id, **where)

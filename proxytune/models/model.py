@@ -1,7 +1,7 @@
 """The composed model: a `PreTrainedModel` whose logits are the combined logits of its members.
 
-A decode step reads top to bottom in `ProxyTunedModel.forward`: members → logits → shift. What else transformers asks
-of a model is in `proxytune.models.generation_mixin`.
+`ProxyTunedModel.forward` is one decode step: members → logits → shift. What else transformers asks of a model is in
+`proxytune.models.generation_mixin`.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     `forward` returns `z_base + α (z_expert − z_antiexpert)` in float32 (arXiv 2401.08565), so every mode of
     `generate()`, pipelines and log-likelihood scoring work as with any model. One cache holds all members' layers.
-    Ids that some member cannot embed (at the tail of a padded head) get −inf: once sampled, no member could go on.
+    Ids that some member cannot embed (at the tail of a padded head) get −inf, so they are never sampled.
 
     Attributes:
-        base: The frozen large model.
+        base: The large frozen model.
         expert: The small tuned model.
         antiexpert: The small model that the expert was tuned from.
         formula: The formula with its α.
-        overlap: Whether companions on a GPU run on streams beside the base's [True]; no effect on a CPU.
-        split_threads: Whether companions on a CPU run in a thread beside the base's, on half of torch's threads each
-            [False]; for large members it can be faster, so measure.
+        overlap: Whether companions on a GPU run on CUDA streams beside the base's [True]; no effect on a CPU.
+        split_threads: Whether companions on a CPU run in a second thread beside the base, each on half of torch's
+            threads [False]. It can be faster for large members; measure.
     """
 
     base: PreTrainedModel
@@ -71,7 +71,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     _can_compile_fullgraph = False
 
     def __init__(self, config: ProxyTunedConfig, members: Mapping[str, PreTrainedModel], formula: Formula) -> None:
-        """Compose the members; `wrap` and `from_pretrained` are the doors.
+        """Compose the members. Use `wrap` or `from_pretrained` instead of calling this.
 
         Args:
             config: A config; it is bound to the members here.
@@ -79,7 +79,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             formula: The formula.
 
         Raises:
-            UnsupportedModelError: If a member has no attention cache (see `Member`).
+            UnsupportedModelError: If a member cannot take part (see `Member`).
         """
         wrapped = [Member(model, role) for role, model in members.items()]
         config.bind([model.config for model in members.values()])
@@ -103,7 +103,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     @property
     def alpha(self) -> float:
-        """The strength α of the shift; may be set to any finite number."""
+        """Strength α of the shift; can be set to any finite number."""
         return self.formula.alpha
 
     @alpha.setter
@@ -122,7 +122,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     @property
     def recipe(self) -> Recipe | None:
-        """The adapter as it stands; None if some member was not loaded from anywhere, or got an adapter since."""
+        """The current adapter; None if a member exists only in memory, or got a PEFT adapter after it was composed."""
         recipe: Recipe | None = self.config.recipe
         if any(adapters_of(m.model) != self._adapters[m.role] for m in self.members):
             return None
@@ -130,28 +130,28 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     @property
     def usable_ids(self) -> int:
-        """How many ids every member can embed; those from there on have −inf."""
+        """How many ids every member can embed; the logits of higher ids are −inf."""
         return min(m.rows for m in self.members)
 
     @property
     def token_forwards(self) -> dict[str, int]:
-        """Role → tokens × rows that went through that member so far."""
+        """Role → rows × tokens that the member has run over so far."""
         return {m.role: m.token_forwards for m in self.members}
 
     def compile_members(self, config: CompileConfig | None = None, *, roles: Collection[str] | None = None) -> None:
         """Compile the members' decode steps, each by itself, for `generate(cache_implementation="static")`.
 
-        For members whose step is bound by what the host has to launch, not by the memory that it reads: small
-        companions on a fast GPU. Prompts, drafts to verify and every other cache run as they are. The first steps after
-        a prompt are slow: they compile, and again for another size of the batch. Compiled members run in turn, not on
-        streams beside the base.
+        This helps where launch overhead, not memory bandwidth, bounds the step: small companions on a fast GPU.
+        Prompts, the verification of drafts and other caches run uncompiled. The first steps after a prompt are slow:
+        they compile, and again for each new batch size. Compiled members run one after the other, not on streams beside
+        the base.
 
         Args:
-            config: The settings, transformers' own [inductor, `mode="reduce-overhead"`: CUDA graphs on a GPU].
-            roles: The members to compile [all]; the others run as they are, so `roles=()` undoes it.
+            config: The settings [transformers' own: inductor, `mode="reduce-overhead"`, which is CUDA graphs on a GPU].
+            roles: The members to compile [all]; the others run uncompiled, so `roles=()` undoes it.
 
         Raises:
-            InputError: If there is no such member, or the settings are something else.
+            InputError: If there is no such member, or `config` is not a `CompileConfig`.
             UnsupportedModelError: If a member is offloaded, or quantized in a way that cannot be compiled.
         """
         chosen = [m.role for m in self.members] if roles is None else list(roles)
@@ -185,17 +185,17 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         """Run all members over the tokens and combine their logits.
 
         Args:
-            input_ids: `[B, N]`, int64: the tokens that the cache has not seen.
+            input_ids: `[B, N]`, int64: the tokens that the cache does not hold yet.
             attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding.
             position_ids: `[B, N]` or `[1, N]`; None to count by the mask.
             past_key_values: An empty cache, or one that this model filled.
             use_cache: Whether to return a cache [True].
-            logits_to_keep: The last that many positions [0: all], or a tensor of positions.
-            labels: `[B, N]`, −100 where there is none: adds the mean next-token loss, in nats.
+            logits_to_keep: The number of last positions to keep [0: all], or a tensor of positions.
+            labels: `[B, N]`, −100 at positions without a target: adds the mean next-token loss, in nats.
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
-            **kwargs: What the package's own loops ask for, see `_forward_members`; all else is refused, if not None or
-                False.
+            **kwargs: Options of the package's own loops, see `_forward_members`; any other that is not None or False is
+                refused.
 
         Returns:
             Logits `[B, K, V]`, float32, V the base's width; the loss; the cache.
@@ -237,11 +237,11 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         precomputed_logits: Mapping[str, torch.Tensor] | None = None,
         latent_inputs: LatentInputs | None = None,
     ) -> CausalLMOutputWithPast:
-        """What `forward` does, and what the loops ask for beside it.
+        """`forward` with the options of the package's own loops.
 
-        With `return_member_logits` a `MemberOutput` comes back; `precomputed_logits` are, by role, those of the first
-        of these tokens, which that member has already run over; `latent_inputs` are what each member takes in place of
-        the ids.
+        `return_member_logits` returns a `MemberOutput`; `precomputed_logits` holds, by role, the logits of the first of
+        these tokens for members that have already run over them; `latent_inputs` is what each member takes in place of
+        ids.
         """
         combine, known = not return_member_logits, precomputed_logits
         latent = latent_inputs or [None] * len(self.members)
@@ -314,7 +314,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     def member_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """What each member says for itself, without a cache: to see what the shift changed.
+        """Each member's own logits, without a cache: shows what the shift changed.
 
         Args:
             input_ids: `[B, T]`, int64.
@@ -336,14 +336,14 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     # --- saving and opening --------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save the adapter: the recipe, what opens it, and the base's tokenizer; no weights.
+        """Save the adapter: the recipe, the files that open it, and the base's tokenizer; no weights.
 
         Args:
-            save_directory: A folder. Nothing half-written stays in it when saving fails.
+            save_directory: A folder. If saving fails, it is left as it was.
             **kwargs: Accepted for `push_to_hub()`, which calls this; there are no weights to shard.
 
         Raises:
-            RecipeError: If it is asked to upload as well; if a member has no folder or hub id, or expert and antiexpert
+            RecipeError: If `push_to_hub=True` is passed; if a member has no folder or hub id, or expert and antiexpert
                 have the same one; if the folder is a member's, or cannot be written.
         """
         if kwargs.get("push_to_hub"):
@@ -377,13 +377,13 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: A folder or hub id with a `proxytune_config.json`.
             *args: None are taken.
-            **kwargs: Handed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
+            **kwargs: Passed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
 
         Returns:
             The composed model.
 
         Raises:
-            RecipeError: If there is no recipe, or it is refused.
+            RecipeError: If the recipe is missing or invalid.
             MemberError: If a member cannot be opened or does not fit.
         """
         config = kwargs.pop("config", None)

@@ -1,6 +1,6 @@
-"""Writing an adapter folder: all of it or nothing.
+"""Writing an adapter folder completely or not at all.
 
-The folder holds the recipe and what lets `AutoModelForCausalLM.from_pretrained(folder)` open it; no weights.
+The folder holds the recipe and what `AutoModelForCausalLM.from_pretrained(folder)` needs to open it; no weights.
 """
 
 from __future__ import annotations
@@ -34,16 +34,11 @@ __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_config: GenerationConfig | None) -> None:
     """Write the recipe, a `config.json` that points at it, the generation defaults, and the base's tokenizer.
 
-    The tokenizer is what pipelines and scorers look for beside a model. One that is in the folder already stays.
-    Everything is first written to a folder of its own, and then moved; when anything fails, all is as it was.
-
-    Args:
-        folder: Where to; made if it does not exist. Other files in it stay.
-        recipe: The recipe.
-        generation_config: The generation defaults; None for none.
+    Pipelines and scorers look for a tokenizer beside a model; one that is already in the folder stays. Everything is
+    written to a temporary folder first and then moved; on any error the target is restored.
 
     Raises:
-        RecipeError: If the place is a file or the folder of a member, or cannot be written to.
+        RecipeError: If the target is a file or a member's folder, or cannot be written to.
     """
     target = Path(folder).expanduser().resolve()
     if os.path.exists(target) and not target.is_dir():
@@ -97,7 +92,7 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
 
 
 def _move_in(staged: Path, target: Path, backup: Path) -> None:
-    """Move the staged files into the folder; undo all of it if one fails."""
+    """Move the staged files into the folder; undo all moves if one fails."""
     files = [file.relative_to(staged) for file in staged.rglob("*") if file.is_file()]
     moved: list[Path] = []
     done = False

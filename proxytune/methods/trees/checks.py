@@ -1,4 +1,4 @@
-"""Wrong use of a loop over trees, refused before the first forward pass."""
+"""Checks of a tree loop's settings and call, before the first forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Where = Literal["forks", "random", "start"]
 
 
 class _Settings(Protocol):
-    """What a loop over trees is checked for."""
+    """The settings that are checked."""
 
     @property
     def threshold(self) -> float | ForkThreshold | None: ...
@@ -41,16 +41,13 @@ class _Settings(Protocol):
 
 
 def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, allowed: Sequence[str] = ()) -> None:
-    """Refuse settings of a loop that are out of their ranges.
+    """Raise InputError if a setting of a loop is out of its range.
 
     Args:
         loop: The settings.
-        least: The whole numbers among them that are its own, each with its least value.
-        needed: Whether it cannot do without a threshold.
-        allowed: What `where` can be; all that there is, if empty.
-
-    Raises:
-        InputError: If one is.
+        least: The loop's own integer settings, with the least value of each.
+        needed: Whether a threshold is required.
+        allowed: Allowed values of `where`; all if empty.
     """
     name = type(loop).__name__
 
@@ -90,15 +87,7 @@ _CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibra
 
 
 def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> None:
-    """Refuse a threshold that was calibrated at another α than the model's.
-
-    Args:
-        threshold: In nats; a number of the caller's own has no α.
-        model: The model; a plain one has no α either.
-
-    Raises:
-        InputError: If it was.
-    """
+    """Raise InputError if the threshold was calibrated at another α; plain numbers and plain models have none."""
     calibrated = threshold.alpha if isinstance(threshold, ForkThreshold) else None
     alpha = Ensemble.of(model).alpha
     if None not in (alpha, calibrated) and calibrated != alpha:
@@ -110,17 +99,10 @@ def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> Non
 def refuse_extras(
     loop: str, generation_config: Any, streamer: Any, synced_gpus: bool | None, model_kwargs: dict[str, Any]
 ) -> None:
-    """Refuse what `generate()` may be asked for but a tree cannot give.
-
-    Args:
-        loop: Its name, for the message.
-        generation_config: The settings of the call.
-        streamer: A streamer, or None.
-        synced_gpus: Whether processes have to go on together.
-        model_kwargs: What the model is called with; the cache among them.
+    """Refuse what `generate()` supports but a tree does not.
 
     Raises:
-        UnsupportedModeError: If something else is given.
+        UnsupportedModeError: For a streamer, synced GPUs, per-step outputs, a static cache, or a state without a cache.
         InputError: If there is no padding token.
     """
     asked = [

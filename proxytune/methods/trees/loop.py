@@ -1,9 +1,8 @@
-"""The loop that all trees of `custom_generate` share: a batch whose rows are the live branches of all prompts.
+"""The loop of all trees: a batch whose rows are the live branches of all prompts.
 
-Each step is one forward pass, one draw for every live row, and one small record that the host reads beside what the
-stopping criteria say, since it has to know the trees: which rows go on from which, which part, which have ended. What
-is started and what is made of the draws is a `Frontier`'s business; a row that leaves, or comes, takes its copy of the
-cache along.
+Each step is one forward pass and one draw for every live row. The host then reads one small record, since it has to
+know the trees: which rows continue which, which split, which have ended. A `Frontier` decides what is started and what
+becomes of the draws; rows carry their part of the cache along.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ __all__ = ["TreeLoop"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TreeLoop(ABC):
-    """What a loop over trees needs to know, and the loop; see `ForkDecoding` and `SiblingDecoding` for the settings."""
+    """The shared settings of tree loops, and the loop; `ForkDecoding` and `SiblingDecoding` describe the settings."""
 
     threshold: float | ForkThreshold | None = None
     where: Where = "forks"
@@ -53,14 +52,14 @@ class TreeLoop(ABC):
 
     @abstractmethod
     def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Frontier:
-        """The first branches of each prompt, whose paths have at most `length` tokens."""
+        """The first branches of each prompt, with at most `length` tokens per path."""
 
     def _gains(
         self, sampler: Sampler, rows: MembersAndWeights, frontier: Frontier, tokens: Sequence[int]
     ) -> torch.Tensor | None:
         """What a step adds to the live branches' log-weights, float64 `[rows]`, on the device; None for nothing.
 
-        Nothing that is drawn may depend on it: it is read at the end.
+        It is read only at the end, so no draw may depend on it.
         """
         return None
 
@@ -78,25 +77,14 @@ class TreeLoop(ABC):
         assistant_model: Any = None,
         **model_kwargs: Any,
     ) -> TreeOutput | torch.Tensor:
-        """Grow the trees; `generate()` calls this with what it has prepared.
-
-        Args:
-            model: The composed model, or a plain causal LM.
-            input_ids: `[B, T]`, int64: a tree for each row.
-            logits_processor: The processors.
-            stopping_criteria: The criteria.
-            generation_config: The settings.
-            synced_gpus: Refused.
-            streamer: Refused.
-            tokenizer: The stop strings' criterion has taken it.
-            assistant_model: Refused.
-            **model_kwargs: What the forward passes need; the cache among them.
+        """Grow a tree for each row of `input_ids`, `[B, T]`, int64; called by `generate()` with its prepared arguments.
 
         Returns:
             With `return_dict_in_generate` a `TreeOutput`, else its sequences.
 
         Raises:
-            UnsupportedModeError: For what a tree cannot do.
+            UnsupportedModeError: For what a tree does not support: other modes, a streamer, an assistant, synced GPUs,
+                ….
             InputError: If there is no padding token, or the threshold belongs to another α.
             BudgetError: If the budget leaves no token to generate after a prompt.
             NumericalError: If a row has no distribution.
@@ -188,7 +176,7 @@ class TreeLoop(ABC):
         wishes: torch.Tensor | None,
         step: int,
     ) -> tuple[list[RowDraws], MembersAndWeights]:
-        """Draw for every live row, and say which of them are at a place to fork; and what was drawn from."""
+        """Draw for every live row; returns each row's draws and whether it is at a fork, and the rows drawn from."""
         draws = min(frontier.most_draws(), sampler.settings.usable)
         want = ["tokens", "logprobs", "entropy", "confidence"]
         want += ["draw_logprobs", "keys"] if sampler.samples else ["scores"]
@@ -239,7 +227,7 @@ class TreeLoop(ABC):
 
 
 def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
-    """A ledger for each prompt, which has paid for it."""
+    """A ledger for each prompt, already charged for the prompt."""
     ledgers = []
     for prompt, length in enumerate(lengths):
         ledger = TokenLedger(budget)
@@ -256,7 +244,7 @@ def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
 
 
 def _noise(frontier: Frontier, call: Call) -> Noise:
-    """The keys of the live rows at the first generated position."""
+    """The noise keys of the live rows at the first generated position."""
     device = call.lengths.device
     prompts, branches = torch.tensor(frontier.rows, device=device).unbind(1)
     row = call.keys.row.to(device)[prompts]
@@ -274,7 +262,7 @@ def _most_probable(scores: torch.Tensor, first: torch.Tensor, count: int) -> tup
 
 
 def _settle(gains: list[tuple[list[Branch], torch.Tensor]]) -> None:
-    """Add what the steps' draws weigh to the branches."""
+    """Add the steps' gains to the branches' log-weights."""
     if gains:
         values = torch.cat([gained for _, gained in gains]).tolist()
         for branch, value in zip((branch for branches, _ in gains for branch in branches), values, strict=True):

@@ -1,8 +1,7 @@
-"""The members' forward passes of one step: who runs over which tokens, on which part of the composite cache.
+"""The members' forward passes of one step, each on its part of the composite cache.
 
-On a GPU the base is launched first and the companions beside it (`proxytune.models.members.cuda_streams`): what the
-host has to do for them then happens while the device is busy with the base. Members on different devices overlap by
-themselves.
+On a GPU the base is launched first and the companions beside it (`proxytune.models.members.cuda_streams`), so their
+host work happens while the device is busy with the base. Members on different devices overlap anyway.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ def run_members(
     sides: CompanionStreams | None = None,
     thread: SideThread | None = None,
 ) -> list[torch.Tensor]:
-    """Run every member over a span of tokens that follows what the composite cache holds.
+    """Run every member over the tokens that follow the composite cache.
 
     Args:
         members: The members, the base first.
-        spans: First and last-plus-one layer of each in the composite cache.
+        spans: Each member's first layer in the composite cache, and one past its last.
         input_ids: `[B, N]`, int64.
         cache: The composite cache, extended in place; None to run without.
         attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding; None if there is no padding.
         position_ids: `[B, N]` or `[1, N]`; None to count.
-        logits_to_keep: The last that many positions (0: all), or a tensor of positions.
+        logits_to_keep: The number of last positions to keep (0: all), or a tensor of positions.
         latent: What each member takes in place of the ids.
-        precomputed: Role → `[B, J, V_i]`, logits of the first J ≤ N of these tokens, which that member has already
-            run over and holds in its layers of the cache. It does not run.
-        sides: The side streams for companions on a GPU; None to run the members in turn.
-        thread: The side thread for companions on a CPU; None likewise.
+        precomputed: Role → `[B, J, V_i]`, logits of the first J ≤ N tokens, which the member's part of the cache
+            already holds. That member does not run.
+        sides: Side streams for companions on a GPU; None to run the members in order.
+        thread: Side thread for companions on a CPU; None likewise.
 
     Returns:
-        Raw logits of each, `[B, K, V_i]`, in its dtype and on its device.
+        Raw logits of each member, `[B, K, V_i]`, in its dtype and on its device.
     """
     running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in precomputed]
     works, parts = [], []
