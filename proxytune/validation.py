@@ -149,7 +149,7 @@ def finite(
             bounds = f" in {low}, {high}"
         else:
             bounds = f" ≥ {least:g}" if least is not None else f" > {above:g}" if above is not None else ""
-        # A range says by itself that it has to be finite.
+        # A bounded range implies finite.
         kind = "a number" if high else "a finite number"
         raise InputError.of(name, expected=f"{kind}{what and ' '}{what}{bounds}", got=shown(value), remedy=remedy)
     return number
@@ -182,7 +182,7 @@ def numbers(
     """
     try:
         array = np.asarray(values)
-        # NumPy would read the strings.
+        # NumPy would parse strings as numbers.
         array = np.empty(0) if array.dtype.kind in "US" else array.astype(np.float64, copy=False)
     except (TypeError, ValueError):
         array = np.empty(0)
@@ -195,7 +195,7 @@ def numbers(
         )
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise InputError.of(name, expected="finite numbers", got=f"{array[at]} at {at}", remedy=remedy)
+        raise InputError.of(name, expected="finite numbers", got=f"{array[at]} at index {at}", remedy=remedy)
     return array
 
 

@@ -37,7 +37,7 @@ def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: t
 
 def is_synced(model: Any) -> bool:
     """Whether this process has to go on until all processes have finished (ZeRO-3, FSDP)."""
-    # transformers finds this out too, but hands it to no callable.
+    # transformers finds this out too, but does not pass it to a callable.
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
@@ -69,6 +69,6 @@ def lengths_of(
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return mask.to(device).long().sum(-1)
-    # From 5.20 on, a mask without padding is dropped, and its length kept.
+    # transformers ≥ 5.20 drops a mask without padding, but keeps its length.
     length = getattr(generation_config, "_mask_length", None) or width
     return torch.full((rows,), length, dtype=torch.int64, device=device)

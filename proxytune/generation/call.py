@@ -75,22 +75,9 @@ class Call:
     ) -> Call:
         """Prepare a call, and refuse what the loop cannot do.
 
-        Args:
-            loop: The loop's name, for messages.
-            model: The composed model, or a plain causal LM.
-            input_ids: `[B, T]`, int64.
-            logits_processor: The processors.
-            stopping_criteria: The criteria.
-            generation_config: The settings.
-            model_kwargs: Keyword arguments of the forward passes.
-            seed: The loop's seed; None for a new one in each call.
-            stream_ids: Which stream of the seed each row draws from.
-            branch_ids: Which continuation of its stream each row is.
-            streamer: The streamer that `generate()` passed on; it has the prompt already.
-            own_streamer: The loop's own, used otherwise: on a plain model transformers passes none to a callable.
-            synced_gpus: As in `generate()`; None to find out.
-            assistant_model: The `assistant_model` of `generate()`.
-            beams: Whether the loop supports beam search.
+        Takes what `generate()` passes to a loop and the loop's own settings; `loop` is its name, for messages.
+        `own_streamer` is used where `generate()` passes none, as on a plain model; `synced_gpus=None` means to find
+        out; `beams` says that the loop supports beam search.
 
         Raises:
             UnsupportedModeError: For modes that the loop does not support.
@@ -141,15 +128,12 @@ class Call:
     ) -> DrawSettings:
         """The settings that all draws share, once the width and device of the logits are known.
 
-        Args:
-            base: The base's logits, `[B, …, V]`.
-            impl: As in `ops.step`.
-            noise: The noise keys at the next position; None for those of the call.
-            **more: Further settings of `SamplingParams.of`.
+        `base` are the base's logits, `[B, …, V]`; `noise` are the keys at the next position, by default those of the
+        call; `more` are further settings of `SamplingParams.of`.
         """
         width, plan = base.shape[-1], self.plan
         usable = min(self.ensemble.usable(width), width if plan.usable is None else plan.usable)
-        # Processors were made for the device of the ids, and expect all V columns.
+        # Processors were made for the ids' device, and expect all V columns.
         place = self.input_ids.device if plan.before else base.device
         if not plan.do_sample:
             return DrawSettings(plan, None, None, width, usable, place, impl)

@@ -137,15 +137,15 @@ class FusedDecoding:
                     continue
                 members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights  # [B, V_i] each
                 record.add(outputs)
-                outputs = None  # the logits of a whole prompt may hang on it
+                outputs = None  # may hold the logits of a whole prompt
 
-                if sampler is None:  # only now are the rows' width and device known
+                if sampler is None:  # width and device of the rows are known only now
                     sampler = Sampler(call.draw_settings(members[0], self.impl))
                 found, rows = sampler(members, weights, input_ids, record)
                 assert found.tokens is not None
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
                 bad = (tokens < 0) & unfinished
-                tokens = tokens.clamp(min=0)  # in a row that is finished it does not matter, but it is embedded
+                tokens = tokens.clamp(min=0)  # a finished row's token does not matter, but it is embedded
                 if pads is not None:
                     tokens = torch.where(unfinished, tokens, pads)
                 input_ids = torch.cat([input_ids, tokens[:, None]], -1)

@@ -65,7 +65,7 @@ def plan_processors(processors: Sequence[LogitsProcessor], do_sample: bool) -> P
     Without `do_sample` nothing is drawn, so warpers that the user added run unchanged.
     """
     rest = list(processors)
-    # A mask of the tail that comes first is the same as fewer columns; anywhere else it mends what came before it.
+    # A `TailMask` at the front equals fewer columns; elsewhere it corrects the processor before it.
     usable = rest.pop(0).width if rest and type(rest[0]) is TailMask else None
     warpers: list[LogitsProcessor] = []
     allowed = len(_ORDER)
@@ -76,8 +76,8 @@ def plan_processors(processors: Sequence[LogitsProcessor], do_sample: bool) -> P
 
 
 def _translatable(processor: LogitsProcessor) -> bool:
-    # Exact classes: a subclass may do anything. A smallest number of tokens to keep, or another value than −inf for the
-    # rest, is for beams and for callers of their own.
+    # Exact classes only: a subclass may do anything. Nor does a step support min_tokens_to_keep > 1 (beams) or a
+    # filter_value other than −inf.
     if type(processor) not in _SETTINGS:
         return False
     if getattr(processor, "min_tokens_to_keep", 1) != 1 or getattr(processor, "filter_value", -torch.inf) != -torch.inf:
@@ -85,7 +85,7 @@ def _translatable(processor: LogitsProcessor) -> bool:
     name, value = _SETTINGS[type(processor)], _value(processor)
     if name == "top_k":
         return value < 2**31
-    # What the warper takes in float64 may be 0 or infinite in the float32 of the step.
+    # A float64 setting of the warper may be 0 or infinite in the step's float32.
     rounded = float(torch.tensor(value, dtype=torch.float32))
     if name == "temperature":
         return LEAST_TEMPERATURE <= rounded <= torch.finfo(torch.float32).max

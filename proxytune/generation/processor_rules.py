@@ -21,9 +21,9 @@ __all__ = ["bind_to_prompts", "refuse_processors", "refuse_stateful"]
 
 
 class _Trait(Flag):
-    PER_ROW = auto()  # keeps something for each row of the batch; ours say so by `per_row_state = True`
-    PER_CALL = auto()  # takes each call for one more token of every row
-    OTHER_MODEL = auto()  # runs a model on the token ids; ours say so by `shifts_logits = True`
+    PER_ROW = auto()  # keeps state per row of the batch; ours set `per_row_state = True`
+    PER_CALL = auto()  # assumes that each call is one more token of every row
+    OTHER_MODEL = auto()  # runs a model on the token ids; ours set `shifts_logits = True`
 
 
 _KNOWN: dict[type[LogitsProcessor], tuple[str, _Trait]] = {
@@ -35,7 +35,7 @@ _KNOWN: dict[type[LogitsProcessor], tuple[str, _Trait]] = {
     ),
     SynthIDTextWatermarkLogitsProcessor: ("watermarking_config", _Trait.PER_ROW | _Trait.PER_CALL),
 }
-"""transformers' own → the setting that asks for it, and what it does."""
+"""Processor of transformers → the setting that turns it on, and its traits."""
 
 
 def _first(processors: Sequence[LogitsProcessor], trait: _Trait) -> tuple[LogitsProcessor, str] | None:
@@ -61,7 +61,7 @@ def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsP
         processor, setting = found
         raise UnsupportedModeError.of(
             setting,
-            expected=f"none with {loop}: what it keeps belongs to rows of the batch, and branches come and go",
+            expected=f"none with {loop}: it keeps state per row of the batch, and branches come and go",
             got=f"a {type(processor).__name__}",
             remedy="Leave it out, or custom_generate.",
         )
@@ -87,7 +87,7 @@ def refuse_stateful(processors: Sequence[LogitsProcessor]) -> None:
         raise UnsupportedModeError.of(
             setting,
             expected="processors that depend on the text alone",
-            got=f"{type(processor).__name__}, which counts its calls; drafts are asked about more than once",
+            got=f"{type(processor).__name__}, which counts its calls, while drafts are evaluated more than once",
             remedy="Leave it out, or decode without speculation.",
         )
 

@@ -31,16 +31,16 @@ def rows_of_prompts(numbers: Sequence[int], prompts: int) -> Iterator[None]:
 
 def owner_of(row: int) -> int:
     """The number of a row's prompt; the row's own number where no loop has set a mapping."""
-    said = _owners.get()
-    return row if said is None else said[0][row]
+    owners = _owners.get()
+    return row if owners is None else owners[0][row]
 
 
 def expand_to_rows(values: torch.Tensor, rows: int) -> torch.Tensor | None:
     """Expand values `[B, …]`, one per prompt or per group of prompts, to `[rows, …]`; None if they do not fit."""
-    said = _owners.get()
-    if said is None:
+    owners = _owners.get()
+    if owners is None:
         return None if rows % len(values) else values.repeat_interleave(rows // len(values), 0)
-    numbers, prompts = said
+    numbers, prompts = owners
     if len(numbers) != rows or prompts % len(values):
         return None
     return values.index_select(0, torch.tensor(numbers, device=values.device) // (prompts // len(values)))

@@ -19,10 +19,10 @@ class OutputRecorder:
     """
 
     def __init__(self, generation_config: Any) -> None:
-        asked = generation_config.return_dict_in_generate
+        as_dict = generation_config.return_dict_in_generate
 
         def empty(wanted: bool | None) -> tuple[Any, ...] | None:
-            return () if asked and wanted else None
+            return () if as_dict and wanted else None
 
         self.scores = empty(generation_config.output_scores)
         self.logits = empty(generation_config.output_logits)

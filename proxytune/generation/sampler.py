@@ -86,7 +86,7 @@ class Sampler:
         """
         s = self.settings
         rows = [row_on(s.place, x) for x in members]
-        rows[0] = rows[0][:, : s.usable]  # a view: ids beyond are not masked but absent
+        rows[0] = rows[0][:, : s.usable]  # a view: higher ids are absent, not masked
         logits = scores = rows[0]
         if s.plan.before or (record is not None and record.asked):
             logits = combined((rows, weights), s.width, s.impl).to(input_ids.device)  # [B, V]
@@ -95,7 +95,7 @@ class Sampler:
             rows, weights = [row_on(s.place, scores)], (1.0,)
         found = ops.step(rows, weights, sampling=s.sampling, noise=s.noise, draws=draws, want=want, impl=s.impl)
         if s.noise is not None:
-            s.noise.position.add_(1)  # in place: a captured graph would go on by itself
+            s.noise.position.add_(1)  # in place, so that a captured graph advances too
         if record is not None and record.scores is not None:
             record.scores += (s.plan.warpers(input_ids, scores),)
         if record is not None and record.logits is not None:
@@ -121,7 +121,7 @@ class Sampler:
 
 def row_on(place: torch.device, x: torch.Tensor) -> torch.Tensor:
     """Rows of logits `[N, V_i]` as a step takes them: device, float dtype, contiguous; copied only if needed."""
-    # Not waiting is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+    # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
     x = x.to(place, x.dtype if x.dtype in _TAKEN else torch.float32, non_blocking=place.type != "cpu")
     return x if x.stride(1) == 1 else x.contiguous()
 

@@ -19,7 +19,7 @@ from proxytune.models.members.member import embedding_rows
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
 
-# Settings of generate() that draft with layers, heads or embeddings of the one model it takes itself to be running.
+# Settings of generate() that draft with layers, heads or embeddings of the model itself.
 _SELF_SPECULATION = {"assistant_early_exit": (None,), "use_mtp": (None, False), "speculation_type": (None,)}
 
 
@@ -53,18 +53,18 @@ class FittedDraft(CandidateGenerator):
         self.width = width
 
     def __getattr__(self, name: str) -> Any:
-        # The assisted loop reads and tunes settings on the generator it was given.
+        # The assisted loop reads and sets attributes of its generator.
         return getattr(self.inner, name)
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft a continuation of `[1, T]`: ids with the candidates, `[1, T + K]`, and their logits, `[1, K, V]`."""
-        # Text that the draft has no embedding for reaches it as another token: its proposals get worse, nothing else.
+        # An id that the draft cannot embed is replaced for it: only its proposals get worse.
         known = input_ids.clamp(max=embedding_rows(self.inner.assistant_model) - 1)
         candidates, logits = self.inner.get_candidates(known, **kwargs)
         candidates = torch.cat([input_ids, candidates[:, input_ids.shape[1] :].to(input_ids.device)], 1)
         if logits is not None:
             missing = self.width - logits.shape[-1]
-            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)  # a negative number crops
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)  # negative padding crops
         return candidates, logits
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
@@ -78,7 +78,7 @@ def refuse_self_speculation(generation_config: GenerationConfig) -> None:
         if (value := getattr(generation_config, name, None)) not in off:
             raise UnsupportedModeError.of(
                 name,
-                expected="a draft of its own, or none",
+                expected="a separate draft model, or none",
                 got=f"{name}={value!r}, which drafts with a part of one model",
                 remedy="Pass assistant_model= or prompt_lookup_num_tokens=.",
             )
@@ -92,7 +92,7 @@ class AssistedMixin:
     ) -> None:
         refuse_self_speculation(generation_config)
         if not generation_mode_kwargs.get("assistant_tokenizer"):
-            # transformers takes another head width for another tokenizer; here the rows are fitted instead.
+            # transformers takes a different head width for a different tokenizer; here rows are fitted instead.
             generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
         parent: Any = super()
         parent._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
@@ -112,7 +112,7 @@ class AssistedMixin:
         if config.assistant_ensemble_weight is not None:
             raise InputError.of(
                 "assistant_ensemble_weight",
-                expected="None: with the expert as the draft nothing is lost",
+                expected="None: the expert as the draft is lossless",
                 got=f"{config.assistant_ensemble_weight}, which mixes the draft into the model",
                 remedy="Leave it out, or change alpha, which is the weight of the expert.",
             )

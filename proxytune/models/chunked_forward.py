@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 __all__ = ["PART", "forward_in_parts", "part_length"]
 
 PART = 1024
-"""Rows × positions of a part: enough for a GPU to be busy with, few beside the logits of the whole."""
+"""Rows × positions of a part: enough to keep a GPU busy, and little memory beside the whole text's logits."""
 
 Forward = Callable[..., CausalLMOutputWithPast]
 
@@ -59,11 +59,11 @@ def forward_in_parts(
     loss: torch.Tensor | None = None
     counted: torch.Tensor | int = 0
     for start in range(0, end, length):
-        there = slice(start, min(start + length, end))
+        part = slice(start, min(start + length, end))
         out = forward(
-            input_ids[:, there],
-            attention_mask=None if attention_mask is None else attention_mask[:, : past + there.stop],
-            position_ids=None if position_ids is None else position_ids[:, there],
+            input_ids[:, part],
+            attention_mask=None if attention_mask is None else attention_mask[:, : past + part.stop],
+            position_ids=None if position_ids is None else position_ids[:, part],
             past_key_values=cache,
             return_dict=True,
         )
@@ -71,13 +71,13 @@ def forward_in_parts(
         assert logits is not None
         if whole is None:
             whole = logits.new_empty(logits.shape[0], end, logits.shape[2])
-        whole[:, there] = logits
+        whole[:, part] = logits
         if labels is not None:
-            targets = labels[:, start + 1 : there.stop + 1].to(logits.device)  # one fewer at the end
-            foretold = logits[:, : targets.shape[1]].flatten(0, 1)
-            lost = nn.functional.cross_entropy(foretold, targets.flatten(), ignore_index=-100, reduction="sum")
-            loss = lost if loss is None else loss + lost
+            targets = labels[:, start + 1 : part.stop + 1].to(logits.device)  # one fewer at the end
+            predicted = logits[:, : targets.shape[1]].flatten(0, 1)
+            part_loss = nn.functional.cross_entropy(predicted, targets.flatten(), ignore_index=-100, reduction="sum")
+            loss = part_loss if loss is None else loss + part_loss
             counted = counted + (targets != -100).sum()
-            del foretold
-        del out, logits  # before the next part is there
+            del predicted
+        del out, logits  # free them before the next part
     return CausalLMOutputWithPast(loss=None if loss is None else loss / counted, logits=whole, past_key_values=cache)

@@ -66,7 +66,7 @@ class Ensemble:
 
     def last_logits(self, outputs: Any) -> list[torch.Tensor]:
         """Each member's raw logits at the last position, `[B, V_i]`."""
-        # A view of one position; of the logits of a whole prompt a copy, so that they can go.
+        # A view of one position, but a copy from a whole prompt's logits, so that these can be freed.
         return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in self.logits(outputs)]
 
     def views(self, cache: Cache) -> list[tuple[str, Cache]]:

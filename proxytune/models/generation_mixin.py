@@ -45,7 +45,7 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
     raise UnsupportedModeError.of(
         "continuous batching",
         expected="generate() with a dynamic or static cache",
-        got="generate_batch or a paged cache, which would run one model without the others",
+        got="generate_batch or a paged cache, which would run only one of the members",
         remedy="Use generate() with a left-padded batch.",
     )
 
@@ -59,7 +59,7 @@ def refuse_arguments(**given: Any) -> None:
             raise InputError.of(
                 "inputs_embeds",
                 expected="input_ids: the members do not share an embedding space",
-                got="embeddings of one of them",
+                got=f"a {type(value).__name__}",
                 remedy="Pass the token ids.",
             )
         raise InputError.of(
@@ -85,7 +85,7 @@ def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> No
             "labels",
             expected=f"the shape of input_ids, {list(input_ids.shape)}",
             got=f"{list(labels.shape)}",
-            remedy="Pass the ids themselves, -100 where there is none to foretell; they are shifted here.",
+            remedy="Pass the input_ids; use -100 at positions without a target; labels are shifted internally.",
         )
     if attention_mask is None:
         return
@@ -115,24 +115,14 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare a step of `generate()`. The 2-D mask is passed on unchanged: the members build their own.
+        """The arguments of `forward` for one step of `generate()`; the last `next_sequence_length` ids are new.
 
-        Args:
-            input_ids: `[B, T]`.
-            next_sequence_length: How many of the last ids are new; None for all.
-            past_key_values: The composite cache.
-            attention_mask: `[B, T]`.
-            inputs_embeds: Refused with an InputError.
-            is_first_iteration: Whether this is a prompt.
-            **kwargs: Other arguments from `generate()`.
-
-        Returns:
-            The keyword arguments of `forward`.
+        The 2-D mask is passed on unchanged, since the members build their own; `inputs_embeds` raises an InputError.
         """
         refuse_arguments(inputs_embeds=inputs_embeds)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        # For the stop strings; generate() hands it on with the model's arguments.
+        # Only for stop strings, but generate() passes it on with the model's arguments.
         kwargs.pop("tokenizer", None)
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is not None:
@@ -157,7 +147,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        # Called only if the caller gave no mask. transformers then takes padding that is also EOS for text.
+        # Only called without a mask. transformers then takes padding for text where the padding token is also EOS.
         ends = generation_config._eos_token_tensor
         if ends is not None and inputs_tensor.ndim == 2:
             refuse_ambiguous_padding(inputs_tensor, ends.tolist(), remedy="Pass the tokenizer's attention_mask.")
@@ -170,18 +160,18 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         processors = LogitsProcessorList([tail])
         found = super()._get_logits_processor(generation_config, *args, **kwargs)
         for processor in found:
-            # As somebody's draft, it is handed that one's processors, and may be steered on top: drafts only propose.
+            # A draft gets the target's processors. It may be steered on top, since drafts only propose.
             if getattr(processor, "shifts_logits", False) and not generation_config.is_assistant:
                 raise InputError.of(
                     "logits_processor",
                     expected="no ProxyTuningLogitsProcessor on a composed model",
-                    got="one: the shifts would add up",
-                    remedy="Leave it out, or use it on the base alone.",
+                    got=f"a {type(processor).__name__}",
+                    remedy="Leave it out, or use it on the base alone: here the two shifts would add up.",
                 )
             tells = hasattr(processor, "for_call") and not generation_config.is_assistant
             processors.append(processor.for_call(generation_config, found) if tells else processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                processors.append(tail)  # it subtracts −inf from −inf there
+                processors.append(tail)  # guidance computes (−inf) − (−inf) = NaN in the tail
         return processors
 
     def _prepare_cache_for_generation(
@@ -198,18 +188,18 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             return
-        # Before anything else sees the cache: assisted decoding asks its layers to record their past.
+        # Adopted first: assisted decoding then asks the cache's layers to record their past.
         adopt(cache, self.config.member_configs, self.cache_owner)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         if isinstance(cache, StaticCache):
-            # Its length is known to the device only, so this is the one moment to see that it would be overrun.
+            # Only the device knows how full it is, so this is the one chance to see that it would overflow.
             for member in self.members:
                 member.refuse_length(max_cache_length)
             refuse_short_cache(cache, max_cache_length)
 
     def _get_static_cache_init_shape(self) -> None:
-        # Members differ in head counts and sizes, so each layer initialises itself at its first update.
+        # Members differ in head counts and sizes: each layer initialises itself at its first update.
         return None
 
     def _extract_generation_mode_kwargs(
@@ -219,13 +209,13 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         found: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
         if not callable(custom_generate):
             return found
-        # transformers keeps the streamer, the tokenizer and the draft from a callable; here it gets what it names.
+        # transformers passes no streamer, tokenizer or draft to a callable; here it gets those it has parameters for.
         names = inspect.signature(custom_generate).parameters
         return {name: value for name, value in given.items() if name in names} | found
 
     init_continuous_batching = staticmethod(refuse_continuous_batching)
 
-    # --- what PreTrainedModel takes one model to have -----------------------------------------------------------------
+    # --- what PreTrainedModel expects of one model --------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
@@ -257,7 +247,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         """Always raise UnsupportedModeError: an id added to one member means nothing to the others."""
         raise UnsupportedModeError.of(
             "resize_token_embeddings",
-            expected="members whose vocabularies agree",
-            got="a request to change the base's alone",
+            expected="the vocabulary that all members share",
+            got="a request to resize only the base's",
             remedy="Resize every member before wrapping them.",
         )

@@ -17,7 +17,7 @@ from proxytune.recipe import ROLES, MemberRef
 
 __all__ = ["adapters_of", "check_vocabularies", "find_tokenizer", "open_member", "open_members", "reference_of"]
 
-# What of `from_pretrained`'s arguments says where files are found, and so concerns the tokenizer's too.
+# Arguments of `from_pretrained` that say where files are; they apply to tokenizers too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
 
 
@@ -29,22 +29,16 @@ def open_members(
     check_vocabulary: bool = True,
     **from_pretrained: Any,
 ) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None]]:
-    """Open all members of a composition.
+    """Open all members of a composition: `sources` is role → model object, hub id or folder, the base first.
 
-    Args:
-        sources: Role → model object, hub id or folder; the base first.
-        revisions: Role → branch, tag or commit, for hub ids.
-        tokenizers: Role → tokenizer, for members saved without one.
-        check_vocabulary: Whether to compare the members' token ids.
-        **from_pretrained: Passed to `from_pretrained` of the members given by id or folder.
+    The other arguments are those of `proxytune.wrap`.
 
     Returns:
         Role → model, and role → reference to load it again (None for one that exists only in memory).
 
     Raises:
         InputError: If a member is missing, or arguments contradict each other.
-        MemberError: If a member cannot be opened, uses other token ids, or is the model inside another member's PEFT
-            model.
+        MemberError: If a member cannot be opened, uses other token ids, or is the model inside another's PEFT model.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
@@ -68,7 +62,7 @@ def open_members(
             "members",
             expected="no further arguments when all of them are model objects",
             got=", ".join(sorted(from_pretrained)),
-            remedy="They are for from_pretrained: pass them where you load the models.",
+            remedy="They are for from_pretrained: pass them when you load the models.",
         )
     references = {role: reference_of(source, revisions.get(role)) for role, source in sources.items()}
     members = {
@@ -91,7 +85,7 @@ def _refuse_injected(members: Mapping[str, Any]) -> None:
                 raise MemberError.of(
                     f"the {other}",
                     expected=f"a model of its own beside the {role}, a {type(model).__name__}",
-                    got="the model inside it: PEFT has put the adapter into that one too, so both are tuned alike",
+                    got="the model inside it, which carries the same PEFT adapter, so both are tuned alike",
                     remedy=f"Load the {other} once more, without the adapter.",
                 )
 
@@ -117,7 +111,7 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
     except (OSError, ValueError) as error:
         place = f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else "")
-        # A folder without a model in it is a ValueError of transformers; others are about the arguments.
+        # transformers raises ValueError for a folder without a model, and otherwise for wrong arguments.
         if isinstance(error, OSError) or not (Path(source.id) / "config.json").exists():
             raise MemberNotFoundError.of(
                 f"the {role}",
@@ -161,10 +155,8 @@ def check_vocabularies(
 ) -> None:
     """Compare all members' token ids with those of the first member whose tokenizer is known.
 
-    Args:
-        references: Role → where the member came from, the base first.
-        tokenizers: Role → tokenizer, for members whose folder has none.
-        **hub: `token`, `cache_dir` and the like, to find tokenizers.
+    `references` says where each member came from, the base first; `tokenizers` holds those of members saved without
+    one; `hub` is `token`, `cache_dir` and the like.
 
     Raises:
         VocabularyMismatchError: If two members use the same id for different tokens.
@@ -190,13 +182,13 @@ def check_vocabularies(
         else:
             unknown.append(role)
     if vocabularies:
-        # With an unknown base, companions can still contradict each other.
+        # Without the base's tokenizer, companions are compared with each other.
         against, *others = vocabularies
         for role in others:
             check_same_tokens(vocabularies[against], vocabularies[role], role=role, against=against)
     if unknown:
         warnings.warn(
-            f"the vocabularies were not compared: no tokenizer is at hand for {', '.join(unknown)}. If ids mean "
+            f"the vocabularies were not compared: no tokenizer was found for {', '.join(unknown)}. If ids mean "
             "different tokens there, the output is noise. Pass tokenizers={role: tokenizer}, or check_vocabulary=False "
             "if you know that they agree.",
             VocabularyWarning,

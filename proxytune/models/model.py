@@ -65,9 +65,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     config_class = ProxyTunedConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    # The members check these for themselves when they are loaded; here they only must not be refused.
+    # Each member checked these when it was loaded; transformers must not refuse them here.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    # Keeps generate() from compiling this forward by itself on static caches; members may be compiled by their owner.
+    # Keeps generate() from compiling this forward on static caches; `compile_members` compiles the members instead.
     _can_compile_fullgraph = False
 
     def __init__(self, config: ProxyTunedConfig, members: Mapping[str, PreTrainedModel], formula: Formula) -> None:
@@ -94,7 +94,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         self._sides = CompanionStreams()
         self._thread = SideThread()
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
-        # Written on the caches that this model fills, and kept by copies of them.
+        # Marks the caches that this model fills; copies of a cache keep the mark.
         self.cache_owner = uuid.uuid4().hex
         self.generation_config = GenerationConfig.from_dict(self.base.generation_config.to_dict())
         self.eval()
@@ -115,7 +115,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             raise InputError.of(
                 name,
                 expected="the member that the model was composed with",
-                got="another one",
+                got=f"a {type(value).__name__}",
                 remedy="Caches and checks belong to the members: call proxytune.wrap again.",
             )
         super().__setattr__(name, value)
@@ -205,8 +205,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 labels have another shape; or an argument is not supported.
             CacheError: If the cache was filled by another model.
         """
-        # Not in the signature, so that generate() refuses them from a user: its own loops need combined logits.
-        own = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
+        # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
+        loop_options = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
@@ -219,7 +219,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             logits_to_keep,
             labels,
             bool(is_first_iteration),
-            **own,
+            **loop_options,
         )
 
     def _forward_members(
@@ -245,7 +245,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         """
         combine, known = not return_member_logits, precomputed_logits
         latent = latent_inputs or [None] * len(self.members)
-        # A cache that is given is used, as in transformers: without it, its tokens would be missing from the prefix.
+        # As in transformers, a given cache is always used: it holds a part of the prefix.
         cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
@@ -253,12 +253,12 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
         past = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, int):  # before any member has run: what fails leaves the cache as it was
+        if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
             for member in self.members:
                 member.refuse_length(past + input_ids.shape[1])
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
-        # Waits for the device, so for prompts only: what is sampled or drafted is within every member's reach.
+        # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
         prompt = is_first_iteration or cache is None or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
             check_ids(input_ids, self.members)
@@ -358,7 +358,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             raise RecipeError.of(
                 "save_pretrained",
                 expected="members that were loaded from a folder or the hub",
-                got="a member that exists only in memory, or carries an adapter that its name does not tell of",
+                got="a member that exists only in memory, or carries a PEFT adapter",
                 remedy="Save that member with its own save_pretrained, and wrap the folder.",
             )
         if recipe.expert == recipe.antiexpert and self.expert is not self.antiexpert:
@@ -389,7 +389,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         config = kwargs.pop("config", None)
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         for_all = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
-        # What transformers' Auto classes add for the class they call; none of it is meant for the members.
+        # transformers' Auto classes add these for the class they call, not for the members.
         for key in ("_from_auto", "_commit_hash", "adapter_kwargs", "adapter_name", "name_or_path", "weights_only"):
             kwargs.pop(key, None)
         for key in ("attn_implementation", "experts_implementation"):  # the Auto classes move these to the config
@@ -401,9 +401,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             revisions={role: ref.revision for role, ref in recipe.members.items() if ref.revision},
             **kwargs,
         )
-        found = {role: reference for role, reference in references.items() if reference is not None}
+        known = {role: reference for role, reference in references.items() if reference is not None}
         formula = FORMULAS[recipe.formula](alpha=recipe.alpha)
-        model = cls(ProxyTunedConfig(recipe=replace(recipe, **found)), members, formula)
+        model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)

@@ -38,7 +38,7 @@ def refuse_ambiguous_padding(input_ids: torch.Tensor, ends: Sequence[int], *, re
         raise InputError.of(
             "attention_mask",
             expected="a mask, since some prompts start like padding",
-            got=f"none; row {row} starts with {int(runs[row])} × token {int(input_ids[row, 0])}, an EOS token, which "
+            got=f"None; row {row} starts with {int(runs[row])} × token {int(input_ids[row, 0])}, an EOS token, which "
             "may be padding or text",
             remedy=remedy,
         )

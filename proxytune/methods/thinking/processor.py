@@ -1,19 +1,17 @@
 """A thinking budget per prompt (budget forcing: s1, Muennighoff et al. 2025, arXiv 2501.19393).
 
-- *At least*: the first n times that the end of thinking would be sampled, a continuation ("Wait") replaces it.
-- *At most*: after so many tokens of thinking, the end of thinking is forced, token by token.
-
-Each call decides from `input_ids` alone: beams are reordered, assisted decoding rolls back, and rows are independent.
+The first n times that the end of thinking would be sampled, a continuation ("Wait") replaces it; after a maximum number
+of tokens, the end is forced. Each call decides from `input_ids` alone: beams are reordered, assisted decoding rolls
+back, and rows are independent.
 
 *Replacing the end* needs no look-ahead or extra draw. The continuation's first token gets the larger of its own score
 and the end's, and the end −inf. So greedy decoding continues exactly where it would have ended; sampling draws from the
-unchanged distribution without the smaller of the two masses, and reads the end as the continuation. This holds under
-any later temperature, top-k, top-p and min-p. Thinking ends with the *last* token of `end_ids` after the others, or
-EOS.
+unchanged distribution without the smaller of the two masses, and reads the end as the continuation, under any later
+temperature, top-k, top-p and min-p. Thinking ends with the *last* token of `end_ids` after the others, or EOS.
 
-*Suppressed ends are counted* as occurrences of the continuation in the thinking, so a "Wait" that the model writes by
-itself counts too. After the first token of a longer continuation the others are forced, also where the model wrote it
-by itself: choose a first token that starts nothing else (not a line break).
+*Suppressed ends are counted* as occurrences of the continuation in the thinking, also a "Wait" that the model writes by
+itself. After the first token of a longer continuation the others are always forced: choose a first token that starts
+nothing else (not a line break).
 """
 
 from __future__ import annotations
@@ -104,21 +102,21 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             raise InputError.of(
                 "extra, max_thinking_tokens",
                 expected="a number, or one for each prompt",
-                got="an empty list",
+                got="[]",
                 remedy="Pass one number for all prompts.",
             )
         if self.prompt_length is None and not self.begin_ids:
             raise InputError.of(
                 "begin_ids",
                 expected="begin_ids or prompt_length, to know where thinking starts",
-                got="neither",
+                got="both None",
                 remedy="Pass begin_ids (the id of '<think>'), or prompt_length=input_ids.shape[1].",
             )
         if bool(self._extra.any()) and not continuation:
             raise InputError.of(
                 "continuation_ids",
-                expected="what comes instead of a suppressed end, since only that shows how often it was suppressed",
-                got=f"none, with extra={self._extra.tolist()}",
+                expected="ids that replace a suppressed end, since suppressed ends are counted by them",
+                got=f"None with extra={self._extra.tolist()}",
                 remedy="Pass e.g. tokenizer.encode('Wait', add_special_tokens=False).",
             )
         if any(token in ends for token in continuation):
@@ -131,7 +129,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         if any(continuation[:n] == continuation[-n:] for n in range(1, len(continuation))):
             raise InputError.of(
                 "continuation_ids",
-                expected="ids that do not start as they end, or two of them in a row could not be counted",
+                expected="ids that do not start as they end: overlapping ones could not be counted",
                 got=f"{list(continuation)}",
                 remedy="Drop the last token.",
             )
@@ -144,12 +142,11 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             scores: `[B, V]`: logits, or log-probabilities in beam search; not changed in place.
 
         Returns:
-            `[B, V]`: rows where nothing is due unchanged, others as log-probabilities. A forced row is 0 at the forced
-            token, −inf elsewhere.
+            `[B, V]`: unchanged rows as they came, others as log-probabilities; forced rows are 0 at one token, −inf
+            elsewhere.
 
         Raises:
-            InputError: If an id is not in the vocabulary, the prefix is shorter than the prompt, or the lists of
-                budgets do not fit the number of rows.
+            InputError: If an id is not in the vocabulary, or prefix or budgets do not fit the prompts.
         """
         self._refuse_misfit(input_ids, scores)
         start, open_ = self._thinking(input_ids)  # [B], [B]
@@ -159,7 +156,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         if self.continuation_ids:
             missing = count_of(input_ids, self.continuation_ids, start) < _per_row(self._extra, input_ids)
             more = open_ & ~at_cap & missing
-            # The rest of a continuation that has begun.
+            # Complete a continuation that has begun.
             due = torch.where(more, continued(input_ids, self.continuation_ids, start, least=1), due)
             scores = self._exchanged(input_ids, scores, more & (due < 0))
         return forced(scores, due)
@@ -175,7 +172,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             return start, ~(closed & (position >= start[:, None])).any(1)
         last = torch.where(closed, position, -1).amax(1)  # [B]
         begins = ends_of(ids, self.begin_ids) & (position > last[:, None])
-        # Of several, the first counts: begin_ids inside thinking are text, and must not renew the budget.
+        # The first of several counts: begin_ids inside thinking are text and must not reset the budget.
         start = begins.long().argmax(1) + 1
         return start.clamp(min=self.prompt_length or 0), begins.any(1)
 
@@ -189,7 +186,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             out[:, first] = torch.where(where, torch.maximum(out[:, first], out[:, token]), out[:, first])
             out[:, token] = torch.where(where, -torch.inf, out[:, token])
         lse = out.logsumexp(-1, keepdim=True)
-        # A row of −inf has nothing to be divided by.
+        # A row of −inf has no mass to normalise by.
         out = out - torch.where(lse.isfinite(), lse, 0.0)
         return torch.where((completes | rows if self.eos_token_ids else completes)[:, None], out, scores)
 
@@ -219,7 +216,7 @@ def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         raise InputError.of(
             "extra, max_thinking_tokens",
             expected=f"one number, or one for each prompt of {rows} rows (beams included)",
-            got=f"{prompts}",
-            remedy="Make a processor for this very batch.",
+            got=f"{prompts} numbers",
+            remedy="Make a new processor for each batch.",
         )
     return out.to(ids.device)

@@ -72,12 +72,9 @@ class Frontier(ABC):
     """
 
     def __init__(self, prompts: int, *, length: int, ledgers: Sequence[TokenLedger] | None) -> None:
-        """Make an empty tree for each prompt.
+        """Make an empty tree for each prompt; `length` is the maximum number of generated tokens on a path.
 
-        Args:
-            prompts: Number of prompts.
-            length: Maximum number of generated tokens on a path.
-            ledgers: A ledger for each prompt, already charged for the prompt; None for no limit.
+        `ledgers` holds one ledger per prompt, already charged for the prompt; None for no limit.
         """
         self.trees = [ForkTree(i) for i in range(prompts)]
         self._length = length
@@ -185,9 +182,9 @@ class ForkFrontier(Frontier):
         allowed = self.can_fork()
         parents, tokens, born = [], [], []
         for row, (live, one, may) in enumerate(zip(list(self._live), drawn, allowed, strict=True)):
-            # Counted anew for each row: an earlier row of the same prompt may have taken the last place.
+            # Recomputed for each row: an earlier row of the same prompt may have taken the last place.
             room = self._branches - len(live.tree) + 1
-            # How many tokens there are to draw does not depend on the draws, so it may decide.
+            # The number of drawable tokens does not depend on the draws, so weights stay unbiased.
             most = min(self._children, room, sum(token >= 0 for token in one.tokens))
             left = self._length - len(live.branch)
             reserved = self._reserve(live.tree.prompt, left, most - 1) if may and one.at_fork else []

@@ -111,7 +111,7 @@ class TreeLoop(ABC):
         prompts = len(input_ids)
         ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, call.lengths.tolist())
         frontier = self._start(prompts, call.most_new, ledgers)
-        cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself
+        cuts = (MaxLengthCriteria, MaxTimeCriteria)  # a branch that these end counts as cut, not finished
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
         clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
         texts = input_ids
@@ -123,31 +123,33 @@ class TreeLoop(ABC):
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights
-            del outputs  # the logits of a whole prompt may hang on it
+            del outputs  # may hold the logits of a whole prompt
             roots = [prompt for prompt, _ in frontier.rows]
-            if step == 0 and roots != list(range(prompts)):  # a prompt is forwarded once, however many begin at it
+            if step == 0 and roots != list(
+                range(prompts)
+            ):  # a prompt is forwarded once, however many branches begin at it
                 input_ids = input_ids.index_select(0, torch.tensor(roots, device=input_ids.device))
                 model_kwargs = selected_rows(model_kwargs, roots, prompts)
                 members = [z.index_select(0, torch.tensor(roots, device=z.device)) for z in members]
             if sampler is None or chances is None:
                 chances = _noise(frontier, call)
                 sampler = self._sampler(call, members[0], chances.at(chances.position + step))
-            wishes = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
-            drawn, drawn_from = self._draw(sampler, members, weights, input_ids, frontier, wishes, step)
+            uniforms = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
+            drawn, drawn_from = self._draw(sampler, members, weights, input_ids, frontier, uniforms, step)
             branches = frontier.branches
             parents, tokens = frontier.advance(drawn)
             gained = self._gains(sampler, drawn_from, frontier, tokens)
             if gained is not None:
                 gains.append((branches, gained))
             del members, drawn_from
-            here = torch.tensor([parents, tokens], device=input_ids.device)
-            input_ids = torch.cat([input_ids.index_select(0, here[0]), here[1][:, None]], -1)
+            moves = torch.tensor([parents, tokens], device=input_ids.device)
+            input_ids = torch.cat([input_ids.index_select(0, moves[0]), moves[1][:, None]], -1)
             done = criteria(input_ids, None).tolist() if len(criteria) else [False] * len(parents)
             keep = frontier.retire(done, halt=bool(clocks) and bool(clocks(input_ids, None).any()))
             step += 1
             if not keep:
                 break
-            # Not by the parents alone: where a row has ended, its child may stand in its place.
+            # Comparing parents is not enough: an ended row's child may have taken its place.
             if keep != list(range(len(drawn))) or len(parents) > len(drawn):
                 input_ids = input_ids.index_select(0, torch.tensor(keep, device=input_ids.device))
                 model_kwargs = selected_rows(model_kwargs, [parents[row] for row in keep], len(drawn))
@@ -173,7 +175,7 @@ class TreeLoop(ABC):
         weights: Sequence[float],
         input_ids: torch.Tensor,
         frontier: Frontier,
-        wishes: torch.Tensor | None,
+        uniforms: torch.Tensor | None,
         step: int,
     ) -> tuple[list[RowDraws], MembersAndWeights]:
         """Draw for every live row; returns each row's draws and whether it is at a fork, and the rows drawn from."""
@@ -181,20 +183,20 @@ class TreeLoop(ABC):
         want = ["tokens", "logprobs", "entropy", "confidence"]
         want += ["draw_logprobs", "keys"] if sampler.samples else ["scores"]
         with rows_of_prompts([prompt for prompt, _ in frontier.rows], len(frontier.trees)):
-            found, rows = sampler(members, weights, input_ids, draws=draws if sampler.samples else 1, want=want)
-        assert found.tokens is not None
-        assert found.entropy is not None
-        tokens, keys = found.tokens, found.keys
-        logprobs, draw_logprobs = found.logprobs, found.draw_logprobs
+            stats, rows = sampler(members, weights, input_ids, draws=draws if sampler.samples else 1, want=want)
+        assert stats.tokens is not None
+        assert stats.entropy is not None
+        tokens, keys = stats.tokens, stats.keys
+        logprobs, draw_logprobs = stats.logprobs, stats.draw_logprobs
         if not sampler.samples:
-            assert found.scores is not None
-            tokens, logprobs = _most_probable(found.scores, tokens, draws)
-            # The children are certain: nothing that was not drawn could have been.
+            assert stats.scores is not None
+            tokens, logprobs = _most_probable(stats.scores, tokens, draws)
+            # Nothing was drawn at random, so the threshold κ is −inf.
             draw_logprobs, keys = logprobs, torch.full_like(logprobs, -torch.inf)
-        columns = [tokens, draw_logprobs, keys, logprobs, found.entropy, found.confidence]
-        columns.append(found.entropy if wishes is None else wishes.to(found.entropy.device))
+        columns = [tokens, draw_logprobs, keys, logprobs, stats.entropy, stats.confidence]
+        columns.append(stats.entropy if uniforms is None else uniforms.to(stats.entropy.device))
         parts = [x.double() if x.ndim == 2 else x.double()[:, None] for x in columns if x is not None]
-        packed = torch.cat(parts, 1).tolist()  # one read; the stopping criteria have another
+        packed = torch.cat(parts, 1).tolist()  # one read by the host; the stopping criteria need another
         failed = [row[0] < 0 for row in packed]
         if any(failed):
             prompt, branch = frontier.rows[failed.index(True)]
@@ -234,7 +236,7 @@ def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
         if length >= budget:
             raise BudgetError.of(
                 "max_total_tokens",
-                expected=f"at least {length + 1}: prompt {prompt} has {length} tokens, and one has to be generated",
+                expected=f"at least {length + 1}: prompt {prompt} has {length} tokens, and one more must be generated",
                 got=f"{budget}",
                 remedy="Raise max_total_tokens, or shorten the prompt.",
             )
@@ -255,7 +257,7 @@ def _noise(frontier: Frontier, call: Call) -> Noise:
 def _most_probable(scores: torch.Tensor, first: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable tokens and their log-probabilities, `[B, count]`, the argmax first; −1 for masked ones."""
     best = scores.log_softmax(-1).topk(count, -1)
-    # Of equal ones topk may have put another before the first.
+    # Among ties topk may have put another token before the argmax.
     tokens = torch.where(best.indices == first, best.indices[:, :1], best.indices)
     masked = best.values[:, 1:] == -torch.inf
     return torch.cat([first, tokens[:, 1:].masked_fill(masked, -1)], 1), best.values

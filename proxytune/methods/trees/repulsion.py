@@ -53,7 +53,9 @@ class SiblingFrontier(Frontier):
         self._ngram_repulsion = ngram_repulsion
         self._places = prompts
         self._place: dict[Branch, int] = {}  # the same number for the same prompt and text
-        self._said: list[dict[_Context, Counter[int]]] = [{} for _ in range(prompts)]  # by all siblings of a prompt
+        self._said: list[dict[_Context, Counter[int]]] = [
+            {} for _ in range(prompts)
+        ]  # n-grams of all siblings of a prompt
         self._own: dict[Branch, dict[_Context, Counter[int]]] = {}
         for tree in self.trees:
             started = self._start(tree, siblings)
@@ -106,7 +108,7 @@ class SiblingFrontier(Frontier):
             self.penalties.append(penalties)
             tokens.append(token)
             texts.append((live.tree.prompt, live.branch))
-        # Only now: what is said in this step repels from the next one on.
+        # Only now: this step's n-grams repel from the next step on.
         for prompt, branch in texts:
             self._remember(prompt, branch)
         return list(range(len(tokens))), tokens
@@ -116,10 +118,10 @@ class SiblingFrontier(Frontier):
         if self._ngram is None or len(branch) < self._ngram - 1:
             return {}
         context = tuple(branch.tokens[1 - self._ngram :])
-        said = self._said[prompt].get(context)
-        if said is None:
+        counts = self._said[prompt].get(context)
+        if counts is None:
             return {}
-        others = said - self._own[branch].get(context, Counter())
+        others = counts - self._own[branch].get(context, Counter())
         return dict(others.most_common(MOST_FOLLOWERS))
 
     def _remember(self, prompt: int, branch: Branch) -> None:

@@ -71,7 +71,7 @@ class SiblingDecoding(TreeLoop):
     ngram_repulsion: float = 0.5
 
     _why_sampling: ClassVar[str] = (
-        "Greedy siblings would all be the same, and one that a penalty turned away from the argmax has no weight."
+        "Greedy siblings would all be the same, and one moved off the argmax by a penalty has no weight."
     )
 
     def __post_init__(self) -> None:
@@ -106,14 +106,14 @@ class SiblingDecoding(TreeLoop):
         most = max(map(len, frontier.penalties))
         if not most:
             return None
-        # −1 in rows that are repelled by less, or by nothing.
+        # Padded with −1 in rows with fewer penalties.
         ids = torch.tensor([[*p, *[-1] * (most - len(p))] for p in frontier.penalties])  # [rows, K]
         nats = torch.tensor([[*p.values(), *[0.0] * (most - len(p))] for p in frontier.penalties], dtype=torch.float64)
-        own = torch.tensor(
+        penalty = torch.tensor(
             [p.get(t, 0.0) for p, t in zip(frontier.penalties, tokens, strict=True)], dtype=torch.float64
         )
         repelled = torch.tensor([bool(p) for p in frontier.penalties])
         logprobs, rest = sampler.draw_logprobs(rows, ids)
         place = rest.device
         left = torch.cat([rest.double()[:, None], logprobs.double() - nats.to(place)], 1).logsumexp(1)
-        return torch.where(repelled.to(place), left + own.to(place), 0.0)
+        return torch.where(repelled.to(place), left + penalty.to(place), 0.0)

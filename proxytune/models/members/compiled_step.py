@@ -66,12 +66,12 @@ class CompiledStep:
             past = cache.get_seq_length()
             ids = inputs["input_ids"]
             assert ids is not None
-            # A length on the device stays there.
+            # A length on the device is not read by the host.
             given["position_ids"] = (
                 past.view(1, 1) if isinstance(past, torch.Tensor) else torch.full((1, 1), past, device=ids.device)
             )
         prepared = self._model.prepare_inputs_for_generation(**given, past_key_values=cache, use_cache=True)
-        # One form of the memory too: slices of a growing text differ in their strides.
+        # Same strides in every step: slices of a growing text differ in theirs.
         prepared = {
             name: x.clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) else x
             for name, x in prepared.items()

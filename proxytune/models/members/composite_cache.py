@@ -41,7 +41,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
         CacheError: If the cache holds tokens from another model, or tokens that only some members have seen; or if its
             length or layers cannot serve all members.
     """
-    if not hasattr(cache, "layers"):  # tuples of tensors, as they once were, or the pair of an encoder-decoder
+    if not hasattr(cache, "layers"):  # tuples of tensors (older transformers), or an encoder-decoder's pair of caches
         raise CacheError.of(
             "past_key_values",
             expected="a cache of a decoder, such as DynamicCache()",
@@ -85,7 +85,7 @@ def refuse_short_cache(cache: StaticCache, length: int) -> None:
         raise CacheError.of(
             "past_key_values",
             expected=f"a StaticCache for at least {length} tokens",
-            got=f"one for {held}",
+            got=f"a StaticCache for {held}",
             remedy="Make it longer, or lower max_new_tokens.",
         )
 
@@ -98,26 +98,26 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
     """The length a static cache was made for; sliding layers end at their window and may not tell."""
     length = max(layer.max_cache_len for layer in cache.layers)
     unbounded = [StaticCache(config=c, max_cache_len=sys.maxsize) for c in configs]
-    wanted = [layer.max_cache_len for one in unbounded for layer in one.layers]  # the window, or without bound
-    # Shorter than every window, it is the length itself; as long as the longest, the length does not matter.
+    wanted = [layer.max_cache_len for one in unbounded for layer in one.layers]  # the window, or unbounded
+    # If shorter than every window, it is the length itself; if as long as the longest, the length does not matter.
     if all(layer.is_sliding for layer in cache.layers) and min(wanted) <= length < max(wanted):
         raise CacheError.of(
             "past_key_values",
-            expected="a StaticCache that tells its length: some member's layers are not bound to a window of it",
-            got=f"one of sliding layers only, which end at {length}",
+            expected="a StaticCache that shows its length: some member needs more than these sliding windows",
+            got=f"a StaticCache of sliding layers only, of length {length}",
             remedy="Build it as StaticCache(config=model.config, max_cache_len=…).",
         )
     return length
 
 
 def _refuse_torn(cache: Cache) -> None:
-    # Static layers know their length only on the device; reading it would make the host wait in every step.
+    # Static layers have their length on the device; reading it would make the host wait in every step.
     lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
     if len(lengths) > 1:
         raise CacheError.of(
             "past_key_values",
             expected="layers that have all seen the same tokens",
-            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as an interrupted forward leaves them, or in "
-            "older versions of transformers reset()",
+            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as after an interrupted forward, or "
+            "after reset() in older versions of transformers",
             remedy="Start without the cache, or from a copy that was made before.",
         )

@@ -48,7 +48,7 @@ class SideThread:
         inference = torch.is_inference_mode_enabled()
 
         def beside() -> list[torch.Tensor]:
-            # Both belong to a thread, so the side thread has its own.
+            # Thread count and inference mode belong to a thread: set them on the side thread too.
             torch.set_num_threads(theirs)
             with torch.inference_mode(inference), torch.no_grad():
                 return [work() for work in works[1:]]

@@ -51,11 +51,8 @@ class CompanionStreams(threading.local):
     ) -> Iterator[Any]:
         """Make a side stream the current one, and yield it; who uses the results has to wait for it.
 
-        Args:
-            name: Whose stream, e.g. a role.
-            device: A CUDA device.
-            reads: Tensors read there that may have been made on another stream.
-            ready: An event to wait for; None for all work given to the device's current stream so far.
+        It waits for the event `ready`, by default for all work given to the device's current stream so far. `reads` are
+        the tensors read there that may have been made on another stream.
         """
         stream = self._streams.get((name, device))
         if stream is None:
@@ -100,7 +97,7 @@ class ForkJoin:
     def __init__(self, sides: CompanionStreams | None) -> None:
         """Begin a step; without side streams everything runs in order."""
         self._sides = sides
-        # By device: what the side streams wait for, and what waits for them.
+        # By device: events that the side streams wait for, and events to wait for at the end.
         self._ready: dict[torch.device, Any] = {}
         self._done: list[tuple[torch.device, Any]] = []
 

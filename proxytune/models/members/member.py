@@ -48,7 +48,7 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
         raise UnsupportedModelError.of(
             f"the {role}",
             expected="an adapter in the weights, such as LoRA",
-            got="a PEFT model that learns a prompt or prefix, which puts tokens of its own into the cache",
+            got="a PEFT model that learns a prompt or prefix, which adds its own tokens to the cache",
             remedy="Use another kind of adapter, or a merged model.",
         )
     kinds = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
@@ -92,7 +92,7 @@ class Member:
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.token_forwards = 0
         self.step: CompiledStep | None = None
-        # A PEFT model hands everything on, so the signature that counts is that of the model inside.
+        # A PEFT model passes everything on: the signature of the model inside counts.
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(inner.forward).parameters
         if "past_key_values" not in parameters:
@@ -124,7 +124,7 @@ class Member:
             raise UnsupportedModelError.of(
                 f"the {self.role}",
                 expected="a model that can be compiled",
-                got=f"one with layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
+                got=f"layers offloaded to {', '.join(sorted(away))}" if away else type(quantizer).__name__,
                 remedy="Leave it out: compile_members(roles=[…]).",
             )
         self.step = None if config is None else CompiledStep(self.model, config)
@@ -168,12 +168,12 @@ class Member:
         """
         n = input_ids.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
-        # A static cache knows its length only on the device; reading it would make the host wait in every step.
+        # A static cache has its length on the device; reading it would make the host wait in every step.
         self.refuse_length(n + (past if isinstance(past, int) else 0))
         device = self.device
 
         def here(t: torch.Tensor | None) -> torch.Tensor | None:
-            # Not waiting is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+            # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
             return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
         if not torch.compiler.is_compiling():
@@ -227,5 +227,5 @@ def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:
             "input_ids",
             expected=f"ids from 0 to {least.rows - 1}, which every member can embed",
             got=f"id {bad}, which the {least.role} ({least.rows} embedding rows) has no embedding for",
-            remedy="Tokenize with the tokenizer that all members share, and leave out tokens added for one of them.",
+            remedy="Use the tokenizer that all members share, without tokens added for one of them.",
         )
