@@ -124,7 +124,7 @@ class Member:
             raise UnsupportedModelError.of(
                 f"the {self.role}",
                 expected="a model that can be compiled",
-                got=f"layers offloaded to {', '.join(sorted(away))}" if away else type(quantizer).__name__,
+                got=f"layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
                 remedy="Leave it out: compile_members(roles=[…]).",
             )
         self.step = None if config is None else CompiledStep(self.model, config)
