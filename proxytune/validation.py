@@ -1,8 +1,7 @@
 """Checks of arguments: whole numbers, finite numbers, shares, arrays of numbers, token ids, seeds, choices.
 
-Every check returns the value as Python's own type (or as a NumPy array), or raises an `InputError` that says what was
-expected, what came, and what to do. `True` is no number here, though Python counts with it; NumPy's scalars are.
-Needs no torch.
+Every check returns the value as Python's own type (or a NumPy array), or raises an `InputError` that says what was
+expected, what came and what to do. NumPy scalars count as numbers, bools do not. Needs no torch.
 """
 
 from __future__ import annotations
@@ -50,14 +49,10 @@ _WIDTHS = (1, 2, 4, 8)
 
 
 def as_int(value: object) -> int | None:
-    """A whole number as Python's own int.
+    """A whole number as an int, or None.
 
-    Args:
-        value: Anything.
-
-    Returns:
-        The int; None for what is none. An int, an integer scalar of NumPy and a 0-dimensional integer tensor are;
-        a bool, a float (2.0 too), a string and an array of one element are not.
+    Ints, NumPy integer scalars and 0-dimensional integer tensors are whole numbers; bools, floats (2.0 too), strings
+    and arrays of one element are not.
     """
     if type(value) is int:
         return value
@@ -71,15 +66,7 @@ def as_int(value: object) -> int | None:
 
 
 def as_float(value: object) -> float:
-    """A real number as Python's own float.
-
-    Args:
-        value: Anything.
-
-    Returns:
-        The float, which may be infinite; NaN for what is no number (a bool, a string, a tensor) or is an int beyond
-        the range of floats.
-    """
+    """A real number as a float, maybe infinite; NaN for a bool, a string, a tensor or an int beyond float range."""
     if type(value) is float:
         return value
     if isinstance(value, Real) and not isinstance(value, bool):  # NumPy's scalars are Real too
@@ -89,15 +76,7 @@ def as_float(value: object) -> float:
 
 
 def shown(value: object, most: int | None = None) -> str:
-    """A value as a message shows it.
-
-    Args:
-        value: The value.
-        most: How many characters; None for all.
-
-    Returns:
-        Its `repr`, cut short; its type where that cannot be written.
-    """
+    """A value's `repr` for a message, cut to `most` characters; its type where it has too many digits to be written."""
     try:
         text = repr(value)
     except ValueError:  # an int of too many digits
@@ -114,21 +93,15 @@ def whole(
     most: int | None = None,
     remedy: str = "Pass an int.",
 ) -> int:
-    """Check that a value is a whole number.
+    """Check that a value is a whole number (see `as_int`) within its bounds.
 
     Args:
         name: The argument.
         value: Its value.
         what: What it counts, after "a whole number"; empty for nothing.
-        least: The smallest that is right; None for any.
-        most: The largest that is right; None for any. Needs `least`.
+        least: The smallest allowed value; None for any.
+        most: The largest allowed value; None for any. Needs `least`.
         remedy: What to do, for the message.
-
-    Returns:
-        An int.
-
-    Raises:
-        InputError: If it is not one, see `as_int`, or is out of its range.
     """
     number = as_int(value)
     if number is None or (least is not None and number < least) or (most is not None and number > most):
@@ -150,23 +123,17 @@ def finite(
     below: float | None = None,
     remedy: str = "Correct it.",
 ) -> float:
-    """Check that a value is a finite number.
+    """Check that a value is a finite number (see `as_float`) within its bounds.
 
     Args:
         name: The argument.
         value: Its value.
         what: What it measures, after "a finite number", e.g. "of nats"; empty for nothing.
-        least: The smallest that is right; None for any.
-        above: It has to be above this.
-        most: The largest that is right; None for any. It and `below` need `least` or `above`.
-        below: It has to be below this.
+        least: The smallest allowed value; None for any.
+        above: An exclusive lower bound.
+        most: The largest allowed value; None for any. Needs `least` or `above`, like `below`.
+        below: An exclusive upper bound.
         remedy: What to do, for the message.
-
-    Returns:
-        The value as a float.
-
-    Raises:
-        InputError: If it is not one, see `as_float`, or is out of its range.
     """
     number = as_float(value)
     if (
@@ -182,56 +149,24 @@ def finite(
             bounds = f" in {low}, {high}"
         else:
             bounds = f" ≥ {least:g}" if least is not None else f" > {above:g}" if above is not None else ""
-        # A range says by itself that it has to be finite.
+        # A bounded range implies finite.
         kind = "a number" if high else "a finite number"
         raise InputError.of(name, expected=f"{kind}{what and ' '}{what}{bounds}", got=shown(value), remedy=remedy)
     return number
 
 
 def share(name: str, value: Any, most: float = 1.0) -> float:
-    """Check that a value is a positive share of a whole.
-
-    Args:
-        name: The argument.
-        value: Its value.
-        most: The whole, e.g. 100 for percent.
-
-    Returns:
-        A float in (0, most].
-
-    Raises:
-        InputError: If it is not one.
-    """
+    """Check that a value is in (0, most], e.g. `most=100` for percent."""
     return finite(name, value, above=0.0, most=most, remedy=f"The largest is {most:g}.")
 
 
 def proper_share(share: Any) -> float:
-    """Check a share of tokens.
-
-    Args:
-        share: What was given.
-
-    Returns:
-        A float in (0, 1): neither none of them nor all.
-
-    Raises:
-        InputError: If it is not one.
-    """
+    """Check that a share of tokens is in (0, 1)."""
     return finite("share", share, above=0.0, below=1.0, remedy="Pass e.g. share=0.2 for a fifth of the tokens.")
 
 
 def validate_alpha(alpha: object) -> float:
-    """Check that α is a finite number.
-
-    Args:
-        alpha: The strength of the shift. Any finite real number; negative values steer away from the expert.
-
-    Returns:
-        α as a float.
-
-    Raises:
-        InputError: If α is NaN, infinite, or no real number.
-    """
+    """Check that α is a finite number; negative values steer away from the expert."""
     return finite("alpha", alpha, "(0 is the base, 1 the full shift)", remedy="Pass e.g. alpha=1.0.")
 
 
@@ -241,22 +176,13 @@ def numbers(
     *,
     remedy: str = "See where the NaN or the infinity comes from, or leave that value out.",
 ) -> NDArray[np.float64]:
-    """Check that values are finite numbers, at least one.
+    """Check that values are a non-empty sequence `[N]` of finite numbers, and return them as float64.
 
-    Args:
-        name: What they are.
-        values: `[N]`.
-        remedy: What to do about one that is not finite, for the message.
-
-    Returns:
-        `[N]`, float64.
-
-    Raises:
-        InputError: If they are not `[N]` numbers, if there is none, or one is NaN or infinite.
+    `remedy` is for the message about a value that is not finite.
     """
     try:
         array = np.asarray(values)
-        # NumPy would read the strings.
+        # NumPy would parse strings as numbers.
         array = np.empty(0) if array.dtype.kind in "US" else array.astype(np.float64, copy=False)
     except (TypeError, ValueError):
         array = np.empty(0)
@@ -269,7 +195,7 @@ def numbers(
         )
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
-        raise InputError.of(name, expected="finite numbers", got=f"{array[at]} at {at}", remedy=remedy)
+        raise InputError.of(name, expected="finite numbers", got=f"{array[at]} at index {at}", remedy=remedy)
     return array
 
 
@@ -283,22 +209,16 @@ def token_ids(
     optional: bool = False,
     empty: bool = True,
 ) -> tuple[int, ...]:
-    """Token ids as Python's own ints, whatever they came in; a tensor's elements would not be found again.
+    """Token ids as Python ints, whatever they came in: tensor elements hash by identity, so look-ups would miss them.
 
     Args:
         name: The argument.
         ids: A sequence of ints, or `bytes` of `length` equally wide ints in the machine's byte order.
         what: What is expected, for the message; by default token ids.
         length: How many tokens; needed for bytes. Of a sequence the first `length`, all if None.
-        single: Whether one id by itself is right too.
-        optional: Whether None is right too, for no ids.
-        empty: Whether an empty sequence is right.
-
-    Returns:
-        `[length]`, or fewer if there are fewer; empty for None.
-
-    Raises:
-        InputError: If they are none of these, or one is no whole number of at least 0.
+        single: Whether one id by itself is allowed.
+        optional: Whether None is allowed, for no ids.
+        empty: Whether an empty sequence is allowed.
     """
     if isinstance(ids, bytes):
         return _of_bytes(name, ids, length)
@@ -336,15 +256,7 @@ def _of_bytes(name: str, ids: bytes, length: int | None) -> tuple[int, ...]:
 
 
 def refuse_seed(seed: object, loop: str) -> None:
-    """Refuse what is no key.
-
-    Args:
-        seed: What was given; None is for a new one in each call.
-        loop: The name of what it was given to, for the message.
-
-    Raises:
-        InputError: If it is no whole number of 64 bits.
-    """
+    """Raise InputError unless a seed is None or a whole number of 64 bits; `loop` is named in the message."""
     number = as_int(seed)
     if seed is not None and (number is None or not -(1 << 63) <= number < 1 << 63):
         raise InputError.of(
@@ -358,20 +270,10 @@ def refuse_seed(seed: object, loop: str) -> None:
 def choice(
     name: str, value: _Value, allowed: Sequence[str], otherwise: str = "", *, remedy: str = "Use one of these."
 ) -> _Value:
-    """Check that a value is one of some words.
+    """Check that a value is one of the `allowed` words.
 
-    Args:
-        name: The argument.
-        value: Its value.
-        allowed: The words.
-        otherwise: What else is right and was looked for before, for the message, e.g. "a tuple of cycles".
-        remedy: What to do, for the message; where a word is near, that one is named instead.
-
-    Returns:
-        The value.
-
-    Raises:
-        InputError: If it is none of them.
+    `otherwise` describes, for the message, another kind of value that the caller has already looked for, e.g. "a tuple
+    of cycles". A near word replaces `remedy` in the message.
     """
     if isinstance(value, str) and value in allowed:
         return value

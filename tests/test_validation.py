@@ -178,8 +178,8 @@ def test_numbers_come_back_as_float64(values: Any) -> None:
         ([[1], [1, 2]], "a sequence of numbers, not empty; got [[1], [1, 2]]. Pass one number for each."),
         (1.5, "a sequence of numbers, not empty; got shape []. Pass one number for each."),
         (np.ones((2, 3)), "a sequence of numbers, not empty; got shape [2, 3]. Pass one number for each."),
-        ([1.0, NAN], "finite numbers; got nan at 1. Look at it."),
-        ([-INF, NAN], "finite numbers; got -inf at 0. Look at it."),
+        ([1.0, NAN], "finite numbers; got nan at index 1. Look at it."),
+        ([-INF, NAN], "finite numbers; got -inf at index 0. Look at it."),
     ],
     ids=repr,
 )

@@ -1,4 +1,4 @@
-"""What a loop of `custom_generate` needs around its forward passes: padding, lengths, rows, the cache."""
+"""Helpers for the loops of `custom_generate`: padding, lengths, rows, the cache."""
 
 from __future__ import annotations
 
@@ -17,15 +17,7 @@ __all__ = ["cache_of", "is_synced", "lengths_of", "padding_of", "selected_rows"]
 
 
 def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
-    """The padding token, where finished rows get one: as in transformers, only if there is an EOS.
-
-    Args:
-        criteria: The stopping criteria.
-        generation_config: The settings of the call.
-        device: Where the ids are.
-
-    Returns:
-        The token, int64 without dimensions; None if finished rows go on.
+    """The padding token for finished rows, int64 without dimensions; as in transformers, None without an EOS criterion.
 
     Raises:
         InputError: If there is an EOS but no padding token.
@@ -44,41 +36,21 @@ def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: t
 
 
 def is_synced(model: Any) -> bool:
-    """Whether this process has to go on until all have finished (ZeRO-3, FSDP).
-
-    Args:
-        model: The model.
-
-    Returns:
-        Whether.
-    """
-    # transformers finds this out too, but hands it to no callable.
+    """Whether this process has to go on until all processes have finished (ZeRO-3, FSDP)."""
+    # transformers finds this out too, but does not pass it to a callable.
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
 
 
 def cache_of(model_kwargs: dict[str, Any]) -> Any:
-    """The cache that a model is called with.
-
-    Args:
-        model_kwargs: What the model is called with.
-
-    Returns:
-        The cache, of a recurrent model too; None if there is none.
-    """
+    """The cache among a model's keyword arguments, also of a recurrent model; None if there is none."""
     return model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
 
 
 def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) -> dict[str, Any]:
-    """The rows of a batch in another choice: the cache in place, every other tensor of the batch anew.
+    """Reselect the rows of a batch: the cache in place, every other tensor of the batch as a new one.
 
-    Args:
-        model_kwargs: What the model is called with; the cache among them.
-        select: Which old row each new one goes on from; any number of them, in any order.
-        rows: How many rows there were.
-
-    Returns:
-        What the model is called with from now on.
+    `select` names the old row of each new one: any number of them, in any order; `rows` is the old number of rows.
     """
     out = dict(model_kwargs)
     for name, value in model_kwargs.items():
@@ -93,21 +65,10 @@ def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) ->
 def lengths_of(
     rows: int, width: int, device: torch.device, generation_config: Any, model_kwargs: Mapping[str, Any]
 ) -> torch.Tensor:
-    """How many tokens each row of a `generate()` has: without padding, with what only a cache or embeddings hold.
-
-    Args:
-        rows: The number of rows B.
-        width: How many ids each row has, padding included.
-        device: Where the ids are.
-        generation_config: The settings of the call.
-        model_kwargs: What the model is called with; the mask among them.
-
-    Returns:
-        `[B]`, int64.
-    """
+    """Tokens per row, `[B]`, int64: without padding, but with those that only a cache or embeddings hold."""
     mask = model_kwargs.get("attention_mask")
     if mask is not None:
         return mask.to(device).long().sum(-1)
-    # From 5.20 on, a mask without padding is dropped, and its length kept.
+    # transformers ≥ 5.20 drops a mask without padding, but keeps its length.
     length = getattr(generation_config, "_mask_length", None) or width
     return torch.full((rows,), length, dtype=torch.int64, device=device)

@@ -1,4 +1,4 @@
-"""One call of a loop by `generate()`: what every loop has before its first step."""
+"""One call of a loop by `generate()`: what every loop sets up before its first step."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ __all__ = ["Call"]
 
 @dataclass(eq=False)
 class Call:
-    """What `generate()` has prepared, read once.
+    """The arguments of one call, checked and prepared.
 
     Attributes:
         model: The composed model, or a plain causal LM.
         ensemble: Its members and weights.
         input_ids: `[B, T]`, int64.
         config: The generation config.
-        kwargs: What the forward passes need; the cache among them.
+        kwargs: Keyword arguments of the forward passes; the cache among them.
         criteria: The stopping criteria.
         plan: Which logits processors run, and which became settings of the draw.
-        lengths: `[B]`, int64: the tokens of each row, padding not counted.
-        keys: The keys of each row's noise, but for the seed.
+        lengths: `[B]`, int64: tokens per row, padding not counted.
+        keys: The noise keys of each row, except for the seed.
         streamer: Gets each step's tokens; it has the prompt already.
         synced: Whether this process goes on until all others have finished.
     """
@@ -73,27 +73,14 @@ class Call:
         assistant_model: Any = None,
         beams: bool = False,
     ) -> Call:
-        """Read what `generate()` hands to a loop, and refuse what the loop cannot do.
+        """Prepare a call, and refuse what the loop cannot do.
 
-        Args:
-            loop: The loop's name, for messages.
-            model: The composed model, or a plain causal LM.
-            input_ids: `[B, T]`, int64.
-            logits_processor: The processors.
-            stopping_criteria: The criteria.
-            generation_config: The settings.
-            model_kwargs: What the forward passes need.
-            seed: The loop's seed; None for another one in each call.
-            stream_ids: Which stream of the seed each row draws from.
-            branch_ids: Which continuation of its stream each row is.
-            streamer: The streamer that `generate()` was given, and that has the prompt.
-            own_streamer: The loop's, which takes its place: transformers hands a callable none.
-            synced_gpus: As `generate()` was told; None to find out.
-            assistant_model: What was given as the assistant.
-            beams: Whether the loop can do beam search.
+        Takes what `generate()` passes to a loop and the loop's own settings; `loop` is its name, for messages.
+        `own_streamer` is used where `generate()` passes none, as on a plain model; `synced_gpus=None` means to find
+        out; `beams` says that the loop supports beam search.
 
         Raises:
-            UnsupportedModeError: For modes that the loop cannot do.
+            UnsupportedModeError: For modes that the loop does not support.
             InputError: If stream or branch ids do not fit the batch.
         """
         refuse_modes(loop, model, generation_config, assistant_model, beams=beams)
@@ -118,17 +105,17 @@ class Call:
 
     @cached_property
     def pads(self) -> torch.Tensor | None:
-        """The padding token for rows that have finished; None if such rows go on (see `padding_of`)."""
+        """The padding token for finished rows; None if such rows go on (see `padding_of`)."""
         return padding_of(self.criteria, self.config, self.input_ids.device)
 
     @cached_property
     def seed(self) -> int:
-        """The seed; without one, another in each call, taken from torch's generator when first asked for."""
+        """The seed; if none was given, a new one per call, drawn from torch's generator at first use."""
         return seed_of(self.given_seed)
 
     @property
     def most_new(self) -> int:
-        """How many tokens a row may get."""
+        """The maximum number of new tokens per row."""
         return int(self.criteria.max_length) - self.input_ids.shape[1]
 
     def prefill(self, *, first: bool = True) -> Any:
@@ -139,17 +126,14 @@ class Call:
     def draw_settings(
         self, base: torch.Tensor, impl: ops.Impl, *, noise: Noise | None = None, **more: Any
     ) -> DrawSettings:
-        """What all draws share, once the rows' width and device are known.
+        """The settings that all draws share, once the width and device of the logits are known.
 
-        Args:
-            base: `[B, …, V]`: the base's logits.
-            impl: As in `ops.step`.
-            noise: The keys at the next position; None for those of the call.
-            **more: Further settings of `SamplingParams.of`.
+        `base` are the base's logits, `[B, …, V]`; `noise` are the keys at the next position, by default those of the
+        call; `more` are further settings of `SamplingParams.of`.
         """
         width, plan = base.shape[-1], self.plan
         usable = min(self.ensemble.usable(width), width if plan.usable is None else plan.usable)
-        # Processors were made for the device of the ids, and expect all V columns.
+        # Processors were made for the ids' device, and expect all V columns.
         place = self.input_ids.device if plan.before else base.device
         if not plan.do_sample:
             return DrawSettings(plan, None, None, width, usable, place, impl)

@@ -1,8 +1,7 @@
-"""The fused loop: greedy decoding and sampling in which one step on the members' logits does all that can be fused.
+"""The fused loop: greedy decoding and sampling with one `ops.step` on the members' logits per token.
 
-A decode step reads top to bottom in `FusedDecoding.__call__`: forward → members' rows → one `ops.step` → tokens.
-Prefill, caches, masks and stopping criteria are transformers' own, through the hooks of `generate()`; nothing here
-knows how members run or how their logits are combined.
+A decode step reads top to bottom in `FusedDecoding.__call__`: forward → members' rows → `ops.step` → tokens. Prefill,
+caches, masks and stopping criteria are transformers' own, through the hooks of `generate()`.
 """
 
 from __future__ import annotations
@@ -31,27 +30,27 @@ __all__ = ["FusedDecoding"]
 class FusedDecoding:
     """A loop for `model.generate(..., custom_generate=FusedDecoding(seed=0))`, for composed and for plain causal LMs.
 
-    The tokens are those of transformers' own loop in greedy decoding, and of the same law in sampling (where tokens tie
-    at the end of top-p, all are kept; transformers keeps an arbitrary part of them). Temperature,
-    top-k, top-p and min-p at the end of the list of processors become part of the step; what stands before them runs
-    as it is, on the combined logits. Per step, the host waits for the device once: for whether to stop.
+    Greedy decoding gives the tokens of transformers' own loop, and sampling the same distribution (except that all
+    tokens tied at the end of top-p are kept, where transformers keeps an arbitrary part of them). Temperature, top-k,
+    top-p and min-p at the end of the list of processors become part of the step; processors before them run unchanged
+    on the combined logits. The host waits for the device once per step, to know whether to stop.
 
-    A draw depends on (seed, row, position) alone: neither on padding nor on the batch around the row. `row` is the
-    number of the row in the batch, with `num_return_sequences` counted in; `position` the number of tokens before the
-    one that is drawn, not counting padding.
+    A draw depends only on (seed, row, position), not on padding or the other rows. `row` is the row's number in the
+    batch, with `num_return_sequences` counted in; `position` the number of tokens before the drawn one, padding not
+    counted.
 
-    On a plain model transformers hands a callable neither `streamer=`, `tokenizer=` nor `assistant_model=` of
-    `generate()`: give the streamer here, stop strings as a `StopStringCriteria`; an assistant is ignored, which is a
-    matter of speed only. `generate_batch` and `cache_implementation="paged"` never call it. A composed model hands
-    them over, and refuses what cannot be.
+    On a plain model transformers does not pass `streamer=`, `tokenizer=` and `assistant_model=` of `generate()` to a
+    callable: give the streamer here and stop strings as a `StopStringCriteria`; an assistant is ignored, which only
+    affects speed. A composed model passes them on, and refuses an assistant. `generate_batch` and
+    `cache_implementation="paged"` never call this loop.
 
     Attributes:
-        seed: The key of all draws; None for another one in each call, from torch's default generator.
+        seed: The key of all draws; None for a new one in each call, from torch's default generator.
         impl: "triton", "torch", or "auto" for Triton where it runs.
         stream_ids: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …]. With it, a row
             of a batch can be drawn again alone.
-        branch_ids: `[B]`, int64, or a list, in [0, 2³⁰): which of several continuations of its stream each row is
-            [0, 0, 0, …].
+        branch_ids: `[B]`, int64, or a list, in [0, 2³⁰): which of several continuations of its stream each row is [0,
+            0, 0, …].
         streamer: A streamer for plain models; it gets the prompt too.
 
     Raises:
@@ -88,22 +87,10 @@ class FusedDecoding:
         assistant_model: Any = None,
         **model_kwargs: Any,
     ) -> GenerateDecoderOnlyOutput | torch.Tensor:
-        """Decode; `generate()` calls this with what it has prepared.
-
-        Args:
-            model: The composed model, or a plain causal LM.
-            input_ids: `[B, T]`, int64, expanded by `num_return_sequences`.
-            logits_processor: The processors, the user's among them.
-            stopping_criteria: The criteria.
-            generation_config: The settings.
-            synced_gpus: Whether to go on until the other processes have finished; None to find out.
-            streamer: Gets each step's tokens `[B]`.
-            tokenizer: The stop strings' criterion has taken it.
-            assistant_model: Refused.
-            **model_kwargs: What the forward passes need; the cache among them.
+        """Decode; called by `generate()` with its prepared arguments, `input_ids` being `[B, T]`, int64.
 
         Returns:
-            `[B, T + new]`, int64; with `return_dict_in_generate` the same output as that of transformers' loop.
+            `[B, T + new]`, int64; with `return_dict_in_generate` the same output as transformers' loop.
 
         Raises:
             UnsupportedModeError: For encoder-decoders and for every mode but greedy decoding and sampling.
@@ -150,15 +137,15 @@ class FusedDecoding:
                     continue
                 members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights  # [B, V_i] each
                 record.add(outputs)
-                outputs = None  # the logits of a whole prompt may hang on it
+                outputs = None  # may hold the logits of a whole prompt
 
-                if sampler is None:  # only now are the rows' width and device known
+                if sampler is None:  # width and device of the rows are known only now
                     sampler = Sampler(call.draw_settings(members[0], self.impl))
                 found, rows = sampler(members, weights, input_ids, record)
                 assert found.tokens is not None
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
                 bad = (tokens < 0) & unfinished
-                tokens = tokens.clamp(min=0)  # in a row that is finished it does not matter, but it is embedded
+                tokens = tokens.clamp(min=0)  # a finished row's token does not matter, but it is embedded
                 if pads is not None:
                     tokens = torch.where(unfinished, tokens, pads)
                 input_ids = torch.cat([input_ids, tokens[:, None]], -1)

@@ -1,4 +1,4 @@
-"""How a method of one model instance is replaced for a while, and put back."""
+"""Replaces a method of one model instance for a while, and puts it back."""
 
 from __future__ import annotations
 
@@ -15,25 +15,17 @@ __all__ = ["Attachable", "MethodHook", "hooks_on", "target_of"]
 class MethodHook:
     """Stands in for a method of one model instance, from its creation until `take`.
 
-    The model's class and its other instances are not touched. Hooks on one method nest: the last one put is called
-    first. A deep copy of the model has the original method again; a pickled model keeps the hook, if the replacement
-    can be pickled.
+    The model's class and its other instances are not touched. Hooks on one method nest: the latest is called first. A
+    deep copy of the model has the original method; a pickled model keeps the hook, if the replacement can be pickled.
 
     Attributes:
         model: The model.
         name: The name of the method.
-        replacement: What is called in its place: `replacement(original, *args, **kwargs)`.
+        replacement: Called in its place: `replacement(original, *args, **kwargs)`.
         original: The method that was there, maybe another hook.
     """
 
     def __init__(self, model: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Replace the method.
-
-        Args:
-            model: The model.
-            name: The name of the method.
-            replacement: What is called in its place.
-        """
         self.model, self.name, self.replacement = model, name, replacement
         self.original: Callable[..., Any] = getattr(model, name)
         self.__wrapped__ = self.original  # generate() reads the signature
@@ -43,11 +35,11 @@ class MethodHook:
 
     @property
     def is_on_top(self) -> bool:
-        """Whether a call of the method comes to this hook first."""
+        """Whether a call of the method reaches this hook first."""
         return vars(self.model).get(self.name) is self
 
     def take(self) -> None:
-        """Put the original back. Below something else that was put on top, the hook stays and only calls through."""
+        """Restore the original. Below a later hook, this one stays in place and only calls through."""
         self._taken = True
         while isinstance(top := vars(self.model).get(self.name), MethodHook) and top._taken:
             delattr(self.model, self.name)
@@ -55,15 +47,7 @@ class MethodHook:
                 setattr(self.model, self.name, top.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the replacement; once taken, the original.
-
-        Args:
-            *args: Those of the method.
-            **kwargs: Those of the method.
-
-        Returns:
-            What it returns.
-        """
+        """Call the replacement; after `take`, the original."""
         return self.original(*args, **kwargs) if self._taken else self.replacement(self.original, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -71,15 +55,7 @@ class MethodHook:
 
 
 def hooks_on(model: Any, name: str) -> Iterator[MethodHook]:
-    """The hooks on a method of a model that were not taken, the last one put first; up to what is no hook.
-
-    Args:
-        model: The model.
-        name: The name of the method.
-
-    Yields:
-        The hooks.
-    """
+    """The hooks on a method of a model that were not taken, the latest first."""
     hook = vars(model).get(name)
     while isinstance(hook, MethodHook):
         if not hook._taken:
@@ -88,20 +64,13 @@ def hooks_on(model: Any, name: str) -> Iterator[MethodHook]:
 
 
 def target_of(model: Any) -> Any:
-    """The model whose `generate()` runs: that inside a compiled module or a PEFT model.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The model, or the one inside.
-    """
+    """The model whose `generate()` runs: the one inside a compiled module or a PEFT model."""
     inner = getattr(model, "_orig_mod", model)
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 class Attachable:
-    """A processor that puts hooks on one model at a time: `attach` is its own, `detach` is here."""
+    """A processor that hooks into one model at a time; subclasses define `attach`."""
 
     _hooks: tuple[MethodHook, ...] = ()
 

@@ -1,4 +1,4 @@
-"""Which modes of `generate()` a method can do; the others are refused, where they would be silently wrong."""
+"""Which modes of `generate()` a method supports; the others would be silently wrong, so they are refused."""
 
 from __future__ import annotations
 
@@ -12,17 +12,9 @@ __all__ = ["refuse_modes"]
 
 
 def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model: Any, *, beams: bool = False) -> None:
-    """Refuse what a method of greedy decoding and sampling, and maybe beam search, cannot do.
+    """Raise UnsupportedModeError unless the call is greedy decoding or sampling (with `beams` also beam search).
 
-    Args:
-        loop: Its name, for the message.
-        model: The model.
-        generation_config: The settings of the call.
-        assistant_model: What was given as the assistant.
-        beams: Whether it can do beam search too.
-
-    Raises:
-        UnsupportedModeError: For encoder-decoders and for every other mode.
+    Encoder-decoders are refused too.
     """
     if model.config.is_encoder_decoder:
         raise UnsupportedModeError.of(

@@ -1,7 +1,7 @@
-"""Which of `generate()`'s logits processors the fused step does by itself, and which have to run before it.
+"""Which of `generate()`'s logits processors become part of the fused step, and which have to run before it.
 
-transformers puts the processors in one list: penalties and constraints, the user's own, then the warpers. What
-`SamplingParams` can say stands at the end of it, in the same order: temperature, top-k, top-p, min-p.
+transformers lists penalties and constraints first, then the user's processors, then the warpers. What `SamplingParams`
+supports is at the end of that list, in the same order: temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class ProcessorPlan:
     """A list of processors in three parts, which together do what the list does.
 
     Attributes:
-        usable: How many ids a tail mask at the front leaves; None without one.
-        before: What runs as it is, on the combined logits.
-        warpers: What became settings of the draw.
-        do_sample: Whether there is a draw at all.
+        usable: How many ids a `TailMask` at the front leaves; None without one.
+        before: Processors that run unchanged, on the combined logits.
+        warpers: Processors that became settings of the draw.
+        do_sample: Whether tokens are sampled.
     """
 
     usable: int | None
@@ -52,17 +52,7 @@ class ProcessorPlan:
     do_sample: bool
 
     def sampling(self, rows: int, width: int, device: torch.device, **more: Any) -> SamplingParams:
-        """The settings that the warpers became; waits for the device, so this is for before the loop.
-
-        Args:
-            rows: The number of rows B.
-            width: How many columns the rows have that are drawn from.
-            device: Where they are.
-            **more: Further settings of `SamplingParams.of`.
-
-        Returns:
-            The settings, the same for all rows.
-        """
+        """The warpers as settings for `rows` rows of `width` columns. Waits for the device: call it before the loop."""
         settings: dict[str, Any] = {_SETTINGS[type(w)]: _value(w) for w in self.warpers}
         if "top_k" in settings:
             settings["top_k"] = min(settings["top_k"], width)  # as the warper does
@@ -70,17 +60,12 @@ class ProcessorPlan:
 
 
 def plan_processors(processors: Sequence[LogitsProcessor], do_sample: bool) -> ProcessorPlan:
-    """Split a list of processors.
+    """Split a list of processors: its longest tail that settings of a draw can express, and the rest.
 
-    Args:
-        processors: The processors as `generate()` made them.
-        do_sample: Whether tokens are drawn. If not, warpers that somebody added run as they are.
-
-    Returns:
-        The longest end of the list that is settings of a draw, and the rest.
+    Without `do_sample` nothing is drawn, so warpers that the user added run unchanged.
     """
     rest = list(processors)
-    # A mask of the tail that comes first is the same as fewer columns; anywhere else it mends what came before it.
+    # A `TailMask` at the front equals fewer columns; elsewhere it corrects the processor before it.
     usable = rest.pop(0).width if rest and type(rest[0]) is TailMask else None
     warpers: list[LogitsProcessor] = []
     allowed = len(_ORDER)
@@ -91,8 +76,8 @@ def plan_processors(processors: Sequence[LogitsProcessor], do_sample: bool) -> P
 
 
 def _translatable(processor: LogitsProcessor) -> bool:
-    # Exact classes: a subclass may do anything. A smallest number of tokens to keep, or another value than −inf for the
-    # rest, is for beams and for callers of their own.
+    # Exact classes only: a subclass may do anything. Nor does a step support min_tokens_to_keep > 1 (beams) or a
+    # filter_value other than −inf.
     if type(processor) not in _SETTINGS:
         return False
     if getattr(processor, "min_tokens_to_keep", 1) != 1 or getattr(processor, "filter_value", -torch.inf) != -torch.inf:
@@ -100,7 +85,7 @@ def _translatable(processor: LogitsProcessor) -> bool:
     name, value = _SETTINGS[type(processor)], _value(processor)
     if name == "top_k":
         return value < 2**31
-    # What the warper takes in float64 may be 0 or infinite in the float32 of the step.
+    # A float64 setting of the warper may be 0 or infinite in the step's float32.
     rounded = float(torch.tensor(value, dtype=torch.float32))
     if name == "temperature":
         return LEAST_TEMPERATURE <= rounded <= torch.finfo(torch.float32).max

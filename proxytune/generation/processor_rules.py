@@ -1,4 +1,4 @@
-"""Which logits processors a loop cannot run, and why: one list, and who refuses what."""
+"""Which logits processors a loop cannot run, and why: one list for all loops."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["bind_to_prompts", "refuse_processors", "refuse_stateful"]
 
 
 class _Trait(Flag):
-    PER_ROW = auto()  # keeps something for each row of the batch; ours say so by `per_row_state = True`
-    PER_CALL = auto()  # takes each call for one more token of every row
-    OTHER_MODEL = auto()  # runs a model on the token ids; ours say so by `shifts_logits = True`
+    PER_ROW = auto()  # keeps state per row of the batch; ours set `per_row_state = True`
+    PER_CALL = auto()  # assumes that each call is one more token of every row
+    OTHER_MODEL = auto()  # runs a model on the token ids; ours set `shifts_logits = True`
 
 
 _KNOWN: dict[type[LogitsProcessor], tuple[str, _Trait]] = {
@@ -35,11 +35,11 @@ _KNOWN: dict[type[LogitsProcessor], tuple[str, _Trait]] = {
     ),
     SynthIDTextWatermarkLogitsProcessor: ("watermarking_config", _Trait.PER_ROW | _Trait.PER_CALL),
 }
-"""transformers' own → the setting that asks for it, and what it does."""
+"""Processor of transformers → the setting that turns it on, and its traits."""
 
 
 def _first(processors: Sequence[LogitsProcessor], trait: _Trait) -> tuple[LogitsProcessor, str] | None:
-    """The first processor that has the trait, and the setting that asks for it."""
+    """The first processor that has the trait, and the setting that turns it on."""
     for processor in processors:
         for kind, (setting, traits) in _KNOWN.items():
             if isinstance(processor, kind) and trait in traits:
@@ -50,23 +50,18 @@ def _first(processors: Sequence[LogitsProcessor], trait: _Trait) -> tuple[Logits
 
 
 def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsProcessorList:
-    """The processors as a tree can run them: a constraint of `prefix_allowed_tokens_fn` gets the number of the prompt.
+    """The processors as a tree can run them: `prefix_allowed_tokens_fn` gets the number of the prompt, not of the row.
 
-    Args:
-        loop: The loop's name, for the message.
-        processors: The processors as `generate()` made them; they stay as they are.
-
-    Returns:
-        The processors, to be called where `proxytune.generation.prompt_rows.rows_of_prompts` holds.
+    The result has to be called inside `proxytune.generation.prompt_rows.rows_of_prompts`.
 
     Raises:
-        UnsupportedModeError: If one keeps something for each row: rows come, go and change places.
+        UnsupportedModeError: If a processor keeps state per row: a tree's rows come, go and change places.
     """
     if found := _first(processors, _Trait.PER_ROW):
         processor, setting = found
         raise UnsupportedModeError.of(
             setting,
-            expected=f"none with {loop}: what it keeps belongs to rows of the batch, and branches come and go",
+            expected=f"none with {loop}: it keeps state per row of the batch, and branches come and go",
             got=f"a {type(processor).__name__}",
             remedy="Leave it out, or custom_generate.",
         )
@@ -74,7 +69,7 @@ def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsP
 
 
 class _OfPrompts(PrefixConstrainedLogitsProcessor):
-    """A constraint that is asked by the number of a row's prompt, not of the row."""
+    """A constraint that is called with the number of a row's prompt instead of the row."""
 
     def __init__(self, processor: PrefixConstrainedLogitsProcessor) -> None:
         allowed = processor._prefix_allowed_tokens_fn
@@ -86,33 +81,19 @@ class _OfPrompts(PrefixConstrainedLogitsProcessor):
 
 
 def refuse_stateful(processors: Sequence[LogitsProcessor]) -> None:
-    """Refuse processors that would silently be wrong where positions are asked again, or out of order.
-
-    Args:
-        processors: The processors.
-
-    Raises:
-        UnsupportedModeError: If there is one.
-    """
+    """Raise UnsupportedModeError for processors that count their calls: drafts are evaluated repeatedly."""
     if found := _first(processors, _Trait.PER_CALL):
         processor, setting = found
         raise UnsupportedModeError.of(
             setting,
             expected="processors that depend on the text alone",
-            got=f"{type(processor).__name__}, which counts its calls; drafts are asked about more than once",
+            got=f"{type(processor).__name__}, which counts its calls, while drafts are evaluated more than once",
             remedy="Leave it out, or decode without speculation.",
         )
 
 
 def refuse_processors(processors: Sequence[LogitsProcessor]) -> None:
-    """Refuse processors that would not know of what is fed back.
-
-    Args:
-        processors: The processors of the call.
-
-    Raises:
-        UnsupportedModeError: If one runs a model on the token ids.
-    """
+    """Raise UnsupportedModeError for a processor that runs a model on the token ids: it would not see latent inputs."""
     if any(getattr(p, "shifts_logits", False) for p in processors):
         raise UnsupportedModeError.of(
             "latent steps",

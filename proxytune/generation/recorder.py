@@ -1,4 +1,4 @@
-"""Scores, logits and states that `generate()` was asked for."""
+"""Collects the scores, logits and states that `generate()` was asked to return."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ __all__ = ["OutputRecorder"]
 
 
 class OutputRecorder:
-    """The scores, logits and states of each step, as far as they were asked for.
+    """The requested scores, logits and states of each step.
 
     Attributes:
-        scores: `[B, V]` for each step, float32, after all processors; None if not asked for.
-        logits: `[B, V]` for each step, float32, before any; None if not asked for.
+        scores: `[B, V]` for each step, float32, after all processors; None if not requested.
+        logits: `[B, V]` for each step, float32, before any processor; None if not requested.
     """
 
     def __init__(self, generation_config: Any) -> None:
-        """See what is asked for.
-
-        Args:
-            generation_config: The settings.
-        """
-        asked = generation_config.return_dict_in_generate
+        as_dict = generation_config.return_dict_in_generate
 
         def empty(wanted: bool | None) -> tuple[Any, ...] | None:
-            return () if asked and wanted else None
+            return () if as_dict and wanted else None
 
         self.scores = empty(generation_config.output_scores)
         self.logits = empty(generation_config.output_logits)
@@ -36,30 +31,18 @@ class OutputRecorder:
 
     @property
     def asked(self) -> bool:
-        """Whether scores or logits were asked for."""
+        """Whether scores or logits were requested."""
         return self.scores is not None or self.logits is not None
 
     def add(self, outputs: Any) -> None:
-        """Keep the states of a forward pass.
-
-        Args:
-            outputs: What the model returned.
-        """
+        """Keep the attentions and hidden states of a forward pass."""
         if self._attentions is not None:
             self._attentions += (outputs.attentions,)
         if self._hidden_states is not None:
             self._hidden_states += (outputs.hidden_states,)
 
     def output(self, sequences: torch.Tensor, cache: Any) -> GenerateDecoderOnlyOutput:
-        """What `generate()` returns.
-
-        Args:
-            sequences: `[B, T + new]`, int64.
-            cache: The cache; None if there is none.
-
-        Returns:
-            The output of transformers' own loop.
-        """
+        """The output of transformers' own loop, for sequences `[B, T + new]`."""
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
             scores=self.scores,

@@ -1,7 +1,7 @@
-"""One decision of the fused loop, and the record of what `generate()` was asked to report.
+"""One decision of a decoding loop: logits processors, then one `ops.step`.
 
-Everything that a decision needs is on the device before the loop starts; a decision itself copies nothing there, and
-reads nothing back.
+Everything that a decision needs is on the device before the loop starts; a decision copies nothing there and reads
+nothing back.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class DrawSettings:
     Attributes:
         plan: Which processors run, and which became settings.
         sampling: The settings; None for greedy decoding.
-        noise: The keys of the noise at the next position; None with `sampling`.
+        noise: The noise keys at the next position; None with greedy decoding.
         width: The base's width V.
-        usable: How many ids may be drawn; the others are −inf to the processors, and no columns to the step.
-        place: Where the draws are made.
+        usable: How many ids may be drawn. Processors see −inf for the others; the step does not see those columns.
+        place: The device of the draws.
         impl: As in `ops.step`.
     """
 
@@ -50,18 +50,14 @@ class DrawSettings:
 
 
 class Sampler:
-    """From the members' rows to tokens: processors that have to run, then one `ops.step`.
+    """From the members' rows to tokens: the processors that have to run, then one `ops.step`.
 
     Attributes:
         settings: What all steps share.
     """
 
     def __init__(self, settings: DrawSettings) -> None:
-        """Start at the position of the settings' noise.
-
-        Args:
-            settings: What all steps share; the noise's position is advanced in place.
-        """
+        """Start at the noise's position, which every step advances in place."""
         self.settings = settings
 
     def __call__(
@@ -74,24 +70,23 @@ class Sampler:
         draws: int = 1,
         want: Collection[str] = ("tokens",),
     ) -> tuple[ops.StepOutput, MembersAndWeights]:
-        """Measure and draw for each row, and go on to the next position.
+        """Draw a token for each row, measure what `want` names, and go on to the next position.
 
         Args:
             members: Raw logits of the base and its companions, `[B, V_i]`; companions may be on other devices.
             weights: One per member, the base's first.
             input_ids: `[B, T]`, for the processors.
-            record: Gets this step's scores and logits, if they were asked for. The tokens do not depend on it. None for
-                no record.
-            draws: How many tokens, without replacement.
-            want: As in `ops.step`. What is measured is the distribution after the processors that had to run.
+            record: Gets this step's scores and logits if they were requested; tokens do not depend on it.
+            draws: How many tokens to draw without replacement.
+            want: As in `ops.step`, measured on the distribution after the processors that had to run.
 
         Returns:
-            What was asked for, with a token of −1 in a row that has no distribution; and the rows it was drawn from.
-            These may be the forward pass's own memory: let go of them before the next.
+            The step's output, with token −1 in a row without a distribution; and the rows it was drawn from. The rows
+            may share the forward pass's memory: release them before the next pass.
         """
         s = self.settings
         rows = [row_on(s.place, x) for x in members]
-        rows[0] = rows[0][:, : s.usable]  # a view: ids beyond are not masked but absent
+        rows[0] = rows[0][:, : s.usable]  # a view: higher ids are absent, not masked
         logits = scores = rows[0]
         if s.plan.before or (record is not None and record.asked):
             logits = combined((rows, weights), s.width, s.impl).to(input_ids.device)  # [B, V]
@@ -100,7 +95,7 @@ class Sampler:
             rows, weights = [row_on(s.place, scores)], (1.0,)
         found = ops.step(rows, weights, sampling=s.sampling, noise=s.noise, draws=draws, want=want, impl=s.impl)
         if s.noise is not None:
-            s.noise.position.add_(1)  # in place: a captured graph would go on by itself
+            s.noise.position.add_(1)  # in place, so that a captured graph advances too
         if record is not None and record.scores is not None:
             record.scores += (s.plan.warpers(input_ids, scores),)
         if record is not None and record.logits is not None:
@@ -109,64 +104,30 @@ class Sampler:
 
     @property
     def samples(self) -> bool:
-        """Whether it draws; else it takes the argmax."""
+        """Whether tokens are sampled; otherwise the argmax is taken."""
         return self.settings.sampling is not None
 
     def draw_logprobs(self, rows: MembersAndWeights, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What given tokens had in the distribution that a step drew from.
-
-        Args:
-            rows: What it was drawn from.
-            ids: `[B, K]`, int64, on any device; −1 for none.
-
-        Returns:
-            As `ops.draw_logprobs`: of each, `[B, K]`, and of all others together, `[B]`.
-        """
+        """As `ops.draw_logprobs`: log-probabilities of ids `[B, K]` (−1 for none) under the step's distribution."""
         assert self.settings.sampling is not None
         return ops.draw_logprobs(*rows, sampling=self.settings.sampling, ids=ids.to(self.settings.place))
 
     def failure(self, rows: MembersAndWeights, bad: torch.Tensor, step: int) -> NumericalError:
-        """Say which row of a step had no distribution, and why. Waits for the device.
-
-        Args:
-            rows: What was drawn from.
-            bad: `[B]`, bool; some row is.
-            step: How many tokens were generated before.
-
-        Returns:
-            The error to raise.
-        """
+        """The error that says which row of `bad` (`[B]`, bool) had no distribution, and why. Waits for the device."""
         return failure(
             rows, int(bad.int().argmax()), len(bad), step, bool(self.settings.plan.before), self.settings.impl
         )
 
 
 def row_on(place: torch.device, x: torch.Tensor) -> torch.Tensor:
-    """Rows of logits as a step takes them.
-
-    Args:
-        place: Where the draws are made.
-        x: `[N, V_i]`, of any float dtype, on any device.
-
-    Returns:
-        The same there, the columns next to each other; not a copy where none is needed.
-    """
-    # Not waiting is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+    """Rows of logits `[N, V_i]` as a step takes them: device, float dtype, contiguous; copied only if needed."""
+    # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
     x = x.to(place, x.dtype if x.dtype in _TAKEN else torch.float32, non_blocking=place.type != "cpu")
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def combined(rows: MembersAndWeights, width: int, impl: ops.Impl) -> torch.Tensor:
-    """The combined logits for processors, which expect all columns.
-
-    Args:
-        rows: Members' rows; the base's may have fewer columns.
-        width: The base's width V.
-        impl: As in `ops.step`.
-
-    Returns:
-        `[N, V]`, float32; −inf in the columns that the base's rows lack.
-    """
+    """Combined logits for processors, `[N, V]`, float32; −inf in columns that the base's rows lack."""
     scores = ops.step(*rows, want=("scores",), impl=impl).scores
     assert scores is not None
     missing = width - scores.shape[1]
@@ -176,18 +137,9 @@ def combined(rows: MembersAndWeights, width: int, impl: ops.Impl) -> torch.Tenso
 def failure(
     rows: MembersAndWeights, row: int, batch: int, step: int, processed: bool, impl: ops.Impl
 ) -> NumericalError:
-    """Say that a row had no distribution, and why. Waits for the device.
+    """The error that says that a row had no distribution, and why. Waits for the device.
 
-    Args:
-        rows: What was drawn from.
-        row: Which of them.
-        batch: How many rows there are.
-        step: How many tokens were generated before.
-        processed: Whether logits processors had run.
-        impl: As in `ops.step`.
-
-    Returns:
-        The error to raise.
+    `step` counts the tokens generated before; `processed` says whether logits processors had run.
     """
     lse = ops.step(*rows, want=("lse",), impl=impl).lse
     assert lse is not None

@@ -1,4 +1,4 @@
-"""The key of a call's draws, and which stream of it each row draws from: checks that all loops share."""
+"""The seed of a call's draws, and which stream of it each row draws from; shared by all loops."""
 
 from __future__ import annotations
 
@@ -16,30 +16,12 @@ StreamIds = Sequence[int] | torch.Tensor | None
 
 
 def seed_of(seed: int | None) -> int:
-    """The key of a call.
-
-    Args:
-        seed: The one that was given; None for one from torch's default generator.
-
-    Returns:
-        The key.
-    """
+    """The given seed; None takes one from torch's default generator."""
     return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if seed is None else seed
 
 
 def streams_of(stream_ids: StreamIds, batch: int) -> torch.Tensor:
-    """The stream of each row.
-
-    Args:
-        stream_ids: What was given.
-        batch: The number of rows B.
-
-    Returns:
-        `[B]`, int64.
-
-    Raises:
-        InputError: If it is not one whole number of 32 bits for each row.
-    """
+    """The stream of each row, `[B]`, int64; InputError unless there is one whole number of 32 bits per row."""
     if stream_ids is None:
         return torch.arange(batch)
     streams = torch.as_tensor(stream_ids)
@@ -55,18 +37,10 @@ def streams_of(stream_ids: StreamIds, batch: int) -> torch.Tensor:
 
 
 def keys_of(stream_ids: StreamIds, branch_ids: StreamIds, batch: int) -> Noise:
-    """The keys of the noise but the seed: where nothing is drawn, none is taken from torch's generator.
-
-    Args:
-        stream_ids: Which stream each row draws from; None for 0, 1, 2, …
-        branch_ids: Which continuation of its stream each row is; None for 0.
-        batch: The number of rows B.
-
-    Returns:
-        Keys for B rows, with the seed 0.
+    """The noise keys with seed 0, so that nothing is taken from torch's generator where nothing is drawn.
 
     Raises:
-        InputError: If they do not fit the batch.
+        InputError: If stream or branch ids do not fit the batch.
     """
     branch = 0 if branch_ids is None else torch.as_tensor(branch_ids)
     return Noise.of(batch, row=streams_of(stream_ids, batch), branch=branch)

@@ -1,4 +1,4 @@
-"""Where a run of token ids stands in the rows of a batch; pure tensors, nothing waits for the device."""
+"""Finds patterns of token ids in the rows of a batch; pure tensors, nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -10,15 +10,7 @@ __all__ = ["continued", "count_of", "ends_of", "forced"]
 
 
 def ends_of(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:
-    """Where a pattern's last token stands.
-
-    Args:
-        ids: `[B, T]`, int64.
-        pattern: The pattern.
-
-    Returns:
-        `[B, T]`, bool.
-    """
+    """Where a pattern's last token is in ids `[B, T]`: `[B, T]`, bool."""
     length, width = ids.shape[1], len(pattern)
     out = torch.zeros_like(ids, dtype=torch.bool)
     if width <= length:
@@ -30,28 +22,19 @@ def ends_of(ids: torch.Tensor, pattern: Sequence[int]) -> torch.Tensor:
 
 
 def count_of(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor) -> torch.Tensor:
-    """How often a pattern stands in each row, wholly at or after a position.
-
-    Args:
-        ids: `[B, T]`, int64.
-        pattern: The pattern.
-        start: `[B]`, int64, the position.
-
-    Returns:
-        `[B]`, int64.
-    """
+    """How often a pattern occurs in each row, wholly at or after position `start` `[B]`: `[B]`, int64."""
     first = torch.arange(ids.shape[1], device=ids.device) - (len(pattern) - 1)  # [T]
     return (ends_of(ids, pattern) & (first >= start[:, None])).sum(1)
 
 
 def continued(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, *, least: int) -> torch.Tensor:
-    """The token that continues the longest beginning of a pattern with which a row ends.
+    """The next token of a pattern whose beginning is at the end of a row, for the longest such beginning.
 
     Args:
         ids: `[B, T]`.
         pattern: The pattern.
-        start: `[B]`: the beginning has to stand at or after it.
-        least: The length of the shortest beginning that counts; 0 for none at all.
+        start: `[B]`: the beginning has to be at or after this position.
+        least: The minimum length of the beginning; with 0 every row has one.
 
     Returns:
         `[B]`, int64; −1 where there is no such beginning.
@@ -64,14 +47,9 @@ def continued(ids: torch.Tensor, pattern: Sequence[int], start: torch.Tensor, *,
 
 
 def forced(scores: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """Scores of rows in which one token is certain.
+    """Scores `[B, V]` with 0 at `tokens` `[B]` and −inf elsewhere; rows with token −1 are unchanged.
 
-    Args:
-        scores: `[B, V]`.
-        tokens: `[B]`, int64: the token; −1 where the row stays as it is.
-
-    Returns:
-        `[B, V]`: 0 at that token and −inf elsewhere, which beam search takes as log-probabilities.
+    Beam search reads these as log-probabilities.
     """
     only = torch.full_like(scores, -torch.inf).scatter_(1, tokens.clamp(min=0)[:, None], 0.0)
     return torch.where((tokens >= 0)[:, None], only, scores)

@@ -1,9 +1,8 @@
-"""Assisted decoding on a composed model: drafts whose head is narrower or wider than the base's.
+"""Assisted decoding on a composed model, also with drafts whose head is narrower or wider than the base's.
 
-A draft only proposes; what is accepted is decided by the combined logits. So a draft of another width needs nothing but
-rows of the same width, ids that it can embed, and no proposals that some member cannot embed. The model's own expert as
-the draft is another matter: it runs ahead on the composite cache, in the loop of
-`proxytune.methods.speculation.decoding`.
+A draft only proposes; the combined logits decide. So a draft of another width only needs rows of the base's width, ids
+that it can embed, and no proposals that some member cannot embed. The model's own expert as the draft runs on the
+composite cache instead, in the loop of `proxytune.methods.speculation.decoding`.
 """
 
 from __future__ import annotations
@@ -20,37 +19,24 @@ from proxytune.models.members.member import embedding_rows
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
 
-# Settings of generate() that draft with layers, heads or embeddings of the one model it takes itself to be running.
+# Settings of generate() that draft with layers, heads or embeddings of the model itself.
 _SELF_SPECULATION = {"assistant_early_exit": (None,), "use_mtp": (None, False), "speculation_type": (None,)}
 
 
 class TailMask(LogitsProcessor):
-    """Gives −inf to the ids past a width.
+    """Sets ids from `width` on to −inf.
 
-    The composed logits have −inf there anyway. This is for the drafts of assisted decoding, to which `generate()` hands
-    the same processors, and for what comes out of `(−inf) − (−inf)` in classifier-free guidance.
+    The composed logits are −inf there anyway. This is for drafts of assisted decoding, which `generate()` gives the
+    same processors, and for the NaN of `(−inf) − (−inf)` in classifier-free guidance.
     """
 
     supports_continuous_batching = False
 
     def __init__(self, width: int) -> None:
-        """Set the width.
-
-        Args:
-            width: The number of ids that stay.
-        """
         self.width = width
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask the tail.
-
-        Args:
-            input_ids: `[B, T]`; not looked at.
-            scores: `[B, V]`.
-
-        Returns:
-            `[B, V]`, a new tensor if there is a tail.
-        """
+        """Mask the tail of scores `[B, V]`; a new tensor if there is a tail."""
         if scores.shape[-1] <= self.width:
             return scores
         masked = scores.clone()
@@ -59,80 +45,54 @@ class TailMask(LogitsProcessor):
 
 
 class FittedDraft(CandidateGenerator):
-    """A candidate generator whose rows are brought to the base's width: the draft gives what it lacks −inf."""
+    """A candidate generator whose logits are fitted to the base's width: columns that the draft lacks get −inf."""
 
     def __init__(self, inner: CandidateGenerator, width: int) -> None:
-        """Wrap a candidate generator.
-
-        Args:
-            inner: The generator of transformers. `TailMask` keeps its proposals within every member's reach.
-            width: The base's width V.
-        """
+        """Wrap a generator of transformers; `TailMask` keeps its proposals among ids that all members can embed."""
         self.inner = inner
         self.width = width
 
     def __getattr__(self, name: str) -> Any:
-        # The assisted loop reads and tunes settings on the generator it was given.
+        # The assisted loop reads and sets attributes of its generator.
         return getattr(self.inner, name)
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draft a continuation.
-
-        Args:
-            input_ids: `[1, T]`.
-            **kwargs: As in transformers.
-
-        Returns:
-            The prefix with the candidates, `[1, T + K]`, and their logits, `[1, K, V]`.
-        """
-        # Text that the draft has no embedding for reaches it as another token: its proposals get worse, nothing else.
+        """Draft a continuation of `[1, T]`: ids with the candidates, `[1, T + K]`, and their logits, `[1, K, V]`."""
+        # An id that the draft cannot embed is replaced for it: only its proposals get worse.
         known = input_ids.clamp(max=embedding_rows(self.inner.assistant_model) - 1)
         candidates, logits = self.inner.get_candidates(known, **kwargs)
         candidates = torch.cat([input_ids, candidates[:, input_ids.shape[1] :].to(input_ids.device)], 1)
         if logits is not None:
             missing = self.width - logits.shape[-1]
-            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)  # a negative number crops
+            logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)  # negative padding crops
         return candidates, logits
 
     def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Tell the draft how many candidates were accepted.
-
-        Args:
-            input_ids: `[1, T]`.
-            scores: `[1, K, V]`.
-            num_matches: The number.
-        """
+        """Tell the draft how many candidates were accepted."""
         self.inner.update_candidate_strategy(input_ids, scores, num_matches)
 
 
 def refuse_self_speculation(generation_config: GenerationConfig) -> None:
-    """Refuse the modes in which a model drafts with parts of itself: steered, there is no such one model.
-
-    Args:
-        generation_config: The settings of the call.
-
-    Raises:
-        UnsupportedModeError: If one of these modes is on.
-    """
+    """Raise UnsupportedModeError for drafts by a part of the model: a composed model has no such part."""
     for name, off in _SELF_SPECULATION.items():
         if (value := getattr(generation_config, name, None)) not in off:
             raise UnsupportedModeError.of(
                 name,
-                expected="a draft of its own, or none",
+                expected="a separate draft model, or none",
                 got=f"{name}={value!r}, which drafts with a part of one model",
                 remedy="Pass assistant_model= or prompt_lookup_num_tokens=.",
             )
 
 
 class AssistedMixin:
-    """What `generate(assistant_model=…)` does on a composed model; comes before `GenerationMixin` among the bases."""
+    """`generate(assistant_model=…)` on a composed model; must come before `GenerationMixin` among the bases."""
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
     ) -> None:
         refuse_self_speculation(generation_config)
         if not generation_mode_kwargs.get("assistant_tokenizer"):
-            # transformers takes another head width for another tokenizer; here the rows are fitted instead.
+            # transformers takes a different head width for a different tokenizer; here rows are fitted instead.
             generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}
         parent: Any = super()
         parent._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
@@ -152,7 +112,7 @@ class AssistedMixin:
         if config.assistant_ensemble_weight is not None:
             raise InputError.of(
                 "assistant_ensemble_weight",
-                expected="None: with the expert as the draft nothing is lost",
+                expected="None: the expert as the draft is lossless",
                 got=f"{config.assistant_ensemble_weight}, which mixes the draft into the model",
                 remedy="Leave it out, or change alpha, which is the weight of the expert.",
             )

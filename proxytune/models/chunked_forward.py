@@ -1,8 +1,8 @@
-"""The logits of a whole text, in parts: the members' own logits of all its positions never exist at once.
+"""The logits of a long text in parts, so that the members' own logits never exist for all positions at once.
 
-The combined ones `[B, N, V]` are what was asked for, in float32; those of three members beside them, and what their
-combination takes, would be as much again and more. So a long text goes through the members part by part, each part
-after the ones that the cache holds: lossless, as a prompt in chunks is, but for rounding.
+The combined logits `[B, N, V]`, float32, are returned whole; those of three members and the temporaries of combining
+them would need as much memory again and more. Each part continues the cache of the part before it. Results are the same
+but for rounding.
 """
 
 from __future__ import annotations
@@ -17,22 +17,16 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 __all__ = ["PART", "forward_in_parts", "part_length"]
 
 PART = 1024
-"""Rows × positions of a part: enough for a GPU to be busy with, few beside the logits of the whole."""
+"""Rows × positions of a part: enough to keep a GPU busy, and little memory beside the whole text's logits."""
 
 Forward = Callable[..., CausalLMOutputWithPast]
 
 
 def part_length(input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor, cache: Cache | None) -> int | None:
-    """How many positions of each row make a part.
+    """How many positions of each row make a part; None to run the text at once.
 
-    Args:
-        input_ids: `[B, N]`.
-        logits_to_keep: The last that many positions, 0 for all; or a tensor of positions.
-        cache: The cache; None if there is none.
-
-    Returns:
-        Less than N; None where the text goes through at once: because it is short enough, not all logits are asked for,
-        a gradient may be, or the length of the cache is known to the device only.
+    None if the text is short, not all logits are kept, gradients may be needed, or only the device knows the cache's
+    length.
     """
     rows, length = input_ids.shape
     if rows * length <= PART or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0:
@@ -55,30 +49,21 @@ def forward_in_parts(
     position_ids: torch.Tensor | None,
     labels: torch.Tensor | None,
 ) -> CausalLMOutputWithPast:
-    """Run a model over a text part by part.
-
-    Args:
-        forward: The composed model's `forward`.
-        input_ids: `[B, N]`, int64.
-        length: How many positions make a part.
-        cache: What the model has seen, extended in place.
-        attention_mask: `[B, past + N]`; None if nothing is padded.
-        position_ids: `[B, N]` or `[1, N]`; None to count.
-        labels: `[B, N]`, −100 where there is none; None for no loss.
+    """Run the composed model's `forward` over a text `[B, N]` in parts of `length` positions, extending `cache`.
 
     Returns:
-        Logits `[B, N, V]`, float32; the mean next-token loss in nats; the cache.
+        Logits `[B, N, V]`, float32; the mean next-token loss in nats over labels `[B, N]` other than −100; the cache.
     """
     past, end = int(cache.get_seq_length()), input_ids.shape[1]
     whole: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     counted: torch.Tensor | int = 0
     for start in range(0, end, length):
-        there = slice(start, min(start + length, end))
+        part = slice(start, min(start + length, end))
         out = forward(
-            input_ids[:, there],
-            attention_mask=None if attention_mask is None else attention_mask[:, : past + there.stop],
-            position_ids=None if position_ids is None else position_ids[:, there],
+            input_ids[:, part],
+            attention_mask=None if attention_mask is None else attention_mask[:, : past + part.stop],
+            position_ids=None if position_ids is None else position_ids[:, part],
             past_key_values=cache,
             return_dict=True,
         )
@@ -86,13 +71,13 @@ def forward_in_parts(
         assert logits is not None
         if whole is None:
             whole = logits.new_empty(logits.shape[0], end, logits.shape[2])
-        whole[:, there] = logits
+        whole[:, part] = logits
         if labels is not None:
-            targets = labels[:, start + 1 : there.stop + 1].to(logits.device)  # one fewer at the end
-            foretold = logits[:, : targets.shape[1]].flatten(0, 1)
-            lost = nn.functional.cross_entropy(foretold, targets.flatten(), ignore_index=-100, reduction="sum")
-            loss = lost if loss is None else loss + lost
+            targets = labels[:, start + 1 : part.stop + 1].to(logits.device)  # one fewer at the end
+            predicted = logits[:, : targets.shape[1]].flatten(0, 1)
+            part_loss = nn.functional.cross_entropy(predicted, targets.flatten(), ignore_index=-100, reduction="sum")
+            loss = part_loss if loss is None else loss + part_loss
             counted = counted + (targets != -100).sum()
-            del foretold
-        del out, logits  # before the next part is there
+            del predicted
+        del out, logits  # free them before the next part
     return CausalLMOutputWithPast(loss=None if loss is None else loss / counted, logits=whole, past_key_values=cache)

@@ -1,4 +1,4 @@
-"""The composed model's config: it looks like one model that has the layers of all its members."""
+"""The composed model's config: like the config of one model that has the layers of all its members."""
 
 from __future__ import annotations
 
@@ -20,36 +20,24 @@ _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "r
 class ProxyTunedConfig(PreTrainedConfig):
     """The config of a `ProxyTunedModel`.
 
-    On disk it only points at the recipe beside it (`proxytune_config.json`). After `bind` it also answers what
-    `generate()` asks a config; its number of layers is that of all members together.
+    On disk it only points at the recipe beside it (`proxytune_config.json`). After `bind` it also has what `generate()`
+    reads from a config; its number of layers is the sum over the members.
 
     Attributes:
-        recipe: Members, formula and α; None for a composition of models that were not loaded from anywhere.
+        recipe: Members, formula and α; None if some member exists only in memory.
     """
 
     model_type = "proxytune"
     has_no_defaults_at_init = True
 
     def __init__(self, recipe: Recipe | None = None, **kwargs: Any) -> None:
-        """Make an unbound config.
-
-        Args:
-            recipe: The recipe.
-            **kwargs: Attributes of `PreTrainedConfig`.
-        """
+        """Make an unbound config; `**kwargs` are attributes of `PreTrainedConfig`."""
         super().__init__(**kwargs)
         self.__dict__["recipe"] = recipe
         self.__dict__["_member_configs"] = []
 
     def bind(self, member_configs: Sequence[PreTrainedConfig]) -> ProxyTunedConfig:
-        """Take over from the members what `generate()` asks a config.
-
-        Args:
-            member_configs: The members' configs, the base's first.
-
-        Returns:
-            Itself.
-        """
+        """Copy what `generate()` reads from the members' configs (the base's first), and return self."""
         texts = [c.get_text_config(decoder=True) for c in member_configs]
         self.__dict__["_member_configs"] = texts
         for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id"):
@@ -69,7 +57,7 @@ class ProxyTunedConfig(PreTrainedConfig):
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Of each member, the first layer in the composite cache and one past the last."""
+        """Each member's first layer in the composite cache, and one past its last."""
         spans, start = [], 0
         for config in self.member_configs:
             spans.append((start, start + config.num_hidden_layers))
@@ -80,29 +68,14 @@ class ProxyTunedConfig(PreTrainedConfig):
     def get_config_dict(
         cls, pretrained_model_name_or_path: Any, **kwargs: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Read `config.json` and the recipe beside it.
-
-        Args:
-            pretrained_model_name_or_path: A folder or hub id.
-            **kwargs: As in transformers.
-
-        Returns:
-            The config's dictionary with the recipe in it, and the unused keyword arguments.
-
-        Raises:
-            RecipeError: If the recipe is missing or refused.
-        """
+        """Read `config.json` and the recipe beside it; RecipeError if the recipe is missing or invalid."""
         hub = {k: v for k, v in kwargs.items() if k in _HUB_ARGUMENTS}
         config, unused = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         config["recipe"] = load_recipe(pretrained_model_name_or_path, **hub)
         return config, unused
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` holds: everything but the recipe, which has a file of its own.
-
-        Returns:
-            A dictionary of JSON values.
-        """
+        """What `config.json` holds: everything but the recipe, which has its own file."""
         held: dict[str, Any] = {k: self.__dict__.pop(k) for k in ("recipe", "_member_configs") if k in self.__dict__}
         try:
             return super().to_dict()
@@ -111,18 +84,7 @@ class ProxyTunedConfig(PreTrainedConfig):
 
 
 def load_recipe(source: str | Path, **hub: Any) -> Recipe:
-    """Read a recipe from a folder, a file or the hub.
-
-    Args:
-        source: A folder, a JSON file, or a hub id.
-        **hub: `revision`, `token` and the like, for a hub id.
-
-    Returns:
-        The recipe.
-
-    Raises:
-        RecipeError: If there is none, or it is refused.
-    """
+    """Read a recipe from a folder, a JSON file or a hub id; RecipeError if it is missing or invalid."""
     if Path(source).exists():
         return Recipe.load(Path(source) / (hub.get("subfolder") or ""))
     try:

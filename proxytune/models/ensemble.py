@@ -1,4 +1,4 @@
-"""Any causal LM, composed or plain, as members and weights: all that a loop asks of a model."""
+"""Any causal LM, composed or plain, as members and weights: all that a loop needs of a model."""
 
 from __future__ import annotations
 
@@ -29,11 +29,7 @@ class Ensemble:
 
     @classmethod
     def of(cls, model: Any) -> Ensemble:
-        """The members of a model.
-
-        Args:
-            model: A `ProxyTunedModel`, or any other causal LM.
-        """
+        """Wrap a `ProxyTunedModel` or any other causal LM."""
         return cls(model, isinstance(model, ProxyTunedModel))
 
     @property
@@ -43,38 +39,34 @@ class Ensemble:
 
     @property
     def members(self) -> list[Member]:
-        """The members themselves.
-
-        Raises:
-            UnsupportedModelError: If a plain model has other than attention layers.
-        """
+        """The members; UnsupportedModelError if a plain model has other than attention layers."""
         return list(self.model.members) if self.composed else [Member(self.model, "base")]
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """One per member; the base's is 1."""
+        """One weight per member; the base's is 1."""
         return (1.0, *self.model.formula.weights()) if self.composed else (1.0,)
 
     @property
     def alpha(self) -> float | None:
-        """The strength of the shift; None for a plain model."""
+        """Strength α of the shift; None for a plain model."""
         return float(self.model.alpha) if self.composed else None
 
     def usable(self, width: int) -> int:
-        """How many of the base's `width` ids can be drawn: those that all members embed."""
+        """How many of the base's `width` ids can be drawn: those that all members can embed."""
         return min(width, int(self.model.usable_ids)) if self.composed else width
 
     def request(self) -> dict[str, Any]:
-        """What to call `forward` with to get the members' own logits."""
+        """Keyword arguments for `forward` to return the members' own logits."""
         return {"return_member_logits": True} if self.composed else {}
 
     def logits(self, outputs: Any) -> list[torch.Tensor]:
-        """Each member's raw logits, `[B, K, V_i]`, of a forward pass that `request` went into."""
+        """Each member's raw logits, `[B, K, V_i]`, from a forward pass called with `request()`."""
         return list(outputs.member_logits) if self.composed else [outputs.logits]
 
     def last_logits(self, outputs: Any) -> list[torch.Tensor]:
         """Each member's raw logits at the last position, `[B, V_i]`."""
-        # A view of one position; of the logits of a whole prompt a copy, so that they can go.
+        # A view of one position, but a copy from a whole prompt's logits, so that these can be freed.
         return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in self.logits(outputs)]
 
     def views(self, cache: Cache) -> list[tuple[str, Cache]]:

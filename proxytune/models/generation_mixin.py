@@ -1,7 +1,7 @@
-"""What transformers asks of the composed model beside its logits.
+"""What transformers asks of the composed model besides its logits.
 
-The inputs of a step, masks and caches for `generate()`; the parts that `PreTrainedModel` takes one model to have; and
-the refusal of what could only go wrong silently.
+Inputs, masks and caches for `generate()`; the attributes that `PreTrainedModel` expects of one model; and errors for
+what would otherwise go wrong silently.
 """
 
 from __future__ import annotations
@@ -37,32 +37,21 @@ class MemberOutput(CausalLMOutputWithPast):
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Stand in for `init_continuous_batching`: paged caches hold one model's layers, and drop processors silently.
-
-    Args:
-        *args: Ignored.
-        **kwargs: Ignored.
+    """Replace `init_continuous_batching`: paged caches hold one model's layers and silently drop logits processors.
 
     Raises:
-        UnsupportedModeError: Always; so also from `generate_batch` and `cache_implementation="paged"`.
+        UnsupportedModeError: Always, also through `generate_batch` and `cache_implementation="paged"`.
     """
     raise UnsupportedModeError.of(
         "continuous batching",
         expected="generate() with a dynamic or static cache",
-        got="generate_batch or a paged cache, which would run one model without the others",
+        got="generate_batch or a paged cache, which would run only one of the members",
         remedy="Use generate() with a left-padded batch.",
     )
 
 
 def refuse_arguments(**given: Any) -> None:
-    """Refuse forward arguments that the composition cannot serve.
-
-    Args:
-        **given: Name → value; None and False are as good as not given.
-
-    Raises:
-        InputError: If any other value is given.
-    """
+    """Refuse unsupported `forward` arguments, unless they are None or False."""
     for name, value in given.items():
         if value is None or value is False:
             continue
@@ -70,7 +59,7 @@ def refuse_arguments(**given: Any) -> None:
             raise InputError.of(
                 "inputs_embeds",
                 expected="input_ids: the members do not share an embedding space",
-                got="embeddings of one of them",
+                got=f"a {type(value).__name__}",
                 remedy="Pass the token ids.",
             )
         raise InputError.of(
@@ -82,17 +71,7 @@ def refuse_arguments(**given: Any) -> None:
 
 
 def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> None:
-    """Refuse ids, masks and labels of another form than `[B, T]`.
-
-    Args:
-        input_ids: What was given as the ids.
-        attention_mask: What was given as their mask; it may cover cached tokens before them. None if there is none.
-        labels: What was given as their labels; None if there are none.
-
-    Raises:
-        InputError: If the ids are no tensor of whole numbers `[B, T]`, the mask has other rows or fewer positions, or
-            the labels have another shape.
-    """
+    """Refuse ids, labels and masks that are not `[B, T]`; a mask may also cover cached tokens before them."""
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
         raise InputError.of(
@@ -106,7 +85,7 @@ def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> No
             "labels",
             expected=f"the shape of input_ids, {list(input_ids.shape)}",
             got=f"{list(labels.shape)}",
-            remedy="Pass the ids themselves, -100 where there is none to foretell; they are shifted here.",
+            remedy="Pass the input_ids; use -100 at positions without a target; labels are shifted internally.",
         )
     if attention_mask is None:
         return
@@ -121,9 +100,9 @@ def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> No
 
 
 class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
-    """`GenerationMixin` for a model that is composed of several, the base among them.
+    """`GenerationMixin` for a model composed of several, the base among them.
 
-    Its name has to end like `GenerationMixin`: `can_generate()`, which pipelines ask, looks for that in the bases.
+    The name must end in `GenerationMixin`: `can_generate()`, which pipelines call, looks for that among the bases.
     """
 
     def prepare_inputs_for_generation(
@@ -136,27 +115,14 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Prepare a step of `generate()`; the members build their own masks, so the 2-D mask is kept as it is.
+        """The arguments of `forward` for one step of `generate()`; the last `next_sequence_length` ids are new.
 
-        Args:
-            input_ids: `[B, T]`.
-            next_sequence_length: How many of the last ids are new; None for all.
-            past_key_values: The composite cache.
-            attention_mask: `[B, T]`.
-            inputs_embeds: Refused.
-            is_first_iteration: Whether this is a prompt.
-            **kwargs: What else `generate()` hands over.
-
-        Returns:
-            The keyword arguments of `forward`.
-
-        Raises:
-            InputError: If `inputs_embeds` is given.
+        The 2-D mask is passed on unchanged, since the members build their own; `inputs_embeds` raises an InputError.
         """
         refuse_arguments(inputs_embeds=inputs_embeds)
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
-        # For the stop strings; generate() hands it on with the model's arguments.
+        # Only for stop strings, but generate() passes it on with the model's arguments.
         kwargs.pop("tokenizer", None)
         position_ids = kwargs.pop("position_ids", None)
         if position_ids is not None:
@@ -181,7 +147,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
     ) -> torch.Tensor:
-        # Called only if the caller gave no mask. transformers then takes padding that is also EOS for text.
+        # Only called without a mask. transformers then takes padding for text where the padding token is also EOS.
         ends = generation_config._eos_token_tensor
         if ends is not None and inputs_tensor.ndim == 2:
             refuse_ambiguous_padding(inputs_tensor, ends.tolist(), remedy="Pass the tokenizer's attention_mask.")
@@ -194,18 +160,18 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         processors = LogitsProcessorList([tail])
         found = super()._get_logits_processor(generation_config, *args, **kwargs)
         for processor in found:
-            # As somebody's draft, it is handed that one's processors, and may be steered on top: drafts only propose.
+            # A draft gets the target's processors. It may be steered on top, since drafts only propose.
             if getattr(processor, "shifts_logits", False) and not generation_config.is_assistant:
                 raise InputError.of(
                     "logits_processor",
                     expected="no ProxyTuningLogitsProcessor on a composed model",
-                    got="one: the shifts would add up",
-                    remedy="Leave it out, or use it on the base alone.",
+                    got=f"a {type(processor).__name__}",
+                    remedy="Leave it out, or use it on the base alone: here the two shifts would add up.",
                 )
             tells = hasattr(processor, "for_call") and not generation_config.is_assistant
             processors.append(processor.for_call(generation_config, found) if tells else processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                processors.append(tail)  # it subtracts −inf from −inf there
+                processors.append(tail)  # guidance computes (−inf) − (−inf) = NaN in the tail
         return processors
 
     def _prepare_cache_for_generation(
@@ -222,18 +188,18 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         cache = model_kwargs.get("past_key_values")
         if cache is None:
             return
-        # Before anything else sees the cache: assisted decoding asks its layers to record their past.
+        # Adopted first: assisted decoding then asks the cache's layers to record their past.
         adopt(cache, self.config.member_configs, self.cache_owner)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         if isinstance(cache, StaticCache):
-            # Its length is known to the device only, so this is the one moment to see that it would be overrun.
+            # Only the device knows how full it is, so this is the one chance to see that it would overflow.
             for member in self.members:
                 member.refuse_length(max_cache_length)
             refuse_short_cache(cache, max_cache_length)
 
     def _get_static_cache_init_shape(self) -> None:
-        # Members differ in head counts and sizes, so each layer initialises itself at its first update.
+        # Members differ in head counts and sizes: each layer initialises itself at its first update.
         return None
 
     def _extract_generation_mode_kwargs(
@@ -243,71 +209,45 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         found: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
         if not callable(custom_generate):
             return found
-        # transformers keeps the streamer, the tokenizer and the draft from a callable; here it gets what it names.
+        # transformers passes no streamer, tokenizer or draft to a callable; here it gets those it has parameters for.
         names = inspect.signature(custom_generate).parameters
         return {name: value for name, value in given.items() if name in names} | found
 
     init_continuous_batching = staticmethod(refuse_continuous_batching)
 
-    # --- what PreTrainedModel takes one model to have -----------------------------------------------------------------
+    # --- what PreTrainedModel expects of one model --------------------------------------------------------------------
 
     @property
     def device(self) -> torch.device:
-        """The base's device; logits are returned there."""
+        """The base's device, where logits are returned."""
         return self.base.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The base's dtype; logits are float32 all the same."""
+        """The base's dtype; logits are float32 nevertheless."""
         return self.base.dtype
 
     def get_input_embeddings(self) -> nn.Module:
-        """The base's input embedding.
-
-        Returns:
-            The module.
-        """
+        """The base's input embedding."""
         return self.base.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The base's output embedding; its logits alone are not this model's.
-
-        Returns:
-            The module.
-        """
+        """The base's output embedding; it alone does not give this model's logits."""
         return self.base.get_output_embeddings()
 
     def tie_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: each member has tied its own weights.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-        """
+        """Do nothing: each member has tied its own weights."""
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Switch the attention implementation of all members.
-
-        Args:
-            *args: As in transformers.
-            **kwargs: As in transformers.
-        """
+        """Switch the attention implementation of all members."""
         for member in self.members:
             member.model.set_attn_implementation(*args, **kwargs)
 
     def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refused: ids added to one member mean nothing to the others.
-
-        Args:
-            *args: Ignored.
-            **kwargs: Ignored.
-
-        Raises:
-            UnsupportedModeError: Always.
-        """
+        """Always raise UnsupportedModeError: an id added to one member means nothing to the others."""
         raise UnsupportedModeError.of(
             "resize_token_embeddings",
-            expected="members whose vocabularies agree",
-            got="a request to change the base's alone",
+            expected="the vocabulary that all members share",
+            got="a request to resize only the base's",
             remedy="Resize every member before wrapping them.",
         )

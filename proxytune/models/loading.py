@@ -1,4 +1,4 @@
-"""Opening the members: from a model object, a hub id or a folder, with a check that their ids mean the same tokens."""
+"""Opening the members from a model object, a hub id or a folder, and checking that they use the same token ids."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from proxytune.recipe import ROLES, MemberRef
 
 __all__ = ["adapters_of", "check_vocabularies", "find_tokenizer", "open_member", "open_members", "reference_of"]
 
-# What of `from_pretrained`'s arguments says where files are found, and so concerns the tokenizer's too.
+# Arguments of `from_pretrained` that say where files are; they apply to tokenizers too.
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
 
 
@@ -29,25 +29,19 @@ def open_members(
     check_vocabulary: bool = True,
     **from_pretrained: Any,
 ) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None]]:
-    """Open all members of a composition.
+    """Open all members of a composition: `sources` is role → model object, hub id or folder, the base first.
 
-    Args:
-        sources: Role → model object, hub id or folder; the one that owns the ids (the base) first.
-        revisions: Role → branch, tag or commit, for hub ids.
-        tokenizers: Role → tokenizer, for members that have none beside their weights.
-        check_vocabulary: Whether to compare the members' token ids.
-        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
+    The other arguments are those of `proxytune.wrap`.
 
     Returns:
-        Role → model, and role → where it can be had again (None for one that exists only in memory).
+        Role → model, and role → reference to load it again (None for one that exists only in memory).
 
     Raises:
         InputError: If a member is missing, or arguments contradict each other.
-        MemberError: If a member cannot be opened, means other tokens by its ids, or is the model inside another one of
-            PEFT, with its adapter.
+        MemberError: If a member cannot be opened, uses other token ids, or is the model inside another's PEFT model.
 
     Warns:
-        VocabularyWarning: If there was no tokenizer to compare by.
+        VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
     """
     for role, source in sources.items():
         if source is None:
@@ -68,7 +62,7 @@ def open_members(
             "members",
             expected="no further arguments when all of them are model objects",
             got=", ".join(sorted(from_pretrained)),
-            remedy="They are for from_pretrained: pass them where you load the models.",
+            remedy="They are for from_pretrained: pass them when you load the models.",
         )
     references = {role: reference_of(source, revisions.get(role)) for role, source in sources.items()}
     members = {
@@ -83,7 +77,7 @@ def open_members(
 
 
 def _refuse_injected(members: Mapping[str, Any]) -> None:
-    """Refuse a PEFT model beside the model that it was made of: that one carries the adapter too, and is no other."""
+    """Refuse a PEFT model beside the model inside it, which carries the same adapter."""
     for role, model in members.items():
         inner = model.get_base_model() if hasattr(model, "get_base_model") else None
         for other, plain in members.items():
@@ -91,24 +85,16 @@ def _refuse_injected(members: Mapping[str, Any]) -> None:
                 raise MemberError.of(
                     f"the {other}",
                     expected=f"a model of its own beside the {role}, a {type(model).__name__}",
-                    got="the model inside it: PEFT has put the adapter into that one too, so both are tuned alike",
+                    got="the model inside it, which carries the same PEFT adapter, so both are tuned alike",
                     remedy=f"Load the {other} once more, without the adapter.",
                 )
 
 
 def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
-    """Get a member's model.
-
-    Args:
-        source: A model, which is taken as it is, or a `MemberRef` to load with `AutoModelForCausalLM`.
-        role: Its role, for messages.
-        **from_pretrained: Handed to `from_pretrained`, e.g. `dtype`, `device_map`; only with a `MemberRef`.
-
-    Returns:
-        The model.
+    """Load a `MemberRef` with `AutoModelForCausalLM`; a model is returned unchanged.
 
     Raises:
-        InputError: If the source is neither a model, nor a reference.
+        InputError: If the source is neither a model nor a reference.
         MemberNotFoundError: If the folder or hub id cannot be opened.
         MemberError: If transformers refuses the arguments.
     """
@@ -125,7 +111,7 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
     except (OSError, ValueError) as error:
         place = f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else "")
-        # A folder without a model in it is a ValueError of transformers; others are about the arguments.
+        # transformers raises ValueError for a folder without a model, and otherwise for wrong arguments.
         if isinstance(error, OSError) or not (Path(source.id) / "config.json").exists():
             raise MemberNotFoundError.of(
                 f"the {role}",
@@ -142,15 +128,9 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
 
 
 def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
-    """Where a member can be had again.
+    """A reference to load a member again, folders made absolute.
 
-    Args:
-        source: A hub id, a folder, or a model.
-        revision: The revision asked for, if any.
-
-    Returns:
-        The reference, with folders made absolute; None for a model that was not loaded from anywhere, or that carries
-        an adapter, whose weights its name does not tell of.
+    None for a model that exists only in memory, or that carries an adapter, which its name does not cover.
     """
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
@@ -166,32 +146,23 @@ def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
 
 
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of the adapters that a model carries.
-
-    Args:
-        model: A model of transformers, or of PEFT around one.
-
-    Returns:
-        The names, sorted; empty for a plain model.
-    """
+    """The names of the PEFT adapters that a model carries, sorted; empty for a plain model."""
     return tuple(sorted(dict(getattr(model, "peft_config", None) or {})))
 
 
 def check_vocabularies(
     references: Mapping[str, MemberRef | None], tokenizers: Mapping[str, Any] | None = None, **hub: Any
 ) -> None:
-    """Compare all members' token ids with those of the first whose tokenizer is known.
+    """Compare all members' token ids with those of the first member whose tokenizer is known.
 
-    Args:
-        references: Role → where the member came from, the base first.
-        tokenizers: Role → tokenizer, for members whose folder has none.
-        **hub: `token`, `cache_dir` and the like, for finding tokenizers.
+    `references` says where each member came from, the base first; `tokenizers` holds those of members saved without
+    one; `hub` is `token`, `cache_dir` and the like.
 
     Raises:
-        VocabularyMismatchError: If the ids of two members mean different tokens.
+        VocabularyMismatchError: If two members use the same id for different tokens.
 
     Warns:
-        VocabularyWarning: If some member's tokenizer is not to be found, so that nothing could be compared.
+        VocabularyWarning: If some member's tokenizer is not found, so it could not be compared.
     """
     vocabularies: dict[str, Mapping[str, int]] = {}
     seen: dict[MemberRef, Mapping[str, int]] = {}
@@ -211,13 +182,13 @@ def check_vocabularies(
         else:
             unknown.append(role)
     if vocabularies:
-        # With an unknown base, companions can still contradict each other.
+        # Without the base's tokenizer, companions are compared with each other.
         against, *others = vocabularies
         for role in others:
             check_same_tokens(vocabularies[against], vocabularies[role], role=role, against=against)
     if unknown:
         warnings.warn(
-            f"the vocabularies were not compared: no tokenizer is at hand for {', '.join(unknown)}. If ids mean "
+            f"the vocabularies were not compared: no tokenizer was found for {', '.join(unknown)}. If ids mean "
             "different tokens there, the output is noise. Pass tokenizers={role: tokenizer}, or check_vocabulary=False "
             "if you know that they agree.",
             VocabularyWarning,
@@ -226,15 +197,7 @@ def check_vocabularies(
 
 
 def find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
-    """A member's tokenizer; None if it has none, where transformers may make up an empty one of the model's family.
-
-    Args:
-        reference: Where the member is to be had.
-        **hub: `token`, `cache_dir` and the like; also what the tokenizer's `from_pretrained` takes.
-
-    Returns:
-        The tokenizer, or None.
-    """
+    """A member's tokenizer; None if it has none, even where transformers would make up an empty one."""
     where: dict[str, Any] = {"revision": reference.revision or "main", **hub}
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference.id, **where)

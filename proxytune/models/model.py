@@ -1,7 +1,7 @@
 """The composed model: a `PreTrainedModel` whose logits are the combined logits of its members.
 
-A decode step reads top to bottom in `ProxyTunedModel.forward`: members → logits → shift. What else transformers asks
-of a model is in `proxytune.models.generation_mixin`.
+`ProxyTunedModel.forward` is one decode step: members → logits → shift. What else transformers asks of a model is in
+`proxytune.models.generation_mixin`.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     `forward` returns `z_base + α (z_expert − z_antiexpert)` in float32 (arXiv 2401.08565), so every mode of
     `generate()`, pipelines and log-likelihood scoring work as with any model. One cache holds all members' layers.
-    Ids that some member cannot embed (at the tail of a padded head) get −inf: once sampled, no member could go on.
+    Ids that some member cannot embed (at the tail of a padded head) get −inf, so they are never sampled.
 
     Attributes:
-        base: The frozen large model.
+        base: The large frozen model.
         expert: The small tuned model.
         antiexpert: The small model that the expert was tuned from.
         formula: The formula with its α.
-        overlap: Whether companions on a GPU run on streams beside the base's [True]; no effect on a CPU.
-        split_threads: Whether companions on a CPU run in a thread beside the base's, on half of torch's threads each
-            [False]; for large members it can be faster, so measure.
+        overlap: Whether companions on a GPU run on CUDA streams beside the base's [True]; no effect on a CPU.
+        split_threads: Whether companions on a CPU run in a second thread beside the base, each on half of torch's
+            threads [False]. It can be faster for large members; measure.
     """
 
     base: PreTrainedModel
@@ -65,13 +65,13 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     config_class = ProxyTunedConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    # The members check these for themselves when they are loaded; here they only must not be refused.
+    # Each member checked these when it was loaded; transformers must not refuse them here.
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
-    # Keeps generate() from compiling this forward by itself on static caches; members may be compiled by their owner.
+    # Keeps generate() from compiling this forward on static caches; `compile_members` compiles the members instead.
     _can_compile_fullgraph = False
 
     def __init__(self, config: ProxyTunedConfig, members: Mapping[str, PreTrainedModel], formula: Formula) -> None:
-        """Compose the members; `wrap` and `from_pretrained` are the doors.
+        """Compose the members. Use `wrap` or `from_pretrained` instead of calling this.
 
         Args:
             config: A config; it is bound to the members here.
@@ -79,7 +79,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             formula: The formula.
 
         Raises:
-            UnsupportedModelError: If a member has no attention cache (see `Member`).
+            UnsupportedModelError: If a member cannot take part (see `Member`).
         """
         wrapped = [Member(model, role) for role, model in members.items()]
         config.bind([model.config for model in members.values()])
@@ -94,7 +94,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         self._sides = CompanionStreams()
         self._thread = SideThread()
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
-        # Written on the caches that this model fills, and kept by copies of them.
+        # Marks the caches that this model fills; copies of a cache keep the mark.
         self.cache_owner = uuid.uuid4().hex
         self.generation_config = GenerationConfig.from_dict(self.base.generation_config.to_dict())
         self.eval()
@@ -103,7 +103,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     @property
     def alpha(self) -> float:
-        """The strength α of the shift; may be set to any finite number."""
+        """Strength α of the shift; can be set to any finite number."""
         return self.formula.alpha
 
     @alpha.setter
@@ -115,14 +115,14 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             raise InputError.of(
                 name,
                 expected="the member that the model was composed with",
-                got="another one",
+                got=f"a {type(value).__name__}",
                 remedy="Caches and checks belong to the members: call proxytune.wrap again.",
             )
         super().__setattr__(name, value)
 
     @property
     def recipe(self) -> Recipe | None:
-        """The adapter as it stands; None if some member was not loaded from anywhere, or got an adapter since."""
+        """The current adapter; None if a member exists only in memory, or got a PEFT adapter after it was composed."""
         recipe: Recipe | None = self.config.recipe
         if any(adapters_of(m.model) != self._adapters[m.role] for m in self.members):
             return None
@@ -130,28 +130,28 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     @property
     def usable_ids(self) -> int:
-        """How many ids every member can embed; those from there on have −inf."""
+        """How many ids every member can embed; the logits of higher ids are −inf."""
         return min(m.rows for m in self.members)
 
     @property
     def token_forwards(self) -> dict[str, int]:
-        """Role → tokens × rows that went through that member so far."""
+        """Role → rows × tokens that the member has run over so far."""
         return {m.role: m.token_forwards for m in self.members}
 
     def compile_members(self, config: CompileConfig | None = None, *, roles: Collection[str] | None = None) -> None:
         """Compile the members' decode steps, each by itself, for `generate(cache_implementation="static")`.
 
-        For members whose step is bound by what the host has to launch, not by the memory that it reads: small
-        companions on a fast GPU. Prompts, drafts to verify and every other cache run as they are. The first steps after
-        a prompt are slow: they compile, and again for another size of the batch. Compiled members run in turn, not on
-        streams beside the base.
+        This helps where launch overhead, not memory bandwidth, bounds the step: small companions on a fast GPU.
+        Prompts, the verification of drafts and other caches run uncompiled. The first steps after a prompt are slow:
+        they compile, and again for each new batch size. Compiled members run one after the other, not on streams beside
+        the base.
 
         Args:
-            config: The settings, transformers' own [inductor, `mode="reduce-overhead"`: CUDA graphs on a GPU].
-            roles: The members to compile [all]; the others run as they are, so `roles=()` undoes it.
+            config: The settings [transformers' own: inductor, `mode="reduce-overhead"`, which is CUDA graphs on a GPU].
+            roles: The members to compile [all]; the others run uncompiled, so `roles=()` undoes it.
 
         Raises:
-            InputError: If there is no such member, or the settings are something else.
+            InputError: If there is no such member, or `config` is not a `CompileConfig`.
             UnsupportedModelError: If a member is offloaded, or quantized in a way that cannot be compiled.
         """
         chosen = [m.role for m in self.members] if roles is None else list(roles)
@@ -185,17 +185,17 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         """Run all members over the tokens and combine their logits.
 
         Args:
-            input_ids: `[B, N]`, int64: the tokens that the cache has not seen.
+            input_ids: `[B, N]`, int64: the tokens that the cache does not hold yet.
             attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding.
             position_ids: `[B, N]` or `[1, N]`; None to count by the mask.
             past_key_values: An empty cache, or one that this model filled.
             use_cache: Whether to return a cache [True].
-            logits_to_keep: The last that many positions [0: all], or a tensor of positions.
-            labels: `[B, N]`, −100 where there is none: adds the mean next-token loss, in nats.
+            logits_to_keep: The number of last positions to keep [0: all], or a tensor of positions.
+            labels: `[B, N]`, −100 at positions without a target: adds the mean next-token loss, in nats.
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
-            **kwargs: What the package's own loops ask for, see `_forward_members`; all else is refused, if not None or
-                False.
+            **kwargs: Options of the package's own loops, see `_forward_members`; any other that is not None or False is
+                refused.
 
         Returns:
             Logits `[B, K, V]`, float32, V the base's width; the loss; the cache.
@@ -205,8 +205,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 labels have another shape; or an argument is not supported.
             CacheError: If the cache was filled by another model.
         """
-        # Not in the signature, so that generate() refuses them from a user: its own loops need combined logits.
-        own = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
+        # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
+        loop_options = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
@@ -219,7 +219,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             logits_to_keep,
             labels,
             bool(is_first_iteration),
-            **own,
+            **loop_options,
         )
 
     def _forward_members(
@@ -237,15 +237,15 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         precomputed_logits: Mapping[str, torch.Tensor] | None = None,
         latent_inputs: LatentInputs | None = None,
     ) -> CausalLMOutputWithPast:
-        """What `forward` does, and what the loops ask for beside it.
+        """`forward` with the options of the package's own loops.
 
-        With `return_member_logits` a `MemberOutput` comes back; `precomputed_logits` are, by role, those of the first
-        of these tokens, which that member has already run over; `latent_inputs` are what each member takes in place of
-        the ids.
+        `return_member_logits` returns a `MemberOutput`; `precomputed_logits` holds, by role, the logits of the first of
+        these tokens for members that have already run over them; `latent_inputs` is what each member takes in place of
+        ids.
         """
         combine, known = not return_member_logits, precomputed_logits
         latent = latent_inputs or [None] * len(self.members)
-        # A cache that is given is used, as in transformers: without it, its tokens would be missing from the prefix.
+        # As in transformers, a given cache is always used: it holds a part of the prefix.
         cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
@@ -253,12 +253,12 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
         past = 0 if cache is None else cache.get_seq_length()
-        if isinstance(past, int):  # before any member has run: what fails leaves the cache as it was
+        if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
             for member in self.members:
                 member.refuse_length(past + input_ids.shape[1])
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
-        # Waits for the device, so for prompts only: what is sampled or drafted is within every member's reach.
+        # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
         prompt = is_first_iteration or cache is None or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
             check_ids(input_ids, self.members)
@@ -314,7 +314,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     def member_logits(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """What each member says for itself, without a cache: to see what the shift changed.
+        """Each member's own logits, without a cache: shows what the shift changed.
 
         Args:
             input_ids: `[B, T]`, int64.
@@ -336,14 +336,14 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     # --- saving and opening --------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Save the adapter: the recipe, what opens it, and the base's tokenizer; no weights.
+        """Save the adapter: the recipe, the files that open it, and the base's tokenizer; no weights.
 
         Args:
-            save_directory: A folder. Nothing half-written stays in it when saving fails.
+            save_directory: A folder. If saving fails, it is left as it was.
             **kwargs: Accepted for `push_to_hub()`, which calls this; there are no weights to shard.
 
         Raises:
-            RecipeError: If it is asked to upload as well; if a member has no folder or hub id, or expert and antiexpert
+            RecipeError: If `push_to_hub=True` is passed; if a member has no folder or hub id, or expert and antiexpert
                 have the same one; if the folder is a member's, or cannot be written.
         """
         if kwargs.get("push_to_hub"):
@@ -358,7 +358,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             raise RecipeError.of(
                 "save_pretrained",
                 expected="members that were loaded from a folder or the hub",
-                got="a member that exists only in memory, or carries an adapter that its name does not tell of",
+                got="a member that exists only in memory, or carries a PEFT adapter",
                 remedy="Save that member with its own save_pretrained, and wrap the folder.",
             )
         if recipe.expert == recipe.antiexpert and self.expert is not self.antiexpert:
@@ -377,19 +377,19 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: A folder or hub id with a `proxytune_config.json`.
             *args: None are taken.
-            **kwargs: Handed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
+            **kwargs: Passed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
 
         Returns:
             The composed model.
 
         Raises:
-            RecipeError: If there is no recipe, or it is refused.
+            RecipeError: If the recipe is missing or invalid.
             MemberError: If a member cannot be opened or does not fit.
         """
         config = kwargs.pop("config", None)
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         for_all = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
-        # What transformers' Auto classes add for the class they call; none of it is meant for the members.
+        # transformers' Auto classes add these for the class they call, not for the members.
         for key in ("_from_auto", "_commit_hash", "adapter_kwargs", "adapter_name", "name_or_path", "weights_only"):
             kwargs.pop(key, None)
         for key in ("attn_implementation", "experts_implementation"):  # the Auto classes move these to the config
@@ -401,9 +401,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             revisions={role: ref.revision for role, ref in recipe.members.items() if ref.revision},
             **kwargs,
         )
-        found = {role: reference for role, reference in references.items() if reference is not None}
+        known = {role: reference for role, reference in references.items() if reference is not None}
         formula = FORMULAS[recipe.formula](alpha=recipe.alpha)
-        model = cls(ProxyTunedConfig(recipe=replace(recipe, **found)), members, formula)
+        model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)

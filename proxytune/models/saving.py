@@ -1,6 +1,6 @@
-"""Writing an adapter folder: all of it or nothing.
+"""Writing an adapter folder completely or not at all.
 
-The folder holds the recipe and what lets `AutoModelForCausalLM.from_pretrained(folder)` open it; no weights.
+The folder holds the recipe and what `AutoModelForCausalLM.from_pretrained(folder)` needs to open it; no weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from proxytune.recipe import RECIPE_FILE, Recipe
 __all__ = ["save_adapter"]
 
 _CODE_FILE = "modeling_proxytune.py"
-# What transformers runs, with trust_remote_code=True, in a process that has not imported proxytune.
+# Run by transformers with trust_remote_code=True where proxytune has not been imported.
 _CODE = '''"""Opens a proxytune recipe with transformers' Auto classes. Needs `pip install proxytune`."""
 
 from proxytune import ProxyTunedConfig, ProxyTunedModel
@@ -34,16 +34,11 @@ __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_config: GenerationConfig | None) -> None:
     """Write the recipe, a `config.json` that points at it, the generation defaults, and the base's tokenizer.
 
-    The tokenizer is what pipelines and scorers look for beside a model. One that is in the folder already stays.
-    Everything is first written to a folder of its own, and then moved; when anything fails, all is as it was.
-
-    Args:
-        folder: Where to; made if it does not exist. Other files in it stay.
-        recipe: The recipe.
-        generation_config: The generation defaults; None for none.
+    Pipelines and scorers look for a tokenizer beside a model; one that is already in the folder stays. Everything is
+    written to a temporary folder first and then moved; on any error the target is restored.
 
     Raises:
-        RecipeError: If the place is a file or the folder of a member, or cannot be written to.
+        RecipeError: If the target is a file or a member's folder, or cannot be written to.
     """
     target = Path(folder).expanduser().resolve()
     if os.path.exists(target) and not target.is_dir():
@@ -52,13 +47,13 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
         if str(target) == ref.id:
             raise RecipeError.of(
                 "save_pretrained",
-                expected="a folder that is none of the members'",
+                expected="a folder that is not a member's",
                 got=f"{target}, the {role}'s, whose config.json would be overwritten",
                 remedy="Name another folder.",
             )
     config = {
         "model_type": "proxytune",
-        # Not a class of ours: this is what lets programs that look the class up in transformers open the folder.
+        # Not one of our classes: programs that look the name up in transformers can then open the folder.
         "architectures": ["AutoModelForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{Path(_CODE_FILE).stem}.ProxyTunedConfig",
@@ -69,7 +64,7 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
     made = [place for place in (target, *target.parents) if not os.path.exists(place)]  # the deepest first
     try:
         target.mkdir(parents=True, exist_ok=True)
-        # Inside of it: its parent may be on another disk, or not be ours to write to.
+        # Staged inside the target: its parent may be on another disk, or not writable.
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
             staged = Path(staging) / "new"
             staged.mkdir()
@@ -83,21 +78,21 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
             (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             _move_in(staged, target, Path(staging) / "old")
         made = []
-    except (OSError, ValueError, TypeError) as error:  # of the generation settings: invalid ones, or no JSON values
+    except (OSError, ValueError, TypeError) as error:  # invalid generation settings, or values that JSON cannot hold
         raise RecipeError.of(
             "save_pretrained",
             expected="a folder that can be written",
             got=f"{target} ({error})",
-            remedy="Nothing was left behind. Choose another folder, or mend what the message says.",
+            remedy="The folder is unchanged. Choose another folder, or fix the error shown.",
         ) from error
     finally:
         for place in made:
-            with contextlib.suppress(OSError):  # it was not made after all, or somebody else has written there
+            with contextlib.suppress(OSError):  # it was never created, or someone else has written there
                 place.rmdir()
 
 
 def _move_in(staged: Path, target: Path, backup: Path) -> None:
-    """Move the staged files into the folder; undo all of it if one fails."""
+    """Move the staged files into the folder; undo all moves if one fails."""
     files = [file.relative_to(staged) for file in staged.rglob("*") if file.is_file()]
     moved: list[Path] = []
     done = False

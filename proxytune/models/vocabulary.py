@@ -1,6 +1,6 @@
-"""Whether two members mean the same tokens by the same ids: vocabularies are compared token → id, not by size.
+"""Whether two members use the same ids for the same tokens.
 
-Pure functions over `token → id` mappings, as `tokenizer.get_vocab()` gives them. A head that is only padded wider is no
+Vocabularies are compared as `token → id` mappings (`tokenizer.get_vocab()`), not by size. A wider padded head is no
 difference: padding rows have no token.
 """
 
@@ -16,17 +16,13 @@ _SHOWN = 5
 
 
 def differing_tokens(base: Mapping[str, int], other: Mapping[str, int]) -> list[tuple[int, str | None, str | None]]:
-    """List the ids on which two vocabularies contradict each other.
+    """List the ids on which two vocabularies (token → id) contradict each other.
 
-    An id that only one side uses is no contradiction (tokens added after training, a padded head), unless its token
-    stands at another id on the other side.
-
-    Args:
-        base: The base's vocabulary, token → id.
-        other: A companion's vocabulary, token → id.
+    An id that only one side uses is no contradiction (tokens added after training, a padded head), unless its token has
+    another id on the other side.
 
     Returns:
-        `(id, token in base or None, token in other or None)`, sorted by id; empty if the two agree.
+        `(id, token in base or None, token in other or None)`, sorted by id.
     """
     of_base = {i: token for token, i in base.items()}
     of_other = {i: token for token, i in other.items()}
@@ -37,17 +33,9 @@ def differing_tokens(base: Mapping[str, int], other: Mapping[str, int]) -> list[
 
 
 def check_same_tokens(base: Mapping[str, int], other: Mapping[str, int], *, role: str, against: str = "base") -> None:
-    """Refuse a companion whose ids mean other tokens than the base's.
+    """Raise VocabularyMismatchError, with examples, if two vocabularies (token → id) contradict each other.
 
-    Args:
-        base: The base's vocabulary, token → id.
-        other: The companion's vocabulary, token → id.
-        role: What the companion is called in the message, e.g. `"expert"`.
-        against: What the other side is called; another companion, where the base is not known.
-
-    Raises:
-        VocabularyMismatchError: If some id stands for two different tokens, or some token has two different ids. The
-            message shows the first of them.
+    `role` and `against` name the two sides in the message; `against` is another companion if the base is not known.
     """
     differing = differing_tokens(base, other)
     if not differing:

@@ -34,22 +34,22 @@ def wrap(
         base: The large model: a model object, a hub id or a folder. Its weights are not changed.
         expert: The small tuned model, likewise.
         antiexpert: The small model that the expert was tuned from, likewise.
-        alpha: The strength α of the shift [1.0].
+        alpha: Strength α of the shift [1.0].
         formula: A formula instead of α.
         revisions: Role → branch, tag or commit, for hub ids.
-        tokenizers: Role → tokenizer, for members that have none beside their weights.
-        check_vocabulary: Whether to compare the members' token ids.
-        **from_pretrained: Handed to `from_pretrained` of the members given by id or folder.
+        tokenizers: Role → tokenizer, for members saved without one.
+        check_vocabulary: Whether to check that all members use the same token ids.
+        **from_pretrained: Passed to `from_pretrained` of the members given by id or folder.
 
     Returns:
         A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
 
     Raises:
-        InputError: If α is no finite number, the antiexpert is missing, or arguments contradict each other.
-        MemberError: If a member cannot be opened, is not supported, or means other tokens by its ids.
+        InputError: If α is not finite, the antiexpert is missing, or arguments contradict each other.
+        MemberError: If a member cannot be opened, is not supported, or uses the same ids for other tokens.
 
     Warns:
-        VocabularyWarning: If there was no tokenizer to compare by.
+        VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
     """
     if formula is None:
         formula = ProxyTuning(alpha=1.0 if alpha is None else alpha)

@@ -439,7 +439,7 @@ def test_places_that_are_no_folder(model: ProxyTunedModel, tmp_path: Path) -> No
 @pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
 def test_a_member_is_not_overwritten(model: ProxyTunedModel, members: Path, role: str) -> None:
     before = snapshot(members)
-    match = f"expected a folder that is none of the members'; got {members / role}, the {role}'s"
+    match = f"expected a folder that is not a member's; got {members / role}, the {role}'s"
     with pytest.raises(RecipeError, match=re.escape(match)):
         model.save_pretrained(members / role)
     with pytest.raises(RecipeError, match=re.escape(match)):

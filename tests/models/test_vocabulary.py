@@ -198,11 +198,11 @@ def test_the_comparison_is_made_for_models_that_were_loaded_before(members: Path
 def test_a_member_without_a_tokenizer_is_told(tmp_path: Path, kind: str) -> None:
     for seed, role in enumerate(("base", "expert", "antiexpert")):
         build(kind, seed, 256, hidden=16).save_pretrained(tmp_path / role)
-    with pytest.warns(VocabularyWarning, match="no tokenizer is at hand for base, expert, antiexpert"):
+    with pytest.warns(VocabularyWarning, match="no tokenizer was found for base, expert, antiexpert"):
         open_all(tmp_path)
     # One tokenizer at the base's side alone: the companions' empty ones must neither agree nor disagree with it.
     give(tmp_path, base=WORDS)
-    with pytest.warns(VocabularyWarning, match=r"no tokenizer is at hand for expert, antiexpert\. If ids mean"):
+    with pytest.warns(VocabularyWarning, match=r"no tokenizer was found for expert, antiexpert\. If ids mean"):
         open_all(tmp_path)
 
 

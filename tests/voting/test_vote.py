@@ -180,7 +180,7 @@ def test_margins_are_means_over_the_answer_summed_per_answer() -> None:
         (lambda: Sample("a", weight=-1.0), "weight: expected a finite number ≥ 0; got -1"),
         (lambda: Sample("a", weight=NAN), "weight: expected a finite number ≥ 0; got nan"),
         (lambda: Sample("a", np.array([])), "confidences: expected a sequence of numbers, not empty"),
-        (lambda: Sample("a", np.array([1.0, INF])), "confidences: expected finite numbers; got inf at 1"),
+        (lambda: Sample("a", np.array([1.0, INF])), "confidences: expected finite numbers; got inf at index 1"),
         (lambda: Sample("a", np.ones((2, 2))), r"confidences: expected a sequence.*got shape \[2, 2\]"),
         (lambda: Sample("a", margins=np.array([1.5])), r"margins: expected p₁ − p₂ in \[0, 1\]"),
         (lambda: Sample("a", self_certainty=INF), "self_certainty: expected a finite number; got inf"),

@@ -381,9 +381,9 @@ def test_guidance_and_self_speculation() -> None:
     with processor().attach(base):
         with pytest.raises(UnsupportedModeError, match="guidance_scale: expected none .*; got 1.5"):
             base.generate(ids, guidance_scale=1.5, **GREEDY)
-        with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a draft of its own"):
+        with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a separate draft model"):
             base.generate(ids, assistant_early_exit=1, **GREEDY)
-    with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a draft of its own"):
+    with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a separate draft model"):
         compose().generate(ids, assistant_early_exit=1, **GREEDY)
 
 
@@ -397,7 +397,7 @@ def test_a_static_cache_that_is_too_short() -> None:
     model, ids = compose(), prompt()
     short = StaticCache(config=model.config, max_cache_len=8)
     with pytest.raises(
-        CacheError, match="past_key_values: expected a StaticCache for at least 9 tokens; got one for 8"
+        CacheError, match="past_key_values: expected a StaticCache for at least 9 tokens; got a StaticCache for 8"
     ):
         model.generate(ids, past_key_values=short, **GREEDY)
 

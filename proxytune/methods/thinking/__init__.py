@@ -1,4 +1,4 @@
-"""A budget for thinking: `ThinkingBudgetLogitsProcessor` ends a thinking span in time, or asks for more of it.
+"""A thinking budget: `ThinkingBudgetLogitsProcessor` ends a thinking span in time, or prolongs it.
 
 Source: budget forcing, Muennighoff et al. 2025 (s1, arXiv 2501.19393).
 """

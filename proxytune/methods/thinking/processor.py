@@ -1,23 +1,17 @@
-"""A budget for thinking, per request (s1: Muennighoff et al. 2025, arXiv 2501.19393).
+"""A thinking budget per prompt (budget forcing: s1, Muennighoff et al. 2025, arXiv 2501.19393).
 
-Two rules, both of a single row:
+The first n times that the end of thinking would be sampled, a continuation ("Wait") replaces it; after a maximum number
+of tokens, the end is forced. Each call decides from `input_ids` alone: beams are reordered, assisted decoding rolls
+back, and rows are independent.
 
-- *At least*: the first n times that the end of thinking would be sampled, a continuation word ("Wait") comes instead.
-- *At most*: after so many tokens of thinking, the end of thinking is forced, token by token.
+*Replacing the end* needs no look-ahead or extra draw. The continuation's first token gets the larger of its own score
+and the end's, and the end −inf. So greedy decoding continues exactly where it would have ended; sampling draws from the
+unchanged distribution without the smaller of the two masses, and reads the end as the continuation, under any later
+temperature, top-k, top-p and min-p. Thinking ends with the *last* token of `end_ids` after the others, or EOS.
 
-What to do is read off `input_ids` alone at every call, since beams are reordered, assisted decoding takes positions
-back, and rows of a batch have nothing to do with each other. That settles two questions:
-
-*Where would the end be sampled?* No look ahead, and no draw of our own: the token that would end thinking is exchanged
-for the continuation's first token, in the scores. The latter gets the larger of both scores, the former −inf. Greedy
-decoding then continues exactly where it would have ended. Sampling continues just where it would have drawn the end:
-the law of the step is that of the unchanged scores, in which the continuation's own mass, if it is the smaller one,
-is left out, and the end is read as the continuation. That holds under any temperature, top-k, top-p and min-p that
-comes later. What ends thinking is the *last* token of `end_ids` after all the others, and any EOS.
-
-*How often was it suppressed?* As often as the continuation stands in the thinking. A model that writes "Wait" by itself
-has continued by itself, and that counts too. Of a longer continuation, the first token is followed by the others also
-where the model wrote it by itself: choose one whose first token starts nothing else (not a line break).
+*Suppressed ends are counted* as occurrences of the continuation in the thinking, also a "Wait" that the model writes by
+itself. After the first token of a longer continuation the others are always forced: choose a first token that starts
+nothing else (not a line break).
 """
 
 from __future__ import annotations
@@ -42,19 +36,19 @@ _NEVER = torch.iinfo(torch.int64).max
 class ThinkingBudgetLogitsProcessor(LogitsProcessor):
     """Suppresses the end of thinking n times, and forces it at a cap; for any `generate(logits_processor=…)`.
 
-    Thinking starts after `begin_ids`, where they are given: after the first ones that stand behind the last end of
-    thinking or EOS, so earlier turns of a conversation do not count, and each new thinking has a budget of its own.
-    Without them it starts at `prompt_length`, once. With both, thinking that the prompt has opened is limited, and
-    measured from `prompt_length` on. It is over at the first whole `end_ids`, or at EOS; then scores are left alone.
+    With `begin_ids`, thinking starts after the first of them since the last end of thinking or EOS: earlier turns of a
+    conversation do not count, and each new thinking span has its own budget. Without, it starts once, at
+    `prompt_length`. With both, a span that the prompt opened is limited too, measured from `prompt_length`. It is over
+    at the first whole `end_ids` or at EOS; after that scores are unchanged.
 
     Works with greedy decoding, sampling, beams (a changed row is returned as log-probabilities, which beam search adds
-    up), assisted decoding and left padding. Continuous batching is not supported: it does not hand over whole rows.
+    up), assisted decoding and left padding. Continuous batching is not supported: it does not pass whole rows.
 
     Attributes:
         end_ids: The token ids that end thinking.
-        continuation_ids: Those that take their place; empty for none.
-        begin_ids: Those that begin it; empty for none.
-        eos_token_ids: Those that end the text.
+        continuation_ids: The ids that replace them; empty for none.
+        begin_ids: The ids that begin it; empty for none.
+        eos_token_ids: The ids that end the text.
         prompt_length: The length of the padded prompts; None if thinking is found by `begin_ids` alone.
     """
 
@@ -71,22 +65,22 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         prompt_length: int | None = None,
         eos_token_id: TokenIds | None = None,
     ) -> None:
-        """Check the settings; nothing is read off a model.
+        """Check the settings.
 
         Args:
             end_ids: What ends thinking: the id of `</think>`, or several ids.
             extra: How often to suppress the end; one number, or one for each prompt.
-            max_thinking_tokens: The cap, in tokens between the start of thinking and its end, continuations included
-                and `end_ids` not; one number or None for no cap, or one of them for each prompt. 0 is no thinking.
-            continuation_ids: What comes instead of a suppressed end, e.g. the ids of "Wait". Needed with `extra`: only
-                by it can be seen how often the end was suppressed. Must not overlap with itself (`a b a`).
-            begin_ids: What begins thinking, e.g. the id of `<think>`; may stand in the prompt.
+            max_thinking_tokens: The cap, in tokens between start and end of thinking, continuations included and
+                `end_ids` not; one value for all prompts or one for each, None for no cap, 0 for no thinking.
+            continuation_ids: What replaces a suppressed end, e.g. the ids of "Wait". Needed with `extra`, since
+                suppressed ends are counted by it. Must not overlap with itself (`a b a`).
+            begin_ids: What begins thinking, e.g. the id of `<think>`; may be in the prompt.
             prompt_length: `input_ids.shape[1]` of the prompts, left padding included.
-            eos_token_id: What ends the text. While ends are suppressed, so is EOS inside thinking; afterwards it is
-                left alone before the cap, and ends thinking.
+            eos_token_id: What ends the text. While ends are suppressed, so is EOS inside thinking; later it is left
+                alone before the cap, and ends thinking.
 
         Raises:
-            InputError: If a setting is missing or cannot be right.
+            InputError: If a setting is missing or out of its range.
         """
         self.end_ids = token_ids("end_ids", end_ids, single=True, empty=False)
         self.continuation_ids = token_ids("continuation_ids", continuation_ids, single=True, optional=True, empty=False)
@@ -108,21 +102,21 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             raise InputError.of(
                 "extra, max_thinking_tokens",
                 expected="a number, or one for each prompt",
-                got="an empty list",
+                got="[]",
                 remedy="Pass one number for all prompts.",
             )
         if self.prompt_length is None and not self.begin_ids:
             raise InputError.of(
                 "begin_ids",
                 expected="begin_ids or prompt_length, to know where thinking starts",
-                got="neither",
+                got="both None",
                 remedy="Pass begin_ids (the id of '<think>'), or prompt_length=input_ids.shape[1].",
             )
         if bool(self._extra.any()) and not continuation:
             raise InputError.of(
                 "continuation_ids",
-                expected="what comes instead of a suppressed end, since only that shows how often it was suppressed",
-                got=f"none, with extra={self._extra.tolist()}",
+                expected="ids that replace a suppressed end, since suppressed ends are counted by them",
+                got=f"None with extra={self._extra.tolist()}",
                 remedy="Pass e.g. tokenizer.encode('Wait', add_special_tokens=False).",
             )
         if any(token in ends for token in continuation):
@@ -135,25 +129,24 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         if any(continuation[:n] == continuation[-n:] for n in range(1, len(continuation))):
             raise InputError.of(
                 "continuation_ids",
-                expected="ids that do not start as they end, or two of them in a row could not be counted",
+                expected="ids that do not start as they end: overlapping ones could not be counted",
                 got=f"{list(continuation)}",
                 remedy="Drop the last token.",
             )
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Exchange or force the end of thinking, where it is due.
+        """Replace or force the end of thinking where it is due.
 
         Args:
             input_ids: The whole prefix, `[B, T]`, int64.
             scores: `[B, V]`: logits, or log-probabilities in beam search; not changed in place.
 
         Returns:
-            `[B, V]`: rows where nothing is due as they came; others as log-probabilities. A forced row is 0 at the
-            forced token, −inf elsewhere.
+            `[B, V]`: unchanged rows as they came, others as log-probabilities; forced rows are 0 at one token, −inf
+            elsewhere.
 
         Raises:
-            InputError: If an id is not in the vocabulary, the prefix is shorter than the prompt, or the lists of
-                budgets do not fit the number of rows.
+            InputError: If an id is not in the vocabulary, or prefix or budgets do not fit the prompts.
         """
         self._refuse_misfit(input_ids, scores)
         start, open_ = self._thinking(input_ids)  # [B], [B]
@@ -163,7 +156,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         if self.continuation_ids:
             missing = count_of(input_ids, self.continuation_ids, start) < _per_row(self._extra, input_ids)
             more = open_ & ~at_cap & missing
-            # The rest of a continuation that has begun.
+            # Complete a continuation that has begun.
             due = torch.where(more, continued(input_ids, self.continuation_ids, start, least=1), due)
             scores = self._exchanged(input_ids, scores, more & (due < 0))
         return forced(scores, due)
@@ -179,12 +172,12 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             return start, ~(closed & (position >= start[:, None])).any(1)
         last = torch.where(closed, position, -1).amax(1)  # [B]
         begins = ends_of(ids, self.begin_ids) & (position > last[:, None])
-        # Of several, the first counts: begin_ids inside thinking are text, and must not renew the budget.
+        # The first of several counts: begin_ids inside thinking are text and must not reset the budget.
         start = begins.long().argmax(1) + 1
         return start.clamp(min=self.prompt_length or 0), begins.any(1)
 
     def _exchanged(self, ids: torch.Tensor, scores: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """In some rows, the continuation's first token in place of whatever would end thinking now."""
+        """The scores with the continuation's first token in place of what would end thinking, in the given rows."""
         *before, last = self.end_ids
         completes = rows & ends_of(ids, before)[:, -1] if before else rows  # [B]
         first = self.continuation_ids[0]
@@ -193,7 +186,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             out[:, first] = torch.where(where, torch.maximum(out[:, first], out[:, token]), out[:, first])
             out[:, token] = torch.where(where, -torch.inf, out[:, token])
         lse = out.logsumexp(-1, keepdim=True)
-        # A row of −inf has nothing to be divided by.
+        # A row of −inf has no mass to normalise by.
         out = out - torch.where(lse.isfinite(), lse, 0.0)
         return torch.where((completes | rows if self.eos_token_ids else completes)[:, None], out, scores)
 
@@ -216,14 +209,14 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
 
 
 def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """Budgets of the prompts for the rows that go on from them (beams, several sequences, branches); `[B]` or `[1]`."""
+    """The prompts' budgets for the rows that continue them (beams, several sequences, branches); `[B]` or `[1]`."""
     rows, prompts = len(ids), len(budgets)
     out = budgets if prompts == 1 else expand_to_rows(budgets, rows)
     if out is None:
         raise InputError.of(
             "extra, max_thinking_tokens",
             expected=f"one number, or one for each prompt of {rows} rows (beams included)",
-            got=f"{prompts}",
-            remedy="Make a processor for this very batch.",
+            got=f"{prompts} numbers",
+            remedy="Make a new processor for each batch.",
         )
     return out.to(ids.device)

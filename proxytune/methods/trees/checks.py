@@ -1,4 +1,4 @@
-"""Wrong use of a loop over trees, refused before the first forward pass."""
+"""Checks of a tree loop's settings and call, before the first forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Where = Literal["forks", "random", "start"]
 
 
 class _Settings(Protocol):
-    """What a loop over trees is checked for."""
+    """The settings that are checked."""
 
     @property
     def threshold(self) -> float | ForkThreshold | None: ...
@@ -41,16 +41,10 @@ class _Settings(Protocol):
 
 
 def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, allowed: Sequence[str] = ()) -> None:
-    """Refuse settings of a loop that are out of their ranges.
+    """Raise InputError if a setting of a loop is out of its range.
 
-    Args:
-        loop: The settings.
-        least: The whole numbers among them that are its own, each with its least value.
-        needed: Whether it cannot do without a threshold.
-        allowed: What `where` can be; all that there is, if empty.
-
-    Raises:
-        InputError: If one is.
+    `least` holds the minimum of each of the loop's own integer settings; `needed` requires a threshold; `allowed`
+    restricts `where`.
     """
     name = type(loop).__name__
 
@@ -63,15 +57,15 @@ def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, 
         if threshold.is_streaming:
             raise InputError.of(
                 "threshold",
-                expected="a fixed or calibrated one: a tree must not depend on the batch",
-                got="a streaming one",
+                expected="a fixed or calibrated threshold: a tree must not depend on the batch",
+                got="a streaming threshold",
                 remedy=_CALIBRATE,
             )
         if threshold.measure not in (None, "raw"):
             raise InputError.of(
                 "threshold",
-                expected="one of the raw entropy",
-                got=f"one of the {threshold.measure} entropy",
+                expected="a threshold of the raw entropy",
+                got=f"a threshold of the {threshold.measure} entropy",
                 remedy=_CALIBRATE,
             )
     elif threshold is not None or needed:
@@ -86,44 +80,29 @@ def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, 
     choice("impl", loop.impl, get_args(Impl), remedy="Leave it out for 'auto'.")
 
 
-_CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one of a run."
+_CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one from a run."
 
 
 def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> None:
-    """Refuse a threshold that was calibrated at another α than the model's.
-
-    Args:
-        threshold: In nats; a number of the caller's own has no α.
-        model: The model; a plain one has no α either.
-
-    Raises:
-        InputError: If it was.
-    """
+    """Raise InputError if the threshold was calibrated at another α; plain numbers and plain models have none."""
     calibrated = threshold.alpha if isinstance(threshold, ForkThreshold) else None
     alpha = Ensemble.of(model).alpha
     if None not in (alpha, calibrated) and calibrated != alpha:
         raise InputError.of(
-            "threshold", expected=f"one calibrated at α = {alpha}", got=f"at α = {calibrated}", remedy=_CALIBRATE
+            "threshold", expected=f"a threshold calibrated at α = {alpha}", got=f"α = {calibrated}", remedy=_CALIBRATE
         )
 
 
 def refuse_extras(
     loop: str, generation_config: Any, streamer: Any, synced_gpus: bool | None, model_kwargs: dict[str, Any]
 ) -> None:
-    """Refuse what `generate()` may be asked for but a tree cannot give.
-
-    Args:
-        loop: Its name, for the message.
-        generation_config: The settings of the call.
-        streamer: A streamer, or None.
-        synced_gpus: Whether processes have to go on together.
-        model_kwargs: What the model is called with; the cache among them.
+    """Refuse what `generate()` supports but a tree does not.
 
     Raises:
-        UnsupportedModeError: If something else is given.
+        UnsupportedModeError: For a streamer, synced GPUs, per-step outputs, a static cache, or a state without a cache.
         InputError: If there is no padding token.
     """
-    asked = [
+    requested = [
         name
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states")
         if getattr(generation_config, name, False)
@@ -132,7 +111,7 @@ def refuse_extras(
     refused = {
         "streamer": streamer,
         "synced_gpus": synced_gpus or None,
-        asked[0] if asked else "outputs": True if asked else None,
+        requested[0] if requested else "outputs": True if requested else None,
         "a static cache": cache if isinstance(cache, StaticCache) else None,
     }
     for what, given in refused.items():
@@ -146,8 +125,8 @@ def refuse_extras(
     if model_kwargs.get("use_cache") and cache is None:
         raise UnsupportedModeError.of(
             "use_cache",
-            expected=f"a model whose state is a cache that generate() makes, for {loop}: rows take their part along",
-            got=f"use_cache={model_kwargs['use_cache']!r}, and a model that keeps its state otherwise",
+            expected=f"a model with a cache made by generate(), for {loop}: branches copy rows of it",
+            got=f"use_cache={model_kwargs['use_cache']!r}, and no such cache",
             remedy="Pass use_cache=False.",
         )
     if generation_config._pad_token_tensor is None:

@@ -1,9 +1,9 @@
-"""The fork tree: one prompt, several branches that part where the distribution is undecided.
+"""The fork tree: one prompt, several branches that part where the entropy is high.
 
 All live branches of all prompts are one batch. Where a row forks, its children are drawn without replacement
-(Gumbel-top-k, Kool et al. 2019, arXiv 1903.06059) and take copies of its row of the cache; a finished row leaves. What
-is decided before a draw (whether, and how many children) depends on what was drawn before only, so the leaves' weights
-are unbiased whatever the rule. The host has to know the tree, so it reads one small record per step.
+(Gumbel-top-k, Kool et al. 2019, arXiv 1903.06059) and get copies of its row of the cache; a finished row leaves.
+Whether a row forks, and into how many, is decided from earlier draws only, so the leaves' weights are unbiased under
+any rule.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ class ForkDecoding(TreeLoop):
     """A loop for `model.generate(..., custom_generate=ForkDecoding(threshold=…))`, for composed and plain causal LMs.
 
     With sampling, children are drawn without replacement, and a branch that does not fork draws as `FusedDecoding`
-    does; in greedy decoding a fork's children are the most probable tokens, and weigh their probabilities. A tree
-    depends on its prompt, the seed and the settings, not on the batch around it.
+    does. In greedy decoding a fork's children are the most probable tokens, weighted by their probabilities. A tree
+    depends only on its prompt, the seed and the settings, not on the other prompts.
 
     Attributes:
-        threshold: Entropy in nats above which a token is a fork, of the distribution after the processors that had to
-            run, at temperature 1: a number or a calibrated `ForkThreshold`. Needed with `where="forks"`.
-        branches: The most leaves of a tree (W).
-        children: The most children of a fork, the branch that goes on among them; at the start all W.
-        min_gap: The least distance between two forks on a path, in tokens.
-        where: "forks"; "random" for forks at random positions, the ablation; "start" for one fork at the first token
+        threshold: Entropy in nats above which a token is a fork, measured after the processors that had to run, at
+            temperature 1: a number or a calibrated `ForkThreshold`. Needed with `where="forks"`.
+        branches: Maximum number of leaves of a tree (W).
+        children: Maximum number of children of a fork, the continuing branch included; with `where="start"` always W.
+        min_gap: Minimum distance between two forks on a path, in tokens.
+        where: "forks"; "random" for forks at random positions, an ablation; "start" for one fork at the first token
             (with greedy decoding this is chain-of-thought decoding, Wang & Zhou 2024, arXiv 2402.10200).
-        share: With "random", the chance of a position to be a fork.
-        fork_temperature: The temperature above the threshold; None for the call's own everywhere.
-        max_total_tokens: A hard budget for each prompt, its own tokens included, shared ones counted once; a row forks
-            only if its children can be finished. None for no limit.
-        seed: The key of all draws; None for another one in each call, from torch's default generator.
+        share: With "random", the probability that a position is a fork.
+        fork_temperature: Temperature above the threshold; None for the call's own everywhere.
+        max_total_tokens: A hard budget for each prompt, including the prompt, with shared tokens counted once; a row
+            forks only if its children can be finished. None for no limit.
+        seed: The key of all draws; None for a new one in each call, from torch's default generator.
         stream_ids: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
         impl: "triton", "torch" or "auto".
 

@@ -1,4 +1,4 @@
-"""The host's side of a tree: which rows are live, who may fork, what it costs. No tensors, no model."""
+"""A tree's bookkeeping on the host: which rows are live, which may fork, what they cost. No tensors, no model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ __all__ = ["ForkFrontier", "Frontier", "LiveBranch", "RowDraws"]
 
 @dataclass(frozen=True)
 class RowDraws:
-    """What one step found in one row.
+    """One step's result for one row.
 
     Attributes:
-        tokens: The draws in the order of their keys; −1 where no more are left.
-        draw_logprobs: Of each, under the distribution drawn from, nats.
-        keys: Of each, log p + Gumbel.
-        logprobs: Of each, under the combined distribution, nats.
+        tokens: The draws, the largest key first; −1 where no tokens are left.
+        draw_logprobs: Of each draw, under the distribution drawn from, nats.
+        keys: Of each draw, log p + Gumbel.
+        logprobs: Of each draw, under the combined distribution, nats.
         entropy: Of the combined distribution, nats.
         confidence: Of the combined distribution, nats.
-        at_fork: Whether the row is at a place to fork.
+        at_fork: Whether this is a fork by the loop's rule (`where`); `can_fork` has to allow it too.
     """
 
     tokens: Sequence[int]
@@ -55,12 +55,7 @@ class LiveBranch:
     last_fork: int | None = None
 
     def append(self, one: RowDraws, i: int) -> None:
-        """Record a draw, and pay for it.
-
-        Args:
-            one: What was found in the row.
-            i: Which of the draws.
-        """
+        """Record draw `i`, and charge it to the budget."""
         self.branch.tokens.append(one.tokens[i])
         self.branch.logprobs.append(one.logprobs[i])
         self.branch.entropies.append(one.entropy)
@@ -77,12 +72,9 @@ class Frontier(ABC):
     """
 
     def __init__(self, prompts: int, *, length: int, ledgers: Sequence[TokenLedger] | None) -> None:
-        """Mark out a tree for each prompt, without a branch.
+        """Make an empty tree for each prompt; `length` is the maximum number of generated tokens on a path.
 
-        Args:
-            prompts: Number of prompts.
-            length: The most generated tokens on a path.
-            ledgers: A ledger for each prompt, which has been charged for the prompt; None for no limit.
+        `ledgers` holds one ledger per prompt, already charged for the prompt; None for no limit.
         """
         self.trees = [ForkTree(i) for i in range(prompts)]
         self._length = length
@@ -101,28 +93,16 @@ class Frontier(ABC):
 
     @abstractmethod
     def most_draws(self) -> int:
-        """How many draws a step needs at most."""
+        """The maximum number of draws a step needs."""
 
     @abstractmethod
     def advance(self, drawn: Sequence[RowDraws]) -> tuple[list[int], list[int]]:
-        """Append the draws.
-
-        Args:
-            drawn: One for each live row.
-
-        Returns:
-            For each row of the new batch, which old row it goes on from, and its token.
-        """
+        """Append the draws of each live row; returns the old row that each new row continues, and its token."""
 
     def retire(self, done: Sequence[bool], *, halt: bool = False) -> list[int]:
-        """Let finished rows go, and those whose tokens are spent.
+        """Drop finished rows and those without tokens left, and return the rows that stay.
 
-        Args:
-            done: Of each live row, whether a stopping criterion holds.
-            halt: Whether the others are cut here, since the time is up.
-
-        Returns:
-            The rows that stay.
+        `done` says for each live row whether a stopping criterion holds; `halt` cuts all others too (out of time).
         """
         keep, live_on = [], []
         for row, (live, ended) in enumerate(zip(self._live, done, strict=True)):
@@ -138,10 +118,7 @@ class Frontier(ABC):
         return keep
 
     def _start(self, tree: ForkTree, most: int) -> list[LiveBranch]:
-        """Begin branches at the prompt: as many as can be finished, at least one; they share nothing that is generated.
-
-        The first is the parent of the others.
-        """
+        """Begin branches at the prompt, as many as can be finished but at least one; the first is their parent."""
         started: list[LiveBranch] = []
         for reservation in self._reserve(tree.prompt, self._length, most, short=True):
             parent = started[0].branch if started else None
@@ -151,7 +128,7 @@ class Frontier(ABC):
         return started
 
     def _reserve(self, prompt: int, tokens: int, most: int, *, short: bool = False) -> list[Reservation | None]:
-        """Reservations of so many tokens each, until the ledger has no more; the first may be short."""
+        """Reservations of `tokens` each, while the ledger lasts; with `short` the first may be smaller."""
         if self._ledgers is None:
             return [None] * most
         ledger = self._ledgers[prompt]
@@ -178,16 +155,7 @@ class ForkFrontier(Frontier):
         length: int,
         ledgers: Sequence[TokenLedger] | None,
     ) -> None:
-        """Plant one branch for each prompt.
-
-        Args:
-            prompts: Number of prompts.
-            branches: The most leaves of a tree.
-            children: The most children of a fork, the branch that goes on among them.
-            min_gap: The least distance between forks on a path, in tokens.
-            length: The most generated tokens on a path.
-            ledgers: A ledger for each prompt, which has been charged for the prompt; None for no limit.
-        """
+        """Begin one branch for each prompt; the arguments are those of `ForkDecoding` and `Frontier`."""
         super().__init__(prompts, length=length, ledgers=ledgers)
         self._branches = branches
         self._children = children
@@ -196,13 +164,13 @@ class ForkFrontier(Frontier):
             self._start(tree, 1)
 
     def most_draws(self) -> int:
-        """How many draws a step needs at most: one more than the children of a fork, for the threshold κ."""
+        """The maximum number of draws a step needs: one more than the children of a fork, for the threshold κ."""
         room = max((self._branches - len(live.tree) + 1 for live in self._live), default=1)
         most = min(self._children, room)
         return most + 1 if most > 1 else 1
 
     def can_fork(self) -> list[bool]:
-        """Of each live row, whether a fork is allowed now; what the distribution says comes on top."""
+        """Whether each live row is allowed to fork now, whatever its distribution says."""
         return [
             len(live.tree) < self._branches
             and (live.last_fork is None or len(live.branch) - live.last_fork >= self._min_gap)
@@ -210,20 +178,13 @@ class ForkFrontier(Frontier):
         ]
 
     def advance(self, drawn: Sequence[RowDraws]) -> tuple[list[int], list[int]]:
-        """Append the draws, and split the rows that fork.
-
-        Args:
-            drawn: One for each live row.
-
-        Returns:
-            For each row of the new batch, which old row it goes on from, and its token.
-        """
+        """Append the draws, and split the rows that fork; see `Frontier.advance`."""
         allowed = self.can_fork()
         parents, tokens, born = [], [], []
         for row, (live, one, may) in enumerate(zip(list(self._live), drawn, allowed, strict=True)):
-            # Counted anew for each row: an earlier row of the same prompt may have taken the last place.
+            # Recomputed for each row: an earlier row of the same prompt may have taken the last place.
             room = self._branches - len(live.tree) + 1
-            # How many tokens there are to draw does not depend on the draws, so it may decide.
+            # The number of drawable tokens does not depend on the draws, so weights stay unbiased.
             most = min(self._children, room, sum(token >= 0 for token in one.tokens))
             left = self._length - len(live.branch)
             reserved = self._reserve(live.tree.prompt, left, most - 1) if may and one.at_fork else []

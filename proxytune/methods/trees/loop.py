@@ -1,9 +1,8 @@
-"""The loop that all trees of `custom_generate` share: a batch whose rows are the live branches of all prompts.
+"""The loop of all trees: a batch whose rows are the live branches of all prompts.
 
-Each step is one forward pass, one draw for every live row, and one small record that the host reads beside what the
-stopping criteria say, since it has to know the trees: which rows go on from which, which part, which have ended. What
-is started and what is made of the draws is a `Frontier`'s business; a row that leaves, or comes, takes its copy of the
-cache along.
+Each step is one forward pass and one draw for every live row. The host then reads one small record, since it has to
+know the trees: which rows continue which, which split, which have ended. A `Frontier` decides what is started and what
+becomes of the draws; rows carry their part of the cache along.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ __all__ = ["TreeLoop"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TreeLoop(ABC):
-    """What a loop over trees needs to know, and the loop; see `ForkDecoding` and `SiblingDecoding` for the settings."""
+    """The shared settings of tree loops, and the loop; `ForkDecoding` and `SiblingDecoding` describe the settings."""
 
     threshold: float | ForkThreshold | None = None
     where: Where = "forks"
@@ -53,14 +52,14 @@ class TreeLoop(ABC):
 
     @abstractmethod
     def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Frontier:
-        """The first branches of each prompt, whose paths have at most `length` tokens."""
+        """The first branches of each prompt, with at most `length` tokens per path."""
 
     def _gains(
         self, sampler: Sampler, rows: MembersAndWeights, frontier: Frontier, tokens: Sequence[int]
     ) -> torch.Tensor | None:
         """What a step adds to the live branches' log-weights, float64 `[rows]`, on the device; None for nothing.
 
-        Nothing that is drawn may depend on it: it is read at the end.
+        It is read only at the end, so no draw may depend on it.
         """
         return None
 
@@ -78,25 +77,14 @@ class TreeLoop(ABC):
         assistant_model: Any = None,
         **model_kwargs: Any,
     ) -> TreeOutput | torch.Tensor:
-        """Grow the trees; `generate()` calls this with what it has prepared.
-
-        Args:
-            model: The composed model, or a plain causal LM.
-            input_ids: `[B, T]`, int64: a tree for each row.
-            logits_processor: The processors.
-            stopping_criteria: The criteria.
-            generation_config: The settings.
-            synced_gpus: Refused.
-            streamer: Refused.
-            tokenizer: The stop strings' criterion has taken it.
-            assistant_model: Refused.
-            **model_kwargs: What the forward passes need; the cache among them.
+        """Grow a tree for each row of `input_ids`, `[B, T]`, int64; called by `generate()` with its prepared arguments.
 
         Returns:
             With `return_dict_in_generate` a `TreeOutput`, else its sequences.
 
         Raises:
-            UnsupportedModeError: For what a tree cannot do.
+            UnsupportedModeError: For what a tree does not support: other modes, a streamer, an assistant, synced GPUs,
+                ….
             InputError: If there is no padding token, or the threshold belongs to another α.
             BudgetError: If the budget leaves no token to generate after a prompt.
             NumericalError: If a row has no distribution.
@@ -123,7 +111,7 @@ class TreeLoop(ABC):
         prompts = len(input_ids)
         ledgers = None if self.max_total_tokens is None else _ledgers(self.max_total_tokens, call.lengths.tolist())
         frontier = self._start(prompts, call.most_new, ledgers)
-        cuts = (MaxLengthCriteria, MaxTimeCriteria)  # what they end has not ended by itself
+        cuts = (MaxLengthCriteria, MaxTimeCriteria)  # a branch that these end counts as cut, not finished
         criteria = StoppingCriteriaList(c for c in stopping_criteria if not isinstance(c, cuts))
         clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
         texts = input_ids
@@ -135,31 +123,33 @@ class TreeLoop(ABC):
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
             members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights
-            del outputs  # the logits of a whole prompt may hang on it
+            del outputs  # may hold the logits of a whole prompt
             roots = [prompt for prompt, _ in frontier.rows]
-            if step == 0 and roots != list(range(prompts)):  # a prompt is forwarded once, however many begin at it
+            if step == 0 and roots != list(
+                range(prompts)
+            ):  # a prompt is forwarded once, however many branches begin at it
                 input_ids = input_ids.index_select(0, torch.tensor(roots, device=input_ids.device))
                 model_kwargs = selected_rows(model_kwargs, roots, prompts)
                 members = [z.index_select(0, torch.tensor(roots, device=z.device)) for z in members]
             if sampler is None or chances is None:
                 chances = _noise(frontier, call)
                 sampler = self._sampler(call, members[0], chances.at(chances.position + step))
-            wishes = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
-            drawn, drawn_from = self._draw(sampler, members, weights, input_ids, frontier, wishes, step)
+            uniforms = chances.at(chances.position + step).uniform(DECISIONS) if self.where == "random" else None
+            drawn, drawn_from = self._draw(sampler, members, weights, input_ids, frontier, uniforms, step)
             branches = frontier.branches
             parents, tokens = frontier.advance(drawn)
             gained = self._gains(sampler, drawn_from, frontier, tokens)
             if gained is not None:
                 gains.append((branches, gained))
             del members, drawn_from
-            here = torch.tensor([parents, tokens], device=input_ids.device)
-            input_ids = torch.cat([input_ids.index_select(0, here[0]), here[1][:, None]], -1)
+            moves = torch.tensor([parents, tokens], device=input_ids.device)
+            input_ids = torch.cat([input_ids.index_select(0, moves[0]), moves[1][:, None]], -1)
             done = criteria(input_ids, None).tolist() if len(criteria) else [False] * len(parents)
             keep = frontier.retire(done, halt=bool(clocks) and bool(clocks(input_ids, None).any()))
             step += 1
             if not keep:
                 break
-            # Not by the parents alone: where a row has ended, its child may stand in its place.
+            # Comparing parents is not enough: an ended row's child may have taken its place.
             if keep != list(range(len(drawn))) or len(parents) > len(drawn):
                 input_ids = input_ids.index_select(0, torch.tensor(keep, device=input_ids.device))
                 model_kwargs = selected_rows(model_kwargs, [parents[row] for row in keep], len(drawn))
@@ -185,28 +175,28 @@ class TreeLoop(ABC):
         weights: Sequence[float],
         input_ids: torch.Tensor,
         frontier: Frontier,
-        wishes: torch.Tensor | None,
+        uniforms: torch.Tensor | None,
         step: int,
     ) -> tuple[list[RowDraws], MembersAndWeights]:
-        """Draw for every live row, and say which of them are at a place to fork; and what was drawn from."""
+        """Draw for every live row; returns each row's draws and whether it is at a fork, and the rows drawn from."""
         draws = min(frontier.most_draws(), sampler.settings.usable)
         want = ["tokens", "logprobs", "entropy", "confidence"]
         want += ["draw_logprobs", "keys"] if sampler.samples else ["scores"]
         with rows_of_prompts([prompt for prompt, _ in frontier.rows], len(frontier.trees)):
-            found, rows = sampler(members, weights, input_ids, draws=draws if sampler.samples else 1, want=want)
-        assert found.tokens is not None
-        assert found.entropy is not None
-        tokens, keys = found.tokens, found.keys
-        logprobs, draw_logprobs = found.logprobs, found.draw_logprobs
+            stats, rows = sampler(members, weights, input_ids, draws=draws if sampler.samples else 1, want=want)
+        assert stats.tokens is not None
+        assert stats.entropy is not None
+        tokens, keys = stats.tokens, stats.keys
+        logprobs, draw_logprobs = stats.logprobs, stats.draw_logprobs
         if not sampler.samples:
-            assert found.scores is not None
-            tokens, logprobs = _most_probable(found.scores, tokens, draws)
-            # The children are certain: nothing that was not drawn could have been.
+            assert stats.scores is not None
+            tokens, logprobs = _most_probable(stats.scores, tokens, draws)
+            # Nothing was drawn at random, so the threshold κ is −inf.
             draw_logprobs, keys = logprobs, torch.full_like(logprobs, -torch.inf)
-        columns = [tokens, draw_logprobs, keys, logprobs, found.entropy, found.confidence]
-        columns.append(found.entropy if wishes is None else wishes.to(found.entropy.device))
+        columns = [tokens, draw_logprobs, keys, logprobs, stats.entropy, stats.confidence]
+        columns.append(stats.entropy if uniforms is None else uniforms.to(stats.entropy.device))
         parts = [x.double() if x.ndim == 2 else x.double()[:, None] for x in columns if x is not None]
-        packed = torch.cat(parts, 1).tolist()  # one read; the stopping criteria have another
+        packed = torch.cat(parts, 1).tolist()  # one read by the host; the stopping criteria need another
         failed = [row[0] < 0 for row in packed]
         if any(failed):
             prompt, branch = frontier.rows[failed.index(True)]
@@ -239,14 +229,14 @@ class TreeLoop(ABC):
 
 
 def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
-    """A ledger for each prompt, which has paid for it."""
+    """A ledger for each prompt, already charged for the prompt."""
     ledgers = []
     for prompt, length in enumerate(lengths):
         ledger = TokenLedger(budget)
         if length >= budget:
             raise BudgetError.of(
                 "max_total_tokens",
-                expected=f"at least {length + 1}: prompt {prompt} has {length} tokens, and one has to be generated",
+                expected=f"at least {length + 1}: prompt {prompt} has {length} tokens, and one more must be generated",
                 got=f"{budget}",
                 remedy="Raise max_total_tokens, or shorten the prompt.",
             )
@@ -256,7 +246,7 @@ def _ledgers(budget: int, lengths: Sequence[int]) -> list[TokenLedger]:
 
 
 def _noise(frontier: Frontier, call: Call) -> Noise:
-    """The keys of the live rows at the first generated position."""
+    """The noise keys of the live rows at the first generated position."""
     device = call.lengths.device
     prompts, branches = torch.tensor(frontier.rows, device=device).unbind(1)
     row = call.keys.row.to(device)[prompts]
@@ -267,14 +257,14 @@ def _noise(frontier: Frontier, call: Call) -> Noise:
 def _most_probable(scores: torch.Tensor, first: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The most probable tokens and their log-probabilities, `[B, count]`, the argmax first; −1 for masked ones."""
     best = scores.log_softmax(-1).topk(count, -1)
-    # Of equal ones topk may have put another before the first.
+    # Among ties topk may have put another token before the argmax.
     tokens = torch.where(best.indices == first, best.indices[:, :1], best.indices)
     masked = best.values[:, 1:] == -torch.inf
     return torch.cat([first, tokens[:, 1:].masked_fill(masked, -1)], 1), best.values
 
 
 def _settle(gains: list[tuple[list[Branch], torch.Tensor]]) -> None:
-    """Add what the steps' draws weigh to the branches."""
+    """Add the steps' gains to the branches' log-weights."""
     if gains:
         values = torch.cat([gained for _, gained in gains]).tolist()
         for branch, value in zip((branch for branches, _ in gains for branch in branches), values, strict=True):

@@ -1,4 +1,4 @@
-"""What a loop over trees hands back: the leaves of all trees as one batch, with what they weigh."""
+"""What a tree loop returns: the leaves of all trees as one batch, with their weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["TreeOutput", "leaves_of"]
 
 @dataclass
 class TreeOutput(ModelOutput):
-    """The leaves of all trees, prompt after prompt, in the order of their branches' numbers.
+    """The leaves of all trees, prompt by prompt, in the order of their branches' numbers.
 
     Attributes:
         sequences: `[L, T]`, int64: prompt and generated tokens, padded at the right.
@@ -37,17 +37,7 @@ class TreeOutput(ModelOutput):
 def leaves_of(
     trees: list[ForkTree], texts: torch.Tensor, pad: torch.Tensor, ledgers: list[TokenLedger] | None
 ) -> TreeOutput:
-    """Gather the leaves.
-
-    Args:
-        trees: One for each prompt, each with a branch at least.
-        texts: `[B, T]`, int64: the prompts, padded at the left.
-        pad: The padding token, int64 without dimensions.
-        ledgers: One for each prompt; None without a budget.
-
-    Returns:
-        The output.
-    """
+    """Gather the leaves of trees over the prompts `texts`, `[B, T]`, int64, padded at the left."""
     leaves = [(tree.prompt, branch) for tree in trees for branch in tree]
     longest = max(len(branch) for _, branch in leaves)
     generated = torch.full((len(leaves), longest), int(pad), dtype=torch.int64)

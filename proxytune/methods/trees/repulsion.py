@@ -1,8 +1,8 @@
-"""The host's side of siblings that repel each other: who is at the same place, who chose what. No tensors, no model.
+"""Bookkeeping on the host for siblings that repel each other. No tensors, no model.
 
-Rows advance in lock step, and the siblings of a prompt decide one after the other. What a sibling is repelled by is
-known before its own draw: the choices of those before it in this step, and the texts of earlier steps. Its draw is then
-one from `q(v) ∝ p(v) · exp(−penalty(v))`, which is the argmax of `log p(v) + Gumbel(v) − penalty(v)`.
+Rows advance in lock step, and the siblings of a prompt choose one after the other. A sibling's penalties are known
+before its own draw: from the siblings before it in this step, and from the texts of earlier steps. So its draw has
+`q(v) ∝ p(v) · exp(−penalty(v))`; it is the argmax of `log p(v) + Gumbel(v) − penalty(v)`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SiblingFrontier(Frontier):
     """Branches that begin at the prompt and repel each other.
 
     Attributes:
-        penalties: What was subtracted in the last step: of each row token → nats; empty where it drew from p itself.
+        penalties: Of the last step: for each row token → nats subtracted; empty where it drew from p itself.
     """
 
     def __init__(
@@ -41,16 +41,10 @@ class SiblingFrontier(Frontier):
         length: int,
         ledgers: Sequence[TokenLedger] | None,
     ) -> None:
-        """Plant the siblings of each prompt: as many as can be finished, at least one.
+        """Begin the siblings of each prompt, as many as can be finished but at least one.
 
-        Args:
-            prompts: Number of prompts.
-            siblings: The most branches of a prompt, N. The log-weights begin at −log of how many there are.
-            repulsion: λ, nats for each sibling that chose a token at the same place.
-            ngram: n; None for no repulsion by n-grams.
-            ngram_repulsion: Nats for each time that a token ended the same n-gram in another sibling's text.
-            length: The most generated tokens of a branch.
-            ledgers: A ledger for each prompt, which has been charged for the prompt; None for no limit.
+        The arguments are those of `SiblingDecoding` and `Frontier`. Log-weights begin at −log of the number of
+        siblings.
         """
         super().__init__(prompts, length=length, ledgers=ledgers)
         self.penalties: list[dict[int, float]] = []
@@ -59,7 +53,9 @@ class SiblingFrontier(Frontier):
         self._ngram_repulsion = ngram_repulsion
         self._places = prompts
         self._place: dict[Branch, int] = {}  # the same number for the same prompt and text
-        self._said: list[dict[_Context, Counter[int]]] = [{} for _ in range(prompts)]  # by all siblings of a prompt
+        self._said: list[dict[_Context, Counter[int]]] = [
+            {} for _ in range(prompts)
+        ]  # n-grams of all siblings of a prompt
         self._own: dict[Branch, dict[_Context, Counter[int]]] = {}
         for tree in self.trees:
             started = self._start(tree, siblings)
@@ -69,9 +65,9 @@ class SiblingFrontier(Frontier):
                 self._own[live.branch] = {}
 
     def most_draws(self) -> int:
-        """How many draws a step needs at most: one more than there are repelled tokens in a row.
+        """The maximum number of draws a step needs: one more than the repelled tokens of a row.
 
-        Of the unrepelled tokens only the best can be chosen, and at most as many as are repelled come before it.
+        Only the best unrepelled token can be chosen, and at most all repelled ones come before it.
         """
         before: Counter[int] = Counter()  # at each place
         most = 0
@@ -83,14 +79,7 @@ class SiblingFrontier(Frontier):
         return most + 1
 
     def advance(self, drawn: Sequence[RowDraws]) -> tuple[list[int], list[int]]:
-        """Decide for each row in turn.
-
-        Args:
-            drawn: One for each live row. Where a place is a fork is what its first row says.
-
-        Returns:
-            The rows as they are, and their tokens.
-        """
+        """Choose each row's token in turn; the rows stay as they are. A place is a fork if its first row says so."""
         chosen: dict[int, Counter[int]] = {}
         forks: dict[int, bool] = {}
         after: dict[tuple[int, int], int] = {}
@@ -119,20 +108,20 @@ class SiblingFrontier(Frontier):
             self.penalties.append(penalties)
             tokens.append(token)
             texts.append((live.tree.prompt, live.branch))
-        # Only now: what is said in this step repels from the next one on.
+        # Only now: this step's n-grams repel from the next step on.
         for prompt, branch in texts:
             self._remember(prompt, branch)
         return list(range(len(tokens))), tokens
 
     def _followers(self, prompt: int, branch: Branch) -> dict[int, int]:
-        """What came after this branch's last n − 1 tokens in the other siblings' texts, and how often."""
+        """How often each token followed this branch's last n − 1 tokens in its siblings' texts."""
         if self._ngram is None or len(branch) < self._ngram - 1:
             return {}
         context = tuple(branch.tokens[1 - self._ngram :])
-        said = self._said[prompt].get(context)
-        if said is None:
+        counts = self._said[prompt].get(context)
+        if counts is None:
             return {}
-        others = said - self._own[branch].get(context, Counter())
+        others = counts - self._own[branch].get(context, Counter())
         return dict(others.most_common(MOST_FOLLOWERS))
 
     def _remember(self, prompt: int, branch: Branch) -> None:
@@ -144,7 +133,7 @@ class SiblingFrontier(Frontier):
 
 
 def _best(one: RowDraws, penalties: dict[int, float]) -> int:
-    """Which of the draws has the largest key after its penalty; the first of equal ones."""
+    """The index of the draw with the largest key after its penalty; the first of equal ones."""
     if not penalties:
         return 0
     keys = [

@@ -1,9 +1,9 @@
-"""Batch exploration: siblings of one prompt repel each other where the distribution is undecided.
+"""Siblings of one prompt that repel each other where the entropy is high.
 
-At a fork, a sibling draws a token v from `q(v) ∝ p(v) · exp(−λ · (how many siblings before it chose v there))`: a
-decoding-time reading of the diversity bonus of "Outcome-based Exploration for LLM Reasoning" (arXiv 2509.06941), with
-λ = 0.5. "There" is where the text so far is the same; elsewhere a sibling draws from p. Its importance weight, the
-product of p / q along its text, follows q exactly: weighted votes and pass rates are those of p.
+At a fork, a sibling draws a token v from `q(v) ∝ p(v) · exp(−λ · (number of earlier siblings that chose v there))`: a
+decoding-time form of the diversity bonus of "Outcome-based Exploration for LLM Reasoning" (arXiv 2509.06941), with λ =
+0.5. "There" means after the same text; elsewhere a sibling draws from p. Its importance weight, the product of p / q
+along its text, corrects for q exactly: weighted votes and pass rates are those of p.
 """
 
 from __future__ import annotations
@@ -32,32 +32,32 @@ _MOST_NATS = 1000.0
 class SiblingDecoding(TreeLoop):
     """A loop for `model.generate(..., custom_generate=SiblingDecoding(threshold=…))`, for composed and plain models.
 
-    The prompt is forwarded once, then all siblings of all prompts are one batch. They decide in turn: what repels a
-    sibling is known before its own draw, so each log-weight is Σ (log p − log q) of its tokens, less log N, and over
-    the siblings of a prompt Σ exp(log_weight) · f is an unbiased estimate of E[f] under p. Each sibling by itself is
-    one too, N times its weight; a sibling's weights vary the more the more often it was repelled.
+    The prompt is forwarded once; then all siblings of all prompts are one batch. They choose in turn, so a sibling's
+    penalties are known before its own draw. Its log-weight is Σ (log p − log q) over its tokens, minus log N; over the
+    siblings of a prompt Σ exp(log_weight) · f is an unbiased estimate of E[f] under p. One sibling alone, with N times
+    its weight, gives one too. The more often a sibling is repelled, the more its weight varies.
 
-    p is the distribution after temperature and truncation. Were the penalty taken into account by the truncation, q
-    could lose tokens that p has, and no weight would make up for those; this way q has the support of p, and every
-    weight is finite. With `repulsion=0` and no n-grams the siblings are independent, and all weights are 1 / N.
+    p is the distribution after temperature and truncation, and penalties apply after these: otherwise q could lose
+    tokens that p has, which no weight can correct. So q has the support of p, and all weights are finite. With
+    `repulsion=0` and no n-grams the siblings are independent, and all weights are 1 / N.
 
-    A sibling draws with the keyed noise of its number: the same seed gives the same siblings, whatever the batch
-    around the prompt. The first draws as `FusedDecoding` does, up to where n-grams repel it.
+    A sibling draws with the noise of its own number: the same seed gives the same siblings, whatever the other prompts.
+    The first draws as `FusedDecoding` does, until n-grams repel it.
 
     Attributes:
         threshold: Entropy in nats above which a position is a fork, see `ForkDecoding`. Needed with `where="forks"` if
             anything repels, and with `fork_temperature`.
-        siblings: How many continuations of each prompt (N); with a budget, at most.
+        siblings: Number of continuations of each prompt (N); with a budget, at most.
         repulsion: λ, nats for each sibling that chose a token at the same place, in [0, 1000].
-        ngram: n ≥ 2: at forks, tokens that ended the same n-gram in texts of other siblings are repelled too, finished
-            ones included, the prompt not; of an n-gram's continuations the 32 most frequent. None for off.
-        ngram_repulsion: Nats for each time that one did, in [0, 1000].
-        where: "forks"; "random" for repulsion at random positions, the ablation.
-        share: With "random", the chance of a place to be one of them.
-        fork_temperature: The temperature above the threshold; None for the call's own everywhere.
-        max_total_tokens: A hard budget for each prompt, its own tokens included, counted once. As many siblings begin
-            as can be finished, at least one, which may be cut. None for no limit.
-        seed: The key of all draws; None for another one in each call, from torch's default generator.
+        ngram: n ≥ 2: at forks, also repel tokens that ended the same n-gram in other siblings' texts (finished ones
+            included, the prompt not), at most the 32 most frequent. None for off.
+        ngram_repulsion: Nats for each such occurrence, in [0, 1000].
+        where: "forks"; "random" for repulsion at random positions, an ablation.
+        share: With "random", the probability that a place is one of them.
+        fork_temperature: Temperature above the threshold; None for the call's own everywhere.
+        max_total_tokens: A hard budget for each prompt, including the prompt, counted once. As many siblings begin as
+            can be finished, at least one, which may be cut. None for no limit.
+        seed: The key of all draws; None for a new one in each call, from torch's default generator.
         stream_ids: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
         impl: "triton", "torch" or "auto".
 
@@ -71,7 +71,7 @@ class SiblingDecoding(TreeLoop):
     ngram_repulsion: float = 0.5
 
     _why_sampling: ClassVar[str] = (
-        "Greedy siblings would all be the same, and one that a penalty turned away from the argmax has no weight."
+        "Greedy siblings would all be the same, and one moved off the argmax by a penalty has no weight."
     )
 
     def __post_init__(self) -> None:
@@ -97,23 +97,23 @@ class SiblingDecoding(TreeLoop):
     def _gains(
         self, sampler: Sampler, rows: MembersAndWeights, frontier: Frontier, tokens: Sequence[int]
     ) -> torch.Tensor | None:
-        """Of each token log p − log q: `log Σ p(v) exp(−penalty(v)) + penalty(token)`, float64 `[rows]`.
+        """Gain log p − log q of each token: `log Σ p(v) exp(−penalty(v)) + penalty(token)`, float64 `[rows]`.
 
-        The sum is that of the tokens without a penalty, added up on the device, and of those with one. Taken from 1, it
-        would lose its digits where almost all of p is repelled.
+        The tokens without a penalty are summed on the device; 1 minus the rest would lose its digits where almost all
+        of p is repelled.
         """
         assert isinstance(frontier, SiblingFrontier)
         most = max(map(len, frontier.penalties))
         if not most:
             return None
-        # −1 in rows that are repelled by less, or by nothing.
+        # Padded with −1 in rows with fewer penalties.
         ids = torch.tensor([[*p, *[-1] * (most - len(p))] for p in frontier.penalties])  # [rows, K]
         nats = torch.tensor([[*p.values(), *[0.0] * (most - len(p))] for p in frontier.penalties], dtype=torch.float64)
-        own = torch.tensor(
+        penalty = torch.tensor(
             [p.get(t, 0.0) for p, t in zip(frontier.penalties, tokens, strict=True)], dtype=torch.float64
         )
         repelled = torch.tensor([bool(p) for p in frontier.penalties])
         logprobs, rest = sampler.draw_logprobs(rows, ids)
         place = rest.device
         left = torch.cat([rest.double()[:, None], logprobs.double() - nats.to(place)], 1).logsumexp(1)
-        return torch.where(repelled.to(place), left + own.to(place), 0.0)
+        return torch.where(repelled.to(place), left + penalty.to(place), 0.0)

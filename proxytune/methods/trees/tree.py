@@ -1,4 +1,4 @@
-"""The record of a tree: which branch left which at what token, what each was drawn with, and what it weighs."""
+"""The record of a tree: which branch left which at what token, how each was drawn, and its weight."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ __all__ = ["Branch", "ForkTree"]
 
 @dataclass(eq=False)
 class Branch:
-    """One continuation of a prompt, from the fork where it left another on.
+    """One continuation of a prompt, from the fork where it left another one.
 
     Attributes:
         number: Its number in the tree; the first is 0.
         parent: The branch that it left; None for the first.
         start: How many generated tokens it shares with its parent.
-        log_weight: Natural logarithm of its weight: the product of its draws' importance weights along the way (of a
-            fork tree those of Kool et al. 2019, arXiv 1903.06059). Over the leaves of a tree, Σ weight · f is an
-            unbiased estimate of E[f].
+        log_weight: Log of its weight, the product of its draws' importance weights (in a fork tree those of Kool et al.
+            2019, arXiv 1903.06059). Over the leaves of a tree, Σ weight · f is an unbiased estimate of E[f].
         tokens: Its own tokens, from `start` on.
         logprobs: Of each own token, nats, under the combined distribution at temperature 1.
         entropies: Of each own token's distribution, nats, raw.
         confidences: Of each own token's distribution: −mean log p of the 20 most probable, nats.
-        forks: Own positions, as numbers of generated tokens, at which it split, or siblings of it repelled it; its
-            parent's are not among them.
+        forks: Own positions, in generated tokens, where it split or a penalty applied; its parent's not included.
         finished: Whether it ended by itself; False if the budget or the length cut it.
     """
 
@@ -43,7 +41,7 @@ class Branch:
     finished: bool = False
 
     def __len__(self) -> int:
-        """How many tokens were generated on the way to its end, its ancestors' included."""
+        """Number of generated tokens on its path, its ancestors' included."""
         return self.start + len(self.tokens)
 
     def path(self) -> list[Branch]:
@@ -51,14 +49,7 @@ class Branch:
         return [self] if self.parent is None else [*self.parent.path(), self]
 
     def along(self, what: str) -> list[float]:
-        """A record of every token on the way to its end.
-
-        Args:
-            what: "tokens", "logprobs", "entropies" or "confidences".
-
-        Returns:
-            One value for each of `len(branch)` tokens.
-        """
+        """One value for each token of its path: "tokens", "logprobs", "entropies" or "confidences"."""
         out: list[float] = []
         steps = self.path()
         for one, then in zip(steps, [*steps[1:], None], strict=True):
@@ -73,8 +64,7 @@ class ForkTree:
 
     Attributes:
         prompt: The prompt's row in the batch.
-        branches: In the order of their numbers. Every one of them is a leaf, since a parent goes on as its own first
-            child.
+        branches: In the order of their numbers. Each is a leaf: a parent goes on as its own first child.
     """
 
     prompt: int
@@ -85,30 +75,23 @@ class ForkTree:
         return iter(self.branches)
 
     def __len__(self) -> int:
-        """How many leaves there are."""
+        """Number of leaves."""
         return len(self.branches)
 
     @property
     def tokens(self) -> int:
-        """How many tokens were generated in all, shared ones counted once."""
+        """Number of generated tokens, shared ones counted once."""
         return sum(len(branch.tokens) for branch in self.branches)
 
     def weights(self) -> list[float]:
-        """The leaves' weights, self-normalised: they sum to 1 (arXiv 1903.06059, eq. 6).
-
-        Returns:
-            One for each branch.
-        """
+        """The leaves' self-normalised weights: they sum to 1 (arXiv 1903.06059, eq. 6)."""
         return normalised([branch.log_weight for branch in self.branches])
 
     def render(self, decode: object = None) -> str:
-        """Draw the tree in text: a line for each branch, with where it left, the entropy there and its weight.
+        """Draw the tree as text, a line for each branch: where it left, the entropy there, its length and weight.
 
         Args:
             decode: A function from token ids to text; None for no text.
-
-        Returns:
-            The sampler, without colours.
         """
         children: dict[int, list[Branch]] = {}
         for branch in self.branches:

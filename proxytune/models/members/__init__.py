@@ -1,1 +1,1 @@
-"""One model of the composition, and how several run."""
+"""One member of the composition, and how several run together."""

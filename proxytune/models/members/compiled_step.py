@@ -1,9 +1,9 @@
 """One decode step of a member as a compiled graph, over a static cache.
 
-The prompt runs as it is. From then on each pass over one token has the same shapes, so one graph serves them all, and
-`torch.compile(mode="reduce-overhead")` replays it on a GPU with a single launch. The masks are made outside of the
-graph, by the member's own `prepare_inputs_for_generation`, as `generate()` does for a plain model: they are what
-changes its form from step to step.
+After the prompt every pass over one token has the same shapes, so one graph serves them all, and
+`torch.compile(mode="reduce-overhead")` replays it on a GPU with a single launch. Masks change form from step to step,
+so they are made outside the graph by the member's `prepare_inputs_for_generation`, as `generate()` does for a plain
+model.
 """
 
 from __future__ import annotations
@@ -22,16 +22,10 @@ class CompiledStep:
     """A member's pass over one token per row, compiled at its first use; a copy compiles anew.
 
     Attributes:
-        config: The settings, as transformers' own `generate(compile_config=…)` takes them.
+        config: The settings, as for transformers' `generate(compile_config=…)`.
     """
 
     def __init__(self, model: Any, config: CompileConfig) -> None:
-        """Take a model; nothing is compiled yet.
-
-        Args:
-            model: The causal LM. It is not changed.
-            config: The settings.
-        """
         self.config = config
         self._model = model
         self._call = torch.compile(model.__call__, **config.to_dict())
@@ -44,17 +38,7 @@ class CompiledStep:
 
     @staticmethod
     def serves(new: int, cache: Cache | None, logits_to_keep: int | torch.Tensor, latent: Any) -> bool:
-        """Whether a pass has the form that is compiled.
-
-        Args:
-            new: How many tokens per row there are.
-            cache: The member's cache.
-            logits_to_keep: As in `Member.forward`.
-            latent: As in `Member.forward`.
-
-        Returns:
-            Whether it is one token after a prompt in a static cache, without derivatives.
-        """
+        """Whether a pass can be compiled: one token after a prompt in a static cache, without gradients."""
         return (
             new == 1
             and latent is None
@@ -71,23 +55,23 @@ class CompiledStep:
 
         Args:
             inputs: `input_ids` `[B, 1]`, `attention_mask` `[B, past + 1]` and, if the model takes them, `position_ids`
-                `[B, 1]` or `[1, 1]`; None for a mask of ones and positions to count.
+                `[B, 1]` or `[1, 1]`. None stands for a mask of ones, and for positions counted from the cache.
             cache: Its static cache, extended in place.
 
         Returns:
-            Raw logits `[B, 1, V]`, in a tensor of their own: the next replay does not overwrite them.
+            Raw logits `[B, 1, V]`, a copy that the next replay does not overwrite.
         """
         given = {name: x for name, x in inputs.items() if x is not None or name != "position_ids"}
         if "position_ids" in inputs and inputs["position_ids"] is None:
             past = cache.get_seq_length()
             ids = inputs["input_ids"]
             assert ids is not None
-            # A length on the device stays there.
+            # A length on the device is not read by the host.
             given["position_ids"] = (
                 past.view(1, 1) if isinstance(past, torch.Tensor) else torch.full((1, 1), past, device=ids.device)
             )
         prepared = self._model.prepare_inputs_for_generation(**given, past_key_values=cache, use_cache=True)
-        # One form of the memory too: slices of a growing text differ in their strides.
+        # Same strides in every step: slices of a growing text differ in theirs.
         prepared = {
             name: x.clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) else x
             for name, x in prepared.items()

@@ -1,8 +1,8 @@
-"""The composite cache: one transformers `Cache` that holds the layers of all members, one after the other.
+"""The composite cache: one transformers `Cache` that holds the layers of all members, one member after the other.
 
-Any cache that `generate()` or the caller makes for the composed model (dynamic, static, offloaded) is given the layers
-that the members' own configs ask for, while it is still empty. Reordering, cropping or resetting it then needs no code
-here. A member sees a view: a cache of the same class over its slice of the *shared* layer objects.
+While it is still empty, any cache made for the composed model (dynamic, static, offloaded) gets the layers that the
+members' configs ask for, so reordering, cropping and resetting need no code here. A member sees a view: a cache of the
+same class over its slice of the *shared* layer objects.
 """
 
 from __future__ import annotations
@@ -22,16 +22,7 @@ _OWNER = "_proxytune_owner"
 
 
 def view(cache: Cache, start: int, stop: int) -> Cache:
-    """A cache over the layers `start` to `stop` of a composite cache.
-
-    Args:
-        cache: The composite cache.
-        start: First layer of the member.
-        stop: One past its last layer.
-
-    Returns:
-        A cache of the same class that shares the layer objects, so that updates through it are updates of `cache`.
-    """
+    """A cache of the same class over the layers `start` to `stop`; the layers are shared, so updates reach `cache`."""
     part = copy.copy(cache)
     part.layers = cache.layers[start:stop]
     return part
@@ -43,14 +34,14 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
     Args:
         cache: A cache that `generate()` or the caller made. While it is empty it gets the members' layers, in place.
         configs: The members' text configs, in the order of their layers.
-        owner: A name for the composed model; written on the cache, and kept by copies of it.
+        owner: An id of the composed model; it is written on the cache and kept by copies of it.
         ahead: Whether some members have run ahead of the others, as drafts do.
 
     Raises:
-        CacheError: If the cache holds tokens that another model put there, or that only some members have seen; or it
-            does not tell the length or the layers that it should have for all members.
+        CacheError: If the cache holds tokens from another model, or tokens that only some members have seen; or if its
+            length or layers cannot serve all members.
     """
-    if not hasattr(cache, "layers"):  # tuples of tensors, as they once were, or the pair of an encoder-decoder
+    if not hasattr(cache, "layers"):  # tuples of tensors (older transformers), or an encoder-decoder's pair of caches
         raise CacheError.of(
             "past_key_values",
             expected="a cache of a decoder, such as DynamicCache()",
@@ -88,21 +79,13 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
 
 
 def refuse_short_cache(cache: StaticCache, length: int) -> None:
-    """Refuse a static cache that a generation would overrun.
-
-    Args:
-        cache: The cache.
-        length: How many tokens it has to hold at most.
-
-    Raises:
-        CacheError: If it is shorter. Sliding layers need not hold more than their window.
-    """
+    """Raise CacheError if a static cache holds fewer than `length` tokens; sliding layers need only their window."""
     held = max((layer.max_cache_len for layer in cache.layers if not layer.is_sliding), default=length)
     if held < length:
         raise CacheError.of(
             "past_key_values",
             expected=f"a StaticCache for at least {length} tokens",
-            got=f"one for {held}",
+            got=f"a StaticCache for {held}",
             remedy="Make it longer, or lower max_new_tokens.",
         )
 
@@ -112,29 +95,29 @@ def _filled(cache: Cache) -> bool:
 
 
 def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> int:
-    """The length a static cache was made for. Sliding layers are no longer than their window, and do not tell."""
+    """The length a static cache was made for; sliding layers end at their window and may not tell."""
     length = max(layer.max_cache_len for layer in cache.layers)
     unbounded = [StaticCache(config=c, max_cache_len=sys.maxsize) for c in configs]
-    wanted = [layer.max_cache_len for one in unbounded for layer in one.layers]  # the window, or without bound
-    # Shorter than every window, it is the length itself; as long as the longest, the length does not matter.
+    wanted = [layer.max_cache_len for one in unbounded for layer in one.layers]  # the window, or unbounded
+    # If shorter than every window, it is the length itself; if as long as the longest, the length does not matter.
     if all(layer.is_sliding for layer in cache.layers) and min(wanted) <= length < max(wanted):
         raise CacheError.of(
             "past_key_values",
-            expected="a StaticCache that tells its length: some member's layers are not bound to a window of it",
-            got=f"one of sliding layers only, which end at {length}",
+            expected="a StaticCache that shows its length: some member needs more than these sliding windows",
+            got=f"a StaticCache of sliding layers only, of length {length}",
             remedy="Build it as StaticCache(config=model.config, max_cache_len=…).",
         )
     return length
 
 
 def _refuse_torn(cache: Cache) -> None:
-    # Static layers know their length only on the device; reading it would make the host wait in every step.
+    # Static layers have their length on the device; reading it would make the host wait in every step.
     lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
     if len(lengths) > 1:
         raise CacheError.of(
             "past_key_values",
             expected="layers that have all seen the same tokens",
-            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as an interrupted forward leaves them, or in "
-            "older versions of transformers reset()",
+            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as after an interrupted forward, or "
+            "after reset() in older versions of transformers",
             remedy="Start without the cache, or from a copy that was made before.",
         )

@@ -1,8 +1,8 @@
-"""A thread beside the current one, on a CPU: the companions run in it while the base runs in the caller's.
+"""On a CPU: run the companions in a second thread while the base runs in the caller's.
 
-torch shares one matrix product between its threads, and the small ones of a decode step badly: two models that run at
-the same time on half of the threads each can be faster than one after the other on all of them. Where they are is a
-matter of measurement (`benches/bench_overlap.py`), so it is off until it is asked for.
+torch splits the small matrix products of a decode step badly over many threads: two models at the same time, each on
+half of the threads, can be faster than one after the other on all of them. Off by default; `benches/bench_overlap.py`
+measures it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,8 @@ __all__ = ["SideThread", "may_split"]
 def may_split(devices: Sequence[torch.device]) -> bool:
     """Whether passes on these devices can be divided between two threads now.
 
-    Args:
-        devices: Where each pass runs.
-
-    Returns:
-        Whether: on CPUs, with two threads at least, and where nothing is in force that belongs to one thread alone
-        (gradients, autocast, inside `torch.compile`).
+    They can on CPUs with at least two torch threads, unless gradients, autocast or `torch.compile` are active, which
+    belong to one thread.
     """
     if len(devices) < 2 or any(device.type != "cpu" for device in devices) or torch.get_num_threads() < 2:
         return False
@@ -32,7 +28,7 @@ def may_split(devices: Sequence[torch.device]) -> bool:
 
 
 class SideThread:
-    """One thread, made at the first use; copies, also those of pickle, make one of their own."""
+    """One thread, started at its first use; copies, also by pickle, start their own."""
 
     def __init__(self) -> None:
         self._pool: ThreadPoolExecutor | None = None
@@ -41,13 +37,9 @@ class SideThread:
         return type(self), ()
 
     def run(self, works: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
-        """Run the first one here and the others, one after the other, on the side thread; torch's threads are divided.
+        """Run the first function here and the others, in order, on the side thread, with torch's threads divided.
 
-        Args:
-            works: At least two, which do not depend on each other.
-
-        Returns:
-            What each returns. After an error in one of them nothing is still running.
+        After an error in one of them nothing is still running.
         """
         if self._pool is None:
             self._pool = ThreadPoolExecutor(1, thread_name_prefix="proxytune-companions")
@@ -56,7 +48,7 @@ class SideThread:
         inference = torch.is_inference_mode_enabled()
 
         def beside() -> list[torch.Tensor]:
-            # Both belong to a thread, so the side thread has its own.
+            # Thread count and inference mode belong to a thread: set them on the side thread too.
             torch.set_num_threads(theirs)
             with torch.inference_mode(inference), torch.no_grad():
                 return [work() for work in works[1:]]

@@ -1,14 +1,14 @@
-"""Streams of a GPU beside the current one: a companion's kernels need not queue behind the base's.
+"""CUDA streams beside the current one, so that a companion's kernels do not queue behind the base's.
 
-A companion does not read the base's logits of the same step, so only its inputs have to be there. What makes this safe:
+A companion does not read the base's logits of the same step; only its inputs have to be ready. What makes this safe:
 
-- a side stream first waits for all that the current stream has been given so far, and the current stream for the side
-  stream before the results are used: neither is ever more than one step ahead;
-- a tensor that is used on a stream on which it was not made is recorded there, so that its memory is not handed out
-  again too early: inputs, the layers of caches, which `generate()` may have reordered on its own stream, and results;
-- every thread has side streams of its own, since threads do not wait for each other.
+- A side stream first waits for the current stream's work so far, and the current stream waits for the side stream
+  before the results are used. Neither is more than one step ahead.
+- A tensor used on another stream than its own is recorded there, so that its memory is not reused too early: inputs,
+  results, and cache layers, which `generate()` may have reordered on its own stream.
+- Every thread has its own side streams, since threads do not wait for each other.
 
-Where there is no GPU, inside `torch.compile` and while a CUDA graph is captured, all runs in turn, as it is called.
+Without a GPU, inside `torch.compile` and during CUDA graph capture everything runs in order.
 """
 
 from __future__ import annotations
@@ -26,35 +26,18 @@ __all__ = ["CompanionStreams", "ForkJoin", "StreamOrder", "may_overlap", "tensor
 
 
 def may_overlap(device: torch.device) -> bool:
-    """Whether work on a device can be put on another stream now.
-
-    Args:
-        device: The device.
-
-    Returns:
-        Whether; False on a CPU, inside `torch.compile` and while a graph is captured.
-    """
+    """Whether work can go on another stream now: on CUDA, outside `torch.compile` and graph capture."""
     return device.type == "cuda" and not torch.compiler.is_compiling() and not torch.cuda.is_current_stream_capturing()
 
 
 def tensors_of(cache: Cache | None) -> Iterator[torch.Tensor]:
-    """All tensors that a cache's layers hold.
-
-    Args:
-        cache: The cache, or a view of one; None for none.
-
-    Yields:
-        Keys, values and what else a layer keeps, on any device.
-    """
+    """All tensors that the layers of a cache (or a view of one) hold."""
     for layer in [] if cache is None else cache.layers:
         yield from (x for x in vars(layer).values() if isinstance(x, torch.Tensor))
 
 
 class CompanionStreams(threading.local):
-    """A stream for each name and device, in each thread another; made at the first use.
-
-    Copies, also those of pickle, start without streams.
-    """
+    """One stream per name, device and thread, made at its first use; copies, also by pickle, start without streams."""
 
     def __init__(self) -> None:
         self._streams: dict[tuple[str, torch.device], Any] = {}
@@ -66,16 +49,10 @@ class CompanionStreams(threading.local):
     def beside(
         self, name: str, device: torch.device, reads: Iterable[torch.Tensor | None], ready: Any = None
     ) -> Iterator[Any]:
-        """Make a side stream the current one.
+        """Make a side stream the current one, and yield it; who uses the results has to wait for it.
 
-        Args:
-            name: Whose stream, e.g. a role.
-            device: A CUDA device.
-            reads: What is read there that may have been made on another stream.
-            ready: An event to wait for; None for all that the device's current stream has been given so far.
-
-        Yields:
-            The stream. Who uses the results has to wait for it.
+        It waits for the event `ready`, by default for all work given to the device's current stream so far. `reads` are
+        the tensors read there that may have been made on another stream.
         """
         stream = self._streams.get((name, device))
         if stream is None:
@@ -87,7 +64,7 @@ class CompanionStreams(threading.local):
 
 
 class StreamOrder:
-    """The order of the streams that use something in place, one after the other, such as a cache."""
+    """Orders the streams that use something in place, such as a cache, one after the other."""
 
     def __init__(self) -> None:
         self._done: Any = None
@@ -97,12 +74,7 @@ class StreamOrder:
 
     @contextmanager
     def on(self, device: torch.device, uses: Iterable[torch.Tensor | None]) -> Iterator[None]:
-        """Take a turn on the current stream, after the last one on whichever stream it was.
-
-        Args:
-            device: Where the things are.
-            uses: What they are made of now.
-        """
+        """Take a turn on the current stream, after the last turn on any stream; `uses` are the tensors used."""
         if not may_overlap(device):
             yield
             return
@@ -117,19 +89,15 @@ class StreamOrder:
 
 
 class ForkJoin:
-    """The forward passes of one step; those of companions may run beside the one of the base.
+    """The forward passes of one step; the companions' may run beside the base's.
 
     Use as a context manager: at its end, also after an error, the current streams wait for the side streams.
     """
 
     def __init__(self, sides: CompanionStreams | None) -> None:
-        """Begin a step.
-
-        Args:
-            sides: The side streams; None to run everything in turn.
-        """
+        """Begin a step; without side streams everything runs in order."""
         self._sides = sides
-        # By device: what the side streams wait for, and what waits for them.
+        # By device: events that the side streams wait for, and events to wait for at the end.
         self._ready: dict[torch.device, Any] = {}
         self._done: list[tuple[torch.device, Any]] = []
 
@@ -137,11 +105,7 @@ class ForkJoin:
         return self
 
     def open(self, device: torch.device) -> None:
-        """Let the side streams of a device start from here, whatever its current stream is given from now on.
-
-        Args:
-            device: The device of a companion.
-        """
+        """Let a device's side streams start from here, whatever its current stream is given later."""
         if self._sides is not None and device not in self._ready and may_overlap(device):
             self._ready[device] = torch.cuda.current_stream(device).record_event()
 
@@ -152,16 +116,10 @@ class ForkJoin:
         work: Callable[[], torch.Tensor],
         reads: Iterable[torch.Tensor | None],
     ) -> torch.Tensor:
-        """Run a companion, beside the current stream if its device has been opened.
+        """Run a companion's forward pass `work`, beside the current stream if its device has been opened.
 
-        Args:
-            name: Whose stream.
-            device: The companion's device.
-            work: Its forward pass.
-            reads: What it reads that may have been made on another stream.
-
-        Returns:
-            What `work` returns; on the current stream, it may be used after the context.
+        `reads` are the tensors it reads that may have been made on another stream. The result may be used on the
+        current stream after the context.
         """
         ready = self._ready.get(device)
         if ready is None or self._sides is None:

@@ -1,8 +1,7 @@
-"""The members' forward passes of one step: who runs over which tokens, on which part of the composite cache.
+"""The members' forward passes of one step, each on its part of the composite cache.
 
-On a GPU the base is launched first and the companions beside it (`proxytune.models.members.cuda_streams`): what the
-host has to do for them then happens while the device is busy with the base. Members on different devices overlap by
-themselves.
+On a GPU the base is launched first and the companions beside it (`proxytune.models.members.cuda_streams`), so their
+host work happens while the device is busy with the base. Members on different devices overlap anyway.
 """
 
 from __future__ import annotations
@@ -39,24 +38,14 @@ def run_members(
     sides: CompanionStreams | None = None,
     thread: SideThread | None = None,
 ) -> list[torch.Tensor]:
-    """Run every member over a span of tokens that follows what the composite cache holds.
+    """Run every member over the tokens that follow the composite cache, with arguments as in `Member.forward`.
 
-    Args:
-        members: The members, the base first.
-        spans: First and last-plus-one layer of each in the composite cache.
-        input_ids: `[B, N]`, int64.
-        cache: The composite cache, extended in place; None to run without.
-        attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding; None if there is no padding.
-        position_ids: `[B, N]` or `[1, N]`; None to count.
-        logits_to_keep: The last that many positions (0: all), or a tensor of positions.
-        latent: What each member takes in place of the ids.
-        precomputed: Role → `[B, J, V_i]`, logits of the first J ≤ N of these tokens, which that member has already
-            run over and holds in its layers of the cache. It does not run.
-        sides: The side streams for companions on a GPU; None to run the members in turn.
-        thread: The side thread for companions on a CPU; None likewise.
+    `spans` is each member's first layer in the cache and one past its last. `precomputed` maps a role to `[B, J, V_i]`,
+    logits of the first J ≤ N tokens, which that member's layers already hold; it does not run. `sides` are side streams
+    for companions on a GPU and `thread` a side thread on a CPU; None runs the members in order.
 
     Returns:
-        Raw logits of each, `[B, K, V_i]`, in its dtype and on its device.
+        Raw logits of each member, `[B, K, V_i]`, in its dtype and on its device.
     """
     running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in precomputed]
     works, parts = [], []
@@ -76,19 +65,21 @@ def run_members(
         )
     eager = all(member.step is None for member, _, _ in running)
     if thread is not None and eager and may_split([member.device for member, _, _ in running]):
-        found = thread.run(works)
+        computed = thread.run(works)
     else:
-        # Offloaded layers come back on a stream for which only the device's default stream waits.
-        found = []
+        # Offloaded layers are loaded on a stream that only the device's default stream waits for.
+        computed = []
         with ForkJoin(None if getattr(cache, "offloading", False) else sides) as fork:
             for companion in members[1:]:
                 fork.open(companion.device)  # before the base is launched
             for i, ((member, _, fed), work, part) in enumerate(zip(running, works, parts, strict=True)):
-                # Compiled steps share one pool of memory for their graphs, so they take turns.
+                # Compiled steps share one memory pool for their graphs, so they take turns.
                 if i == 0 or member.step is not None:
-                    found.append(work())
+                    computed.append(work())
                 else:
                     reads = chain((input_ids, attention_mask, position_ids), (fed or {}).values(), tensors_of(part))
-                    found.append(fork.run(member.role, member.device, work, reads))
-    said = dict(precomputed) | {member.role: logits for (member, _, _), logits in zip(running, found, strict=True)}
-    return [said[member.role] for member in members]
+                    computed.append(fork.run(member.role, member.device, work, reads))
+    by_role = dict(precomputed) | {
+        member.role: logits for (member, _, _), logits in zip(running, computed, strict=True)
+    }
+    return [by_role[member.role] for member in members]

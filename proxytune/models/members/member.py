@@ -1,7 +1,7 @@
-"""One causal LM of the composition: what it can take, and one forward pass of it over a span of tokens.
+"""One causal LM of the composition: which models are supported, and one forward pass over a span of tokens.
 
-Both doors run their models through `Member.forward`: the composed model on a view of its composite cache, a companion
-on a cache of its own. It does not know how caches are built, and nothing of formulas.
+The composed model passes a view of its composite cache, other callers a cache of the member's own. Nothing here knows
+formulas.
 """
 
 from __future__ import annotations
@@ -23,14 +23,7 @@ _SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
-    """How many ids a model can embed.
-
-    Args:
-        model: A causal LM.
-
-    Returns:
-        The number of rows of its input embedding; padded rows count.
-    """
+    """How many ids a model can embed; padded rows count."""
     return int(model.get_input_embeddings().weight.shape[0])
 
 
@@ -55,7 +48,7 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
         raise UnsupportedModelError.of(
             f"the {role}",
             expected="an adapter in the weights, such as LoRA",
-            got="a PEFT model that learns a prompt or prefix, which puts tokens of its own into the cache",
+            got="a PEFT model that learns a prompt or prefix, which adds its own tokens to the cache",
             remedy="Use another kind of adapter, or a merged model.",
         )
     kinds = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
@@ -76,9 +69,9 @@ class Member:
         role: `"base"`, `"expert"` or `"antiexpert"`.
         model: The causal LM.
         rows: How many ids it can embed.
-        context: The largest number of positions it was built for; None if its config names none.
-        token_forwards: Tokens × rows that went through it so far; what it cost.
-        step: Its compiled decode step; None if all passes run as they are.
+        context: The maximum number of positions; None if its config names none.
+        token_forwards: Rows × tokens that it has run over so far.
+        step: Its compiled decode step; None if all passes run uncompiled.
     """
 
     def __init__(self, model: PreTrainedModel, role: str) -> None:
@@ -99,7 +92,7 @@ class Member:
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.token_forwards = 0
         self.step: CompiledStep | None = None
-        # A PEFT model hands everything on, so the signature that counts is that of the model inside.
+        # A PEFT model passes everything on: the signature of the model inside counts.
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         parameters = inspect.signature(inner.forward).parameters
         if "past_key_values" not in parameters:
@@ -114,15 +107,12 @@ class Member:
 
     @property
     def device(self) -> torch.device:
-        """The device its inputs go to (the first one, if it is spread over several)."""
+        """The device of its inputs (the first one, if the model is spread over several)."""
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device
 
     def compile_step(self, config: CompileConfig | None) -> None:
-        """Compile the decode step, see `proxytune.models.members.compiled_step`.
-
-        Args:
-            config: The settings; None to run it as it is again.
+        """Compile the decode step, or undo it with None.
 
         Raises:
             UnsupportedModelError: If the model is offloaded, or quantized in a way that cannot be compiled.
@@ -134,20 +124,13 @@ class Member:
             raise UnsupportedModelError.of(
                 f"the {self.role}",
                 expected="a model that can be compiled",
-                got=f"one with layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
+                got=f"layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
                 remedy="Leave it out: compile_members(roles=[…]).",
             )
         self.step = None if config is None else CompiledStep(self.model, config)
 
     def refuse_length(self, length: int) -> None:
-        """Refuse a text that is longer than the model's context.
-
-        Args:
-            length: Its number of tokens.
-
-        Raises:
-            InputError: If it is too long.
-        """
+        """Raise InputError if `length` tokens exceed the model's context."""
         if self.context is not None and length > self.context:
             raise InputError.of(
                 f"length for the {self.role}",
@@ -166,16 +149,16 @@ class Member:
         logits_to_keep: int | torch.Tensor = 0,
         latent: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """Run the model over a span of tokens that follows what its cache holds.
+        """Run the model over the tokens that follow its cache.
 
         Args:
-            input_ids: `[B, N]`, int64, only the tokens the cache has not seen.
+            input_ids: `[B, N]`, int64, only tokens that the cache does not hold yet.
             attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding; None if there is no padding.
             position_ids: `[B, N]` or `[1, N]`; None for the model's default, 0, 1, 2, … after the cache.
             cache: The model's own cache (or view), extended in place; None to run without.
-            logits_to_keep: The last that many positions (0: all), or a tensor of positions.
-            latent: What the model takes in place of the ids, `[B, N, …]` each (see
-                `proxytune.methods.latent.embedding`); None for the ids.
+            logits_to_keep: The number of last positions to keep (0: all), or a tensor of positions.
+            latent: Inputs in place of the ids, `[B, N, …]` each (see `proxytune.methods.latent.embedding`); None for
+                the ids.
 
         Returns:
             Raw logits `[B, K, V]` in the model's dtype, on the model's device.
@@ -185,12 +168,12 @@ class Member:
         """
         n = input_ids.shape[1]
         past = cache.get_seq_length() if cache is not None else 0
-        # A static cache knows its length only on the device; reading it would make the host wait in every step.
+        # A static cache has its length on the device; reading it would make the host wait in every step.
         self.refuse_length(n + (past if isinstance(past, int) else 0))
         device = self.device
 
         def here(t: torch.Tensor | None) -> torch.Tensor | None:
-            # Not waiting is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+            # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
             return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
         if not torch.compiler.is_compiling():
@@ -220,26 +203,14 @@ class Member:
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
-    """The position of each token in its row, not counting padding.
-
-    Args:
-        attention_mask: `[B, T]`, 1 for tokens and 0 for padding.
-
-    Returns:
-        `[B, T]`, int64; 0 on padding, where it does not matter.
-    """
+    """Each token's position in its row, padding not counted: `[B, T]`, int64, from a mask `[B, T]`; 0 on padding."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
 def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:
-    """Refuse a prompt with ids that some member cannot embed. Waits for the device: for prompts, not for every step.
+    """Raise InputError if a prompt `[B, T]` is empty or has ids that some member cannot embed.
 
-    Args:
-        input_ids: `[B, T]`, int64.
-        members: All members that will see the prompt.
-
-    Raises:
-        InputError: If the prompt is empty, or an id is negative or beyond the smallest embedding.
+    Waits for the device: call it for prompts, not in every step.
     """
     if input_ids.numel() == 0:
         raise InputError.of(
@@ -256,5 +227,5 @@ def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:
             "input_ids",
             expected=f"ids from 0 to {least.rows - 1}, which every member can embed",
             got=f"id {bad}, which the {least.role} ({least.rows} embedding rows) has no embedding for",
-            remedy="Tokenize with the tokenizer that all members share, and leave out tokens added for one of them.",
+            remedy="Use the tokenizer that all members share, without tokens added for one of them.",
         )

@@ -372,8 +372,8 @@ def test_the_temperature_of_forks(model: Any) -> None:
         ({"threshold": "high"}, "threshold: expected a finite number of nats; got 'high'"),
         ({"threshold": float("nan")}, "threshold: expected a finite number of nats; got nan"),
         ({"threshold": float("inf")}, "threshold: expected a finite number of nats"),
-        ({"threshold": ForkThreshold.streaming()}, "threshold: expected a fixed or calibrated one"),
-        ({"threshold": ForkThreshold(1.0, measure="scaled")}, "threshold: expected one of the raw entropy"),
+        ({"threshold": ForkThreshold.streaming()}, "threshold: expected a fixed or calibrated threshold"),
+        ({"threshold": ForkThreshold(1.0, measure="scaled")}, "threshold: expected a threshold of the raw entropy"),
         ({"threshold": 1, "branches": 0}, "branches: expected a whole number, at least 1; got 0"),
         ({"threshold": 1, "branches": 2.0}, "branches: expected a whole number, at least 1; got 2.0"),
         ({"threshold": 1, "branches": True}, "branches: expected a whole number"),
@@ -428,7 +428,7 @@ def test_a_calibrated_threshold_belongs_to_its_alpha(model: Any) -> None:
         got = grow(model, ForkDecoding(threshold=threshold, seed=3), ids, mask).trees
         assert list(map(described, got)) == list(map(described, want))
     if hasattr(model, "members"):
-        with pytest.raises(InputError, match="threshold: expected one calibrated at α = 0.7; got at α = 2.0"):
+        with pytest.raises(InputError, match="threshold: expected a threshold calibrated at α = 0.7; got α = 2.0"):
             grow(model, ForkDecoding(threshold=ForkThreshold(MIDDLE, alpha=2.0)), ids, mask)
 
 

@@ -327,7 +327,7 @@ def test_a_budget_without_a_token_after_the_prompt_is_refused(model: Any) -> Non
         ({"repulsion": 0, "fork_temperature": 1.0}, "threshold: expected a finite number of nats; got None"),
         ({"where": "start"}, "where: expected 'forks' or 'random'; got 'start'"),
         ({"threshold": NAN}, "threshold: expected a finite number of nats; got nan"),
-        ({"threshold": ForkThreshold.streaming()}, "threshold: expected a fixed or calibrated one"),
+        ({"threshold": ForkThreshold.streaming()}, "threshold: expected a fixed or calibrated threshold"),
         ({"threshold": 1, "siblings": 0}, "siblings: expected a whole number, at least 1; got 0. Pass e.g. Sibling"),
         ({"threshold": 1, "siblings": 2.5}, "siblings: expected a whole number, at least 1; got 2.5"),
         ({"threshold": 1, "siblings": True}, "siblings: expected a whole number, at least 1; got True"),
@@ -372,7 +372,7 @@ def test_calls_that_cannot_be_followed_are_refused(model: Any) -> None:
         with pytest.raises(UnsupportedModeError, match="streamer: expected none with SiblingDecoding"):
             grow(model, loop, ids, mask, streamer=Streamer())
         other = SiblingDecoding(threshold=ForkThreshold(MIDDLE, alpha=2.0))
-        with pytest.raises(InputError, match=f"threshold: expected one calibrated at α = {ALPHA}; got at α = 2.0"):
+        with pytest.raises(InputError, match=f"threshold: expected a threshold calibrated at α = {ALPHA}; got α = 2.0"):
             grow(model, other, ids, mask)
 
 

@@ -81,7 +81,7 @@ def test_an_empty_cache_is_adopted_in_place(model: ProxyTunedModel, kind: str) -
     cache = EMPTY[kind](model)
     if kind == "static for the base" and all(layer.is_sliding for layer in cache.layers):
         # Such layers end at the window. How long the cache was meant to be for the members without one is lost.
-        with pytest.raises(CacheError, match=f"sliding layers only, which end at {WINDOW}"):
+        with pytest.raises(CacheError, match=f"sliding layers only, of length {WINDOW}"):
             filled(model, tokens(2, 3), cache)
         return
     seen = tokens(2, WINDOW + 3)
