@@ -84,7 +84,7 @@ def refuse_call(
         raise UnsupportedModeError.of(
             "past_key_values",
             expected=f"an empty cache with {loop}: its contents were computed without this noise",
-            got=f"one of {int(cache.get_seq_length())} positions",
+            got=f"a cache of {int(cache.get_seq_length())} positions",
             remedy="Leave it out, and pass the whole text.",
         )
     compiled = _compiled(model)

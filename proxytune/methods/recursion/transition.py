@@ -127,7 +127,7 @@ class Transition:
                 "a forward pass during stochastic recursion",
                 expected=f"states [{rows}, T, {self._size}], positions [1 or {rows}, T], cycles below {self.cycles}",
                 got=f"{list(state.shape)}, {list(positions.shape)}, cycle {cycle}",
-                remedy="Let nothing else (a thread, a logits processor) run this model meanwhile, or fix the adapter.",
+                remedy="Let nothing else (another thread, a logits processor) run this model, or fix the adapter.",
             )
 
 
