@@ -25,17 +25,10 @@ _REPEATS = 1000
 def sampled_entropies(
     model: Any, encoded: Any, temperature: float, *, samples: int = 1, max_new_tokens: int = 128
 ) -> list[Entropies]:
-    """Continue a batch of prompts, and return the entropies of the sampled tokens.
+    """Sample continuations of a batch, and return the entropies of their tokens.
 
-    Args:
-        model: A composed or a plain model. Of its own generation settings only the special tokens count.
-        encoded: `input_ids` and `attention_mask`, `[B, T]` each, padded at the left.
-        temperature: Sampling temperature.
-        samples: Samples per prompt.
-        max_new_tokens: Tokens per sample.
-
-    Returns:
-        Per sample the entropies of its tokens, an EOS token included, `[n]`, float64, nats; n ≥ 1.
+    `encoded` has `input_ids` and `attention_mask`, `[B, T]`, padded at the left. Of the model's own generation settings
+    only the special tokens count. Per sample `[n]`, float64, nats; n ≥ 1, an EOS token included.
     """
     from transformers import GenerationConfig
 
@@ -84,9 +77,7 @@ def forced_entropies(
 
     found = []
     for text in texts:
-        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)[
-            :, :-1
-        ]  # the last one's prediction is not needed
+        ids = tokenizer(text, return_tensors="pt")["input_ids"].to(model.device)[:, :-1]  # the last predicts nothing
         past, pieces = None, []
         with torch.no_grad():
             for piece in ids.split(_PIECE, dim=1) if ids.shape[1] else ():

@@ -12,11 +12,10 @@ __all__ = ["Watch"]
 
 
 class Watch:
-    """Counts forks, and compares their share with a band once per window.
+    """Counts forks, and compares their share with a band once per window; the band is that of `ForkThreshold`.
 
-    The band is `share ± (margin + 4 · √(inflation · share (1 − share) / window))`. `inflation` (≥ 1) allows for
-    dependent tokens, as entropies of neighbours and of one prompt's rows are alike: at 4, a window counts as a quarter
-    of its tokens.
+    At `inflation` 4, a window counts as a quarter of its tokens, as entropies of neighbours and of one prompt's rows
+    are alike.
     """
 
     def __init__(

@@ -168,7 +168,7 @@ def _gumbel(candidates: Candidates, noise: Noise, tau: Any) -> torch.Tensor:
     2014, "A* sampling"); given it, the others are independent and truncated at it.
     """
     variates = noise.gumbel(slotted(0, candidates.ids), LATENT)  # [B, K]
-    # The emitted token's own variate; the others use theirs.
+    # The emitted token's own variate.
     largest = torch.where(candidates.own, variates, 0.0).sum(1, keepdim=True)
     truncated = -torch.logaddexp(-largest, -(candidates.logprobs + variates))
     keys = torch.where(candidates.own, largest, truncated)
@@ -214,5 +214,5 @@ def _multiplex(candidates: Candidates, noise: Noise, samples: Any) -> torch.Tens
     index = slotted(slots, candidates.ids[:, None]).flatten(1)  # [B, (K − 1) · count]
     keys = noise.gumbel(index, LATENT).view(rows, samples - 1, count) + candidates.logprobs[:, None]
     further = torch.nn.functional.one_hot(keys.argmax(-1), count).sum(1)
-    # argmax ignores NaN: mark such rows as without weights.
+    # The argmax of a NaN row means nothing: mark it as without weights.
     return total + torch.where(candidates.logprobs.isnan().any(1, keepdim=True), torch.nan, further.float())
