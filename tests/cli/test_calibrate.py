@@ -216,7 +216,7 @@ def test_wrong_texts_are_told(run, members, tmp_path, monkeypatch):
         (["--texts", empty], "expected at least one line; got nothing"),
         (["--texts", blank], "prompt 2: expected some text"),
         (["--texts", few], "expected at least 50 tokens for a share of 0.2"),
-        (["--texts", one], "calibration: expected some tokens; got none"),
+        (["--texts", one], "calibration: expected some tokens; got 0 tokens"),
         (["x", "--max-new-tokens", 3], "entropies: expected at least 50 tokens"),
     ):
         ended = run("calibrate", *words, *members)

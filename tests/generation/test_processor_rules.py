@@ -88,7 +88,7 @@ def test_companions_read_each_row_with_the_mask_of_its_prompt(loop: Any, door: s
     torch.testing.assert_close(got.log_weights, want.log_weights, atol=1e-4, rtol=0)
     assert len({len(branch) for tree in want.trees for branch in tree}) > 1, "some end before others"
     if given is not None:
-        with processor.attach(base), pytest.raises(InputError, match="the prompts that the processor's mask was given"):
+        with processor.attach(base), pytest.raises(InputError, match="the prompts of the mask that was given"):
             grow(base, loop(), ids.flip(0), mask.flip(0))
 
 

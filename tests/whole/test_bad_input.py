@@ -362,10 +362,15 @@ def test_attaching_twice_is_refused_and_detaching_leaves_no_trace() -> None:
         assert not torch.equal(base.generate(ids, **GREEDY), alone), "this α and these experts do change the text"
         with pytest.raises(InputError, match="attach: expected a detached processor"):
             one.attach(base)
-        with pytest.raises(InputError, match="attach: expected a model that is not steered yet; got one with another"):
+        with pytest.raises(
+            InputError, match="attach: expected a model that is not steered yet; got a model with another"
+        ):
             two.attach(base)
         for dropped_in in (one, two):
-            with pytest.raises(InputError, match="logits_processor: expected no other .*; got one: the shifts would"):
+            with pytest.raises(
+                InputError,
+                match="logits_processor: expected no processor .*; got a ProxyTuningLogitsProcessor: the shifts would",
+            ):
                 base.generate(ids, logits_processor=[dropped_in], **GREEDY)
     with pytest.raises(InputError, match="logits_processor: expected no ProxyTuningLogitsProcessor on a composed"):
         compose().generate(ids, logits_processor=[one], **GREEDY)

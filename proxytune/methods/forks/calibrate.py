@@ -1,4 +1,4 @@
-"""Measure a model's token entropies and find its fork threshold, with intervals."""
+"""Measure a model's token entropies, and derive its fork threshold with intervals."""
 
 from __future__ import annotations
 
@@ -25,17 +25,10 @@ _REPEATS = 1000
 def sampled_entropies(
     model: Any, encoded: Any, temperature: float, *, samples: int = 1, max_new_tokens: int = 128
 ) -> list[Entropies]:
-    """Continue a batch of prompts, and keep the entropies of what was sampled.
+    """Sample continuations of a batch, and return the entropies of their tokens.
 
-    Args:
-        model: A composed or a plain model. Of its own generation settings only the special tokens count.
-        encoded: `input_ids` and `attention_mask`, `[B, T]` each, padded on the left.
-        temperature: Of the samples.
-        samples: Per prompt.
-        max_new_tokens: Per sample.
-
-    Returns:
-        Per sample the entropies of its tokens, the end of the text included, `[n]`, float64, nats; n ≥ 1.
+    `encoded` has `input_ids` and `attention_mask`, `[B, T]`, padded at the left. Of the model's own generation settings
+    only the special tokens count. Per sample `[n]`, float64, nats; n ≥ 1, an EOS token included.
     """
     from transformers import GenerationConfig
 
@@ -46,11 +39,11 @@ def sampled_entropies(
     if special["pad_token_id"] is None:
         ends = special["eos_token_id"]
         special["pad_token_id"] = ends[0] if isinstance(ends, list) else ends
-    # At temperature 1 everywhere it changes nothing, and records what it is handed.
+    # At temperature 1 everywhere it changes nothing, and records the entropies.
     recorder = ForkSamplingLogitsProcessor(
         0.0, exec_temperature=1.0, temperature=temperature, eos_token_id=special["eos_token_id"], record=True
     )
-    # generate() fills what its settings leave open from the model's own: penalties there would change the entropies.
+    # generate() takes unset settings from the model's own: penalties there would change the entropies.
     model.generation_config = GenerationConfig(**special)
     try:
         with recorder.attach(model):
@@ -74,16 +67,9 @@ def forced_entropies(
     texts: Sequence[str],
     advance: Callable[[int], object] = lambda _: None,
 ) -> list[Entropies]:
-    """Read given texts, and keep the entropies of what the model expects before each of their tokens but the first.
+    """Read given texts, and return the entropies of the model's distributions before each token but the first.
 
-    Args:
-        model: A composed or a plain model.
-        tokenizer: Its tokenizer.
-        texts: The texts; those of a single token have nothing to measure.
-        advance: Called with 1 after each text.
-
-    Returns:
-        Per text `[n]`, float64, nats.
+    `advance(1)` is called after each text. Texts of a single token give no entropies. Per text `[n]`, float64, nats.
     """
     import torch
 
@@ -105,22 +91,19 @@ def forced_entropies(
 
 
 def report(found: Sequence[Entropies], share: float) -> dict[str, Any]:
-    """Find the threshold, and how sure it is.
-
-    Args:
-        found: Per text the entropies of its tokens, nats.
-        share: The share of tokens that are to be forks.
+    """Derive the threshold above which `share` of the tokens lie, and its uncertainty; `found` has one array per text.
 
     Returns:
         JSON values: `nats`, the threshold; `interval`, its 95 % interval; `realised_share` of these tokens above it,
-        and `share_interval`, what other texts of the kind may give (both null if there is one text only); `tokens`;
+            and
+        `share_interval`, what to expect of other texts of the kind (both intervals null for one text only); `tokens`;
         `texts`; `mean`, in nats; `quantiles`, level → nats.
 
     Raises:
         InputError: If there are no tokens, too few for the quantile, or some have no entropy.
 
     Warns:
-        CalibrationWarning: If the share may well be more than 2 points off, because of ties or for want of text.
+        CalibrationWarning: If the share may be more than 2 points off, because of ties or too little text.
     """
     import numpy as np
 
@@ -129,7 +112,10 @@ def report(found: Sequence[Entropies], share: float) -> dict[str, Any]:
     tokens = np.concatenate(found) if found else np.empty(0)
     if not len(tokens):
         raise InputError.of(
-            "calibration", expected="some tokens", got="none", remedy="Give prompts, or texts of more than one token."
+            "calibration",
+            expected="some tokens",
+            got="0 tokens",
+            remedy="Give prompts, or texts of more than one token.",
         )
     nats = ForkThreshold.calibrated(tokens, share).nats
     interval, shares = bootstrap(found, share, nats)
@@ -157,15 +143,9 @@ def report(found: Sequence[Entropies], share: float) -> dict[str, Any]:
 def bootstrap(
     found: Sequence[Entropies], share: float, nats: float
 ) -> tuple[list[float], list[float]] | tuple[None, None]:
-    """95 % intervals by drawing whole texts anew: the tokens of one text are alike, and draws of tokens too sure.
+    """95 % intervals of the threshold, in nats, and of the share above `nats`; None and None for one text only.
 
-    Args:
-        found: Per text the entropies of its tokens, nats.
-        share: The share of tokens that are to be forks.
-        nats: The threshold.
-
-    Returns:
-        Of the threshold in nats, and of the share above the one given; None and None if there is one text only.
+    Whole texts are resampled: tokens of one text are alike, so resampling tokens would give too narrow intervals.
     """
     import numpy as np
 

@@ -1,7 +1,7 @@
-"""Where in a generation a logits processor is called, told from the prefixes alone, and what it notes on the way.
+"""Tracks the generations in which a logits processor is called, by the prefixes alone, and records its steps.
 
-`generate()` tells a processor nothing but the ids so far. They say when a text goes on, when a position is asked again
-(assisted decoding verifies what a draft has asked before), and which rows have ended.
+A processor is given nothing but the ids so far. They show whether a text continues, whether a position is repeated
+(assisted decoding verifies positions that the draft has asked about), and which rows have ended.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["CallTracker", "ForkRecord"]
 
 @dataclass(frozen=True, eq=False)
 class ForkRecord:
-    """What was decided at each step of one generation; B rows, T generated positions.
+    """The decisions of one generation; B rows, T generated positions.
 
     Attributes:
-        entropy: `[B, T]`, float32, nats; NaN after a row has ended, where its end is known.
+        entropy: `[B, T]`, float32, nats; NaN after a row's end, if the end-of-text tokens are known.
         fork: `[B, T]`, bool; False there.
         temperature: `[B, T]`, float32; NaN there.
     """
@@ -34,21 +34,15 @@ class ForkRecord:
 class CallTracker:
     """Follows the generations of one processor, one after the other.
 
-    A text goes on when there is one id more than before; anything else begins a new generation, unless it repeats a
-    text that has been seen already. Ids are compared only where the lengths leave it open, since comparing waits for
-    the device.
+    A prefix one id longer than the last continues its text; any other begins a new generation, unless it repeats a
+    prefix of that text. Ids are compared only where the lengths leave it open, as comparing waits for the device.
 
     Attributes:
-        asked_again: Whether some position was asked more than once since the last `reset`.
-        keeps: Whether steps are noted.
+        asked_again: Whether some position was repeated since the last `reset`.
+        keeps: Whether steps are recorded.
     """
 
     def __init__(self, *, keeps: bool) -> None:
-        """Start before the first generation.
-
-        Args:
-            keeps: Whether to note the steps.
-        """
         self.keeps = keeps
         self.reset()
 
@@ -64,15 +58,7 @@ class CallTracker:
         self._mixed: torch.Tensor | None = None
 
     def follow(self, input_ids: torch.Tensor, ends: Sequence[int]) -> torch.Tensor | None:
-        """Take a call in.
-
-        Args:
-            input_ids: The whole prefix, `[B, T]`, int64.
-            ends: The end-of-text tokens; empty if they are not known.
-
-        Returns:
-            `[B]`, bool: which rows have not ended; None if that is not known.
-        """
+        """Register a call with prefixes `[B, T]`; returns which rows `[B]` have not ended, None if `ends` is empty."""
         rows, length = input_ids.shape
         last = self._last
         if last is None or last.shape[0] != rows:
@@ -82,7 +68,7 @@ class CallTracker:
                 other = (input_ids[:, :-1] != last.to(input_ids.device)).any()
                 self._mixed = other if self._mixed is None else self._mixed.to(other.device) | other
         elif self._start < length <= last.shape[1] and torch.equal(
-            # The last id may be another: where a draft was rejected, the text goes on differently.
+            # The last id may differ: after a rejected draft the text continues differently.
             input_ids[:, : length - 1],
             last[:, : length - 1].to(input_ids.device),
         ):
@@ -99,14 +85,7 @@ class CallTracker:
     def note(
         self, entropy: torch.Tensor, fork: torch.Tensor, temperature: torch.Tensor, live: torch.Tensor | None
     ) -> None:
-        """Note a step, if steps are noted.
-
-        Args:
-            entropy: `[B]`, nats.
-            fork: `[B]`, bool.
-            temperature: `[B]`.
-            live: `[B]`, bool: which rows have not ended; None for all.
-        """
+        """Record a step, `[B]` each, if steps are recorded; rows outside `live` get NaN and no fork."""
         if not self.keeps:
             return
         if live is not None:
@@ -115,13 +94,10 @@ class CallTracker:
         self._steps.append((entropy, fork, temperature))
 
     def record(self) -> ForkRecord:
-        """What was noted in the generation that was followed last.
-
-        Returns:
-            The record, on the device of the scores.
+        """The record of the last generation, on the device of the scores.
 
         Raises:
-            InputError: If steps are not noted, there are none yet, or two generations could not be told apart.
+            InputError: If steps are not recorded, there are none yet, or two generations could not be told apart.
         """
         if not self.keeps or not self._steps:
             raise InputError.of(
@@ -134,8 +110,8 @@ class CallTracker:
             raise InputError.of(
                 "record",
                 expected="one generation",
-                got="two that follow each other as if one text went on: the second's prompt is one token longer than "
-                "the first's last text",
+                got="two generations that look like one: the second's prompt is one token longer than the first's last "
+                "text",
                 remedy="Call reset() on the processor between them.",
             )
         device = self._steps[-1][0].device

@@ -1,4 +1,4 @@
-"""Fork sampling as a logits processor: lively where the model is undecided, calm everywhere else."""
+"""Fork sampling as a logits processor: a higher temperature where the model is undecided, a lower one elsewhere."""
 
 from __future__ import annotations
 
@@ -57,45 +57,41 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
 
     - `generate(logits_processor=[processor])` of a `ProxyTunedModel`, or of a model with a `ProxyTuningLogitsProcessor`
       attached.
-    - `processor.attach(model)` for every other model, then `generate(...)` or a pipeline as ever; `detach()` ends it;
-      also a context manager. It comes last among the user's processors, or where `logits_processor` has it, e.g. after
-      a `ProxyTuningLogitsProcessor`.
-    - In a loop of one's own: `for_call(generation_config)` gives the processor of one call.
+    - `processor.attach(model)` for every other model, then `generate(...)` or a pipeline as usual; `detach()` or the
+      end of `with processor.attach(model):` undoes it. It runs last among the user's processors, or at its place in
+      `logits_processor`, e.g. after a `ProxyTuningLogitsProcessor`.
+    - In your own loop: `for_call(generation_config)` returns the processor of one call.
 
-    H is that of the combined row.
+    With a steered model, H is that of the combined row. A user's processor is called after generate()'s penalties and
+    masks (`repetition_penalty`, `bad_words_ids`, …) and before its warpers, so H is the entropy of
 
-    **What H is taken of.** A user's processor is called after generate()'s penalties and masks (`repetition_penalty`,
-    `bad_words_ids`, …) and before its warpers. So with
+    - `measure="raw"`: the row it is given, at temperature 1, after penalties and before any truncation. Without
+      penalties that is the raw combined distribution, as in a calibration.
+    - `"scaled"`: that row at generate()'s own temperature, which has to be passed (`temperature`).
+    - `"truncated"`: the row after generate()'s temperature, top-k, top-p and min-p, which have to be passed too. They
+      are applied here for the measurement only; generate() applies them after this processor's temperature.
 
-    - `measure="raw"` it is the entropy of the row that it is handed, at temperature 1: after penalties, before any
-      truncation. Without penalties that is the raw combined distribution, as in a calibration.
-    - `"scaled"` it is that of this row at generate()'s own temperature, which it has to be told (`temperature`).
-    - `"truncated"` it is that after generate()'s temperature, top-k, top-p and min-p, which it has to be told too. They
-      are applied for the measurement only; generate() applies them to what this processor returns, that is after its
-      temperature.
+    **generate()'s temperature multiplies** with the one chosen here, and many models set one in their generation
+    settings. So any other than 1 is an error, unless it is passed here too (`temperature=0.6`).
 
-    **generate()'s temperature multiplies on top** of the one chosen here. Many models ship one in their generation
-    settings. So one other than 1 is an error, unless it was told (`temperature=0.6`), which says that it is meant.
+    **Greedy decoding**: a temperature keeps the order of the tokens, so the text does not change; entropies and forks
+    are counted and recorded all the same. **Beam search** would add up log-probabilities of different temperatures: it
+    is refused. **Assisted decoding** calls the processor for the draft as well, and repeats positions. With a fixed
+    threshold the distribution is right, and the record is the verifying model's, possibly with the end of the last
+    draft left over; from the first repeated position on nothing is counted, as counts would mix two models. With a
+    streaming threshold it is an error. (A second `generate()` that starts inside the last one's text looks the same:
+    call `reset()` before it.)
 
-    **Greedy decoding**: any temperature keeps the order of the tokens, so the text is as without; entropies and forks
-    are counted and recorded all the same. **Beam search** adds up log-probabilities, and would compare sums that were
-    taken at different temperatures: it is refused. **Assisted decoding** hands the processor to the draft as well, and
-    asks for positions again. With a fixed threshold the law is right, and the record that of the verifying model, with
-    the end of the last draft perhaps left over; from the first position asked again nothing is counted any more, as
-    counts would mix two models. With a streaming threshold it is an error. (A second `generate()` that starts inside
-    the last one's text looks the same: call `reset()` before.)
-
-    A step tells a processor neither the mode nor the warpers that come after it. So the settings are compared before
-    the first step, in each of the three ways above. In every other call, such as `logits_processor=[processor]` of a
-    plain model that it is not attached to, the first step is refused. `generate_batch` drops processors without a word;
-    attached, it is an error.
+    A step shows neither the mode nor the later warpers, so the settings are compared before the first step, in each of
+    the three ways above. In any other call, such as `logits_processor=[processor]` of a plain model that it is not
+    attached to, the first step raises. `generate_batch` drops processors silently; attached, it is an error.
 
     One processor serves many generations, one at a time.
 
     Attributes:
         threshold: The threshold, with the counts; None for a soft form without one.
-        measure: Of what the entropy is taken.
-        form: How the temperature follows from it.
+        measure: Of which distribution the entropy is taken.
+        form: How the temperature depends on it.
     """
 
     supports_continuous_batching = False
@@ -120,8 +116,8 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         """Check the settings.
 
         Args:
-            threshold: From which entropy on a token is a fork: a number in nats, a `ForkThreshold`, or what a recipe
-                holds. None only with a soft form, which then counts no forks.
+            threshold: Above which entropy a token is a fork: a number in nats, a `ForkThreshold`, or a recipe with one.
+                None only with a soft form, which then counts no forks.
             fork_temperature: The temperature at forks, T_fork; of the soft forms the largest one (T_max, T₀).
             exec_temperature: The temperature elsewhere, T_exec; of the dynamic form the smallest one (T_min).
             measure: "raw", "scaled" or "truncated", see above.
@@ -132,13 +128,13 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
             top_k: The top-k that generate() applies itself, for `measure="truncated"`.
             top_p: Its top-p, likewise.
             min_p: Its min-p, likewise.
-            eos_token_id: The end-of-text tokens. Rows go on being asked after their end until the last row has ended;
-                with this they are not counted then.
+            eos_token_id: The end-of-text tokens. A row is still processed after its end until the last row has ended;
+                with these it is no longer counted then.
             record: Whether to keep each step's entropies, forks and temperatures, for `record`.
 
         Raises:
-            InputError: If a value is out of its range, settings contradict each other, or the threshold belongs to
-                another measure or to another α than the recipe has now.
+            InputError: If a value is out of range, settings contradict each other, or the threshold belongs to another
+                measure or to another α than the recipe's current one.
         """
         self.measure = choice("measure", measure, MEASURES)
         self.form = choice("form", form, get_args(TemperatureRule))
@@ -154,20 +150,12 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         self._following = CallTracker(keeps=record)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> NoReturn:
-        """Refuse: in a call whose settings were compared, what `for_call` returns stands in for it.
-
-        Args:
-            input_ids: `[B, T]`.
-            scores: `[B, V]`.
-
-        Raises:
-            UnsupportedModeError: Always.
-        """
+        """Always raise UnsupportedModeError: in a call with checked settings, the result of `for_call` runs instead."""
         raise UnsupportedModeError.of(
             "ForkSamplingLogitsProcessor",
-            expected="a call whose settings it has compared: a step tells neither temperature, top-k, top-p nor beams",
-            got="a step of a plain model that it is not attached to, or of a loop of one's own",
-            remedy="Call processor.attach(model) before model.generate(...); in a loop of your own, use "
+            expected="a call whose settings were checked: a step shows neither temperature, top-k, top-p nor beams",
+            got="a step of a plain model that it is not attached to, or of your own loop",
+            remedy="Call processor.attach(model) before model.generate(...); in your own loop, use "
             "processor.for_call(generation_config).",
         )
 
@@ -176,11 +164,11 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
 
         Args:
             input_ids: The whole prefix, `[B, T]`, int64.
-            scores: `[B, V]`: logits, or log-probabilities that a processor before has normalised.
+            scores: `[B, V]`: logits, or log-probabilities from an earlier processor.
 
         Returns:
-            `[B, V]`, float32; unchanged in rows at temperature 1, elsewhere shifted so that the largest is 0, by which
-            tokens that differ go on doing so. Rows without a distribution (NaN, +inf, all −inf) keep being so.
+            `[B, V]`, float32; unchanged in rows at temperature 1, elsewhere shifted so that the largest is 0, which
+            keeps different scores different. Rows without a distribution (NaN, +inf, all −inf) stay so.
 
         Raises:
             UnsupportedModeError: In assisted decoding with a streaming threshold.
@@ -198,13 +186,13 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         t = self._temperature(h, fork, measured)  # [B]
         self._following.note(h, fork, t, live)
         self._count(h, live)
-        # A plain division could make two neighbouring scores equal, and then another token the first of the largest.
+        # A plain division could round two different scores to the same value, and so change the argmax.
         top = scores.amax(-1)
         pivot = torch.where((t == 1.0) | ~top.isfinite(), 0.0, top)
         return (scores - pivot[:, None]) / t[:, None]
 
     def record(self) -> ForkRecord:
-        """What was decided in the last generation; needs `record=True`.
+        """The decisions of the last generation; needs `record=True`.
 
         Returns:
             Entropies, forks and temperatures, `[B, T]` each, T the number of tokens generated.
@@ -215,11 +203,11 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         return self._following.record()
 
     def reset(self) -> None:
-        """Take the next call as the start of a generation. The threshold keeps its counts: see its own `reset`."""
+        """Treat the next call as the start of a generation. The threshold keeps its counts: see its own `reset`."""
         self._following.reset()
 
     def attach(self, model: PreTrainedModel) -> Self:
-        """Let every `generate()` of a model go through the processor, which sees its settings.
+        """Run the processor, with its settings checked, in every `generate()` of a model.
 
         Args:
             model: The composed model, or a plain causal LM.
@@ -244,14 +232,11 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
     def for_call(
         self, generation_config: GenerationConfig, processors: Sequence[LogitsProcessor] | None = None
     ) -> LogitsProcessor:
-        """The processor of one call, after `check_settings`; for callers that see the settings.
+        """Check the settings of a call, and return the processor to run in it.
 
         Args:
             generation_config: The settings.
             processors: As in `check_settings`.
-
-        Returns:
-            What stands in for this processor in that call.
 
         Raises:
             InputError: As `check_settings`.
@@ -263,22 +248,22 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
     def check_settings(
         self, generation_config: GenerationConfig, processors: Sequence[LogitsProcessor] | None = None
     ) -> None:
-        """Compare with the settings of a call, and take its end-of-text tokens over.
+        """Compare the settings of a call with those passed here, and adopt its end-of-text tokens.
 
         Args:
             generation_config: The settings.
-            processors: All processors of the call in their order, this one among them; None if they are not known.
+            processors: All processors of the call in their order, this one included; None if they are not known.
 
         Raises:
-            InputError: If the settings are not those that the processor was told, there are several of this kind, or a
+            InputError: If the settings differ, there are several processors of this kind, or a
                 `ProxyTuningLogitsProcessor` comes after it.
             UnsupportedModeError: If the settings ask for beams.
         """
         if (generation_config.num_beams or 1) > 1:
             raise _beams(f"num_beams={generation_config.num_beams}")
         if generation_config.do_sample:
-            found = {name: getattr(generation_config, name, None) for name in _WARPERS}
-            self._compare({name: _OFF[name] if value is None else value for name, value in found.items()})
+            settings = {name: getattr(generation_config, name, None) for name in _WARPERS}
+            self._compare({name: _OFF[name] if value is None else value for name, value in settings.items()})
         self._check_neighbours(processors or ())
         if not self._ends:
             self._ends = _listed(generation_config.eos_token_id)
@@ -290,7 +275,7 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
             t = torch.where(fork, self._hot, self._cold)
         elif self.form == "dynamic":
             n = (measured > -torch.inf).sum(-1)
-            # Of a single candidate the entropy is 0, and so is the logarithm of 1.
+            # With a single candidate both the entropy and ln n are 0.
             relative = (h / n.clamp(min=2).log()).clamp(max=1.0)
             t = self._cold + (self._hot - self._cold) * relative**self._exponent
         else:
@@ -305,8 +290,8 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         elif self.threshold.is_streaming:
             raise UnsupportedModeError.of(
                 "streaming threshold",
-                expected="a generation that asks for each position once",
-                got="a position asked again: assisted decoding, whose draft has other entropies, or a generate() that "
+                expected="a generation that visits each position once",
+                got="a repeated position: assisted decoding, whose draft has other entropies, or a generate() that "
                 "starts inside the text of the last one",
                 remedy="Use a calibrated threshold with assisted decoding; else call the processor's reset() before.",
             )
@@ -319,7 +304,7 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
             raise InputError.of(
                 "logits_processor",
                 expected="the ForkSamplingLogitsProcessor after the ProxyTuningLogitsProcessor",
-                got="before it: the entropy would be the base's, and the shift would escape the temperature",
+                got="the reverse order: the entropy would be the base's, and the shift would escape the temperature",
                 remedy="Change their order, or attach() the ProxyTuningLogitsProcessor.",
             )
         count = sum(isinstance(p, ForkSamplingLogitsProcessor) for p in processors)
@@ -328,22 +313,22 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         kinds = {kind: name for name, kind in _WARPERS.items()}
         self._compare({kinds[type(p)]: getattr(p, kinds[type(p)]) for p in processors if type(p) in kinds})
 
-    def _compare(self, found: Mapping[str, float]) -> None:
-        """Refuse settings of generate() that are not those it was told; what truncates matters for one measure only."""
-        for name, value in found.items():
+    def _compare(self, settings: Mapping[str, float]) -> None:
+        """Refuse settings of generate() other than those passed here; truncation matters only if it is measured."""
+        for name, value in settings.items():
             if value == self._told[name] or (name != "temperature" and self.measure != "truncated"):
                 continue
             matters = "multiplies on top of the one chosen here" if name == "temperature" else "changes the entropy"
             raise InputError.of(
                 f"generate()'s {name}",
-                expected=f"{self._told[name]}, which the processor was told",
+                expected=f"{self._told[name]}, as passed to the processor",
                 got=f"{value}, which {matters}",
                 remedy=f"Pass {name}={_OFF[name]} to generate(), or {name}={value} to the processor if it is meant.",
             )
 
 
 class _ForkStep(LogitsProcessor):
-    """A processor in one call, whose settings it has compared."""
+    """A processor during one call, whose settings were checked."""
 
     supports_continuous_batching = False
 
@@ -368,7 +353,7 @@ class _ForkProcessors:
         logits_processor: Sequence[LogitsProcessor] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """The processors of one `generate()`, this one among the user's; as somebody's draft, those it was handed."""
+        """The processors of one `generate()`, this one included; a model drafting for another keeps its given ones."""
         own = self.processor
         given = list(logits_processor or ())
         if not generation_config.is_assistant and all(p is not own for p in given):
@@ -385,7 +370,9 @@ def _threshold(given: Any, measure: Measure, form: TemperatureRule) -> ForkThres
             raise InputError.of(
                 "recipe",
                 expected=f"a fork_threshold calibrated at its α, {given.alpha}",
-                got="none" if calibration is None else f"one calibrated at α = {calibration.alpha}",
+                got="fork_threshold=None"
+                if calibration is None
+                else f"a fork_threshold calibrated at α = {calibration.alpha}",
                 remedy="Run proxytune calibrate --recipe … --write.",
             )
         given = calibration
@@ -405,7 +392,7 @@ def _threshold(given: Any, measure: Measure, form: TemperatureRule) -> ForkThres
 
 
 def _warpers(told: Mapping[str, float], measure: Measure) -> list[LogitsProcessor]:
-    """What leads from the scores to the distribution that is measured."""
+    """The warpers between the scores and the measured distribution."""
     active = {name: value for name, value in told.items() if value != _OFF[name]}
     try:
         made = {name: _WARPERS[name](value) for name, value in active.items()}
@@ -421,8 +408,8 @@ def _warpers(told: Mapping[str, float], measure: Measure) -> list[LogitsProcesso
         raise InputError.of(
             "measure",
             expected="'truncated' and at least one of top_k, top_p and min_p, or neither",
-            got=f"measure={measure!r} and {', '.join(truncating) or 'none of them'}",
-            remedy="They are told for this measure only; generate() is given its own.",
+            got=f"measure={measure!r} and {', '.join(truncating) or 'no truncation'}",
+            remedy="Pass them for this measure only; generate() needs its own.",
         )
     return [] if measure == "raw" else list(made.values())
 
@@ -432,7 +419,7 @@ def _several(of: str, count: int) -> ProxytuneError:
         of,
         expected="one ForkSamplingLogitsProcessor",
         got=f"{count}, whose temperatures would multiply",
-        remedy="Leave one.",
+        remedy="Keep one of them.",
     )
 
 
@@ -440,8 +427,7 @@ def _beams(got: str) -> ProxytuneError:
     return UnsupportedModeError.of(
         "beam search",
         expected="greedy decoding or sampling",
-        got=f"{got}: beams are compared by sums of log-probabilities, which a temperature that changes from token to "
-        "token makes sums of different things",
+        got=f"{got}: beams are compared by sums of log-probabilities, which are not comparable across temperatures",
         remedy="Leave num_beams out, or the processor.",
     )
 

@@ -1,7 +1,6 @@
-"""What is kept of a stream of token entropies, on the device: its quantile, and how many of them were forks.
+"""A running quantile of token entropies, on the device.
 
-Integer counts only, so the order in which tokens come changes nothing; and the host waits for the device where a
-method says so, not once a step.
+Counts are integers, so the order of the tokens does not matter. No method waits for the device.
 """
 
 from __future__ import annotations
@@ -21,26 +20,17 @@ class Sketch:
     Bins are 0.2 % wide, from 10⁻⁶ to 16 nats: 66 KiB whatever the length of the stream.
 
     Attributes:
-        share: The share of tokens that the threshold is to leave above it.
-        warm_up: How many tokens to see before there is one.
-        initial: The threshold until then, nats.
+        share: The share of tokens above the threshold.
+        warm_up: How many tokens to see before the quantile counts.
+        initial: The threshold until then, nats; may be +inf.
     """
 
     def __init__(self, share: float, warm_up: int, initial: float) -> None:
-        """Start empty.
-
-        Args:
-            share: In (0, 1).
-            warm_up: In tokens.
-            initial: In nats; may be +inf.
-
-        Raises:
-            InputError: If the warm-up is no whole number ≥ 1.
-        """
+        """Start empty; InputError if `warm_up` is not a whole number ≥ 1."""
         warm_up = whole("warm_up", warm_up, least=1, remedy="Pass e.g. warm_up=256.")
         self.share, self.warm_up, self.initial = share, warm_up, initial
         bins = math.ceil(math.log(16.0 / 1e-6) / math.log(1.002))
-        # Bin i holds what is above edge i − 1 and not above edge i: the first one 0 and what is as good as 0.
+        # Bin i holds entropies in (edge i − 1, edge i]; the first bin holds 0 and everything near it.
         self._edges = (1e-6 * 1.002 ** torch.arange(bins, dtype=torch.float64)).float()
         self.clear()
 
@@ -55,15 +45,7 @@ class Sketch:
         return self._tokens >= self.warm_up
 
     def add(self, entropies: torch.Tensor, counted: torch.Tensor) -> torch.Tensor:
-        """Add tokens.
-
-        Args:
-            entropies: `[...]`, nats.
-            counted: `[...]`, bool: which of them.
-
-        Returns:
-            `[]`, float32, nats: the threshold from now on.
-        """
+        """Add the `counted` entropies, nats; returns the new threshold, `[]`, float32, nats."""
         device = entropies.device
         if self._edges.device != device:
             self._edges, self._histogram = self._edges.to(device), self._histogram.to(device)
@@ -73,7 +55,7 @@ class Sketch:
         self._tokens = below[-1]
         above = (below[-1] - below[:-1]).float() / below[-1].clamp(min=1)  # [bins]: the share above each edge
         distance = (above - self.share).abs()
-        # Between two values that are far apart all edges are as good: the one in the middle.
+        # All edges between two distant values fit equally well: take the middle one.
         best = distance == distance.min()
         first, last = best.long().argmax(), len(best) - 1 - best.flip(0).long().argmax()
         return torch.where(self.warm, self._edges[(first + last) // 2], self.initial)

@@ -1,9 +1,6 @@
-"""How spread out a next-token distribution is, in nats, and from which entropy on a token counts as a fork.
+"""The entropy, in nats, above which a token is a fork (arXiv 2506.01939): a quantile of a model's own token entropies.
 
-Pure tensors. The measures take raw logits of any leading shape and agree with what `proxytune.ops.step` measures in its
-one pass over the rows; here they are for logits that are at hand already. `ForkThreshold` holds the entropy h above
-which a token is a fork (arXiv 2506.01939): a quantile of that model's own token entropies. The paper's 0.672 nats are
-the 80th percentile of one 8B model, and mean nothing for another.
+The paper's 0.672 nats are the 80th percentile of one 8B model, and mean nothing for another.
 """
 
 from __future__ import annotations
@@ -24,36 +21,29 @@ from proxytune.validation import finite, proper_share
 __all__ = ["ForkThreshold"]
 
 
-# --- measures ------------------------------------------------------------------------------------------------------
-
-
-# --- the threshold -------------------------------------------------------------------------------------------------
-
-
 class ForkThreshold:
-    """The entropy h above which a token is a fork, and a count of how many were.
+    """The entropy h above which a token is a fork, and a count of forks.
 
-    Three ways to one: `ForkThreshold(0.4)`, a number of one's own; `ForkThreshold.calibrated(entropies)` or
-    `.of(calibration)`, the quantile of a calibration run; `ForkThreshold.streaming()`, the quantile of what it has seen
-    so far. `is_fork` decides, `observe` counts; a step decides for all its rows before it counts any of them, so the
-    order of the rows changes nothing.
+    Three kinds: `ForkThreshold(0.4)`, a fixed number; `ForkThreshold.calibrated(entropies)` or `.of(calibration)`, the
+    quantile of a calibration run; `ForkThreshold.streaming()`, the quantile of all tokens so far. `is_fork` decides,
+    `observe` counts; a step decides for all rows before it counts any, so the order of the rows does not matter.
 
-    With a target share it also watches for drift: at the end of every `window` tokens the share of forks among them is
-    compared with a band, and the first time that it lies outside, a `DriftWarning` is given. The band is
+    With a target share it monitors drift: after every `window` tokens their share of forks is compared with a band, and
+    the first time it lies outside, a `DriftWarning` is given. The band is
 
         share ± (margin + 4 · √(inflation · share (1 − share) / window)),
 
-    where `inflation` makes room for tokens not being independent. With the defaults (4096 tokens, 2 points, 4) it is
-    ±7 points around a fifth.
+    where `inflation` allows for dependent tokens. With the defaults (4096 tokens, 2 points, 4) it is ±7 points around a
+    fifth.
 
-    Counts stay on the device of the entropies; the host reads them once per window, and when it is asked. A threshold
-    belongs to one model at one α, and may serve many generations, one at a time: what it has counted, and what a stream
-    has learnt, goes on from one to the next until `reset()`.
+    Counts stay on the device of the entropies; the host reads them once per window, and on request. A threshold belongs
+    to one model at one α, and may serve many generations, one at a time: counts and a stream's quantile persist until
+    `reset()`.
 
     Attributes:
-        share: The share of tokens that are to be forks; None for a number of one's own, which has no band.
-        measure: Of what the entropies are to be taken; None if the threshold does not say.
-        alpha: The α it was calibrated at; None if that is not known.
+        share: The target share of forks; None for a fixed number without a band.
+        measure: The distribution whose entropy is meant ("raw", "scaled", "truncated"); None if it is not known.
+        alpha: The α it was calibrated at; None if it is not known.
     """
 
     def __init__(
@@ -65,17 +55,17 @@ class ForkThreshold:
         alpha: float | None = None,
         **watch: Any,
     ) -> None:
-        """Take a fixed number.
+        """Create a fixed threshold.
 
         Args:
             nats: The threshold h; finite. Below 0, every token is a fork.
-            share: The share of forks that it should give, in (0, 1); None to watch nothing.
-            measure: Of what the entropies are to be taken; None for whatever `observe` is given.
+            share: The expected share of forks, in (0, 1); None to monitor nothing.
+            measure: The distribution whose entropy is meant; None for any.
             alpha: The α it belongs to.
             **watch: `window`, in tokens [4096], `margin` [0.02] and `inflation` [4.0] of the band.
 
         Raises:
-            InputError: If a value is out of its range.
+            InputError: If a value is out of range.
         """
         self.share = None if share is None else proper_share(share)
         self.measure, self.alpha = measure, alpha
@@ -90,7 +80,7 @@ class ForkThreshold:
 
         Args:
             entropies: The run's token entropies, nats, any shape: a tensor, an array or a sequence.
-            share: The share of tokens that are to be forks.
+            share: The target share of forks.
             **settings: As for `ForkThreshold`.
 
         Returns:
@@ -115,8 +105,8 @@ class ForkThreshold:
         nats, realised = share_threshold(values, share)
         if abs(realised - share) > 0.02:
             warnings.warn(
-                f"{realised:.1%} of the calibration tokens are forks, not {share:.1%}: many have the very same "
-                f"entropy, so that no threshold comes nearer than {nats:.4g} nats. Take another share, or other text.",
+                f"{realised:.1%} of the calibration tokens are forks, not {share:.1%}: many have the same "
+                f"entropy, so no threshold comes nearer than {nats:.4g} nats. Take another share, or other text.",
                 CalibrationWarning,
                 stacklevel=2,
             )
@@ -124,17 +114,14 @@ class ForkThreshold:
 
     @classmethod
     def of(cls, calibration: ForkCalibration, **watch: Any) -> ForkThreshold:
-        """The threshold that a recipe holds.
+        """The threshold stored in a recipe, with its share, measure and α.
 
         Args:
-            calibration: What the calibration run found.
+            calibration: The result of the calibration run.
             **watch: `window`, `margin` and `inflation`, as for `ForkThreshold`.
 
-        Returns:
-            The threshold, with the calibration's share, measure and α.
-
         Raises:
-            InputError: If a setting is out of its range.
+            InputError: If a setting is out of range.
         """
         c = calibration
         return cls(c.nats, share=c.share, measure=c.measure, alpha=c.alpha, **watch)
@@ -145,23 +132,19 @@ class ForkThreshold:
     ) -> ForkThreshold:
         """The quantile of all tokens observed so far, for a model without a calibration run.
 
-        It is kept in a histogram of logarithmic bins, 0.2 % wide (`proxytune.methods.forks.quantile_sketch.Sketch`),
-        so its memory is bounded, and the order of the tokens does not matter. Where more than a few points of all
-        tokens lie within 0.2 % of one entropy, the share is off by up to that much.
+        It comes from a histogram of logarithmic bins, 0.2 % wide, so its memory is bounded, and the order of the tokens
+        does not matter. If more than a few points of all tokens lie within 0.2 % of one entropy, the share is off by up
+        to that much.
 
         Args:
-            share: The share of tokens that are to be forks.
-            warm_up: How many tokens to see before the quantile counts. They are in its histogram, but not in the
-                realised share. The first tokens of a text are not like the rest, so a few steps of a batch are no
-                measure of it.
+            share: The target share of forks.
+            warm_up: How many tokens to see before the quantile counts. They enter the histogram, but not the realised
+                share. The first tokens of a text differ from the rest, so a few steps of a batch are not enough.
             initial: The threshold until then, nats; None for no forks until then.
             **settings: As for `ForkThreshold`.
 
-        Returns:
-            The threshold.
-
         Raises:
-            InputError: If a value is out of its range.
+            InputError: If a value is out of range.
         """
         start = math.inf if initial is None else finite("initial", initial)
         threshold = cls(0.0, share=proper_share(share), **settings)
@@ -176,12 +159,12 @@ class ForkThreshold:
 
     @property
     def nats(self) -> float:
-        """The threshold h as it stands, nats; +inf while a stream warms up. Waits for the device if it is streaming."""
+        """The current threshold h, nats; +inf while a stream warms up. Waits for the device if it is streaming."""
         return float(self._nats)
 
     @property
     def band(self) -> tuple[float, float] | None:
-        """What the share of forks in a window should lie between; None without a target share."""
+        """The accepted range of the share of forks in a window; None without a target share."""
         return self._watch.band
 
     @property
@@ -191,25 +174,18 @@ class ForkThreshold:
 
     @property
     def realised_share(self) -> float:
-        """The share of forks among the tokens counted; NaN before the first. Waits for the device."""
+        """The share of forks among the counted tokens; NaN before the first. Waits for the device."""
         forks, tokens = self._watch.counts()
         return forks / tokens if tokens else math.nan
 
     def is_fork(self, entropies: torch.Tensor) -> torch.Tensor:
-        """Which tokens are forks.
-
-        Args:
-            entropies: `[...]`, nats.
-
-        Returns:
-            `[...]`, bool: H > h. NaN is no fork.
-        """
+        """Which tokens are forks, `[...]`, bool: H > h, in nats. NaN is not a fork."""
         if isinstance(self._nats, torch.Tensor):
             self._nats = self._nats.to(entropies.device)
         return entropies > self._nats
 
     def observe(self, entropies: torch.Tensor, counted: torch.Tensor | None = None) -> None:
-        """Count the tokens of a step, after it was decided which are forks.
+        """Count the tokens of a step, after their forks were decided.
 
         Args:
             entropies: `[...]`, nats. NaN is not counted.
@@ -229,15 +205,15 @@ class ForkThreshold:
             assert self.share is not None
             assert self.band is not None
             warnings.warn(
-                f"{outside[0]:.1%} of the last {outside[1]} tokens were forks, where {self.share:.1%} were to be (band "
+                f"{outside[0]:.1%} of the last {outside[1]} tokens were forks; {self.share:.1%} were expected (band "
                 f"{self.band[0]:.1%} to {self.band[1]:.1%}): the threshold, {self.nats:.4g} nats, does not fit this "
-                "model, temperature or kind of text. Calibrate again (`proxytune calibrate`), or take a streaming one.",
+                "model, temperature or kind of text. Calibrate again (`proxytune calibrate`), or use a streaming one.",
                 DriftWarning,
                 stacklevel=2,
             )
 
     def reset(self) -> None:
-        """Forget what was observed: the counts, what a stream has learnt, and that a warning was given."""
+        """Forget what was observed: the counts, a stream's quantile, and that a warning was given."""
         self._watch.clear()
         self._warned = False
         if self._sketch is not None:

@@ -1,7 +1,7 @@
 """Latent steps: a mixture of embeddings, drawn around the emitted token, is fed back in the token's place.
 
-`LatentMixture` is the law of the weights, `LatentGates` say where a step may be latent. `LatentDecoding` is the loop,
-`LatentLogitsProcessor` the same for pipelines that pass no `custom_generate`. Sources: `mixture.py` names each law's.
+`LatentMixture` is the distribution of its weights, `LatentGates` decide where a step may be latent. `LatentDecoding` is
+the loop, `LatentLogitsProcessor` the same for pipelines without `custom_generate`. Sources: see `mixture.py`.
 """
 
 from proxytune.methods.latent.decoding import LatentDecoding

@@ -1,4 +1,4 @@
-"""The logits processors that show the scores of a `generate()` to its latent steps."""
+"""The logits processors that pass the scores of a `generate()` to its latent steps."""
 
 from __future__ import annotations
 
@@ -34,103 +34,56 @@ _WARPERS = (
     EtaLogitsWarper,
     LogitNormalization,
 )
-"""What generate() puts at the end of the list; some of it truncates."""
+"""The processors that generate() puts at the end of the list; some truncate."""
 
 
-def with_capture(processors: Sequence[LogitsProcessor], feedback: LatentSteps) -> LogitsProcessorList:
-    """A list of processors with what shows the scores to a generation's latent steps.
-
-    Args:
-        processors: The processors and warpers.
-        feedback: The latent steps.
-
-    Returns:
-        A new list.
-    """
+def with_capture(processors: Sequence[LogitsProcessor], steps: LatentSteps) -> LogitsProcessorList:
+    """A new list of processors that passes the scores to `steps`, before the warpers and at the end."""
     first = len(processors)
     while first and isinstance(processors[first - 1], _WARPERS):
         first -= 1
-    return LogitsProcessorList([*processors[:first], SpanCloser(feedback), *processors[first:], Capture(feedback)])
+    return LogitsProcessorList([*processors[:first], SpanCloser(steps), *processors[first:], Capture(steps)])
 
 
 class SpanCloser(LogitsProcessor):
-    """Writes the end of a thinking span that a cold stop has ended; stands before the warpers."""
+    """Forces the end of a thinking span that a cold stop has ended; stands before the warpers."""
 
     supports_continuous_batching = False
 
-    def __init__(self, feedback: LatentSteps) -> None:
-        """Stand before the warpers.
-
-        Args:
-            feedback: The generation's latent steps.
-        """
-        self.feedback = feedback
+    def __init__(self, steps: LatentSteps) -> None:
+        self.steps = steps
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Write what is due.
-
-        Args:
-            input_ids: The whole texts, `[B, T]`, int64.
-            scores: `[B, V]`, float32.
-
-        Returns:
-            `[B, V]`.
-        """
-        return self.feedback.write(input_ids, scores)
+        """Force the tokens that are due in scores `[B, V]`."""
+        return self.steps.write(input_ids, scores)
 
 
 class Capture(LogitsProcessor):
-    """Shows the scores of each step to the latent steps of a generation; stands last."""
+    """Passes the scores of each step to the latent steps; stands last."""
 
     supports_continuous_batching = False
     per_row_state = True
     setting = "latent steps"
 
-    def __init__(self, feedback: LatentSteps) -> None:
-        """Stand at the end of a list of processors.
-
-        Args:
-            feedback: The generation's latent steps.
-        """
-        self.feedback = feedback
+    def __init__(self, steps: LatentSteps) -> None:
+        self.steps = steps
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Keep the distribution of a step.
-
-        Args:
-            input_ids: The whole texts, `[B, T]`, int64.
-            scores: `[B, V]`, float32.
-
-        Returns:
-            The scores.
-        """
-        self.feedback.capture(input_ids, scores)
+        """Capture the distribution of a step; the scores stay as they are."""
+        self.steps.capture(input_ids, scores)
         return scores
 
 
 class EarlyCapture(Capture):
-    """Both in one, for a place before warpers that are told."""
+    """`SpanCloser` and `Capture` in one, for a place before the given warpers."""
 
-    def __init__(self, feedback: LatentSteps, warpers: Sequence[LogitsProcessor]) -> None:
-        """Stand before the warpers.
-
-        Args:
-            feedback: The generation's latent steps.
-            warpers: The warpers that come later in the list.
-        """
-        super().__init__(feedback)
+    def __init__(self, steps: LatentSteps, warpers: Sequence[LogitsProcessor]) -> None:
+        """Take the warpers that come later in the list."""
+        super().__init__(steps)
         self.warpers = LogitsProcessorList(warpers)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Write what is due, and keep the distribution that the warpers will make of it.
-
-        Args:
-            input_ids: The whole texts, `[B, T]`, int64.
-            scores: `[B, V]`, float32.
-
-        Returns:
-            `[B, V]`.
-        """
-        scores = self.feedback.write(input_ids, scores)
-        self.feedback.capture(input_ids, self.warpers(input_ids, scores))
+        """Force the tokens that are due, and capture the distribution that the warpers will make of the scores."""
+        scores = self.steps.write(input_ids, scores)
+        self.steps.capture(input_ids, self.warpers(input_ids, scores))
         return scores

@@ -1,7 +1,7 @@
-"""Latent steps in `generate()`: tokens are drawn as ever, and a mixture of embeddings is fed back in their place.
+"""Latent steps in `generate()`: tokens are sampled as usual, but a mixture of embeddings is fed back in their place.
 
-The loops are transformers' own, or `FusedDecoding`; what is added to them is a processor behind all others, which sees
-the distribution that a token is drawn from, and a hook on the inputs of the next forward pass.
+The loops are transformers' own, or `FusedDecoding`. Added are a processor after all others, which sees the distribution
+that a token is drawn from, and a hook on the inputs of the next forward pass.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _NAME = "LatentDecoding"
 
 @dataclass
 class LatentOutput(GenerateDecoderOnlyOutput):
-    """What transformers' loop returns, and which steps were latent; N new tokens.
+    """The output of transformers' loop, and which steps were latent; N new tokens.
 
     Attributes:
         soft: `[B, N]`, bool: whether a mixture took the token's place; where it was not finite, the token's embedding
@@ -49,38 +49,37 @@ class LatentOutput(GenerateDecoderOnlyOutput):
 
 @dataclass(frozen=True, eq=False)
 class LatentDecoding:
-    """A loop for `model.generate(..., custom_generate=LatentDecoding("gumbel"))`, composed and plain models.
+    """A loop for `model.generate(..., custom_generate=LatentDecoding("gumbel"))`, for composed and plain models.
 
-    Each token is drawn as without it; then weights over the likeliest tokens are drawn, given that token, and the
-    mixture of their embeddings is what the model reads next (each member of a composed model the mixture of its own).
-    No score is changed, so constraints, penalties and beams stay valid; the law of the *next* token is. (One gate does
-    write, the cold stop of a thinking span: where its end is not masked.) Off is `"onehot"`, which gives the very
-    tokens of plain decoding.
+    Each token is drawn as usual; then weights over the likeliest tokens are drawn, given that token, and the mixture of
+    their embeddings is what the model reads next (each member of a composed model the mixture of its own). No score is
+    changed, so constraints, penalties and beams stay valid; the distribution of the *next* token changes. (One gate
+    does change scores: a cold stop forces the end of a thinking span, where it is not masked.) `"onehot"` turns it off,
+    with exactly the tokens of plain decoding.
 
-    Weights depend on (seed, row, position) alone. But a mixture keeps the rounding of the scores that it is made of,
-    which a discrete token absorbs: in low precision, a text may change with the batch around it.
+    Weights depend on (seed, row, position) alone. But a mixture keeps the rounding of its scores, which a discrete
+    token absorbs: in low precision, a text may change with the batch.
 
-    For greedy decoding, sampling and beams, with any cache or none, any padding, compiled forwards and streamers. One
-    `generate()` with latent steps at a time on a model. Assisted decoding is refused, and so are encoder-decoders.
+    Greedy decoding, sampling and beams work, with any cache or none, any padding, compiled forwards and streamers. Only
+    one `generate()` with latent steps may run on a model at a time. Assisted decoding and encoder-decoders are refused.
 
-    On a plain model transformers hands a callable neither `streamer=` nor `assistant_model=` of `generate()`: give the
-    streamer here (one given to `generate()` gets the prompt alone); an assistant is ignored, and the text is that
-    without it. `generate_batch` and `cache_implementation="paged"` never call it: there transformers' warning that it
-    switches is all there is. A composed model hands both over and refuses what cannot be, an attached
-    `LatentLogitsProcessor` refuses assistants and paged caches.
+    On a plain model transformers hands a callable neither `streamer=` nor `assistant_model=` of `generate()`: pass the
+    streamer here (one passed to `generate()` gets the prompt alone); an assistant is ignored. `generate_batch` and
+    `cache_implementation="paged"` never call it; only a warning of transformers says so. A composed model passes both
+    on and refuses what is unsupported; an attached `LatentLogitsProcessor` refuses assistants and paged caches.
 
     Attributes:
-        mixture: The law of the weights, or its kind for the defaults.
+        mixture: The distribution of the weights, or its kind for the defaults.
         gates: Where steps are latent [everywhere but at ids that end, begin or pad the text].
-        seed: The key of all weights; None for another one in each call, from torch's default generator.
+        seed: The key of all weights; None draws one per call from torch's default generator.
         stream_ids: `[B]`, int64, or a list: which stream of the seed each row draws from [0, 1, 2, …].
         loop: How tokens are drawn: None for transformers' own loops; a `FusedDecoding`, for greedy decoding and
-            sampling, if a row's tokens too are to depend on (seed, row, position) alone.
+            sampling, if a row's tokens too should depend on (seed, row, position) alone.
         streamer: A streamer for plain models; it gets the prompt too.
         impl: "triton", "torch" or "auto".
 
     Raises:
-        InputError: If a setting is out of its range.
+        InputError: If a setting is out of range.
     """
 
     mixture: LatentMixture | Kind = field(default_factory=LatentMixture)
@@ -119,14 +118,14 @@ class LatentDecoding:
             logits_processor: The processors and warpers.
             stopping_criteria: The criteria.
             generation_config: The settings.
-            synced_gpus: Whether to go on until the other processes have finished; None to find out.
+            synced_gpus: Whether to continue until the other processes have finished; None to find out.
             streamer: Gets each step's tokens `[B]`.
-            tokenizer: The stop strings' criterion has taken it.
+            tokenizer: Unused: the stop strings' criterion has it already.
             assistant_model: Refused.
-            **model_kwargs: What the forward passes need; the cache among them.
+            **model_kwargs: Inputs of the forward passes, the cache among them.
 
         Returns:
-            What transformers' loop returns; without beams and with `return_dict_in_generate` a `LatentOutput`.
+            The output of transformers' loop; without beams and with `return_dict_in_generate` a `LatentOutput`.
 
         Raises:
             UnsupportedModeError: For encoder-decoders, assisted decoding, paged caches and companions that read ids.
@@ -160,7 +159,7 @@ class LatentDecoding:
         self._refuse_paged(generation_config, model_kwargs)
         refuse_processors(logits_processor)
         assert isinstance(self.mixture, LatentMixture)
-        feedback = latent_steps_of(
+        steps = latent_steps_of(
             model,
             self.mixture,
             self.gates,
@@ -172,12 +171,12 @@ class LatentDecoding:
         )
         ended = _Ended(stopping_criteria)
         shared: dict[str, Any] = {
-            "logits_processor": with_capture(logits_processor, feedback),
+            "logits_processor": with_capture(logits_processor, steps),
             "stopping_criteria": ended,
             "generation_config": generation_config,
             "synced_gpus": call.synced,
             **model_kwargs,
-            ARGUMENT: feedback,
+            ARGUMENT: steps,
         }
         with latent_inputs_installed(model):
             if beams > 1:
@@ -186,7 +185,7 @@ class LatentDecoding:
                 out = self.loop(model, input_ids, streamer=call.streamer, **shared)
             else:
                 out = model._sample(input_ids, streamer=call.streamer, **shared)
-        return out if isinstance(out, torch.Tensor) else _output(out, feedback, ended.steps, input_ids.shape[1])
+        return out if isinstance(out, torch.Tensor) else _output(out, steps, ended.steps, input_ids.shape[1])
 
     def _refuse_paged(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         cache = cache_of(model_kwargs)
@@ -194,13 +193,13 @@ class LatentDecoding:
             raise UnsupportedModeError.of(
                 _NAME,
                 expected="a dynamic or static cache, or none",
-                got="a paged one, whose batches run without latent steps",
+                got="a paged cache, whose batches run without latent steps",
                 remedy="Leave cache_implementation out.",
             )
 
 
 class _Ended(StoppingCriteriaList):
-    """Criteria that keep what they said of each step."""
+    """Criteria that keep their result of each step."""
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         super().__init__(criteria)
@@ -212,15 +211,15 @@ class _Ended(StoppingCriteriaList):
         return done
 
 
-def _output(out: Any, feedback: LatentSteps, ended: list[torch.Tensor], start: int) -> LatentOutput:
+def _output(out: Any, steps: LatentSteps, ended: list[torch.Tensor], start: int) -> LatentOutput:
     new = out.sequences[:, start:]  # [B, N]
     count = new.shape[1]
-    # On a GPU transformers' loop may be a step ahead when it stops.
+    # On a GPU transformers' loop may run one step too many.
     entropy, done = (
-        torch.stack([x.to(new.device) for x in steps[:count]], 1) for steps in (feedback.entropy, ended)
+        torch.stack([x.to(new.device) for x in each[:count]], 1) for each in (steps.entropy, ended)
     )  # [B, N]
-    fed = [soft.to(new.device) for soft in feedback.soft[: count - 1]]
+    fed = [soft.to(new.device) for soft in steps.soft[: count - 1]]
     soft = torch.stack([*fed, torch.zeros_like(done[:, 0])], 1)
     through = done.long().cumsum(1) > 0  # from a row's last token on
-    over = through & (torch.cumsum(through.long(), 1) > 1)  # behind it
+    over = through & (torch.cumsum(through.long(), 1) > 1)  # after it
     return LatentOutput(**out, soft=soft & ~through, entropy=entropy.masked_fill(over, torch.nan))

@@ -1,8 +1,8 @@
-"""What a causal LM makes of token ids before its first layer, and mixtures of that.
+"""Mixtures of a causal LM's embeddings.
 
-Mixed are the outputs of the embedding *module*: some families scale them, and a weight's rows would not be. Families
-that look the ids up a second time (the per-layer embeddings of Gemma 3n and Gemma 4) get a mixture of these too. That
-nothing else of a forward pass depends on the ids is tried out once for each model.
+The outputs of the embedding *module* are mixed, as some families scale them. Families with a second look-up of the ids
+(the per-layer embeddings of Gemma 3n and Gemma 4) get a mixture of those too. A trial forward pass checks once per
+model that it depends on the ids in no other way.
 """
 
 from __future__ import annotations
@@ -23,29 +23,25 @@ from proxytune.ops.noise import Noise
 __all__ = ["Embedding", "Inputs"]
 
 Inputs = dict[str, torch.Tensor]
-"""Arguments of a forward pass in place of `input_ids`, `[B, N, …]` each: `inputs_embeds` and what goes with it."""
+"""Arguments of a forward pass that replace `input_ids`, `[B, N, …]` each: `inputs_embeds` and any others."""
 
 _PER_LAYER = "get_per_layer_inputs"
 _tried: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class Embedding:
-    """The way from ids to what can be passed in their place.
+    """The embedding of a model: from ids to the inputs that replace them.
 
     Attributes:
-        role: What the model is called in messages.
+        role: The model's name in messages.
         model: The causal LM.
     """
 
     def __init__(self, model: PreTrainedModel, role: str = "model") -> None:
-        """Find the embedding, and try it out if that has not been done for this model.
-
-        Args:
-            model: A decoder-only causal LM, or a PEFT model around one.
-            role: For messages.
+        """Find the embedding of a decoder-only causal LM (or a PEFT model around one), and check it once per model.
 
         Raises:
-            UnsupportedModelError: If the model takes no embeddings, has none, or makes more of its ids than it tells.
+            UnsupportedModelError: If the model takes no embeddings, has none, or uses its ids in other ways too.
         """
         self.role, self.model = role, model
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -66,33 +62,26 @@ class Embedding:
 
     @property
     def device(self) -> torch.device:
-        """Where the ids go."""
+        """The device for the ids."""
         weight: torch.Tensor | None = next(iter(self._module.parameters()), None)
         hook = getattr(self._module, "_hf_hook", None)
-        if weight is None or weight.device.type == "meta":  # accelerate has it elsewhere until it is needed
+        if weight is None or weight.device.type == "meta":  # accelerate keeps it elsewhere until it is needed
             return torch.device(getattr(hook, "execution_device", None) or self.model.device)
         return weight.device
 
     @property
     def rows(self) -> int | None:
-        """How many ids it knows; None if the module does not tell."""
+        """How many ids it can embed; None if the module does not tell."""
         weight = getattr(self._module, "weight", None)
         return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
 
     def of(self, ids: torch.Tensor) -> Inputs:
-        """What the model makes of ids.
-
-        Args:
-            ids: `[B, N]`, int64.
-
-        Returns:
-            `[B, N, …]` each.
-        """
+        """The inputs for ids `[B, N]`, `[B, N, …]` each."""
         ids = ids.to(self.device)
-        found: Inputs = {"inputs_embeds": self._module(ids)}
+        inputs: Inputs = {"inputs_embeds": self._module(ids)}
         if self._per_layer is not None:
-            found["per_layer_inputs"] = self._second(ids)
-        return found
+            inputs["per_layer_inputs"] = self._second(ids)
+        return inputs
 
     def mixed(
         self,
@@ -105,13 +94,13 @@ class Embedding:
         noise: Noise,
         impl: Impl,
     ) -> Inputs:
-        """A mixture of what it makes of several ids.
+        """The inputs for mixtures of several ids.
 
         Args:
             ids: `[B, K]`, int64: the candidates.
-            weights: `[B, K]`, float32, adding up to 1.
+            weights: `[B, K]`, float32, summing to 1.
             tokens: `[B]`, int64: the emitted tokens.
-            soft: `[B]`, bool: which rows are mixed; the others get what it makes of their token, bit for bit.
+            soft: `[B]`, bool: which rows are mixed; the others get the embedding of their token, bit for bit.
             sigma: Gaussian noise on the mixture of the embeddings, relative to its root mean square.
             noise: The keys of that noise.
             impl: As in `proxytune.ops.mix.mix`.
@@ -136,7 +125,7 @@ class Embedding:
                 weights,
                 tokens=place_of[:, -1],
                 soft=soft,
-                # The second look-up is told apart from the first by nothing that the noise is keyed by.
+                # No noise on the second look-up: its keys would be those of the first.
                 sigma=sigma if name == "inputs_embeds" else 0.0,
                 noise=keys,
                 impl=impl,
@@ -145,7 +134,7 @@ class Embedding:
         return out
 
     def _table(self) -> torch.Tensor | None:
-        """The weight, if the module does nothing but look rows of it up."""
+        """The weight, if the module only looks up its rows."""
         module = self._module
         plain = type(module) is nn.Embedding and module.max_norm is None and self._per_layer is None
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
@@ -156,18 +145,18 @@ class Embedding:
     def _second(self, ids: torch.Tensor) -> torch.Tensor:
         assert self._per_layer is not None
         more = {"inputs_embeds": None} if "inputs_embeds" in inspect.signature(self._per_layer).parameters else {}
-        found: torch.Tensor = self._per_layer(ids, **more)
-        return found
+        inputs: torch.Tensor = self._per_layer(ids, **more)
+        return inputs
 
     @torch.no_grad()
     def _try_out(self) -> bool:
-        """Whether it could be tried."""
+        """Compare passes over ids and over their embeddings; returns whether they could be compared."""
         if self.model.training:  # dropout would make any two passes differ
             return False
         ids = torch.arange(1, 4, device=self.device)[None] % (self.rows or 4)  # [1, 3]
         given: dict[str, Any] = {"use_cache": False}
         if "position_ids" in inspect.signature(self.model.forward).parameters:
-            # Some models remember those of the generation that is running.
+            # Some models keep those of the running generation.
             given["position_ids"] = torch.arange(3, device=self.device)[None]
         try:
             by_ids = self.model(input_ids=ids, **given).logits.float().log_softmax(-1)
@@ -176,7 +165,7 @@ class Embedding:
             raise self._refusal(
                 "a forward pass on inputs_embeds", f"{type(error).__name__}: {str(error)[:200]}"
             ) from error
-        # Of what has a probability at all: a mask in the head, of whatever value, says nothing.
+        # Only ids with some probability: the value of a mask in the head does not matter.
         apart = (by_ids - by_embeddings).abs()[by_ids > -20.0]
         if not apart.numel():
             return False

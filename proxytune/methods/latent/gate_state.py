@@ -1,4 +1,4 @@
-"""What the gates keep of each row, and how they decide a step from it; pure tensors, nothing waits for the device."""
+"""The state of the gates for each row, and their decision of a step. Pure tensors; nothing waits for the device."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["GateState"]
 
 @dataclass
 class GateState:
-    """What the gates know of each row, `[B]` each; goes from step to step, and with a beam to where it is copied.
+    """The gates' state of each row, `[B]` each.
 
     Attributes:
-        cold: Steps in a row with a low entropy.
-        run: Latent steps in a row.
-        stopped: Whether the span has been ended by a cold stop.
-        latent_mode: Whether the present block is a latent one.
-        block: How many steps the block has.
+        cold: Consecutive steps with a low entropy.
+        run: Consecutive latent steps.
+        stopped: Whether a cold stop has ended the span.
+        latent_mode: Whether the current block is latent.
+        block: Steps in the current block.
         reference: Ĥ at the block's start.
         listed: `[n]`, int64: the ids that are always discrete.
         start: The length of the prompts, padding included.
@@ -38,17 +38,7 @@ class GateState:
 
     @classmethod
     def begin(cls, gates: LatentGates, rows: int, device: torch.device, start: int) -> GateState:
-        """The state before the first new token.
-
-        Args:
-            gates: The gates.
-            rows: The number of rows B.
-            device: Where.
-            start: The length of the prompts, padding included.
-
-        Returns:
-            The state.
-        """
+        """The state before the first new token; `start` is the length of the prompts, padding included."""
         zero = torch.zeros(rows, dtype=torch.int64, device=device)
         no = torch.zeros(rows, dtype=torch.bool, device=device)
         listed = sorted({*gates.discrete_ids, *gates.begin, *gates.end})
@@ -56,14 +46,7 @@ class GateState:
         return cls(zero, zero, no, ~no, zero, nothing, torch.tensor(listed, dtype=torch.int64, device=device), start)
 
     def of(self, parents: torch.Tensor) -> GateState:
-        """The state of rows that go on from others.
-
-        Args:
-            parents: `[B]`, int64.
-
-        Returns:
-            The state.
-        """
+        """The state of rows that continue the rows `parents`, `[B]`, int64."""
         return replace(
             self,
             cold=self.cold[parents],
@@ -81,7 +64,7 @@ class GateState:
 
         Args:
             gates: The gates.
-            ids: `[B, T]`, int64: the whole texts, the token that was just drawn included.
+            ids: `[B, T]`, int64: the whole texts, the last drawn token included.
             entropy: `[B]`, nats: H of the distribution it was drawn from.
             spread: `[B]`: Ĥ of its candidates; NaN where there is no distribution.
 
@@ -94,7 +77,7 @@ class GateState:
         if gates.cold_steps is not None:
             stopped = (stopped | (cold >= gates.cold_steps)) & (inside if gates.end_ids else True)
 
-        # A block begins with the span.
+        # A span begins with a new block.
         fresh = self.reference.isnan() | ~inside
         mode, block = self.latent_mode | fresh, torch.where(fresh, 0, self.block)
         reference = torch.where(fresh, spread, self.reference)
@@ -105,7 +88,7 @@ class GateState:
             )
             mode, block, reference = mode ^ ends, torch.where(ends, 0, block), torch.where(ends, spread, reference)
 
-        soft = inside & mode & ~stopped & (spread >= gates.min_entropy)  # NaN is no latent step
+        soft = inside & mode & ~stopped & (spread >= gates.min_entropy)  # NaN is never latent
         soft &= ~torch.isin(ids[:, -1], self.listed)
         if gates.max_run is not None:
             soft &= self.run < gates.max_run
@@ -118,15 +101,7 @@ class GateState:
         )
 
     def due(self, gates: LatentGates, ids: torch.Tensor) -> torch.Tensor | None:
-        """What has to be written next, where a cold stop ends the span.
-
-        Args:
-            gates: The gates.
-            ids: `[B, T]`, int64: the whole texts.
-
-        Returns:
-            `[B]`, int64; −1 for nothing. None if no gate ever writes.
-        """
+        """The token that a cold stop forces next in each row, `[B]`, int64, −1 for none; None if no gate forces any."""
         ends = gates.end
         if gates.cold_steps is None or not ends:
             return None
@@ -143,7 +118,7 @@ class GateState:
         closed = ends_of(ids, ends)
         if not begins:
             return ~(closed & (place >= self.start)).any(1)
-        # The last place of each; there may be no ids yet, where a prompt was given as embeddings.
+        # The last position of each; there are no ids yet if the prompt was given as embeddings.
         opened, shut = (
             torch.nn.functional.pad(torch.where(x, place, -1), (1, 0), value=-1).amax(1)
             for x in (ends_of(ids, begins), closed)
@@ -151,7 +126,7 @@ class GateState:
         return opened > shut
 
     def _loops(self, ids: torch.Tensor, size: int, repeats: int) -> torch.Tensor:
-        """Whether the last n-gram of the new ids has come up often enough; `[B]`, bool."""
+        """Whether the last n-gram of the new ids has occurred often enough; `[B]`, bool."""
         new = ids[:, self.start :]
         if new.shape[1] < size:
             return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

@@ -1,7 +1,6 @@
-"""Where a latent step is taken: the settings of the gates. What they keep of each row is in `gate_state`.
+"""Where a latent step is taken: the settings of the gates. Their state per row is in `gate_state.py`.
 
-A gate only ever makes a step discrete, which is what decoding would have done without it. All of them are off, or wide
-open, unless they are asked for; what is always discrete are the ids that the caller lists, special ones among them.
+A gate only ever makes a step discrete, as it would be in plain decoding.
 """
 
 from __future__ import annotations
@@ -27,29 +26,29 @@ _LEAVE = "Leave it out for the default."
 
 @dataclass(frozen=True, kw_only=True)
 class LatentGates:
-    """Which steps may be latent. A step is latent if every gate lets it; Ĥ = H(p) / ln k over the k candidates.
+    """Which steps may be latent. A step is latent if every gate allows it; Ĥ = H(p) / ln k over the k candidates.
 
     Attributes:
-        begin_ids: What opens the thinking span, outside of which all is discrete: the ids of `<think>`. Empty with
-            `end_ids` for a span that is open from the first new token on.
+        begin_ids: What opens the thinking span, outside of which all steps are discrete: the ids of `<think>`. Empty
+            with `end_ids` for a span that is open from the first new token on.
         end_ids: What closes it: the ids of `</think>`. Empty for no span: every new token may be latent.
-        discrete_ids: Ids that are always fed back as they are, beside those of the span. Give the tokenizer's special
+        discrete_ids: Ids that are always fed back as they are, as are those of the span. Pass the tokenizer's special
             ids; EOS, padding and BOS of the call are added.
         min_entropy: θ: the least Ĥ of a latent step, in [0, 1] [0].
-        dwell: Switch between the two modes as in SwiReasoning (arXiv 2510.05069): a latent block ends where Ĥ falls
-            below what it was at the block's start, a discrete one where it rises above that; a block has at least so
-            many steps. One number, or one for latent and one for discrete blocks; None to switch nothing.
-        cold_steps: After so many steps in a row with an entropy below `cold_entropy`, the thinking span ends (the cold
-            stop of Soft Thinking, 2505.15778): `end_ids` are written, and without a span all is discrete from there on.
+        dwell: Switch between two modes as in SwiReasoning (arXiv 2510.05069): a latent block ends where Ĥ falls below
+            its value at the block's start, a discrete one where it rises above it; a block has at least this many
+            steps. One number, or one for latent and one for discrete blocks; None for no switching.
+        cold_steps: After this many consecutive steps with an entropy below `cold_entropy`, the thinking span ends (the
+            cold stop of Soft Thinking, 2505.15778): `end_ids` are forced; without a span all later steps are discrete.
             None for never [256].
         cold_entropy: In nats, of the whole distribution that the token was drawn from [.01].
-        max_run: The most latent steps in a row; one discrete step follows. None for no limit.
-        loop_ngram: n: where the last n tokens have been generated `loop_repeats` times, the step is discrete, as a
-            remedy against loops. None to look for none [8].
-        loop_repeats: How often, this time counted [3].
+        max_run: The most consecutive latent steps; one discrete step follows. None for no limit.
+        loop_ngram: n: where the last n tokens were generated `loop_repeats` times, the step is discrete, to break
+            loops. None for no check [8].
+        loop_repeats: How often, this time included [3].
 
     Raises:
-        InputError: If a setting is out of its range.
+        InputError: If a setting is out of range.
     """
 
     begin_ids: TokenIds | None = None
@@ -71,14 +70,14 @@ class LatentGates:
             raise InputError.of(
                 "end_ids",
                 expected="another pattern than begin_ids",
-                got=f"{list(self.end)} for both, with which the span would never be open",
+                got=f"{list(self.end)} for both: the span would never be open",
                 remedy="Pass what closes the thinking span.",
             )
         if self.begin_ids and not self.end_ids:
             raise InputError.of(
                 "end_ids",
                 expected="what closes the thinking span",
-                got=f"none, beside begin_ids={list(self.begin)}",
+                got=f"an empty end_ids with begin_ids={list(self.begin)}",
                 remedy="Pass both, e.g. the ids of '<think>' and '</think>'; or neither, for latent steps everywhere.",
             )
         if self.dwell is not None:
@@ -91,22 +90,19 @@ class LatentGates:
             if value is not None or name == "loop_repeats":
                 object.__setattr__(self, name, whole(name, value, what, least=least, remedy=_LEAVE))
         finite("min_entropy", self.min_entropy, least=0.0, most=1.0, remedy=_LEAVE)
-        if self.cold_entropy != math.inf:  # with which every step is cold
+        if self.cold_entropy != math.inf:  # inf makes every step cold
             finite("cold_entropy", self.cold_entropy, "of nats", least=0.0, remedy=_LEAVE)
 
     @classmethod
     def for_tokenizer(cls, tokenizer: Any, span: str | None = None, **settings: Any) -> LatentGates:
-        """Gates by text instead of ids: all special tokens are discrete, and the span is that of two tokens.
+        """Gates by text instead of ids: all special tokens are discrete, and two tokens delimit the span.
 
         Args:
             tokenizer: The model's tokenizer.
-            span: `"<think>…</think>"`, or with three dots: what opens the thinking span and what closes it, a single
-                token of the vocabulary each; nothing before the dots for a span that is open from the start. None for
-                no span.
+            span: `"<think>…</think>"`, or with three dots: what opens and what closes the thinking span, a single token
+                of the vocabulary each; nothing before the dots for a span that is open from the start. None for no
+                span.
             **settings: Further settings of `LatentGates`.
-
-        Returns:
-            The gates.
 
         Raises:
             InputError: If the span does not have two parts, or one is no token of the vocabulary.
@@ -122,7 +118,7 @@ class LatentGates:
                 got=repr(span),
                 remedy='Pass e.g. "<think>…</think>".',
             )
-        # Not by encode(): a text that is no token of its own falls into pieces that differ with what stands around it.
+        # Not by encode(): a text that is not one token is split differently in different contexts.
         known = tokenizer.get_vocab()
         begin, end = ((known.get(part.strip()),) if part.strip() else () for part in parts)
         for part, ids in zip(parts, (begin, end), strict=True):
@@ -130,9 +126,9 @@ class LatentGates:
                 raise InputError.of(
                     "span",
                     expected=f"tokens of {type(tokenizer).__name__}'s vocabulary",
-                    got=f"{part.strip()!r}, which is none",
-                    remedy="Take the thinking tokens of this model (its chat template shows them), or pass LatentGates "
-                    "the begin_ids and end_ids of several tokens.",
+                    got=f"{part.strip()!r}, which is not a token",
+                    remedy="Use the thinking tokens of this model (its chat template shows them), or pass begin_ids "
+                    "and end_ids of several tokens to LatentGates.",
                 )
         return cls(begin_ids=begin, end_ids=end, discrete_ids=listed, **settings)
 
@@ -141,20 +137,17 @@ class LatentGates:
 
         Args:
             ids: The ids.
-
-        Returns:
-            The gates.
         """
         return replace(self, discrete_ids=(*self.discrete_ids, *ids))
 
     @property
     def begin(self) -> tuple[int, ...]:
-        """`begin_ids` as they are kept; empty for none."""
+        """`begin_ids` as a tuple; empty for none."""
         return _tuple(self.begin_ids)
 
     @property
     def end(self) -> tuple[int, ...]:
-        """`end_ids` as they are kept; empty for none."""
+        """`end_ids` as a tuple; empty for none."""
         return _tuple(self.end_ids)
 
     @property
@@ -164,6 +157,6 @@ class LatentGates:
 
 
 def _tuple(ids: TokenIds | None) -> tuple[int, ...]:
-    # After __post_init__ it is one; the annotation tells what may be given.
+    # __post_init__ makes it a tuple; the annotation is of what may be passed.
     assert isinstance(ids, tuple)
     return ids

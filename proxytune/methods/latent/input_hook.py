@@ -1,8 +1,8 @@
-"""How latent steps come into a `generate()`: a hook on the inputs that a model prepares; and what is refused.
+"""The hook that feeds latent steps into the inputs a model prepares.
 
-The hook is put on the instance, so other models of the class are not touched. Which generation takes latent steps is
-told by an argument that travels with it to every forward pass: another one, in another thread or inside one of its own
-processors, is decoded as ever.
+It is put on the instance, so other models of the class are not touched. An argument that travels with a generation to
+every forward pass carries its latent steps: a generation without it, in another thread or inside one of its own
+processors, decodes as usual.
 """
 
 from __future__ import annotations
@@ -21,26 +21,20 @@ __all__ = ["ARGUMENT", "latent_inputs_installed", "put_hook"]
 
 _NAME = "prepare_inputs_for_generation"
 ARGUMENT = "latent_feedback"
-"""The argument by which a generation carries its feedback to the hook, which takes it out again."""
+"""The argument that carries a generation's latent steps to the hook, which removes it."""
 
 
 def _feed(
     original: Callable[..., dict[str, Any]], input_ids: torch.Tensor, *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
-    """The inputs of a forward pass, with mixtures for what was drawn last."""
-    feedback: LatentSteps | None = kwargs.pop(ARGUMENT, None)
+    """The inputs of a forward pass, with mixtures for the last drawn tokens."""
+    steps: LatentSteps | None = kwargs.pop(ARGUMENT, None)
     inputs = original(input_ids, *args, **kwargs)
-    return feedback.feed(inputs, input_ids) if feedback is not None and feedback.waiting else inputs
+    return steps.feed(inputs, input_ids) if steps is not None and steps.waiting else inputs
 
 
 def put_hook(model: Any) -> MethodHook:
-    """Put a hook on a model.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The hook.
+    """Put the hook on a model.
 
     Raises:
         UnsupportedModeError: If it has one.
@@ -49,7 +43,7 @@ def put_hook(model: Any) -> MethodHook:
         raise UnsupportedModeError.of(
             "latent steps",
             expected="one generation with latent steps at a time on a model",
-            got="a model on which another one is running, or to which a LatentLogitsProcessor is attached",
+            got="a model with another one running, or with a LatentLogitsProcessor attached",
             remedy="Wait for it, detach() the processor, or load the model twice.",
         )
     return MethodHook(model, _NAME, _feed)
@@ -57,13 +51,10 @@ def put_hook(model: Any) -> MethodHook:
 
 @contextmanager
 def latent_inputs_installed(model: Any) -> Iterator[None]:
-    """Let the generations of a model that carry a feedback go through it, for as long as the context lasts.
-
-    Args:
-        model: The model.
+    """Put the hook on a model for the length of the context.
 
     Raises:
-        UnsupportedModeError: If another one is running on this model.
+        UnsupportedModeError: If it has one.
     """
     hook = put_hook(model)
     try:

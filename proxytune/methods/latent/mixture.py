@@ -1,8 +1,8 @@
-"""What is fed back instead of a token: weights over the likeliest tokens, drawn given the token that was emitted.
+"""What is fed back instead of a token: weights over the likeliest tokens, drawn given the emitted token.
 
-The emitted token is drawn as ever; the weights are drawn *after* it, conditionally on it, so no token is forced and the
-law of the next token is touched through the model alone. y is the emitted token's one-hot, p the distribution it was
-drawn from, renormalised over the candidates, and Ĥ = H(p) / ln k with k candidates:
+The emitted token is drawn as usual and the weights *after* it, conditionally on it: no token is forced, and the next
+token's distribution changes through the model alone. y is the emitted token's one-hot, p the distribution it was drawn
+from, renormalised over the candidates, and Ĥ = H(p) / ln k with k candidates:
 
 ============ ===================================================== ====================================================
 `onehot`      y                                                     discrete decoding, exactly
@@ -42,8 +42,8 @@ _OWN: dict[str, dict[str, float]] = {
     "multiplex": {"samples": 3},
     "gaussian": {"sigma": 0.1},
 }
-"""Kind → its settings and their defaults; `sigma` is everybody's, but 0 elsewhere."""
-_ATTEMPTS = 8  # each is accepted with a probability of at least .95; all fail once in 10¹⁰ draws
+"""Kind → its settings and their defaults; every kind has `sigma`, 0 if not listed."""
+_ATTEMPTS = 8  # each succeeds with probability ≥ .95; all fail once in 10¹⁰ draws
 _MOST_SAMPLES = SLOTS // 2
 _LEAVE = "Leave it out for the default."
 
@@ -75,19 +75,19 @@ class Candidates:
 
 @dataclass(frozen=True, kw_only=True)
 class LatentMixture:
-    """A law of the weights, and its settings.
+    """The distribution of the weights.
 
     Attributes:
-        kind: Which law.
-        candidates: Over how many of the likeliest tokens (k); the emitted one is always among them [10].
+        kind: Which distribution: "onehot", "mean", "moi", "gumbel", "dirichlet", "multiplex" or "gaussian".
+        candidates: k, how many of the likeliest tokens to mix; the emitted one is always among them [10].
         tau: The temperature τ > 0 of `gumbel` [.25].
         alpha: The concentration α > 0 of `dirichlet` [1].
         beta: The weight β ≥ 0 of the emitted token in `moi` [1].
-        samples: How many tokens K `multiplex` averages, the emitted one among them [3].
+        samples: How many tokens K `multiplex` averages, the emitted one included [3].
         sigma: Gaussian noise on the mixture, relative to its root mean square [.1 for `gaussian`, else 0].
 
     Raises:
-        InputError: If the kind is unknown, or a setting is out of its range or not one of that kind.
+        InputError: If the kind is unknown, or a setting is out of range or not one of that kind.
     """
 
     kind: Kind = "gumbel"
@@ -100,16 +100,16 @@ class LatentMixture:
 
     def __post_init__(self) -> None:
         choice("kind", self.kind, get_args(Kind))
-        own = {"sigma": 0.0} | _OWN.get(self.kind, {})
+        defaults = {"sigma": 0.0} | _OWN.get(self.kind, {})
         for name in ("tau", "alpha", "beta", "samples", "sigma"):
             given = getattr(self, name)
             if given is None:
-                object.__setattr__(self, name, own.get(name))
-            elif name not in own:
+                object.__setattr__(self, name, defaults.get(name))
+            elif name not in defaults:
                 of = next(kind for kind, settings in _OWN.items() if name in settings)
                 raise InputError.of(
                     name,
-                    expected=f"only settings of {self.kind!r} ({', '.join(sorted(own))})",
+                    expected=f"only settings of {self.kind!r} ({', '.join(sorted(defaults))})",
                     got=f"{name}={given!r}, a setting of {of!r}",
                     remedy=f"Leave it out, or pass kind={of!r}.",
                 )
@@ -127,7 +127,7 @@ class LatentMixture:
 
     @property
     def is_random(self) -> bool:
-        """Whether the embedding that is fed back depends on more than the emitted token and its distribution."""
+        """Whether the mixture depends on more than the emitted token and its distribution."""
         return self.kind in ("gumbel", "dirichlet", "multiplex") or bool(self.sigma)
 
     def weights(self, candidates: Candidates, noise: Noise) -> torch.Tensor:
@@ -138,7 +138,7 @@ class LatentMixture:
             noise: The keys, at the position of the emitted token.
 
         Returns:
-            `[B, K]`, float32, ≥ 0, adding up to 1. The emitted token's one-hot in a row without distribution.
+            `[B, K]`, float32, ≥ 0, summing to 1. The emitted token's one-hot in a row without distribution.
         """
         y = candidates.own.float()  # [B, K]
         drawn: torch.Tensor
@@ -168,7 +168,7 @@ def _gumbel(candidates: Candidates, noise: Noise, tau: Any) -> torch.Tensor:
     2014, "A* sampling"); given it, the others are independent and truncated at it.
     """
     variates = noise.gumbel(slotted(0, candidates.ids), LATENT)  # [B, K]
-    # The emitted token's own variate, which no other needs.
+    # The emitted token's own variate.
     largest = torch.where(candidates.own, variates, 0.0).sum(1, keepdim=True)
     truncated = -torch.logaddexp(-largest, -(candidates.logprobs + variates))
     keys = torch.where(candidates.own, largest, truncated)
@@ -177,7 +177,7 @@ def _gumbel(candidates: Candidates, noise: Noise, tau: Any) -> torch.Tensor:
 
 
 def _dirichlet(candidates: Candidates, noise: Noise, alpha: Any) -> torch.Tensor:
-    """`Dir(αp + y)` from Gamma variates, in logarithms, since those of small shapes are smaller than float32 holds."""
+    """`Dir(αp + y)` from Gamma variates, in logarithms, as those of small shapes underflow float32."""
     shape = alpha * candidates.logprobs.exp() + candidates.own
     log_gamma = _log_gamma(shape, candidates.ids, noise)
     return torch.where(shape > 0, log_gamma, -torch.inf).softmax(1)
@@ -200,8 +200,8 @@ def _log_gamma(shape: torch.Tensor, ids: torch.Tensor, noise: Noise) -> torch.Te
     log_v = v.clamp(min=torch.finfo(torch.float32).tiny).log()
     accepted = (v > 0) & (unit(third).log() < 0.5 * x.square() + d * (1.0 - v + log_v))
     chosen = accepted.int().argmax(-1, keepdim=True)  # the first
-    found = d.log() + torch.where(accepted.any(-1, keepdim=True), log_v.gather(-1, chosen), 0.0)
-    return found[..., 0] - torch.where(small, exponential(fourth[..., 0]) / shape, 0.0)
+    log_gamma = d.log() + torch.where(accepted.any(-1, keepdim=True), log_v.gather(-1, chosen), 0.0)
+    return log_gamma[..., 0] - torch.where(small, exponential(fourth[..., 0]) / shape, 0.0)
 
 
 def _multiplex(candidates: Candidates, noise: Noise, samples: Any) -> torch.Tensor:
@@ -214,5 +214,5 @@ def _multiplex(candidates: Candidates, noise: Noise, samples: Any) -> torch.Tens
     index = slotted(slots, candidates.ids[:, None]).flatten(1)  # [B, (K − 1) · count]
     keys = noise.gumbel(index, LATENT).view(rows, samples - 1, count) + candidates.logprobs[:, None]
     further = torch.nn.functional.one_hot(keys.argmax(-1), count).sum(1)
-    # NaN has no largest key: such a row has no weights.
+    # The argmax of a NaN row means nothing: mark it as without weights.
     return total + torch.where(candidates.logprobs.isnan().any(1, keepdim=True), torch.nan, further.float())

@@ -1,7 +1,7 @@
-"""Latent steps as a logits processor, for pipelines that can pass nothing but processors.
+"""Latent steps as a logits processor, for pipelines that accept only processors.
 
-The processor sees the scores, and `attach` lets it reach the inputs of the model it is attached to. Where it stands in
-the list does not matter as long as it knows which warpers come after it: they change what a token is drawn from.
+The processor sees the scores, and `attach` lets it reach the model's inputs. Its place in the list does not matter if
+it knows the warpers after it, which change what a token is drawn from.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ _NAME = "LatentLogitsProcessor"
 
 
 class LatentLogitsProcessor(Attachable, LogitsProcessor):
-    """What `LatentDecoding` does, for any `generate()`, pipeline or trainer around a model.
+    """`LatentDecoding` for any `generate()`, pipeline or trainer around a model.
 
-    `processor.attach(model)` is needed in both ways of using it, and `detach()` ends it; also a context manager:
+    Both ways of using it need `processor.attach(model)`; `detach()`, or the end of `with processor.attach(model):`,
+    undoes it:
 
-    - attached alone, every `generate()` of the model takes latent steps, and the processor finds its own place behind
-      the warpers;
-    - attached and passed in `logits_processor=[…]`, it stands before generate()'s warpers. It has to be told which they
-      are (`warpers`), and refuses a call in which others come after it. The result is the same.
+    - attached alone, every `generate()` of the model takes latent steps, and the processor runs after the warpers;
+    - attached and passed in `logits_processor=[…]`, it runs before generate()'s warpers. They have to be passed here
+      too (`warpers`), and a call in which others follow it is refused. The result is the same.
 
-    With the same seed the steps are those of the sampler. Assisted decoding, paged caches, `generate_batch` and models
-    that run as somebody's draft are refused.
+    With the same seed the steps are those of `LatentDecoding`. Assisted decoding, paged caches, `generate_batch` and
+    models that draft for others are refused.
     """
 
     supports_continuous_batching = False
@@ -61,16 +61,16 @@ class LatentLogitsProcessor(Attachable, LogitsProcessor):
         """Keep the settings.
 
         Args:
-            mixture: The law of the weights, or its kind for the defaults.
+            mixture: The distribution of the weights, or its kind for the defaults.
             gates: Where steps are latent [everywhere but at ids that end, begin or pad the text].
-            warpers: The processors that come after this one in the list, in their order, as generate() makes them:
-                e.g. `[TemperatureLogitsWarper(0.8), TopKLogitsWarper(50)]`. Not needed if it is only attached.
-            seed: The key of all weights; None for another one in each call, from torch's default generator.
+            warpers: The processors after this one in the list, in their order, as generate() makes them: e.g.
+                `[TemperatureLogitsWarper(0.8), TopKLogitsWarper(50)]`. Not needed if it is only attached.
+            seed: The key of all weights; None draws one per call from torch's default generator.
             stream_ids: `[B]`: which stream of the seed each row draws from [0, 1, 2, …].
             impl: "triton", "torch" or "auto".
 
         Raises:
-            InputError: If a setting is out of its range.
+            InputError: If a setting is out of range.
         """
         self.mixture, self.gates = check_latent_settings(mixture, LatentGates() if gates is None else gates, impl)
         refuse_seed(seed, _NAME)
@@ -79,19 +79,11 @@ class LatentLogitsProcessor(Attachable, LogitsProcessor):
         self.impl: Impl = impl
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> NoReturn:
-        """Refuse: in a `generate()` of the model that it is attached to, something else stands in for it.
-
-        Args:
-            input_ids: `[B, T]`.
-            scores: `[B, V]`.
-
-        Raises:
-            UnsupportedModeError: Always.
-        """
+        """Always raise UnsupportedModeError: in a `generate()` of the attached model another processor runs instead."""
         raise UnsupportedModeError.of(
             _NAME,
             expected="a generate() of the model that it is attached to",
-            got="a call by another model, or loop" if self._hooks else "a call in which it is not attached",
+            got="a call by another model or loop" if self._hooks else "a call in which it is not attached",
             remedy="Call processor.attach(model) before model.generate(...).",
         )
 
@@ -113,8 +105,8 @@ class LatentLogitsProcessor(Attachable, LogitsProcessor):
         if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
             raise UnsupportedModelError.of(
                 _NAME,
-                expected="a model whose inputs are prepared by itself",
-                got="a PEFT model that learns a prompt or prefix, which prepares them in its place",
+                expected="a model that prepares its own inputs",
+                got="a PEFT model with a learned prompt or prefix, which prepares them instead",
                 remedy="Pass a LatentDecoding to generate(custom_generate=…).",
             )
         target = target_of(model)
@@ -124,7 +116,7 @@ class LatentLogitsProcessor(Attachable, LogitsProcessor):
             raise UnsupportedModeError.of(
                 "attach",
                 expected="a model to which nothing is attached",
-                got="one with another processor; the companions of a ProxyTuningLogitsProcessor would read the ids",
+                got="a model with another processor; the companions of a ProxyTuningLogitsProcessor would read the ids",
                 remedy="Detach it. To steer and take latent steps, compose the models with proxytune.wrap.",
             )
         embeddings_of(target)
@@ -154,26 +146,26 @@ class _Processors:
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """Build the processors of one `generate()`, with one that shows the scores to its latent steps."""
-        found = original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
+        """The processors of one `generate()`, with one that passes the scores to its latent steps."""
+        processors = original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
         own = self.processor
         if model_kwargs is None or not self.hook.is_on_top:
             raise UnsupportedModeError.of(
                 _NAME,
-                expected="a generate() in which the model prepares its inputs, through what attach() has put on it",
+                expected="a generate() that prepares the model's inputs through the hook of attach()",
                 got="no arguments for the model" if model_kwargs is None else "another method in its place",
                 remedy="Attach the processor last, or pass a LatentDecoding to generate(custom_generate=…).",
             )
         if generation_config.is_assistant:
             raise UnsupportedModeError.of(
                 _NAME,
-                expected="a model that generates for itself",
-                got="one that drafts for another",
+                expected="a model that does not draft for another",
+                got="the assistant of another model",
                 remedy="Call detach() first.",
             )
         refuse_modes(_NAME, self.model, generation_config, None, beams=True)
-        refuse_processors(found)
-        feedback = latent_steps_of(
+        refuse_processors(processors)
+        steps = latent_steps_of(
             self.model,
             own.mixture,
             own.gates,
@@ -183,38 +175,38 @@ class _Processors:
             rows=own.stream_ids,
             impl=own.impl,
         )
-        # generate() hands these on to every step.
-        model_kwargs[ARGUMENT] = feedback
-        places = [i for i, p in enumerate(found) if isinstance(p, LatentLogitsProcessor)]
+        # generate() passes these on to every step.
+        model_kwargs[ARGUMENT] = steps
+        places = [i for i, p in enumerate(processors) if isinstance(p, LatentLogitsProcessor)]
         if not places:
-            return with_capture(found, feedback)
+            return with_capture(processors, steps)
         at = places[0]
-        if len(places) > 1 or found[at] is not own:
+        if len(places) > 1 or processors[at] is not own:
             raise InputError.of(
                 "logits_processor",
-                expected="the processor that is attached, once",
+                expected="only the attached processor, once",
                 got=f"{len(places)} of this kind",
-                remedy="Pass that one alone, or none.",
+                remedy="Pass the attached one alone, or none.",
             )
-        after = found[at + 1 :]
+        after = processors[at + 1 :]
         if [_settings(p) for p in after] != [_settings(p) for p in own.warpers]:
             raise InputError.of(
                 "warpers",
-                expected=f"those that come after it in the list: {', '.join(map(_shown, after)) or 'none'}",
-                got=", ".join(map(_shown, own.warpers)) or "none",
+                expected=f"those that come after it in the list: [{', '.join(map(_shown, after))}]",
+                got=f"[{', '.join(map(_shown, own.warpers))}]",
                 remedy="Pass them to the processor, or leave it out of logits_processor: attached, it comes last.",
             )
-        return LogitsProcessorList([*found[:at], EarlyCapture(feedback, own.warpers), *after])
+        return LogitsProcessorList([*processors[:at], EarlyCapture(steps, own.warpers), *after])
 
 
 def _lengths(generation_config: GenerationConfig, width: int, model_kwargs: Mapping[str, Any]) -> torch.Tensor:
-    """As many as there are rows, if some are padded; else one for all, `[1]`."""
+    """One length per row if some are padded; else one for all, `[1]`."""
     mask = model_kwargs.get("attention_mask")
     return lengths_of(1, width, torch.device("cpu") if mask is None else mask.device, generation_config, model_kwargs)
 
 
 def _settings(processor: LogitsProcessor) -> tuple[type, dict[str, str]]:
-    # As texts, since some are tensors. A 1 is a 1.0, and where the tensors lie does not matter.
+    # As strings, since some are tensors. 1 equals 1.0, and the tensors' device does not matter.
     return type(processor), {
         k: repr(x.tolist() if isinstance(x, torch.Tensor) else float(x) if isinstance(x, int) else x)
         for k, x in vars(processor).items()

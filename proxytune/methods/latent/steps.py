@@ -1,9 +1,8 @@
-"""One generation's latent steps: from the scores that a token is drawn from to what is fed back in its place.
+"""The latent steps of one generation: from the scores of a token to the embedding fed back in its place.
 
-`write` sees the scores before they are truncated, `capture` after all processors and warpers, and `feed` the inputs of
-the next forward pass; both doors (the `custom_generate` callable and the logits processor) call these and nothing else.
-Beams are reordered in between: which row goes on from which is told from the texts. Without beams nothing here waits
-for the device.
+`write` gets the scores before they are truncated, `capture` after all processors and warpers, `feed` the inputs of the
+next forward pass; `LatentDecoding` and `LatentLogitsProcessor` both use these three. Beams are reordered in between:
+each row's parent is found by comparing the texts. Without beams nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -30,17 +29,7 @@ __all__ = ["LatentSteps", "check_latent_settings", "embeddings_of", "latent_step
 
 
 def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
-    """The embeddings that a mixture is taken of: each member has its own.
-
-    Args:
-        model: The composed model, or a plain causal LM.
-
-    Returns:
-        One for each member.
-
-    Raises:
-        UnsupportedModelError: As `Embedding`.
-    """
+    """The embeddings of all members; each has its own."""
     ensemble = Ensemble.of(model)
     return [Embedding(each, role) if ensemble.composed else Embedding(each) for role, each in ensemble.models]
 
@@ -49,7 +38,7 @@ class LatentSteps:
     """The latent steps of one generation.
 
     Attributes:
-        soft: For each step but the last, `[B]`, bool: whether a mixture was fed back. Rows as they were then.
+        soft: For each step but the last, `[B]`, bool: whether a mixture was fed back. Rows in that step's order.
         entropy: For each step, `[B]`, float32, nats: of the distribution that the token was drawn from.
         known: How many ids all members can embed; None if that is not known.
     """
@@ -70,16 +59,13 @@ class LatentSteps:
 
         Args:
             model: The composed model, or a plain causal LM.
-            mixture: The law of the weights.
-            gates: Where steps are latent, ids that end the text among those that never are.
+            mixture: The distribution of the weights.
+            gates: Where steps are latent; their discrete ids include those that end the text.
             seed: The key of all noise.
             lengths: `[B]`, int64, or one number for all: how many tokens each prompt has, without padding.
-            rows: `[B]`: which stream of it each row draws from [0, 1, 2, …].
-            beams: How many rows of a prompt may change places; 1 if none do.
+            rows: `[B]`: which stream of the seed each row draws from [0, 1, 2, …].
+            beams: How many rows of a prompt may be reordered; 1 for none.
             impl: As in `ops.step`.
-
-        Raises:
-            UnsupportedModelError: As `Embedding`.
         """
         self._composed = Ensemble.of(model).composed
         self._embeddings = embeddings_of(model)
@@ -89,8 +75,8 @@ class LatentSteps:
         self._impl: ops.Impl = impl
         self._state: GateState | None = None
         self._rows: torch.Tensor | None = None  # [B, V]: the scores
-        self._ids: torch.Tensor | None = None  # [B, T]: the texts that the scores were for
-        self._past: list[Inputs] | None = None  # of each member, [B, fed, …]: where there is no cache
+        self._ids: torch.Tensor | None = None  # [B, T]: the texts of these scores
+        self._past: list[Inputs] | None = None  # of each member, [B, fed, …]; only without a cache
         self.soft: list[torch.Tensor] = []
         self.entropy: list[torch.Tensor] = []
 
@@ -100,51 +86,32 @@ class LatentSteps:
         return self._ids is not None
 
     def write(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Write the end of the thinking span where a cold stop has ended it, unless a constraint masks that token.
-
-        Args:
-            input_ids: `[B, T]`, int64: the whole texts.
-            scores: `[B, V]`, before anything is truncated.
-
-        Returns:
-            `[B, V]`: the scores; where the end is due, it is certain.
-
-        Raises:
-            InputError: If `rows` does not fit the batch.
-        """
+        """After a cold stop, force the end of the thinking span in scores `[B, V]`, unless a constraint masks it."""
         due = self._begun(input_ids).due(self._gates, input_ids)
-        if due is None or self._mixture.kind == "onehot":  # which is plain decoding, to the last bit
+        if due is None or self._mixture.kind == "onehot":  # exactly plain decoding
             return scores
         due = due.to(scores.device)
         free = scores.gather(1, due.clamp(min=0)[:, None])[:, 0] > -torch.inf
         return forced(scores, torch.where(free, due, -1))
 
     def capture(self, input_ids: torch.Tensor, scores: torch.Tensor) -> None:
-        """Keep the distribution that the next token is drawn from.
-
-        Args:
-            input_ids: `[B, T]`, int64: the whole texts.
-            scores: `[B, V]`, float32, after all processors and warpers.
-
-        Raises:
-            InputError: If `rows` does not fit the batch.
-        """
+        """Keep the distribution of the next token: `scores` `[B, V]`, float32, after all processors and warpers."""
         self._begun(input_ids)
         rows = scores.float().contiguous()
-        found = ops.step([rows], want=("lse", "entropy"), impl=self._impl)
-        assert found.lse is not None
-        assert found.entropy is not None
+        measured = ops.step([rows], want=("lse", "entropy"), impl=self._impl)
+        assert measured.lse is not None
+        assert measured.entropy is not None
         known = rows[:, : self.known]  # a head may be wider than the embedding
         top, top_ids = known.topk(min(self._mixture.candidates, known.shape[1]), dim=1)
         self._ids, self._rows = input_ids, rows
-        self._lse, self._entropy, self._top, self._top_ids = found.lse, found.entropy, top, top_ids
-        self.entropy.append(found.entropy)
+        self._lse, self._entropy, self._top, self._top_ids = measured.lse, measured.entropy, top, top_ids
+        self.entropy.append(measured.entropy)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NoReturn:
         raise UnsupportedModeError.of(
             "latent steps",
             expected="greedy decoding, sampling or beam search",
-            got="assisted decoding, which hands the model's arguments on to a draft",
+            got="assisted decoding, which passes the model's arguments on to a draft",
             remedy="Leave assistant_model out.",
         )
 
@@ -158,8 +125,8 @@ class LatentSteps:
         """Put the mixtures into the inputs of the next forward pass.
 
         Args:
-            inputs: What the model has prepared for it, with `input_ids`.
-            input_ids: `[B, T]`, int64: the whole texts, the tokens drawn last included.
+            inputs: The inputs that the model has prepared, with `input_ids`.
+            input_ids: `[B, T]`, int64: the whole texts, the last drawn tokens included.
 
         Returns:
             The inputs; of a plain model with embeddings in place of the ids, of a composed one beside them.
@@ -214,18 +181,18 @@ class LatentSteps:
         return {**inputs, "input_ids": None, **fed[0]}
 
     def _parents(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """Which row of the last step each row goes on from; None if rows stay where they are. `[B]`, int64."""
+        """The row of the last step that each row continues, `[B]`, int64; None without beams."""
         if self._beams == 1:
             return None
         assert self._ids is not None
         now, before = (x.unflatten(0, (-1, self._beams)) for x in (input_ids[:, :-1], self._ids))  # [P, beams, T]
         same = (now[:, :, None] == before[:, None]).all(-1)  # [P, beams, beams]
-        # Waits for the device, as beam search itself does in every step.
+        # Waits for the device, as beam search does in every step anyway.
         if not bool(same.any(-1).all()):
             raise UnsupportedModeError.of(
                 "latent steps",
-                expected="beams that go on from beams of the same prompt",
-                got="a text that goes on from none of them",
+                expected="beams that continue beams of the same prompt",
+                got="a text that continues none of them",
                 remedy="Use transformers' own beam search.",
             )
         first = torch.arange(0, len(input_ids), self._beams, device=input_ids.device)
@@ -240,7 +207,7 @@ class LatentSteps:
         rows, lse, entropy, top, ids = kept
         emitted = tokens.to(ids.device)[:, None]  # [B, 1]
         own = ids == emitted
-        # An emitted token that is not among the likeliest takes the place of the last of them.
+        # An emitted token that is not among the likeliest replaces the last of them.
         missing = ~own.any(1, keepdim=True)
         last = torch.zeros_like(own)
         last[:, -1:] = missing
@@ -248,11 +215,11 @@ class LatentSteps:
         z = torch.where(last, rows.gather(1, emitted), top)
         logprobs = z - lse[:, None]
         logprobs = logprobs - logprobs.logsumexp(1, keepdim=True)
-        # Masked tokens may be beyond what a member can embed.
+        # Masked ids may be beyond a member's embedding.
         return Candidates(torch.where(own | (z == -torch.inf), emitted, ids), logprobs, own), entropy
 
     def _whole(self, fed: list[Inputs], input_ids: torch.Tensor, parents: torch.Tensor | None) -> list[Inputs]:
-        """The whole texts' inputs, for a loop without a cache: what was fed back before is fed again."""
+        """The inputs of the whole texts, for a loop without a cache: earlier mixtures are fed again."""
         past = self._past
         if past is not None:
             if parents is not None:
@@ -268,19 +235,7 @@ class LatentSteps:
 
 
 def check_latent_settings(mixture: Any, gates: Any, impl: Any) -> tuple[LatentMixture, LatentGates]:
-    """The settings that both doors take.
-
-    Args:
-        mixture: The law, or its kind.
-        gates: The gates.
-        impl: The implementation.
-
-    Returns:
-        The law and the gates.
-
-    Raises:
-        InputError: If one of them is something else.
-    """
+    """Check the settings of `LatentDecoding` and `LatentLogitsProcessor`; InputError if one is of another type."""
     if isinstance(mixture, str):
         mixture = LatentMixture(kind=mixture)  # type: ignore[arg-type]
     for name, value, kind in (("mixture", mixture, LatentMixture), ("gates", gates, LatentGates)):
@@ -306,44 +261,33 @@ def latent_steps_of(
     rows: StreamIds,
     impl: Impl,
 ) -> LatentSteps:
-    """The latent steps of one `generate()`: what ends, begins and pads its texts is discrete.
+    """The latent steps of one `generate()`: ids that end, begin or pad its texts are discrete.
 
-    Args:
-        model: The composed model, or a plain causal LM.
-        mixture: The law.
-        gates: The gates.
-        generation_config: The settings of the call.
-        seed: The key of all noise; None for one from torch's default generator.
-        lengths: `[B]` or `[1]`, int64: how many tokens each prompt has, without padding.
-        rows: `[B]`: which stream of the seed each row draws from.
-        impl: As in `ops.step`.
-
-    Returns:
-        The latent steps.
+    `seed=None` draws one from torch's default generator. `lengths` is `[B]` or `[1]`, int64, without padding.
 
     Raises:
         InputError: If a gate names an id that the model cannot embed.
         UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
     """
     names = ("_eos_token_tensor", "_pad_token_tensor", "_bos_token_tensor")
-    found = [getattr(generation_config, name, None) for name in names]
-    special = {int(i) for x in found if x is not None for i in x.flatten().tolist() if i >= 0}
-    feedback = LatentSteps(
+    special_ids = [getattr(generation_config, name, None) for name in names]
+    special = {int(i) for x in special_ids if x is not None for i in x.flatten().tolist() if i >= 0}
+    steps = LatentSteps(
         model,
         mixture,
         gates.with_discrete(sorted(special)) if special else gates,
-        # Without noise there is nothing to draw, and plain decoding's own draws must not be shifted by one.
+        # Without noise no seed is drawn: it would shift the draws of plain decoding.
         seed=seed_of(seed) if mixture.is_random else 0,
         lengths=lengths,
         rows=rows,
         beams=int(generation_config.num_beams or 1),
         impl=impl,
     )
-    if feedback.known is not None and gates.largest_id >= feedback.known:
+    if steps.known is not None and gates.largest_id >= steps.known:
         raise InputError.of(
             "gates",
-            expected=f"token ids below {feedback.known}, which the model can embed",
+            expected=f"token ids below {steps.known}, which the model can embed",
             got=f"{gates.largest_id}",
             remedy="Take them from the tokenizer of this model.",
         )
-    return feedback
+    return steps

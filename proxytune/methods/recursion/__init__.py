@@ -1,7 +1,7 @@
-"""Noise at the high-level state of models that recur: several trajectories of one prompt, and a selection.
+"""Keyed noise at the high-level state of recurrent-depth models: several trajectories per prompt, and a selection.
 
-`RecursionDecoding` decodes. `LatentRecursion` says of a class of models where its state is; `register_recursion` makes
-it known. A frozen model has no learned mean and variance of the transition, so this is not GRAM (arXiv 2605.19376).
+`RecursionDecoding` decodes. A `LatentRecursion` tells where a class of models keeps its state; `register_recursion`
+registers it. A frozen model has no learned mean and variance of the transition, so this is not GRAM (arXiv 2605.19376).
 """
 
 from proxytune.methods.recursion.adapters import LatentRecursion, register_recursion

@@ -1,13 +1,9 @@
-"""Noise at the high-level state of a model that recurs: `h' = u + σ · rms(u) · n`, after a cycle, for each position.
+"""Where a model keeps its high-level state: `LatentRecursion`, its registry, and the adapter of HRM-Text.
 
-u is what the high-level module made of the state in a cycle, rms goes over the hidden size, and n is standard normal,
-one variate for each coordinate. A `LatentRecursion` says of a kind of model where that state is and how many cycles
-there are; the `Transition` is the same for all of them. It is keyed by (seed, row, trajectory, position, cycle,
-coordinate), never drawn in the order of calls: a forward pass with a cache, without one, or in chunks puts the same
-noise at the same place, and neither padding nor the rows around it change a row.
-
-`RecursionDecoding` in `proxytune.methods.recursion.decoding` decodes with it; that module says how it relates to
-GRAM and PTRM.
+The noise (`Transition`) is the same for all models: `h' = u + σ · rms(u) · n` after a cycle, at each position, where u
+is the high-level module's output in that cycle, rms goes over the hidden size, and n is standard normal. It is keyed by
+(seed, row, trajectory, position, cycle, coordinate), not by the order of calls: with a cache, without one or in chunks,
+a forward pass puts the same noise at the same place, and neither padding nor other rows change it.
 """
 
 from __future__ import annotations
@@ -30,35 +26,21 @@ ValueHead = Callable[[torch.Tensor], torch.Tensor]
 
 @runtime_checkable
 class LatentRecursion(Protocol):
-    """What a kind of model has to say of its recursion. It keeps no model: one object serves all models of a class."""
+    """How a class of models recurs. It keeps no model: one object serves all models of the class."""
 
     def cycles(self, model: Any) -> int:
-        """How many cycles a forward pass has.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The number of times that the high-level state is made anew.
-        """
+        """Number of cycles in a forward pass: how often the high-level state is updated."""
 
     def state_size(self, model: Any) -> int:
-        """The hidden size of the high-level state.
-
-        Args:
-            model: The model.
-
-        Returns:
-            D, the size of the last dimension of the state `[R, T, D]`.
-        """
+        """D, the hidden size of the high-level state `[R, T, D]`."""
 
     def perturbed(self, model: Any, transition: Transition) -> AbstractContextManager[None]:
-        """Let a transition have its say after every cycle, in every forward pass within the context.
+        """Apply a transition after every cycle of every forward pass within the context.
 
-        In each cycle, `transition(u, cycle=…, positions=…)` is called once with the high-level module's output u
-        `[R, T, D]`, the number of the cycle from 0, and the positions `[1, T]` or `[R, T]` of its tokens, padding not
-        counted; what it returns takes the place of u. It is called in every cycle, whether there is noise in it or not.
-        Cycle and positions come from what the module is told, not from counting calls.
+        In each cycle, with or without noise, call `transition(u, cycle=…, positions=…)` once, and continue with its
+        result in place of u. u `[R, T, D]` is the high-level module's output, `cycle` counts from 0, and `positions`
+        `[1, T]` or `[R, T]` are those of the tokens, padding not counted. Take cycle and positions from the module's
+        inputs; do not count calls.
 
         Args:
             model: The model.
@@ -69,55 +51,29 @@ class LatentRecursion(Protocol):
         """
 
     def value_head(self, model: Any) -> ValueHead | None:
-        """What the model has learnt to tell good states from bad ones by (a TRM's Q head).
-
-        Args:
-            model: The model.
-
-        Returns:
-            The head; None if it has none.
-        """
+        """The model's learned value of a state (a TRM's Q head); None if it has none."""
 
 
 class HrmTextRecursion:
-    """The recursion of transformers' `HrmTextForCausalLM`: the high-level state is what `H_module` returns.
+    """The recursion of transformers' `HrmTextForCausalLM`: the high-level state is the output of `H_module`.
 
-    A cycle is `L_cycles` passes of the low-level stack and one of the high-level stack, `H_cycles` times. The module is
-    told its slot in the cache, `cycle_offset`, which tells the cycle. There is no value head.
+    A forward pass has `H_cycles` cycles, each of `L_cycles` passes of the low-level stack and one of the high-level
+    stack. The module is given its slot in the cache, `cycle_offset`, which tells the cycle.
     """
 
     def cycles(self, model: Any) -> int:
-        """`H_cycles` of the configuration.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The number.
-        """
+        """`H_cycles` of the configuration."""
         return int(model.config.H_cycles)
 
     def state_size(self, model: Any) -> int:
-        """`hidden_size` of the configuration.
-
-        Args:
-            model: The model.
-
-        Returns:
-            The size.
-        """
+        """`hidden_size` of the configuration."""
         return int(model.config.hidden_size)
 
     @contextmanager
     def perturbed(self, model: Any, transition: Transition) -> Iterator[None]:
-        """A forward hook on `H_module`, for as long as the context lasts.
-
-        Args:
-            model: The model.
-            transition: The transition.
-        """
+        """A forward hook on `H_module`, for as long as the context lasts."""
         config = model.config
-        slots = (config.L_cycles + 1) * config.num_layers_per_stack  # of the cache, in one cycle
+        slots = (config.L_cycles + 1) * config.num_layers_per_stack  # cache slots per cycle
 
         def hook(module: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
             return transition(output, cycle=kwargs["cycle_offset"] // slots, positions=kwargs["position_ids"])
@@ -129,14 +85,7 @@ class HrmTextRecursion:
             handle.remove()
 
     def value_head(self, model: Any) -> ValueHead | None:
-        """None: the model has only its head of tokens.
-
-        Args:
-            model: The model.
-
-        Returns:
-            None.
-        """
+        """None: the model has only its language-model head."""
         return None
 
 
@@ -144,14 +93,14 @@ _adapters: dict[type, LatentRecursion] = {}
 
 
 def register_recursion(kind: type, recursion: LatentRecursion) -> None:
-    """Say how a class of models recurs; its subclasses do so too. What was said of the class before is replaced.
+    """Register how a class of models and its subclasses recur; replaces an earlier registration.
 
     Args:
         kind: The class of the models that `generate()` is called on.
         recursion: Its recursion.
 
     Raises:
-        InputError: If it is no class, or the recursion lacks a method of `LatentRecursion`.
+        InputError: If `kind` is not a class, or `recursion` lacks a method of `LatentRecursion`.
     """
     if not isinstance(kind, type) or isinstance(recursion, type) or not isinstance(recursion, LatentRecursion):
         raise InputError.of(
@@ -164,33 +113,27 @@ def register_recursion(kind: type, recursion: LatentRecursion) -> None:
 
 
 def recursion_of(model: Any) -> LatentRecursion:
-    """How a model recurs.
-
-    Args:
-        model: The model.
-
-    Returns:
-        What was registered for its class, or for the nearest class above it.
+    """What was registered for the model's class, or for its nearest base class.
 
     Raises:
-        UnsupportedModelError: If nothing was, or it is a composed model, whose members each have a state of their own.
+        UnsupportedModelError: If nothing was, or for a composed model, whose members each have a state of their own.
     """
     if Ensemble.of(model).composed:
         raise UnsupportedModelError.of(
             "a model's recursion",
-            expected="a model that recurs by itself",
-            got=f"a {type(model).__name__}, with a state in each member that does",
-            remedy="Decode with the member: model.base.generate(...), say.",
+            expected="a single model that recurs",
+            got=f"a {type(model).__name__}, whose members each have a state of their own",
+            remedy="Decode with the member that recurs, e.g. model.base.generate(...).",
         )
     for kind in type(model).__mro__:
         if kind in _adapters:
             return _adapters[kind]
         if kind.__name__ == "HrmTextForCausalLM" and kind.__module__.startswith("transformers."):
-            return HrmTextRecursion()  # by its name: its module is imported by whoever has such a model
+            return HrmTextRecursion()  # by name, to avoid importing its module
     raise UnsupportedModelError.of(
         "a model's recursion",
         expected="HrmTextForCausalLM, or a class given to register_recursion",
         got=type(model).__name__,
-        remedy="If it recurs in latent space, register how: register_recursion(its class, a LatentRecursion). A "
-        "transformer that does not recur has no such state: use latent steps on what is fed back to it, or sample.",
+        remedy="If it recurs in latent space, register its class: register_recursion(MyForCausalLM, MyRecursion()). A "
+        "transformer that does not recur has no such state: use LatentDecoding, or sample.",
     )

@@ -1,4 +1,4 @@
-"""Wrong use of stochastic recursion, refused before the first forward pass."""
+"""Reject unsupported settings and calls of `RecursionDecoding` before the first forward pass."""
 
 from __future__ import annotations
 
@@ -28,45 +28,37 @@ class _Settings(Protocol):
 
 
 def refuse_settings(settings: _Settings) -> None:
-    """Refuse settings that are out of their ranges, whatever the model.
-
-    Args:
-        settings: Those of `RecursionDecoding`.
-
-    Raises:
-        InputError: If one is.
-        UnsupportedModeError: For a streamer with several trajectories.
-    """
-    remedy = "Pass 0 for no noise; it is relative to the rms of the state."
+    """Raise InputError for a setting out of range, UnsupportedModeError for a streamer with several trajectories."""
+    remedy = "It is relative to the rms of the state; pass 0 for no noise."
     finite("sigma", settings.sigma, least=0.0, remedy=remedy)
     if not isinstance(settings.when, tuple):
         choice("when", settings.when, ("cycle", "once"), "a tuple of cycles", remedy="Leave it out for 'cycle'.")
     elif not settings.when or not all(as_int(c) is not None and c >= 0 for c in settings.when):
         raise InputError.of(
             "when",
-            expected="numbers of cycles from 0, one at least",
+            expected="at least one number of a cycle, from 0",
             got=repr(settings.when),
-            remedy="Pass e.g. when=(0, 1); sigma=0 for no noise.",
+            remedy="Pass e.g. when=(0, 1), or sigma=0 for no noise.",
         )
     _refuse_trajectories(settings.trajectories)
     if settings.halt is not None:
         finite("halt", settings.halt, above=0.0, remedy="Pass e.g. halt=0.05, or None.")
-    wanted = settings.trajectories
-    if settings.streamer is not None and (len(wanted) if isinstance(wanted, Sequence) else wanted) > 1:
+    given = settings.trajectories
+    if settings.streamer is not None and (len(given) if isinstance(given, Sequence) else given) > 1:
         _refuse_streamer(settings.streamer)
 
 
-def _refuse_trajectories(wanted: Any) -> None:
+def _refuse_trajectories(trajectories: Any) -> None:
     remedy = "Pass e.g. trajectories=8."
-    if not isinstance(wanted, list | tuple | range):
-        whole("trajectories", wanted, "of trajectories", least=1, most=_BRANCHES, remedy=remedy)
+    if not isinstance(trajectories, list | tuple | range):
+        whole("trajectories", trajectories, "of trajectories", least=1, most=_BRANCHES, remedy=remedy)
         return
-    numbers = list(wanted)
+    numbers = list(trajectories)
     if not numbers or not all(as_int(n) is not None for n in numbers) or len(set(numbers)) < len(numbers):
         raise InputError.of(
             "trajectories",
             expected="a whole number, or different whole numbers in a list",
-            got=repr(wanted),
+            got=repr(trajectories),
             remedy=remedy,
         )
     for n in numbers:
@@ -76,19 +68,7 @@ def _refuse_trajectories(wanted: Any) -> None:
 def refuse_call(
     loop: str, model: Any, generation_config: Any, streamer: Any, model_kwargs: dict[str, Any], *, trajectories: int
 ) -> None:
-    """Refuse what `generate()` may be asked for but several noisy trajectories cannot give.
-
-    Args:
-        loop: Its name, for the message.
-        model: The model.
-        generation_config: The settings of the call.
-        streamer: A streamer, or None.
-        model_kwargs: What the model is called with; the cache among them.
-        trajectories: How many for each prompt.
-
-    Raises:
-        UnsupportedModeError: If it is asked for.
-    """
+    """Raise UnsupportedModeError for what `generate()` was asked to do that several noisy trajectories cannot."""
     if streamer is not None and trajectories > 1:
         _refuse_streamer(streamer)
     for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
@@ -103,22 +83,22 @@ def refuse_call(
     if cache is not None and int(cache.get_seq_length()) > 0:
         raise UnsupportedModeError.of(
             "past_key_values",
-            expected=f"an empty cache with {loop}: what it holds was computed without this noise",
-            got=f"one of {int(cache.get_seq_length())} positions",
+            expected=f"an empty cache with {loop}: its contents were computed without this noise",
+            got=f"a cache of {int(cache.get_seq_length())} positions",
             remedy="Leave it out, and pass the whole text.",
         )
     compiled = _compiled(model)
     if compiled is not None or generation_config.compile_config is not None:
         raise UnsupportedModeError.of(
             f"a compiled model with {loop}",
-            expected="one that runs eagerly: a graph would be made with the noise, or without it, for good",
+            expected="one that runs eagerly: a compiled graph would keep the noise, or its absence, for good",
             got="a compile_config" if compiled is None else f"{compiled} compiled",
-            remedy="Decode with the model as it was loaded, without compile().",
+            remedy="Decode with the model as loaded, without compile().",
         )
 
 
 def _compiled(model: Any) -> str | None:
-    """The name of a module that was compiled in place; `torch.compile(model)` itself hands over the model as it was."""
+    """The name of a module compiled in place; with `torch.compile(model)`, `generate()` gets the original model."""
     for name, module in model.named_modules():
         forward = getattr(module, "forward", None)
         in_place = getattr(module, "_compiled_call_impl", None) is not None
@@ -130,7 +110,7 @@ def _compiled(model: Any) -> str | None:
 def _refuse_streamer(streamer: Any) -> None:
     raise UnsupportedModeError.of(
         "streamer",
-        expected="none with several trajectories: which is selected is known at their end",
+        expected="none with several trajectories: the selected one is known only at their end",
         got=f"a {type(streamer).__name__}",
         remedy="Leave it out, or pass trajectories=1.",
     )

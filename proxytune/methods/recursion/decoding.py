@@ -1,20 +1,20 @@
-"""Stochastic recursion: several noisy trajectories of a model that recurs, in one batch, and one of them selected.
+"""Stochastic recursion: several noisy trajectories of a recurrent-depth model in one batch, one of them selected.
 
-How it relates to what is published, and what a frozen model cannot do:
+How it relates to published work, and what a frozen model cannot do:
 
-- **PTRM** (arXiv 2605.19943) takes a frozen Tiny Recursive Model, puts Gaussian noise on its state at each step of the
-  deep recursion, runs K trajectories side by side, and selects by the model's Q head. This is closest to that, on a
-  causal language model, where the text is drawn token by token and most models have no Q head: then the mean
-  log-probability, a vote or a verifier selects.
-- **GRAM** (arXiv 2605.19376) learns μ and σ of its transition, by variational training. A frozen model has neither. The
-  noise here has the shape of GRAM's, at the one σ that the caller gives; it is not GRAM.
-- Nothing is learnt: a frozen model cannot find out where noise helps, and noise does not bring back solutions that
-  training removed. It is not guidance either: it favours no direction. What it can do is to make trajectories differ;
-  what is gained comes from the selection.
-- A transformer that does not recur has no high-level state. There is nothing to be perturbed in it, and it is refused.
+- **PTRM** (arXiv 2605.19943) adds Gaussian noise to the state of a frozen Tiny Recursive Model at each step of the deep
+  recursion, runs K trajectories side by side, and selects by the model's Q head. This does the same for a causal
+  language model, whose text is sampled token by token; most have no Q head, so the mean log-probability, a vote or a
+  verifier selects.
+- **GRAM** (arXiv 2605.19376) learns μ and σ of its transition by variational training. A frozen model has neither. The
+  noise here has the shape of GRAM's, at one σ that the caller gives; it is not GRAM.
+- Nothing is learned: a frozen model cannot find out where noise helps, and noise does not restore solutions that
+  training removed. It is no guidance: it favours no direction. It makes trajectories differ; any gain comes from the
+  selection.
+- A transformer that does not recur has no high-level state to perturb, and is refused.
 
-In HRM-Text, noise after the last cycle is seen by nothing but the head of tokens, for that one position. Noise before
-it goes through the cycles that are left, and reaches the positions that follow through their attention.
+In HRM-Text, noise after the last cycle affects only the logits of that one position. Earlier noise passes through the
+remaining cycles, and reaches later positions through their attention.
 """
 
 from __future__ import annotations
@@ -51,45 +51,46 @@ When = Literal["cycle", "once"] | tuple[int, ...]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RecursionDecoding:
-    """A loop for `model.generate(..., custom_generate=RecursionDecoding(sigma=0.1))`, for models that recur.
+    """Sample noisy trajectories of a model that recurs, and select one: `custom_generate=RecursionDecoding(sigma=0.1)`.
 
     Every prompt is decoded N times in one batch, by `FusedDecoding`, with keyed Gaussian noise at the high-level state
-    after a cycle: `h' = u + σ · rms(u) · n`, at the positions of the prompt too, so that it is forwarded N times. In
-    greedy decoding that noise is the only chance; in sampling tokens are drawn with keyed noise as well. One of the
-    trajectories is selected. With σ = 0 the model is exactly what it was.
+    after a cycle: `h' = u + σ · rms(u) · n`. Prompt positions get noise too, so the prompt is forwarded N times. In
+    greedy decoding nothing else is random; in sampling tokens are drawn with keyed noise as well. With σ = 0 the model
+    is exactly what it was.
 
-    The noise depends on (seed, row, trajectory, position, cycle): neither on padding, on the cache nor on the batch. So
-    `RecursionDecoding(..., stream_ids=[3], trajectories=[5])` decodes trajectory 5 of row 3 again by itself, and more
-    trajectories leave the first ones as they are. With `num_return_sequences` (which takes sampling) each sequence of a
-    prompt is a row of its own, and the best of N trajectories.
+    The noise depends on (seed, row, trajectory, position, cycle) only, not on padding, the cache or the batch. So
+    `RecursionDecoding(..., stream_ids=[3], trajectories=[5])` reproduces trajectory 5 of row 3, and a larger N leaves
+    the first trajectories as they are. With `num_return_sequences` (sampling only) each sequence of a prompt is a row
+    of its own, and the best of N trajectories.
 
-    Halting is by row and position: where the state changes little from one cycle to the next, it is kept, without
-    further noise. A model with a fixed number of cycles computes the remaining ones all the same: halting saves no time
-    in a batch; it says how many cycles a text took. Noise counts as change: with σ at every cycle, a threshold below
-    about 1.4 σ halts nothing.
+    Halting is by row and position: a state that changes little from one cycle to the next is kept, without further
+    noise. A model with a fixed number of cycles computes the rest all the same, so halting saves no time; it reports
+    how many cycles a text needed. Noise counts as change: with σ at every cycle, a threshold below about 1.4 σ halts
+    nothing.
 
-    Forward passes run eagerly, also where transformers would compile them. Give a streamer here, and stop strings as a
-    `StopStringCriteria`: transformers hands a callable neither, nor an assistant. A composed model is refused: decode
-    with the member that recurs. While it runs, nothing else may run the model, in another thread say.
+    Forward passes run eagerly, also where transformers would compile them. Pass a streamer here, and stop strings as a
+    `StopStringCriteria`: transformers hands neither to a callable, nor an assistant. A composed model is refused:
+    decode with the member that recurs. Nothing else (another thread, say) may run the model meanwhile.
 
     Attributes:
         sigma: σ ≥ 0, relative to the rms of the state.
-        when: After which cycles: `"cycle"` for each, `"once"` for the first, or their numbers from 0.
-        trajectories: N, or the numbers of those that are wanted.
-        select: `"logprob"` for the highest mean log-probability, `"vote"` for the commonest answer, `"value"` for the
-            model's value head, a verifier from generated ids to a score, or None for all trajectories. Ties go to the
-            higher mean log-probability.
+        when: After which cycles to add noise: `"cycle"` for each, `"once"` for the first, or their numbers from 0.
+        trajectories: N, or the numbers of the trajectories to decode.
+        select: `"logprob"` for the highest mean log-probability, `"vote"` for the most frequent answer, `"value"` for
+            the model's value head, a verifier from generated ids to a score, or None for all trajectories. Ties go to
+            the higher mean log-probability.
         answer: For `"vote"`: generated ids to a hashable answer (an int, a str, a tuple; no tensor), or None for no
-            answer, which scores −inf; the ids themselves if left out. If no trajectory of a prompt has an answer, the
-            one of the highest mean log-probability is selected.
+            answer, which scores −inf; default: the ids themselves. If no trajectory of a prompt has an answer, the
+            highest mean log-probability is selected.
         halt: The relative change of a state, > 0, below which a position halts; None for never.
-        seed: The key of all noise; None for another one in each call, from torch's default generator.
+        seed: The key of all noise; None draws one per call from torch's default generator.
         stream_ids: `[B]`, which stream of the seed each row has [0, 1, 2, …].
         impl: "triton", "torch" or "auto", for drawing tokens.
-        streamer: A streamer, with one trajectory only.
+        streamer: A transformers streamer, with one trajectory only.
 
     Raises:
-        InputError: If a setting is out of its range.
+        InputError: If a setting is out of range.
+        UnsupportedModeError: For a streamer with several trajectories.
     """
 
     sigma: float
@@ -117,7 +118,7 @@ class RecursionDecoding:
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """The numbers of the trajectories, each a stream of noise of its own."""
+        """The numbers of the trajectories, each a noise stream of its own."""
         wanted = self.trajectories
         return tuple(wanted) if isinstance(wanted, Sequence) else tuple(range(wanted))
 
@@ -139,22 +140,22 @@ class RecursionDecoding:
 
         Args:
             model: A model that recurs.
-            input_ids: `[B, T]`, int64, `num_return_sequences` counted in.
+            input_ids: `[B, T]`, int64, expanded by `num_return_sequences`.
             logits_processor: The processors.
             stopping_criteria: The criteria.
             generation_config: The settings.
             synced_gpus: As in `FusedDecoding`.
             streamer: Gets each step's token, with one trajectory only.
-            tokenizer: The stop strings' criterion has taken it.
+            tokenizer: Unused: the stop strings' criterion has it already.
             assistant_model: Refused.
-            **model_kwargs: What the forward passes need; the cache among them, empty.
+            **model_kwargs: Inputs of the forward passes; a cache among them must be empty.
 
         Returns:
             With `return_dict_in_generate` a `RecursionOutput`, else its sequences.
 
         Raises:
-            UnsupportedModelError: If it is not known how the model recurs.
-            UnsupportedModeError: For what this cannot do.
+            UnsupportedModelError: If no recursion is known for the model.
+            UnsupportedModeError: For a mode, output, cache or compiled model that this loop does not support.
             InputError: If a setting does not fit the model or the batch.
             NumericalError: If an unfinished row has no distribution.
         """
@@ -179,7 +180,7 @@ class RecursionDecoding:
         if self.select == "value" and head is None:
             raise InputError.of(
                 "select",
-                expected="another way than 'value': the model has no value head",
+                expected="another selection than 'value': the model has no value head",
                 got=f"'value' for {type(model).__name__}",
                 remedy="Pass a verifier, 'vote' or 'logprob'.",
             )
@@ -214,7 +215,7 @@ class RecursionDecoding:
         return out if generation_config.return_dict_in_generate else out.sequences
 
     def _keys(self, call: Call) -> Noise:
-        """One for each trajectory, prompt after prompt, on the CPU."""
+        """Noise keys of all trajectories, prompt after prompt, on the CPU."""
         streams, numbers = call.keys.row, torch.tensor(self.numbers)
         row, branch = streams.repeat_interleave(len(numbers)), numbers.repeat(len(streams))
         return Noise.of(len(row), seed=call.seed, row=row, branch=branch)
@@ -233,8 +234,7 @@ class RecursionDecoding:
         if self.halt is not None and cycles < 3:
             raise InputError.of(
                 "halt",
-                expected="a model of 3 cycles or more: its state changes from the first to the second, and stays from "
-                "the third",
+                expected="a model with 3 cycles or more: the first change is that of the second cycle",
                 got=f"{type(model).__name__} with {cycles}",
                 remedy="Leave it out.",
             )
@@ -267,12 +267,12 @@ class RecursionDecoding:
 def _expanded(
     model: Any, input_ids: torch.Tensor, model_kwargs: dict[str, Any], width: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """N rows for each, prompt after prompt; the cache is empty, and takes its size from what comes first."""
+    """N rows per prompt, prompt after prompt; an empty cache is reset to take its batch size from the first pass."""
     positions = model_kwargs.get("position_ids")
     if positions is not None and positions.ndim == 2 and positions.shape[0] == 1:
         model_kwargs["position_ids"] = positions.expand(input_ids.shape[0], -1)
     for layer in getattr(cache_of(model_kwargs), "layers", ()):
-        # Made in advance for B rows, which transformers does for a prompt in chunks.
+        # transformers allocates it for B rows in advance if it prefills in chunks.
         if getattr(layer, "is_initialized", False):
             layer.is_initialized = False
     return model._expand_inputs_for_generation(

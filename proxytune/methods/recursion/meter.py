@@ -1,7 +1,7 @@
-"""What is measured of rows while they are decoded: log-probabilities, lengths, cycles, and the states they ended in.
+"""Measures rows while they are decoded: log-probabilities, lengths, cycles, and final states.
 
-The loop knows nothing of it: the last position's logits are seen by a hook on the model, the tokens by the list of
-stopping criteria. Nothing waits for the device. What comes after a row's end does not count.
+The loop is not involved: a hook on the model reads the last position's logits, the stopping criteria see the tokens.
+Nothing waits for the device. What comes after a row's end does not count.
 """
 
 from __future__ import annotations
@@ -24,20 +24,12 @@ class Meter:
 
     Attributes:
         logprobs: `[R]`, float64, nats: of the tokens under the model's own distribution at temperature 1.
-        lengths: `[R]`, int64: how many tokens, an EOS token among them.
-        cycles: `[R]`, int64: the cycles that were used to predict them.
+        lengths: `[R]`, int64: number of tokens, an EOS token included.
+        cycles: `[R]`, int64: cycles used to predict them.
         states: `[R, D]`: the high-level state that each row's last token was predicted from; None if not kept.
     """
 
     def __init__(self, rows: int, transition: Transition, device: torch.device, *, keep_states: bool) -> None:
-        """Start at 0.
-
-        Args:
-            rows: The number of rows R.
-            transition: What tells cycles and states.
-            device: Where the ids are.
-            keep_states: Whether to keep the states.
-        """
         self.logprobs = torch.zeros(rows, dtype=torch.float64, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.cycles = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -49,15 +41,11 @@ class Meter:
 
     @contextmanager
     def watching(self, model: Any) -> Iterator[None]:
-        """See the logits of every forward pass within the context.
-
-        Args:
-            model: The model.
-        """
+        """Read the logits of every forward pass within the context."""
 
         def hook(module: Any, args: Any, outputs: Any) -> None:
             logits = outputs.logits
-            # Of the logits of a whole prompt a copy, so that they can go.
+            # A copy of a prompt's last position, so that the memory of the others is freed.
             self._logits = logits[:, -1] if logits.shape[1] == 1 else logits[:, -1].clone()
 
         handle = model.register_forward_hook(hook)
@@ -68,22 +56,11 @@ class Meter:
             self._logits = None
 
     def around(self, criteria: StoppingCriteriaList) -> StoppingCriteriaList:
-        """The same criteria, which tell the meter of each step.
-
-        Args:
-            criteria: The criteria; they stay as they are.
-
-        Returns:
-            A new list.
-        """
+        """The same criteria in a new list that reports each step to the meter."""
         return _Metered(criteria, self)
 
     def count(self, tokens: torch.Tensor, done: torch.Tensor) -> None:
-        """Count one step.
-
-        Args:
-            tokens: `[R]`, int64: what was drawn.
-            done: `[R]`, bool: which rows are at their end.
+        """Count one step's tokens `[R]`; `done` `[R]` marks the rows that end with it.
 
         Raises:
             UnsupportedModeError: If the model ran without the transition.
@@ -93,15 +70,14 @@ class Meter:
         if logits is None or used is None or state is None:
             raise UnsupportedModeError.of(
                 "stochastic recursion",
-                expected="forward passes in which every cycle goes through the transition",
-                got="one that went past it",
-                remedy="Run the model as it is, not compiled; if the adapter is your own, see that it calls the "
-                "transition in the last cycle too.",
+                expected="forward passes that call the transition in every cycle",
+                got="a pass that did not call it in the last cycle",
+                remedy="Run the model uncompiled; your own adapter has to call the transition in the last cycle too.",
             )
         device, going = self.lengths.device, self._going
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-        own = wide.gather(1, tokens.to(wide.device)[:, None])[:, 0].to(device, torch.float64)
-        self.logprobs += torch.where(going, own, 0.0)
+        logprobs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+        chosen = logprobs.gather(1, tokens.to(logprobs.device)[:, None])[:, 0].to(device, torch.float64)
+        self.logprobs += torch.where(going, chosen, 0.0)
         self.lengths += going
         self.cycles += torch.where(going, used.to(device), 0)
         if self._keep_states:
@@ -111,7 +87,7 @@ class Meter:
 
 
 class _Metered(StoppingCriteriaList):
-    """Criteria that tell a meter what came, and what they said to it."""
+    """Criteria that report each step's tokens and ends to a meter."""
 
     def __init__(self, criteria: StoppingCriteriaList, meter: Meter) -> None:
         super().__init__(criteria)

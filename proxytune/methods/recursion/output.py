@@ -1,4 +1,4 @@
-"""What stochastic recursion hands back: all trajectories of all prompts, and which of them was selected."""
+"""What `RecursionDecoding` returns: all trajectories of all prompts, and which of them was selected."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ class Trajectories:
     """All trajectories of all prompts. What follows a trajectory's end counts nowhere.
 
     Attributes:
-        sequences: `[B, N, T]`, int64: prompt and generated tokens, padded at the right: behind a trajectory's length
-            stands the padding token, and where the call has none, the trajectory's last token again.
-        lengths: `[B, N]`, int64: how many tokens were generated, an EOS token among them.
-        mean_logprobs: `[B, N]`, float64, nats: the mean over them, of the trajectory's own noisy model, at temperature
-            1 and before all processors.
-        cycles: `[B, N]`, int64: the cycles that were used to predict them, in sum.
-        values: `[B, N]`, float64: of the model's value head, at the state that the last token was predicted from; None
-            without one.
+        sequences: `[B, N, T]`, int64: prompt and generated tokens, padded at the right with the padding token, or with
+            the trajectory's last token if the call has none.
+        lengths: `[B, N]`, int64: number of generated tokens, an EOS token included.
+        mean_logprobs: `[B, N]`, float64, nats: their mean log-probability under the trajectory's own noisy model, at
+            temperature 1 and before all processors.
+        cycles: `[B, N]`, int64: cycles used to predict them, summed.
+        values: `[B, N]`, float64: the model's value head at the state that the last token was predicted from; None
+            without a value head.
     """
 
     sequences: torch.Tensor
@@ -42,8 +42,8 @@ class RecursionOutput(ModelOutput):
     Attributes:
         sequences: `[B, T]`, int64: the selected trajectories, cut to the longest and padded as those are; with
             `select=None` all of them, `[B · N, T]`, prompt after prompt.
-        chosen: `[B]`, int64: which of its N trajectories each prompt got; None with `select=None`. Among equal scores
-            the highest mean log-probability was chosen, also where all are −inf.
+        chosen: `[B]`, int64: the index of the selected trajectory of each prompt; None with `select=None`. Among equal
+            scores, also if all are −inf, it has the highest mean log-probability.
         scores: `[B, N]`, float64: what they were compared by; in a vote how many of the N have the same answer, −inf
             without an answer. None with `select=None`.
         trajectories: All of them.
@@ -64,19 +64,7 @@ def measured(
     length: int,
     pad: torch.Tensor | None,
 ) -> Trajectories:
-    """Gather what was measured, prompt after prompt.
-
-    Args:
-        texts: `[B · N, T]`, int64.
-        meter: What was measured of its rows.
-        head: The model's value head; None if it has none.
-        prompts: B.
-        length: How many of the T columns are the prompt's.
-        pad: The padding token, without dimensions; None if there is none.
-
-    Returns:
-        The trajectories.
-    """
+    """Gather what the meter measured for `texts` `[B · N, T]`, whose first `length` columns are the prompt."""
     values = None
     if head is not None:
         assert meter.states is not None
@@ -91,7 +79,7 @@ def measured(
 
 
 def _padded(texts: torch.Tensor, ends: torch.Tensor, pad: torch.Tensor | None) -> torch.Tensor:
-    """The same texts `[R, T]`, without what was generated behind their ends `[R]`, where rows without an EOS go on."""
+    """Texts `[R, T]` with what follows their ends `[R]` replaced by `pad`, or by the last token if that is None."""
     last = texts.gather(1, (ends - 1).clamp(min=0)[:, None])
     filler = last if pad is None else pad.to(texts.device)
     return torch.where(torch.arange(texts.shape[1], device=texts.device) < ends[:, None], texts, filler)

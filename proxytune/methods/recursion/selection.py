@@ -1,6 +1,6 @@
-"""Which of several texts of a prompt: by their log-probability, a vote, a value, or a verifier of the caller's own.
+"""Select one of several texts of a prompt: by log-probability, vote, value head, or the caller's verifier.
 
-Ties go to the higher mean log-probability, then to the first. What is not a number is never better than a number.
+Ties go to the higher mean log-probability, then to the first. NaN counts as −inf.
 """
 
 from __future__ import annotations
@@ -24,14 +24,7 @@ Select: TypeAlias = Named | TextScorer | None
 
 
 def check_select(select: Select) -> None:
-    """Refuse what is no way to select.
-
-    Args:
-        select: One of the names, a verifier, or None.
-
-    Raises:
-        InputError: If it is none of them.
-    """
+    """Raise InputError unless `select` is one of the names, a callable, or None."""
     if not (select is None or callable(select)):
         otherwise = "a callable from ids to a score, or None for all trajectories"
         choice("select", select, get_args(Named), otherwise, remedy="Leave it out for 'logprob'.")
@@ -48,20 +41,20 @@ def select_one(
     """Select one of the texts of a prompt.
 
     Args:
-        select: `"logprob"` for the mean log-probability, `"vote"` for the answer that most texts have, `"value"` for
-            the values, or a verifier.
+        select: `"logprob"` for the mean log-probability, `"vote"` for the most frequent answer, `"value"` for the
+            values, or a verifier.
         texts: N ≥ 1 lists of generated ids, without padding.
         mean_logprobs: `[N]`, nats.
         values: `[N]`, for `"value"`.
-        answer: For `"vote"`: ids to a hashable answer, None for no answer; the ids themselves if left out. No answer
-            never wins against an answer; if no text has one, the highest mean log-probability wins.
+        answer: For `"vote"`: ids to a hashable answer, None for no answer; default: the ids themselves. No answer never
+            wins against an answer; if no text has one, the highest mean log-probability wins.
 
     Returns:
-        Its number, and what each text was compared by, `[N]`; for `"vote"` how many texts have its answer, −inf for no
-        answer.
+        Its index, and what each text was compared by, `[N]`; for `"vote"` how many texts have its answer, −inf for
+        none.
 
     Raises:
-        InputError: If a verifier returns no number, or an answer is not hashable, or only by its identity, as a tensor.
+        InputError: If a verifier returns no number, or an answer is unhashable or hashes by identity, as a tensor does.
     """
     if select == "logprob":
         scores = list(mean_logprobs)
@@ -77,13 +70,13 @@ def select_one(
 
 
 def _votes(answers: Sequence[Hashable | None]) -> list[float]:
-    """How many texts have the answer of each; −inf for no answer."""
+    """How many texts share each answer; −inf for no answer."""
     for answer in answers:
         if _by_identity(answer):
             raise InputError.of(
                 "answer",
                 expected="a value that equal answers share, or None for no answer",
-                got=f"{answer!r} of type {type(answer).__name__}, which is counted by identity: no two would agree",
+                got=f"{answer!r} of type {type(answer).__name__}, which is compared by identity: no two would agree",
                 remedy="Return an int, a str or a tuple of them; of a tensor its item(), or tuple(x.tolist()).",
             )
     totals = vote([Sample(answer) for answer in answers]).totals
@@ -91,7 +84,7 @@ def _votes(answers: Sequence[Hashable | None]) -> list[float]:
 
 
 def _by_identity(answer: Any) -> bool:
-    """Whether a value, or one in it, hashes by what it is instead of by what it says."""
+    """Whether a value, or one inside a tuple or frozenset, hashes by identity instead of by value."""
     if isinstance(answer, tuple | frozenset):
         return any(map(_by_identity, answer))
     kind: Any = type(answer)
@@ -108,16 +101,16 @@ def _number(x: float) -> float:
 
 
 def _score(verifier: TextScorer, ids: list[int]) -> float:
-    found = verifier(list(ids))
+    value = verifier(list(ids))
     try:
-        score = float(found)
+        score = float(value)
     except (TypeError, ValueError):
         score = math.nan
     if math.isnan(score):
         raise InputError.of(
             "select",
             expected="a verifier that returns a number",
-            got=f"{found!r} for {ids[:8]}",
-            remedy="Return e.g. 1.0 for right and 0.0 for wrong, -inf for what must not be selected.",
+            got=f"{value!r} for {ids[:8]}",
+            remedy="Return e.g. 1.0 for right, 0.0 for wrong, -inf for a text that must not be selected.",
         )
     return score

@@ -1,4 +1,4 @@
-"""The stochastic transition of a recursion: keyed noise at the high-level state, and halting, row by row."""
+"""The stochastic transition of a recursion: keyed noise at the high-level state, and halting per position."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from proxytune.ops.noise import LATENT, Noise, slotted
 __all__ = ["Transition"]
 
 _SLOT = 16
-"""Of the stream `LATENT`: the variates of high-level states."""
+"""The slot of the stream `LATENT` for high-level states."""
 _INDICES = 1 << 27
 _AT_ONCE = 1 << 21
-"""Variates that are made at a time: their words take 32 bytes each, and a prompt has millions."""
+"""Variates drawn at a time: each takes 32 bytes of random words, and a prompt has millions."""
 
 
 class Transition:
     """`h' = u + σ · rms(u) · n` for the rows of one batch, and the state of their recursion in one forward pass.
 
-    A position halts once its state changes by less than a share from one cycle to the next: `rms(h_c − h_{c−1}) <
-    halt · rms(h_c)`. It keeps that state in the cycles that are left, without further noise. Noise counts as change.
+    A position halts once its state changes little from one cycle to the next: `rms(h_c − h_{c−1}) < halt · rms(h_c)`.
+    It keeps that state in the remaining cycles, without further noise. Noise counts as change.
 
     Attributes:
-        cycles: How many cycles a forward pass has.
+        cycles: Number of cycles in a forward pass.
         used: `[R]`, int64: how many of them the last position of the last forward pass used.
         state: `[R, D]`: its state after the last cycle.
     """
@@ -33,25 +33,17 @@ class Transition:
     def __init__(
         self, noise: Noise, *, sigma: float, at: Collection[int], cycles: int, size: int, halt: float | None = None
     ) -> None:
-        """Keep what all forward passes share.
-
-        Args:
-            noise: The keys of the R rows; their positions do not matter.
-            sigma: σ ≥ 0, relative to the rms of the state.
-            at: The cycles after which there is noise, from 0.
-            cycles: How many cycles a forward pass has.
-            size: D, the hidden size of the state.
-            halt: The relative change below which a position halts; None for never.
+        """`noise` has the keys of the R rows (positions unused); noise is added after the cycles in `at`, from 0.
 
         Raises:
-            InputError: If the states have more coordinates than there are variates.
+            InputError: If the states have more coordinates than the noise stream has variates.
         """
         if cycles * size > _INDICES:
             raise InputError.of(
                 "a recursion",
-                expected=f"at most {_INDICES} coordinates of states in a forward pass at a position",
-                got=f"{cycles} cycles of {size}",
-                remedy="See what the adapter says of the model.",
+                expected=f"at most {_INDICES} state coordinates (cycles · hidden size) per position",
+                got=f"{cycles} cycles of hidden size {size}",
+                remedy="Check cycles() and state_size() of the adapter.",
             )
         self.cycles = cycles
         self.used: torch.Tensor | None = None
@@ -61,23 +53,23 @@ class Transition:
         self._at = frozenset(at)
         self._size = size
         self._halt = halt
-        self._before: torch.Tensor | None = None  # [R, T, D], the state after the cycle before
+        self._before: torch.Tensor | None = None  # [R, T, D], the state after the previous cycle
         self._halted: torch.Tensor | None = None  # [R, T, 1], bool
         self._used: torch.Tensor | None = None  # [R, T, 1], int64
 
     def __call__(self, state: torch.Tensor, *, cycle: int, positions: torch.Tensor) -> torch.Tensor:
-        """What the recursion goes on with.
+        """The state to continue with after a cycle.
 
         Args:
-            state: u, `[R, T, D]`, what the high-level module made in this cycle.
+            state: u, `[R, T, D]`, the high-level module's output in this cycle.
             cycle: The number of the cycle, from 0.
-            positions: `[1, T]` or `[R, T]`, int64: of the tokens, padding not counted.
+            positions: `[1, T]` or `[R, T]`, int64, of the tokens, padding not counted.
 
         Returns:
-            `[R, T, D]`, of the same dtype; u itself where there is no noise and nothing has halted.
+            `[R, T, D]`, of the same dtype; u itself if there is no noise in this cycle and nothing has halted.
 
         Raises:
-            UnsupportedModeError: If the forward pass is another's: of other rows, or in a compiled graph.
+            UnsupportedModeError: If the shapes show a forward pass of other rows or another model.
         """
         self._check(state, cycle, positions)
         out = state
@@ -135,11 +127,10 @@ class Transition:
                 "a forward pass during stochastic recursion",
                 expected=f"states [{rows}, T, {self._size}], positions [1 or {rows}, T], cycles below {self.cycles}",
                 got=f"{list(state.shape)}, {list(positions.shape)}, cycle {cycle}",
-                remedy="Let nothing else run this model meanwhile (another thread, a logits processor); or mend the "
-                "adapter.",
+                remedy="Let nothing else (another thread, a logits processor) run this model, or fix the adapter.",
             )
 
 
 def _rms(x: torch.Tensor) -> torch.Tensor:
-    """Over the last dimension, float32, which is kept."""
+    """Root mean square over the last dimension, which is kept; float32."""
     return x.float().square().mean(-1, keepdim=True).sqrt()

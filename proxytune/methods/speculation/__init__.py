@@ -1,9 +1,8 @@
 """Lossless speculation: a draft proposes tokens, one pass of the model accepts or rejects them, and nothing is lost.
 
-A round is propose → verify → commit (`decoding.py`). A draft token x from q is accepted with probability
-min(1, p(x) / q(x)); after a rejection the recovered token comes from the residual relu(p − q), after the last
-accepted draft the bonus token comes from p. Source: Leviathan et al. 2023 (arXiv 2211.17192), Chen et al. 2023 (arXiv
-2302.01318).
+A round is propose → verify → commit (`decoding.py`). A draft token x from q is accepted with probability min(1, p(x) /
+q(x)); after a rejection the recovered token comes from the residual relu(p − q), after the last accepted draft the
+bonus token comes from p. Source: Leviathan et al. 2023 (arXiv 2211.17192), Chen et al. 2023 (arXiv 2302.01318).
 
 `SpeculativeDecoding` is the loop. Its drafts: the composition's own expert ("expert"), any other model (`ModelDraft`),
 text that occurred before (`PromptLookupDraft`), and pairs of tokens (`BigramDraft`).

@@ -1,4 +1,4 @@
-"""What speculation refuses before its first pass."""
+"""Reject unsupported settings and calls of `SpeculativeDecoding` before the first forward pass."""
 
 from __future__ import annotations
 
@@ -19,15 +19,11 @@ from proxytune.validation import refuse_seed, whole
 __all__ = ["refuse_call", "refuse_settings"]
 
 _LOOP = "SpeculativeDecoding"
-_SERVED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+_ALLOWED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
 
 
 def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, seed: Any, impl: Any) -> None:
-    """Refuse settings of the loop that are out of range.
-
-    Raises:
-        InputError: If one is.
-    """
+    """Raise InputError for a setting of the loop that is out of range."""
     refuse_seed(seed, _LOOP)
     if draft != "expert" and not isinstance(draft, Draft):
         raise InputError.of(
@@ -39,7 +35,7 @@ def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, s
     if costs is not None and not isinstance(costs, DraftCosts):
         raise InputError.of(
             "costs",
-            expected="DraftCosts, or None for the figures of proxytune.costs.devices",
+            expected="DraftCosts, or None for the figures in proxytune.costs.devices",
             got=f"a {type(costs).__name__}",
             remedy="Pass DraftCosts(round=…, draft=…), in any unit of time.",
         )
@@ -66,28 +62,18 @@ def refuse_call(
     streams: bool,
     assistant_model: Any,
 ) -> None:
-    """Refuse what `generate()` may be asked for but passes over drafts cannot give.
-
-    Args:
-        model: The model.
-        input_ids: `[B, T]`.
-        generation_config: The settings of the call.
-        synced_gpus: Whether processes have to go on together; None to find out.
-        model_kwargs: What the model is called with; the cache among them.
-        draft: The loop's draft.
-        streams: Whether there is a streamer.
-        assistant_model: What was given as the assistant.
+    """Raise for whatever else `generate()` was asked to do that speculation cannot.
 
     Raises:
-        UnsupportedModeError: For what it cannot do.
-        InputError: For an assistant beside a draft.
-        CacheError: Without a cache.
+        UnsupportedModeError: For an unsupported mode, output or model input.
+        InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
+        CacheError: With `use_cache=False`.
     """
-    own = assistant_model is getattr(model, "expert", None) and isinstance(draft, str)
-    if assistant_model is not None and not own:
+    own_expert = assistant_model is getattr(model, "expert", None) and isinstance(draft, str)
+    if assistant_model is not None and not own_expert:
         raise InputError.of(
             "assistant_model",
-            expected="none beside SpeculativeDecoding, which has a draft of its own",
+            expected="no assistant with SpeculativeDecoding, whose draft is a setting",
             got=f"a {type(assistant_model).__name__}",
             remedy="Pass SpeculativeDecoding(draft=ModelDraft(model)).",
         )
@@ -95,21 +81,21 @@ def refuse_call(
     if streams and len(input_ids) > 1:
         raise UnsupportedModeError.of(
             "streamer",
-            expected="one row: several go on by themselves, and have no step in common",
+            expected="one row: several rows advance at different speeds",
             got=f"{len(input_ids)} rows",
             remedy="Stream one prompt at a time.",
         )
-    asked = {
+    requested = {
         "synced_gpus": is_synced(model) if synced_gpus is None else synced_gpus,
         "output_attentions": generation_config.output_attentions,
         "output_hidden_states": generation_config.output_hidden_states,
-        **{name: value for name, value in model_kwargs.items() if name not in _SERVED and value is not None},
+        **{name: value for name, value in model_kwargs.items() if name not in _ALLOWED and value is not None},
     }
-    for name, value in asked.items():
+    for name, value in requested.items():
         if value is not None and value is not False:
             raise UnsupportedModeError.of(
                 name,
-                expected="none with SpeculativeDecoding: passes are over drafts, and rows differ in length",
+                expected="none with SpeculativeDecoding: passes verify several tokens, and rows differ in length",
                 got=repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}",
                 remedy="Leave it out, or decode without speculation.",
             )

@@ -1,6 +1,6 @@
-"""Lossless speculation: a draft proposes tokens, one pass of the steered model verifies all of them.
+"""Lossless speculation: a draft proposes tokens, one pass of the target verifies all of them.
 
-A round is propose → verify → commit. It starts from the rows' texts, whose last tokens no cache has read yet:
+A round is propose → verify → commit. At its start, no cache holds a row's last token yet.
 
 - *propose*: the draft runs ahead by K tokens.
 - *verify*: the target reads the last token and the K draft tokens in one pass. Draft tokens are accepted from the left;
@@ -39,36 +39,35 @@ __all__ = ["SpeculativeDecoding"]
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SpeculativeDecoding:
-    """A loop for `model.generate(..., custom_generate=SpeculativeDecoding(seed=0))`, with nothing lost.
+    """Lossless speculative decoding: `model.generate(..., custom_generate=SpeculativeDecoding(seed=0))`.
 
-    Greedy tokens are those of plain greedy decoding, and samples have the distribution of plain sampling, whatever the
-    draft proposes; a bad draft is only slow. (Up to the rounding of a forward pass over several tokens, which in low
-    precision may decide between two tokens that are nearly equal, as another batch size may.)
+    Whatever the draft proposes, greedy tokens are those of plain greedy decoding, and samples have the distribution of
+    plain sampling; a bad draft only costs time. (As with another batch size, rounding of a pass over several tokens may
+    decide between two tokens of nearly equal score in low precision.)
 
-    By default the expert of a composed model drafts, on the composite's own cache: it has to run anyway, so a round of
-    k draft tokens costs k passes of it, one more if all k are accepted, and one of the base and of the antiexpert.
-    Rows accept different numbers of tokens and go on by themselves.
+    By default the expert of a composed model drafts, on the composite's own cache. It has to run anyway, so a round of
+    k draft tokens costs k passes of the expert (one more if all k are accepted) and one of the base and of the
+    antiexpert. Rows accept different numbers of tokens, and advance independently.
 
     Attributes:
         draft: "expert", or a `Draft`: `ModelDraft(model)`, `PromptLookupDraft()`, `BigramDraft.of(model.base)`.
-        draft_tokens: How many tokens to draft in each round; "auto" for what `costs` and the acceptance so far say is
-            fastest (`proxytune.costs.speculation.best_draft_length`).
-        accept: Where tokens are sampled: "rejection" accepts most (p(x) / q(x), then the residual relu(p − q)); with
-            "coupled" draft and model draw with the same noise, and a draft is accepted if they drew the same token.
-            Then tokens are those of `FusedDecoding(seed=…)`, whatever the draft and its length (drafter-invariant
-            speculation, Daliri et al. 2024, arXiv 2408.07978); fewer are accepted: at least (1 − TV) / (1 + TV) in
-            place of 1 − TV.
-        seed: The key of all draws; None for another one in each call, from torch's default generator. With "rejection"
-            a text depends on the draft lengths too, so only a fixed `draft_tokens` gives a row the same text in another
-            batch.
-        costs: What a round takes; None for round figures of the kind of device (`proxytune.costs.devices`).
+        draft_tokens: Tokens to draft per round; "auto" for the fastest length given `costs` and the acceptance so far
+            (`proxytune.costs.speculation.best_draft_length`).
+        accept: How sampled drafts are accepted. "rejection" accepts most: x with probability min(1, p(x) / q(x)), else
+            a token from the residual relu(p − q). With "coupled", draft and target draw with the same noise, and a
+            draft token is accepted if both drew it. Then the tokens are those of `FusedDecoding(seed=…)` whatever the
+            draft and its length (drafter-invariant speculation, Daliri et al. 2024, arXiv 2408.07978), but fewer are
+            accepted: at least (1 − TV) / (1 + TV) instead of 1 − TV.
+        seed: The key of all draws; None draws one per call from torch's default generator. With "rejection" a text also
+            depends on the draft lengths, so only a fixed `draft_tokens` gives a row the same text in another batch.
+        costs: What a round takes; None for typical figures of the kind of device (`proxytune.costs.devices`).
         impl: "triton", "torch", or "auto" for Triton where it runs.
         stream_ids: As for `FusedDecoding`.
         branch_ids: As for `FusedDecoding`.
-        streamer: A streamer for plain models, for one row; it gets the prompt too.
+        streamer: A transformers streamer, for one row; it gets the prompt too.
 
     Raises:
-        InputError: If a setting is out of its range.
+        InputError: If a setting is out of range.
     """
 
     draft: Draft | Literal["expert"] = "expert"
@@ -110,26 +109,27 @@ class SpeculativeDecoding:
         Args:
             model: The composed model, or a plain causal LM.
             input_ids: `[B, T]`, int64, expanded by `num_return_sequences`.
-            logits_processor: The processors, the user's among them. They have to take any text, as in assisted
-                decoding: drafts that will be rejected, and padding behind rows that have not come as far as others.
-            stopping_criteria: The criteria. They are asked once about each token that may be kept, and get no scores.
+            logits_processor: All processors. As in assisted decoding they see texts that are not final: drafts that
+                will be rejected, and padding after rows that are shorter than others.
+            stopping_criteria: Called once per token that may be kept, without scores.
             generation_config: The settings.
             synced_gpus: Refused.
             streamer: Gets the tokens one by one; for one row.
-            tokenizer: The stop strings' criterion has taken it.
-            assistant_model: The composed model's expert, or none.
-            **model_kwargs: What the forward passes need; the cache among them.
+            tokenizer: Unused: the stop strings' criterion has it already.
+            assistant_model: The composed model's expert, or None.
+            **model_kwargs: Inputs of the forward passes, the cache among them.
 
         Returns:
-            `[B, T + new]`, int64; with `return_dict_in_generate` a `SpeculativeOutput`. Its cache is None for several
-            rows, which have come differently far.
+            `[B, T + new]`, int64; with `return_dict_in_generate` a `SpeculativeOutput`, whose cache is None for several
+            rows (they differ in length).
 
         Raises:
-            UnsupportedModeError: For encoder-decoders, for every mode but greedy decoding and sampling, and for
-                processors that count their calls (`guidance_scale`, SynthID watermarks).
-            InputError: If the draft does not fit, or there is an EOS but no padding token.
-            CacheError: If rejected drafts cannot be taken out of the cache.
-            NumericalError: If an unfinished row has no distribution, with the row and the step.
+            UnsupportedModeError: For encoder-decoders, modes other than greedy decoding and sampling, and processors
+                that count their calls (`guidance_scale`, SynthID watermarks).
+            InputError: If the draft does not fit the model, or there is an EOS but no padding token.
+            CacheError: If rejected drafts cannot be removed from the cache.
+            UnsupportedModelError: If a plain model has layers other than attention.
+            NumericalError: If an unfinished row has no distribution; names the row and the step.
         """
         streams = streamer is not None or self.streamer is not None
         refuse_call(
@@ -164,7 +164,7 @@ class SpeculativeDecoding:
         cache = outputs.past_key_values
         refuse_cache(cache)
         logits = [z[:, None] for z in call.ensemble.last_logits(outputs)]  # [B, 1, V_i]
-        del outputs  # the logits of a whole prompt may hang on it
+        del outputs  # it may hold the logits of the whole prompt
 
         settings = call.draw_settings(logits[0], self.impl)
         recorder = SpeculativeRecorder(generation_config, len(input_ids))
@@ -180,10 +180,10 @@ class SpeculativeDecoding:
                 verifier=DraftVerifier(settings, self.accept, recorder.wanted),
                 recorder=recorder,
             )
-            proposal = Proposal.none(input_ids)  # the prompt's own logits give the first token
+            proposal = Proposal.none(input_ids)  # the prompt's logits give the first token
             run.commit(run.verify(proposal, logits))
             while not rows.finished:
-                del proposal, logits  # they take as much memory as the next ones
+                del proposal, logits  # frees their memory before the next ones are allocated
                 proposal = run.propose()
                 logits = run.target(proposal, rows, run.drafter)  # [B, K + 1, V_i]
                 run.commit(run.verify(proposal, logits))
@@ -196,7 +196,7 @@ class SpeculativeDecoding:
 
 @dataclass(eq=False)
 class _Rounds:
-    """The three steps of a round, and what they work on."""
+    """The steps of a round, and the state they share."""
 
     call: Call
     rows: RowProgress
@@ -207,7 +207,7 @@ class _Rounds:
     recorder: SpeculativeRecorder
 
     def propose(self) -> Proposal:
-        """Draft as many tokens as is fastest, as far as every row and every context has room."""
+        """Draft the fastest number of tokens that every row and every context has room for."""
         rows, width = self.rows, self.rows.columns.width
         count = self.length.choose(min(rows.room, self.target.room(width), self.drafter.room(width)))
         self.recorder.lengths.append(count)
@@ -221,12 +221,12 @@ class _Rounds:
     def verify(self, proposal: Proposal, logits: list[torch.Tensor]) -> RoundResult:
         """Accept or reject the draft tokens, and draw the token after them. Waits for the device."""
         weights = self.call.ensemble.weights
-        # A member that drafts has not read its own last token: until it has, the bonus token is a placeholder.
+        # A drafting member has not read its own last draft token: until it has, the bonus token is a placeholder.
         placeholder = self.drafter.role is not None and proposal.length > 0
         verification = self.verifier.verify(logits, weights, proposal, self.rows)
         result = self.rows.inspect(verification, proposal, bonus=not placeholder)
         if self.rows.accepted_whole(result):
-            last = self.drafter.read_last(self.rows)  # only now: after a rejection nobody needs these logits
+            last = self.drafter.read_last(self.rows)  # only now: after a rejection these logits are not needed
             if placeholder and last is not None:
                 logits = self.target.with_last(logits, self.drafter, last)
                 verification = self.verifier.verify(logits, weights, proposal, self.rows)
@@ -234,16 +234,16 @@ class _Rounds:
         return result
 
     def commit(self, result: RoundResult) -> None:
-        """Add what was accepted, and the token after it, to texts and record; bring the caches in line with them."""
+        """Append each row's new tokens to its text and to the record, and realign the caches."""
         commit = self.rows.commit(result)
         self.recorder.add(result.verification, commit, self.rows.texts.pad)
         self.length.learn(sum(commit.accepted), sum(commit.rejected))
         self._stream(commit)
-        if self.target.added:  # none after the prompt, which is in the caches already
+        if self.target.added:  # 0 after the prompt, which the caches hold already
             going = self.rows.going
             if not self.rows.finished:
                 self.rows.columns.settle(self.target.caches(self.drafter), commit.kept, going)
-            elif len(going) == 1:  # the caller's cache: of the last round it holds what the sequence holds
+            elif len(going) == 1:  # the caller gets the cache: it must match the sequence
                 self.rows.columns.settle(self.target.caches(self.drafter), [max(commit.kept[0], 1)], [True])
 
     def _stream(self, commit: Commit) -> None:
@@ -253,7 +253,7 @@ class _Rounds:
                 self.call.streamer.put(token[None])
 
     def close(self, cache: Any) -> None:
-        """End the stream, and empty a cache whose rows are not in line with the sequences."""
+        """End the stream, and empty a cache whose rows do not match the sequences."""
         if self.call.streamer is not None:
             self.call.streamer.end()
         if len(self.rows.going) > 1:

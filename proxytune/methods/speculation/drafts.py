@@ -1,4 +1,4 @@
-"""The protocol of a draft: `Draft` is the setting, `Drafter` its state in one generation."""
+"""The interface of drafts: `Draft` is the setting, `Drafter` its state in one generation."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from proxytune.methods.speculation.round import Proposal
 __all__ = ["Draft", "DraftContext", "Drafter", "Draw"]
 
 Draw = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""From raw logits `[B, V_q]` and the draft tokens before them `[B, j]` to tokens `[B]` and the rows they came from."""
+"""Samples tokens `[B]` from raw logits `[B, V_q]` after draft tokens `[B, j]`; returns them and the logits used."""
 
 
 @dataclass(frozen=True, eq=False)
 class DraftContext:
-    """What a generation begins with.
+    """What a draft is given at the start of a generation.
 
     Attributes:
         model: The composed model, or a plain causal LM.
         cache: Its cache, which holds the prompts.
         input_ids: `[B, T]`, int64: the prompts.
-        attention_mask: `[B, T]`, or longer where a cache was given and only new ids; None if nothing is padded.
-        usable: How many ids may be drafted.
+        attention_mask: `[B, T]`, longer if the call continues a given cache; None if nothing is padded.
+        usable: Token ids below this may be drafted.
     """
 
     model: Any
@@ -43,9 +43,9 @@ class Drafter(ABC):
     """A draft in one generation.
 
     Attributes:
-        caches: The caches that it runs ahead on.
-        added: How many columns they hold beyond what is committed.
-        role: The role of the member that it is; None for a draft from outside the model.
+        caches: The caches it writes draft tokens to.
+        added: How many columns of them are not committed yet.
+        role: The role of the composition's member that drafts; None for a draft from outside the model.
     """
 
     caches: tuple[Cache, ...] = ()
@@ -53,36 +53,29 @@ class Drafter(ABC):
     role: str | None = None
 
     def room(self, width: int) -> int:
-        """How many tokens it can draft within its context, after `width` columns; at least 0."""
+        """How many tokens fit into its context after `width` columns; at least 0."""
         return 1 << 30
 
     @abstractmethod
     def propose(self, count: int, rows: RowProgress, draw: Draw) -> Proposal:
-        """Draft a continuation of each row.
+        """Draft at most `count` ≥ 1 tokens per row.
 
-        Args:
-            count: At most how many tokens, at least 1.
-            rows: The texts, whose last token no cache holds yet, and the caches' columns.
-            draw: Draws from a model's logits as the target will.
-
-        Returns:
-            K ≤ `count` tokens for each row, or fewer.
+        No cache holds the last token of the texts in `rows` yet. `draw` samples from logits as the target will.
         """
 
     def precomputed(self) -> torch.Tensor | None:
-        """The member's logits `[B, K, V_i]` over the first tokens of the target's pass; None if it ran over none."""
+        """The drafting member's logits over the first K tokens of the target's pass, `[B, K, V_i]`, if it has any."""
         return None
 
     def read_last(self, rows: RowProgress) -> torch.Tensor | None:
-        """Run over the last draft token too, which is of use only once some row has accepted its whole draft.
+        """Read the last draft token too; returns the logits after it, `[B, 1, V_q]`, or None without a model.
 
-        Returns:
-            `[B, 1, V_q]`: the logits behind it; None for a draft without a model.
+        Called only once some row has accepted its whole draft.
         """
         return None
 
     def skip(self, rows: RowProgress) -> None:
-        """Let a round without a draft go by: caches of its own have to take in the last token all the same."""
+        """Pass over a round without a draft; a cache of its own has to read the last token all the same."""
         self.added = 1
 
 
@@ -91,13 +84,13 @@ class Draft(ABC):
 
     @abstractmethod
     def begin(self, start: DraftContext) -> Drafter:
-        """Begin a generation.
+        """Start drafting for one generation.
 
         Args:
-            start: What it begins with.
+            start: The model, its cache and the prompts.
 
         Raises:
-            InputError: If the model is not one that it can draft for.
+            InputError: If it cannot draft for this model.
         """
 
     @abstractmethod
@@ -105,9 +98,9 @@ class Draft(ABC):
         """What a round takes, in seconds, by the figures of `proxytune.costs.devices`.
 
         Args:
-            model: The model.
+            model: The composed model, or a plain causal LM.
             rows: B.
 
         Raises:
-            InputError: If the model is not one that it can draft for.
+            InputError: If it cannot draft for this model.
         """

@@ -1,6 +1,6 @@
-"""Drafts without a model: what followed the same words before, and a table of bigrams.
+"""Drafts without a model: a lookup of the last tokens in the text so far, and a table of bigrams.
 
-They are certain of what they propose, so a token is accepted with the probability that the target gives it.
+They put probability 1 on each token they propose, so it is accepted with the target's probability of it.
 """
 
 from __future__ import annotations
@@ -26,30 +26,22 @@ class _Free(Draft):
     """A draft that costs nothing beside the positions that are verified."""
 
     def costs(self, model: Any, rows: int) -> DraftCosts:
-        """What a round takes.
-
-        Args:
-            model: The model.
-            rows: B.
-
-        Returns:
-            The costs, in seconds.
-        """
+        """What a round takes, in seconds: the target's pass alone."""
         return costs_of_round(model, None, rows)
 
 
 @dataclass(frozen=True)
 class PromptLookupDraft(_Free):
-    """Drafts what followed the last occurrence of the last few tokens, in the prompt or in what was generated.
+    """Drafts what followed the last occurrence of the last few tokens, in the prompt or in the generated text.
 
     Prompt lookup decoding (Saxena 2023; `prompt_lookup_num_tokens` of transformers, for one row).
 
     Attributes:
-        longest: How many tokens are looked for first; if they are not found, one less, and so on.
-        shortest: The least number that is looked for.
+        longest: Length of the n-gram to search for first; if it does not occur, one less, and so on.
+        shortest: Length of the shortest n-gram to search for.
 
     Raises:
-        InputError: If they are no whole numbers with 1 ≤ shortest ≤ longest.
+        InputError: Unless both are whole numbers with 1 ≤ shortest ≤ longest.
     """
 
     longest: int = 3
@@ -60,14 +52,7 @@ class PromptLookupDraft(_Free):
         whole("longest", self.longest, "of tokens", least=self.shortest)
 
     def begin(self, start: DraftContext) -> Drafter:
-        """Begin a generation.
-
-        Args:
-            start: What it begins with.
-
-        Returns:
-            The state.
-        """
+        """Start drafting for one generation."""
         mask, ids = start.attention_mask, start.input_ids
         padded = torch.zeros(ids.shape[0], dtype=torch.int64, device=ids.device)
         if mask is not None:
@@ -84,34 +69,34 @@ class _Lookup(Drafter):
         texts = rows.texts
         ids = texts.upto(max(texts.counts))  # [B, T]
         end = texts.prompts.shape[1] + texts.lengths[:, None]  # [B, 1]
-        found = torch.full_like(end, -1)  # where what followed begins
-        for size in range(self._settings.shortest, self._settings.longest + 1):  # the longest has the last word
+        follows = torch.full_like(end, -1)  # where the continuation begins; −1 for no hit
+        for size in range(self._settings.shortest, self._settings.longest + 1):  # a longer match replaces a shorter one
             if ids.shape[1] <= size:
                 break
-            wanted = ids.gather(1, (end - size + torch.arange(size, device=ids.device)).clamp(min=0))
+            ngram = ids.gather(1, (end - size + torch.arange(size, device=ids.device)).clamp(min=0))
             windows = ids.unfold(1, size, 1)  # [B, T − size + 1, size]
             start = torch.arange(windows.shape[1], device=ids.device)
             inside = (start >= self._padded[:, None]) & (start + size < end)
-            hit = (windows == wanted[:, None]).all(-1) & inside
+            hit = (windows == ngram[:, None]).all(-1) & inside
             last_hit = torch.where(hit, start + size, -1).amax(1, keepdim=True)
-            found = torch.where(last_hit >= 0, last_hit, found)
-        # A text that repeats itself goes on doing so: behind the end it begins again.
-        period = (end - found).clamp(min=1)
-        column = (found + torch.arange(count, device=ids.device) % period).clamp(min=0)
-        drafted = torch.where(found >= 0, ids.gather(1, column), -1)
-        # Waits for this lookup, and saves a pass over drafts that no row has.
-        return Proposal(drafted if bool((found >= 0).any()) else drafted[:, :0])
+            follows = torch.where(last_hit >= 0, last_hit, follows)
+        # A continuation that reaches the text's end is repeated from its own beginning.
+        period = (end - follows).clamp(min=1)
+        column = (follows + torch.arange(count, device=ids.device) % period).clamp(min=0)
+        drafted = torch.where(follows >= 0, ids.gather(1, column), -1)
+        # Waits for the device, but saves a verification pass if no row has a draft.
+        return Proposal(drafted if bool((follows >= 0).any()) else drafted[:, :0])
 
 
 @dataclass(frozen=True, eq=False)
 class BigramDraft(_Free):
-    """Drafts with a table: after each token the one that a model finds likeliest after it, without any other context.
+    """Drafts with a table: for each token, the one a model finds likeliest after it without other context.
 
-    The model-derived bigrams of Stewart et al. 2024 (The N-Grammys, arXiv 2411.03786). `BigramDraft.of` makes the table
-    from the base's own weights.
+    The model-derived bigrams of Stewart et al. 2024 (The N-Grammys, arXiv 2411.03786). `BigramDraft.of` computes the
+    table from a model.
 
     Attributes:
-        following: `[N]`, int64: the token after each token; −1 for none.
+        following: `[N]`, int64: the token after each token, below N; −1 for none.
 
     Raises:
         InputError: If it is no such table.
@@ -132,38 +117,28 @@ class BigramDraft(_Free):
     @classmethod
     @torch.no_grad()
     def of(cls, model: Any, *, bos_token_id: int | None = None, rows: int = 256) -> BigramDraft:
-        """Ask a model for the likeliest token after every token: one pass over each, some seconds for a small one.
+        """Compute the table with a model: one short pass per token of the vocabulary, some seconds for a small model.
 
         Args:
             model: A causal LM, such as a composed model's base.
-            bos_token_id: What stands before each token; None for nothing.
-            rows: How many tokens go through the model at once.
-
-        Returns:
-            The draft.
+            bos_token_id: The token to put before each; None for none.
+            rows: Batch size of the passes.
 
         Raises:
-            InputError: If a number is not one.
+            InputError: If `rows` or `bos_token_id` is not a whole number.
         """
         whole("rows", rows, least=1)
         device = model.get_input_embeddings().weight.device
         ids = torch.arange(embedding_rows(model), device=device)[:, None]
         if bos_token_id is not None:
             ids = torch.cat([torch.full_like(ids, whole("bos_token_id", bos_token_id)), ids], 1)
-        found = [
+        likeliest = [
             model(input_ids=part, use_cache=False).logits[:, -1, : len(ids)].argmax(-1) for part in ids.split(rows)
         ]
-        return cls(torch.cat(found))
+        return cls(torch.cat(likeliest))
 
     def begin(self, start: DraftContext) -> Drafter:
-        """Begin a generation.
-
-        Args:
-            start: What it begins with.
-
-        Returns:
-            The state.
-        """
+        """Start drafting for one generation."""
         table = self.following[: start.usable].to(start.input_ids.device)
         return _Table(table.masked_fill(table >= start.usable, -1))
 

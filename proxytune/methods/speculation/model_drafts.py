@@ -26,12 +26,8 @@ __all__ = ["ExpertDraft", "ModelDraft"]
 def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None) -> DraftCosts:
     """What a round takes, in seconds, by the figures of `proxytune.costs.devices`.
 
-    Args:
-        model: The composed model, or a plain causal LM.
-        draft: The model that drafts; None for a draft without a model.
-        rows: B.
-        role: The role in which it drafts, on the composite cache; None for a cache of its own, or none. The same model
-            may have two roles.
+    `draft` is None for a draft without a model. `role` names the member that drafts on the composite cache (the same
+    model may have two roles); None for a draft with a cache of its own, or with none.
     """
     members = Ensemble.of(model).models
     verifying = [pass_work(one) for name, one in members if name != role]
@@ -40,7 +36,7 @@ def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]
-"""From ids `[B, 1]`, mask and positions to logits `[B, 1, V_q]`, on a cache that it extends."""
+"""From ids `[B, 1]`, mask and positions to logits `[B, 1, V_q]`; extends a cache."""
 
 
 class _ModelDrafter(Drafter):
@@ -59,7 +55,7 @@ class _ModelDrafter(Drafter):
             self._keep(logits)
             tokens, row = draw(logits[:, -1, : self._usable], drafted)
             drawn_from.append(row)
-            token = tokens.clamp(min=0)[:, None]  # where there was nothing to draw from, nothing will be accepted
+            token = tokens.clamp(min=0)[:, None]  # a −1 (no distribution) is never accepted
             drafted = torch.cat([drafted, tokens[:, None]], 1)
         self._last, self.added = token, count
         return Proposal(drafted, torch.stack(drawn_from, 1).flatten(0, 1))
@@ -73,7 +69,7 @@ class _ModelDrafter(Drafter):
 
 
 class _OwnExpert(_ModelDrafter):
-    """The expert of the composed model, ahead of the others on its own layers of the composite cache."""
+    """The composed model's expert, which runs ahead of the other members on its own layers of the composite cache."""
 
     def __init__(self, start: DraftContext) -> None:
         self.role = "expert"
@@ -101,33 +97,12 @@ class ExpertDraft(Draft):
     """The composed model's own expert drafts: it has to run anyway, and hands its logits to the target's pass."""
 
     def begin(self, start: DraftContext) -> Drafter:
-        """Begin a generation.
-
-        Args:
-            start: What it begins with.
-
-        Returns:
-            The state.
-
-        Raises:
-            InputError: If the model is not a composed one.
-        """
+        """Start drafting for one generation; InputError if the model is not a composed one."""
         self._refuse(start.model)
         return _OwnExpert(start)
 
     def costs(self, model: Any, rows: int) -> DraftCosts:
-        """What a round takes.
-
-        Args:
-            model: The model.
-            rows: B.
-
-        Returns:
-            The costs, in seconds.
-
-        Raises:
-            InputError: If the model is not a composed one.
-        """
+        """What a round takes, in seconds; InputError if the model is not a composed one."""
         self._refuse(model)
         return costs_of_round(model, model.expert, rows, role="expert")
 
@@ -150,7 +125,7 @@ class _OtherModel(_ModelDrafter):
         if start.cache.get_seq_length() != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
             raise InputError.of(
                 "input_ids",
-                expected="the whole text, for a draft that has a cache of its own",
+                expected="the ids of the whole text, for a draft with a cache of its own",
                 got=f"{ids.shape[1]} ids, beside a cache that holds {start.cache.get_seq_length()} tokens",
                 remedy="Pass the ids of the whole text together with past_key_values.",
             )
@@ -158,14 +133,14 @@ class _OtherModel(_ModelDrafter):
         self._context = member.context
         cache = DynamicCache(config=member.model.config.get_text_config(decoder=True))
         positions = None if mask is None else positions_of(mask)
-        # Of a prompt only what it leaves in the cache is of use.
+        # Only the cache is needed of the prompt's pass.
         known = ids.clamp(max=member.rows - 1)
         member.forward(known, attention_mask=mask, position_ids=positions, cache=cache, logits_to_keep=1)
         record(cache)
         self.caches = (cache,)
 
         def forward(ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor) -> torch.Tensor:
-            # Text that it has no embedding for reaches it as another token: its drafts get worse, nothing else.
+            # Ids without an embedding are read as its last id: that makes the drafts worse, not wrong.
             known = ids.clamp(max=member.rows - 1)
             logits = member.forward(known, attention_mask=mask, position_ids=positions, cache=cache)
             return logits.to(start.input_ids.device)
@@ -175,7 +150,7 @@ class _OtherModel(_ModelDrafter):
     def room(self, width: int) -> int:
         left = 1 << 30 if self._context is None else self._context - width - 1
         if left < 0:
-            self.caches = ()  # it cannot even read on: from here the model goes on without a draft
+            self.caches = ()  # its context is full: no more drafts in this generation
         return max(0, left) if self.caches else 0
 
     def skip(self, rows: RowProgress) -> None:
@@ -188,7 +163,7 @@ class ModelDraft(Draft):
     """A third causal LM drafts, with a cache of its own.
 
     Attributes:
-        model: The causal LM. Its ids have to mean what the steered model's mean; its head may be wider or narrower.
+        model: The causal LM. It needs the steered model's tokenizer; its head may be wider or narrower.
     """
 
     def __init__(self, model: Any) -> None:
@@ -198,33 +173,22 @@ class ModelDraft(Draft):
             model: A decoder-only causal LM with attention layers only.
 
         Raises:
-            UnsupportedModelError: If it is none.
+            UnsupportedModelError: If it is not one.
         """
         self.model = model
         self._member = Member(model, "draft")
 
     def begin(self, start: DraftContext) -> Drafter:
-        """Begin a generation: the draft reads the prompts.
+        """Read the prompts with the draft model.
 
         Args:
-            start: What it begins with.
-
-        Returns:
-            The state.
+            start: The model, its cache and the prompts.
 
         Raises:
-            InputError: If the prompts are not the whole text, or too long for the draft.
+            InputError: If the prompts are not the whole text, or too long for the draft model.
         """
         return _OtherModel(self._member, start)
 
     def costs(self, model: Any, rows: int) -> DraftCosts:
-        """What a round takes.
-
-        Args:
-            model: The model.
-            rows: B.
-
-        Returns:
-            The costs, in seconds.
-        """
+        """What a round takes, in seconds."""
         return costs_of_round(model, self.model, rows)

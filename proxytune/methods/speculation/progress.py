@@ -1,4 +1,4 @@
-"""The state of every row: its text, its columns in the caches, and whether it goes on."""
+"""The state of every row: its text, its columns in the caches, and whether it is still generating."""
 
 from __future__ import annotations
 
@@ -14,21 +14,15 @@ __all__ = ["RowProgress"]
 
 
 class RowProgress:
-    """How far each row has come.
+    """How far each row is.
 
     Attributes:
         texts: The texts.
-        columns: The columns that all caches have in common.
-        going: Which rows go on.
+        columns: The column layout that all caches share.
+        going: Which rows are still generating.
     """
 
     def __init__(self, call: Call, cache: Cache) -> None:
-        """Start behind the prompts.
-
-        Args:
-            call: The call, after its prefill.
-            cache: The cache, which holds the prompts.
-        """
         rows, positions = len(call.input_ids), call.kwargs.get("position_ids")
         following = call.lengths if positions is None else (positions[:, -1] + 1).expand(rows)
         self.texts = RaggedText(call.input_ids, call.most_new, 0 if call.pads is None else int(call.pads))
@@ -36,7 +30,7 @@ class RowProgress:
         self.going = [True] * rows
         self._criteria = call.criteria
         self._most = call.most_new
-        # Without a padding token rows that have ended go on until all have, as in transformers' own loop.
+        # Without a padding token, ended rows keep generating until all have ended, as in transformers' own loop.
         self._pads = call.pads is not None
         self._ends: list[int | None] = [None] * rows
 
@@ -48,17 +42,17 @@ class RowProgress:
 
     @property
     def steps(self) -> int:
-        """How many tokens the longest row has, once all have ended."""
+        """Length of the longest row in generated tokens, once all have ended."""
         return max(end or 0 for end in self._ends)
 
     @property
     def room(self) -> int:
-        """How many tokens can be drafted in the row that has most room; a round adds one more by itself."""
+        """How many tokens can be drafted in the row with most room; a round adds one more token by itself."""
         left = (self._most - n for n, on in zip(self.texts.counts, self.going, strict=True) if on)
         return max(left, default=1) - 1
 
     def trim(self, proposal: Proposal) -> Proposal:
-        """Cut each row's draft to the room it has left, so that it does not depend on the other rows' room."""
+        """Cut each row's draft to the row's own room, so that it does not depend on the other rows."""
         tokens = proposal.tokens
         fits = torch.arange(proposal.length, device=tokens.device) < self._most - 1 - self.texts.lengths[:, None]
         there = ((tokens >= 0) & fits).long().cumprod(1).bool()
@@ -67,28 +61,25 @@ class RowProgress:
     def inspect(
         self, verification: Verification, proposal: Proposal, *, bonus: bool = True, earlier: RoundResult | None = None
     ) -> RoundResult:
-        """Ask the stopping criteria about the new tokens, and read the verification. Waits for the device.
+        """Run the stopping criteria on the new tokens, and copy the verification to the host. Waits for the device.
 
-        Args:
-            verification: The verification.
-            proposal: What was verified.
-            bonus: Whether the bonus token is real. If it came from a placeholder, the criteria must not see it.
-            earlier: The same round without its bonus token, so that no token is asked about twice.
+        With `bonus=False` the bonus token comes from a placeholder, and the criteria must not see it. `earlier` is the
+        result of that first call in the second one, so that no token is tested twice.
         """
         length = proposal.length
         ends = self._ends_at(verification.tokens, range(0 if earlier is None else length, length + bonus))
         accepted, drafted = verification.accepted[:, None], (proposal.tokens >= 0).sum(1, keepdim=True)
         failed = verification.tokens.gather(1, accepted) < 0
         rows = torch.cat((accepted, drafted, failed.long(), ends.long()), 1).tolist()
-        found = [[bool(end) for end in row[3:]] for row in rows]
+        flags = [[bool(end) for end in row[3:]] for row in rows]
         if earlier is not None:
-            found = [[a or b for a, b in zip(*both, strict=True)] for both in zip(found, earlier.ends, strict=True)]
+            flags = [[a or b for a, b in zip(*both, strict=True)] for both in zip(flags, earlier.ends, strict=True)]
         return RoundResult(
-            verification, [row[0] for row in rows], [row[1] for row in rows], [bool(row[2]) for row in rows], found
+            verification, [row[0] for row in rows], [row[1] for row in rows], [bool(row[2]) for row in rows], flags
         )
 
     def accepted_whole(self, result: RoundResult) -> bool:
-        """Whether some row goes on behind a draft of full length, and so gets a bonus token."""
+        """Whether some row continues after a full-length draft that was wholly accepted, and so needs a bonus token."""
         length = len(result.ends[0]) - 1
         return any(
             on and accepted == length > 0 and not (self._pads and any(ends[:length]))
@@ -96,10 +87,10 @@ class RowProgress:
         )
 
     def commit(self, result: RoundResult) -> Commit:
-        """Add each row's accepted tokens and the one after them to its text, up to where it ends.
+        """Append each row's accepted tokens and the one after them, up to where it ends.
 
         Raises:
-            NumericalError: If a row that goes on has no distribution.
+            NumericalError: If an unfinished row has no distribution.
         """
         start, counts, was = self.texts.counts, list(self.texts.counts), self.going
         for row, accepted in enumerate(result.accepted):
@@ -111,11 +102,11 @@ class RowProgress:
             if result.failed[row] and end is None and not ended_before:
                 raise result.verification.failure(row, accepted, start[row] + accepted)
             stops_here = end is not None and self._pads
-            # A row that only waits for the others, and has no distribution, still gets a token: it is cut off.
+            # An ended row that waits for the others and has no distribution still gets a token, which is cut off.
             counts[row] = start[row] + ((end or 0) + 1 if stops_here or result.failed[row] else new)
             if end is not None and not ended_before:
                 self._ends[row] = start[row] + end + 1
-        if not self._pads and None not in self._ends:  # no row has to go on beyond the last end
+        if not self._pads and None not in self._ends:  # all have ended: cut at the longest
             counts = [min(n, self.steps) for n in counts]
         self.texts.accept(result.verification.tokens, counts)
         self.going = [end is None for end in self._ends] if self._pads else [n < self._most for n in counts]
@@ -130,7 +121,7 @@ class RowProgress:
         )
 
     def _ends_at(self, tokens: torch.Tensor, asked: range) -> torch.Tensor:
-        """Whether each row ends at each of its new tokens `[B, N]`; False for those that are not asked about."""
+        """`[B, N]`: whether each row ends at each of its new tokens `[B, N]`; False at columns outside `asked`."""
         columns, written = tokens.shape[1], self.texts.written(tokens)
         ends = torch.zeros(tokens.shape, dtype=torch.bool, device=tokens.device)
         for step in self.texts.steps(asked, self.going):

@@ -1,9 +1,9 @@
-"""The columns of caches whose rows have come differently far: which hold a token, and how rows are brought in line.
+"""Caches whose rows differ in length: which columns hold a token, and how rows are realigned.
 
-A cache has one column per token for all rows of a batch, but drafts are accepted row by row. Rows are kept in line at
-their *last* token: a row that got fewer tokens is moved to the right by the difference, which is more padding at its
-left, and columns that have become padding in every row that goes on are cut off. So each row's tokens stay next to each
-other, and masks, positions and sliding windows are those of an ordinary left-padded batch.
+A cache has one column per token for all rows of a batch, but drafts are accepted row by row. Rows are aligned at their
+*last* token: a row that kept fewer tokens is shifted right by the difference, which adds padding at its left, and
+columns that are padding in every unfinished row are cut. So each row's tokens stay contiguous, and masks, positions and
+sliding windows are those of an ordinary left-padded batch.
 """
 
 from __future__ import annotations
@@ -23,22 +23,16 @@ Update = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 class RaggedCache:
-    """The columns that all caches of one generation have in common.
+    """The column layout that all caches of one generation share.
 
     Attributes:
-        lengths: `[B]`, int64: the position of each row's next token. That is how many tokens it holds, padding not
-            counted, unless the caller's own positions began elsewhere.
+        lengths: `[B]`, int64: the position of each row's next token. That is its number of tokens without padding,
+            unless the caller passed other positions.
         width: How many columns there are.
     """
 
     def __init__(self, lengths: torch.Tensor, width: int, mask: torch.Tensor | None) -> None:
-        """Take over what a prompt has left; waits for the device, so this is for before the loop.
-
-        Args:
-            lengths: `[B]`, int64.
-            width: How many columns the caches have.
-            mask: `[B, width]`, 1 for tokens and 0 for padding; None if nothing is padded.
-        """
+        """Start from a prompt's layout; `mask` is `[B, width]`, None if nothing is padded. Waits for the device."""
         self.lengths = lengths.clone()
         self.width = width
         self._mask = mask
@@ -46,40 +40,25 @@ class RaggedCache:
         self._pads: list[int] = leading.tolist()
 
     def mask(self, new: int) -> torch.Tensor | None:
-        """The mask of a forward pass.
-
-        Args:
-            new: How many tokens it gets for each row.
-
-        Returns:
-            `[B, width + new]`, int64; None if nothing is padded.
-        """
+        """Attention mask `[B, width + new]`, int64, of a pass over `new` tokens per row; None if nothing is padded."""
         return None if self._mask is None else torch.nn.functional.pad(self._mask, (0, new), value=1)
 
     def positions(self, new: int, ahead: int = 0) -> torch.Tensor:
-        """The positions of a forward pass's tokens.
-
-        Args:
-            new: How many tokens it gets for each row.
-            ahead: How many were given before them, and are not settled.
-
-        Returns:
-            `[B, new]`, int64.
-        """
+        """The positions `[B, new]`, int64, of a pass over `new` tokens per row, after `ahead` uncommitted ones."""
         return self.lengths[:, None] + torch.arange(ahead, ahead + new, device=self.lengths.device)
 
     def settle(self, caches: Sequence[tuple[Cache, int]], kept: Sequence[int], going: Sequence[bool]) -> None:
-        """Keep the first tokens of those that the last forward passes have added, of each row its own number.
+        """Keep the first `kept` of each row's uncommitted tokens, and realign the rows.
 
         Args:
-            caches: The caches, and how many columns each holds beyond `width`: no fewer than any row keeps.
-            kept: How many of them each row keeps, at least 1 for a row that goes on.
-            going: Which rows go on, at least one; what becomes of the others does not matter.
+            caches: The caches, and how many uncommitted columns each holds: at least as many as any row keeps.
+            kept: Tokens to keep per row; at least 1 for an unfinished row.
+            going: Which rows are unfinished, at least one; what the others hold afterwards does not matter.
         """
         most = max(n for n, on in zip(kept, going, strict=True) if on)
         shifts = [most - n if on else 0 for n, on in zip(kept, going, strict=True)]
         self._pads = [pad + shift for pad, shift in zip(self._pads, shifts, strict=True)]
-        # A row alone keeps its padding: the cache that is handed back belongs to ids that have it.
+        # A single row keeps its padding: its cache is returned, and must match ids that have the padding.
         drop = min(pad for pad, on in zip(self._pads, going, strict=True) if on) if len(shifts) > 1 else 0
         self.width += most - drop
         self._advance(kept, going)
@@ -100,13 +79,13 @@ class RaggedCache:
     def _advance(self, kept: Sequence[int], going: Sequence[bool]) -> None:
         new = [n if on else -1 for n, on in zip(kept, going, strict=True)]
         moved = torch.tensor(new, device=self.lengths.device)
-        # What becomes of a row that does not go on does not matter, but it must stay within every member's positions.
+        # An ended row's position does not matter, but must stay within every member's range.
         self.lengths = torch.where(moved < 0, self.lengths.clamp(max=self.width), self.lengths + moved)
 
     def _in_line(self, drop: int, shift: torch.Tensor) -> torch.Tensor:
-        """The mask after rows have moved by `shift`, and `drop` columns have gone."""
+        """The mask after rows have moved right by `shift` and `drop` columns were cut at the left."""
         rows, device = shift.shape[0], shift.device
-        column = torch.arange(drop, drop + self.width, device=device)[None] - shift[:, None]  # where it was
+        column = torch.arange(drop, drop + self.width, device=device)[None] - shift[:, None]  # where each came from
         if self._mask is None:
             return (column >= 0).long()
         before = torch.nn.functional.pad(self._mask, (0, int(drop + self.width - self._mask.shape[1])), value=1)
@@ -114,26 +93,19 @@ class RaggedCache:
 
 
 def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> None:
-    """Move rows to the right, cut columns off at the right and, down to what is needed, at the left.
-
-    Args:
-        layer: A layer of a dynamic cache.
-        shift: `[B]`, int64.
-        width: How many columns it has to stand for afterwards; a sliding layer holds the last of them.
-        cut: How many to cut off at the right.
-    """
+    """Shift rows right by `shift` `[B]`, cut `cut` columns at the right, keep the last `width` (or a window)."""
     stored = layer.keys.shape[-2]
     keep = min(width, stored - cut)
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer.cumulative_length = width
         keep = min(keep, layer.sliding_window - 1)
-    # Past the left end of a row there is only padding, which any finite numbers will do for.
+    # Left of a row's first column there is only padding: any finite numbers will do.
     index = torch.arange(stored - cut - keep, stored - cut, device=shift.device)[None] - shift[:, None]
     index = index.clamp(min=0).to(layer.keys.device)  # [B, keep]
     for name in ("keys", "values"):
         states = getattr(layer, name)  # [B, heads, stored, D]
         rows, heads = states.shape[:2]
-        # Whole vectors by their number: several times faster on a CPU than a gather of their elements.
+        # Selecting whole vectors by index is several times faster on a CPU than gathering their elements.
         first = torch.arange(0, rows * heads * stored, stored, device=index.device).view(rows, heads, 1)
         numbers = (first + index[:, None]).flatten()
         moved = states.flatten(0, 2).index_select(0, numbers)
@@ -141,14 +113,7 @@ def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> Non
 
 
 def record(cache: Cache) -> list[tuple[DynamicSlidingWindowLayer, bool]]:
-    """Make sliding layers keep what a rejected draft would push out of their window, until they are settled.
-
-    Args:
-        cache: The cache.
-
-    Returns:
-        The layers, and whether they did so before.
-    """
+    """Let sliding layers keep states that drafts push out of their window; returns them with their earlier setting."""
     layers = [(x, x.record_past) for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer)]
     for layer, _ in layers:
         layer.activate_past_recording()
@@ -157,7 +122,7 @@ def record(cache: Cache) -> list[tuple[DynamicSlidingWindowLayer, bool]]:
 
 
 def _of_window(layer: DynamicSlidingWindowLayer, update: Update) -> Update:
-    # Over several passes without a crop, transformers before 5.20 returns more states than it tells the mask of.
+    # After several passes without a crop, transformers before 5.20 returns more states than the mask covers.
     def visible(keys: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         most = layer.sliding_window - 1 + keys.shape[-2]
         all_keys, all_values = update(keys, *args, **kwargs)
@@ -168,11 +133,7 @@ def _of_window(layer: DynamicSlidingWindowLayer, update: Update) -> Update:
 
 @contextmanager
 def ahead(cache: Cache) -> Iterator[None]:
-    """Let drafts stand in a cache. What is interrupted leaves it empty: nobody could tell which of them were rejected.
-
-    Args:
-        cache: The cache.
-    """
+    """Allow uncommitted drafts in a cache. On an error it is emptied: nobody could tell which drafts were rejected."""
     recorded = record(cache)
     try:
         yield
@@ -186,32 +147,21 @@ def ahead(cache: Cache) -> Iterator[None]:
 
 
 def forget(cache: Cache) -> None:
-    """Empty a cache whose rows are not in line with the sequences: its owner may hold it, and would go on from it.
-
-    Args:
-        cache: The cache.
-    """
+    """Empty a cache whose rows do not match the sequences, as its owner may hold it and continue from it."""
     for layer in cache.layers:
         layer.crop(-int(layer.get_seq_length()))
 
 
 def refuse_cache(cache: Cache | None) -> None:
-    """Refuse a cache that rejected drafts cannot be taken out of, row by row.
-
-    Args:
-        cache: The cache of the generation.
-
-    Raises:
-        CacheError: If it is not a dynamic one of plain attention layers, or there is none.
-    """
+    """Raise CacheError unless rejected drafts can be removed row by row: a DynamicCache of attention layers only."""
     layers = getattr(cache, "layers", None)
     plain = layers is not None and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
-    if plain and not getattr(cache, "offloading", False):  # whose layers are under way while rows would be moved
+    if plain and not getattr(cache, "offloading", False):  # offloaded layers move between devices meanwhile
         return
     kinds = ["offloaded layers"] if plain else sorted({type(x).__name__ for x in layers or ()})
     raise CacheError.of(
         "past_key_values",
-        expected="a DynamicCache, out of which rejected drafts can be taken row by row",
+        expected="a DynamicCache, from which rejected drafts can be removed row by row",
         got="no cache" if cache is None else f"a {type(cache).__name__}" + (f" of {', '.join(kinds)}" if kinds else ""),
-        remedy="Leave cache_implementation out, and use_cache=False too.",
+        remedy="Leave out cache_implementation and use_cache=False.",
     )

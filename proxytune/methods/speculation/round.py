@@ -1,4 +1,4 @@
-"""What a round hands from step to step: a proposal, its verification, and what the host reads of it."""
+"""What a round passes from step to step: a proposal, its verification, and the host's copy of that."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Proposal:
 
     Attributes:
         tokens: `[B, K]`, int64; −1 from where a row has no draft.
-        drawn_from: `[B · K, V_q]`: the logits they were drawn from; None if they were not drawn.
+        drawn_from: `[B · K, V_q]`: the logits they were sampled from; None if they were not sampled.
     """
 
     tokens: torch.Tensor
@@ -44,9 +44,8 @@ class Verification:
             bonus token (after a whole draft), −1 where there is no distribution to draw it from; then −1.
         accepted: `[B]`, int64: how many draft tokens were accepted.
         scores: `[B, K + 1, V]`, float32, after all processors; None if not wanted.
-        logits: `[B, K + 1, V]`, float32, before any; None if not wanted.
-        failure: From a row, its position and the tokens generated before it to the error that says why the token after
-            its accepted drafts could not be drawn.
+        logits: `[B, K + 1, V]`, float32, before all processors; None if not wanted.
+        failure: From (row, column, step) to the error that says why no token could be drawn there.
     """
 
     tokens: torch.Tensor
@@ -58,7 +57,7 @@ class Verification:
 
 @dataclass(frozen=True, eq=False)
 class RoundResult:
-    """A verification as the host sees it, one entry per row.
+    """A verification on the host, one entry per row.
 
     Attributes:
         verification: The verification.

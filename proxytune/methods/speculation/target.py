@@ -1,4 +1,4 @@
-"""The target's pass: all members that have not seen a round's draft tokens yet, over all of them at once."""
+"""The target's pass over a round's draft tokens, by all members that have not read them yet."""
 
 from __future__ import annotations
 
@@ -14,22 +14,13 @@ __all__ = ["TargetModel"]
 
 
 class TargetModel:
-    """The steered model, or a plain one, over the tokens behind what its cache holds.
+    """The steered model, or a plain one, over tokens that its cache does not hold yet.
 
     Attributes:
         added: How many columns of its cache are not committed yet.
     """
 
     def __init__(self, ensemble: Ensemble, cache: Cache) -> None:
-        """Keep what all rounds share.
-
-        Args:
-            ensemble: The model.
-            cache: Its cache, which is extended in place.
-
-        Raises:
-            UnsupportedModelError: If a plain model has other than attention layers.
-        """
         self.added = 0
         self._ensemble = ensemble
         self._members = ensemble.members
@@ -41,7 +32,7 @@ class TargetModel:
         return max(0, min(contexts) - width - 1) if contexts else 1 << 30
 
     def caches(self, drafter: Drafter) -> list[tuple[Cache, int]]:
-        """All caches, the draft's among them, and how many columns each holds that are not committed."""
+        """All caches, the draft's included, each with its number of uncommitted columns."""
         own = [(cache, drafter.added) for cache in drafter.caches]
         if drafter.role is None:
             return [(self._cache, self.added), *own]
@@ -49,15 +40,10 @@ class TargetModel:
         return [(part, self.added) for role, part in views if role != drafter.role] + own
 
     def __call__(self, proposal: Proposal, rows: RowProgress, drafter: Drafter) -> list[torch.Tensor]:
-        """Run the members over each row's last token and its draft.
-
-        Args:
-            proposal: The draft tokens, K of them.
-            rows: The rows.
-            drafter: Where they came from. A member that drafts runs over nothing again.
+        """Run the members over each row's last token and its draft; a member that drafts does not run again.
 
         Returns:
-            Raw logits of each member, `[B, K + 1, V_i]`. A member that drafts has not read the last draft token: its
+            Raw logits of each member, `[B, K + 1, V_i]`. The drafting member has not read the last draft token: its
             last position is a placeholder, which `with_last` replaces.
         """
         ids = torch.cat([rows.texts.last(), proposal.tokens.clamp(min=0)], 1)
@@ -78,11 +64,11 @@ class TargetModel:
             **self._ensemble.request(),
         )
         logits = self._ensemble.logits(outputs)
-        # The drafting member has logits for K positions: a placeholder makes the last one.
+        # The drafting member has logits for K positions: a placeholder fills the last one.
         return [z if z.shape[1] == new else torch.cat([z, z[:, -1:]], 1) for z in logits]
 
     def with_last(self, logits: list[torch.Tensor], drafter: Drafter, last: torch.Tensor) -> list[torch.Tensor]:
-        """Put the drafting member's logits behind its last draft token, `[B, 1, V_i]`, into the last position."""
+        """Set the drafting member's last position to `last` `[B, 1, V_i]`, the logits after the last draft token."""
         return [
             torch.cat([z[:, :-1], last], 1) if member.role == drafter.role else z
             for member, z in zip(self._members, logits, strict=True)

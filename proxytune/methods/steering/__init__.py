@@ -1,6 +1,6 @@
-"""The shift as a logits processor, for pipelines that own their model: `ProxyTuningLogitsProcessor`.
+"""Proxy-tuning as a logits processor, for pipelines that own their model.
 
-Source: proxy-tuning, Liu et al. 2024 (arXiv 2401.08565).
+Source: Liu et al. 2024 (arXiv 2401.08565).
 """
 
 from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor

@@ -1,4 +1,4 @@
-"""What `ProxyTuningLogitsProcessor.attach` puts on a model, and what it becomes during one `generate()`."""
+"""The hooks that `ProxyTuningLogitsProcessor.attach` puts on a model, and the processor of one `generate()`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["AttachedProcessor", "CompanionPrefetch", "SteeredProcessors", "refus
 
 
 class _Steering(Protocol):
-    """What is read of a `ProxyTuningLogitsProcessor`."""
+    """The part of `ProxyTuningLogitsProcessor` that is used here."""
 
     overlap: bool
 
@@ -30,19 +30,12 @@ class _Steering(Protocol):
 
 
 def refuse_no_ids(length: int | None) -> None:
-    """Refuse a prefix without ids.
-
-    Args:
-        length: Its length; None if it is not known yet.
-
-    Raises:
-        InputError: If it is 0.
-    """
+    """Raise InputError for a prefix of length 0; None is a length not known yet."""
     if length == 0:
         raise InputError.of(
             "input_ids",
             expected="the prompt's token ids, which the companions read",
-            got="none: generate() was given inputs_embeds only, or an empty prompt",
+            got="0 ids: generate() was given inputs_embeds only, or an empty prompt",
             remedy="Pass input_ids.",
         )
 
@@ -64,18 +57,7 @@ class SteeredProcessors:
         model_kwargs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> LogitsProcessorList:
-        """Build the processors of one `generate()`, the shift first.
-
-        Args:
-            original: The method.
-            generation_config: The settings of the call.
-            input_ids_seq_length: The length of the prompts, in tokens.
-            *args: As in transformers.
-            model_kwargs: What the model will be called with; has the mask, expanded for beams.
-            **kwargs: As in transformers.
-
-        Returns:
-            The processors.
+        """The processors of one `generate()`, the shift first; `model_kwargs` has the mask, expanded for beams.
 
         Raises:
             InputError: If the ids are missing or not the whole prefix, or the shift would be added twice.
@@ -83,12 +65,13 @@ class SteeredProcessors:
         """
         processors = original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
         if any(isinstance(p, AttachedProcessor) and p.processor is self.processor for p in processors):
-            return processors  # the model drafts for itself, and was handed its own processors
-        if any(getattr(p, "shifts_logits", False) for p in processors):
+            return processors  # the model drafts for itself, with its own processors
+        shifting = [type(p).__name__ for p in processors if getattr(p, "shifts_logits", False)]
+        if shifting:
             raise InputError.of(
                 "logits_processor",
-                expected="no other processor of this kind on a model that one is attached to",
-                got="one: the shifts would add up",
+                expected="no processor that shifts the logits beside the attached one",
+                got=f"a {shifting[0]}: the shifts would add up",
                 remedy="Leave it out of logits_processor, or detach() the attached one.",
             )
         if not generation_config.is_assistant:
@@ -101,7 +84,7 @@ class SteeredProcessors:
     def _steering(
         self, generation_config: GenerationConfig, length: int | None, model_kwargs: dict[str, Any]
     ) -> AttachedProcessor:
-        """Take from a `generate()` that starts what its steps will not tell, and refuse what would go wrong."""
+        """Read mask and settings of a `generate()`, which its steps do not show, and refuse unsupported ones."""
         refuse_no_ids(length)
         refuse_self_speculation(generation_config)
         if generation_config.guidance_scale not in (None, 1):
@@ -114,7 +97,7 @@ class SteeredProcessors:
         mask = model_kwargs.get("attention_mask")
         past = model_kwargs.get("past_key_values")
         seen = length or 0
-        # generate() drops a mask of ones, but remembers how long it was.
+        # generate() drops a mask of ones, but keeps its length.
         covered = getattr(generation_config, "_mask_length", seen) if mask is None else mask.shape[1]
         if covered != seen or (past is not None and seen <= int(past.get_seq_length())):
             raise InputError.of(
@@ -128,11 +111,12 @@ class SteeredProcessors:
 
 
 class CompanionPrefetch:
-    """Replaces a steered model's `prepare_inputs_for_generation`.
+    """Replaces a steered model's `prepare_inputs_for_generation`, to start the companions before the base.
 
-    It is called right before every forward pass of the base, with the whole prefix, beams in their new order, which a
-    hook on the module would not see. So the companions begin with the same step there; the processor asks them for it
-    afterwards, and finds it remembered. Where this was the wrong prefix, or came not at all, they run when asked.
+    The method runs right before every forward pass of the base, with the whole prefix and beams in their new order,
+    which a hook on the module would not see. The companions run the same step there, and the processor later finds
+    their logits cached. If the prefix was another, or the method was not called, they run when the processor needs
+    them.
     """
 
     def __init__(self, processor: _Steering) -> None:
@@ -141,23 +125,10 @@ class CompanionPrefetch:
     def __call__(
         self, original: Callable[..., dict[str, Any]], input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
-        """Prepare the inputs of a forward pass, and let the companions begin.
-
-        Args:
-            original: The method.
-            input_ids: The whole prefix, `[B, T]`, int64.
-            *args: As in transformers.
-            **kwargs: As in transformers.
-
-        Returns:
-            The inputs.
-
-        Raises:
-            InputError: As `ProxyTuningLogitsProcessor`.
-        """
+        """Prepare the inputs of a forward pass for the prefixes `[B, T]`, and start the companions."""
         inputs = original(input_ids, *args, **kwargs)
         mask = kwargs.get("attention_mask")
-        # Not for prompts, which may come in chunks, nor for drafts, about which the companions have been asked already.
+        # Not for prompts, which may come in chunks, nor for drafts, which the companions have read already.
         step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
         if step and self.processor.overlap and (mask is None or mask.shape == input_ids.shape):
             self.processor.begin(input_ids, mask)
@@ -165,7 +136,7 @@ class CompanionPrefetch:
 
 
 class AttachedProcessor(LogitsProcessor):
-    """An attached processor during one `generate()`: with that call's mask, and as its mode needs it."""
+    """An attached processor during one `generate()`, with that call's mask and mode."""
 
     supports_continuous_batching = False
     shifts_logits = True
@@ -173,21 +144,10 @@ class AttachedProcessor(LogitsProcessor):
     def __init__(self, processor: _Steering, attention_mask: torch.Tensor | None, *, normalise: bool) -> None:
         self.processor = processor
         self.attention_mask = attention_mask
-        self.normalise = normalise  # beam search hands over log-probabilities, and wants such back
+        self.normalise = normalise  # beam search passes and expects log-probabilities
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Shift the scores of one step.
-
-        Args:
-            input_ids: The whole prefix, `[B, T]`, int64.
-            scores: `[B, V]`, float32: raw logits, or log-probabilities in beam search.
-
-        Returns:
-            `[B, V]`, float32, of the same kind.
-
-        Raises:
-            InputError: As `ProxyTuningLogitsProcessor`.
-        """
+        """Shift scores `[B, V]` (raw logits; log-probabilities in beam search) after the whole prefixes `[B, T]`."""
         mask = self.processor.explicit_mask(input_ids)
         if mask is None and self.attention_mask is not None:
             mask = expand_mask(self.attention_mask, input_ids)

@@ -1,13 +1,10 @@
-"""A small model that follows whatever prefix it is asked about, in as few token-forwards as possible.
+"""A small model that follows any prefix, in as few token-forwards as possible.
 
-`generate()` reorders beams and rolls back drafts behind a logits processor's back; all that the processor gets is the
-whole prefix. So the companion compares the prefix with the rows in its cache, keeps what they share, and forwards only
-the rest. It knows nothing of formulas, and holds one batch at a time; threads take turns, each finding the cache as the
-other left it.
-
-The comparison makes the host wait for the device once per step. The composed model has no such wait.
-
-On a GPU a companion may be asked on any stream: it waits for the one on which its cache was used last.
+`generate()` reorders beams and rolls back drafts without telling a logits processor, which gets only the whole prefix.
+So the companion compares the prefix with the rows in its cache, keeps what they share, and forwards only the rest. It
+holds one batch at a time; threads take turns, each on the cache the other has left. The comparison makes the host wait
+for the device once per step (the composed model has no such wait). On a GPU a companion may be called on any stream: it
+waits for the stream on which its cache was used last.
 """
 
 from __future__ import annotations
@@ -27,15 +24,15 @@ from proxytune.models.members.member import Member, check_ids
 
 __all__ = ["PrefixCachedMember"]
 
-_PADDING = -1  # no token id: a padded position equals a padded position and nothing else
+_PADDING = -1  # no token id: a padded position equals padded positions only
 
 
 class PrefixCachedMember:
     """A causal LM and a KV cache that follows any prefix.
 
     Attributes:
-        member: The model, with its role and the count of tokens it was run on.
-        prefill_chunk_size: In parts of how many tokens a text is read; None for at once. Changes rounding only.
+        member: The model, with its role and the number of tokens it was run on.
+        prefill_chunk_size: Tokens per forward pass over a long text; None for all at once. Changes rounding only.
     """
 
     def __init__(self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32) -> None:
@@ -43,9 +40,9 @@ class PrefixCachedMember:
 
         Args:
             model: A decoder-only causal LM with attention layers. It is put in evaluation mode.
-            role: What to call it in messages.
-            memo: For how many of the last positions of a single row logits are kept, so that a draft's question and
-                the verification's repetition of it cost one forward. Batches keep one position.
+            role: Its name in messages.
+            memo: For how many of the last positions of a single row to keep logits, so that a draft's step and its
+                verification cost one forward. Batches keep one position.
 
         Raises:
             UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`.
@@ -53,8 +50,8 @@ class PrefixCachedMember:
         self.member = Member(model.eval(), role)
         self._memo = memo
         self.prefill_chunk_size: int | None = None
-        # Sliding-window layers forget what fell out of the window, and then cannot be rolled back. They are used as
-        # long as nobody rolls back (sampling, beams); the first rollback they cannot do switches to full layers.
+        # Sliding-window layers drop what left the window, and then cannot be rolled back. They are used while nothing
+        # is rolled back (sampling, beams); the first rollback that fails switches to full layers.
         self._keep_all = False
         self._turn = threading.RLock()
         self._turns = StreamOrder()
@@ -75,11 +72,11 @@ class PrefixCachedMember:
         self._turn = threading.RLock()
 
     def reset(self) -> None:
-        """Forget the cached prefix; the next question starts with a prefill."""
+        """Forget the cached prefix; the next call starts with a prefill."""
         self._cache: DynamicCache | None = None
         self._ids: torch.Tensor | None = None  # [B, L]: what the cache holds, padding as _PADDING
         self._logits: list[torch.Tensor] = []  # [B, V] each: after the last cached positions, in order
-        self._weights: object = None  # what the cache was computed with
+        self._weights: object = None  # the version of the weights that filled the cache
 
     @torch.no_grad()
     def logits_for(
@@ -89,12 +86,12 @@ class PrefixCachedMember:
 
         Args:
             input_ids: The whole prefix, `[B, T]`, int64.
-            attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; what it does not cover counts as tokens. None if
+            attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; positions beyond it count as tokens. None if
                 nothing is padded.
             last: How many of the last positions to return.
 
         Returns:
-            `[B, last, V]`, in the model's dtype and on its device; not to be written to.
+            `[B, last, V]`, in the model's dtype and on its device; do not write to it.
 
         Raises:
             InputError: If the prefix is shorter than `last`, longer than the model's context, or has ids that the model
@@ -105,7 +102,7 @@ class PrefixCachedMember:
             raise InputError.of(
                 "input_ids",
                 expected=f"a prefix of at least {max(last, 1)} tokens",
-                got=f"{n}",
+                got=f"{n} tokens",
                 remedy="A companion needs the whole prefix, not only the new ids.",
             )
         ids = input_ids.to(self.member.device)
@@ -116,17 +113,10 @@ class PrefixCachedMember:
             return self._advance(ids, mask, key, last)
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
-        """Run over the next token of a text before its logits are asked for, so that `logits_for` remembers them.
+        """Run the next token of a text ahead of its `logits_for`, which then finds the logits cached.
 
-        Where the cache holds another number of rows or tokens, or another thread has asked since, nothing is done: then
-        there is more to run than one token, and it may be in vain.
-
-        Args:
-            input_ids: The whole prefix, `[B, T]`, int64.
-            attention_mask: As in `logits_for`.
-
-        Raises:
-            InputError: As `logits_for`.
+        Nothing is done if the cache holds another number of rows or tokens, or another thread has used it since: then
+        more than one token is to run, and perhaps in vain.
         """
         rows, length = input_ids.shape
         with self._turn:
@@ -143,13 +133,12 @@ class PrefixCachedMember:
         n = ids.shape[1]
         held = 0 if self._ids is None else self._ids.shape[1]
         keep = self._match(key)
-        # Not the next step of the same text: the moment to see that the model has been trained, or switched to another
-        # adapter, since.
+        # Not the next step of the same text: check whether the model was trained or its adapter switched meanwhile.
         if keep and not keep == held == n - 1 and self._weights != _weights_of(self.member.model):
             self.reset()
             keep = 0
         if keep > n - last and self._remembered(keep) < keep - (n - last):
-            keep = n - last  # the cache holds these positions, but their logits have to be computed again
+            keep = n - last  # the cache holds these positions, but not their logits
         if keep == n:
             known = self._remembered(n)
             return _stacked(self._logits[known - last : known])
@@ -159,15 +148,15 @@ class PrefixCachedMember:
         if self._cache is None:
             self._cache = DynamicCache() if self._keep_all else DynamicCache(config=self.member.model.config)
             self._weights = _weights_of(self.member.model)
-        # An interrupted forward leaves some layers longer than others. Without its ids the cache counts for nothing.
+        # An interrupted forward leaves some layers longer than others. Without its ids the cache is not used again.
         self._ids = None
         new = min(last, n - keep)
         memo = max(last, self._memo if ids.shape[0] == 1 else 1)
-        # Logits are remembered without gaps; those that will not be go before there are others.
+        # Logits are kept without gaps; those that go are freed before new ones are made.
         self._logits = self._logits[-(memo - new) :] if n - keep <= last and memo > new else []
         position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]
         chunk = self.prefill_chunk_size or n
-        # The last part holds all positions whose logits are asked for.
+        # The last chunk holds all positions whose logits are needed.
         for start, end in pairwise([keep, *range(keep + chunk, n - new + 1, chunk), n]):
             logits = self.member.forward(
                 ids[:, start:end],
@@ -181,20 +170,20 @@ class PrefixCachedMember:
         return _stacked(self._logits[-last:])
 
     def _remembered(self, length: int) -> int:
-        """How many positions up to `length`, which the cache covers, have remembered logits."""
+        """How many positions up to `length`, which the cache covers, have cached logits."""
         return 0 if self._ids is None else len(self._logits) - (self._ids.shape[1] - length)
 
     def _match(self, key: torch.Tensor) -> int:
-        """Rearrange the cached rows to share as much as possible with the prefixes; return the length they share."""
+        """Reorder the cached rows to share as much as possible with the prefixes; return the length they share."""
         if self._ids is None or self._cache is None:
             self.reset()
             return 0
         length = min(key.shape[1], self._ids.shape[1])
         if key.shape[0] == self._ids.shape[0] and torch.equal(key[:, :length], self._ids[:, :length]):
             return length
-        # Row by row: all pairs at once would be B² copies of the text.
+        # Row by row: all pairs at once would take B² copies of the text.
         shared = torch.stack([_shared_length(self._ids[:, :length], row) for row in key[:, :length]])  # [B, cached B]
-        # On a tie the row stays where it is: that spares a reordering.
+        # On a tie the row stays where it is, which avoids a reordering.
         stay = torch.eye(key.shape[0], self._ids.shape[0], device=key.device, dtype=torch.long)
         rows = (2 * shared + stay).argmax(1)  # [B]
         keep = int(shared.gather(1, rows[:, None]).min())
@@ -207,7 +196,7 @@ class PrefixCachedMember:
         return keep
 
     def _rollback(self, keep: int) -> int:
-        """Shorten the cache to `keep` positions; return the length it really has now (0 after starting over)."""
+        """Shorten the cache to `keep` positions; return its length now (0 after starting over)."""
         if self._ids is None or self._cache is None:
             return 0
         surplus = self._ids.shape[1] - keep
@@ -218,7 +207,7 @@ class PrefixCachedMember:
             return 0
         try:
             self._cache.crop(-surplus)
-        except RuntimeError:  # what a sliding layer says when the positions to go back to have left its window
+        except RuntimeError:  # from a sliding layer, if the positions have left its window
             self._keep_all = True
             self.reset()
             return 0
@@ -228,16 +217,16 @@ class PrefixCachedMember:
 
 
 def _stacked(logits: list[torch.Tensor]) -> torch.Tensor:
-    """`[B, V]` each → `[B, n, V]`; of one no copy."""
+    """`[B, V]` each → `[B, n, V]`; a single one is not copied."""
     return logits[0][:, None] if len(logits) == 1 else torch.stack(logits, 1)
 
 
 def _weights_of(model: Any) -> object:
-    """Something that changes when the model's weights are changed in place, or its adapters are switched."""
+    """A value that changes when the model's weights are changed in place, or its adapters are switched."""
     versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
     if not getattr(model, "peft_config", None):
         return versions
-    # PEFT's layers; on models of transformers themselves these names are methods.
+    # PEFT's layers; on transformers' models these names are methods.
     layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
     return versions, repr([(m.active_adapters, m.disable_adapters) for m in layers])
 
@@ -259,7 +248,7 @@ def _full_mask(ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.
             "attention_mask",
             expected=f"{ids.shape[0]} rows of at most {ids.shape[1]} positions, as input_ids",
             got=f"shape {list(mask.shape)}",
-            remedy="Pass the mask of this very prompt.",
+            remedy="Pass the mask of this prompt.",
         )
     if bool((mask == 1).all()):
         return None

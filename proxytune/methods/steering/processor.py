@@ -1,6 +1,6 @@
-"""Proxy-tuning as a logits processor: the same shift as the composed model's, for a pipeline of one's own.
+"""Proxy-tuning as a logits processor: the composed model's shift, for your own pipeline.
 
-The processor holds the expert and the antiexpert as companions that follow whatever prefix `generate()` asks about.
+The processor holds the expert and the antiexpert as companions that follow any prefix of `generate()`.
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
     Two ways to use it:
 
-    - `processor.attach(model)`, then `model.generate(...)` or a pipeline as ever: the shift comes before every other
-      processor, as in the composed model, and the padding mask is `generate()`'s own. `detach()` ends it; also a
-      context manager.
+    - `processor.attach(model)`, then `model.generate(...)` or a pipeline as usual: the shift comes before every other
+      processor, as in the composed model, and the padding mask is `generate()`'s own. `detach()`, or the end of `with
+      processor.attach(model):`, undoes it.
     - `generate(logits_processor=[processor])`: the shift comes after generate()'s own penalties and masks
       (`repetition_penalty`, `bad_words_ids`, `suppress_tokens`, `prefix_allowed_tokens_fn`, …) and before temperature,
-      top-k and top-p. That is another law than attached wherever one of them is in play. It returns log-probabilities
-      there, because beam search adds scores up without renormalising them; so with beams, what such a mask took away
-      is spread over the rest. The padding mask is, in this order: `attention_mask`; else the run of padding tokens at
-      the left, if the experts' padding token is no EOS; else an error where padding cannot be told from text.
+      top-k and top-p. If one of those is used, the distribution differs from the attached one. It returns
+      log-probabilities, because beam search adds scores up without renormalising them; so with beams, the probability
+      that such a mask removed is spread over the other tokens. The padding mask is `attention_mask`, if given; else the
+      run of padding tokens at the left, if the experts' padding token is no EOS; else an error where padding cannot be
+      told from text.
 
-    What a dropped-in processor cannot see, it cannot refuse: a second one beside it, new ids only on a filled cache
-    (its companions then read only those), `generate_batch` and paged caches (which drop processors without a word).
-    Attached, all of these are errors. Assisted decoding hands the processor to the draft as well; that is right, and
-    only makes the draft better.
+    Unattached, it cannot detect, and so not refuse, a second processor beside it, new ids only on a filled cache (its
+    companions then read only those), `generate_batch` and paged caches (which drop processors silently). Attached, all
+    of these are errors. Assisted decoding calls the processor for the draft as well, which only makes the draft better.
 
     One processor may serve several threads and several `generate()` calls; they take turns at its companions.
 
     Attributes:
-        overlap: Whether the companions of an attached processor begin with each step before the base does [True], on a
-            GPU on streams beside its own; from the second token on. On a CPU only the order is another.
+        overlap: Whether attached companions start each step before the base [True], from the second token on; on a GPU
+            on streams of their own. On a CPU only the order changes.
     """
 
     supports_continuous_batching = False
-    # By this the composed model knows what must not be added to it.
+    # The composed model refuses processors with this attribute.
     shifts_logits = True
 
     def __init__(
@@ -75,14 +75,14 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             antiexpert: The small model that the expert was tuned from, likewise.
             alpha: The strength α of the shift.
             attention_mask: `[B, T]` of the prompts, for one `generate()` call with padding. Not needed with `attach`.
-            tokenizers: Role → tokenizer (`"base"`, `"expert"`, `"antiexpert"`), for members that have none beside their
+            tokenizers: Role → tokenizer (`"base"`, `"expert"`, `"antiexpert"`), for members without one beside their
                 weights. A `"base"` here lets an unattached processor compare with the base.
             check_vocabulary: Whether to compare the members' token ids.
-            **from_pretrained: Handed to `from_pretrained` of companions given by id or folder.
+            **from_pretrained: Passed to `from_pretrained` of companions given by id or folder.
 
         Raises:
-            InputError: If α is no finite number, or a companion is missing.
-            MemberError: If a companion cannot be opened, is not supported, or means other tokens by its ids.
+            InputError: If α is not a finite number, or a companion is missing.
+            MemberError: If a companion cannot be opened, is not supported, or its ids stand for other tokens.
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
@@ -115,7 +115,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
     @property
     def token_forwards(self) -> dict[str, int]:
-        """Role → tokens × rows that went through that companion so far."""
+        """Role → tokens × rows that this companion has processed so far."""
         return {c.member.role: c.member.token_forwards for c in self._companions}
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
         Raises:
             InputError: If the prefix is empty (`inputs_embeds` only), too long for a companion, has ids that it cannot
-                embed, or may be padded in a way that cannot be told.
+                embed, or its padding cannot be determined.
         """
         refuse_no_ids(input_ids.shape[1])
         mask = self._inferred_mask(input_ids) if self._explicit_mask is None else self.explicit_mask(input_ids)
@@ -149,8 +149,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; None if nothing is padded.
 
         Returns:
-            `[B, V]`, float32; −inf for ids that a companion cannot embed: once sampled, they would end the generation
-            in an index error.
+            `[B, V]`, float32; −inf for ids that a companion cannot embed: sampling one would end in an index error.
 
         Raises:
             InputError: If the prefix is too long for a companion, or has ids that it cannot embed.
@@ -161,16 +160,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         return combined
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Let attached companions run over a token before they are asked for it; see `PrefixCachedMember.begin`.
-
-        Args:
-            input_ids: The whole prefix, `[B, T]`, int64.
-            attention_mask: `[B, T]`, 1 for tokens and 0 for padding; None if nothing is padded.
-
-        Raises:
-            InputError: As `shifted`.
-        """
-        # Which row a mask of one's own belongs to, a tree tells when it asks for logits, and not before.
+        """Let attached companions run the next token ahead of time; see `PrefixCachedMember.begin`."""
+        # With an explicit mask, a tree's rows are known only when it needs logits.
         if not self._hooks or self._explicit_mask is not None:
             return
         for companion in self._companions:
@@ -182,22 +173,12 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
                 companion.begin(input_ids, attention_mask)
 
     def read_in_chunks(self, size: int | None) -> None:
-        """Let the companions read long texts in parts, as `generate(prefill_chunk_size=…)` of an attached base does.
-
-        Args:
-            size: Tokens per part; None for at once.
-        """
+        """Let the companions prefill in chunks of `size` tokens, as an attached base does; None for all at once."""
         for companion in self._companions:
             companion.prefill_chunk_size = size
 
     def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """The mask that was given to the processor, for these rows.
-
-        Args:
-            input_ids: The whole prefix, `[B, T]`, int64.
-
-        Returns:
-            `[B, ≤ T]`; None if none was given.
+        """The mask `[B, ≤ T]` given to the processor, expanded to these rows; None without one.
 
         Raises:
             InputError: If it was given for other prompts.
@@ -213,9 +194,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         if not torch.equal(expand_mask(self._explicit_prompts, input_ids), prompts):
             raise InputError.of(
                 "attention_mask",
-                expected="the prompts that the processor's mask was given for",
-                got="other ones",
-                remedy="Make another processor for other prompts, or attach(model) one for all.",
+                expected="the prompts of the mask that was given to the processor",
+                got=f"other prompts, of shape {list(prompts.shape)}",
+                remedy="Create a processor per batch of prompts, or attach(model) one for all.",
             )
         return mask
 
@@ -231,7 +212,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             raise InputError.of(
                 "attention_mask",
                 expected="a mask for a batch whose padding cannot be told from text",
-                got="none; the experts' padding token is not set",
+                got="attention_mask=None, and the experts' padding token is not set",
                 remedy=remedy,
             )
         return None
@@ -239,7 +220,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
     # --- attaching -----------------------------------------------------------------------------------------------
 
     def attach(self, model: PreTrainedModel) -> Self:
-        """Let every `generate()` of a model be steered, before all other processors.
+        """Steer every `generate()` of a model, before all other processors.
 
         Args:
             model: The base.
@@ -249,7 +230,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
         Raises:
             InputError: If the processor is attached already, or the model is steered already.
-            VocabularyMismatchError: If the model means other tokens by its ids than the companions.
+            VocabularyMismatchError: If the model's ids stand for other tokens than the companions'.
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
@@ -264,7 +245,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             raise InputError.of(
                 "attach",
                 expected="a model that is not steered yet",
-                got="a composed model" if composed else "one with another processor attached",
+                got="a composed model" if composed else "a model with another processor attached",
                 remedy="Shifts would add up. Detach the other one, or attach to the base.",
             )
         if self._check_vocabulary:

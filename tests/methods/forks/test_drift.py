@@ -43,7 +43,7 @@ def test_a_drift_is_told_once_and_only_if_something_changed(changed: bool) -> No
     assert [w.category for w in told] == ([DriftWarning] if changed else [])
     if changed:
         assert "of the last 4200 tokens" in str(told[0].message)
-        assert "20.0% were to be (band 13.0% to 27.0%)" in str(told[0].message)
+        assert "20.0% were expected (band 13.0% to 27.0%)" in str(told[0].message)
         threshold.reset()
         with pytest.warns(DriftWarning, match="Calibrate again"):
             watched(model, threshold, 1.0)

@@ -349,9 +349,11 @@ def test_thresholds_of_every_kind() -> None:
     assert forks(None, form="edt").threshold is None
     with pytest.raises(InputError, match="threshold: expected a finite number; got None"):
         forks(None)
-    with pytest.raises(InputError, match=r"recipe: expected a fork_threshold calibrated at its α, 0\.5; got none"):
+    with pytest.raises(
+        InputError, match=r"recipe: expected a fork_threshold calibrated at its α, 0\.5; got fork_threshold=None"
+    ):
         forks(replace(recipe(), fork_threshold=None))
-    with pytest.raises(InputError, match=r"got one calibrated at α = 1\.0\. Run proxytune calibrate"):
+    with pytest.raises(InputError, match=r"got a fork_threshold calibrated at α = 1\.0\. Run proxytune calibrate"):
         forks(recipe(alpha=1.0))
     with pytest.raises(InputError, match="measure: expected 'scaled', for which the threshold .* got 'raw'"):
         forks(recipe(measure="scaled"))
@@ -455,7 +457,7 @@ def test_assisted_decoding() -> None:
     torch.testing.assert_close(one.record().entropy[:, :12], record.entropy, atol=1e-4, rtol=1e-4)
     assert threshold.tokens < 12
     streaming = forks(ForkThreshold.streaming()).attach(base)
-    with streaming, pytest.raises(UnsupportedModeError, match="streaming threshold: expected a generation that asks"):
+    with streaming, pytest.raises(UnsupportedModeError, match="streaming threshold: expected a generation that visits"):
         base.generate(ids, assistant_model=draft, **GREEDY)
 
 
@@ -502,7 +504,7 @@ def test_beams_are_refused(mode: dict[str, Any], door: str) -> None:
 @pytest.mark.parametrize("mode", [SAMPLED, GREEDY, SAMPLED | {"temperature": 0.6}, GREEDY | {"num_beams": 3}])
 def test_a_plain_model_that_it_is_not_attached_to_is_refused(mode: dict[str, Any]) -> None:
     base, ids = members()[0], torch.randint(3, 240, (2, 5))
-    match = r"expected a call whose settings it has compared.* Call processor\.attach\(model\) before .*for_call"
+    match = r"expected a call whose settings were checked.* Call processor\.attach\(model\) before .*for_call"
     for before in ([], [steering()]):
         with pytest.raises(UnsupportedModeError, match=match):
             base.generate(ids, logits_processor=[*before, forks()], **mode)
@@ -523,7 +525,7 @@ def test_generate_s_own_temperature_multiplies_and_is_told() -> None:
     model, ids = build("llama", 1), torch.randint(3, 240, (2, 5))
     with (
         forks().attach(model),
-        pytest.raises(InputError, match=r"\)'s temperature: expected 1\.0, which the .*; got 0\.6"),
+        pytest.raises(InputError, match=r"\)'s temperature: expected 1\.0, as passed .*; got 0\.6"),
     ):
         model.generate(ids, temperature=0.6, **SAMPLED)
     torch.manual_seed(1)
@@ -542,7 +544,7 @@ def test_truncation_is_told_where_it_is_measured() -> None:
     model, ids = shared("llama", 1), torch.randint(3, 240, (2, 5))
     run = SAMPLED | {"top_k": 50, "top_p": 0.9}
     one = forks(measure="truncated", top_p=0.9)
-    match = r"generate\(\)'s top_k: expected 0, which the processor was told; got 50"
+    match = r"generate\(\)'s top_k: expected 0, as passed to the processor; got 50"
     with one.attach(model), pytest.raises(InputError, match=match):
         model.generate(ids, **run)
     with forks().attach(model):

@@ -491,7 +491,7 @@ def test_gates_by_text() -> None:
     assert gates.max_run == 3
     assert LatentGates.for_tokenizer(words, "...</think>").begin_ids == ()
     assert LatentGates.for_tokenizer(words).end_ids == ()
-    with pytest.raises(InputError, match=r"'<reason>', which is none"):
+    with pytest.raises(InputError, match=r"'<reason>', which is not a token"):
         LatentGates.for_tokenizer(words, "<reason>…</think>")
     for span in ("<think>", "<think>…", "a…b…c"):
         with pytest.raises(InputError, match="between them"):

@@ -27,7 +27,7 @@ NAN = math.nan
 # --- settings --------------------------------------------------------------------------------------------------------
 
 BAD: list[tuple[dict[str, Any], str]] = [
-    ({"begin_ids": 5}, "end_ids: expected what closes the thinking span; got none, beside begin_ids"),
+    ({"begin_ids": 5}, "end_ids: expected what closes the thinking span; got an empty end_ids with begin_ids"),
     ({"begin_ids": 0}, "end_ids: expected what closes"),
     *(
         (

@@ -136,7 +136,7 @@ def test_an_adapter_that_does_not_call_the_transition(monkeypatch: pytest.Monkey
         yield
 
     monkeypatch.setattr(ThinkerRecursion, "perturbed", nothing)
-    with pytest.raises(UnsupportedModeError, match="went past it"):
+    with pytest.raises(UnsupportedModeError, match="call the transition in every cycle"):
         run(thinker(), RecursionDecoding(sigma=0.5, trajectories=2), prompts(2))
 
 

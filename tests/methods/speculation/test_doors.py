@@ -76,7 +76,7 @@ def test_wrong_use_of_the_assistant(monkeypatch: pytest.MonkeyPatch) -> None:
         (near("llama", 4, 0.1), loop),
         (model.expert, SpeculativeDecoding(draft=PromptLookupDraft())),
     ):
-        with pytest.raises(InputError, match="assistant_model: expected none beside SpeculativeDecoding"):
+        with pytest.raises(InputError, match="assistant_model: expected no assistant with SpeculativeDecoding"):
             run(model, assistant_model=assistant, custom_generate=other)
     with pytest.raises(UnsupportedModeError, match="FusedDecoding: expected greedy"):
         run(model, assistant_model=model.expert, custom_generate=FusedDecoding())

@@ -54,7 +54,7 @@ def test_a_conversation_with_the_cache_passed_on(kind: str, pads: int) -> None:
     new = ids[:, int(cache.get_seq_length()) :]
     got = run(model, new, mask, loop, past_key_values=copy.deepcopy(cache))
     assert torch.equal(got[:, new.shape[1] :], run(model, ids, mask)[:, ids.shape[1] :])
-    with pytest.raises(InputError, match="input_ids: expected the whole text, for a draft that has a cache of its own"):
+    with pytest.raises(InputError, match="input_ids: expected the ids of the whole text, for a draft with a cache"):
         run(model, new, mask, SpeculativeDecoding(draft=draft("good", kind)), past_key_values=cache)
 
 

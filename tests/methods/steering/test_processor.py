@@ -128,7 +128,7 @@ def test_an_explicit_mask_serves_its_own_prompts_only() -> None:
     base.generate(ids, attention_mask=mask, logits_processor=[one], num_beams=3, **GREEDY)
     others, _ = padded(seed=5)
     with pytest.raises(
-        InputError, match="attention_mask: expected the prompts that the processor's mask was given for"
+        InputError, match="attention_mask: expected the prompts of the mask that was given to the processor"
     ):
         base.generate(others, attention_mask=mask, logits_processor=[one], **GREEDY)
 
