@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NoReturn, Self, get_args
+from typing import Any, NoReturn, Self, get_args
 
 import torch
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
     PreTrainedModel,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
-from proxytune.errors import InputError, ProxytuneError, UnsupportedModeError
+from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
 from proxytune.methods.forks.call_tracker import CallTracker, ForkRecord
+from proxytune.methods.forks.checks import (
+    OFF,
+    WARPERS,
+    TemperatureRule,
+    beams,
+    listed,
+    measuring_warpers,
+    several,
+    threshold_of,
+)
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.models.generation_mixin import refuse_continuous_batching
 from proxytune.ops.entropy import entropy
@@ -28,18 +34,8 @@ from proxytune.validation import choice, finite
 
 __all__ = ["FLOOR", "ForkSamplingLogitsProcessor", "TemperatureRule"]
 
-TemperatureRule = Literal["two", "dynamic", "edt"]
 FLOOR = 0.01
 """The lowest temperature of the EDT form, which goes to 0 with the entropy."""
-
-# In generate()'s own order.
-_WARPERS: dict[str, type[LogitsProcessor]] = {
-    "temperature": TemperatureLogitsWarper,
-    "top_k": TopKLogitsWarper,
-    "top_p": TopPLogitsWarper,
-    "min_p": MinPLogitsWarper,
-}
-_OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
 class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
@@ -138,15 +134,15 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         """
         self.measure = choice("measure", measure, MEASURES)
         self.form = choice("form", form, get_args(TemperatureRule))
-        self.threshold = _threshold(threshold, measure, form)
+        self.threshold = threshold_of(threshold, measure, form)
         self._hot = finite("fork_temperature", fork_temperature, above=0.0)
         self._cold = finite("exec_temperature", exec_temperature, above=0.0)
         self._exponent = finite("exponent", exponent, above=0.0)
         self._theta = finite("theta", theta, above=0.0)
         given = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        self._told = {name: _OFF[name] if value is None else value for name, value in given.items()}
-        self._warpers = _warpers(self._told, measure)
-        self._ends = _listed(eos_token_id)
+        self._told = {name: OFF[name] if value is None else value for name, value in given.items()}
+        self._warpers = measuring_warpers(self._told, measure)
+        self._ends = listed(eos_token_id)
         self._following = CallTracker(keeps=record)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> NoReturn:
@@ -222,7 +218,7 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         target = target_of(model)
         name = "_get_logits_processor"
         if any(isinstance(hook.replacement, _ForkProcessors) for hook in hooks_on(target, name)):
-            raise _several("attach", 2)
+            raise several("attach", 2)
         self._hooks = (
             MethodHook(target, name, _ForkProcessors(self)),
             MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
@@ -260,13 +256,13 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
             UnsupportedModeError: If the settings ask for beams.
         """
         if (generation_config.num_beams or 1) > 1:
-            raise _beams(f"num_beams={generation_config.num_beams}")
+            raise beams(f"num_beams={generation_config.num_beams}")
         if generation_config.do_sample:
-            settings = {name: getattr(generation_config, name, None) for name in _WARPERS}
-            self._compare({name: _OFF[name] if value is None else value for name, value in settings.items()})
+            settings = {name: getattr(generation_config, name, None) for name in WARPERS}
+            self._compare({name: OFF[name] if value is None else value for name, value in settings.items()})
         self._check_neighbours(processors or ())
         if not self._ends:
-            self._ends = _listed(generation_config.eos_token_id)
+            self._ends = listed(generation_config.eos_token_id)
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -309,8 +305,8 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
             )
         count = sum(isinstance(p, ForkSamplingLogitsProcessor) for p in processors)
         if count > 1:
-            raise _several("logits_processor", count)
-        kinds = {kind: name for name, kind in _WARPERS.items()}
+            raise several("logits_processor", count)
+        kinds = {kind: name for name, kind in WARPERS.items()}
         self._compare({kinds[type(p)]: getattr(p, kinds[type(p)]) for p in processors if type(p) in kinds})
 
     def _compare(self, settings: Mapping[str, float]) -> None:
@@ -323,7 +319,7 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
                 f"generate()'s {name}",
                 expected=f"{self._told[name]}, as passed to the processor",
                 got=f"{value}, which {matters}",
-                remedy=f"Pass {name}={_OFF[name]} to generate(), or {name}={value} to the processor if it is meant.",
+                remedy=f"Pass {name}={OFF[name]} to generate(), or {name}={value} to the processor if it is meant.",
             )
 
 
@@ -360,79 +356,3 @@ class _ForkProcessors:
             given.append(own)
         processors = original(generation_config, *args, logits_processor=LogitsProcessorList(given), **kwargs)
         return LogitsProcessorList(own.for_call(generation_config, processors) if p is own else p for p in processors)
-
-
-def _threshold(given: Any, measure: Measure, form: TemperatureRule) -> ForkThreshold | None:
-    if isinstance(given, Recipe):
-        calibration = given.fork_threshold
-        fits = calibration is not None and calibration.alpha in (None, given.alpha)
-        if not fits:
-            raise InputError.of(
-                "recipe",
-                expected=f"a fork_threshold calibrated at its α, {given.alpha}",
-                got="fork_threshold=None"
-                if calibration is None
-                else f"a fork_threshold calibrated at α = {calibration.alpha}",
-                remedy="Run proxytune calibrate --recipe … --write.",
-            )
-        given = calibration
-    if isinstance(given, ForkCalibration):
-        given = ForkThreshold.of(given)
-    if given is None and form != "two":
-        return None
-    threshold = given if isinstance(given, ForkThreshold) else ForkThreshold(given)
-    if threshold.measure not in (None, measure):
-        raise InputError.of(
-            "measure",
-            expected=f"{threshold.measure!r}, for which the threshold was calibrated",
-            got=repr(measure),
-            remedy=f"Pass measure={threshold.measure!r}, or calibrate for the other.",
-        )
-    return threshold
-
-
-def _warpers(told: Mapping[str, float], measure: Measure) -> list[LogitsProcessor]:
-    """The warpers between the scores and the measured distribution."""
-    active = {name: value for name, value in told.items() if value != _OFF[name]}
-    try:
-        made = {name: _WARPERS[name](value) for name, value in active.items()}
-    except (ValueError, TypeError) as error:
-        raise InputError.of(
-            "sampling settings",
-            expected="values that generate() takes",
-            got=", ".join(f"{name}={value!r}" for name, value in active.items()),
-            remedy=f"transformers says: {error}",
-        ) from None
-    truncating = [name for name in made if name != "temperature"]
-    if bool(truncating) != (measure == "truncated"):
-        raise InputError.of(
-            "measure",
-            expected="'truncated' and at least one of top_k, top_p and min_p, or neither",
-            got=f"measure={measure!r} and {', '.join(truncating) or 'no truncation'}",
-            remedy="Pass them for this measure only; generate() needs its own.",
-        )
-    return [] if measure == "raw" else list(made.values())
-
-
-def _several(of: str, count: int) -> ProxytuneError:
-    return InputError.of(
-        of,
-        expected="one ForkSamplingLogitsProcessor",
-        got=f"{count}, whose temperatures would multiply",
-        remedy="Keep one of them.",
-    )
-
-
-def _beams(got: str) -> ProxytuneError:
-    return UnsupportedModeError.of(
-        "beam search",
-        expected="greedy decoding or sampling",
-        got=f"{got}: beams are compared by sums of log-probabilities, which are not comparable across temperatures",
-        remedy="Leave num_beams out, or the processor.",
-    )
-
-
-def _listed(value: Any) -> list[int]:
-    if isinstance(value, torch.Tensor):
-        value = value.tolist()
-    return [] if value is None else [value] if isinstance(value, int) else list(value)
