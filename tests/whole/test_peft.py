@@ -94,6 +94,6 @@ def test_an_adapter_added_after_wrapping_is_not_lost_in_saving(tmp_path: Path) -
     model = proxytune.wrap(**folders, check_vocabulary=False)
     model.save_pretrained(tmp_path / "before")
     model.expert.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(RecipeError, match="save_pretrained: expected members .*; got .* carries an adapter"):
+    with pytest.raises(RecipeError, match="save_pretrained: expected members .*; got .* carries a PEFT adapter"):
         model.save_pretrained(tmp_path / "after")
     assert not (tmp_path / "after").exists()
