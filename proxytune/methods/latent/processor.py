@@ -159,8 +159,8 @@ class _Processors:
         if generation_config.is_assistant:
             raise UnsupportedModeError.of(
                 _NAME,
-                expected="a model that does not draft for another",
-                got="the assistant of another model",
+                expected="a model that generates for itself",
+                got="a model that drafts for another",
                 remedy="Call detach() first.",
             )
         refuse_modes(_NAME, self.model, generation_config, None, beams=True)
