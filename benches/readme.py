@@ -27,7 +27,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benches" / "results"
 QUICKSTART = """\
 import proxytune
-from proxytune.demo.bundle import bundled
+from proxytune.demo import bundled
 from transformers import pipeline
 
 model = proxytune.wrap(bundled("large-base"), expert=bundled("tiny-tuned"), antiexpert=bundled("tiny-base"), alpha=@)

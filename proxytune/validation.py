@@ -91,7 +91,7 @@ def whole(
     *,
     least: int | None = 0,
     most: int | None = None,
-    remedy: str = "Pass an int.",
+    remedy: str = "Pass such a number.",
 ) -> int:
     """Check that a value is a whole number (see `as_int`) within its bounds.
 
@@ -121,7 +121,7 @@ def finite(
     above: float | None = None,
     most: float | None = None,
     below: float | None = None,
-    remedy: str = "Correct it.",
+    remedy: str = "Pass such a number.",
 ) -> float:
     """Check that a value is a finite number (see `as_float`) within its bounds.
 

@@ -75,7 +75,7 @@ def test_a_whole_number_comes_back_as_an_int(value: Any, number: int) -> None:
 def test_what_is_no_whole_number_is_refused(value: Any) -> None:
     assert as_int(value) is None
     assert refusal(lambda: whole("n", value)) == (
-        f"n: expected a whole number of tokens, at least 0; got {value!r}. Pass an int."
+        f"n: expected a whole number of tokens, at least 0; got {value!r}. Pass such a number."
     )
 
 
@@ -109,7 +109,7 @@ def test_a_finite_number_comes_back_as_a_float(value: Any, number: float) -> Non
 @pytest.mark.parametrize("value", NOT_REAL, ids=lambda x: repr(x)[:20])
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     assert not math.isfinite(as_float(value))
-    assert refusal(lambda: finite("x", value)) == f"x: expected a finite number; got {value!r}. Correct it."
+    assert refusal(lambda: finite("x", value)) == f"x: expected a finite number; got {value!r}. Pass such a number."
     assert refusal(lambda: validate_alpha(value)) == (
         f"alpha: expected a finite number (0 is the base, 1 the full shift); got {value!r}. Pass e.g. alpha=1.0."
     )
@@ -142,7 +142,8 @@ def test_a_finite_number_keeps_to_its_range(
     for value in inside:
         assert finite("x", value, **bounds) == value
     for value in outside:
-        assert refusal(lambda: finite("x", value, **bounds)) == f"x: expected {said}; got {value!r}. Correct it."  # noqa: B023
+        message = refusal(lambda value=value: finite("x", value, **bounds))
+        assert message == f"x: expected {said}; got {value!r}. Pass such a number."
 
 
 def test_shares() -> None:
@@ -153,7 +154,7 @@ def test_shares() -> None:
     assert refusal(lambda: share("level", 0)) == "level: expected a number in (0, 1]; got 0. The largest is 1."
     assert proper_share(np.float32(0.25)) == 0.25
     for value in (0, 1, 1.0, -0.2, 20, True, "0.2", NAN):
-        assert refusal(lambda: proper_share(value)) == (  # noqa: B023
+        assert refusal(lambda value=value: proper_share(value)) == (
             f"share: expected a number in (0, 1); got {value!r}. Pass e.g. share=0.2 for a fifth of the tokens."
         )
 
@@ -240,7 +241,7 @@ def test_a_single_token_id_none_and_no_token_ids_are_right_where_they_are_asked_
     assert token_ids("end_ids", None, optional=True) == ()
     assert token_ids("end_ids", {5}, single=True) == (5,)
     for ids in (None, [], -1, True, 1.5, "ab"):
-        said = refusal(lambda: token_ids("end_ids", ids, single=True, empty=False))  # noqa: B023
+        said = refusal(lambda ids=ids: token_ids("end_ids", ids, single=True, empty=False))
         assert said.startswith(f"end_ids: expected a token id or several (whole numbers, at least 0); got {ids!r}. ")
         assert "tokenizer.encode(" in said
     assert "expected a text or token ids (whole" in refusal(lambda: token_ids("prompt", 3.0, "a text or token ids"))
@@ -265,7 +266,7 @@ def test_a_choice() -> None:
     words = ("auto", "triton", "torch")
     assert [choice("impl", word, words) for word in words] == list(words)
     for value in ("cuda", "", None, True, 0, ["auto"], np.array(["auto", "torch"])):
-        assert refusal(lambda: choice("impl", value, words)) == (  # noqa: B023
+        assert refusal(lambda value=value: choice("impl", value, words)) == (
             f"impl: expected 'auto', 'triton' or 'torch'; got {value!r}. Use one of these."
         )
     assert refusal(lambda: choice("impl", "tritn", words)).endswith("got 'tritn'. Did you mean 'triton'?")

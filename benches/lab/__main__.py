@@ -140,3 +140,7 @@ def _cells(pair: dict[str, dict[str, Any]], key: str) -> str:
         value, interval = pair[criterion][key], pair[criterion]["interval"]
         lines.append("no gap" if value is None else f"{value:.3f} [dim]{interval[0]:.2f}–{interval[1]:.2f}[/dim]")
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m lab")

@@ -1,4 +1,4 @@
-"""Formulas by name. A registered formula runs through the formulas' contract test."""
+"""Formulas by the names that recipes use."""
 
 from __future__ import annotations
 

@@ -149,8 +149,8 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         """Always raise UnsupportedModeError: in a call with checked settings, the result of `for_call` runs instead."""
         raise UnsupportedModeError.of(
             "ForkSamplingLogitsProcessor",
-            expected="a call whose settings were checked: a step shows neither temperature, top-k, top-p nor beams",
-            got="a step of a plain model that it is not attached to, or of your own loop",
+            expected="to be attached to the model: a step alone shows neither temperature, top-k, top-p nor beams",
+            got="a step of a plain model without attach(), or of your own loop",
             remedy="Call processor.attach(model) before model.generate(...); in your own loop, use "
             "processor.for_call(generation_config).",
         )
@@ -314,7 +314,11 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         for name, value in settings.items():
             if value == self._told[name] or (name != "temperature" and self.measure != "truncated"):
                 continue
-            matters = "multiplies on top of the one chosen here" if name == "temperature" else "changes the entropy"
+            matters = (
+                "would be applied on top of fork_temperature and exec_temperature"
+                if name == "temperature"
+                else "changes the entropy"
+            )
             raise InputError.of(
                 f"generate()'s {name}",
                 expected=f"{self._told[name]}, as passed to the processor",

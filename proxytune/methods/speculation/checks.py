@@ -30,7 +30,7 @@ def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, s
             "draft",
             expected="'expert', or a draft such as ModelDraft(model), PromptLookupDraft() or BigramDraft.of(base)",
             got=repr(draft) if isinstance(draft, str) else f"a {type(draft).__name__}",
-            remedy="Wrap a model: draft=ModelDraft(model).",
+            remedy="Pass e.g. draft=ModelDraft(model) or draft=PromptLookupDraft().",
         )
     if costs is not None and not isinstance(costs, DraftCosts):
         raise InputError.of(

@@ -1,11 +1,14 @@
 """Lossless speculation: a draft proposes tokens, one pass of the target verifies all of them.
 
-A round is propose → verify → commit. At its start, no cache holds a row's last token yet.
+A round is propose → verify → commit. When it starts, each row's last token is in its text, but in no cache yet.
 
-- *propose*: the draft runs ahead by K tokens.
-- *verify*: the target reads the last token and the K draft tokens in one pass. Draft tokens are accepted from the left;
-  after a rejection a recovered token is drawn from the residual, after a whole draft a bonus token from the target.
-- *commit*: the accepted tokens and the one after them join the texts; the caches drop what was rejected.
+- *propose* (`drafts`, `model_drafts`, `lookup_drafts`): the draft runs ahead by K tokens.
+- *verify* (`target`, `verifier`; the arithmetic is `ops.verify`): the target reads the last token and the K draft
+tokens
+  in one pass. Draft tokens are accepted from the left; after a rejection a recovered token is drawn from the residual,
+  after a whole draft a bonus token from the target.
+- *commit* (`progress`, `ragged_text`, `ragged_cache`): the accepted tokens and the one after them join the texts; the
+  caches drop what was rejected.
 """
 
 from __future__ import annotations
@@ -221,7 +224,7 @@ class _Rounds:
     def verify(self, proposal: Proposal, logits: list[torch.Tensor]) -> RoundResult:
         """Accept or reject the draft tokens, and draw the token after them. Waits for the device."""
         weights = self.call.ensemble.weights
-        # A drafting member has not read its own last draft token: until it has, the bonus token is a placeholder.
+        # A drafting member has not read its own last draft token, so the bonus token drawn now is provisional.
         placeholder = self.drafter.role is not None and proposal.length > 0
         verification = self.verifier.verify(logits, weights, proposal, self.rows)
         result = self.rows.inspect(verification, proposal, bonus=not placeholder)

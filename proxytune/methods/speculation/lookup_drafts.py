@@ -1,6 +1,6 @@
 """Drafts without a model: a lookup of the last tokens in the text so far, and a table of bigrams.
 
-They put probability 1 on each token they propose, so it is accepted with the target's probability of it.
+Each proposed token counts as certain (q = 1), so it is accepted with the target's probability of it, p.
 """
 
 from __future__ import annotations

@@ -163,5 +163,5 @@ def refuse_cache(cache: Cache | None) -> None:
         "past_key_values",
         expected="a DynamicCache, from which rejected drafts can be removed row by row",
         got="no cache" if cache is None else f"a {type(cache).__name__}" + (f" of {', '.join(kinds)}" if kinds else ""),
-        remedy="Leave out cache_implementation and use_cache=False.",
+        remedy="Pass neither cache_implementation nor use_cache=False.",
     )

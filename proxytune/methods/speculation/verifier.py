@@ -2,7 +2,8 @@
 
 Greedily, and with `accept="coupled"`, a draft token is accepted if it is the token that decoding without drafts would
 take. `accept="rejection"` (Leviathan et al. 2023, arXiv 2211.17192; Chen et al. 2023, arXiv 2302.01318) accepts more,
-and keeps the distribution only. At each position, processors see the text with the draft tokens before it.
+and keeps the distribution of the tokens, not the tokens themselves. At each position, processors see the text with the
+draft tokens before it.
 """
 
 from __future__ import annotations

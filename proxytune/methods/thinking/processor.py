@@ -7,7 +7,8 @@ back, and rows are independent.
 *Replacing the end* needs no look-ahead or extra draw. The continuation's first token gets the larger of its own score
 and the end's, and the end −inf. So greedy decoding continues exactly where it would have ended; sampling draws from the
 unchanged distribution without the smaller of the two masses, and reads the end as the continuation, under any later
-temperature, top-k, top-p and min-p. Thinking ends with the *last* token of `end_ids` after the others, or EOS.
+temperature, top-k, top-p and min-p. (With p(end) = .3 and p(Wait) = .1, "Wait" weighs .3, and .1 is lost to
+renormalisation.) Thinking ends with the *last* token of `end_ids` after the others, or EOS.
 
 *Suppressed ends are counted* as occurrences of the continuation in the thinking, also a "Wait" that the model writes by
 itself. After the first token of a longer continuation the others are always forced: choose a first token that starts

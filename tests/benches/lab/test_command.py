@@ -47,6 +47,12 @@ def test_help_leaves_nothing_out_and_the_readme_names_real_commands(monkeypatch:
     assert set(named) <= set(found)
 
 
+def test_it_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "lab", "table", "--help"]
+    ran = subprocess.run(command, cwd=BENCHES, capture_output=True, text=True, check=True)
+    assert "Usage: python -m lab table" in ran.stdout
+
+
 def test_no_command_prints_the_help() -> None:
     ended = CliRunner().invoke(app, [])
     assert ended.exit_code == 2

@@ -504,7 +504,7 @@ def test_beams_are_refused(mode: dict[str, Any], door: str) -> None:
 @pytest.mark.parametrize("mode", [SAMPLED, GREEDY, SAMPLED | {"temperature": 0.6}, GREEDY | {"num_beams": 3}])
 def test_a_plain_model_that_it_is_not_attached_to_is_refused(mode: dict[str, Any]) -> None:
     base, ids = members()[0], torch.randint(3, 240, (2, 5))
-    match = r"expected a call whose settings were checked.* Call processor\.attach\(model\) before .*for_call"
+    match = r"expected to be attached to the model.* Call processor\.attach\(model\) before .*for_call"
     for before in ([], [steering()]):
         with pytest.raises(UnsupportedModeError, match=match):
             base.generate(ids, logits_processor=[*before, forks()], **mode)
