@@ -258,11 +258,15 @@ class ForkCalibration:
     alpha: float | None = None
 
     def __post_init__(self) -> None:
-        proper_share(self.share)
-        finite("nats", self.nats)
-        whole("tokens", self.tokens, least=1, remedy="Calibrate on some text.")
+        checked: dict[str, Any] = {
+            "share": proper_share(self.share),
+            "nats": finite("nats", self.nats),
+            "tokens": whole("tokens", self.tokens, least=1, remedy="Calibrate on some text."),
+            "measure": choice("measure", self.measure, MEASURES),
+        }
         if self.temperature is not None:
-            finite("temperature", self.temperature, above=0.0)
-        choice("measure", self.measure, MEASURES)
+            checked["temperature"] = finite("temperature", self.temperature, above=0.0)
         if self.alpha is not None:
-            finite("alpha", self.alpha)
+            checked["alpha"] = finite("alpha", self.alpha)
+        for name, value in checked.items():  # as Python's own types, which JSON can hold
+            object.__setattr__(self, name, value)

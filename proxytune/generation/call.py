@@ -36,7 +36,7 @@ class Call:
         plan: Which logits processors run, and which became settings of the draw.
         lengths: `[B]`, int64: tokens per row, padding not counted.
         keys: The noise keys of each row, except for the seed.
-        streamer: Gets each step's tokens; it has the prompt already.
+        streamer: Gets each step's tokens.
         synced: Whether this process goes on until all others have finished.
     """
 
@@ -52,6 +52,7 @@ class Call:
     streamer: BaseStreamer | None
     synced: bool
     given_seed: int | None
+    owns_streamer: bool
 
     @classmethod
     def begin(
@@ -86,8 +87,6 @@ class Call:
         refuse_modes(loop, model, generation_config, assistant_model, beams=beams)
         batch, width = input_ids.shape
         keys = keys_of(stream_ids, branch_ids, batch)
-        if streamer is None and own_streamer is not None:
-            own_streamer.put(input_ids.cpu())
         return cls(
             model=model,
             ensemble=Ensemble.of(model),
@@ -101,6 +100,7 @@ class Call:
             streamer=own_streamer if streamer is None else streamer,
             synced=is_synced(model) if synced_gpus is None else synced_gpus,
             given_seed=seed,
+            owns_streamer=streamer is None and own_streamer is not None,
         )
 
     @cached_property
@@ -118,8 +118,14 @@ class Call:
         """The maximum number of new tokens per row."""
         return int(self.criteria.max_length) - self.input_ids.shape[1]
 
+    def start_stream(self) -> None:
+        """Put the prompt to the loop's own streamer; one that `generate()` was given has it already."""
+        if self.owns_streamer and self.streamer is not None:
+            self.streamer.put(self.input_ids.cpu())
+
     def prefill(self, *, first: bool = True) -> Any:
         """The prompt's forward pass; from here on every pass returns the members' own logits."""
+        self.start_stream()
         self.kwargs |= self.ensemble.request()
         return self.model._prefill(self.input_ids, self.config, self.kwargs, is_first_iteration=first)
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from proxytune.errors import InputError
+from proxytune.validation import shown
 
 __all__ = ["Attachable", "MethodHook", "hooks_on", "target_of"]
 
@@ -22,16 +23,30 @@ class MethodHook:
         model: The model.
         name: The name of the method.
         replacement: Called in its place: `replacement(original, *args, **kwargs)`.
-        original: The method that was there, maybe another hook.
     """
 
     def __init__(self, model: Any, name: str, replacement: Callable[..., Any]) -> None:
         self.model, self.name, self.replacement = model, name, replacement
-        self.original: Callable[..., Any] = getattr(model, name)
-        self.__wrapped__ = self.original  # generate() reads the signature
-        self._own = name in vars(model)  # else it is the class's, and deleting the hook is enough
+        # What stood on the instance; None where the class's method did. That one is looked up anew, since a bound
+        # method would be unpickled by its name, under which the hook stands.
+        self._below: Callable[..., Any] | None = vars(model).get(name)
+        if self._below is None:
+            getattr(type(model), name)  # AttributeError before anything is hooked
         self._taken = False
         setattr(model, name, self)
+
+    @property
+    def original(self) -> Callable[..., Any]:
+        """The method that was there, maybe another hook."""
+        if self._below is not None:
+            return self._below
+        kind = type(self.model)
+        method: Callable[..., Any] = getattr(kind, self.name).__get__(self.model, kind)
+        return method
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        return self.original  # generate() reads the signature
 
     @property
     def is_on_top(self) -> bool:
@@ -43,8 +58,8 @@ class MethodHook:
         self._taken = True
         while isinstance(top := vars(self.model).get(self.name), MethodHook) and top._taken:
             delattr(self.model, self.name)
-            if top._own:
-                setattr(self.model, self.name, top.original)
+            if top._below is not None:
+                setattr(self.model, self.name, top._below)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the replacement; after `take`, the original."""
@@ -60,19 +75,34 @@ def hooks_on(model: Any, name: str) -> Iterator[MethodHook]:
     while isinstance(hook, MethodHook):
         if not hook._taken:
             yield hook
-        hook = hook.original
+        hook = hook._below
 
 
 def target_of(model: Any) -> Any:
-    """The model whose `generate()` runs: the one inside a compiled module or a PEFT model."""
+    """The model whose `generate()` runs: the one inside a compiled module or a PEFT model.
+
+    Raises:
+        InputError: If it is no model that generates.
+    """
     inner = getattr(model, "_orig_mod", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    if not callable(getattr(inner, "generate", None)):
+        raise InputError.of(
+            "attach", expected="a model with generate()", got=shown(model), remedy="Pass the model, not its name."
+        )
+    return inner
 
 
 class Attachable:
-    """A processor that hooks into one model at a time; subclasses define `attach`."""
+    """A processor that hooks into one model at a time; subclasses define `attach`. A deep copy is detached."""
 
     _hooks: tuple[MethodHook, ...] = ()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        vars(made).update({k: () if k == "_hooks" else copy.deepcopy(v, memo) for k, v in vars(self).items()})
+        return made
 
     def _refuse_attached(self) -> None:
         if self._hooks:

@@ -17,7 +17,7 @@ StreamIds = Sequence[int] | torch.Tensor | None
 
 def seed_of(seed: int | None) -> int:
     """The given seed; None takes one from torch's default generator."""
-    return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if seed is None else seed
+    return int(torch.randint(0, (1 << 63) - 1, (), dtype=torch.int64)) if seed is None else int(seed)
 
 
 def streams_of(stream_ids: StreamIds, batch: int) -> torch.Tensor:

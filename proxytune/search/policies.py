@@ -95,7 +95,12 @@ class Parallel:
         return out
 
     def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
-        """Draw the samples, and extract their answers; errors as in `draw`, and `InputError` if `extract` raises."""
+        """Draw the samples, and extract their answers.
+
+        Raises:
+            BudgetError: If the ledger has no room for one token.
+            InputError: If `extract` raises, or the task is no prompt.
+        """
         return [self._writer.sample(branch) for branch in self.draw(task, ledger)]
 
 
@@ -172,5 +177,10 @@ class Sequential:
         return self._writer.write(ids, [0], room, ledger, self.name, budget)
 
     def __call__(self, task: str | Ids, ledger: TokenLedger) -> list[Sample]:
-        """Write the text, and extract its answer: one sample; errors as in `Parallel.__call__`."""
+        """Write the text, and extract its answer: one sample.
+
+        Raises:
+            BudgetError: If the ledger has no room for one token.
+            InputError: If `extract` raises, or the task is no prompt.
+        """
         return [self._writer.sample(branch) for branch in self.draw(task, ledger)]

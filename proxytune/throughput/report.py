@@ -16,7 +16,6 @@ __all__ = [
     "interval",
     "lines",
     "markdown",
-    "not_run",
     "verdicts",
 ]
 
@@ -56,11 +55,6 @@ def lines(cell: Mapping[str, Any]) -> list[list[str]]:
             ]
         )
     return out
-
-
-def not_run(cell: Mapping[str, Any]) -> list[str]:
-    """The methods that could not run, and why."""
-    return [f"{name}: {found['status']}" for name, found in cell["methods"].items() if found["status"] != "run"]
 
 
 def bar(value: float, mark: float, most: float, width: int) -> str:

@@ -113,7 +113,7 @@ def test_beams_and_several_sequences_have_streams_of_their_own(run, members):
             "max_run: expected a whole number of steps",
         ),
         (["--latent", "gumbel", "--latent-gates", "end_ids=3"], "got 'end_ids=3'"),
-        (["--latent", "gumbel", "--latent-span", "<think>…</think>"], "'<think>', which is none"),
+        (["--latent", "gumbel", "--latent-span", "<think>…</think>"], "'<think>', which is not a token"),
         (["--latent", "gumbel", "--latent-span", "<think>"], "between them"),
     ],
 )

@@ -17,6 +17,9 @@ class Model:
     def __init__(self) -> None:
         self.weight = 1
 
+    def generate(self) -> int:
+        return self.step(1)
+
     def step(self, x: int, *, twice: bool = False) -> int:
         """Read the weight of the instance that is called."""
         return self.weight * x * (2 if twice else 1)
@@ -201,3 +204,39 @@ def test_the_model_inside_is_found() -> None:
     assert target_of(Wrapper(model)) is model
     compiled._orig_mod = Wrapper(model)  # type: ignore[attr-defined]
     assert target_of(compiled) is model
+
+
+@pytest.mark.parametrize("value", [None, "gpt2", 3])
+def test_what_is_no_model_is_refused(value: Any) -> None:
+    with pytest.raises(InputError, match=r"attach: expected a model with generate\(\); got "):
+        target_of(value)
+
+
+def test_a_processor_is_pickled_with_its_model_in_any_order() -> None:
+    model = Model()
+    processor = Attached().attach(model)
+    for pair in ((processor, model), (model, processor), (processor,)):
+        loaded = pickle.loads(pickle.dumps(pair))
+        again = next(x for x in loaded if isinstance(x, Attached))
+        other = again._hooks[0].model
+        assert other is not model
+        assert all(x is other for x in loaded if isinstance(x, Model))
+        other.weight = 2
+        assert other.step(3) == 116
+        again.detach()
+        assert other.step(3) == 6
+        assert vars(other) == {"weight": 2}
+    assert model.step(3) == 113
+
+
+def test_a_deep_copy_of_a_processor_is_detached() -> None:
+    model = Model()
+    processor = Attached().attach(model)
+    alone = copy.deepcopy(processor)
+    alone.detach()
+    with alone.attach(Model()) as attached:
+        assert attached._hooks[0].model.step(1) == 111
+    both, other = copy.deepcopy((processor, model))
+    both.detach()
+    assert other.step(1) == 1
+    assert model.step(1) == 111

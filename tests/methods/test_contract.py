@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support.recursion import model_of
@@ -223,7 +224,8 @@ PROCESSORS: dict[str, Processor] = {
     "ForkSamplingLogitsProcessor": Processor(
         on=lambda _: ForkSamplingLogitsProcessor(1.0, fork_temperature=2.0, exec_temperature=0.3),
         off=lambda: ForkSamplingLogitsProcessor(1.0, fork_temperature=1.0, exec_temperature=1.0),
-        refused=(({"num_beams": 2}, "expected greedy decoding or sampling; got beam search"),),
+        attached=True,
+        refused=(({"num_beams": 2}, "expected greedy decoding or sampling; got num_beams=2"),),
     ),
     "LatentLogitsProcessor": Processor(
         on=lambda rows: LatentLogitsProcessor("gumbel", seed=5, stream_ids=rows),
@@ -266,6 +268,14 @@ def test_rows_of_a_processor_can_be_permuted(name: str) -> None:
     )
     assert permuted == [together[row] for row in ORDER]
     assert together != plain, "it has an effect"
+
+
+@pytest.mark.parametrize("seed", [np.int64(5), torch.tensor(5)])
+def test_a_seed_may_be_a_number_of_any_library(seed: Any) -> None:
+    one, same = (
+        of_prompts(run(shared("llama", 1), custom_generate=FusedDecoding(seed=s), **SAMPLE)) for s in (5, seed)
+    )
+    assert one == same
 
 
 def test_a_seed_of_latent_steps_repeats_and_another_differs() -> None:

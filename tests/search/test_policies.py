@@ -271,7 +271,10 @@ def test_an_extractor_that_raises_is_named_with_its_text() -> None:
         (lambda: parallel(plain(), seed=1 << 63), "seed: expected a whole number of 64 bits"),
         (lambda: parallel(plain(), num_beams=2), "generation: expected settings of the draw.*got num_beams"),
         (lambda: sequential(plain(), -1), "extra: expected a whole number of extensions, at least 0; got -1"),
-        (lambda: sequential(plain(), 1, continuation_ids=None), "continuation_ids: expected what comes instead"),
+        (
+            lambda: sequential(plain(), 1, continuation_ids=None),
+            "continuation_ids: expected ids that replace a suppressed end",
+        ),
         (
             lambda: sequential(plain(), 1, continuation_ids=EOS),
             "continuation_ids: expected none of the tokens that end",

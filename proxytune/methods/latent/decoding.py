@@ -178,6 +178,7 @@ class LatentDecoding:
             **model_kwargs,
             ARGUMENT: steps,
         }
+        call.start_stream()
         with latent_inputs_installed(model):
             if beams > 1:
                 return model._beam_search(input_ids, **shared)

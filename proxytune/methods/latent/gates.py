@@ -89,7 +89,9 @@ class LatentGates:
             value = getattr(self, name)
             if value is not None or name == "loop_repeats":
                 object.__setattr__(self, name, whole(name, value, what, least=least, remedy=_LEAVE))
-        finite("min_entropy", self.min_entropy, least=0.0, most=1.0, remedy=_LEAVE)
+        object.__setattr__(
+            self, "min_entropy", finite("min_entropy", self.min_entropy, least=0.0, most=1.0, remedy=_LEAVE)
+        )
         if self.cold_entropy != math.inf:  # inf makes every step cold
             finite("cold_entropy", self.cold_entropy, "of nats", least=0.0, remedy=_LEAVE)
 

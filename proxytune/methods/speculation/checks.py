@@ -40,7 +40,7 @@ def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, s
             remedy="Pass DraftCosts(round=…, draft=…), in any unit of time.",
         )
     if draft_tokens != "auto":
-        whole("draft_tokens", draft_tokens, "of tokens, or 'auto'")
+        whole("draft_tokens", draft_tokens, remedy="Pass e.g. draft_tokens=4, or leave it out for 'auto'.")
     for name, value, allowed in (("accept", accept, Accept), ("impl", impl, ops.Impl)):
         if value not in get_args(allowed):
             raise InputError.of(
@@ -85,14 +85,15 @@ def refuse_call(
             got=f"{len(input_ids)} rows",
             remedy="Stream one prompt at a time.",
         )
-    requested = {
+    flags = {
         "synced_gpus": is_synced(model) if synced_gpus is None else synced_gpus,
         "output_attentions": generation_config.output_attentions,
         "output_hidden_states": generation_config.output_hidden_states,
-        **{name: value for name, value in model_kwargs.items() if name not in _ALLOWED and value is not None},
     }
+    requested = {name: value for name, value in flags.items() if value}
+    requested |= {name: value for name, value in model_kwargs.items() if name not in _ALLOWED}
     for name, value in requested.items():
-        if value is not None and value is not False:
+        if value is not None:
             raise UnsupportedModeError.of(
                 name,
                 expected="none with SpeculativeDecoding: passes verify several tokens, and rows differ in length",

@@ -160,6 +160,7 @@ class SpeculativeDecoding:
             own_streamer=self.streamer,
         )
         refuse_stateful(call.plan.before)
+        pads = call.pads  # before the first pass: it may be refused
         draft = ExpertDraft() if isinstance(self.draft, str) else self.draft
         costs = draft.costs(model, len(input_ids)) if self.costs is None else self.costs
         length = DraftLength(costs, None if isinstance(self.draft_tokens, str) else self.draft_tokens, len(input_ids))
@@ -171,7 +172,7 @@ class SpeculativeDecoding:
 
         settings = call.draw_settings(logits[0], self.impl)
         recorder = SpeculativeRecorder(generation_config, len(input_ids))
-        rows = RowProgress(call, cache)
+        rows = RowProgress(call, cache, pads)
         with ahead(cache):
             mask = call.kwargs.get("attention_mask")
             run = _Rounds(

@@ -48,8 +48,9 @@ class PromptLookupDraft(_Free):
     shortest: int = 2
 
     def __post_init__(self) -> None:
-        whole("shortest", self.shortest, "of tokens", least=1)
-        whole("longest", self.longest, "of tokens", least=self.shortest)
+        remedy = "Pass e.g. PromptLookupDraft(longest=3, shortest=2)."
+        object.__setattr__(self, "shortest", whole("shortest", self.shortest, least=1, remedy=remedy))
+        object.__setattr__(self, "longest", whole("longest", self.longest, least=self.shortest, remedy=remedy))
 
     def begin(self, start: DraftContext) -> Drafter:
         """Start drafting for one generation."""
@@ -127,7 +128,7 @@ class BigramDraft(_Free):
         Raises:
             InputError: If `rows` or `bos_token_id` is not a whole number.
         """
-        whole("rows", rows, least=1)
+        whole("rows", rows, "of rows", least=1, remedy="Pass e.g. rows=256.")
         device = model.get_input_embeddings().weight.device
         ids = torch.arange(embedding_rows(model), device=device)[:, None]
         if bos_token_id is not None:

@@ -22,16 +22,16 @@ class RowProgress:
         going: Which rows are still generating.
     """
 
-    def __init__(self, call: Call, cache: Cache) -> None:
+    def __init__(self, call: Call, cache: Cache, pads: torch.Tensor | None) -> None:
         rows, positions = len(call.input_ids), call.kwargs.get("position_ids")
         following = call.lengths if positions is None else (positions[:, -1] + 1).expand(rows)
-        self.texts = RaggedText(call.input_ids, call.most_new, 0 if call.pads is None else int(call.pads))
+        self.texts = RaggedText(call.input_ids, call.most_new, 0 if pads is None else int(pads))
         self.columns = RaggedCache(following, int(cache.get_seq_length()), call.kwargs.get("attention_mask"))
         self.going = [True] * rows
         self._criteria = call.criteria
         self._most = call.most_new
         # Without a padding token, ended rows keep generating until all have ended, as in transformers' own loop.
-        self._pads = call.pads is not None
+        self._pads = pads is not None
         self._ends: list[int | None] = [None] * rows
 
     @property

@@ -51,7 +51,7 @@ def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, 
     choice("where", loop.where, allowed or get_args(Where), remedy="Leave it out for 'forks'.")
     for what, lowest in least.items():
         remedy = f"Pass e.g. {name}({what}={max(lowest, 8)})."
-        whole(what, getattr(loop, what), "", least=lowest, remedy=remedy)
+        object.__setattr__(loop, what, whole(what, getattr(loop, what), "", least=lowest, remedy=remedy))
     threshold = loop.threshold
     if isinstance(threshold, ForkThreshold):
         if threshold.is_streaming:

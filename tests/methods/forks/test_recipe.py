@@ -1,9 +1,11 @@
 """A fork threshold in a recipe: read, refused by name, written."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -78,3 +80,9 @@ def test_it_is_written_into_a_recipe_that_is_otherwise_left_alone(tmp_path: Path
     assert file.read_text() == before
     with pytest.raises(RecipeError, match="got no file at"):
         write_fork_threshold(tmp_path / "nowhere", CALIBRATION)
+
+
+def test_numbers_of_other_libraries_are_written_as_json() -> None:
+    found = ForkCalibration(share=np.float32(0.25), nats=np.float16(1.5), tokens=np.int64(5), alpha=np.float64(0.5))
+    assert json.loads(json.dumps(asdict(found)))["tokens"] == 5
+    assert (found.share, found.nats, found.alpha) == (0.25, 1.5, 0.5)

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.speculation import ALPHA, composed, members, near, prompts
 from support.tiny import PAD, VOCABULARY, build, tokenizer
-from transformers import AutoModelForCausalLM, TextGenerationPipeline, set_seed
-from transformers.generation import GenerateDecoderOnlyOutput
+from transformers import AutoModelForCausalLM, DynamicCache, StoppingCriteriaList, TextGenerationPipeline, set_seed
+from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 import proxytune
@@ -95,6 +95,21 @@ class Collector(BaseStreamer):
 
     def end(self) -> None:
         self.ended += 1
+
+
+def test_what_is_refused_is_refused_before_the_stream_and_the_first_pass() -> None:
+    model, (ids, mask) = near("llama", 0, 0.0), prompts(1)
+    stream, cache = Collector(), DynamicCache(config=model.config)
+    with pytest.raises(InputError, match="draft='expert': expected a composed model"):
+        run(model, ids, mask, custom_generate=SpeculativeDecoding(streamer=stream))
+    loop = SpeculativeDecoding(draft=PromptLookupDraft(), streamer=stream)
+    ended = StoppingCriteriaList([EosTokenCriteria(7)])
+    with pytest.raises(InputError, match="pad_token_id: expected a padding token"):
+        run(model, ids, mask, custom_generate=loop, stopping_criteria=ended, past_key_values=cache, pad_token_id=None)
+    assert stream.got == []
+    assert cache.get_seq_length() == 0
+    with pytest.raises(UnsupportedModeError, match="output_router_logits: expected none with SpeculativeDecoding"):
+        run(model, ids, mask, custom_generate=loop, output_router_logits=False)
 
 
 @pytest.mark.smoke
@@ -191,7 +206,10 @@ def test_an_adapter_as_the_expert_and_as_the_draft() -> None:
         ({"draft": "model"}, "draft: expected 'expert', or a draft such as .* got 'model'"),
         ({"draft": PromptLookupDraft}, "draft: expected 'expert', or a draft such as .* got a ABCMeta"),
         ({"draft": None}, "draft: expected 'expert', or a draft such as .* got a NoneType"),
-        ({"draft_tokens": -1}, "draft_tokens: expected a whole number of tokens, or 'auto', at least 0; got -1"),
+        (
+            {"draft_tokens": -1},
+            "draft_tokens: expected a whole number of tokens, at least 0; got -1. Pass e.g. draft_tokens=4",
+        ),
         ({"draft_tokens": 1.5}, "draft_tokens: .* got 1.5"),
         ({"draft_tokens": True}, "draft_tokens: .* got True"),
         ({"draft_tokens": "many"}, "draft_tokens: .* got 'many'"),
