@@ -70,10 +70,12 @@ def _draw_plain(
     log_mass = torch.where(mass > 0, mass.log() + relative, -torch.inf) - log_total
     tile_keys = log_mass + noise.gumbel(torch.arange(count, device=device)[None], TILES)  # [B, tiles]
     tile_key, tile = tile_keys.topk(min(draws, count), dim=1)  # [B, n]
-    ids = (tile[..., None] * TILE + torch.arange(TILE, device=device)).flatten(1)  # [B, n · TILE]
+    # Past the end of a row there is nothing to draw; noise for it would only take time.
+    span = TILE if count > 1 else min(TILE, rows.width)
+    ids = (tile[..., None] * TILE + torch.arange(span, device=device)).flatten(1)  # [B, n · span]
     rel = rows.at(ids).sub_(top[:, None])
-    logp = (rel * inverse[:, None] - log_total).unflatten(1, (-1, TILE))  # [B, n, TILE]
-    perturbed = logp + noise.gumbel(ids, TOKENS).unflatten(1, (-1, TILE))
+    logp = (rel * inverse[:, None] - log_total).unflatten(1, (-1, span))  # [B, n, span]
+    perturbed = logp + noise.gumbel(ids, TOKENS).unflatten(1, (-1, span))
     key = _conditioned(perturbed, tile_key).flatten(1)
     key, best = largest(key, draws)
     found = key > -torch.inf

@@ -195,7 +195,8 @@ def _draw_residual(target: _Measured, proposal: _Proposal, sampling: SamplingPar
         log_mass = torch.where(none, of_tiles.log() + relative, mass.log())
         number = torch.arange(mass.shape[1], device=mass.device)[None]
         _, tile = largest(log_mass + noise.gumbel(number, TILES, _WORD), 1)
-        ids = tile * TILE + torch.arange(TILE, device=mass.device)  # [B, TILE]
+        span = TILE if mass.shape[1] > 1 else min(TILE, target.rows.width)
+        ids = tile * TILE + torch.arange(span, device=mass.device)  # [B, span]
         p = target.law.logprobs(target.rows.at(ids)).exp_()
         rest = _residual(p, proposal.at(ids).masked_fill_(none, 0.0))
         _, best = largest(rest.log() + noise.gumbel(ids, TOKENS, _WORD), 1)
