@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-import torch
-
 from proxytune import ops
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.batch import is_synced
-from proxytune.generation.modes import refuse_modes
+from proxytune.generation.call import Call
 from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
@@ -51,25 +48,15 @@ def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, s
             )
 
 
-def refuse_call(
-    model: Any,
-    input_ids: torch.Tensor,
-    generation_config: Any,
-    synced_gpus: bool | None,
-    model_kwargs: dict[str, Any],
-    *,
-    draft: Any,
-    streams: bool,
-    assistant_model: Any,
-) -> None:
+def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     """Raise for whatever else `generate()` was asked to do that speculation cannot.
 
     Raises:
-        UnsupportedModeError: For an unsupported mode, output or model input.
+        UnsupportedModeError: For an unsupported output or model input.
         InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
         CacheError: With `use_cache=False`.
     """
-    own_expert = assistant_model is getattr(model, "expert", None) and isinstance(draft, str)
+    own_expert = assistant_model is getattr(call.model, "expert", None) and isinstance(draft, str)
     if assistant_model is not None and not own_expert:
         raise InputError.of(
             "assistant_model",
@@ -77,21 +64,20 @@ def refuse_call(
             got=f"a {type(assistant_model).__name__}",
             remedy="Pass SpeculativeDecoding(draft=ModelDraft(model)).",
         )
-    refuse_modes(_LOOP, model, generation_config, None)
-    if streams and len(input_ids) > 1:
+    if call.streamer is not None and len(call.input_ids) > 1:
         raise UnsupportedModeError.of(
             "streamer",
             expected="one row: several rows advance at different speeds",
-            got=f"{len(input_ids)} rows",
+            got=f"{len(call.input_ids)} rows",
             remedy="Stream one prompt at a time.",
         )
     flags = {
-        "synced_gpus": is_synced(model) if synced_gpus is None else synced_gpus,
-        "output_attentions": generation_config.output_attentions,
-        "output_hidden_states": generation_config.output_hidden_states,
+        "synced_gpus": call.synced,
+        "output_attentions": call.config.output_attentions,
+        "output_hidden_states": call.config.output_hidden_states,
     }
     requested = {name: value for name, value in flags.items() if value}
-    requested |= {name: value for name, value in model_kwargs.items() if name not in _ALLOWED}
+    requested |= {name: value for name, value in call.kwargs.items() if name not in _ALLOWED}
     for name, value in requested.items():
         if value is not None:
             raise UnsupportedModeError.of(
@@ -100,5 +86,5 @@ def refuse_call(
                 got=repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}",
                 remedy="Leave it out, or decode without speculation.",
             )
-    if not model_kwargs.get("use_cache"):
+    if not call.kwargs.get("use_cache"):
         refuse_cache(None)

@@ -134,17 +134,6 @@ class SpeculativeDecoding:
             UnsupportedModelError: If a plain model has layers other than attention.
             NumericalError: If an unfinished row has no distribution; names the row and the step.
         """
-        streams = streamer is not None or self.streamer is not None
-        refuse_call(
-            model,
-            input_ids,
-            generation_config,
-            synced_gpus,
-            model_kwargs,
-            draft=self.draft,
-            streams=streams,
-            assistant_model=assistant_model,
-        )
         call = Call.begin(
             "SpeculativeDecoding",
             model,
@@ -158,7 +147,9 @@ class SpeculativeDecoding:
             branch_ids=self.branch_ids,
             streamer=streamer,
             own_streamer=self.streamer,
+            synced_gpus=synced_gpus,
         )
+        refuse_call(call, self.draft, assistant_model)
         refuse_stateful(call.plan.before)
         pads = call.pads  # before the first pass: it may be refused
         draft = ExpertDraft() if isinstance(self.draft, str) else self.draft
