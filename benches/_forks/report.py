@@ -1,4 +1,4 @@
-"""`results/forks.json` as the tables of the README."""
+"""`results/forks.json` as blocks of the pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ VOTES = {
     "as many independent samples": "as many independent samples",
     "independent samples for as many tokens": "independent samples, equal tokens",
 }
-METHODS = ("fork tree", "random tree", "start", "siblings, repulsion 0.5", "siblings, repulsion 2")
+TREES = ("fork tree", "random tree", "start", "siblings, repulsion 0.5", "siblings, repulsion 2")
+TEMPERATURES = "two temperatures"
 MODELS = {"tuned": "tuned", "collapsed": "collapsed twin"}
 
 
@@ -47,7 +48,7 @@ def votes_table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def sampling_table(record: dict[str, Any]) -> list[str]:
+def sampling_table(record: dict[str, Any], methods: Sequence[str] = (TEMPERATURES, *TREES)) -> list[str]:
     """Countdown: differences to plain sampling at its best temperature, for the same number of tokens."""
     over = record["over seeds"]
     lines = [
@@ -60,10 +61,10 @@ def sampling_table(record: dict[str, Any]) -> list[str]:
         + " |",
         "|---|" + "--:|" * (2 * len(MODELS)),
     ]
-    for k in over["tuned"]["fork − plain"]:
+    for k in over["tuned"]["fork − plain"] if TEMPERATURES in methods else ():
         cells = " | ".join(f"{points(over[model]['fork − plain'][k])} | –" for model in MODELS)
-        lines.append(f"| two temperatures, k = {k.removeprefix('k=')} | {cells} |")
-    for method in METHODS:
+        lines.append(f"| {TEMPERATURES}, k = {k.removeprefix('k=')} | {cells} |")
+    for method in (one for one in TREES if one in methods):
         for size in (8, 16):
             found = [over[model]["methods − independent"][f"{method}, {size}"] for model in MODELS]
             cells = " | ".join(
@@ -148,40 +149,60 @@ def allocation_table(record: dict[str, Any]) -> list[str]:
     return lines
 
 
-def forks_block(record: dict[str, Any]) -> str:
-    """All tables, in the order of the README, from what `bench_forks.py --write` wrote."""
+def detection_block(record: dict[str, Any]) -> str:
+    """How well a calibrated threshold finds forks that are known."""
     detection = record["per seed"]["detection"]
     taught = [run["target share as taught"] for run in detection]
     fifth = [run["target share 20 %"] for run in detection]
-    found = (
+    return (
         f"**Forks.** On routes, {span([100 * run['share of real forks'] for run in detection], 1)} % of the tokens are "
         f"forks by construction. A threshold calibrated to that share finds them with precision "
         f"{span([one['precision'] for one in taught])} and recall {span([one['recall'] for one in taught])}; one "
         f"calibrated to 20 %, with precision {span([one['precision'] for one in fifth])}: a target share above the "
         "real one marks tokens as forks that are none."
     )
+
+
+def votes_block(record: dict[str, Any]) -> str:
+    """How a vote over a tree has to count its leaves."""
     trees = record["per seed"]["votes"]
     costs = span([100 * tree["tokens of a tree"] / tree["tokens of as many samples"] for tree in trees], 0)
-    votes = (
-        f"**Votes.** {trees[0]['routes']} routes, {trees[0]['trees of each']} trees of each, three models. The true "
-        f"distribution is enumerated. A tree costs {costs} % of the tokens of as many samples."
+    said = (
+        f"**Votes over trees.** {trees[0]['routes']} routes, {trees[0]['trees of each']} trees of each, three models. "
+        f"The true distribution is enumerated. A tree costs {costs} % of the tokens of as many samples."
     )
+    return "\n".join([said, "", *votes_table(record)])
+
+
+def countdown_block(record: dict[str, Any], methods: Sequence[str] = (TEMPERATURES, *TREES)) -> str:
+    """Two temperatures, trees and siblings, or some of these, against plain sampling."""
     sizes = record["sizes"]["spreads"]
-    countdown = (
-        f"**Two temperatures, trees and siblings.** {sizes['count']} test problems; settings chosen on others. The "
+    said = (
+        f"**Countdown, against plain sampling.** {sizes['count']} test problems; settings chosen on others. The "
         f"tuned model with three sampling seeds, and three trainings of its collapsed twin. {collapse_sentence(record)}"
     )
-    lengths = "**Answers that change with their length**, by construction: range over three trainings."
-    blocks: list[Sequence[str]] = [
-        [found],
-        [votes],
-        votes_table(record),
-        [countdown],
-        sampling_table(record),
-        [lengths],
-        lengths_table(record),
-        confidence_table(record),
-        ["**Parallel or sequential**, on problems of both kinds, calibrated on other problems:"],
-        allocation_table(record),
-    ]
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return "\n".join([said, "", *sampling_table(record, methods)])
+
+
+def lengths_block(record: dict[str, Any]) -> str:
+    """Answers that change with their length."""
+    said = "**Answers that change with their length**, by construction: range over three trainings."
+    return "\n".join([said, "", *lengths_table(record)])
+
+
+def confidence_block(record: dict[str, Any]) -> str:
+    """Votes that filter by confidence."""
+    said = "**Votes by confidence**, over the same models' answers: range over three trainings."
+    return "\n".join([said, "", *confidence_table(record)])
+
+
+def allocation_block(record: dict[str, Any]) -> str:
+    """The allocator against fixed policies."""
+    said = "**Parallel or sequential**, on problems of both kinds, calibrated on other problems:"
+    return "\n".join([said, "", *allocation_table(record)])
+
+
+def forks_block(record: dict[str, Any]) -> str:
+    """All results, from what `bench_forks.py --write` wrote."""
+    parts = (detection_block, votes_block, countdown_block, lengths_block, confidence_block, allocation_block)
+    return "\n\n".join(part(record) for part in parts)

@@ -1,4 +1,4 @@
-"""`results/latent.json` as the tables of the README."""
+"""`results/latent.json` as blocks of the pages."""
 
 from __future__ import annotations
 
@@ -65,12 +65,12 @@ def _rows(record: dict[str, Any], metric: str, families: Sequence[str]) -> list[
     return lines
 
 
-def coverage_table(record: dict[str, Any]) -> list[str]:
-    """Coverage at the passes of 16 samples: every family against the best temperature."""
+def coverage_table(record: dict[str, Any], families: Sequence[str] = tuple(COLUMNS)) -> list[str]:
+    """Coverage at the passes of 16 samples: families of methods against the best temperature."""
     return [
-        "| coverage@16, % | best temperature | uniform sampler | " + " | ".join(COLUMNS.values()) + " |",
-        "|---|--:|--:|" + "--:|" * len(COLUMNS),
-        *_rows(record, "coverage@16", tuple(COLUMNS)),
+        "| coverage@16, % | best temperature | uniform sampler | " + " | ".join(COLUMNS[f] for f in families) + " |",
+        "|---|--:|--:|" + "--:|" * len(families),
+        *_rows(record, "coverage@16", families),
     ]
 
 
@@ -115,25 +115,49 @@ def _count(outcomes: Iterable[str], what: str) -> int:
     return sum(one == what for one in outcomes)
 
 
-def latent_block(record: dict[str, Any]) -> str:
-    """All tables, in the order of the README, from what `bench_latent.py --write` wrote."""
-    seeds = len(record["seeds"])
-    intro = (
+def intro(record: dict[str, Any]) -> str:
+    """What was measured, and how the tables are to be read."""
+    return (
         "Three puzzles whose solutions are enumerated; a Llama and an HRM, each also trained on one solution per "
-        f'instance ("collapsed"); {seeds} trainings of each. Every method gets the forward passes of 16 plain samples '
-        "(a tree is compared at the passes it takes). Settings are chosen on validation, the reference's temperature "
-        "among 20 from 0.05 to 4. Differences in percentage points; ▲ and ▼: the 95 % interval over all trainings is "
-        "on one side of 0, and so is the mean of each training. Latent steps on Countdown are in the scratchpad only."
+        f'instance ("collapsed"); {len(record["seeds"])} trainings of each. Every method gets the forward passes of 16 '
+        "plain samples (a tree is compared at the passes it takes). Settings are chosen on validation, the reference's "
+        "temperature among 20 from 0.05 to 4. Differences in percentage points; ▲ and ▼: the 95 % interval over all "
+        "trainings is on one side of 0, and so is the mean of each training. Latent steps on Countdown are in the "
+        "scratchpad only."
     )
-    families = {"latent": "latent steps", "recursion": "recursion", "fork sampling": "fork sampling"}
-    families |= {"tree": "fork trees", "siblings": "siblings"}
-    counts = "; ".join(f"{name} {tally(record, 'coverage@16', family)}" for family, name in families.items())
-    valid = ", ".join(f"{name} {tally(record, 'valid', family)}" for family, name in list(families.items())[:2])
-    some = ", ".join(f"{name} {tally(record, 'pass@16', family)}" for family, name in list(families.items())[:2])
+
+
+def tallies(record: dict[str, Any], metric: str, families: Sequence[str]) -> str:
+    """In how many of their cells families win and lose, in words."""
+    return "; ".join(f"{COLUMNS[family]} {tally(record, metric, family)}" for family in families)
+
+
+def coverage_block(record: dict[str, Any], families: Sequence[str]) -> str:
+    """Some families against the best temperature."""
+    said = f"Cells in which coverage@16 beats the best temperature: {tallies(record, 'coverage@16', families)}."
+    return "\n\n".join([intro(record), "\n".join(coverage_table(record, families)), said])
+
+
+def selection_block(record: dict[str, Any]) -> str:
+    """Recursion with a selector."""
+    return "\n".join(selection_table(record))
+
+
+def hypotheses_block(record: dict[str, Any]) -> str:
+    """What was registered, and what came out."""
     said = (
-        f"Cells in which coverage@16 beats the best temperature: {counts}. The same for the share of valid answers: "
-        f"{valid}; and for at least one valid answer of 16: {some}. The hypotheses were registered beforehand, in the "
-        "docstring of `benches/bench_latent.py`, with the amendments made after trial runs:"
+        "The hypotheses were registered beforehand, in the docstring of `benches/bench_latent.py`, with the amendments "
+        "made after trial runs:"
     )
-    blocks = [[intro], coverage_table(record), selection_table(record), [said], hypotheses_table(record)]
-    return "\n\n".join("\n".join(block) for block in blocks)
+    return "\n".join([said, "", *hypotheses_table(record)])
+
+
+def latent_block(record: dict[str, Any]) -> str:
+    """All results, from what `bench_latent.py --write` wrote."""
+    noise = ("latent", "recursion")
+    said = (
+        f"The same for the share of valid answers: {tallies(record, 'valid', noise)}; and for at least one valid "
+        f"answer of 16: {tallies(record, 'pass@16', noise)}."
+    )
+    covered = f"{coverage_block(record, tuple(COLUMNS))} {said}"
+    return "\n\n".join([covered, selection_block(record), hypotheses_block(record)])

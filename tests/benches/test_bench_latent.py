@@ -297,7 +297,7 @@ def test_every_registered_hypothesis_has_the_verdict_of_its_cells(committed: Any
 def test_the_readme_s_tables_are_made_of_the_committed_record(committed: Any) -> None:
     block = bench("_latent.report").latent_block(committed)
     assert "nan" not in block
-    assert len(bench("readme").wrapped(block).splitlines()) <= 45
+    assert len(bench("_pages.records").wrapped(block).splitlines()) <= 45
     for table in block.split("\n\n"):
         rows = [line for line in table.split("\n") if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1

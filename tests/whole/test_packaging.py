@@ -15,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from _pages.code import pages
 
 import proxytune
 from proxytune import errors
@@ -81,7 +82,7 @@ def _resolves(dotted: str) -> bool:
 
 
 def test_every_dotted_name_that_texts_mention_exists():
-    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CHANGELOG.md")}
+    texts = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in pages()}
     for folder in ("proxytune", "kernels", "benches"):
         for source in (ROOT / folder).rglob("*.py"):
             texts[str(source.relative_to(ROOT))] = source.read_text(encoding="utf-8")

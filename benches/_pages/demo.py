@@ -1,30 +1,15 @@
-"""Fill the README's generated blocks from `benches/results/*.json`, or check that they are up to date.
-
-::
-
-    python benches/readme.py --measure   run the demo and the README's code again, and keep the results
-    python benches/readme.py --write     fill the blocks
-    python benches/readme.py --check     exit with 1 if a block differs from what --write would make
-"""
+"""The demo's record as blocks of the pages: the first code, the tables, and what they show against the method."""
 
 from __future__ import annotations
 
-import argparse
-import hashlib
-import json
-import re
-import subprocess
-import sys
 import textwrap
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from proxytune.demo.bundle import MEMBERS
+from _pages.records import WIDTH, load
 
-ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
-RESULTS = ROOT / "benches" / "results"
+__all__ = ["code", "losses", "quickstart", "seeds", "small_table", "table"]
+
 QUICKSTART = """\
 import proxytune
 from proxytune.demo import bundled
@@ -34,13 +19,7 @@ model = proxytune.wrap(bundled("large-base"), expert=bundled("tiny-tuned"), anti
 ask = pipeline("text-generation", model, tokenizer=bundled("large-base"))
 print(ask("Question: Start with 24, plus 5, plus 9, minus 33. What is the result?\\nAnswer:")[0]["generated_text"])
 """
-BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
-WIDTH = 118
 HEADINGS = {"chain": "chain arithmetic", "qa": "QA about new people", "countdown": "Countdown"}
-
-
-def load(name: str) -> Any:
-    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
 
 
 def percent(rate: float | None, interval: Sequence[float] | None) -> str:
@@ -95,6 +74,30 @@ def table() -> str:
     return "\n".join([*lines, "", textwrap.fill(caption, WIDTH, break_on_hyphens=False)])
 
 
+def small_table() -> str:
+    """Quality, strictly graded, and cost: what a first page has room for."""
+    record = load("demo.json")
+    tasks = list(record["gap_closed"])
+    speed = record["rows"][0]["tokens_per_second"]
+    lines = [
+        "| % right, in the taught form | " + " | ".join(HEADINGS[task] for task in tasks) + " | time per token |",
+        "|---|" + "--:|" * (len(tasks) + 1),
+    ]
+    for row in record["rows"]:
+        cells = " | ".join(percent(s["rate"], s["interval"]) for s in (row["scores"][t]["strict"] for t in tasks))
+        lines.append(f"| {row['name']} | {cells} | {speed / row['tokens_per_second']:.1f} × |")
+    gaps = (record["gap_closed"][task]["strict"] for task in tasks)
+    cells = " | ".join(percent(gap["closed"], gap["interval"]) for gap in gaps)
+    lines.append(f"| gap closed by the proxy, % | {cells} | |")
+    count = record["rows"][0]["scores"][tasks[0]]["strict"]["problems"]
+    caption = (
+        f"{count} held-out problems a task, greedy, α chosen on others, 95 % intervals. Time: base = 1, batches "
+        f"of {record['speed']['batch']} on {record['threads']} CPU thread. These models are tiny, so Python is most of "
+        "their time: [what a steered token costs](benches/README.md#what-it-costs) in the ratios of real models."
+    )
+    return "\n".join([*lines, "", textwrap.fill(caption, WIDTH, break_on_hyphens=False)])
+
+
 def losses() -> str:
     """What the table shows to the method's disadvantage, in words."""
     record = load("demo.json")
@@ -136,129 +139,3 @@ def seeds() -> str:
         cells = " | ".join(percent(gap["closed"], gap["interval"]) for gap in gaps)
         lines.append(f"| training seed {family['seed']} | {family['alpha']:g} | {cells} |")
     return "\n".join(lines)
-
-
-def kernels() -> str:
-    """The cost of a decision at one vocabulary size; all cells are in the JSON."""
-    _find_benches()
-    from bench_kernels import kernels_table
-
-    record = load("kernels.json")
-    if record["cpu"]["status"] == "run":
-        record["cpu"]["cells"] = [cell for cell in record["cpu"]["cells"] if cell["width"] == 128256]
-    return wrapped(kernels_table(record))
-
-
-def forks() -> str:
-    """The results of `bench_forks.py`."""
-    _find_benches()
-    from _forks.report import forks_block
-
-    return wrapped(forks_block(load("forks.json")))
-
-
-def latent() -> str:
-    """The results of `bench_latent.py`."""
-    _find_benches()
-    from _latent.report import latent_block
-
-    return wrapped(latent_block(load("latent.json")))
-
-
-def throughput() -> str:
-    """The results of `bench_throughput.py`."""
-    _find_benches()
-    from bench_throughput import throughput_table
-
-    return wrapped(throughput_table(load("throughput.json")))
-
-
-def overlap() -> str:
-    """The results of `bench_overlap.py`."""
-    _find_benches()
-    from bench_overlap import overlap_table
-
-    return wrapped(overlap_table(load("overlap.json")))
-
-
-def _find_benches() -> None:
-    """Make the benches beside this file importable, even if this file was loaded by its path."""
-    if str(ROOT / "benches") not in sys.path:
-        sys.path.insert(0, str(ROOT / "benches"))
-
-
-def wrapped(text: str) -> str:
-    """Text with its long lines wrapped; tables are left as they are."""
-    return "\n".join(
-        textwrap.fill(line, WIDTH, break_on_hyphens=False) if line and not line.startswith("|") else line
-        for line in text.split("\n")
-    )
-
-
-BLOCKS: dict[str, Callable[[], str]] = {
-    "quickstart": quickstart,
-    "table": table,
-    "losses": losses,
-    "seeds": seeds,
-    "kernels": kernels,
-    "forks": forks,
-    "latent": latent,
-    "overlap": overlap,
-    "throughput": throughput,
-}
-
-
-def filled(text: str) -> str:
-    """The README with every block regenerated."""
-
-    def fill(found: re.Match[str]) -> str:
-        if found["name"] not in BLOCKS:
-            raise SystemExit(f"README.md: expected one of the blocks {', '.join(BLOCKS)}; got {found['name']}")
-        return found[1] + BLOCKS[found["name"]]() + found[3]
-
-    return BLOCK.sub(fill, text)
-
-
-def measure() -> None:
-    demo = subprocess.run([sys.executable, "-m", "proxytune", "demo", "--json"], stdout=subprocess.PIPE, check=True)
-    record = {**json.loads(demo.stdout), "weights": weights()}
-    (RESULTS / "demo.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    said = {"proxy": run(code(record["alpha"])), "base": run(code(0.0))}
-    (RESULTS / "quickstart.json").write_text(json.dumps(said, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def weights() -> dict[str, str]:
-    """The hashes of the bundled family, since the README's figures belong to these weights."""
-    folder = ROOT / "proxytune" / "demo" / "weights"
-    return {
-        member: hashlib.sha256((folder / member / "model.safetensors").read_bytes()).hexdigest()
-        for member in sorted(MEMBERS)
-    }
-
-
-def run(program: str) -> str:
-    """The output of a program."""
-    return subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("measure", "write", "check"):
-        parser.add_argument(f"--{name}", action="store_true")
-    wanted = parser.parse_args()
-    if wanted.measure:
-        measure()
-    text = README.read_text(encoding="utf-8")
-    new = filled(text)
-    if wanted.write:
-        README.write_text(new, encoding="utf-8")
-    elif wanted.check and new != text:
-        sys.exit("README.md is stale: run `python benches/readme.py --write` and commit it")
-    elif wanted.check and load("demo.json")["weights"] != weights():
-        sys.exit(
-            "the figures belong to other weights: run `python benches/readme.py --measure --write` and commit them"
-        )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,1 @@
+"""The pages: their code, run; their figures, from the records; their picture."""

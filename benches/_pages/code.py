@@ -1,0 +1,170 @@
+"""The code of a page, run from top to bottom as a reader would, beside what the page says it prints.
+
+A page is a Markdown file. Its Python blocks share one namespace, and all its blocks one folder, empty at the start. A
+`text` block after a `python` or `sh` block shows what that prints; a line `…` in it stands for any lines.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+__all__ = ["ROOT", "Block", "blocks_of", "pages", "run_blocks", "same", "with_outputs"]
+
+ROOT = Path(__file__).resolve().parents[2]
+FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
+RUN = ("python", "sh")
+# Commands that make an environment, or run for minutes: their options are looked up, and they have tests of their own.
+NOT_RUN = ("python3 -m venv", ".venv/", "git ", "cd ", "proxytune demo", "proxytune bench")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block of code of a page.
+
+    Attributes:
+        language: `python` or `sh`.
+        line: The page's line of its first line of code, from 1.
+        shown: What the page says it prints, or None.
+        span: Where that stands in the page.
+    """
+
+    language: str
+    code: str
+    line: int
+    shown: str | None
+    span: tuple[int, int] | None
+
+
+def pages() -> list[Path]:
+    """Every page of the checkout."""
+    return sorted(
+        path
+        for path in ROOT.rglob("*.md")
+        if not any(part.startswith((".", "_")) or part == "node_modules" for part in path.relative_to(ROOT).parts)
+    )
+
+
+def blocks_of(text: str) -> list[Block]:
+    """The blocks of a page that run, in order."""
+    found = list(FENCE.finditer(text))
+    out = []
+    for this, after in zip_longest(found, found[1:]):
+        if this["language"] not in RUN:
+            continue
+        shown = after if after is not None and after["language"] == "text" else None
+        out.append(
+            Block(
+                this["language"],
+                this["content"],
+                text.count("\n", 0, this.start()) + 2,
+                None if shown is None else shown["content"],
+                None if shown is None else shown.span("content"),
+            )
+        )
+    return out
+
+
+def run_blocks(page: Path, folder: Path) -> Iterator[tuple[Block, str]]:
+    """Run a page's blocks in `folder`, and yield each with what it printed.
+
+    Raises:
+        SystemExit: If a command fails, or is none that a page may show.
+    """
+    text = page.read_text(encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks_of(text):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), _inside(folder):
+            if block.language == "python":
+                # Line numbers of the page, so that a traceback points there.
+                exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+            else:
+                for command in _commands(block.code):
+                    _run_command(command, f"{page}:{block.line}")
+        yield block, printed.getvalue()
+
+
+@contextlib.contextmanager
+def _inside(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _commands(code: str) -> list[str]:
+    lines = code.replace("\\\n", " ").splitlines()
+    return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _run_command(command: str, place: str) -> None:
+    words = shlex.split(command, comments=True)
+    if command.startswith(NOT_RUN) and words[0] != "proxytune":
+        return
+    if words[:1] == ["python"]:
+        _look_up(words, place)
+    elif words[:1] == ["proxytune"]:
+        asked = words[1:] if not command.startswith(NOT_RUN) else [words[1], "--help"]
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            code = _proxytune(asked)
+        if code:
+            raise SystemExit(f"{place}: `{command}` ended with exit code {code}\n{printed.getvalue()}")
+        if asked == words[1:]:
+            print(printed.getvalue(), end="")
+        else:
+            for option in (word for word in words if word.startswith("--")):
+                if option not in printed.getvalue():
+                    raise SystemExit(f"{place}: `proxytune {words[1]}` has no option {option}")
+    else:
+        raise SystemExit(f"{place}: expected a command that a test can run or look up ({NOT_RUN}); got `{command}`")
+
+
+def _proxytune(words: list[str]) -> int:
+    from proxytune.cli import main
+
+    try:
+        main(words)
+    except SystemExit as ended:
+        return int(ended.code or 0)
+    return 0
+
+
+def _look_up(words: list[str], place: str) -> None:
+    """`python benches/….py --option` and `python -m lab …`: the file is there, and it has the options."""
+    file = ROOT / ("benches/lab/__main__.py" if words[1:3] == ["-m", "lab"] else words[1])
+    if not file.is_file():
+        raise SystemExit(f"{place}: there is no {words[1]}")
+    source = file.read_text(encoding="utf-8")
+    # Options are declared by name: "--write", or as the parameter of a function.
+    for option in (word for word in words if word.startswith("--")):
+        if f'"{option}"' not in source and f'"{option[2:]}"' not in source and f"{option[2:]}:" not in source:
+            raise SystemExit(f"{place}: {words[1]} has no option {option}")
+
+
+def same(shown: str, printed: str) -> bool:
+    """Whether a page shows what was printed; trailing spaces do not count, a line `…` stands for any lines."""
+    parts = [re.escape(line.rstrip()) for line in shown.strip().splitlines()]
+    pattern = "\n".join(r"(?:.*\n)*?.*" if part == re.escape("…") else part for part in parts)
+    return re.fullmatch(pattern, "\n".join(line.rstrip() for line in printed.strip().splitlines())) is not None
+
+
+def with_outputs(page: Path, folder: Path) -> str:
+    """A page's text with what its code prints, where it shows something else."""
+    text = page.read_text(encoding="utf-8")
+    found = [(block, printed) for block, printed in run_blocks(page, folder)]
+    for block, printed in reversed(found):
+        if block.span is not None and not same(block.shown or "", printed):
+            text = text[: block.span[0]] + printed.strip() + "\n" + text[block.span[1] :]
+    return text

@@ -1,0 +1,147 @@
+"""Fill the pages' generated blocks from the records and draw the picture, or check that both are up to date.
+
+::
+
+    python benches/pages.py --measure       run the demo and the README's code again, and keep the results
+    python benches/pages.py --write         fill the blocks of every page, and draw the picture
+    python benches/pages.py --check         exit with 1 if a block differs from what --write would make
+    python benches/pages.py --run PAGE …    run the code of pages, and write what it prints below it
+
+A block stands between `<!-- generated: NAME -->` and `<!-- end -->`; `BLOCKS` says what it is made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from _forks import report as forks
+from _latent import report as latent
+from _pages import demo
+from _pages.code import pages, with_outputs
+from _pages.picture import drawn
+from _pages.records import RESULTS, ROOT, keep, load, weights, wrapped
+
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+PICTURE = RESULTS / "steered.svg"
+
+
+def of(record: str, block: Callable[..., str], **settings: Any) -> Callable[[], str]:
+    """A block that a function makes of a record."""
+    return lambda: wrapped(block(load(record), **settings))
+
+
+def kernels() -> str:
+    """The cost of a decision at one vocabulary size; all cells are in the JSON."""
+    from bench_kernels import kernels_table
+
+    record = load("kernels.json")
+    if record["cpu"]["status"] == "run":
+        record["cpu"]["cells"] = [cell for cell in record["cpu"]["cells"] if cell["width"] == 128256]
+    return wrapped(kernels_table(record))
+
+
+def throughput(record: dict[str, Any]) -> str:
+    """The results of `bench_throughput.py`."""
+    from bench_throughput import throughput_table
+
+    return throughput_table(record)
+
+
+def overlap(record: dict[str, Any]) -> str:
+    """The results of `bench_overlap.py`."""
+    from bench_overlap import overlap_table
+
+    return overlap_table(record)
+
+
+BLOCKS: dict[str, Callable[[], str]] = {
+    "quickstart": demo.quickstart,
+    "small-table": demo.small_table,
+    "table": demo.table,
+    "losses": demo.losses,
+    "seeds": demo.seeds,
+    "kernels": kernels,
+    "throughput": of("throughput.json", throughput),
+    "overlap": of("overlap.json", overlap),
+    # bench_forks.py
+    "forks": of("forks.json", forks.forks_block),
+    "fork-detection": of("forks.json", forks.detection_block),
+    "two-temperatures": of("forks.json", forks.countdown_block, methods=(forks.TEMPERATURES,)),
+    "tree-votes": of("forks.json", forks.votes_block),
+    "tree-countdown": of("forks.json", forks.countdown_block, methods=forks.TREES),
+    "lengths": of("forks.json", forks.lengths_block),
+    "confidence": of("forks.json", forks.confidence_block),
+    "allocation": of("forks.json", forks.allocation_block),
+    # bench_latent.py
+    "latent": of("latent.json", latent.latent_block),
+    "latent-steps": of("latent.json", latent.coverage_block, families=("latent", "gated")),
+    "hypotheses": of("latent.json", latent.hypotheses_block),
+    "recursion": of("latent.json", latent.coverage_block, families=("recursion",)),
+    "recursion-selected": of("latent.json", latent.selection_block),
+    "fork-sampling": of("latent.json", latent.coverage_block, families=("fork sampling",)),
+    "trees": of("latent.json", latent.coverage_block, families=("tree", "siblings")),
+}
+
+
+def filled(text: str) -> str:
+    """A page with every block regenerated."""
+
+    def fill(found: re.Match[str]) -> str:
+        if found["name"] not in BLOCKS:
+            raise SystemExit(f"expected one of the blocks {', '.join(BLOCKS)}; got {found['name']}")
+        return found[1] + BLOCKS[found["name"]]() + found[3]
+
+    return BLOCK.sub(fill, text)
+
+
+def files() -> Iterator[tuple[Path, str]]:
+    """Every file that is made of records, as it should be."""
+    for page in pages():
+        yield page, filled(page.read_text(encoding="utf-8"))
+    yield PICTURE, drawn(load("demo.json"))
+
+
+def measure() -> None:
+    shown = subprocess.run([sys.executable, "-m", "proxytune", "demo", "--json"], stdout=subprocess.PIPE, check=True)
+    record = {**json.loads(shown.stdout), "weights": weights()}
+    keep("demo.json", record)
+    keep("quickstart.json", {"proxy": run(demo.code(record["alpha"])), "base": run(demo.code(0.0))})
+
+
+def run(program: str) -> str:
+    """The output of a program."""
+    return subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("measure", "write", "check"):
+        parser.add_argument(f"--{name}", action="store_true")
+    parser.add_argument("--run", nargs="+", type=Path, default=[], metavar="PAGE")
+    wanted = parser.parse_args()
+    if wanted.measure:
+        measure()
+    for page in wanted.run:
+        with tempfile.TemporaryDirectory() as folder:
+            page.write_text(with_outputs(page.resolve(), Path(folder)), encoding="utf-8")
+    for file, text in files() if wanted.write or wanted.check else ():
+        name = file.relative_to(ROOT)
+        if file.exists() and file.read_text(encoding="utf-8") == text:
+            continue
+        if wanted.check:
+            sys.exit(f"{name} is stale: run `python benches/pages.py --write` and commit it")
+        file.write_text(text, encoding="utf-8")
+    if wanted.check and load("demo.json")["weights"] != weights():
+        sys.exit("the figures belong to other weights: run `python benches/pages.py --measure --write` and commit them")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The pages say what is so: their code prints what they show, figures are on record, links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pages as generated
+import pytest
+import torch
+from _pages.code import ROOT, blocks_of, pages, run_blocks, same
+from _pages.records import load, weights
+
+PAGES = {page.relative_to(ROOT).as_posix(): page for page in pages()}
+WITH_CODE = [name for name, page in PAGES.items() if blocks_of(page.read_text(encoding="utf-8"))]
+LINK = re.compile(
+    r"(?<!!)\[[^\]]*\]\((?P<target>[^)\s]+)\)|!\[[^\]]*\]\((?P<picture>[^)\s]+)\)|src=\"(?P<src>[^\"]+)\""
+)
+HEADING = re.compile(r"^#+ (.*)$", re.MULTILINE)
+
+
+@pytest.fixture(autouse=True)
+def as_it_was() -> Iterator[None]:
+    """A page may change what holds for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", WITH_CODE)
+def test_the_code_of_a_page_prints_what_the_page_shows(name: str, tmp_path: Path) -> None:
+    for block, printed in run_blocks(PAGES[name], tmp_path):
+        if block.shown is None:
+            assert printed.strip() == "", f"{name}:{block.line} prints this, and the page does not show it"
+        else:
+            assert same(block.shown, printed), f"{name}:{block.line} shows\n{block.shown}\nand prints\n{printed}"
+
+
+def test_what_is_made_of_records_is_up_to_date() -> None:
+    assert [str(file) for file, text in generated.files() if file.read_text(encoding="utf-8") != text] == []
+
+
+def test_an_edited_figure_is_noticed() -> None:
+    page = PAGES["README.md"].read_text(encoding="utf-8")
+    position = page.index("<!-- end -->") - 2
+    assert generated.filled(page[:position] + "9" + page[position:]) == page
+
+
+def test_an_unknown_block_is_refused() -> None:
+    with pytest.raises(SystemExit, match="nonsense"):
+        generated.filled("<!-- generated: nonsense -->\n\n<!-- end -->")
+
+
+def test_the_demo_s_figures_are_of_the_bundled_weights() -> None:
+    assert len(weights()) == 4
+    assert load("demo.json")["weights"] == weights()
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as they are made by the sites that show Markdown."""
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in HEADING.findall(prose)}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_link_leads_somewhere(name: str) -> None:
+    page = PAGES[name]
+    for found in LINK.finditer(page.read_text(encoding="utf-8")):
+        target = found["target"] or found["picture"] or found["src"]
+        if target.startswith(("https://", "http://")):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{name} links to {target}"
+        assert there.is_relative_to(ROOT), f"{name} links out of the checkout: {target}"
+        if anchor:
+            assert anchor in anchors(there.read_text(encoding="utf-8")), f"{name} links to {target}"
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "equal"),
+    [
+        ("a\nb\n", "a\nb\n", True),
+        ("a \nb\n", "a\nb \n\n", True),
+        ("a\n", "b\n", False),
+        ("a.\n", "ab\n", False),
+        ("a\n…\nd\n", "a\nb\nc\nd\n", True),
+        ("a\n…\nd\n", "a\nb\nc\n", False),
+        ("a…\n", "abc\n", False),
+        ("", "a\n", False),
+    ],
+)
+def test_what_is_shown_is_compared_line_by_line(shown: str, printed: str, equal: bool) -> None:
+    assert same(shown, printed) is equal
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "```sh\nproxytune generate --no-such-option\n```\n",
+        "```sh\nproxytune demo --no-such-option\n```\n",
+        "```sh\nproxytune nonsense\n```\n",
+        "```sh\ncurl somewhere\n```\n",
+        "```sh\npython benches/bench_none.py\n```\n",
+        "```sh\npython benches/bench_forks.py --no-such-option\n```\n",
+    ],
+)
+def test_a_command_that_does_not_exist_is_noticed(code: str, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(code, encoding="utf-8")
+    with pytest.raises(SystemExit, match="page.md:2"):
+        list(run_blocks(page, tmp_path))
+
+
+def test_blocks_share_their_names_and_their_folder(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "```python\nfrom pathlib import Path\n\n_ = Path('a.txt').write_text('x')\nb = 2\n```\n\nThen:\n\n"
+        "```python\nprint(b, Path('a.txt').read_text())\n```\n\n```text\n2 x\n```\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "in").mkdir()
+    found = list(run_blocks(page, tmp_path / "in"))
+    assert [(block.shown, printed) for block, printed in found] == [(None, ""), ("2 x\n", "2 x\n")]
+    assert (tmp_path / "in" / "a.txt").exists()
