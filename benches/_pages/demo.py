@@ -33,10 +33,12 @@ def code(alpha: float) -> str:
 
 
 def quickstart() -> str:
+    """The first code of the README: six lines with the proxy's answer, and the base's."""
     said = load("quickstart.json")
+    last = code(0.0).splitlines()[-1]
     return (
         f"```python\n{code(load('demo.json')['alpha'])}```\n\n```text\n{said['proxy']}\n```\n\n"
-        f"With `alpha=0.0` the model is the base, which answers:\n\n```text\n{said['base']}\n```"
+        f"```python\nmodel.alpha = 0.0  # the base alone\n{last}\n```\n\n```text\n{said['base']}\n```"
     )
 
 
