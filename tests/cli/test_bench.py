@@ -111,14 +111,14 @@ def test_without_matplotlib_the_error_names_the_extra(run, measured, monkeypatch
     )
     ended = run("bench", "--plot", tmp_path / "out.png")
     assert ended.code == 2
-    assert "pip install 'proxytune[plot]'" in ended.err
+    assert "pip install matplotlib, or pip install '.[plot]' in the checkout" in ended.err
     assert measured == []
 
 
 @pytest.mark.parametrize(
     ("name", "absent", "words"),
     [
-        ("out.png", ("matplotlib",), "pip install 'proxytune[plot]'"),
+        ("out.png", ("matplotlib",), "pip install matplotlib, or pip install '.[plot]' in the checkout"),
         ("out.nothing", (), "ends in one of"),
         ("no/folder/out.png", (), "exists"),
     ],
