@@ -45,8 +45,8 @@ def bench(
     from proxytune.throughput.run import cpu_plans, measure
 
     torch.set_num_threads(threads)
-    with terminal.errors().status("loading") as status:
-        record = measure(cpu_plans("full" if full else "quick", family), report=status.update)
+    with terminal.Bar("rounds", still=True) as bar:  # nothing may run beside what is timed
+        record = measure(cpu_plans("full" if full else "quick", family), report=bar.show)
     if plot is not None:
         draw(record, plot)
     if as_json:
