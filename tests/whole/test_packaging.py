@@ -249,7 +249,7 @@ def test_the_wheel_names_its_command_and_licence(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     found = wheel.read(f"{info}/METADATA").decode()
     assert f"Version: {proxytune.__version__}" in found
-    assert "Requires-Python: <3.13,>=3.11" in found
+    assert "Requires-Python: <3.14,>=3.11" in found
 
 
 def test_the_whole_package_imports():
