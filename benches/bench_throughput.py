@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plans,
         gpu=wanted.gpu,
         deadline=deadline,
-        report=lambda text: print(text, file=sys.stderr, flush=True),
+        report=lambda text, done, total: print(f"{done:.1f} of {total} rounds: {text}", file=sys.stderr, flush=True),
         keep=lambda so_far: write(part, so_far) if wanted.write else None,
     )
     print(throughput_table(kept() | {part: found}))

@@ -81,7 +81,7 @@ def _run(words: list[str], debug: bool) -> int:
         except typer.TyperException as error:
             # Without arguments the help has been printed already.
             if message := error.format_message():
-                terminal.show_error(f"{message} (see proxytune --help)")
+                terminal.show_error(f"{message} (see {_called(words)} --help)")
             return error.exit_code
         except typer.Abort:
             return INTERRUPTED
@@ -96,3 +96,9 @@ def _run(words: list[str], debug: bool) -> int:
                 raise
             terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")
             return FAILED
+
+
+def _called(words: Sequence[str]) -> str:
+    """What was called, as far as it exists: "proxytune sample", or "proxytune"; not every error of typer knows it."""
+    word = next((word for word in words if not word.startswith("-")), None)
+    return f"proxytune {word}" if word in (command.name for command in app.registered_commands) else "proxytune"

@@ -208,7 +208,11 @@ class AnswerFile:
 
 
 def settings_of_run(**given: Any) -> dict[str, Any]:
-    """What the answers depend on besides prompts and weights: `given`, and the library versions."""
+    """What the answers depend on besides prompts and weights: `given`, and the library versions.
+
+    torch's has its local part, such as "+cu130": two builds of one version can round differently, so that one file
+    would mix two runs.
+    """
     import torch
     import transformers
 

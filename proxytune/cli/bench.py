@@ -45,8 +45,8 @@ def bench(
     from proxytune.throughput.run import cpu_plans, measure
 
     torch.set_num_threads(threads)
-    with terminal.errors().status("loading") as status:
-        record = measure(cpu_plans("full" if full else "quick", family), report=status.update)
+    with terminal.Bar("rounds", still=True) as bar:  # nothing may run beside what is timed
+        record = measure(cpu_plans("full" if full else "quick", family), report=bar.show)
     if plot is not None:
         draw(record, plot)
     if as_json:
@@ -177,7 +177,10 @@ def _refuse_plot(path: Path) -> None:
     """Refuse what cannot be drawn, with nothing heavy imported: matplotlib alone takes a second."""
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError.of(
-            "--plot", expected="matplotlib", got="none installed", remedy="pip install 'proxytune[plot]'"
+            "--plot",
+            expected="matplotlib, which draws the bars",
+            got="an environment without it",
+            remedy="Run pip install matplotlib, or pip install '.[plot]' in the checkout of proxytune.",
         )
     if path.suffix.removeprefix(".").lower() not in PLOT_KINDS:
         raise InputError.of(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -77,14 +77,17 @@ def calibrate(
         model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
     set_seed(seed)
     found: list[Entropies] = []
-    with _progress() as bar:
-        task = bar.add_task("measuring", total=len(given) + len(read))
+    with terminal.Bar("texts") as bar:
+        whole = len(given) + len(read)
         for first in range(0, len(given), batch_size):
+            bar.show("sampling", first, whole)
             batch = given[first : first + batch_size]
             encoded = encode(tokenizer, batch, chat).to(model.device)
             found += sampled_entropies(model, encoded, temperature, samples=samples, max_new_tokens=max_new_tokens)
-            bar.advance(task, len(batch))
-        found += forced_entropies(model, tokenizer, read, lambda count: bar.advance(task, count))
+        if read:
+            bar.show("reading", len(given), whole)
+            steps = count(len(given) + 1)
+            found += forced_entropies(model, tokenizer, read, lambda _: bar.show("reading", next(steps), whole))
     summary = report(found, share)
     calibration = ForkCalibration(
         share=share,
@@ -140,16 +143,9 @@ def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrai
     choice("--dtype", dtype, DTYPES)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
-    models, _ = open_members({"base": base}, check_vocabulary=False, dtype=dtype, device_map=device)
+    with terminal.Bar("models"):
+        models, _ = open_members({"base": base}, check_vocabulary=False, dtype=dtype, device_map=device)
     return models["base"].eval(), load_tokenizer([MemberRef(base)])
-
-
-def _progress() -> Any:
-    """A progress bar on stderr, shown on a terminal only."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=terminal.errors(), transient=True, disable=not terminal.is_terminal(sys.stderr))
 
 
 def _print(summary: dict[str, Any], share: float, written: str | None) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.demo.measure import measure
+from proxytune.demo.undecided import undecided
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -21,6 +22,27 @@ __all__ = ["demo"]
 
 HEADINGS = {"chain": "chain\narithmetic", "qa": "QA about\nnew people", "countdown": "\nCountdown"}
 TABLE_WIDTH = 80
+ROWS = """\
+base, 0-shot    the large model, asked as it is
+base, 3-shot    the same, with three solved problems before each question
+expert alone    the small model, tuned
+proxy           the large model + α (expert − the small model before tuning)
+tuned directly  the large model, tuned itself: what the proxy stands in for
+gap closed      the proxy's share of the way from base, 0-shot, to tuned"""
+TASKS = {"chain": "chain arithmetic", "qa": "QA", "countdown": "Countdown"}
+APART = {
+    "tuned or base": "the tuned model from the base on {}: there may be no gap to close",
+    "proxy or base": "the proxy from the base on {}",
+    "proxy or either": "the proxy from the base or from the tuned model on {}",
+    "proxy or tuned": "the proxy from the tuned model on {}: both were right on the same problems",
+}
+NEXT = (
+    "Next: steer a model of your own by two small ones with its vocabulary.",
+    '  proxytune generate "A prompt" --base LARGE --expert TUNED --antiexpert SMALL',
+    '  model = proxytune.wrap("LARGE", expert="TUNED", antiexpert="SMALL", alpha=1.0)',
+    "LARGE, TUNED and SMALL: hub ids or folders; SMALL is what TUNED was tuned from.",
+    "When it helps and when not: README.md; the way to everything else: GUIDE.md.",
+)
 
 
 def demo(
@@ -41,8 +63,8 @@ def demo(
     torch.set_num_threads(1)
     folder = family or bundled_family()
     strength = float(read_record(folder)["alpha"]) if alpha is None else alpha
-    with terminal.errors().status("loading") as status:
-        record = measure(folder, strength, problems, status.update)
+    with terminal.Bar("answers") as bar:
+        record = measure(folder, strength, problems, bar.show)
     if as_json:
         typer.echo(json.dumps(record, ensure_ascii=False))
         return
@@ -50,11 +72,15 @@ def demo(
     wide = terminal.output()
     wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show wrong numbers
     wide.print(_table(record), crop=False)
+    if warning := _too_few(record, problems):
+        console.print("\n".join(warning), "\n", style="yellow", sep="")
     console.print("\n".join(_notes(record)))
     for answer in record["answers"]:
         console.print()
         for text in _side_by_side(answer):
             console.print(text)
+    console.print()
+    console.print("\n".join(NEXT), soft_wrap=True)  # commands are copied, so no line is broken
 
 
 def _table(record: dict[str, Any]) -> Table:
@@ -104,10 +130,38 @@ def _percent(rate: float | None, interval: Sequence[float] | None) -> str:
     return f"{100 * rate:.0f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 
+def _too_few(record: dict[str, Any], asked: int) -> list[str]:
+    """What the table cannot tell apart with so few problems, a line each, and what to do about it."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for one in undecided(record):
+        found.setdefault(one.question, {}).setdefault(one.task, []).append(one.criterion)
+    lines = []
+    for question, tasks in found.items():
+        # Both criteria as a rule; one of them is named.
+        named = [TASKS[task] + (f" ({of[0]})" if len(of) == 1 else "") for task, of in tasks.items()]
+        lines.append(f"Too few problems to tell {APART[question].format(_listed(named))}.")
+    if lines:
+        counts = {task: record["rows"][0]["scores"][task]["strict"]["problems"] for task in record["gap_closed"]}
+        all_used = [task for task, count in counts.items() if count < asked]
+        if {task for tasks in found.values() for task in tasks} <= set(all_used):
+            lines.append("These are all the problems there are.")
+        else:
+            rest = "".join(f"; {TASKS[task]} has no more than {counts[task]}" for task in all_used)
+            lines.append(f"Raise --problems, which is {asked} here{rest}.")
+    return lines
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def _notes(record: dict[str, Any]) -> list[str]:
     return [
-        "strict: exactly the taught form; lenient: the right content in any form. Gap: from base, 0-shot, to tuned; "
-        "no gap: tuning gained nothing measurable.",
+        ROWS,
+        "",
+        "strict: exactly the taught form; lenient: the right content in any form. no gap: tuning gained nothing "
+        "measurable.",
         f"Greedy, CPU threads: {record['threads']}; tokens/s in batches of {record['speed']['batch']}. "
         f"Took {record['seconds']:.0f} s.",
     ]

@@ -19,7 +19,11 @@ __all__ = ["Device", "Finding", "Report", "WeightFile", "doctor", "examine"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One requirement (`python` or a distribution), the installed version (None if missing) and the supported range."""
+    """One requirement (`python` or a distribution), the installed version (None if missing) and the supported range.
+
+    The version is the distribution's: torch's default wheel for Linux calls itself 2.13.0 there, and 2.13.0+cu130 in
+    `torch.__version__`.
+    """
 
     name: str
     version: str | None
@@ -104,7 +108,9 @@ def _implementation() -> tuple[str, str]:
     chosen = dispatch.choose("auto", device)
     if chosen == "triton":
         return chosen, f"decoding steps run in fused Triton kernels on {device}"
-    reason = "no GPU that torch can use" if device.type == "cpu" else dispatch.why_not_triton(device.type)
+    # With its local part, "+cpu" or "+cu130", which the installed version above can lack: a CPU build finds no GPU.
+    no_gpu = f"no GPU that torch {torch.__version__} can use"
+    reason = no_gpu if device.type == "cpu" else dispatch.why_not_triton(device.type)
     return chosen, f"decoding steps run as torch operations: {reason}"
 
 

@@ -148,20 +148,28 @@ def generate(
         stream = on_terminal and size == 1 and not several
         done = 0 if answers is None else answers.done
         complete = partial(_complete, model, tokenizer, config, loop, seed, chat=chat, stream=stream)
-        # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
-        for first in range(done // (size * per_prompt) * size, len(prompts), size):
-            if stream:
-                terminal.output().print(_shown(prompts[first], ""), end="", soft_wrap=True)
-            completions = complete(first, prompts[first : first + size])
-            if answers is not None:
-                completions = completions[max(0, done - first * per_prompt) :]  # the others are written already
-                answers.append([_line(completion) for completion in completions])
-            for completion in completions:
-                if on_terminal and not stream:
-                    terminal.output().print(_shown(completion.prompt, completion.completion), soft_wrap=True)
-                elif not on_terminal and answers is None:
-                    sys.stdout.write(_line(completion) + "\n")
-                    sys.stdout.flush()
+        # Streamed text shows by itself how far it is.
+        with nullcontext() if stream else terminal.Bar("prompts") as bar:
+            # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
+            for first in range(done // (size * per_prompt) * size, len(prompts), size):
+                if bar is None:
+                    terminal.output().print(_shown(prompts[first], ""), end="", soft_wrap=True)
+                else:
+                    bar.show("completing", first, len(prompts))
+                completions = complete(first, prompts[first : first + size])
+                if answers is not None:
+                    completions = completions[max(0, done - first * per_prompt) :]  # the others are written already
+                    answers.append([_line(completion) for completion in completions])
+                if bar is None:
+                    continue
+                bar.pause()
+                for completion in completions:
+                    if on_terminal:
+                        terminal.output().print(_shown(completion.prompt, completion.completion), soft_wrap=True)
+                    elif answers is None:
+                        sys.stdout.write(_line(completion) + "\n")
+                        sys.stdout.flush()
+                bar.go_on()
 
 
 def _resolved(config: GenerationConfig) -> Mapping[str, Any]:

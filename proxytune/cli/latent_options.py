@@ -93,7 +93,7 @@ def sampler_of(
     if mixture is None:
         return lambda rows: None
     from proxytune.methods.latent.decoding import LatentDecoding
-    from proxytune.methods.latent.gates import LatentGates
+    from proxytune.methods.latent.gates import LatentGates, span_ids
 
     chosen = mixture
     known = [f.name for f in fields(LatentGates) if f.name not in ("begin_ids", "end_ids", "discrete_ids")]
@@ -101,7 +101,11 @@ def sampler_of(
     dwell = settings.get("dwell")
     if isinstance(dwell, str) and "/" in dwell:  # a comma ends the setting
         settings["dwell"] = tuple(parse_value(part.strip()) for part in dwell.split("/"))
-    where = LatentGates.for_tokenizer(tokenizer, span, **settings)
+    if span is not None:
+        settings["begin_ids"], settings["end_ids"] = span_ids(
+            tokenizer, span, what="--latent-span", otherwise="leave the option out, for latent steps everywhere"
+        )
+    where = LatentGates.for_tokenizer(tokenizer, **settings)
     return lambda rows: LatentDecoding(chosen, where, seed=seed, stream_ids=list(rows))
 
 

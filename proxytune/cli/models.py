@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from proxytune.cli import terminal
 from proxytune.errors import InputError, MemberNotFoundError
 
 if TYPE_CHECKING:
@@ -67,11 +68,13 @@ def load(
     if recipe is None:
         assert base is not None
         # An alpha that is not finite is refused before the models are loaded.
-        model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
+        with terminal.Bar("models"):
+            model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
         return model, load_tokenizer([MemberRef(base)])
     read = Recipe.load(recipe)
     folder = recipe if recipe.is_dir() else recipe.parent
-    model = ProxyTunedModel.from_pretrained(folder, **settings)
+    with terminal.Bar("models"):
+        model = ProxyTunedModel.from_pretrained(folder, **settings)
     if alpha is not None:
         model.alpha = alpha
     # A tokenizer saved beside the recipe comes first, then the base's.

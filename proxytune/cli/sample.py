@@ -131,7 +131,8 @@ def sample(
     config = _settings(model.generation_config, flags, forks=forks)
 
     failed = False
-    with SampleProgress(budget, len(prompts)) as meter:
+    most = branches * int(config.max_new_tokens or config.max_length) if budget is None else budget
+    with SampleProgress(budget, len(prompts), most) as meter:
         run = SampleRun(model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter)
         for first in range(0, len(prompts), batch_size):
             batch = prompts[first : first + batch_size]

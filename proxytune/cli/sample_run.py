@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -132,6 +131,7 @@ class SampleRun:
         lengths = encoded["attention_mask"].sum(1).tolist()
         small = [i for i, length in enumerate(lengths) if budget is not None and length >= budget]
         kept = [i for i in range(len(prompts)) if i not in small]
+        self.meter.begin(first, len(prompts))
         self.meter.spend(sum(lengths[i] for i in kept))
         found: dict[int, Result] = {}
         trees = self._grow(self.loop, encoded, kept, [first + i for i in kept]) if kept else []
@@ -240,21 +240,20 @@ class SampleRun:
 
 
 class SampleProgress:
-    """A bar on a terminal's stderr: tokens left, or tokens spent if there is no budget."""
+    """A bar on a terminal's stderr: prompts done, and tokens left, or tokens spent if there is no budget."""
 
-    def __init__(self, budget: int | None, prompts: int) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn
-
+    def __init__(self, budget: int | None, prompts: int, most: int) -> None:
+        """Prepare the bar; `most` tokens are the most that a prompt can take."""
         self._whole = None if budget is None else budget * prompts
+        self._prompts, self._most = prompts, most
         self._spent = 0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            console=terminal.errors(),
-            transient=True,
-            disable=not terminal.is_terminal(sys.stderr),
-        )
-        self._task = self._bar.add_task(self._said(), total=self._whole)
+        self._first, self._size, self._before = 0, 1, 0  # the batch, and what was spent before it
+        self._bar = terminal.Bar("prompts", left="at most")
+
+    def begin(self, first: int, size: int) -> None:
+        """Begin a batch of `size` prompts, which starts at prompt number `first`."""
+        self._first, self._size, self._before = first, size, self._spent
+        self.spend(0)
 
     def _said(self) -> str:
         return f"{self._spent} tokens" if self._whole is None else f"{self._whole - self._spent} tokens left"
@@ -262,7 +261,9 @@ class SampleProgress:
     def spend(self, tokens: int) -> None:
         """Count tokens."""
         self._spent += tokens
-        self._bar.update(self._task, completed=self._spent, description=self._said())
+        # The batch is done when its texts are, whatever they took: until then, less than the whole of it.
+        part = min(0.99, (self._spent - self._before) / (self._size * self._most))
+        self._bar.show(self._said(), self._first, self._prompts, underway=part * self._size)
 
     def criterion(self) -> Any:
         """A stopping criterion that never stops, and counts one token per row and step."""
@@ -280,12 +281,11 @@ class SampleProgress:
 
     def pause(self) -> None:
         """Hide the bar, so that something can be printed."""
-        if not self._bar.disable:
-            self._bar.stop()
+        self._bar.pause()
 
     def go_on(self) -> None:
         """Show the bar."""
-        self._bar.start()
+        self._bar.go_on()
 
     def __enter__(self) -> SampleProgress:
         self.go_on()

@@ -1,13 +1,19 @@
-"""What the commands share about the terminal: two consoles, one form for errors, and silence for the libraries."""
+"""What the commands share about the terminal: two consoles, one form for errors, one bar, and silence for libraries."""
 
 from __future__ import annotations
 
-from typing import TextIO
+import sys
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
 
 from rich.console import Console
 from rich.text import Text
 
-__all__ = ["errors", "is_terminal", "output", "quiet", "safe", "show_error", "show_note", "show_warning"]
+if TYPE_CHECKING:
+    from rich.progress import Task
+
+__all__ = ["Bar", "errors", "is_terminal", "output", "quiet", "safe", "show_error", "show_note", "show_warning"]
 
 # Control characters (except tab and line feed) become Unicode's control pictures; C1 controls become U+FFFD.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
@@ -56,6 +62,95 @@ def show_warning(
 ) -> None:
     """Print a warning as one line on stderr, without file and source line; stands in for `warnings.showwarning`."""
     errors().print(Text("warning: ", style="yellow").append(" ".join(str(message).split())), soft_wrap=True)
+
+
+class Bar:
+    """A progress bar on stderr, where that is a terminal: what is being done, how much of it, and the time left.
+
+    ```text
+    proxy, α = 0.5       ━━━━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━  1,794 of 3,059 answers, about 0:08 left
+    ```
+
+    A context manager, which takes the bar away at its end. Printing is safe between `pause` and `go_on`.
+    """
+
+    def __init__(self, unit: str, *, left: str = "about", still: bool = False) -> None:
+        """Prepare the bar, which shows "loading" until the first `show`.
+
+        Args:
+            unit: What is counted, in the plural.
+            left: How the time left is to be taken: "at most" where the total is a limit.
+            still: Whether to draw at each `show` only, and not between them, where times are measured.
+        """
+        from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+        from rich.table import Column
+
+        class Count(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                return Text(task.fields["count"](time.monotonic()))
+
+        wide = Column(ratio=1, no_wrap=True, overflow="ellipsis")
+        self._bar = Progress(
+            TextColumn("{task.description}", markup=False, table_column=wide),
+            BarColumn(20),
+            Count(Column(no_wrap=True)),
+            console=errors(),
+            transient=True,
+            redirect_stdout=False,  # what is printed there may be read by a program
+            expand=True,
+            auto_refresh=not still,
+            refresh_per_second=4,
+            disable=not is_terminal(sys.stderr),
+        )
+        self._unit, self._left, self._still = unit, left, still
+        self._began: tuple[float, float] | None = None  # the time of the first `show`, and what was done before it
+        # The time of the last one, the units it counted, these and those underway, and the total.
+        self._now: tuple[float, float, float, int] = (0.0, 0.0, 0.0, 0)
+        self._task = self._bar.add_task("loading", total=None, count=lambda now: "")
+
+    def show(self, what: str, done: float, total: int, *, underway: float = 0.0) -> None:
+        """Show what is being done from now on, and how much is done.
+
+        Args:
+            what: What is being done.
+            done: Units done so far, those done in an earlier run included.
+            total: All of them.
+            underway: Units done in parts of others, which are not counted yet.
+        """
+        now = time.monotonic()
+        fresh = self._still or self._began is None or done != self._now[1]  # the rest is drawn in time
+        self._began = self._began or (now, done + underway)
+        self._now = (now, done, done + underway, total)
+        self._bar.update(self._task, description=what, completed=done + underway, total=total, count=self.count)
+        if fresh and not self._bar.disable:
+            self._bar.refresh()
+
+    def count(self, now: float) -> str:
+        """What stands beside the bar at a time of `time.monotonic`: the count, and the time left at the pace so far."""
+        then, counted, done, total = self._now
+        said = f"{int(counted):,} of {total:,} {self._unit}"
+        began, before = self._began or (then, done)
+        if done <= before:
+            return said
+        left = max(0.0, (then - began) / (done - before) * (total - done) - (now - then))
+        minutes, seconds = divmod(round(left), 60)
+        return f"{said}, {self._left} {minutes}:{seconds:02} left"
+
+    def pause(self) -> None:
+        """Take the bar away, so that something can be printed."""
+        if not self._bar.disable:
+            self._bar.stop()
+
+    def go_on(self) -> None:
+        """Show the bar."""
+        self._bar.start()
+
+    def __enter__(self) -> Self:
+        self.go_on()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.pause()
 
 
 def quiet() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -96,13 +96,13 @@ def answer(
     *,
     shots: Sequence[Problem] = (),
     batch_size: int = 64,
-    progress: tqdm[Any] | None = None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> list[Outcome]:
     """Answer every problem once, greedily, through the model's own `generate()`, whose saved settings decide the stop.
 
     `shots` are solved problems to put before each prompt. With shots an answer ends at the first line break, where the
     next question would begin; without, everything up to the end-of-text token is graded. The tokenizer has to pad on
-    the left.
+    the left. `advance(n)` is called after each batch, with its size.
     """
     prefix = "".join(f"{prompt_of(shot.question)} {shot.answer}\n" for shot in shots)
     prompts = [prefix + prompt_of(problem.question) for problem in asked]
@@ -120,8 +120,7 @@ def answer(
         new_ids = sequences[:, batch["input_ids"].shape[1] :]
         for index, text in zip(chosen, tokenizer.batch_decode(new_ids, skip_special_tokens=True), strict=True):
             texts[index] = text.split("\n", 1)[0] if shots else text
-        if progress is not None:
-            progress.update(len(chosen))
+        advance(len(chosen))
     return [Outcome(problem, text, grade(problem, text)) for problem, text in zip(asked, texts, strict=True)]
 
 
@@ -151,7 +150,12 @@ def evaluate(
             name,
             {
                 task: answer(
-                    model, tokenizer, chosen, shots=shots[task] if shots else (), batch_size=batch_size, progress=bar
+                    model,
+                    tokenizer,
+                    chosen,
+                    shots=shots[task] if shots else (),
+                    batch_size=batch_size,
+                    advance=bar.update,
                 )
                 for task, chosen in asked.items()
             },

@@ -32,8 +32,12 @@ class ShownToken:
     changed: bool
 
 
-def measure(folder: Path, alpha: float, count: int, report: Callable[[str], object] = lambda _: None) -> dict[str, Any]:
+def measure(
+    folder: Path, alpha: float, count: int, report: Callable[[str, int, int], object] = lambda *_: None
+) -> dict[str, Any]:
     """Measure the table on at most `count` problems per task, and answer one problem of each task.
+
+    `report` is called with what is being done, the answers given so far, and all that there will be.
 
     Returns:
         JSON values: `rows` (with `scores`, `tokens_per_second` and `parameters`), `gap_closed`, `answers`, the
@@ -65,21 +69,33 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
         (f"proxy, α = {alpha:g}", proxy, {}),
         ("tuned directly", tuned, {}),
     ]
+    work = _Work(
+        len(entrants) * sum(map(len, asked.values()))  # the rows
+        + len(entrants) * SPEED_REPEATS * len(asked["chain"][:SPEED_BATCH])
+        + 3 * len(asked),  # three models answer one problem of each task
+        report,
+    )
     rows = []
     for name, model, examples in entrants:
-        report(name)
+        work.begin(name)
         with torch.inference_mode():
-            outcomes = {t: answer(model, tokenizer, chosen, shots=examples.get(t, ())) for t, chosen in asked.items()}
+            outcomes = {
+                task: answer(model, tokenizer, chosen, shots=examples.get(task, ()), advance=work.advance)
+                for task, chosen in asked.items()
+            }
             rows.append(Row(name, outcomes))
-    report("speed")
+    work.begin("speed")
     speeds = _tokens_per_second(
-        [(model, examples.get("chain", ())) for _, model, examples in entrants], tokenizer, asked["chain"]
+        [(model, examples.get("chain", ())) for _, model, examples in entrants], tokenizer, asked["chain"], work.advance
     )
     record = table_record(rows)
     for row, (_, model, _), speed in zip(record["rows"], entrants, speeds, strict=True):
         row.update({"tokens_per_second": round(speed), "parameters": model.num_parameters()})
-    report("three answers")
-    answers = [_answers(base, proxy, tuned, tokenizer, chosen[0]) for chosen in asked.values()]
+    work.begin("three answers")
+    answers = []
+    for chosen in asked.values():
+        answers.append(_answers(base, proxy, tuned, tokenizer, chosen[0]))
+        work.advance(3)
     return {
         "split": "test",
         "alpha": alpha,
@@ -90,6 +106,24 @@ def measure(folder: Path, alpha: float, count: int, report: Callable[[str], obje
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - began, 1),
     }
+
+
+@dataclass
+class _Work:
+    """The answers to be given in all, those given, and whom to tell."""
+
+    total: int
+    report: Callable[[str, int, int], object]
+    done: int = 0
+    what: str = ""
+
+    def begin(self, what: str) -> None:
+        self.what = what
+        self.advance(0)
+
+    def advance(self, answers: int) -> None:
+        self.done += answers
+        self.report(self.what, self.done, self.total)
 
 
 def shift_steps(
@@ -119,11 +153,14 @@ def shift_steps(
 
 
 def _tokens_per_second(
-    entrants: Sequence[tuple[Any, Sequence[Problem]]], tokenizer: PreTrainedTokenizerBase, asked: Sequence[Problem]
+    entrants: Sequence[tuple[Any, Sequence[Problem]]],
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Problem],
+    advance: Callable[[int], object],
 ) -> list[float]:
     """Generated tokens per second, at one batch size and length for all models, so that long answers do not count.
 
-    The models take turns, so that background load affects all of them alike.
+    The models take turns, so that background load affects all of them alike. `advance(n)` is called after each batch.
     """
     import torch
 
@@ -141,6 +178,7 @@ def _tokens_per_second(
                 began = time.perf_counter()
                 model.generate(**batch, do_sample=False, min_new_tokens=SPEED_TOKENS, max_new_tokens=SPEED_TOKENS)
                 spent.append(time.perf_counter() - began)
+                advance(len(asked[:SPEED_BATCH]))
     return [len(asked[:SPEED_BATCH]) * SPEED_TOKENS / statistics.median(spent) for spent in times]
 
 

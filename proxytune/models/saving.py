@@ -23,7 +23,7 @@ __all__ = ["save_adapter"]
 
 _CODE_FILE = "modeling_proxytune.py"
 # Run by transformers with trust_remote_code=True where proxytune has not been imported.
-_CODE = '''"""Opens a proxytune recipe with transformers' Auto classes. Needs `pip install proxytune`."""
+_CODE = '''"""Opens a proxytune recipe with transformers' Auto classes. Needs proxytune to be installed."""
 
 from proxytune import ProxyTunedConfig, ProxyTunedModel
 

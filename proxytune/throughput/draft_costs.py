@@ -63,21 +63,24 @@ def compare_drafts(
     rate: float | None = None,
     lengths: Sequence[int] = LENGTHS,
     rounds: int = 3,
-    report: Callable[[str], object] = lambda _: None,
+    report: Callable[[str, float], object] = lambda *_: None,
 ) -> dict[str, Any]:
     """Predict and time rounds at fixed draft lengths; `rate` is the acceptance planted in random models.
+
+    `report` is called with a name and the rounds done, before each of the `rounds` + 1.
 
     Returns:
         JSON values: `costs_ms`, a line for each length, and the best length `predicted` and `measured`.
     """
     if rate is not None:
         subject.accept(rate)
-    report(f"{subject.name}: cost model")
+    report(f"{subject.name}: cost model", 0)
     costs = measured_costs(subject, cell)
     ids, config = subject.prompts(cell), cell.config
     taken: dict[int, list[float]] = {k: [] for k in lengths}
     last: dict[int, Any] = {}
-    for _ in range(rounds + 1):
+    for done in range(rounds + 1):
+        report(f"{subject.name}: cost model, round {done + 1}", done)
         for k in lengths:
             told = FirstToken(subject.device)
             out = generated(subject.steered, SpeculativeDecoding(seed=0, draft_tokens=k), ids, config, told)

@@ -35,11 +35,12 @@ def measure_cell(
     rounds: int,
     least: int = 2,
     until: float = math.inf,
-    report: Callable[[str], object] = lambda _: None,
+    report: Callable[[str, float], object] = lambda *_: None,
 ) -> dict[str, Any]:
     """Count and time all methods in one cell of the protocol; those that cannot run report why.
 
-    After `least` rounds, it stops at `rounds` rounds or at the time `until` (of `time.perf_counter`).
+    After `least` rounds, it stops at `rounds` rounds or at the time `until` (of `time.perf_counter`). `report` is
+    called before each measurement with its name and the rounds done, of which the one that counts is the first.
 
     Returns:
         JSON values: the cell, `members` (times of each one's own passes) and `methods`, with counts and times.
@@ -48,15 +49,15 @@ def measure_cell(
     able = [method for method in methods if method.missing(subject) is None]
     found: dict[str, dict[str, Any]] = {}
     texts: dict[str, torch.Tensor] = {}
-    for method in able:
-        report(f"{subject.name}, {cell.name}: {method.name}, counted")
+    for i, method in enumerate(able):
+        report(f"{subject.name}, {cell.name}: {method.name}, counted", i / len(able))
         found[method.name], texts[method.name] = _counted(subject, cell, method, ids)
     alone: list[dict[str, Taken]] = []
     taken: dict[str, list[Taken]] = {method.name: [] for method in able}
     done = 0
     with _no_collection():
         while done < least or (done < rounds and time.perf_counter() < until):
-            report(f"{subject.name}, {cell.name}: round {done + 1}")
+            report(f"{subject.name}, {cell.name}: round {done + 1}", 1 + done)
             # Odd rounds run backwards, and each starts elsewhere: no method always follows the same one.
             order = able[done % len(able) :] + able[: done % len(able)]
             for method in order[:: -1 if done % 2 else 1]:

@@ -72,6 +72,16 @@ class Plan:
     lengths: tuple[int, ...] = LENGTHS
     graphs: bool = False
 
+    @property
+    def draft_rounds(self) -> int:
+        """Rounds of each draft length, apart from the first, which warms up."""
+        return min(3, self.rounds)
+
+    @property
+    def all_rounds(self) -> int:
+        """Rounds in all, at most: for each cell one that counts and the timed ones, then those of the cost model."""
+        return len(self.cells) * (1 + self.rounds) + (0 if self.drafting is None else 1 + self.draft_rounds)
+
 
 def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
     """The CPU set: the lab's family (from `folder`, else the bundled one), and two trios of random members."""
@@ -113,23 +123,30 @@ def measure(
     *,
     gpu: bool = False,
     deadline: float = math.inf,
-    report: Callable[[str], object] = lambda _: None,
+    report: Callable[[str, float, int], object] = lambda *_: None,
     keep: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure families, one after the other; after `deadline` seconds no further family is started.
 
-    `report` is called with a name before each measurement, `keep` after each family with the results so far.
+    `report` is called before each measurement with its name, the rounds done, and the most that there will be; `keep`
+    after each family with the results so far.
 
     Returns:
         JSON values: `status`, the `machine`, `families`, how many were `left_out` by the deadline, and `seconds`.
     """
     began = time.perf_counter()
     record: dict[str, Any] = {"status": "run", "machine": machine(gpu=gpu), "families": [], "left_out": len(plans)}
+    done, total = 0, sum(plan.all_rounds for plan in plans)
     for plan in plans:
         if time.perf_counter() - began > deadline:
             break
-        report("building models")
-        record["families"].append(measure_family(plan, gpu=gpu, report=report))
+
+        def told(what: str, rounds: float, before: int = done) -> object:
+            return report(what, before + rounds, total)
+
+        told("building models", 0)
+        record["families"].append(measure_family(plan, gpu=gpu, report=told))
+        done += plan.all_rounds
         gc.collect()  # models hold reference cycles; the next ones may need the memory
         if gpu:
             torch.cuda.empty_cache()
@@ -139,9 +156,11 @@ def measure(
 
 
 def measure_family(
-    plan: Plan, *, gpu: bool = False, report: Callable[[str], object] = lambda _: None
+    plan: Plan, *, gpu: bool = False, report: Callable[[str, float], object] = lambda *_: None
 ) -> dict[str, Any]:
     """Measure one family.
+
+    `report` is called before each measurement with its name and the rounds done.
 
     Returns:
         JSON values: `name`, `parameters`, `mb_per_pass`, `cells` with floors, `aims`, and `drafting`, the cost model
@@ -161,7 +180,8 @@ def measure_family(
             rounds=plan.rounds,
             least=min(2, plan.rounds),
             until=began + plan.seconds * (i + 1) / len(plan.cells),
-            report=report,
+            # Rounds that a cell has no time for count as done when the next one begins.
+            report=lambda what, rounds, before=i * (1 + plan.rounds): report(what, before + rounds),  # type: ignore[misc]
         )
         cells.append(with_floors(measured, bytes_of))
     family: dict[str, Any] = {
@@ -176,7 +196,12 @@ def measure_family(
     if plan.drafting is not None:
         rate = None if subject.trained else plan.rate
         family["drafting"] = compare_drafts(
-            subject, plan.drafting, rate=rate, lengths=plan.lengths, rounds=min(3, plan.rounds), report=report
+            subject,
+            plan.drafting,
+            rate=rate,
+            lengths=plan.lengths,
+            rounds=plan.draft_rounds,
+            report=lambda what, rounds: report(what, len(plan.cells) * (1 + plan.rounds) + rounds),
         )
     return family
 

@@ -32,8 +32,14 @@ def small(size: str, folder: Any) -> list[throughput.Plan]:
 
 
 @pytest.fixture(scope="module")
-def record(family) -> dict[str, Any]:
-    return throughput.measure(small("quick", family))
+def reports() -> list[tuple[str, float, int]]:
+    """What the measurement reported."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def record(family, reports) -> dict[str, Any]:
+    return throughput.measure(small("quick", family), report=lambda *what: reports.append(what))
 
 
 @pytest.fixture
@@ -46,8 +52,22 @@ def measured(monkeypatch: pytest.MonkeyPatch, record: dict[str, Any], family) ->
         return []
 
     monkeypatch.setattr(throughput, "cpu_plans", plans)
-    monkeypatch.setattr(throughput, "measure", lambda plans, report: report("measuring") or record)
+    monkeypatch.setattr(throughput, "measure", lambda plans, report: report("measuring", 0, 1) or record)
     return asked
+
+
+def test_the_rounds_are_counted(record, reports) -> None:
+    # Two families of two cells, each with a round that counts and two timed ones; three rounds of the cost model.
+    assert {total for _, _, total in reports} == {15}
+    done = [rounds for _, rounds, _ in reports]
+    assert done == sorted(done)
+    assert (done[0], done[-1]) == (0, 14), "the last one has begun"
+    timed = {name: rounds for name, rounds, _ in reports}
+    assert timed["lab, 4→12, batch 1: round 1"] == 1
+    assert timed["lab, 4→6, batch 1, sampled: round 2"] == 5
+    assert timed["tiny trio, 4→6, batch 1, sampled: round 2"] == 11
+    assert timed["tiny trio: cost model, round 3"] == 14
+    assert sum(0 < rounds < 1 for rounds in done) > 3, "within the round that counts, each method is reported"
 
 
 def test_json_is_one_object_and_nothing_else(run, measured, record, family) -> None:
@@ -111,14 +131,14 @@ def test_without_matplotlib_the_error_names_the_extra(run, measured, monkeypatch
     )
     ended = run("bench", "--plot", tmp_path / "out.png")
     assert ended.code == 2
-    assert "pip install 'proxytune[plot]'" in ended.err
+    assert "pip install matplotlib, or pip install '.[plot]' in the checkout" in ended.err
     assert measured == []
 
 
 @pytest.mark.parametrize(
     ("name", "absent", "words"),
     [
-        ("out.png", ("matplotlib",), "pip install 'proxytune[plot]'"),
+        ("out.png", ("matplotlib",), "pip install matplotlib, or pip install '.[plot]' in the checkout"),
         ("out.nothing", (), "ends in one of"),
         ("no/folder/out.png", (), "exists"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shlex
 
 import pytest
 import torch
+from rich.cells import cell_len
 
 import proxytune
 from proxytune.cli import demo as command
@@ -13,7 +15,9 @@ from proxytune.cli import terminal
 from proxytune.demo.bundle import bundled_family, bundled_record, load_family
 from proxytune.demo.evaluation import evaluate, held_out
 from proxytune.demo.measure import measure, shift_steps
+from proxytune.demo.undecided import undecided
 from proxytune.demo.world import build_world
+from proxytune.errors import MemberNotFoundError
 
 ROWS = ["base, 0-shot", "base, 3-shot", "expert alone", "proxy, α = 0.75", "tuned directly"]
 
@@ -95,7 +99,76 @@ def test_the_table_fits_80_columns_and_marks_changes_without_colour(run, family,
         assert words in ended.out
     for words in ("strict", "lenient", "Countdown", "tokens/s", "changed by the shift"):
         assert words in ended.out
-    assert ended.out.count("proxy  ") == 3
+    assert ended.out.count("proxy  ") == 4, "three answers, and what the row is"
+    assert max(map(cell_len, ended.out.splitlines())) <= 80
+
+
+def test_it_explains_its_rows_and_ends_with_what_to_do_next(run, family):
+    out = run("demo", "--family", family, "--problems", "2").out
+    for row in [*ROWS, "gap closed, %"]:
+        name = row.split(", α")[0].removesuffix(", %")
+        (line,) = [line for line in command.ROWS.splitlines() if line.startswith(f"{name}  ")]
+        assert f"\n{line}\n" in out
+    assert out.endswith("\n\n" + "\n".join(command.NEXT) + "\n")
+    words, code = (line.strip() for line in command.NEXT[1:3])
+    # Both lines can be called as they stand; only the models are not there.
+    ended = run(*shlex.split(words)[1:])
+    assert ended.code == 2
+    assert "got 'LARGE'" in ended.err
+    with pytest.raises(MemberNotFoundError, match="LARGE"):
+        exec(code, {"proxytune": proxytune})
+
+
+# The intervals of base, proxy and tuned model, and of the gap closed; what cannot be told.
+TABLES = {
+    "all is plain": ([0, 0.1], [0.5, 0.7], [0.6, 0.8], [0.7, 1.1], None),
+    "tuned not told from the proxy, as is hoped": ([0, 0.1], [0.5, 0.7], [0.5, 0.7], [0.9, 1.1], None),
+    "no gap by the bootstrap": ([0, 0.1], [0.5, 0.7], [0.6, 0.8], None, "tuned or base"),
+    "tuned overlaps base": ([0, 0.3], [0.1, 0.4], [0.3, 0.8], [0.2, 1.1], "tuned or base"),
+    "proxy overlaps base": ([0, 0.3], [0.1, 0.4], [0.6, 0.8], [0.2, 0.4], "proxy or base"),
+    "proxy overlaps both": ([0, 0.3], [0.2, 0.7], [0.6, 0.8], [0.2, 1.2], "proxy or either"),
+    "no width": ([0, 0.3], [0.4, 1], [0.4, 1], [1, 1], "proxy or tuned"),
+}
+
+
+def table(base, proxy, tuned, gap, tasks=("chain",), problems=20):
+    def row(interval):
+        return {"scores": {t: {"strict": {"interval": interval, "problems": problems}} for t in tasks}}
+
+    closed = {"closed": None, "interval": None} if gap is None else {"closed": 0.5, "interval": gap}
+    return {
+        "rows": [row(base), row([0, 1]), row([0, 1]), row(proxy), row(tuned)],
+        "gap_closed": {task: {"strict": closed} for task in tasks},
+    }
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_what_the_intervals_leave_open(name):
+    *intervals, question = TABLES[name]
+    found = undecided(table(*intervals))
+    assert [one.question for one in found] == ([] if question is None else [question])
+    lines = command._too_few(table(*intervals), 20)
+    assert bool(lines) == bool(found)
+    if lines:
+        assert lines[0].startswith("Too few problems to tell the ")
+        assert "on chain arithmetic (strict)" in lines[0]
+        assert lines[1] == "Raise --problems, which is 20 here."
+
+
+def test_where_there_are_no_more_problems_it_does_not_ask_for_them():
+    record = table(*TABLES["proxy overlaps base"][:4], tasks=("chain", "qa"), problems=183)
+    assert command._too_few(record, 200)[-1] == "These are all the problems there are."
+    record["rows"][0]["scores"]["chain"]["strict"]["problems"] = 200
+    first, last = command._too_few(record, 200)
+    assert first == "Too few problems to tell the proxy from the base on chain arithmetic (strict) and QA (strict)."
+    assert last == "Raise --problems, which is 200 here; QA has no more than 183."
+
+
+def test_too_few_problems_are_said_to_be_too_few(run, family):
+    # Two answers each, of models that know nothing: all are wrong.
+    printed = " ".join(run("demo", "--family", family, "--problems", "2").out.split())
+    assert "tell the tuned model from the base on chain arithmetic, QA and Countdown: there may be no gap" in printed
+    assert "Raise --problems, which is 2 here." in printed
 
 
 def test_brackets_stand_around_changed_tokens_only():
@@ -133,3 +206,4 @@ def test_the_bundled_family_shows_what_the_table_claims():
         assert proxy[task]["strict"]["rate"] > base[task]["strict"]["rate"] + 0.3
         assert proxy[task]["strict"]["rate"] > tuned[task]["strict"]["rate"] - 0.3
     assert any(step["changed"] for answer in record["answers"] for step in answer["tokens"])
+    assert {one.task for one in undecided(record)} <= {"countdown"}, "40 are enough for the other two"

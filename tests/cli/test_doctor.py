@@ -11,26 +11,46 @@ from importlib import metadata
 import pytest
 import torch
 import transformers
+from packaging.version import Version
+from torch.torch_version import TorchVersion
 
 from proxytune.cli import doctor
 from proxytune.demo import bundle
 from proxytune.ops import dispatch
 
+# The same torch from two wheels, as its metadata and as `torch.__version__` name it: the CPU build says "+cpu" in both;
+# the default wheel for Linux, a CUDA build, says "+cu130" in the second only.
+WHEELS = {"installed": None, "cpu": ("2.13.0+cpu", "2.13.0+cpu"), "cuda": ("2.13.0", "2.13.0+cu130")}
+
+
+@pytest.fixture(params=WHEELS)
+def wheel(request, monkeypatch):
+    """The installed torch, or one that names itself like one of the two wheels."""
+    if WHEELS[request.param] is not None:
+        distribution, module = WHEELS[request.param]
+        real = metadata.version
+        monkeypatch.setattr(metadata, "version", lambda name: distribution if name == "torch" else real(name))
+        monkeypatch.setattr(torch, "__version__", TorchVersion(module))
+
 
 @pytest.mark.smoke
-def test_this_environment_is_supported(run):
+def test_this_environment_is_supported(run, wheel):
     ended = run("doctor", "--json")
     report = json.loads(ended.out)
     assert ended.code == 0, report
     assert report["ok"] is True
     found = {finding["name"]: finding for finding in report["requirements"]}
-    assert found["torch"]["version"] == metadata.version("torch") == torch.__version__
+    assert found["torch"]["version"] == metadata.version("torch")
+    # Only the local part may differ between a distribution and its module.
+    assert Version(found["torch"]["version"]).public == Version(torch.__version__).public
     assert found["transformers"]["version"] == transformers.__version__
     assert found["transformers"]["supported"] == ">=5.17, <5.24"
-    assert found["python"]["supported"] == ">=3.11, <3.13"
+    assert found["python"]["supported"] == ">=3.11, <3.14"
     assert "pytest" not in found, "extras are not required"
     assert report["devices"][-1]["name"] == "cpu"
     assert report["implementation"] == ("triton" if torch.cuda.is_available() else "torch")
+    if not torch.cuda.is_available():
+        assert f"no GPU that torch {torch.__version__} can use" in report["note"], "the build, CPU or CUDA, counts here"
 
 
 def test_the_tables_show_what_the_json_says(run):
@@ -44,7 +64,7 @@ def test_the_tables_show_what_the_json_says(run):
 @pytest.mark.parametrize(
     ("cuda", "reason", "implementation", "says"),
     [
-        (False, "tensors on cpu", "torch", "no GPU that torch can use"),
+        (False, "tensors on cpu", "torch", f"no GPU that torch {torch.__version__} can use"),
         (True, None, "triton", "fused Triton kernels on cuda"),
         (True, "no Triton in this environment", "torch", "no Triton in this environment"),
     ],
@@ -91,7 +111,7 @@ def _metadata(**requirements):
 @pytest.mark.parametrize(
     ("line", "ok"),
     [
-        ("torch>=2.11", True),  # a local version such as 2.13.0+cpu is inside
+        ("torch>=2.11", True),
         ("torch<1", False),
         ("torch>=99", False),
         ("no-such-distribution>=1", False),
@@ -104,6 +124,25 @@ def test_a_version_is_held_against_the_metadata(monkeypatch, line, ok):
     _, (python, *rest) = doctor._requirements("anything")
     assert python.ok
     assert [finding.ok for finding in rest] == ([] if ok is None else [ok])
+
+
+@pytest.mark.parametrize("installed", ["2.13.0", "2.13.0+cpu", "2.13.0+cu130"])
+@pytest.mark.parametrize(
+    ("line", "ok"),
+    [
+        ("torch>=2.13.0", True),
+        ("torch<=2.13.0", True),
+        ("torch==2.13.0", True),  # the pin of constraints.txt: any build of that version
+        ("torch>2.13.0", False),  # a local part makes no later version of it
+        ("torch!=2.13.0", False),
+        ("torch<2.13", False),
+    ],
+)
+def test_the_local_part_of_a_version_never_decides_what_is_supported(monkeypatch, installed, line, ok):
+    monkeypatch.setattr(metadata, "metadata", _metadata(one=line))
+    monkeypatch.setattr(metadata, "version", lambda _: installed)
+    _, (_, found) = doctor._requirements("anything")
+    assert (found.version, found.ok) == (installed, ok)
 
 
 def test_an_unsupported_python_is_an_exit_code(run, monkeypatch):

@@ -114,7 +114,16 @@ def test_beams_and_several_sequences_have_streams_of_their_own(run, members):
         ),
         (["--latent", "gumbel", "--latent-gates", "end_ids=3"], "got 'end_ids=3'"),
         (["--latent", "gumbel", "--latent-span", "<think>…</think>"], "'<think>', which is not a token"),
+        (
+            ["--latent", "gumbel", "--latent-span", "<think>…</think>"],
+            "error: --latent-span: expected tokens of",
+        ),
+        (["--latent", "gumbel", "--latent-span", "<think>…</think>"], "or leave the option out, for latent"),
         (["--latent", "gumbel", "--latent-span", "<think>"], "between them"),
+        (
+            ["--latent", "gumbel", "--latent-span", "a…a"],
+            "error: --latent-span: expected what opens thinking",
+        ),
     ],
 )
 def test_wrong_use_is_one_line(run, members, words, message):

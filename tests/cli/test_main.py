@@ -96,6 +96,8 @@ def test_the_version_is_the_package_s(run):
         (["demo", "--problems", "many"], "--problems"),
         (["dmeo"], "dmeo"),
         (["demo", "extra"], "extra"),
+        (["sample", "x", "--branches"], "--branches"),
+        (["sample", "x", "--where", "there"], "--where"),
     ],
 )
 def test_a_wrong_call_is_one_line_and_exit_code_2(run, words, expected):
@@ -105,6 +107,9 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(run, words, expected):
     assert ended.err.count("\n") == 1, ended.err
     assert ended.err.startswith("error: ")
     assert expected in ended.err
+    # The help of the command that was called; of the program, where none was.
+    command = f"proxytune {words[0]}" if words[0] in ("generate", "demo", "sample") else "proxytune"
+    assert ended.err.endswith(f" (see {command} --help)\n")
 
 
 def test_no_command_prints_the_help(run):

@@ -91,6 +91,27 @@ def test_every_dotted_name_that_texts_mention_exists():
     assert [(file, name) for file, name in sorted(named) if not _resolves(name)] == []
 
 
+# Until an index has the package, it is installed from a checkout: `pip install .`, `pip install '.[plot]'`.
+FROM_AN_INDEX = re.compile(
+    r"""\bpip3?\ install (?:\s+ -\S+ (?:\s+ [\w./-]+\.txt)?)* \s+ ['"]? proxytune (?![\w/.-])""", re.VERBOSE
+)
+
+
+def test_no_text_installs_the_package_from_an_index():
+    for line in ("install proxytune", "install -q 'proxytune[plot]'", 'install -c constraints.txt "proxytune[eval]"'):
+        assert FROM_AN_INDEX.search(f"`pip {line}`")
+    for line in ("install .", "install '.[plot]' in the checkout of proxytune", "install peft"):
+        assert not FROM_AN_INDEX.search(f"`pip {line}`")
+    kinds = {".py", ".md", ".toml", ".txt", ".yaml", ".yml", ".sh"}
+    texts = [ROOT / ".ci" / "run", *(path for path in ROOT.glob("*") if path.suffix in kinds)]
+    for folder in ("proxytune", "kernels", "benches", "tests", "findings"):
+        texts += [path for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    apart = (Path(__file__), ROOT / "README.md")
+    texts = [path for path in texts if path.is_file() and path not in apart]
+    assert len(texts) > 300
+    assert [str(path) for path in texts if FROM_AN_INDEX.search(path.read_text(encoding="utf-8"))] == []
+
+
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
         _ = proxytune.nothing_of_the_kind
@@ -229,7 +250,7 @@ def test_the_wheel_names_its_command_and_licence(wheel):
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     found = wheel.read(f"{info}/METADATA").decode()
     assert f"Version: {proxytune.__version__}" in found
-    assert "Requires-Python: <3.13,>=3.11" in found
+    assert "Requires-Python: <3.14,>=3.11" in found
 
 
 def test_the_whole_package_imports():

@@ -13,7 +13,7 @@ from typing import Any
 from proxytune.errors import InputError
 from proxytune.validation import TokenIds, finite, token_ids, whole
 
-__all__ = ["LatentGates"]
+__all__ = ["LatentGates", "span_ids"]
 
 _COUNTS = (
     ("cold_steps", "of steps", 1),
@@ -112,26 +112,7 @@ class LatentGates:
         listed = [*tokenizer.all_special_ids, *cls(discrete_ids=settings.pop("discrete_ids", ())).discrete_ids]
         if span is None:
             return cls(discrete_ids=listed, **settings)
-        parts = span.replace("...", "…").split("…")
-        if len(parts) != 2 or not parts[1].strip():
-            raise InputError.of(
-                "span",
-                expected="what opens thinking and what closes it, with … or ... between them",
-                got=repr(span),
-                remedy='Pass e.g. "<think>…</think>".',
-            )
-        # Not by encode(): a text that is not one token is split differently in different contexts.
-        known = tokenizer.get_vocab()
-        begin, end = ((known.get(part.strip()),) if part.strip() else () for part in parts)
-        for part, ids in zip(parts, (begin, end), strict=True):
-            if None in ids:
-                raise InputError.of(
-                    "span",
-                    expected=f"tokens of {type(tokenizer).__name__}'s vocabulary",
-                    got=f"{part.strip()!r}, which is not a token",
-                    remedy="Use the thinking tokens of this model (its chat template shows them), or pass begin_ids "
-                    "and end_ids of several tokens to LatentGates.",
-                )
+        begin, end = span_ids(tokenizer, span)
         return cls(begin_ids=begin, end_ids=end, discrete_ids=listed, **settings)
 
     def with_discrete(self, ids: Sequence[int]) -> LatentGates:
@@ -156,6 +137,40 @@ class LatentGates:
     def largest_id(self) -> int:
         """The largest id that a gate names; −1 for none."""
         return max((*self.begin, *self.end, *self.discrete_ids), default=-1)
+
+
+def span_ids(
+    tokenizer: Any,
+    span: str,
+    *,
+    what: str = "span",
+    otherwise: str = "pass begin_ids and end_ids of several tokens to LatentGates",
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The ids of what opens and what closes `"<think>…</think>"`; none for nothing before the dots.
+
+    `what` names the argument in errors, `otherwise` says what else to do where a text is no token; `InputError` for
+    anything but two different tokens of the vocabulary.
+    """
+    parts = [part.strip() for part in span.replace("...", "…").split("…")]
+    if len(parts) != 2 or not parts[1] or parts[0] == parts[1]:
+        raise InputError.of(
+            what,
+            expected="what opens thinking and another text that closes it, with … or ... between them",
+            got=repr(span),
+            remedy='Pass e.g. "<think>…</think>".',
+        )
+    # Not by encode(): a text that is not one token is split differently in different contexts.
+    known = tokenizer.get_vocab()
+    for part in filter(None, parts):
+        if part not in known:
+            raise InputError.of(
+                what,
+                expected=f"tokens of {type(tokenizer).__name__}'s vocabulary",
+                got=f"{part!r}, which is not a token",
+                remedy=f"Use the thinking tokens of this model (its chat template shows them), or {otherwise}.",
+            )
+    begin, end = ((known[part],) if part else () for part in parts)
+    return begin, end
 
 
 def _tuple(ids: TokenIds | None) -> tuple[int, ...]:
