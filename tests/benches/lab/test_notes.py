@@ -1,4 +1,4 @@
-"""The tables of the demo's notes are those of the committed records."""
+"""The demo's notes say what the committed records say."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab.family import documents
+
+from proxytune.demo.tasks import problems
+from proxytune.demo.world import STATEMENTS, build_world
 
 ROOT = Path(__file__).resolve().parents[3]
 NOTES = (ROOT / "proxytune" / "demo" / "NOTES.md").read_text(encoding="utf-8")
-TASKS = ("chain", "qa", "countdown")
+TASKS: tuple[Any, ...] = ("chain", "qa", "countdown")
 
 
 def load(name: str) -> Any:
@@ -65,6 +69,32 @@ def test_the_form_that_the_base_never_saw() -> None:
     by = {line["alpha"]: line for line in record["form seen in pre-training"]}
     chain, qa = ([f"{by[alpha][f'{task}, lenient']:.2f}" for alpha in (0.5, 2.0)] for task in ("chain", "qa"))
     assert f"chains fall from {chain[0]} to {chain[1]} and QA from {qa[0]} to {qa[1]}" in " ".join(NOTES.split())
+
+
+def test_what_the_base_completes() -> None:
+    tasks = load("lab_documents.json")["tasks"]
+    said = " ".join(NOTES.split())
+    chain, qa, countdown = (tasks[task] for task in TASKS)
+    assert f"completes {chain['right']} of these {chain['problems']} chains" in said
+    assert f"and {qa['right']} of {qa['problems']} facts" in said
+    assert f"As documents, the base solves {countdown['right']} of the {countdown['problems']};" in said
+
+
+def test_problems_are_put_as_documents_and_graded_as_answers() -> None:
+    world = build_world()
+    chain, qa, countdown = (problems(task, "test", 1, world)[0] for task in TASKS)
+    assert documents.beginning(chain) == f"{chain.question.removesuffix(' What is the result?')} So"
+    assert documents.right(chain, f" {chain.solution}. Whatever.")
+    assert not documents.right(chain, " 1+1=2.")
+    name, attribute = qa.key.split(":")[1:]
+    assert documents.beginning(qa) == STATEMENTS[attribute][0].format(name=name, value="").removesuffix(" .")
+    assert documents.right(qa, f" {qa.gold}. The home of")
+    assert not documents.right(qa, f" nowhere. {qa.gold}.")
+    assert documents.beginning(countdown).startswith("Numbers ")
+    assert documents.right(countdown, f" {countdown.solution}.")
+    found = documents.measure(count=4)["tasks"]
+    assert {task: one["problems"] for task, one in found.items()} == dict.fromkeys(TASKS, 4)
+    assert found["qa"]["right"] == 4
 
 
 def test_rounding() -> None:
