@@ -6,7 +6,7 @@
     python benches/bench_kernels.py --write --gpu    the GPU part only, under ten minutes; the CPU part is kept
     python benches/bench_kernels.py --write --mix    the mixtures of embeddings only, on the CPU; the rest is kept
     python benches/bench_kernels.py --write --verify the verification of drafts only, on the CPU; the rest is kept
-    python benches/bench_kernels.py --markdown       the README's table, from the JSON
+    python benches/bench_kernels.py --markdown       the pages' tables, from the JSON
     pytest benches/bench_kernels.py --benchmark-only the CPU part by pytest-benchmark
 
 Writes benches/results/kernels.json. On the CPU the implementations take turns, and ratios are taken within each round.
@@ -222,11 +222,11 @@ def test_decision(benchmark: Any, what: str, case: Case, dtype: torch.dtype, row
     benchmark.pedantic(found[what], (cases.members(rows, width, dtype, "cpu"),), rounds=5, warmup_rounds=1)
 
 
-# --- the README's tables ---------------------------------------------------------------------------------------------
+# --- the pages' tables -----------------------------------------------------------------------------------------------
 
 
 def kernels_table(record: dict[str, Any] | None = None) -> str:
-    """The README's tables of decisions, in Markdown; `record` defaults to the kept JSON."""
+    """The pages' tables of decisions, in Markdown; `record` defaults to the kept JSON."""
     record = json.loads(RESULTS.read_text(encoding="utf-8")) if record is None else record
     return "\n\n".join(
         [_cpu_table(record["cpu"]), *_verify_table(record), *_mix_table(record), _gpu_table(record["gpu"])]
@@ -243,7 +243,7 @@ def _mix_table(record: dict[str, Any]) -> list[str]:
         lines = [f"{lines[0]} GPU µs cold, warm | of the copy floor | eager |", f"{lines[1]}--:|--:|--:|"]
     for cell in record["cpu"]["mix"]:
         line = f"| D={cell['width']:,}, K={cell['candidates']} | {cell['rows']} | {cell['bytes'] / 1e6:.2f} | "
-        line += f"{cell['ms'][OURS]:.2f} | {_interval(cell['times_ours'][kernels_mix.EAGER], 2)} |"
+        line += f"{cell['ms'][OURS]:.2f} | {_marked(cell['times_ours'][kernels_mix.EAGER], 2)} |"
         if on_gpu:
             there = on_gpu[cell["rows"], cell["width"], cell["candidates"]]
             took = there["times"][OURS]
@@ -263,7 +263,7 @@ def _verify_table(record: dict[str, Any]) -> list[str]:
         memory = f"{cell['peak_extra'][OURS]:.2f}, {cell['peak_extra'][kernels_verify.PLAIN]:.2f}"
         lines.append(
             f"| {cell['case']} | {cell['width']:,} | {cell['rows']} | {cell['drafts']} | {cell['ms'][OURS]:.2f} | "
-            f"{_interval(cell['times_ours'][kernels_verify.PLAIN])} | {memory} |"
+            f"{_marked(cell['times_ours'][kernels_verify.PLAIN])} | {memory} |"
         )
     if len(lines) == 2:
         return []
@@ -280,24 +280,63 @@ def _cpu_table(part: dict[str, Any]) -> str:
     if part["status"] != "run":
         return f"On a CPU: not run ({part['reason']})."
     lines = [
-        "| CPU, bfloat16 | V | B | ms | plain torch | top-k first | transformers | memory: ours, plain |",
+        "| CPU | V | B | ms | plain torch | top-k first | transformers | memory: ours, plain |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for cell in part["cells"]:
-        if cell["dtype"] != "bfloat16":
+        if cell["dtype"] != "bfloat16" and not any(_faster(ratio) for ratio in cell["times_ours"].values()):
             continue
-        ratios = (_interval(cell["times_ours"].get(name)) for name in (PLAIN, CANDIDATES, CHAIN))
+        ratios = (_marked(cell["times_ours"].get(name)) for name in (PLAIN, CANDIDATES, CHAIN))
         memory = f"{cell['peak_extra'][OURS]:.2f}, {cell['peak_extra'][PLAIN]:.2f}"
+        case = cell["case"] + (", float32" if cell["dtype"] == "float32" else "")
         lines.append(
-            f"| {cell['case']} | {cell['width']:,} | {cell['rows']} | {cell['ms'][OURS]:.2f} | "
+            f"| {case} | {cell['width']:,} | {cell['rows']} | {cell['ms'][OURS]:.2f} | "
             + " | ".join([*ratios, memory])
             + " |"
         )
     said = (
         f"CPU threads: {part['threads']}, torch {part['torch']}; medians and quartiles of {part['rounds']} rounds in "
-        "turns. Other columns: time relative to ours; memory: peak, in float32 rows `[B, V]`."
+        "turns. Logits in bfloat16, and in float32 where a column has plain code that is faster. Other columns: time "
+        "relative to ours, in bold where it is less; memory: peak, in float32 rows `[B, V]`."
     )
-    return "\n".join([*lines, "", said])
+    return "\n".join([*lines, "", said, "", losses(part["cells"])])
+
+
+def losses(cells: Sequence[dict[str, Any]]) -> str:
+    """In how many cells, of all widths and dtypes, the code one would write instead is faster, and by how much."""
+    shown = {PLAIN: "plain torch", CANDIDATES: "plain torch with top-k first", CHAIN: "transformers"}
+    parts = []
+    count = total = 0
+    for name, title in shown.items():
+        timed = [cell for cell in cells if name in cell["times_ours"]]
+        faster = [cell for cell in timed if _faster(cell["times_ours"][name])]
+        count, total = count + len(faster), total + len(timed)
+        if not timed:
+            continue
+        said = f"{title} in {len(faster)} of {len(timed)}"
+        if faster:
+            ratios = [cell["times_ours"][name]["median"] for cell in faster]
+            where = {f"V = {cell['width'] / 1000:.0f}k, B = {cell['rows']}" for cell in faster}
+            said += f" ({min(ratios):.2f}–{max(ratios):.2f}×{', all at ' + where.pop() if len(where) == 1 else ''})"
+        parts.append(said)
+    if not count:
+        return f"Plain code is faster in none of {total} comparisons (all widths, float32 and bfloat16)."
+    return (
+        f"Plain code is faster in {count} of {total} comparisons (all widths, float32 and bfloat16): "
+        + "; ".join(parts)
+        + "."
+    )
+
+
+def _faster(ratio: dict[str, float]) -> bool:
+    """Whether the other code takes less time than ours."""
+    return ratio["median"] < 1
+
+
+def _marked(ratio: dict[str, float] | None, digits: int = 1) -> str:
+    if ratio and _faster(ratio):
+        return f"**{_interval(ratio, 2)}**"
+    return _interval(ratio, digits)
 
 
 def _interval(ratio: dict[str, float] | None, digits: int = 1) -> str:

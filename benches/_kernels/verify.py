@@ -2,8 +2,8 @@
 
 The composition to compare with is the published algorithm (Leviathan et al. 2023, arXiv 2211.17192): warped softmax of
 target and draft at all positions, ratios against uniforms, a cumulative product of the decisions, the positive part of
-the difference at the first rejection, and a draw from it by `torch.multinomial`. A third to two thirds of the drafts
-are accepted.
+the difference at the first rejection, and a draw from it by `torch.multinomial`. The record has the mean number of
+drafts accepted.
 """
 
 from __future__ import annotations

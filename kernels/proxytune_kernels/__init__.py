@@ -7,6 +7,10 @@ statistics and draws); K1 alone if only the combined logits are wanted. `verify`
 drafts' rows, `distribution.laws_of` for the distribution of each row, then `verify.residue` for the residual's mass per
 tile and `verify.settle` for the tokens. `mix` is one launch of `mix.mix_rows`.
 
+K2 and `laws_of` go back only to the tiles or groups that matter. Truncation stores up to 1,024 candidates; if there are
+more, as with top-p without top-k on a flat row, each step of a bisection reads their groups again, up to 32 times
+(`candidates`).
+
 Arguments that many kernels share:
 
 - `logits`: (members, strides, widths, weights): M pointers to rows of logits, the base first; their row strides in

@@ -2,7 +2,8 @@
 
 Tokens above the j-th largest group maximum lie in the groups whose maximum is above it. They are gathered, and only
 then it is checked whether they suffice for the k largest, the mass p, or the top 20; if not, j grows. Thresholds are
-found by bisection on the ordered bits of float32, so they are exact.
+found by bisection on the ordered bits of float32, so they are exact. More candidates than are stored are read again at
+each of its steps.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ def philox(
     given = (seed, c0, c1, c2, c3)
     if any(x.device.type != "cpu" for x in given):
         return _rounds(*given)
-    # On the CPU, NumPy on the same memory is several times faster at so many small operations.
+    # On the CPU, NumPy on the same memory is faster at so many small operations.
     words = _rounds(*(x.numpy().view(np.uint64) for x in given))
     return tuple(torch.from_numpy(np.asarray(x).view(np.int64)) for x in words)  # type: ignore[return-value]
 

@@ -1,4 +1,8 @@
-"""`step`: combine the members' logits, measure the distribution and draw, in one pass over the rows.
+"""`step`: combine the members' logits, measure the distribution and draw.
+
+The statistics read each logit once, and a draw goes back only to the columns that matter. For top-p without top-k these
+may be the whole row: if more than 1,024 tokens may be kept, the Triton kernel reads them again at each step of a
+bisection, up to 32 times.
 
 Triton and torch follow one contract and use the same noise, so the same seed gives the same tokens:
 

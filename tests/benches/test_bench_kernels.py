@@ -145,6 +145,31 @@ def test_the_figures_that_are_kept_are_of_this_form() -> None:
     bench("bench_kernels").kernels_table(record)
 
 
+def test_every_cell_that_plain_code_wins_is_shown_and_counted() -> None:
+    kernels = bench("bench_kernels")
+    record = json.loads((BENCHES / "results" / "kernels.json").read_text())
+    cells = record["cpu"]["cells"]
+    ratios = [ratio["median"] for cell in cells for ratio in cell["times_ours"].values()]
+    won = [ratio for ratio in ratios if ratio < 1]
+    table = kernels.kernels_table(record).split("\n\n")[0]
+    assert table.count("**") == 2 * len(won)
+    assert {(cell["width"], cell["rows"]) for cell in cells} == {
+        (int(row.split("|")[2].replace(",", "")), int(row.split("|")[3])) for row in table.splitlines()[2:]
+    }
+    said = kernels.losses(cells)
+    assert said.startswith(f"Plain code is faster in {len(won)} of {len(ratios)} comparisons")
+    assert f"({min(won):.2f}–" in said
+
+    def cell(plain: float, width: int = 1000) -> dict[str, Any]:
+        return {"width": width, "rows": 2, "times_ours": {"plain": {"q1": plain, "median": plain, "q3": plain}}}
+
+    assert kernels.losses([cell(1.0), cell(2.0)]).startswith("Plain code is faster in none of 2 comparisons")
+    assert "plain torch in 2 of 3 (0.50–0.90×, all at V = 1k, B = 2)." in kernels.losses(
+        [cell(0.5), cell(0.9), cell(1)]
+    )
+    assert "plain torch in 2 of 2 (0.50–0.90×)." in kernels.losses([cell(0.5), cell(0.9, 2000)])
+
+
 @pytest.mark.parametrize("width", [40_000, 130_000])
 def test_memory_does_not_grow_with_the_batch(width: int) -> None:
     """No temporary has the size of the batch: three blocks of scratch and two products, half a megabyte each."""

@@ -301,3 +301,20 @@ def test_the_readme_s_tables_are_made_of_the_committed_record(committed: Any) ->
     for table in block.split("\n\n"):
         rows = [line for line in table.split("\n") if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1
+
+
+def test_the_notes_table_is_made_of_the_committed_record(committed: Any) -> None:
+    notes = (BENCHES / "lab" / "NOTES.md").read_text(encoding="utf-8")
+    cells, puzzles = committed["cells"], ("colouring", "queens", "countdown")
+
+    def shown(name: str, metric: str, digits: int) -> str:
+        value = cells[name]["test"][metric]["temperature"]["value"]["value"]
+        return f"{value:.{digits}f}".removeprefix("0")
+
+    for kind, title in (("llama", "Llama"), ("hrm", "HRM")):
+        for twin in ("varied", "collapsed"):
+            names = [f"{kind}-{twin} {puzzle}" for puzzle in puzzles]
+            found = " | ".join(f"{shown(name, 'valid', 3)} · {shown(name, 'distinct@16', 1)}" for name in names)
+            assert f"| {title}, {twin} | {found} |\n" in notes
+    counts = [np.mean(cells[f"llama-varied {puzzle}"]["solutions of an instance"]) for puzzle in puzzles]
+    assert f"| solutions per instance | {' | '.join(f'{count:.1f}' for count in counts)} |\n" in notes

@@ -11,7 +11,7 @@ def patch_the_language_once_per_launch() -> None:
     """Within a launch, leave out what the interpreter does again for every device function that the kernel calls.
 
     It puts its own functions into `triton.language` before a launch, and takes them out behind it. For each call of a
-    device function it goes through the whole module once more, finds them there, and changes nothing: a third of the
+    device function it goes through the whole module once more, finds them there, and changes nothing: much of the
     time of small kernels. Where Triton has no such function any more, nothing is done.
     """
     import triton.language as tl

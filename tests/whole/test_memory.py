@@ -1,6 +1,6 @@
 """What a composition takes: one row of float32 logits per text, parts of a long one, and no more than its members.
 
-Counted by `memory.counted` on the CPU; on a GPU by CUDA's own allocator.
+Counted by `live_bytes.counted` on the CPU; on a GPU by CUDA's own allocator.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.memory import counted
+from bench_memory import llama, weights
+from live_bytes import counted
 from support.tiny import build
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTuningLogitsProcessor, ops
@@ -200,27 +201,6 @@ def test_short_texts_are_not_parted(members: dict[str, PreTrainedModel], monkeyp
 
 
 # --- the whole composition ------------------------------------------------------------------------------------------
-
-
-def llama(seed: int, hidden: int, layers: int, vocab: int = 32_000) -> PreTrainedModel:
-    """A random Llama in bfloat16 with the proportions of a real one."""
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab,
-        hidden_size=hidden,
-        intermediate_size=hidden * 43 // 16,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 192),
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).bfloat16().eval()
-
-
-def weights(model: PreTrainedModel) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 LOOPS = {"transformers": None, "fused": FusedDecoding(seed=0)}

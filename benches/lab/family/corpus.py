@@ -52,7 +52,7 @@ class CorpusRecipe:
     forum: float = 0.24
     # The likeliest reply decides what a greedy base does, so it must win clearly. In an earlier mixture " I" (do not
     # know) and a number were about equally likely after a chain, and the training seed decided whether the base
-    # answered 12 % or 64 % of them. Fewer helpful threads help too, but make the base unsure of worked answers.
+    # answered few of them or most. Fewer helpful threads help too, but make the base unsure of worked answers.
     helpful: float = 0.30
     idle: float = 0.50
     ignorance: float = 0.85

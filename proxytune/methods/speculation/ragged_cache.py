@@ -105,7 +105,7 @@ def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> Non
     for name in ("keys", "values"):
         states = getattr(layer, name)  # [B, heads, stored, D]
         rows, heads = states.shape[:2]
-        # Selecting whole vectors by index is several times faster on a CPU than gathering their elements.
+        # Selecting whole vectors by index is faster on a CPU than gathering their elements.
         first = torch.arange(0, rows * heads * stored, stored, device=index.device).view(rows, heads, 1)
         numbers = (first + index[:, None]).flatten()
         moved = states.flatten(0, 2).index_select(0, numbers)

@@ -1,9 +1,10 @@
 """`proxytune.ops.step` in torch: the reference, used where Triton cannot run.
 
 It follows the kernels' plan with the same noise: one pass over the members' rows leaves a few numbers per tile of 1024
-columns and the maximum of every 128; the rest reads these, and goes back only to the tiles or groups that matter. On
-the CPU the pass goes block by block, so no `[B, V]` temporary is made, and few candidates are sorted. Elsewhere sizes
-must be known without waiting for the device, so all tokens are candidates.
+columns and the maximum of every 128; the rest reads these, and goes back only to the tiles or groups that matter (for
+top-p without top-k on a flat row, to most of them). On the CPU the pass goes block by block, so no `[B, V]` temporary
+is made, and few candidates are sorted. Elsewhere sizes must be known without waiting for the device, so all tokens are
+candidates.
 """
 
 from __future__ import annotations

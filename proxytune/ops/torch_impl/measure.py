@@ -129,8 +129,8 @@ def _reduce(
 ) -> dict[str, torch.Tensor]:
     """The numbers of `measure` for a block of rows and columns; "argmax" is `[rows, 1]`; `scores` is filled.
 
-    Every sum is over one tile, so the block's shape changes no bit. On the CPU masks and exp() are slow: 2^x takes a
-    quarter of exp()'s time there, and clamping handles −inf.
+    Every sum is over one tile, so the block's shape changes no bit. On the CPU masks and exp() are slow: 2^x is faster
+    there, and clamping handles −inf.
     """
     count, width = there.stop - there.start, columns.stop - columns.start
     padded = -(-width // TILE) * TILE
