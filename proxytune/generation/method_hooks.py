@@ -88,7 +88,10 @@ def target_of(model: Any) -> Any:
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
     if not callable(getattr(inner, "generate", None)):
         raise InputError.of(
-            "attach", expected="a model with generate()", got=shown(model), remedy="Pass the model, not its name."
+            "attach",
+            expected="a model with generate()",
+            got=shown(model, 80),
+            remedy="Pass the model itself, not its name; that of a pipeline is pipeline.model.",
         )
     return inner
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,12 +45,14 @@ def open_members(
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
     """
     for role, source in sources.items():
-        if source is None:
+        if not isinstance(source, str | os.PathLike | nn.Module):
             raise InputError.of(
                 f"the {role}",
                 expected="a model, a hub id or a folder",
-                got="None",
-                remedy="Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from.",
+                got="None" if source is None else f"a {type(source).__name__}",
+                remedy="Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from."
+                if source is None
+                else "Pass the model itself; that of a pipeline is pipeline.model.",
             )
     revisions = revisions or {}
     for name, given in (("revisions", revisions), ("tokenizers", tokenizers or {})):

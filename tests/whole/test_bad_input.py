@@ -76,6 +76,15 @@ def test_a_missing_member_is_named(role: str) -> None:
 
 
 @pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
+def test_what_holds_a_model_is_no_member(role: str) -> None:
+    class Pipeline:
+        model = None
+
+    with pytest.raises(InputError, match=f"the {role}: expected a model, .*; got a Pipeline. .* pipeline.model"):
+        compose(**{role: Pipeline()})
+
+
+@pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
 def test_a_missing_folder_is_named(role: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "nowhere")
     with pytest.raises(MemberNotFoundError, match=f"the {role}: expected a hub id, or a folder .*; got '.*nowhere'"):
