@@ -21,6 +21,7 @@ from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.assisted import AssistedMixin, TailMask
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
 from proxytune.models.padding import refuse_ambiguous_padding
+from proxytune.validation import shown
 
 __all__ = ["ComposedGenerationMixin", "MemberOutput", "refuse_arguments", "refuse_continuous_batching", "refuse_shapes"]
 
@@ -96,6 +97,20 @@ def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> No
             expected=f"[B, T] for {rows} rows of {length} ids: the members build their own masks from it",
             got=f"shape {list(attention_mask.shape)}",
             remedy="Pass the tokenizer's mask.",
+        )
+
+
+def _refuse_no_loop(custom_generate: Any) -> None:
+    """Refuse what transformers would ignore (a setting of a loop) or fail at (its class)."""
+    made = not isinstance(custom_generate, type)
+    if custom_generate is not None and not (callable(custom_generate) and made):
+        raise InputError.of(
+            "custom_generate",
+            expected="a loop, e.g. FusedDecoding(seed=0)",
+            got=shown(custom_generate, 80) if made else f"the class {custom_generate.__name__}",
+            remedy="Pass it to a loop, e.g. LatentDecoding(LatentMixture(kind='gumbel'))."
+            if made
+            else f"Make one: custom_generate={custom_generate.__name__}(…).",
         )
 
 
@@ -205,6 +220,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     def _extract_generation_mode_kwargs(
         self, custom_generate: Any, kwargs: dict[str, Any], *args: Any, **named: Any
     ) -> dict[str, Any]:
+        _refuse_no_loop(custom_generate)
         given = super()._extract_generation_mode_kwargs(None, kwargs.copy(), *args, **named)
         found: dict[str, Any] = super()._extract_generation_mode_kwargs(custom_generate, kwargs, *args, **named)
         if not callable(custom_generate):

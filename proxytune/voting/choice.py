@@ -11,7 +11,7 @@ from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval, interval
 from proxytune.stats.calibration import auroc
 from proxytune.voting.confidence import WINDOW, TraceScore
-from proxytune.voting.vote import How, Sample, Score, sample_scores
+from proxytune.voting.vote import How, Sample, Score, refuse_other, sample_scores
 
 __all__ = ["Choice", "choose_vote"]
 
@@ -71,7 +71,8 @@ def choose_vote(
         seed: Seed of the resamples.
 
     Raises:
-        InputError: If the numbers of problems and truths differ, a truth is None, or a record is missing.
+        InputError: If the numbers of problems and truths differ, a truth is None, a problem has something else than
+            samples, or a record is missing.
     """
     if len(problems) != len(truths) or not problems or any(truth is None for truth in truths):
         raise InputError.of(
@@ -80,6 +81,8 @@ def choose_vote(
             got=f"{len(problems)} problems and {len(truths)} truths, {sum(t is None for t in truths)} of them None",
             remedy="Leave out problems whose right answer is unknown.",
         )
+    for number, samples in enumerate(problems):
+        refuse_other(samples, f"the samples of problem {number}")
     by: Score = "self_certainty" if how == "borda" else "margin" if how == "margin" else score
     answered = [(i, s) for i, p in enumerate(problems) for s in p if not s.stopped and s.answer is not None]
     unanswered = sum(s.answer is None and not s.stopped for p in problems for s in p)

@@ -19,7 +19,7 @@ Ties go to the answer with more samples, then to the one with the heaviest singl
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -27,10 +27,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from proxytune.errors import InputError
-from proxytune.validation import choice, finite, numbers
+from proxytune.validation import choice, finite, numbers, shown
 from proxytune.voting.confidence import FINITE, WINDOW, TraceScore, TraceScores, keep_top, trace_scores
 
-__all__ = ["How", "Sample", "Score", "Tally", "borda_points", "check_answer", "sample_scores", "vote"]
+__all__ = ["How", "Sample", "Score", "Tally", "borda_points", "check_answer", "refuse_other", "sample_scores", "vote"]
 
 How = Literal["majority", "confidence", "deepconf", "borda", "margin"]
 Score = TraceScore | Literal["self_certainty", "margin"]
@@ -139,16 +139,17 @@ def vote(
         filter kept none with an answer, of the kept ones if their scores are all 0.
 
     Raises:
-        InputError: If no sample votes, a record is missing, a setting is out of range, or the weights are negative or
-            all 0.
+        InputError: If something else than samples is given, no sample votes, a record is missing, a setting is out of
+            range, or the weights are negative or all 0.
     """
+    refuse_other(samples)
     voting = [s for s in samples if not s.stopped]
     if not voting:
         raise InputError.of(
             "samples",
             expected="at least one that was not stopped",
             got=f"{len(samples)}, all of them stopped" if samples else "none",
-            remedy="Keep the warm-up's samples, or lower the threshold.",
+            remedy="Keep the warm-up's samples, or lower the threshold." if samples else "Draw some.",
         )
     stopped = len(samples) - len(voting)
     kept, note = voting, ""
@@ -175,6 +176,19 @@ def vote(
     elif not any(s.weight * f for s, f in zip(kept, factors, strict=True)):  # also where the products underflow
         factors, note = np.ones(len(kept)), "every score is 0: majority"
     return _tally(kept, factors, filtered=len(voting) - len(kept), stopped=stopped, note=note)
+
+
+def refuse_other(samples: Any, name: str = "samples") -> None:
+    """Raise InputError unless all of `samples` are `Sample`s; bare answers are the usual mistake."""
+    several = isinstance(samples, Iterable) and not isinstance(samples, str)
+    others = [s for s in samples if not isinstance(s, Sample)] if several else [samples]
+    if others:
+        raise InputError.of(
+            name,
+            expected="a list of Sample objects",
+            got=shown(others[0], 80),
+            remedy="Wrap each answer: [Sample(answer) for answer in answers].",
+        )
 
 
 def check_answer(answer: Any) -> Hashable | None:

@@ -71,6 +71,7 @@ def test_too_few_to_tell() -> None:
             "truths: expected .* one right answer .* for each; got 1 problems and 0 truths",
         ),
         (lambda: choose_vote([SURE], [None]), "1 of them None"),
+        (lambda: choose_vote(SURE, ["a"] * len(SURE)), "the samples of problem 0: expected a list of Sample objects"),
     ],
 )
 def test_wrong_use_is_an_error_with_text(wrong: Any, message: str) -> None:

@@ -184,7 +184,7 @@ def test_margins_are_means_over_the_answer_summed_per_answer() -> None:
         (lambda: Sample("a", np.ones((2, 2))), r"confidences: expected a sequence.*got shape \[2, 2\]"),
         (lambda: Sample("a", margins=np.array([1.5])), r"margins: expected p₁ − p₂ in \[0, 1\]"),
         (lambda: Sample("a", self_certainty=INF), "self_certainty: expected a finite number; got inf"),
-        (lambda: vote([]), "samples: expected at least one that was not stopped; got none"),
+        (lambda: vote([]), "samples: expected at least one that was not stopped; got none. Draw some."),
         (lambda: vote(samples_of("a", weight=0.0)), "votes: expected weights with a finite sum > 0"),
         (lambda: vote(samples_of("a"), "confidence"), "confidences: expected a record of it in every sample; got None"),
         (lambda: vote(samples_of("a"), "borda"), "self_certainty: expected a record"),
@@ -197,6 +197,8 @@ def test_margins_are_means_over_the_answer_summed_per_answer() -> None:
         (lambda: vote(SURE, "confidence", window=0), "window: expected a whole number of tokens, or a share"),
         (lambda: vote(SURE, "confidence", window=1.5), "window: expected a whole number"),
         (lambda: vote(SURE, "borda", power=-1), "power: expected a finite number ≥ 0; got -1"),
+        (lambda: vote(list("ab")), "samples: expected a list of Sample objects; got 'a'. Wrap each answer"),  # type: ignore[arg-type]
+        (lambda: vote("a"), "samples: expected a list of Sample objects; got 'a'"),  # type: ignore[arg-type]
         (lambda: vote([Sample("a", np.array([-1.0]))], "confidence"), "votes: expected scores of at least 0; got -1"),
     ],
 )

@@ -11,7 +11,7 @@ from support.tiny import CONTEXT, EOS, PAD, build, shared
 from transformers import DynamicCache, StaticCache
 
 import proxytune
-from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor
+from proxytune import FusedDecoding, ProxyTunedModel, ProxyTuningLogitsProcessor
 from proxytune.errors import (
     CacheError,
     InputError,
@@ -20,6 +20,7 @@ from proxytune.errors import (
     UnsupportedModeError,
     UnsupportedModelError,
 )
+from proxytune.methods.latent import LatentMixture
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 
@@ -399,6 +400,18 @@ def test_guidance_and_self_speculation() -> None:
             base.generate(ids, assistant_early_exit=1, **GREEDY)
     with pytest.raises(UnsupportedModeError, match="assistant_early_exit: expected a separate draft model"):
         compose().generate(ids, assistant_early_exit=1, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (LatentMixture(), r"got LatentMixture\(.*\. Pass it to a loop"),
+        (FusedDecoding, "got the class FusedDecoding. Make one: custom_generate=FusedDecoding"),
+    ],
+)
+def test_what_is_no_loop_is_not_ignored(given: Any, message: str) -> None:
+    with pytest.raises(InputError, match="custom_generate: expected a loop, .*; " + message):
+        compose().generate(prompt(), custom_generate=given, **GREEDY)
 
 
 def test_members_cannot_be_exchanged_behind_the_models_back() -> None:

@@ -17,6 +17,7 @@ import torch
 from proxytune.errors import InputError, UnsupportedModelError
 from proxytune.methods.recursion.transition import Transition
 from proxytune.models.ensemble import Ensemble
+from proxytune.validation import shown
 
 __all__ = ["HrmTextRecursion", "LatentRecursion", "ValueHead", "recursion_of", "register_recursion"]
 
@@ -89,6 +90,7 @@ class HrmTextRecursion:
         return None
 
 
+_METHODS = ("cycles", "state_size", "perturbed", "value_head")
 _adapters: dict[type, LatentRecursion] = {}
 
 
@@ -106,10 +108,15 @@ def register_recursion(kind: type, recursion: LatentRecursion) -> None:
         raise InputError.of(
             "register_recursion",
             expected="a class of models, and an object with the methods of LatentRecursion",
-            got=f"{kind!r} and {recursion!r}",
-            remedy="Pass e.g. register_recursion(MyForCausalLM, MyRecursion()).",
+            got=f"{_named(kind)} and {_named(recursion)}",
+            remedy=f"Pass e.g. register_recursion(MyForCausalLM, MyRecursion()); it needs {', '.join(_METHODS)}.",
         )
     _adapters[kind] = recursion
+
+
+def _named(value: Any) -> str:
+    """A class by its name, an object by the first line of its `repr`: a model's has hundreds."""
+    return f"the class {value.__name__}" if isinstance(value, type) else shown(value, 80).split("\n")[0]
 
 
 def recursion_of(model: Any) -> LatentRecursion:

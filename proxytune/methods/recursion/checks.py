@@ -32,7 +32,8 @@ def refuse_settings(settings: _Settings) -> None:
     remedy = "It is relative to the rms of the state; pass 0 for no noise."
     finite("sigma", settings.sigma, least=0.0, remedy=remedy)
     if not isinstance(settings.when, tuple):
-        choice("when", settings.when, ("cycle", "once"), "a tuple of cycles", remedy="Leave it out for 'cycle'.")
+        remedy = "Leave it out for 'cycle', or pass e.g. when=(0, 1)."
+        choice("when", settings.when, ("cycle", "once"), "a tuple of cycles", remedy=remedy)
     elif not settings.when or not all(as_int(c) is not None and c >= 0 for c in settings.when):
         raise InputError.of(
             "when",

@@ -146,6 +146,8 @@ def test_the_protocol() -> None:
     for kind, recursion in ((Thinker, object()), ("Thinker", ThinkerRecursion()), (Thinker, ThinkerRecursion)):
         with pytest.raises(InputError, match="register_recursion"):
             register_recursion(kind, recursion)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"got Thinker\( and the class ThinkerRecursion\. .*value_head\.$"):
+        register_recursion(thinker(), ThinkerRecursion)  # type: ignore[arg-type]
 
 
 # --- models that do not recur ----------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from proxytune.errors import InputError, NumericalError, UnsupportedModeError
         ({"when": "twice"}, "when"),
         ({"when": ()}, "when"),
         ({"when": (-1,)}, "when"),
-        ({"when": 1}, "when"),
+        ({"when": 1}, r"got 1\. Leave it out for 'cycle', or pass e\.g\. when=\(0, 1\)"),
         ({"select": "best"}, "'logprob', 'vote', 'value'"),
         ({"answer": len}, "select='vote'"),
         ({"halt": 0.0}, "halt"),
