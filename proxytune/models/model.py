@@ -260,7 +260,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
-        prompt = is_first_iteration or cache is None or (input_ids.shape[1] != 1 and known is None)
+        first = isinstance(past, int) and past == 0
+        prompt = is_first_iteration or first or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
             check_ids(input_ids, self.members)
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
