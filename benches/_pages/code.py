@@ -167,5 +167,6 @@ def with_outputs(page: Path, folder: Path) -> str:
     found = [(block, printed) for block, printed in run_blocks(page, folder)]
     for block, printed in reversed(found):
         if block.span is not None and not same(block.shown or "", printed):
-            text = text[: block.span[0]] + printed.strip() + "\n" + text[block.span[1] :]
+            lines = "\n".join(line.rstrip() for line in printed.splitlines()).strip("\n")
+            text = text[: block.span[0]] + lines + "\n" + text[block.span[1] :]
     return text
