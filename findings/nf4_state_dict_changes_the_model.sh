@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # bitsandbytes 0.50.2, NF4 on a CPU: calling `state_dict()` (as `save_pretrained` does) after a forward pass changes what
-# the model computes, without a word. With `bnb_4bit_use_double_quant=True` it does not.
+# the model computes, without a word; with `bnb_4bit_use_double_quant=True` less so.
 #
 # Output seen (2026-11-30, torch 2.13.0 CPU, transformers 5.23.0), largest difference of logits:
 #   plain: 3.33
-#   double quantisation: 0.00
+#   double quantisation: 0.54
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
@@ -32,6 +32,5 @@ for name, double in (("plain", False), ("double quantisation", True)):
         model.state_dict()
         moved[name] = (model(ids).logits - before).abs().max().item()
     print(f"{name}: {moved[name]:.2f}")
-assert moved["plain"] > 0.01, moved
-assert moved["double quantisation"] == 0, moved
+assert min(moved.values()) > 0.01, moved
 PY
