@@ -68,6 +68,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "table": demo.table,
     "losses": demo.losses,
     "seeds": demo.seeds,
+    "alpha-sweep": demo.sweep,
     "kernels": kernels,
     "throughput": of("throughput.json", throughput),
     "overlap": of("overlap.json", overlap),

@@ -154,7 +154,8 @@ class Recipe:
                 "recipe key 'formula'",
                 expected=f"one of {', '.join(FORMULAS)}",
                 got=repr(data["formula"]),
-                remedy="Correct the name, or upgrade proxytune.",
+                remedy="Correct the name; or, for a formula of your own, first import the module that adds it to "
+                "proxytune.formulas.FORMULAS.",
             )
         try:
             alpha = validate_alpha(data["alpha"])

@@ -85,8 +85,9 @@ def run_blocks(page: Path, folder: Path) -> Iterator[tuple[Block, str]]:
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed), _inside(folder):
             if block.language == "python":
-                # Line numbers of the page, so that a traceback points there.
-                exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+                # Line numbers of the page, so that a traceback points there; without this file's __future__ imports.
+                code = compile("\n" * (block.line - 1) + block.code, str(page), "exec", dont_inherit=True)
+                exec(code, namespace)
             else:
                 for command in _commands(block.code):
                     _run_command(command, f"{page}:{block.line}")
@@ -166,5 +167,6 @@ def with_outputs(page: Path, folder: Path) -> str:
     found = [(block, printed) for block, printed in run_blocks(page, folder)]
     for block, printed in reversed(found):
         if block.span is not None and not same(block.shown or "", printed):
-            text = text[: block.span[0]] + printed.strip() + "\n" + text[block.span[1] :]
+            lines = "\n".join(line.rstrip() for line in printed.splitlines()).strip("\n")
+            text = text[: block.span[0]] + lines + "\n" + text[block.span[1] :]
     return text

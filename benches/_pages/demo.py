@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from _pages.records import WIDTH, load
+from proxytune.demo import bundled_record
 
-__all__ = ["code", "losses", "quickstart", "seeds", "small_table", "table"]
+__all__ = ["code", "losses", "quickstart", "seeds", "small_table", "sweep", "table"]
 
 QUICKSTART = """\
 import proxytune
@@ -140,4 +141,15 @@ def seeds() -> str:
         gaps = [family["gap_closed"][task][kind] for task, kind in shown]
         cells = " | ".join(percent(gap["closed"], gap["interval"]) for gap in gaps)
         lines.append(f"| training seed {family['seed']} | {family['alpha']:g} | {cells} |")
+    return "\n".join(lines)
+
+
+def sweep() -> str:
+    """The sweep by which the bundled family's α was chosen."""
+    record = bundled_record()
+    lines = ["| α | " + " | ".join(HEADINGS.values()) + " |", "|---|" + "--:|" * len(HEADINGS)]
+    for row in record["validation"]:
+        alpha = f"**{row['alpha']:g}**" if row["alpha"] == record["alpha"] else f"{row['alpha']:g}"
+        rates = (f"{100 * row['rates'][task]['strict']:.0f}" for task in HEADINGS)
+        lines.append(f"| {alpha} | " + " | ".join(rates) + " |")
     return "\n".join(lines)

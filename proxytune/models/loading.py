@@ -15,6 +15,7 @@ from transformers.utils import cached_file
 from proxytune.errors import InputError, MemberError, MemberNotFoundError, VocabularyWarning
 from proxytune.models.vocabulary import check_same_tokens
 from proxytune.recipe import ROLES, MemberRef
+from proxytune.validation import shown
 
 __all__ = ["adapters_of", "check_vocabularies", "find_tokenizer", "open_member", "open_members", "reference_of"]
 
@@ -38,7 +39,7 @@ def open_members(
         Role → model, and role → reference to load it again (None for one that exists only in memory).
 
     Raises:
-        InputError: If a member is missing, or arguments contradict each other.
+        InputError: If a member is missing or no model, id or folder, or arguments contradict each other.
         MemberError: If a member cannot be opened, uses other token ids, or is the model inside another's PEFT model.
 
     Warns:
@@ -53,6 +54,13 @@ def open_members(
                 remedy="Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from."
                 if source is None
                 else "Pass the model itself; that of a pipeline is pipeline.model.",
+            )
+        if not isinstance(source, nn.Module | str | os.PathLike):
+            raise InputError.of(
+                f"the {role}",
+                expected="a model, a hub id or a folder",
+                got=shown(source, 80),
+                remedy="Pass the model itself (of a pipeline: its .model), or where to load it from.",
             )
     revisions = revisions or {}
     for name, given in (("revisions", revisions), ("tokenizers", tokenizers or {})):

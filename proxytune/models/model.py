@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple
 from proxytune import ops
 from proxytune.errors import InputError, RecipeError
 from proxytune.formulas.base import Formula
+from proxytune.formulas.checks import check_formula
 from proxytune.formulas.registry import FORMULAS
 from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig, load_recipe
@@ -108,7 +109,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self.formula = self.formula.with_alpha(value)
+        self.formula = check_formula(self.formula.with_alpha(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in ROLES and "members" in self.__dict__:
@@ -259,7 +260,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
-        prompt = is_first_iteration or cache is None or (input_ids.shape[1] != 1 and known is None)
+        first = isinstance(past, int) and past == 0
+        prompt = is_first_iteration or first or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
             check_ids(input_ids, self.members)
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
@@ -344,7 +346,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
         Raises:
             RecipeError: If `push_to_hub=True` is passed; if a member has no folder or hub id, or expert and antiexpert
-                have the same one; if the folder is a member's, or cannot be written.
+                have the same one; if the formula is not registered; if the folder is a member's, or cannot be written.
         """
         if kwargs.get("push_to_hub"):
             raise RecipeError.of(
@@ -367,6 +369,15 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 expected="an expert and an antiexpert from different places",
                 got=f"{recipe.expert.id!r} for both, though they are two models; one was probably tuned in memory",
                 remedy="Save the tuned one with its own save_pretrained, and wrap the folder.",
+            )
+        made = FORMULAS.get(recipe.formula)
+        if made is None or made(alpha=recipe.alpha).weights() != self.formula.weights():
+            known = "is not in proxytune.formulas.FORMULAS" if made is None else "has other weights at that α there"
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="a formula that its name and α give back, which is all that a recipe keeps of it",
+                got=f"{self.formula!r}, which {known}",
+                remedy=f"Register it first (FORMULAS[{recipe.formula!r}] = …); other settings need another name.",
             )
         save_adapter(save_directory, recipe, self.generation_config)
 
@@ -396,13 +407,13 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             if (value := getattr(config, f"_{key}", None)) is not None:
                 kwargs.setdefault(key, value)
         recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
+        formula = check_formula(FORMULAS[recipe.formula](alpha=recipe.alpha))
         members, references = open_members(
             {role: ref.id for role, ref in recipe.members.items()},
             revisions={role: ref.revision for role, ref in recipe.members.items() if ref.revision},
             **kwargs,
         )
         known = {role: reference for role, reference in references.items() if reference is not None}
-        formula = FORMULAS[recipe.formula](alpha=recipe.alpha)
         model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay

@@ -7,6 +7,7 @@ from typing import Any
 
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula
+from proxytune.formulas.checks import check_formula
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.loading import open_members
@@ -35,7 +36,7 @@ def wrap(
         expert: The small tuned model, likewise.
         antiexpert: The small model that the expert was tuned from, likewise.
         alpha: Strength α of the shift [1.0].
-        formula: A formula instead of α.
+        formula: A formula instead of α (`proxytune.formulas.Formula`).
         revisions: Role → branch, tag or commit, for hub ids.
         tokenizers: Role → tokenizer, for members saved without one.
         check_vocabulary: Whether to check that all members use the same token ids.
@@ -45,7 +46,8 @@ def wrap(
         A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
 
     Raises:
-        InputError: If α is not finite, the antiexpert is missing, or arguments contradict each other.
+        InputError: If α is not finite, the formula is none, the antiexpert is missing, or arguments contradict each
+            other.
         MemberError: If a member cannot be opened, is not supported, or uses the same ids for other tokens.
 
     Warns:
@@ -60,6 +62,7 @@ def wrap(
             got=f"both, alpha={alpha!r} and formula={formula!r}",
             remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
         )
+    check_formula(formula)
     members, references = open_members(
         {"base": base, "expert": expert, "antiexpert": antiexpert},
         revisions=revisions,

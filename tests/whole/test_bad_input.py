@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import CONTEXT, EOS, PAD, build, shared
-from transformers import DynamicCache, StaticCache
+from support.tiny import CONTEXT, EOS, PAD, build, shared, tokenizer
+from transformers import DynamicCache, StaticCache, pipeline
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel, ProxyTuningLogitsProcessor
@@ -120,6 +120,14 @@ def test_something_that_is_no_model_is_refused() -> None:
         compose(expert=torch.nn.Linear(2, 2))
 
 
+def test_what_holds_a_model_is_none() -> None:
+    ask = pipeline("text-generation", build("llama", 1), tokenizer=tokenizer())
+    for source, shown in ((ask, "TextGenerationPipeline"), (tokenizer(), "TokenizersBackend"), (7, "7")):
+        match = f"the expert: expected a model, a hub id or a folder; got <?.*{shown}.*Pass the model itself"
+        with pytest.raises(InputError, match=match):
+            compose(expert=source)
+
+
 def test_contradicting_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="wrap: expected alpha or formula; got both"):
         compose(alpha=0.5, formula=proxytune.formulas.ProxyTuning(alpha=0.5))
@@ -177,8 +185,9 @@ def test_ids_that_a_member_cannot_embed(bad: int) -> None:
     match = rf"input_ids: expected ids from 0 to 249, .*; got id {bad}, which the antiexpert \(250 embedding rows\)"
     with pytest.raises(InputError, match=match):
         compose(antiexpert=narrow).generate(ids, **GREEDY)
-    with pytest.raises(InputError, match=match):
-        compose(antiexpert=narrow)(ids)
+    for text in (ids, ids[:, 2:3]):  # one token is a prompt too
+        with pytest.raises(InputError, match=match):
+            compose(antiexpert=narrow)(text)
     if bad >= 0:  # the base itself stumbles over −1 first
         base = shared("llama", 1)
         with processor(antiexpert=narrow).attach(base), pytest.raises(InputError, match=match):
