@@ -12,6 +12,7 @@ import torch
 from _pages.code import ROOT, blocks_of, pages, run_blocks, same
 from _pages.records import load, weights
 
+from proxytune import errors
 from proxytune.formulas import FORMULAS
 
 PAGES = {page.relative_to(ROOT).as_posix(): page for page in pages()}
@@ -82,6 +83,18 @@ def test_every_link_leads_somewhere(name: str) -> None:
         assert there.is_relative_to(ROOT), f"{name} links out of the checkout: {target}"
         if anchor:
             assert anchor in anchors(there.read_text(encoding="utf-8")), f"{name} links to {target}"
+
+
+def test_the_guide_has_a_cure_for_every_error() -> None:
+    named = re.findall(r"^\| `(\w+)`", PAGES["GUIDE.md"].read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(named) == sorted(set(errors.__all__) - {"ProxytuneError"})
+
+
+def test_the_guide_leads_to_every_page() -> None:
+    guide = PAGES["GUIDE.md"].read_text(encoding="utf-8")
+    linked = {found["target"].partition("#")[0] for found in LINK.finditer(guide)}
+    beside_code = {name for name in PAGES if name.endswith("README.md")} - {"findings/README.md"}
+    assert beside_code - linked == set()
 
 
 @pytest.mark.parametrize(
