@@ -38,14 +38,18 @@ def of(record: str, block: Callable[..., str], **settings: Any) -> Callable[[], 
     return lambda: wrapped(block(load(record), **settings))
 
 
-def kernels() -> str:
-    """The cost of a decision at one vocabulary size; all cells are in the JSON."""
+def kernels(record: dict[str, Any]) -> str:
+    """The results of `bench_kernels.py`."""
     from bench_kernels import kernels_table
 
-    record = load("kernels.json")
-    if record["cpu"]["status"] == "run":
-        record["cpu"]["cells"] = [cell for cell in record["cpu"]["cells"] if cell["width"] == 128256]
-    return wrapped(kernels_table(record))
+    return kernels_table(record)
+
+
+def memory(record: dict[str, Any]) -> str:
+    """The results of `bench_memory.py`."""
+    from bench_memory import memory_block
+
+    return memory_block(record)
 
 
 def throughput(record: dict[str, Any]) -> str:
@@ -69,7 +73,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "losses": demo.losses,
     "seeds": demo.seeds,
     "alpha-sweep": demo.sweep,
-    "kernels": kernels,
+    "kernels": of("kernels.json", kernels),
+    "memory": of("memory.json", memory),
     "throughput": of("throughput.json", throughput),
     "overlap": of("overlap.json", overlap),
     # bench_forks.py
