@@ -16,7 +16,7 @@ import proxytune
 from proxytune.demo import bundled
 from transformers import pipeline
 
-model = proxytune.wrap(bundled("large-base"), expert=bundled("tiny-tuned"), antiexpert=bundled("tiny-base"), alpha=@)
+model = proxytune.wrap(bundled("large-base"), alpha=@, expert=bundled("tiny-tuned"), antiexpert=bundled("tiny-base"))
 ask = pipeline("text-generation", model, tokenizer=bundled("large-base"))
 print(ask("Question: Start with 24, plus 5, plus 9, minus 33. What is the result?\\nAnswer:")[0]["generated_text"])
 """
@@ -119,6 +119,10 @@ def losses() -> str:
         "the form of the answer; the base can hardly search, and neither tuning nor the shift teaches it.",
         "**A few solved examples in the prompt are enough.** If the form does not matter, the base with 3 shots gets "
         f"{rate(shots, 'chain')} of the chains and {rate(shots, 'qa')} of the questions right, without a second model.",
+        "**You can tune the large model and serve the result.** Compare *proxy* and *tuned directly* above.",
+        "**There is no small model with the same vocabulary**, or a member is recurrent, a hybrid or an encoder-decoder, or "
+        "you need continuous batching or embeddings as input: refused with an error, because the result would be wrong "
+        "without a word.",
     )
     return "\n".join(
         textwrap.fill(point, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
