@@ -120,7 +120,7 @@ def losses() -> str:
         "**A few solved examples in the prompt are enough.** If the form does not matter, the base with 3 shots gets "
         f"{rate(shots, 'chain')} of the chains and {rate(shots, 'qa')} of the questions right, without a second model.",
         "**You can tune the large model and serve the result.** Compare *proxy* and *tuned directly* above.",
-        "**There is no small model with the same vocabulary**, or a member is recurrent, a hybrid or an encoder-decoder, "
+        "**There is no small model with the same vocabulary**, a member is recurrent, a hybrid or an encoder-decoder, "
         "or you need continuous batching or embeddings as input: refused with an error, because the result would be "
         "wrong without a word.",
     )
