@@ -2,27 +2,29 @@
 
 The table of contents. Names are imported on first use (PEP 562), so that `proxytune --help` never imports torch.
 
-============================= ======================================================================================
-`wrap`                        compose base, expert and antiexpert into one model for `generate()`
-`ProxyTunedModel`             that model: a `PreTrainedModel` whose logits are the combined ones
-`ProxyTunedConfig`            its configuration
-`Recipe`                      the adapter as a small JSON file
-`FusedDecoding`               a loop for `generate(custom_generate=…)`: one step on the members' logits per token
-`SpeculativeDecoding`         a loop in which a draft runs ahead, and nothing is lost
-`ForkDecoding`                a loop that grows a tree: branches part at forks, with exact weights and a hard budget
-`SiblingDecoding`             samples of a prompt that repel each other at forks, with exact weights and a hard budget
-`LatentDecoding`              a loop that feeds back a sampled mixture of embeddings in each token's place
-`RecursionDecoding`           noisy trajectories of a model that recurs, one of them selected
-`ProxyTuningLogitsProcessor`  the shift as a logits processor, for a pipeline of your own
-`ForkSamplingLogitsProcessor` two temperatures (or a soft form): calm on most tokens, lively at forks
-`LatentLogitsProcessor`       latent steps as a logits processor to attach
-`ThinkingBudgetLogitsProcessor` a budget for thinking, enforced
-============================= ======================================================================================
+- `wrap`: compose base, expert and antiexpert into one model for `generate()`
+- `ProxyTunedModel`: that model: a `PreTrainedModel` whose logits are the combined ones
+- `ProxyTunedConfig`: its configuration
+- `Recipe`: the adapter as a small JSON file
+- `FusedDecoding`: a loop for `generate(custom_generate=…)`: one step on the members' logits per token
+- `SpeculativeDecoding`: a loop in which a draft runs ahead, and nothing is lost
+- `ForkDecoding`: a loop that grows a tree: branches part at forks, with exact weights and a hard budget
+- `SiblingDecoding`: samples of a prompt that repel each other at forks, with exact weights and a hard budget
+- `LatentDecoding`: a loop that feeds back a sampled mixture of embeddings in each token's place
+- `RecursionDecoding`: noisy trajectories of a model that recurs, one of them selected
+- `ProxyTuningLogitsProcessor`: the shift as a logits processor, for a pipeline of your own
+- `ForkSamplingLogitsProcessor`: two temperatures (or a soft form): calm on most tokens, lively at forks
+- `LatentLogitsProcessor`: latent steps as a logits processor to attach
+- `ThinkingBudgetLogitsProcessor`: a budget for thinking, enforced
 
-Everything else has one home: `proxytune.ops` (`step`, `verify`, `SamplingParams`, `Noise`), `proxytune.formulas`,
-`proxytune.methods.forks` (`ForkThreshold`), `….speculation` (drafts), `….latent` (`LatentMixture`, `LatentGates`),
-`….recursion` (`LatentRecursion`, `register_recursion`), `proxytune.voting`, `proxytune.search`, `proxytune.budget`,
-`proxytune.errors`.
+Everything else has one home:
+
+- `proxytune.ops`: one decision on the members' logits (`step`, `verify`, `SamplingParams`, `Noise`)
+- `proxytune.formulas`: how the members' logits become one row
+- `proxytune.methods.forks` (`ForkThreshold`), `proxytune.methods.speculation` (drafts), `proxytune.methods.latent`
+  (`LatentMixture`, `LatentGates`), `proxytune.methods.recursion` (`LatentRecursion`, `register_recursion`)
+- `proxytune.voting`: from samples to an answer; `proxytune.search`: spending a budget; `proxytune.budget`: counting it
+- `proxytune.errors`: the exceptions
 """
 
 from __future__ import annotations

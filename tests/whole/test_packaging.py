@@ -55,7 +55,7 @@ def test_public_names_are_there_and_documented(name):
 
 
 def test_the_table_of_contents_lists_the_doors_once():
-    table = re.findall(r"^`(\w+)`", proxytune.__doc__, re.MULTILINE)
+    table = re.findall(r"^- `(\w+)`: ", proxytune.__doc__, re.MULTILINE)
     assert sorted([*table, "__version__"]) == sorted(proxytune.__all__)
     source = ast.parse((ROOT / "proxytune" / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in source.body if isinstance(node, ast.If))
@@ -165,7 +165,9 @@ def test_pins_lie_inside_the_supported_ranges():
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    required = [Requirement(line) for line in [*project["dependencies"], *extras["test"], *extras["lint"]]]
+    required = [
+        Requirement(line) for line in [*project["dependencies"], *extras["test"], *extras["lint"], *extras["docs"]]
+    ]
     pins = _pins("constraints.txt")
     for requirement in required:
         pinned = pins[_normal(requirement.name)]
