@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from proxytune.errors import InputError, MemberError, MemberNotFoundError, VocabularyWarning
@@ -209,6 +209,9 @@ def check_vocabularies(
 
 def find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
     """A member's tokenizer; None if it has none, even where transformers would make up an empty one."""
+    # Not above: `from transformers import AutoTokenizer` may be what imports this module, and is not done by then.
+    from transformers import AutoTokenizer
+
     where: dict[str, Any] = {"revision": reference.revision or "main", **hub}
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference.id, **where)

@@ -198,6 +198,8 @@ def test_it_opens_again_and_generates_the_same(model: ProxyTunedModel, tmp_path:
 
 IMPORTS = {
     "proxytune first": "import proxytune\nfrom transformers import AutoModelForCausalLM\ntrust = {}",
+    "a tokenizer first": "import proxytune\nfrom transformers import AutoTokenizer\n"
+    "from transformers import AutoModelForCausalLM\ntrust = {}",
     "transformers first": "from transformers import AutoModelForCausalLM\nimport proxytune\ntrust = {}",
     "never": "from transformers import AutoModelForCausalLM\ntrust = {'trust_remote_code': True}\n"
     "import sys; assert 'proxytune' not in sys.modules",

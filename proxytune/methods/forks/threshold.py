@@ -69,7 +69,8 @@ class ForkThreshold:
         """
         self.share = None if share is None else proper_share(share)
         self.measure, self.alpha = measure, alpha
-        self._nats: torch.Tensor | float = finite("threshold", nats)
+        remedy = "`proxytune calibrate` finds one for a model; Recipe.load(folder) reads one that it wrote."
+        self._nats: torch.Tensor | float = finite("threshold", nats, "of nats", remedy=remedy)
         self._watch = Watch(self.share, **watch)
         self._sketch: Sketch | None = None
         self._warned = False

@@ -347,7 +347,9 @@ def test_thresholds_of_every_kind() -> None:
         assert threshold is not None
         assert (threshold.nats, threshold.share) == (0.41, 0.2)
     assert forks(None, form="edt").threshold is None
-    with pytest.raises(InputError, match="threshold: expected a finite number; got None"):
+    with pytest.raises(
+        InputError, match="threshold: expected a finite number of nats; got None. `proxytune calibrate`"
+    ):
         forks(None)
     with pytest.raises(
         InputError, match=r"recipe: expected a fork_threshold calibrated at its α, 0\.5; got fork_threshold=None"
