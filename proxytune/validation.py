@@ -232,11 +232,12 @@ def token_ids(
         given, out = [], (-1,)
     if any(token < 0 for token in out) or not (out or empty) or any(isinstance(token, bool) for token in given):
         what = what or ("a token id or several" if single else "token ids")
+        text = ids if isinstance(ids, str) else "</think>"
         raise InputError.of(
             name,
             expected=f"{what} (whole numbers, at least 0)",
             got=shown(ids, 80),
-            remedy="Pass e.g. tokenizer.encode('</think>', add_special_tokens=False)."
+            remedy=f"Pass e.g. tokenizer.encode({shown(text, 40)}, add_special_tokens=False)."
             if single
             else "Pass e.g. input_ids[0].tolist(), without padding.",
         )

@@ -57,7 +57,10 @@ def _rows(record: dict[str, Any], metric: str, families: Sequence[str]) -> list[
         plain = test["temperature"]
         heats = sorted(float(setting.removeprefix("T ")) for setting in plain["settings"])
         heat = f"{heats[0]:g}" if heats[0] == heats[-1] else f"{heats[0]:g}–{heats[-1]:g}"
-        shown = [cell(test.get(latent_family(puzzle) if family == "latent" else family)) for family in families]
+        found = [test.get(latent_family(puzzle) if family == "latent" else family) for family in families]
+        if not any(found):
+            continue  # recursion is for the HRM only
+        shown = [cell(one) for one in found]
         lines.append(
             f"| {puzzle}, {KIND[kind]}, {twin} | {100 * plain['value']['value']:.1f} at {heat} "
             f"| {100 * one['uniform bound'][metric]:.1f} | {' | '.join(shown)} |"

@@ -18,11 +18,19 @@ from typing import Self
 
 from proxytune.budget.prefix_trie import Prefixes
 from proxytune.errors import BudgetError, InputError, ProxytuneError
-from proxytune.validation import Ids, as_int, token_ids, whole
+from proxytune.validation import Ids, as_int, shown, token_ids, whole
 
-__all__ = ["Reservation", "TokenLedger"]
+__all__ = ["Reservation", "TokenLedger", "refuse_no_ledger"]
 
 Key = Ids | str | int
+
+
+def refuse_no_ledger(ledger: object) -> None:
+    """Raise InputError unless `ledger` is a TokenLedger; a number of tokens is the usual mistake."""
+    if not isinstance(ledger, TokenLedger):
+        raise InputError.of(
+            "ledger", expected="a TokenLedger", got=shown(ledger, 80), remedy="Pass e.g. TokenLedger(4096)."
+        )
 
 
 class TokenLedger:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from proxytune.budget.ledger import TokenLedger
+from proxytune.budget.ledger import TokenLedger, refuse_no_ledger
 from proxytune.errors import BudgetError, InputError
 from proxytune.search.calibration_run import CalibrationRun
 from proxytune.search.plan import LEAST_PROBLEMS, Plan, plan
-from proxytune.search.policy import Policy, Voting, attempt
+from proxytune.search.policy import Policy, Voting, attempt, refuse_one_policy
 from proxytune.voting.vote import Sample, Tally, vote
 
 __all__ = ["Allocation", "allocate"]
@@ -60,8 +60,11 @@ def allocate(
 
     Raises:
         BudgetError: If no policy fits what is left, or the chosen one tried to spend more.
-        InputError: If a policy is not in the run or differs from it, or breaks the rules of `attempt`.
+        InputError: If a policy is not in the run or differs from it, or breaks the rules of `attempt`; if there is no
+            ledger, or one policy instead of a list.
     """
+    refuse_no_ledger(ledger)
+    refuse_one_policy(policies)
     named = {policy.name: policy for policy in policies}
     if not policies or len(named) < len(policies):
         raise InputError.of(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from proxytune.budget.ledger import TokenLedger
+from proxytune.budget.ledger import TokenLedger, refuse_no_ledger
 from proxytune.errors import BudgetError, InputError
 from proxytune.methods.trees.fork_decoding import ForkDecoding
 from proxytune.methods.trees.tree import Branch
@@ -67,8 +67,9 @@ class BudgetedSampler:
 
         Raises:
             BudgetError: If there is no room for the prompt and one token; nothing is charged then.
-            InputError: If the prompt is empty, or neither a text nor token ids.
+            InputError: If the prompt is empty, or neither a text nor token ids; or if there is no ledger.
         """
+        refuse_no_ledger(ledger)
         ids = list(
             token_ids(
                 "task", self.tokenizer(task)["input_ids"] if isinstance(task, str) else task, "a text or token ids"

@@ -15,9 +15,10 @@ import numpy as np
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, InputError
 from proxytune.search.calibration_run import CalibrationRun, PolicyForm, Trial
+from proxytune.validation import shown
 from proxytune.voting.vote import Sample, Tally, vote
 
-__all__ = ["AnswerChecker", "Policy", "Voting", "attempt", "run_policies"]
+__all__ = ["AnswerChecker", "Policy", "Voting", "attempt", "refuse_one_policy", "run_policies"]
 
 Voting = Callable[[Sequence[Sample]], Tally]
 """From samples to an answer: `vote`, or e.g. `functools.partial(vote, how="deepconf")`."""
@@ -45,6 +46,17 @@ class Policy(Protocol):
         """Attempt a task: charge all tokens, prompt included; return at least one sample to vote on."""
 
 
+def refuse_one_policy(policies: Any) -> None:
+    """Raise InputError for a policy that is not in a list."""
+    if not isinstance(policies, Sequence):
+        raise InputError.of(
+            "policies",
+            expected="a list",
+            got=getattr(policies, "name", None) or shown(policies, 80),
+            remedy="Pass a list, also of one.",
+        )
+
+
 def attempt(policy: Policy, task: Any, ledger: TokenLedger) -> tuple[list[Sample], int]:
     """Let a policy attempt a task on a ledger that nothing else uses meanwhile, and check that it kept to the rules.
 
@@ -62,7 +74,7 @@ def attempt(policy: Policy, task: Any, ledger: TokenLedger) -> tuple[list[Sample
         raise BudgetError.of(
             f"policy {policy.name!r}",
             expected=f"an attempt within the {left} tokens that are left",
-            got=f"{type(error).__name__}: {error}",
+            got=f"{type(error).__name__}: {str(error).removesuffix('.')}",
             remedy="Let it ask the ledger before it draws, or raise max_total_tokens.",
         ) from error
     good = isinstance(samples, Sequence) and len(samples) > 0 and all(isinstance(s, Sample) for s in samples)
@@ -107,10 +119,11 @@ def run_policies(
 
     Raises:
         BudgetError: If a policy cannot attempt a problem within the budget.
-        InputError: Before the first attempt: if tasks, truths and kinds differ in number, a truth is None, or two
-            policies share a name. Later: if answers are texts where truths are numbers or the reverse, a verifier
-            raises, or a policy breaks the rules of `attempt`.
+        InputError: Before the first attempt: if one policy came instead of a list, if tasks, truths and kinds differ in
+            number, a truth is None, or two policies share a name. Later: if answers are texts where truths are numbers
+            or the reverse, a verifier raises, or a policy breaks the rules of `attempt`.
     """
+    refuse_one_policy(policies)
     if not policies or not len(tasks):
         raise InputError.of(
             "policies, tasks",

@@ -105,9 +105,16 @@ def restart_points(
         One point per branch, in the order of the draw. Two may have the same tokens if their branches shared them.
 
     Raises:
-        InputError: If there is not one answer per branch, or a setting is out of range.
+        InputError: If it is no tree, there is not one answer per branch, or a setting is out of range.
     """
     choice("fork", fork, get_args(RestartRule))
+    if not hasattr(tree, "branches"):
+        raise InputError.of(
+            "tree",
+            expected="the tree of one prompt",
+            got=f"a {type(tree).__name__}",
+            remedy="Pass out.trees[0] for the first prompt of the batch.",
+        )
     if len(answers) != len(tree):
         raise InputError.of(
             "answers",

@@ -496,6 +496,11 @@ def test_wrong_policies_are_refused() -> None:
     ):
         with pytest.raises(InputError, match=said):
             allocate("task", policies, named(p), ledger)
+    with pytest.raises(InputError, match="ledger: expected a TokenLedger; got 20"):
+        allocate("task", [p], named(p), 20)  # type: ignore[arg-type]
+    for call in (lambda: allocate("task", p, named(p), ledger), lambda: run_policies(p, ["x"], ["a"], budget=20)):
+        with pytest.raises(InputError, match=r"policies: expected a list; got p\. Pass a list, also of one"):
+            call()
     assert ledger.spent == 0
     with pytest.raises(BudgetError, match="expected at least 5 tokens, which 'p', the cheapest level.*got 4"):
         allocate("task", [p], named(p), TokenLedger(4))

@@ -429,6 +429,10 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (lambda h: h.select("p", ["a"], 1, round=0, prior=[0]), "prior: expected 1 numbers"),
         (lambda h: h.select("p", ["a"], 1, round=0, prior=[math.nan]), "prior: expected finite numbers"),
         (
+            lambda h: restart_points([tree()], ["a"], h, 1, prompt="p", round=0),  # type: ignore[arg-type]
+            r"tree: expected the tree of one prompt; got a list\. Pass out\.trees\[0\]",
+        ),
+        (
             lambda h: restart_points(tree(), ["a"], h, 1, prompt="p", round=0),
             "answers: expected 4, one for each branch",
         ),

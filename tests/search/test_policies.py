@@ -249,6 +249,11 @@ def test_a_prompt_that_leaves_no_room() -> None:
 # --- wrong use --------------------------------------------------------------------------------------------------------
 
 
+def test_a_number_of_tokens_is_no_ledger() -> None:
+    with pytest.raises(InputError, match=r"ledger: expected a TokenLedger; got 1000\. Pass e\.g\. TokenLedger\(4096\)"):
+        parallel(plain())(PROMPT, 1000)  # type: ignore[arg-type]
+
+
 def test_an_extractor_that_raises_is_named_with_its_text() -> None:
     def broken(text: str) -> str:
         raise IndexError("no group")
