@@ -252,6 +252,7 @@ def _refuse_settings(base: torch.Tensor, rows: int, sampling: SamplingParams, no
         given["noise"] = [(noise.seed, whole), (noise.row, whole), (noise.position, whole), (noise.branch, whole)]
     if s.fork_threshold is not None and s.fork_temperature is not None:
         given["sampling"] += [(s.fork_threshold, real), (s.fork_temperature, real)]
+    made_by = {"sampling": "SamplingParams", "noise": "Noise"}
     for name, tensors in given.items():
         for t, dtype in tensors:
             if t.shape != (rows,) or t.device != base.device or t.dtype != dtype:
@@ -259,7 +260,7 @@ def _refuse_settings(base: torch.Tensor, rows: int, sampling: SamplingParams, no
                     name,
                     expected=f"keys and settings for {rows} rows on {base.device}, these as {dtype}",
                     got=f"shape {list(t.shape)} on {t.device}, {t.dtype}",
-                    remedy=f"Pass {name.title()}.of({rows}, …, device=logits.device).",
+                    remedy=f"Pass {made_by[name]}.of({rows}, …, device=logits.device).",
                 )
     if sampling.largest_k > width:
         raise InputError.of(

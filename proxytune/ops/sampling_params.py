@@ -143,7 +143,8 @@ def _setting(
     values = given.tolist() if isinstance(given, torch.Tensor) else [given]
     for one in values:
         if not fits(as_float(one)):  # NaN, which is no number's, fits nowhere
-            raise InputError.of(name, expected=says, got=repr(one), remedy=_REMEDY)
+            remedy = "For the argmax, leave `sampling` out." if name == "temperature" and one == 0 else _REMEDY
+            raise InputError.of(name, expected=says, got=repr(one), remedy=remedy)
     out = torch.tensor(values, dtype=torch.float64 if name == "top_k" else torch.float32)
     # Check the rounded value too, since that is what is used: 1e-50 is 0 in float32.
     if not all(fits(v) for v in out.tolist()):
