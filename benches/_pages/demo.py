@@ -34,12 +34,12 @@ def code(alpha: float) -> str:
 
 
 def quickstart() -> str:
-    """The first code of the README: six lines with the proxy's answer, and the base's."""
+    """The first code of the README: six lines with the proxy's answer, and what the base answers."""
     said = load("quickstart.json")
-    last = code(0.0).splitlines()[-1]
+    base = said["base"].rpartition("Answer:")[2].strip()
     return (
         f"```python\n{code(load('demo.json')['alpha'])}```\n\n```text\n{said['proxy']}\n```\n\n"
-        f"```python\nmodel.alpha = 0.0  # the base alone\n{last}\n```\n\n```text\n{said['base']}\n```"
+        f"With `alpha=0.0` the model is the base, which answers “{base}”"
     )
 
 
@@ -94,9 +94,10 @@ def small_table() -> str:
     lines.append(f"| gap closed by the proxy, % | {cells} | |")
     count = record["rows"][0]["scores"][tasks[0]]["strict"]["problems"]
     caption = (
-        f"{count} held-out problems a task, greedy, α chosen on others, 95 % intervals. Time: base = 1, batches "
-        f"of {record['speed']['batch']} on {record['threads']} CPU thread. These models are tiny, so Python is most of "
-        "their time: [what a steered token costs](benches/README.md#what-it-costs) in the ratios of real models."
+        f"Four tiny Llamas, trained [on an invented world](proxytune/demo/NOTES.md); {count} held-out problems a task, "
+        f"greedy, α chosen on others, 95 % intervals. Time: base = 1, batches of {record['speed']['batch']}, "
+        f"{record['threads']} CPU thread; in models this small it is mostly Python's: [what a steered token "
+        "costs](benches/README.md#what-it-costs) in the ratios of real ones."
     )
     return "\n".join([*lines, "", textwrap.fill(caption, WIDTH, break_on_hyphens=False)])
 

@@ -19,7 +19,7 @@ def test_it_is_short() -> None:
 
 
 def test_its_first_code_has_six_lines_and_the_recorded_alpha() -> None:
-    code = blocks_of(README)[0].code
+    code = next(block.code for block in blocks_of(README) if block.language == "python")
     assert len([line for line in code.splitlines() if line.strip()]) == 6
     assert f"alpha={bundled_record()['alpha']}," in code
 
