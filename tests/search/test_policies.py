@@ -1,7 +1,5 @@
 """Both forms on tiny models, against plain calls of generate() and against recounted tokens."""
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +14,10 @@ from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, InputError
 from proxytune.methods.thinking.processor import ThinkingBudgetLogitsProcessor
 from proxytune.search.allocate import allocate
+from proxytune.search.answer_history import AnswerHistory
 from proxytune.search.policies import Parallel, Sequential
 from proxytune.search.policy import run_policies
+from proxytune.search.restart import restart_points
 from proxytune.voting.vote import vote
 
 TOKENIZER = tokenizer()
@@ -316,46 +316,31 @@ def test_an_allocation_from_end_to_end() -> None:
     assert PAD not in {token for branch in policies[1].draw(tasks[1], TokenLedger(200)) for token in branch.tokens}
 
 
-# --- the README's examples --------------------------------------------------------------------------------------------
-
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+# --- all of it together; the page beside the code shows it on the bundled models ------------------------------------
 
 
-def example(call: str) -> str:
-    """The one Python block of the README that holds a call."""
-    (found,) = [block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if call in block]
-    return found
+def test_allocation_with_few_problems() -> None:
+    votes = Parallel(plain(), TOKENIZER, last_digit, samples=8, max_new_tokens=24, temperature=0.7)
+    wait = Sequential(plain(), TOKENIZER, last_digit, extra=2, end_ids=END, continuation_ids=WAIT, max_new_tokens=48)
+    run = run_policies([votes, wait], [PROMPT] * 2, ["4", "5"], budget=4096)
+    found = allocate(PROMPT, [votes, wait], run, TokenLedger(4096))
+    assert "calibration problems (all kinds) are too few to go by" in found.plan.why
+    assert found.spent <= 4096
 
 
-def test_the_readme_s_allocation() -> None:
-    # The README's lengths are those of real models; here texts end long before.
-    names: dict[str, Any] = {
-        "model": plain(),
-        "tokenizer": TOKENIZER,
-        "extract": last_digit,
-        "end": END,
-        "more": WAIT,
-        "prompts": [PROMPT] * 2,
-        "truths": ["4", "5"],
-        "prompt": PROMPT,
-    }
-    shorter = example("allocate(").replace("512", "24").replace("2048", "48")
-    exec(shorter, names)
-    assert "calibration problems (all kinds) are too few to go by" in names["found"].plan.why
-    assert names["found"].spent <= 4096
-
-
-def test_the_readme_s_exploration() -> None:
+def test_exploration_restarts_at_forks() -> None:
     prompt_ids = torch.tensor([IDS])
     tree = proxytune.ForkDecoding(threshold=1.0, branches=6, seed=0)
     out = plain().generate(
         prompt_ids, do_sample=True, max_new_tokens=12, custom_generate=tree, return_dict_in_generate=True
     )
     answers = [last_digit(TOKENIZER.decode(branch.along("tokens"))) for branch in out.trees[0]]
-    names: dict[str, Any] = {"prompt": PROMPT, "answers": answers, "out": out, "prompt_ids": IDS}
-    exec(example("restart_points("), names)
-    assert len(names["points"]) == 4
-    for point, start in zip(names["points"], names["starts"], strict=True):
+    history = AnswerHistory()
+    history.record(PROMPT, answers)
+    points = restart_points(out.trees[0], answers, history, 4, prompt=PROMPT, round=0)
+    starts = [[*IDS, *point.tokens] for point in points]
+    assert len(points) == 4
+    for point, start in zip(points, starts, strict=True):
         text = out.trees[0].branches[point.branch].along("tokens")
         assert start == [*IDS, *text[: point.position]]
         # Where it forked, its own token was one of several; the next round draws there again.
@@ -370,6 +355,6 @@ def test_the_readme_s_exploration() -> None:
     with torch.no_grad():
         entropies = [
             float(torch.distributions.Categorical(logits=plain()(torch.tensor([s])).logits[0, -1]).entropy())
-            for s in names["starts"]
+            for s in starts
         ]
     assert min(entropies) > 1.0, "starts are at forks"

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.recursion import CLOSE, MODES, NEW, SEED, How, check, continued, hrm, model_of, padded, prompts, run
 from support.tiny import PAD, tokenizer
-from transformers import StoppingCriteria, StopStringCriteria
+from transformers import HrmTextConfig, HrmTextForCausalLM, StoppingCriteria, StopStringCriteria
 
-import proxytune
 from proxytune import FusedDecoding, RecursionDecoding
 from proxytune.errors import InputError, UnsupportedModeError
 
@@ -267,17 +264,19 @@ def test_streaming() -> None:
         RecursionDecoding(sigma=0.3, trajectories=2, streamer=streamer)  # type: ignore[arg-type]
 
 
-# --- the README's example --------------------------------------------------------------------------------------------
-
-README = (Path(__file__).resolve().parents[3] / "README.md").read_text(encoding="utf-8")
+# --- the example of the page beside the code, with two prompts -------------------------------------------------------
 
 
-def test_the_readme_s_example() -> None:
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "RecursionDecoding(" in b]
-    names: dict[str, Any] = {"proxytune": proxytune, "prompt_ids": prompts(2), "torch": torch}
-    exec(block, names)
-    out = names["out"]
+def test_selections_of_a_batch() -> None:
+    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = HrmTextConfig(**sizes, **special, num_attention_heads=4, head_dim=8, H_cycles=2, prefix_lm=False)
+    model = HrmTextForCausalLM(config).eval()
+    loop = RecursionDecoding(sigma=0.2, when="cycle", trajectories=8, select="logprob", seed=0)
+    out = model.generate(prompts(2), max_new_tokens=16, custom_generate=loop, return_dict_in_generate=True)
     assert out.trajectories.sequences.shape[:2] == (2, 8)
     assert out.chosen.shape == (2,)
     assert (out.trajectories.cycles % 2 == 0).all()
-    assert names["voted"].chosen.shape == (2,)
+    last = RecursionDecoding(sigma=0.2, select="vote", answer=lambda ids: ids[-1], seed=0)
+    voted = model.generate(prompts(2), max_new_tokens=16, custom_generate=last, return_dict_in_generate=True)
+    assert voted.chosen.shape == (2,)
