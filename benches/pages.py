@@ -29,7 +29,7 @@ from _pages.code import pages, with_outputs
 from _pages.picture import drawn
 from _pages.records import RESULTS, ROOT, keep, load, weights, wrapped
 
-BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 PICTURE = RESULTS / "steered.svg"
 
 
@@ -103,7 +103,7 @@ def filled(text: str) -> str:
     def fill(found: re.Match[str]) -> str:
         if found["name"] not in BLOCKS:
             raise SystemExit(f"expected one of the blocks {', '.join(BLOCKS)}; got {found['name']}")
-        return found[1] + BLOCKS[found["name"]]() + found[3]
+        return f"{found[1]}{BLOCKS[found['name']]()}\n{found[3]}"
 
     return BLOCK.sub(fill, text)
 

@@ -54,6 +54,14 @@ def test_an_edited_figure_is_noticed() -> None:
     assert generated.filled(page[:position] + "9" + page[position:]) == page
 
 
+def test_blocks_that_are_empty_as_yet_are_filled_one_by_one() -> None:
+    page = "<!-- generated: lengths -->\n<!-- end -->\n\nText.\n\n<!-- generated: seeds -->\n\n<!-- end -->\n"
+    text = generated.filled(page)
+    assert text.count("<!-- end -->") == 2
+    assert "<!-- end -->\n\nText.\n\n<!-- generated: seeds -->\n|" in text
+    assert generated.filled(text) == text
+
+
 def test_an_unknown_block_is_refused() -> None:
     with pytest.raises(SystemExit, match="nonsense"):
         generated.filled("<!-- generated: nonsense -->\n\n<!-- end -->")
