@@ -80,7 +80,10 @@ def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, 
     choice("impl", loop.impl, get_args(Impl), remedy="Leave it out for 'auto'.")
 
 
-_CALIBRATE = "`proxytune calibrate` finds one for a model; ForkThreshold.calibrated(entropies) makes one from a run."
+_CALIBRATE = (
+    "`proxytune calibrate` finds one for a model, and ForkThreshold.of(recipe.fork_threshold) reads it; "
+    "ForkThreshold.calibrated(entropies) makes one from a run."
+)
 
 
 def refuse_threshold(threshold: float | ForkThreshold | None, model: Any) -> None:
