@@ -50,17 +50,10 @@ def open_members(
             raise InputError.of(
                 f"the {role}",
                 expected="a model, a hub id or a folder",
-                got="None" if source is None else f"a {type(source).__name__}",
+                got="None" if source is None else f"a {type(source).__name__}, {shown(source, 80)}",
                 remedy="Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from."
                 if source is None
                 else "Pass the model itself; that of a pipeline is pipeline.model.",
-            )
-        if not isinstance(source, nn.Module | str | os.PathLike):
-            raise InputError.of(
-                f"the {role}",
-                expected="a model, a hub id or a folder",
-                got=shown(source, 80),
-                remedy="Pass the model itself (of a pipeline: its .model), or where to load it from.",
             )
     revisions = revisions or {}
     for name, given in (("revisions", revisions), ("tokenizers", tokenizers or {})):

@@ -144,7 +144,7 @@ def test_a_control_what_fits_would_be_launched() -> None:
 
 SETTINGS: list[tuple[dict[str, Any], str]] = [
     ({"rows": 0}, r"sampling: expected at least one row; got 0"),
-    ({"temperature": 0.0}, r"temperature: expected a finite number ≥ 1e-30; got 0\.0\. For the argmax, leave `sampling` out"),
+    ({"temperature": 0.0}, r"temperature: .* ≥ 1e-30; got 0\.0\. For the argmax, leave `sampling` out"),
     ({"temperature": -1.0}, r"temperature: .* got -1\.0"),
     ({"temperature": NAN}, r"temperature: .* got nan"),
     ({"temperature": INF}, r"temperature: .* got inf"),

@@ -217,20 +217,27 @@ def wheel(request, tmp_path_factory) -> zipfile.ZipFile:
 
 
 def test_the_source_distribution_can_be_tested(sdist):
-    for name in ("README.md", "LICENSE", "CHANGELOG.md", "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
+    files = ("README.md", "GUIDE.md", "CONTRIBUTING.md", "CHANGELOG.md", "LICENSE")
+    for name in (*files, "constraints.txt", "constraints-oldest.txt", "pyproject.toml"):
         assert (sdist / name).read_bytes() == (ROOT / name).read_bytes()
-    for folder in ("tests", "benches", "kernels/proxytune_kernels"):
-        for source in (ROOT / folder).rglob("*.py"):
-            assert (sdist / source.relative_to(ROOT)).is_file(), source
+    sources = [
+        source
+        for folder in ("tests", "benches", "kernels/proxytune_kernels")
+        for source in (ROOT / folder).rglob("*.py")
+    ]
+    sources += [*pages(), *(ROOT / "findings").iterdir(), ROOT / ".ci" / "run"]  # read by tests, or linked
+    for source in sources:
+        assert (sdist / source.relative_to(ROOT)).is_file(), source
 
 
-def test_the_wheel_holds_every_module_and_no_tests(wheel):
+def test_the_wheel_holds_every_module_and_neither_tests_nor_pages(wheel):
     names = set(wheel.namelist())
     for source in (ROOT / "proxytune").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
     assert "proxytune/py.typed" in names
     assert "proxytune_kernels/__init__.py" in names
-    assert not [name for name in names if name.startswith(("tests/", "kernels/", "benches/"))]
+    assert not [name for name in names if name.startswith(("tests/", "kernels/", "benches/", "findings/"))]
+    assert not [name for name in names if name.endswith(("README.md", ".sh"))]
 
 
 def test_the_wheel_holds_the_bundled_weights_byte_for_byte(wheel):
