@@ -2,7 +2,8 @@
 
 Every public module has a page but those of the command line, whose reference is `--help`, of the throughput bench, and
 of the torch implementation behind `proxytune.ops`. Whatever pdoc warns about ends the build, and so does a door of
-`proxytune` without its place on the first page.
+`proxytune` without its place on the first page, a full name in backticks that leads nowhere, and what Markdown does not
+know: pdoc reads docstrings as Markdown with Google's sections.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from pdoc.doc_types import safe_eval_type
 
 APART = re.compile(r"proxytune\.(cli|throughput|ops\.torch_impl)(\.|$)|.*\._")
 ROOTS = ("proxytune", "proxytune_kernels")
+NO_LINK = re.compile(r"<code>(proxytune(?:_kernels)?\.[\w.]+)(?:\(\))?</code>")
+FILES = re.compile(r".*\.(json|py)$")
+RAW = re.compile(r"<p>(?:={4,} .*|::(?=\s*</p>|$)|\.\. \w+::.*)", re.MULTILINE)
 
 
 def public(name: str) -> Iterator[str]:
@@ -58,6 +62,15 @@ def _resolve_inherited_fields(module: ModuleType) -> None:
                     thing.__init__.__annotations__[name] = found
 
 
+def _wrong(page: Path) -> Iterator[str]:
+    """Full names on a page that are no links, and reStructuredText that was left as it is."""
+    text = page.read_text(encoding="utf-8")
+    for name in NO_LINK.findall(text):
+        if not APART.match(name) and not FILES.match(name):
+            yield f"`{name}`, which leads nowhere"
+    yield from (f"{found!r}, which is no Markdown" for found in RAW.findall(text))
+
+
 def main(folder: Path) -> None:
     """Build the pages in a folder; `SystemExit` or the first warning as an exception if something is wrong."""
     import proxytune
@@ -76,6 +89,9 @@ def main(folder: Path) -> None:
     missing += [name for name in names if not (folder / f"{name.replace('.', '/')}.html").is_file()]
     if missing:
         raise SystemExit(f"API pages: expected a place for every public name; got none for {', '.join(missing)}.")
+    wrong = [f"{page.relative_to(folder)}: {what}" for page in sorted(folder.rglob("*.html")) for what in _wrong(page)]
+    if wrong:
+        raise SystemExit("API pages: expected links and Markdown; got\n" + "\n".join(wrong))
     sys.stdout.write(f"{len(names)} pages in {folder}\n")
 
 

@@ -19,10 +19,13 @@ The table of contents. Names are imported on first use (PEP 562), so that `proxy
 
 Everything else has one home:
 
-- `proxytune.ops`: one decision on the members' logits (`step`, `verify`, `SamplingParams`, `Noise`)
+- `proxytune.ops`: one decision on the members' logits, by `proxytune.ops.step` and `proxytune.ops.verify` with
+  `proxytune.ops.SamplingParams` and `proxytune.ops.Noise`
 - `proxytune.formulas`: how the members' logits become one row
-- `proxytune.methods.forks` (`ForkThreshold`), `proxytune.methods.speculation` (drafts), `proxytune.methods.latent`
-  (`LatentMixture`, `LatentGates`), `proxytune.methods.recursion` (`LatentRecursion`, `register_recursion`)
+- `proxytune.methods.forks`: `proxytune.methods.forks.ForkThreshold`
+- `proxytune.methods.speculation`: the drafts
+- `proxytune.methods.latent`: `proxytune.methods.latent.LatentMixture` and `proxytune.methods.latent.LatentGates`
+- `proxytune.methods.recursion`: `proxytune.methods.recursion.LatentRecursion`, and how a model becomes one
 - `proxytune.voting`: from samples to an answer; `proxytune.search`: spending a budget; `proxytune.budget`: counting it
 - `proxytune.errors`: the exceptions
 """

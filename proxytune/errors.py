@@ -1,23 +1,23 @@
 """The exceptions of proxytune. Every message says what was expected, what came, and what to do.
 
-::
+```text
+ProxytuneError
+├── InputError (also a ValueError)       an invalid argument, prompt or mask
+│   └── CacheError                       a KV cache that this model did not fill
+├── MemberError                          a model that cannot be a member of the composition
+│   ├── MemberNotFoundError              its folder or hub id cannot be opened
+│   ├── UnsupportedModelError            its architecture is not supported (yet)
+│   └── VocabularyMismatchError          its token ids mean other tokens than the base's
+├── RecipeError                          a `proxytune_config.json` that cannot be read or written
+├── UnsupportedModeError                 a generation mode whose result would be silently wrong
+├── NumericalError                       logits without a distribution: NaN, +inf, or all −inf
+├── BudgetError                          the token budget would be exceeded; nothing was charged
+└── LabError                             the synthetic lab: a training run or a family folder that does not fit
 
-    ProxytuneError
-    ├── InputError (also a ValueError)       an invalid argument, prompt or mask
-    │   └── CacheError                       a KV cache that this model did not fill
-    ├── MemberError                          a model that cannot be a member of the composition
-    │   ├── MemberNotFoundError              its folder or hub id cannot be opened
-    │   ├── UnsupportedModelError            its architecture is not supported (yet)
-    │   └── VocabularyMismatchError          its token ids mean other tokens than the base's
-    ├── RecipeError                          a `proxytune_config.json` that cannot be read or written
-    ├── UnsupportedModeError                 a generation mode whose result would be silently wrong
-    ├── NumericalError                       logits without a distribution: NaN, +inf, or all −inf
-    ├── BudgetError                          the token budget would be exceeded; nothing was charged
-    └── LabError                             the synthetic lab: a training run or a family folder that does not fit
-
-    VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
-    CalibrationWarning (a UserWarning)       an entropy threshold may not give the wanted share of forks
-    DriftWarning (a UserWarning)             the share of forks left its band: the threshold no longer fits
+VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
+CalibrationWarning (a UserWarning)       an entropy threshold may not give the wanted share of forks
+DriftWarning (a UserWarning)             the share of forks left its band: the threshold no longer fits
+```
 """
 
 from __future__ import annotations

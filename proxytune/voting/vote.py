@@ -4,13 +4,11 @@ Samples without an answer form the class `None`, counted and reported like any o
 answer. Stopped samples do not vote and are counted apart. Each vote is the sample's weight (from a tree; 1 for
 independent samples) times:
 
-=============== =====================================================================================================
-`"majority"`     1
-`"confidence"`   a trace score, e.g. the mean confidence (DeepConf, arXiv 2508.15260)
-`"deepconf"`     the same, over the top η % of the traces or those above a threshold
-`"borda"`        `(N − r + 1)^p` for the r-th most self-certain of N (2502.18581)
-`"margin"`       the mean `p₁ − p₂` over the answer's tokens (chain-of-thought decoding, 2402.10200)
-=============== =====================================================================================================
+- `"majority"`: 1
+- `"confidence"`: a trace score, e.g. the mean confidence (DeepConf, arXiv 2508.15260)
+- `"deepconf"`: the same, over the top η % of the traces or those above a threshold
+- `"borda"`: `(N − r + 1)^p` for the r-th most self-certain of N (2502.18581)
+- `"margin"`: the mean `p₁ − p₂` over the answer's tokens (chain-of-thought decoding, 2402.10200)
 
 Ties go to the answer with more samples, then to the one with the heaviest single sample, then to the one whose type and
 `repr` come first alphabetically; never to the one that came first.

@@ -41,13 +41,9 @@ FLOOR = 0.01
 class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
     """Divides each row's scores by a temperature that depends on that row's entropy H.
 
-    ========= ============================================================================ =========================
-    form      temperature                                                                  source
-    ========= ============================================================================ =========================
-    "two"     `fork_temperature` where H > h, else `exec_temperature`                      after arXiv 2506.01939
-    "dynamic" `exec + (fork − exec) · (H / ln n)^exponent`, n tokens not masked            "dynamic temperature"
-    "edt"     `fork_temperature · 0.8^(theta / H)`, at least `FLOOR`                       arXiv 2403.14541
-    ========= ============================================================================ =========================
+    - `"two"`: `fork_temperature` where H > h, else `exec_temperature` (after arXiv 2506.01939)
+    - `"dynamic"`: `exec + (fork − exec) · (H / ln n)^exponent`, with n tokens not masked ("dynamic temperature")
+    - `"edt"`: `fork_temperature · 0.8^(theta / H)`, at least `FLOOR` (arXiv 2403.14541)
 
     Three ways to use it:
 

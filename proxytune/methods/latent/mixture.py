@@ -4,16 +4,14 @@ The emitted token is drawn as usual and the weights *after* it, conditionally on
 token's distribution changes through the model alone. y is the emitted token's one-hot, p the distribution it was drawn
 from, renormalised over the candidates, and Ĥ = H(p) / ln k with k candidates:
 
-============ ===================================================== ====================================================
-`onehot`      y                                                     discrete decoding, exactly
-`mean`        p                                                     Soft Thinking, arXiv 2505.15778
-`moi`         (Ĥp + (1 + β − Ĥ) y) / (1 + β)                        Mixture of Inputs, 2505.14827
-`gumbel`      softmax(g / τ), the token's g ~ Gumbel(0), the        2508.03440; the conditional form is ours. Over the
-              others' Gumbel(log p) truncated at it                 draw of y it is the Gumbel-softmax of p
-`dirichlet`   Dir(αp + y)                                           same; over the draw of y it is Dir(αp)
-`multiplex`   (y + Σ_{j<K} one-hot of i_j) / K, i_j ~ p             2601.08808
-`gaussian`    y, with noise of σ · rms(x) on the embedding x        2605.08221
-============ ===================================================== ====================================================
+- `onehot`: y, which is discrete decoding, exactly
+- `mean`: p (Soft Thinking, arXiv 2505.15778)
+- `moi`: (Ĥp + (1 + β − Ĥ) y) / (1 + β) (Mixture of Inputs, 2505.14827)
+- `gumbel`: softmax(g / τ), with the token's g ~ Gumbel(0) and the others' Gumbel(log p) truncated at it (2508.03440;
+  the conditional form is ours; over the draw of y it is the Gumbel-softmax of p)
+- `dirichlet`: Dir(αp + y) (same; over the draw of y it is Dir(αp))
+- `multiplex`: (y + Σ_{j<K} one-hot of i_j) / K, with i_j ~ p (2601.08808)
+- `gaussian`: y, with noise of σ · rms(x) on the embedding x (2605.08221)
 
 Noise is keyed by (seed, row, position, token): neither the order of the candidates nor the batch changes a weight.
 """
