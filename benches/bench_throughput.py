@@ -34,7 +34,7 @@ import transformers
 from proxytune.throughput.byte_floors import published_floors
 from proxytune.throughput.counters import FirstToken
 from proxytune.throughput.methods import RATES, methods_for
-from proxytune.throughput.report import markdown
+from proxytune.throughput.report import cell_name, interval, markdown
 from proxytune.throughput.run import cpu_plans, gpu_plans, measure
 from proxytune.throughput.shapes import PUBLISHED
 from proxytune.throughput.subjects import Cell, Subject, lab_subject
@@ -70,6 +70,54 @@ def throughput_table(record: dict[str, Any]) -> str:
         found = record[part]
         blocks.append(markdown(found) if found["status"] == "run" else f"{words}: not run ({found['reason']}).")
     return "\n\n".join([*blocks, floors_table(record["floors"])])
+
+
+def speculation_table(record: dict[str, Any]) -> str:
+    """Speculation beside the loop without drafts, for one text and for batches, and the floors."""
+    families = record["cpu"]["families"]
+    firsts = [family["cells"][0] for family in families]
+    names = ["fused loop", *dict.fromkeys(n for cell in firsts for n in cell["methods"] if n.startswith("speculation"))]
+    lines = [
+        "| time per token, tuned alone = 1 | "
+        + " | ".join(f"{family['name']}, {cell_name(cell)}" for family, cell in zip(families, firsts, strict=True))
+        + " |",
+        "|---|" + "--:|" * len(families),
+        *(
+            f"| {name} | {' | '.join(_with_acceptance(cell['methods'].get(name)) for cell in firsts)} |"
+            for name in names
+        ),
+    ]
+    batches = [
+        "| speculation (0.7 planted) against the fused loop | " + " | ".join(f["name"] for f in families) + " |",
+        "|---|" + "--:|" * len(families),
+    ]
+    for rows in (1, 8, 32):
+        cells = [
+            next(
+                cell
+                for cell in family["cells"]
+                if (cell["rows"], cell["setting"], cell["prompt"]) == (rows, "greedy", 8)
+            )
+            for family in families
+        ]
+        batches.append(f"| batch {rows} | {' | '.join(_against_fused(cell) for cell in cells)} |")
+    return "\n\n".join(["\n".join(lines), "\n".join(batches), floors_table(record["floors"])])
+
+
+def _with_acceptance(found: dict[str, Any] | None) -> str:
+    if found is None or found["status"] != "run":
+        return ""
+    accepted = found.get("acceptance")
+    return interval(found["over_tuned"]) + ("" if accepted is None else f", {accepted:.2f} accepted")
+
+
+def _against_fused(cell: dict[str, Any]) -> str:
+    """Time per token, and the share of accepted drafts."""
+    methods = cell["methods"]
+    found = methods.get("speculation") or methods["speculation, 0.7 planted"]
+    time = found["ms_per_token"] / methods["fused loop"]["ms_per_token"]
+    accepted = found.get("acceptance")
+    return f"{time:.2f} ×, " + ("nothing drafted" if accepted is None else f"{accepted:.2f} accepted")
 
 
 def floors_table(floors: Sequence[dict[str, Any]]) -> str:

@@ -59,6 +59,13 @@ def throughput(record: dict[str, Any]) -> str:
     return throughput_table(record)
 
 
+def speculation(record: dict[str, Any]) -> str:
+    """What drafts gain and lose, of the same results."""
+    from bench_throughput import speculation_table
+
+    return speculation_table(record)
+
+
 def overlap(record: dict[str, Any]) -> str:
     """The results of `bench_overlap.py`."""
     from bench_overlap import overlap_table
@@ -76,6 +83,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": of("kernels.json", kernels),
     "memory": of("memory.json", memory),
     "throughput": of("throughput.json", throughput),
+    "speculation": of("throughput.json", speculation),
     "overlap": of("overlap.json", overlap),
     # bench_forks.py
     "forks": of("forks.json", forks.forks_block),
