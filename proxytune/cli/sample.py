@@ -140,6 +140,8 @@ def sample(
                 failed |= isinstance(result, BudgetError)
                 meter.pause()
                 _show(prompt, result, budget, vote, as_json=as_json)
+                if forks and branches > 1 and isinstance(result, Result):
+                    _note_room(result, budget, config.max_new_tokens)
                 meter.go_on()
     if failed:
         raise typer.Exit(_FAILED)
@@ -215,6 +217,17 @@ def _settings(defaults: GenerationConfig, flags: dict[str, Any], *, forks: bool)
             "--no-forks", expected="sampling", got="do_sample=false", remedy="Greedy samples are all the same one."
         )
     return config
+
+
+def _note_room(result: Result, budget: int | None, longest: int | None) -> None:
+    """Say so where the budget had no room for a fork, not even at the text's last token."""
+    if budget is None or longest is None or len(result.branches) > 1:
+        return
+    if budget - result.length <= 2 * longest - len(result.branches[0]):
+        terminal.show_note(
+            f"one text only: a tree forks where both texts can be finished, and --budget {budget} has no room for a "
+            f"second one of max_new_tokens={longest}. Lower that, or raise the budget."
+        )
 
 
 def _show(prompt: str, result: Result | BudgetError, budget: int | None, vote: Vote, *, as_json: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -154,6 +155,18 @@ def test_samples_stay_in_the_budget(run, members, tokenizer, room, leaves, longe
     assert [leaf["tokens"] for leaf in line["leaves"]] == [longest] * leaves
     assert f"{leaves} of {leaves} texts were cut off, and count with what they had said by then" in line["note"]
     assert line["spent"] == length + leaves * longest <= length + room
+
+
+@pytest.mark.parametrize(("room", "told"), [(NEW, True), (2 * NEW, False)])
+def test_a_budget_without_room_for_a_fork_is_noted(run, members, tokenizer, room, told):
+    length = len(tokenizer(PROMPTS[0])["input_ids"])
+    words = ["--threshold", -1, "--branches", 2, "--budget", length + room, "--json", *members, *WORDS]
+    ended = run("sample", PROMPTS[0], *words, "eos_token_id=none")
+    assert len(ended.lines[0]["leaves"]) == (1 if told else 2)
+    note = (
+        f"one text only: .* --budget {length + room} has no room for a second one of max_new_tokens={NEW}. Lower that"
+    )
+    assert bool(re.search(note, ended.err)) is told
 
 
 @pytest.mark.parametrize("words", [[], REPELLED], ids=str)
