@@ -68,7 +68,7 @@ class Bar:
     """A progress bar on stderr, where that is a terminal: what is being done, how much of it, and the time left.
 
     ```text
-    proxy, α = 0.5       ━━━━━━━━━━━━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━  1,794 of 3,059 answers, about 0:08 left
+    proxy, α = 0.5                  ━━━━━━━╺━━━━ 1,794 of 3,059 answers, about 0:08 left
     ```
 
     A context manager, which takes the bar away at its end. Printing is safe between `pause` and `go_on`.
@@ -92,7 +92,7 @@ class Bar:
         wide = Column(ratio=1, no_wrap=True, overflow="ellipsis")
         self._bar = Progress(
             TextColumn("{task.description}", markup=False, table_column=wide),
-            BarColumn(20),
+            BarColumn(12),
             Count(Column(no_wrap=True)),
             console=errors(),
             transient=True,

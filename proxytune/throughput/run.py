@@ -78,9 +78,13 @@ class Plan:
         return min(3, self.rounds)
 
     @property
-    def all_rounds(self) -> int:
-        """Rounds in all, at most: for each cell one that counts and the timed ones, then those of the cost model."""
-        return len(self.cells) * (1 + self.rounds) + (0 if self.drafting is None else 1 + self.draft_rounds)
+    def least(self) -> int:
+        """Rounds of each cell, however long they take."""
+        return min(2, self.rounds)
+
+    def rounds_from(self, cell: int, timed: int) -> int:
+        """Rounds from a cell on, with `timed` ones each: one more that counts, and then those of the cost model."""
+        return (len(self.cells) - cell) * (1 + timed) + (0 if self.drafting is None else 1 + self.draft_rounds)
 
 
 def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
@@ -128,25 +132,22 @@ def measure(
 ) -> dict[str, Any]:
     """Measure families, one after the other; after `deadline` seconds no further family is started.
 
-    `report` is called before each measurement with its name, the rounds done, and the most that there will be; `keep`
-    after each family with the results so far.
+    `report` is called before each measurement with its name, the rounds done, and how many there will be if the rest is
+    as fast; `keep` after each family with the results so far.
 
     Returns:
         JSON values: `status`, the `machine`, `families`, how many were `left_out` by the deadline, and `seconds`.
     """
     began = time.perf_counter()
     record: dict[str, Any] = {"status": "run", "machine": machine(gpu=gpu), "families": [], "left_out": len(plans)}
-    done, total = 0, sum(plan.all_rounds for plan in plans)
-    for plan in plans:
+    done = 0.0  # rounds of the families before
+    for i, plan in enumerate(plans):
         if time.perf_counter() - began > deadline:
             break
-
-        def told(what: str, rounds: float, before: int = done) -> object:
-            return report(what, before + rounds, total)
-
-        told("building models", 0)
+        told = _Told(report, began, plan, plans[i + 1 :], done)
+        told("building models", 0, 0.0)
         record["families"].append(measure_family(plan, gpu=gpu, report=told))
-        done += plan.all_rounds
+        done = told.done
         gc.collect()  # models hold reference cycles; the next ones may need the memory
         if gpu:
             torch.cuda.empty_cache()
@@ -155,12 +156,47 @@ def measure(
     return record
 
 
+class _Told:
+    """What a family reports, as rounds of the whole run: those done, and how many there will be."""
+
+    def __init__(
+        self,
+        report: Callable[[str, float, int], object],
+        began: float,
+        plan: Plan,
+        later: Sequence[Plan],
+        before: float,
+    ) -> None:
+        self._report, self._began, self._plan, self._later = report, began, plan, later
+        self._family_began = time.perf_counter()
+        self._before = before  # rounds done before this cell
+        self._cell, self._rounds = 0, 0.0
+
+    @property
+    def done(self) -> float:
+        """Rounds done when the cell is: its last one was reported when it began."""
+        return self._before + math.floor(self._rounds) + 1
+
+    def __call__(self, what: str, cell: int, rounds: float) -> None:
+        if cell != self._cell:
+            self._before, self._cell = self.done, cell
+        self._rounds = rounds
+        done, plan, now = self._before + rounds, self._plan, time.perf_counter()
+        least = plan.rounds_from(cell, plan.least) - rounds + sum(of.rounds_from(0, of.least) for of in self._later)
+        most = plan.rounds_from(cell, plan.rounds) - rounds + sum(of.rounds_from(0, of.rounds) for of in self._later)
+        # A busy machine gets fewer rounds in the same time.
+        seconds = max(0.0, plan.seconds - (now - self._family_began)) + sum(of.seconds for of in self._later)
+        affordable = most if done == 0 else seconds * done / (now - self._began)
+        self._report(what, done, round(done + min(most, max(least, affordable))))
+
+
 def measure_family(
-    plan: Plan, *, gpu: bool = False, report: Callable[[str, float], object] = lambda *_: None
+    plan: Plan, *, gpu: bool = False, report: Callable[[str, int, float], object] = lambda *_: None
 ) -> dict[str, Any]:
     """Measure one family.
 
-    `report` is called before each measurement with its name and the rounds done.
+    `report` is called before each measurement with its name, the number of the cell (for the cost model, how many cells
+    there are), and the rounds done in it.
 
     Returns:
         JSON values: `name`, `parameters`, `mb_per_pass`, `cells` with floors, `aims`, and `drafting`, the cost model
@@ -178,10 +214,9 @@ def measure_family(
             cell,
             methods_for(subject, rates, graphs=plan.graphs and i == 0),
             rounds=plan.rounds,
-            least=min(2, plan.rounds),
+            least=plan.least,
             until=began + plan.seconds * (i + 1) / len(plan.cells),
-            # Rounds that a cell has no time for count as done when the next one begins.
-            report=lambda what, rounds, before=i * (1 + plan.rounds): report(what, before + rounds),  # type: ignore[misc]
+            report=lambda what, rounds, cell=i: report(what, cell, rounds),  # type: ignore[misc]
         )
         cells.append(with_floors(measured, bytes_of))
     family: dict[str, Any] = {
@@ -201,7 +236,7 @@ def measure_family(
             rate=rate,
             lengths=plan.lengths,
             rounds=plan.draft_rounds,
-            report=lambda what, rounds: report(what, len(plan.cells) * (1 + plan.rounds) + rounds),
+            report=lambda what, rounds: report(what, len(plan.cells), rounds),
         )
     return family
 

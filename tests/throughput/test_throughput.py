@@ -468,3 +468,25 @@ def test_bars_are_as_long_as_their_values() -> None:
 def test_lines_have_a_text_for_each_heading(measured: dict[str, Any]) -> None:
     assert {len(line) for line in lines(measured)} == {len(METHODS)}
     assert {len(line) for line in counted(measured)} == {len(COUNTED)}
+
+
+def test_the_rounds_to_come_are_those_that_there_is_time_for(monkeypatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
+    first, second = (throughput.Plan(lambda: None, (Cell(4, 4),) * n, 4, 100.0) for n in (2, 2))
+    seen: list[tuple[str, float, int]] = []
+    told = throughput._Told(lambda *what: seen.append(what), 0.0, first, [second], 0.0)
+    # Each cell has one round that counts, and two to four timed ones: 20 at most, 12 at least.
+    for seconds, cell, rounds, total in (
+        (0.0, 0, 0.0, 20),  # no pace yet
+        (10.0, 0, 1.0, 20),  # 190 seconds for 19 rounds
+        (24.0, 0, 2.0, 17),  # 12 seconds each: 176 seconds for 14.7 rounds
+        (40.0, 0, 2.0, 12),  # 20 seconds each: 8 rounds would fit, 10 are the least
+        (150.0, 1, 0.0, 12),  # the cell ended after its third round
+    ):
+        clock[0] = seconds
+        told("x", cell, rounds)
+        assert seen[-1][2] == total, seconds
+    assert [done for _, done, _ in seen] == [0, 1, 2, 2, 3]
+    told("x", 1, 2.0)
+    assert told.done == 6
