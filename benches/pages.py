@@ -45,6 +45,13 @@ def kernels(record: dict[str, Any]) -> str:
     return kernels_table(record)
 
 
+def kernel_losses(record: dict[str, Any]) -> str:
+    """Where plain code is faster."""
+    from bench_kernels import losses
+
+    return losses(record["cpu"]["cells"])
+
+
 def memory(record: dict[str, Any]) -> str:
     """The results of `bench_memory.py`."""
     from bench_memory import memory_block
@@ -81,6 +88,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "seeds": demo.seeds,
     "alpha-sweep": demo.sweep,
     "kernels": of("kernels.json", kernels),
+    "kernel-losses": of("kernels.json", kernel_losses),
     "memory": of("memory.json", memory),
     "throughput": of("throughput.json", throughput),
     "speculation": of("throughput.json", speculation),
