@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
+
+from _forks.sampling import AT_ONE, CHOSEN
 
 VOTES = {
     "equal": "all leaves equal",
@@ -49,30 +51,61 @@ def votes_table(record: dict[str, Any]) -> list[str]:
 
 
 def sampling_table(record: dict[str, Any], methods: Sequence[str] = (TEMPERATURES, *TREES)) -> list[str]:
-    """Countdown: differences to plain sampling at its best temperature, for the same number of tokens."""
+    """Countdown: differences to the better of both references, for the same number of tokens."""
     over = record["over seeds"]
+    measures = {"coverage": "some sample is right, points", "distinct solutions": "distinct solutions"}
     lines = [
-        "| Countdown, difference to plain sampling at its best temperature, equal tokens | "
-        + " | ".join(
-            f"{name}: {what}"
-            for name in MODELS.values()
-            for what in ("some sample is right, points", "distinct solutions")
-        )
+        "| Countdown, difference to plain sampling, equal tokens | "
+        + " | ".join(f"{name}: {what}" for name in MODELS.values() for what in measures.values())
         + " |",
         "|---|" + "--:|" * (2 * len(MODELS)),
     ]
-    for k in over["tuned"]["fork − plain"] if TEMPERATURES in methods else ():
-        cells = " | ".join(f"{points(over[model]['fork − plain'][k])} | –" for model in MODELS)
+    for k in over["tuned"]["two temperatures"] if TEMPERATURES in methods else ():
+        cells = " | ".join(f"{_smaller(over[model]['two temperatures'][k], points)} | –" for model in MODELS)
         lines.append(f"| {TEMPERATURES}, k = {k.removeprefix('k=')} | {cells} |")
     for method in (one for one in TREES if one in methods):
         for size in (8, 16):
-            found = [over[model]["methods − independent"][f"{method}, {size}"] for model in MODELS]
-            cells = " | ".join(
-                f"{points(one['coverage, best temperature'])} | {number(one['solutions, best temperature'])}"
-                for one in found
-            )
+            rows = [over[model]["methods"][f"{method}, {size}"] for model in MODELS]
+            forms = dict(zip(measures, (points, number), strict=True))
+            cells = " | ".join(_smaller(row[measure], form) for row in rows for measure, form in forms.items())
             lines.append(f"| {method}, {size} | {cells} |")
     return lines
+
+
+def _smaller(found: dict[str, Any], form: Callable[[dict[str, float]], str]) -> str:
+    """The difference to the better reference; an asterisk if that is temperature 1."""
+    better = found["better reference"]
+    return form(found[better]) + ("*" if better == AT_ONE else "")
+
+
+def reference_sentence(record: dict[str, Any]) -> str:
+    """What the differences are to, which temperatures were chosen, and which of them are at an end of the sweep."""
+    tests = {model: [run["temperatures"]["test"] for run in record["per seed"][model]] for model in MODELS}
+    tried = record["per seed"]["tuned"][0]["temperatures"]["validation"]
+    swept = sorted(one["exec"] for one in tried if one["exec"] == one["fork"])
+    chosen = "; ".join(
+        f"{name} {', '.join(format(test['k=16'][CHOSEN]['temperature'], 'g') for test in tests[model])}"
+        for model, name in MODELS.items()
+    )
+    return (
+        f"The reference is plain sampling at the temperature chosen on validation, of {len(swept)} from {swept[0]:g} "
+        f"to {swept[-1]:g}, or at temperature 1: each cell shows the smaller difference of the two (an asterisk marks "
+        f"temperature 1), which favours the reference. Chosen for pass@16: {chosen}. {_ends(tests, swept)}"
+    )
+
+
+def _ends(tests: dict[str, list[dict[str, Any]]], swept: Sequence[float]) -> str:
+    """Where the choice fell on the first or the last temperature of the sweep."""
+    found = []
+    for model, name in MODELS.items():
+        for k in tests[model][0]:
+            for end in (swept[0], swept[-1]):
+                count = sum(test[k][CHOSEN]["temperature"] == end for test in tests[model])
+                if count:
+                    found.append(f"{name}, k = {k.removeprefix('k=')}: {end:g} in {count} of {len(tests[model])}")
+    if not found:
+        return "No chosen temperature, for any k, is at an end of the sweep."
+    return f"Chosen temperatures at an end of the sweep: {'; '.join(found)}."
 
 
 def number(value: dict[str, float]) -> str:
@@ -84,7 +117,10 @@ def collapse_sentence(record: dict[str, Any]) -> str:
     """The effect of the policy gradient."""
     rates = {
         model: {
-            k: fmean(run["spreads"]["independent"][f"k={k}"]["coverage"]["value"] for run in record["per seed"][model])
+            k: fmean(
+                run["spreads"]["independent"][AT_ONE][f"k={k}"]["coverage"]["value"]
+                for run in record["per seed"][model]
+            )
             for k in (1, 64)
         }
         for model in MODELS
@@ -180,6 +216,7 @@ def countdown_block(record: dict[str, Any], methods: Sequence[str] = (TEMPERATUR
     said = (
         f"**Countdown, against plain sampling.** {sizes['count']} test problems; settings chosen on others. The "
         f"tuned model with three sampling seeds, and three trainings of its collapsed twin. {collapse_sentence(record)}"
+        f" {reference_sentence(record)}"
     )
     return "\n".join([said, "", *sampling_table(record, methods)])
 

@@ -2,6 +2,12 @@
 
 On the directly tuned model and its twin, narrowed by a policy gradient. Settings are chosen on validation problems and
 tested on test problems; intervals are paired over problems.
+
+The reference is plain sampling at one temperature, for as many tokens: at the temperature chosen on validation among
+those of `bench_latent.py`, and at temperature 1. Both differences are recorded, problem by problem. What is reported is
+the smaller of the two (`better_of_both`), so the reference is whichever is better on the test problems themselves: this
+favours the reference. It is picked once per model, row and measure, after the seeds are pooled: a choice for each seed
+would follow the noise of its draws.
 """
 
 from __future__ import annotations
@@ -12,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from _latent.methods import TEMPERATURES
 
 from _forks.common import Subject, grow, independent, mean_interval, record
 from proxytune import ForkDecoding, ForkSamplingLogitsProcessor, SiblingDecoding
@@ -25,12 +32,13 @@ from proxytune.methods.trees.tree import ForkTree
 from proxytune.stats.coverage import pass_at_k
 
 MAX_NEW_TOKENS = 40
-PLAIN = (0.3, 0.5, 0.7, 0.85, 1.0, 1.15, 1.3, 1.5)
 EXEC = (0.1, 0.4, 0.7, 1.0)
 FORK = (0.3, 0.5, 0.7, 1.0, 1.3)
+"""Beside these, the plain temperatures that were chosen: they may be hotter, or colder."""
 Setting = tuple[float, float]
 """T_exec and T_fork; a plain temperature if they are equal."""
-SETTINGS: tuple[Setting, ...] = (*((t, t) for t in PLAIN), *((e, f) for e in EXEC for f in FORK if e != f))
+CHOSEN, AT_ONE = "chosen temperature", "temperature 1"
+"""The two references."""
 SHARE = 0.2
 
 
@@ -83,83 +91,106 @@ def threshold(subject: Subject, *, count: int = 60, samples: int = 8) -> float:
 def temperatures(
     subject: Subject, nats: float, *, seed: int, chosen_on: int, judged_on: int, few: int, many: int
 ) -> dict[str, Any]:
-    """The grid T_exec × T_fork against a sweep of plain temperatures.
+    """The grid T_exec × T_fork against the sweep of plain temperatures and against temperature 1.
 
     Every setting gets `few` samples on `chosen_on` validation problems, the best of either kind `many` on `judged_on`
-    test problems.
+    test problems. Of settings with the same pass@k the one that finds the most distinct solutions is chosen.
 
     Returns:
-        pass@k of all settings on validation, of the chosen ones on test, and the paired differences.
+        pass@k of all settings on validation, of the chosen ones on test, whether the chosen temperature is the first or
+        the last of the sweep, and the differences to both references: k samples at one temperature, and as many at two
+        as cost the same.
     """
     counts = [k for k in (1, 4, 16, 64) if k <= few]
-    tried = {s: _sampled(subject, "validation", chosen_on, few, s, nats, seed) for s in SETTINGS}
-    rates = {s: {k: float(np.mean([a.coverage(k) for a in found])) for k in counts} for s, found in tried.items()}
-    best = {
-        k: {
-            "plain": max((s for s in SETTINGS if s[0] == s[1]), key=lambda s: rates[s][k]),
-            "fork": max((s for s in SETTINGS if s[0] != s[1]), key=lambda s: rates[s][k]),
-        }
-        for k in counts
-    }
-    needed = {(1.0, 1.0)} | {setting for pair in best.values() for setting in pair.values()}
+    tried: dict[Setting, list[Answers]] = {}
+
+    def choose(settings: Sequence[Setting]) -> dict[int, Setting]:
+        for setting in settings:
+            tried[setting] = _sampled(subject, "validation", chosen_on, few, setting, nats, seed)
+        return {k: max(settings, key=lambda s: (_coverage(tried[s], k), _solutions(tried[s], k))) for k in counts}
+
+    plain = choose([(t, t) for t in TEMPERATURES])
+    forks = dict.fromkeys((*FORK, *(one[0] for one in plain.values())))
+    fork = choose([(e, f) for e in EXEC for f in forks if e != f])
+    needed = {(1.0, 1.0), *plain.values(), *fork.values()}
     # Test draws have another seed than validation draws.
     judged = {s: _sampled(subject, "test", judged_on, many, s, nats, seed + 500) for s in sorted(needed)}
     mean_tokens = {s: sum(a.tokens for a in found) / (judged_on * many) for s, found in judged.items()}
     out: dict[str, Any] = {
         "validation": [
-            {"exec": s[0], "fork": s[1], **{f"pass@{k}": round(rates[s][k], 4) for k in counts}} for s in SETTINGS
+            {"exec": s[0], "fork": s[1], **{f"pass@{k}": round(_coverage(found, k), 4) for k in counts}}
+            for s, found in tried.items()
         ],
         "test": {},
     }
     for k in counts:
-        plain, fork = best[k]["plain"], best[k]["fork"]
-        # Equal tokens: k samples at the plain temperature, and as many as cost the same at the two.
-        same = k * mean_tokens[plain] / mean_tokens[fork]
-        first = [a.coverage(k) for a in judged[plain]]
-        second = [a.coverage(same) for a in judged[fork]]
-        at_one = [a.coverage(k) for a in judged[1.0, 1.0]]
-        out["test"][f"k={k}"] = {
-            "plain": {"temperature": plain[0], "pass": record(mean_interval(first))},
-            "fork": {
-                "exec": fork[0],
-                "fork": fork[1],
-                "samples": round(same, 3),
-                "pass": record(mean_interval(second)),
-            },
-            "temperature 1": record(mean_interval(at_one)),
-            "fork − plain": record(mean_interval(np.subtract(second, first))),
-            "differences": [round(d, 4) for d in np.subtract(second, first)],
+        references = {CHOSEN: plain[k], AT_ONE: (1.0, 1.0)}
+        found: dict[str, Any] = {
+            name: {
+                "temperature": one[0],
+                "pass": record(mean_interval([a.coverage(k) for a in judged[one]])),
+            }
+            for name, one in references.items()
         }
+        found[CHOSEN]["at the end of the sweep"] = plain[k][0] in (TEMPERATURES[0], TEMPERATURES[-1])
+        found["two temperatures"] = {"exec": fork[k][0], "fork": fork[k][1]}
+        found["differences"] = {}
+        for name, one in references.items():
+            same = k * mean_tokens[one] / mean_tokens[fork[k]]
+            pairs = zip(judged[fork[k]], judged[one], strict=True)
+            more = [two.coverage(same) - single.coverage(k) for two, single in pairs]
+            found["two temperatures"][f"samples, {name}"] = round(same, 3)
+            found[f"two temperatures − {name}"] = record(mean_interval(more))
+            found["differences"][name] = [round(d, 4) for d in more]
+        out["test"][f"k={k}"] = found
     return out
 
 
-def spreads(
-    subject: Subject, nats: float, *, seed: int, count: int, samples: int, best_temperature: float
-) -> dict[str, Any]:
-    """Coverage and distinct solutions of trees and siblings against independent samples for the same number of tokens.
+def _coverage(found: Sequence[Answers], k: int) -> float:
+    return float(np.mean([a.coverage(k) for a in found]))
 
-    `samples` independent samples of each of `count` test problems estimate the curve. The methods are at temperature 1;
-    `best_temperature` is the plain one with the best pass@16 on validation.
+
+def _solutions(found: Sequence[Answers], k: int) -> float:
+    return float(np.mean([a.solutions(k) for a in found]))
+
+
+def better_of_both(chosen: Sequence[float], at_one: Sequence[float]) -> dict[str, Any]:
+    """Differences to the two references, `[P]` each, and which of these is the better one.
 
     Returns:
-        pass@k of independent samples at temperature 1; for every method and size, coverage, distinct solutions and
-        tokens, compared with independent samples for the same tokens, at temperature 1 and at the best one.
+        The interval of both, and the name of the reference to which the mean difference is smaller.
+    """
+    found: dict[str, Any] = {CHOSEN: record(mean_interval(chosen)), AT_ONE: record(mean_interval(at_one))}
+    return {**found, "better reference": AT_ONE if np.mean(at_one) < np.mean(chosen) else CHOSEN}
+
+
+def spreads(subject: Subject, nats: float, *, seed: int, count: int, samples: int, chosen: float) -> dict[str, Any]:
+    """Coverage and distinct solutions of trees and siblings against independent samples for the same number of tokens.
+
+    `samples` independent samples of each of `count` test problems estimate each reference's curve. The methods are at
+    temperature 1; `chosen` is the plain temperature with the best pass@16 on validation.
+
+    Returns:
+        pass@k of both references; for every method and size, coverage, distinct solutions and tokens, compared with
+        independent samples for the same tokens at both.
     """
     asked = problems("countdown", "test", count, build_world())
-    plain = _sampled(subject, "test", count, samples, (1.0, 1.0), nats, seed)
-    mean_tokens = sum(a.tokens for a in plain) / (count * samples)
-    best = _sampled(subject, "test", count, samples, (best_temperature, best_temperature), nats, seed)
-    best_tokens = sum(a.tokens for a in best) / (count * samples)
+    drawn = {t: _sampled(subject, "test", count, samples, (t, t), nats, seed) for t in dict.fromkeys((chosen, 1.0))}
+    references = {CHOSEN: drawn[chosen], AT_ONE: drawn[1.0]}
+    mean_tokens = {name: sum(a.tokens for a in found) / (count * samples) for name, found in references.items()}
     curve = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= samples]
     out: dict[str, Any] = {
-        "tokens of a sample": round(mean_tokens, 2),
-        "best temperature": best_temperature,
+        "chosen temperature": chosen,
+        "tokens of a sample": {name: round(value, 2) for name, value in mean_tokens.items()},
         "independent": {
-            f"k={k}": {
-                "coverage": record(mean_interval([a.coverage(k) for a in plain])),
-                "different solutions": record(mean_interval([a.solutions(k) for a in plain])),
+            name: {
+                f"k={k}": {
+                    "coverage": record(mean_interval([a.coverage(k) for a in found])),
+                    "distinct solutions": record(mean_interval([a.solutions(k) for a in found])),
+                }
+                for k in curve
             }
-            for k in curve
+            for name, found in references.items()
         },
         "methods": {},
     }
@@ -177,30 +208,25 @@ def spreads(
                 Answers.of(p, [subject.read(b.along("tokens")) for b in tree], tree.tokens)
                 for p, tree in zip(asked, trees, strict=True)
             ]
-            as_many = sum(a.tokens for a in found) / count / mean_tokens
-            covered = np.array([float(bool(a.right)) for a in found])
-            different = np.array([float(len(a.right)) for a in found])
-            more = covered - [a.coverage(as_many) for a in plain]
-            further = different - [a.solutions(as_many) for a in plain]
-            as_hot = as_many * mean_tokens / best_tokens
-            over_best = covered - [a.coverage(as_hot) for a in best]
-            further_best = different - [a.solutions(as_hot) for a in best]
-            out["methods"][f"{name}, {size}"] = {
-                "tokens": round(as_many * mean_tokens, 1),
-                "independent samples for as many tokens": round(as_many, 3),
-                "coverage": record(mean_interval(covered)),
-                "coverage − independent": record(mean_interval(more)),
-                "different solutions": record(mean_interval(different)),
-                "different solutions − independent": record(mean_interval(further)),
-                "coverage − best temperature": record(mean_interval(over_best)),
-                "different solutions − best temperature": record(mean_interval(further_best)),
-                "differences": {
-                    "coverage": [round(x, 4) for x in more],
-                    "solutions": [round(x, 4) for x in further],
-                    "coverage, best temperature": [round(x, 4) for x in over_best],
-                    "solutions, best temperature": [round(x, 4) for x in further_best],
-                },
+            tokens = sum(a.tokens for a in found) / count
+            own = {
+                "coverage": np.array([float(bool(a.right)) for a in found]),
+                "distinct solutions": np.array([float(len(a.right)) for a in found]),
             }
+            line: dict[str, Any] = {
+                "tokens": round(tokens, 1),
+                "independent samples for as many tokens": {},
+                **{measure: record(mean_interval(values)) for measure, values in own.items()},
+                "differences": {measure: {} for measure in own},
+            }
+            for reference, some in references.items():
+                as_many = tokens / mean_tokens[reference]
+                line["independent samples for as many tokens"][reference] = round(as_many, 3)
+                for measure, of in {"coverage": Answers.coverage, "distinct solutions": Answers.solutions}.items():
+                    more = own[measure] - [of(a, as_many) for a in some]
+                    line[f"{measure} − {reference}"] = record(mean_interval(more))
+                    line["differences"][measure][reference] = [round(x, 4) for x in more]
+            out["methods"][f"{name}, {size}"] = line
     return out
 
 

@@ -107,17 +107,29 @@ def test_detection_and_votes_in_small(subjects: dict[str, Any]) -> None:
 
 def test_countdown_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) -> None:
     sampling = bench("_forks.sampling")
-    assert len(sampling.SETTINGS) == len(set(sampling.SETTINGS)) == 26
-    monkeypatch.setattr(sampling, "SETTINGS", ((0.5, 0.5), (1.0, 1.0), (0.4, 1.0)))
+    assert sampling.TEMPERATURES is bench("_latent.methods").TEMPERATURES
+    assert len(sampling.TEMPERATURES) == 20
+    monkeypatch.setattr(sampling, "TEMPERATURES", (0.5, 1.0))
+    monkeypatch.setattr(sampling, "EXEC", (0.4,))
+    monkeypatch.setattr(sampling, "FORK", (1.0,))
     found = sampling.temperatures(subjects["large-tuned"], 0.36, seed=0, chosen_on=3, judged_on=3, few=1, many=2)
-    assert len(found["validation"]) == 3
+    chosen = found["test"]["k=1"]["chosen temperature"]
+    assert chosen["at the end of the sweep"] is True  # of these two, each is an end
+    grid = [(one["exec"], one["fork"]) for one in found["validation"]]
+    assert grid == [(0.5, 0.5), (1.0, 1.0), *((0.4, fork) for fork in dict.fromkeys((1.0, chosen["temperature"])))]
     assert finite(found)
-    assert len(found["test"]["k=1"]["differences"]) == 3
-    spread = sampling.spreads(subjects["large-tuned"], 0.36, seed=0, count=3, samples=32, best_temperature=0.5)
-    assert finite(spread)
-    for name, method in spread["methods"].items():
-        size = int(name.rpartition(", ")[2])
-        assert method["independent samples for as many tokens"] < (size * 1.5 if "siblings" in name else size)
+    differences = found["test"]["k=1"]["differences"]
+    assert {name: len(some) for name, some in differences.items()} == {"chosen temperature": 3, "temperature 1": 3}
+    for given in (0.5, 1.0):
+        spread = sampling.spreads(subjects["large-tuned"], 0.36, seed=0, count=3, samples=32, chosen=given)
+        assert finite(spread)
+        for name, method in spread["methods"].items():
+            size = int(name.rpartition(", ")[2])
+            as_many = method["independent samples for as many tokens"]["temperature 1"]
+            assert as_many < (size * 1.5 if "siblings" in name else size)
+            for both in method["differences"].values():
+                assert [len(some) for some in both.values()] == [3, 3]
+                assert (both["chosen temperature"] == both["temperature 1"]) or given != 1.0
 
 
 def test_pondering_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) -> None:
@@ -140,9 +152,12 @@ def test_pondering_parts_in_small(subjects: dict[str, Any], monkeypatch: Any) ->
         assert 0 < found["share of the tokens"]["value"] <= 1
 
 
-def test_the_readme_s_tables_are_made_of_the_committed_record() -> None:
-    place = BENCHES / "results" / "forks.json"
-    record = json.loads(place.read_text(encoding="utf-8"))
+def kept() -> Any:
+    return json.loads((BENCHES / "results" / "forks.json").read_text(encoding="utf-8"))
+
+
+def test_the_pages_tables_are_made_of_the_committed_record() -> None:
+    record = kept()
     assert finite(record)
     assert record["seeds"] == [0, 1, 2]
     block = bench("_forks.report").forks_block(record)
@@ -150,3 +165,71 @@ def test_the_readme_s_tables_are_made_of_the_committed_record() -> None:
     for table in block.split("\n\n"):
         rows = [line for line in table.split("\n") if line.startswith("|")]
         assert len({row.count("|") for row in rows}) <= 1
+
+
+def test_the_better_of_both_references_follows_from_the_committed_differences() -> None:
+    sampling, common = bench("_forks.sampling"), bench("_forks.common")
+    record, shown = kept(), 0
+    table = "\n".join(bench("_forks.report").sampling_table(record))
+    for model in ("tuned", "collapsed"):
+        over = record["over seeds"][model]
+        cells = [*over["two temperatures"].values(), *(one for row in over["methods"].values() for one in row.values())]
+        assert len(cells) == 3 + 2 * 10
+        for cell in cells:
+            differences = cell["differences"]
+            means = {name: np.mean(values) for name, values in differences.items()}
+            assert set(means) == {sampling.CHOSEN, sampling.AT_ONE}
+            assert cell["better reference"] == min(means, key=lambda name: means[name])
+            for name, values in differences.items():
+                assert len(values) == record["sizes"]["spreads"]["count"]
+                assert cell[name] == common.record(common.mean_interval(values))
+            shown += cell["better reference"] == sampling.AT_ONE
+    assert table.count("*") == shown
+
+
+def test_the_report_says_where_a_choice_is_at_an_end_of_the_sweep() -> None:
+    report, record = bench("_forks.report"), kept()
+    swept = bench("_latent.methods").TEMPERATURES
+    runs = [run["temperatures"] for model in ("tuned", "collapsed") for run in record["per seed"][model]]
+    for run in runs:
+        assert [one["exec"] for one in run["validation"] if one["exec"] == one["fork"]] == list(swept)
+        for test in run["test"].values():
+            chosen = test["chosen temperature"]
+            assert chosen["at the end of the sweep"] == (chosen["temperature"] in (swept[0], swept[-1]))
+            chosen["temperature"] = 0.7
+    assert "No chosen temperature, for any k, is at an end of the sweep." in report.reference_sentence(record)
+    runs[4]["test"]["k=16"]["chosen temperature"]["temperature"] = 4.0
+    said = report.reference_sentence(record)
+    assert "Chosen temperatures at an end of the sweep: collapsed twin, k = 16: 4 in 1 of 3." in said
+
+
+def test_parts_that_are_not_measured_again_stay_as_they_are(tmp_path: Path, monkeypatch: Any) -> None:
+    forks, record = bench("bench_forks"), kept()
+    assert forks.together(tmp_path, forks.SEEDS, kept()) == record
+    assert forks.text(record) == (BENCHES / "results" / "forks.json").read_text(encoding="utf-8")
+    # One part anew: it replaces that part, and only if it is there for all seeds.
+    monkeypatch.setattr(forks, "versions", lambda: {"torch": "another"})
+    (tmp_path / "parts").mkdir()
+    for seed in forks.SEEDS:
+        assert forks.together(tmp_path, forks.SEEDS, kept()) == record
+        found = kept()["per seed"]["tuned"][seed]
+        two = {"chosen temperature": [0.25 + seed, 0.5], "temperature 1": [0.0, -0.5]}
+        for test in found["temperatures"]["test"].values():
+            test["differences"] = two
+        for method in found["spreads"]["methods"].values():
+            method["differences"] = {"coverage": two, "distinct solutions": two}
+        forks.part("tuned", seed, tmp_path).write_text(json.dumps(found | {"versions": forks.versions()}))
+    new = forks.together(tmp_path, forks.SEEDS, kept())
+    assert new["measured"].pop("tuned")["torch"] == "another"
+    cell = new["over seeds"].pop("tuned")["methods"]["start, 16"]["coverage"]
+    assert cell["differences"] == {"chosen temperature": [1.25, 0.5], "temperature 1": [0.0, -0.5]}
+    assert cell["better reference"] == "temperature 1"
+    assert new["per seed"] == record["per seed"]
+    for part in ("measured", "over seeds"):
+        record[part].pop("tuned")
+        assert new[part] == record[part]
+    assert new["trained"] == record["trained"]
+    # What is kept must be of the sizes that the record names.
+    monkeypatch.setitem(forks.SIZES, "votes", {"problems": 1, "trees": 1})
+    with pytest.raises(SystemExit, match="detection, votes, collapsed, .* measure them again"):
+        forks.together(tmp_path, forks.SEEDS, kept())
