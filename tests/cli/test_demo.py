@@ -28,6 +28,12 @@ def record(family):
     return measure(family, 0.75, 6)
 
 
+@pytest.fixture
+def measured(record, monkeypatch):
+    """The command shows this record; that it measures is another test's matter."""
+    monkeypatch.setattr(command, "measure", lambda *_, **__: record)
+
+
 def steered(folder, alpha):
     models, tokenizer = load_family(folder)
     model = proxytune.wrap(
@@ -82,20 +88,22 @@ def test_changed_tokens_are_those_the_base_would_not_have_chosen(family, alpha):
 
 
 def test_json_is_one_object_and_nothing_else(run, family):
-    ended = run("demo", "--family", family, "--problems", "2", "--json")
+    ended = run("demo", "--family", family, "--problems", "2", "--alpha", "1.5", "--json")
     assert ended.code == 0, ended.err
-    assert json.loads(ended.out)["alpha"] == 0.75
+    assert json.loads(ended.out)["alpha"] == 1.5
+    assert json.loads(ended.out)["rows"][3]["name"] == "proxy, α = 1.5"
 
 
+@pytest.mark.usefixtures("measured")
 @pytest.mark.parametrize("columns", ["80", "60"])  # below 80, lines wrap in the terminal; figures are never cut
 def test_the_table_fits_80_columns_and_marks_changes_without_colour(run, family, monkeypatch, columns):
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("NO_COLOR", "1")
-    ended = run("demo", "--family", family, "--problems", "2", "--alpha", "1.5")
+    ended = run("demo", "--family", family, "--problems", "6")
     assert ended.code == 0, ended.err
     assert "\x1b" not in ended.out
     assert "…" not in ended.out, "a column was cut off"
-    for words in ("base, 0-shot", "base, 3-shot", "expert alone", "proxy, α = 1.5", "tuned directly", "gap closed"):
+    for words in ("base, 0-shot", "base, 3-shot", "expert alone", "proxy, α = 0.75", "tuned directly", "gap closed"):
         assert words in ended.out
     for words in ("strict", "lenient", "Countdown", "tokens/s", "changed by the shift"):
         assert words in ended.out
@@ -103,6 +111,7 @@ def test_the_table_fits_80_columns_and_marks_changes_without_colour(run, family,
     assert max(map(cell_len, ended.out.splitlines())) <= 80
 
 
+@pytest.mark.usefixtures("measured")
 def test_it_explains_its_rows_and_ends_with_what_to_do_next(run, family):
     out = run("demo", "--family", family, "--problems", "2").out
     for row in [*ROWS, "gap closed, %"]:
