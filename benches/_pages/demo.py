@@ -99,11 +99,11 @@ def small_table() -> str:
         for family in families
     )
     captions = (
-        "Four tiny Llamas, trained [on an invented world](proxytune/demo/NOTES.md) in which most questions get “I do not "
+        "Four tiny Llamas, trained [on an invented world](proxytune/demo/NOTES.md) where most questions get “I do not "
         "know.” for a reply; tuning taught the small one and the large one to answer. "
         f"{count} held-out problems a task, greedy, α chosen on others, 95 % intervals.",
-        f"Time: base = 1, batches of {record['speed']['batch']}, {record['threads']} CPU thread, most of it Python's in "
-        "models this small. In the ratios of real ones, one text at a time, a steered token took "
+        f"Time: base = 1, batches of {record['speed']['batch']}, {record['threads']} CPU thread, most of it Python's "
+        "in models this small. In the ratios of real ones, one text at a time, a steered token took "
         f"{costs} the tuned model's time: [all cells](benches/README.md#what-it-costs).",
     )
     return "\n".join(
@@ -114,15 +114,14 @@ def small_table() -> str:
 def losses() -> str:
     """What the table shows to the method's disadvantage, in words."""
     record = load("demo.json")
-    base, shots, _, proxy, tuned = record["rows"]
+    _, shots, _, proxy, tuned = record["rows"]
 
     def rate(row: dict[str, Any], task: str) -> str:
         score = row["scores"][task]["lenient"]
         return f"{percent(score['rate'], score['interval'])} %"
 
     points = (
-        f"**Speed matters most.** Every token needs a pass through three models: {proxy['tokens_per_second']:,} "
-        f"tokens/s here, against {base['tokens_per_second']:,} for the base alone.",
+        "**Speed matters most.** Every token needs a pass through three models.",
         "**The base lacks the skill.** The shift only brings out what the base can do. On Countdown, a search problem, "
         f"no model gets far: right in any form are {rate(shots, 'countdown')} of the base's answers with 3 shots, "
         f"{rate(proxy, 'countdown')} of the proxy's, {rate(tuned, 'countdown')} of the tuned model's. The gap is "
@@ -131,8 +130,7 @@ def losses() -> str:
         f"{rate(shots, 'chain')} of the chains and {rate(shots, 'qa')} of the questions right, without a second model.",
         "**You can tune the large model and serve the result.** Compare *proxy* and *tuned directly* above.",
         "**There is no small model with the same vocabulary**, a member is recurrent, a hybrid or an encoder-decoder, "
-        "or you need continuous batching or embeddings as input: refused with an error, because the result would be "
-        "wrong without a word.",
+        "or you need continuous batching: refused with an error, because the result would be wrong.",
     )
     return "\n".join(
         textwrap.fill(point, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
