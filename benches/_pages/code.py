@@ -17,10 +17,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ROOT", "Block", "blocks_of", "pages", "run_blocks", "same", "with_outputs"]
+__all__ = ["ROOT", "Block", "blocks_of", "pages", "run_blocks", "same", "unseen", "with_outputs"]
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
+ANY_FENCE = re.compile(r"^[ \t>]*(?:[-*+] |\d+\. )?[ \t]*(?:`{3,}|~{3,}).*$", re.MULTILINE)
 RUN = ("python", "sh")
 # Commands that make an environment, or run for minutes: their options are looked up, and they have tests of their own.
 NOT_RUN = ("python3 -m venv", ".venv/", "git ", "cd ", "proxytune demo", "proxytune bench")
@@ -45,12 +46,30 @@ class Block:
 
 
 def pages() -> list[Path]:
-    """Every page of the checkout."""
+    """Every page of the checkout; those in an environment or a build folder beside it are not its own."""
+    folders = ("proxytune", "kernels", "tests", "benches", "findings")
+    found = [*ROOT.glob("*.md"), *(page for folder in folders for page in (ROOT / folder).rglob("*.md"))]
     return sorted(
-        path
-        for path in ROOT.rglob("*.md")
-        if not any(part.startswith((".", "_")) or part == "node_modules" for part in path.relative_to(ROOT).parts)
+        path for path in found if not any(part.startswith((".", "_")) for part in path.relative_to(ROOT).parts)
     )
+
+
+def unseen(text: str) -> list[str]:
+    """The lines of a page that open or close a block which is neither run nor compared with what one prints.
+
+    Those in another form than `python`, `sh` or `text` behind three backticks that begin a line, and outputs that show
+    nothing but `…`.
+    """
+    found = list(FENCE.finditer(text))
+    inside = [(block.start(), block.end()) for block in found]
+    out = [
+        line[0].strip()
+        for line in ANY_FENCE.finditer(text)
+        if not any(start <= line.start() <= end for start, end in inside)
+    ]
+    out += [f"```{block['language']}" for block in found if block["language"] not in (*RUN, "text")]
+    out += ["…" for block in found if set(block["content"].split()) <= {"…"}]
+    return out
 
 
 def blocks_of(text: str) -> list[Block]:
@@ -111,11 +130,17 @@ def _commands(code: str) -> list[str]:
 
 def _run_command(command: str, place: str) -> None:
     words = shlex.split(command, comments=True)
+    if words[:1] == [".venv/bin/pytest"]:
+        for path in (word for word in words[1:] if "/" in word):
+            if not (ROOT / path.partition("::")[0]).exists():
+                raise SystemExit(f"{place}: there is no {path}")
+        return
+    if words[:1] in (["python"], [".venv/bin/python"]):
+        _look_up(words, place)
+        return
     if command.startswith(NOT_RUN) and words[0] != "proxytune":
         return
-    if words[:1] == ["python"]:
-        _look_up(words, place)
-    elif words[:1] == ["proxytune"]:
+    if words[:1] == ["proxytune"]:
         asked = words[1:] if not command.startswith(NOT_RUN) else [words[1], "--help"]
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -126,7 +151,7 @@ def _run_command(command: str, place: str) -> None:
             print(printed.getvalue(), end="")
         else:
             for option in (word for word in words if word.startswith("--")):
-                if option not in printed.getvalue():
+                if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", printed.getvalue()):
                     raise SystemExit(f"{place}: `proxytune {words[1]}` has no option {option}")
     else:
         raise SystemExit(f"{place}: expected a command that a test can run or look up ({NOT_RUN}); got `{command}`")
@@ -150,7 +175,8 @@ def _look_up(words: list[str], place: str) -> None:
     source = file.read_text(encoding="utf-8")
     # Options are declared by name: "--write", or as the parameter of a function.
     for option in (word for word in words if word.startswith("--")):
-        if f'"{option}"' not in source and f'"{option[2:]}"' not in source and f"{option[2:]}:" not in source:
+        name = re.escape(option[2:])
+        if not re.search(rf'"(?:--)?{name}"|^\s+{name}: Annotated\[', source, re.MULTILINE):
             raise SystemExit(f"{place}: {words[1]} has no option {option}")
 
 

@@ -193,7 +193,8 @@ def check_answer(answer: Any) -> Hashable | None:
     """Return an answer (None for no answer); InputError if it is not hashable or does not equal itself."""
     try:
         hash(answer)
-        same = bool(answer == answer)
+        # A tensor's `==` gives a tensor: two of equal content would be two answers, as they are hashed by identity.
+        same = isinstance(found := answer == answer, (bool, np.bool_)) and bool(found)
     except TypeError:
         same = False
     if not same:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.voting import CONFIDENCES, SURE, samples_of
@@ -176,6 +177,8 @@ def test_margins_are_means_over_the_answer_summed_per_answer() -> None:
     [
         (lambda: Sample(["a"]), r"answer: expected a hashable value .* got \['a'\] of type list"),
         (lambda: Sample(("a", ["b"])), "answer: expected a hashable value"),
+        (lambda: Sample(torch.tensor(1)), r"answer: expected a hashable value .* got tensor\(1\) of type Tensor"),
+        (lambda: Sample(torch.tensor([1, 2])), "answer: expected a hashable value"),
         (lambda: Sample(NAN), "answer: expected a hashable value that equals itself.*got nan"),
         (lambda: Sample("a", weight=-1.0), "weight: expected a finite number ≥ 0; got -1"),
         (lambda: Sample("a", weight=NAN), "weight: expected a finite number ≥ 0; got nan"),

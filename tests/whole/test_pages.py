@@ -9,7 +9,7 @@ from pathlib import Path
 import pages as generated
 import pytest
 import torch
-from _pages.code import ROOT, blocks_of, pages, run_blocks, same
+from _pages.code import ROOT, blocks_of, pages, run_blocks, same, unseen
 from _pages.records import load, weights
 
 from proxytune import errors
@@ -42,6 +42,50 @@ def test_the_code_of_a_page_prints_what_the_page_shows(name: str, tmp_path: Path
             assert printed.strip() == "", f"{name}:{block.line} prints this, and the page does not show it"
         else:
             assert same(block.shown, printed), f"{name}:{block.line} shows\n{block.shown}\nand prints\n{printed}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_block_of_a_page_is_one_that_runs(name: str) -> None:
+    assert unseen(PAGES[name].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "```bash\nx\n```\n",
+        "```py\nx\n```\n",
+        "```\nx\n```\n",
+        "``` python\nx\n```\n",
+        "```python title=x\nx\n```\n",
+        "~~~python\nx\n~~~\n",
+        "````python\nx\n````\n",
+        "- item\n\n  ```python\n  x\n  ```\n",
+        "- ```python\n  x\n  ```\n",
+        "> ```python\n> x\n> ```\n",
+        "```python\nx\n",
+        "```python\nprint(1)\n```\n\n```text\n…\n```\n",
+    ],
+)
+def test_a_block_that_would_not_run_is_noticed(page: str) -> None:
+    assert unseen(page) != []
+    assert unseen("```python\nprint(1)\n```\n\n```text\n1\n…\n```\n") == []
+
+
+def test_every_generated_block_stands_on_a_page() -> None:
+    texts = [page.read_text(encoding="utf-8") for page in PAGES.values()]
+    assert {name for text in texts for name in re.findall(r"<!-- generated: ([\w-]+) -->", text)} == set(
+        generated.BLOCKS
+    )
+
+
+def test_pages_of_an_environment_beside_the_code_are_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import _pages.code as code
+
+    for name in ("README.md", "proxytune/README.md", "venv/lib/a/README.md", "build/README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("# Page\n", encoding="utf-8")
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    assert [page.relative_to(tmp_path).as_posix() for page in code.pages()] == ["README.md", "proxytune/README.md"]
 
 
 def test_what_is_made_of_records_is_up_to_date() -> None:
@@ -127,6 +171,10 @@ def test_what_is_shown_is_compared_line_by_line(shown: str, printed: str, equal:
     [
         "```sh\nproxytune generate --no-such-option\n```\n",
         "```sh\nproxytune demo --no-such-option\n```\n",
+        "```sh\nproxytune demo --problem 3\n```\n",
+        "```sh\n.venv/bin/pytest tests/no_such_folder\n```\n",
+        "```sh\n.venv/bin/python .ci/none.py\n```\n",
+        "```sh\npython benches/bench_forks.py --Args\n```\n",
         "```sh\nproxytune nonsense\n```\n",
         "```sh\ncurl somewhere\n```\n",
         "```sh\npython benches/bench_none.py\n```\n",
