@@ -25,7 +25,8 @@ APART = re.compile(r"proxytune\.(cli|throughput|ops\.torch_impl)(\.|$)|.*\._")
 ROOTS = ("proxytune", "proxytune_kernels")
 NO_LINK = re.compile(r"<code>(proxytune(?:_kernels)?\.[\w.]+)(?:\(\))?</code>")
 FILES = re.compile(r".*\.(json|py)$")
-RAW = re.compile(r"<p>(?:={4,} .*|::(?=\s*</p>|$)|\.\. \w+::.*)", re.MULTILINE)
+RAW = re.compile(r"<p>(?:={4,} .*|::(?=\s*</p>|$)|\.\. \w+::.*)|:\w+:<code>", re.MULTILINE)
+LINK = re.compile(r'<a href="([^":#]+\.html)')
 
 
 def public(name: str) -> Iterator[str]:
@@ -69,6 +70,9 @@ def _wrong(page: Path) -> Iterator[str]:
         if not APART.match(name) and not FILES.match(name):
             yield f"`{name}`, which leads nowhere"
     yield from (f"{found!r}, which is no Markdown" for found in RAW.findall(text))
+    yield from (
+        f"a link to {link}, which is not there" for link in LINK.findall(text) if not (page.parent / link).exists()
+    )
 
 
 def main(folder: Path) -> None:

@@ -328,6 +328,17 @@ def losses(cells: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def all_losses(part: dict[str, Any]) -> str:
+    """The same for `step`, `verify` and `mix`."""
+    said = [f"`step`: {losses(part['cells'])}"]
+    for name, other in (("verify", kernels_verify.PLAIN), ("mix", kernels_mix.EAGER)):
+        ratios = [cell["times_ours"][other] for cell in part.get(name, [])]
+        faster = [ratio["median"] for ratio in ratios if _faster(ratio)]
+        span = f" ({min(faster):.2f}–{max(faster):.2f}×)" if faster else ""
+        said.append(f"`{name}`: plain torch is faster in {len(faster)} of {len(ratios)}{span}.")
+    return "\n\n".join(said)
+
+
 def _faster(ratio: dict[str, float]) -> bool:
     """Whether the other code takes less time than ours."""
     return ratio["median"] < 1

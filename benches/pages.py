@@ -47,9 +47,9 @@ def kernels(record: dict[str, Any]) -> str:
 
 def kernel_losses(record: dict[str, Any]) -> str:
     """Where plain code is faster."""
-    from bench_kernels import losses
+    from bench_kernels import all_losses
 
-    return losses(record["cpu"]["cells"])
+    return all_losses(record["cpu"])
 
 
 def memory(record: dict[str, Any]) -> str:

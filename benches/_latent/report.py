@@ -111,7 +111,7 @@ def tally(record: dict[str, Any], metric: str, family: str) -> str:
         one = test.get(latent_family(puzzle) if family == "latent" else family)
         if one is not None:
             found.append(one["outcome"])
-    return f"{_count(found, 'win')} of {len(found)} (losses: {_count(found, 'loss')})"
+    return f"{_count(found, 'win')} of {len(found)} ({_count(found, 'loss')})"
 
 
 def _count(outcomes: Iterable[str], what: str) -> int:
@@ -131,13 +131,13 @@ def intro(record: dict[str, Any]) -> str:
 
 
 def tallies(record: dict[str, Any], metric: str, families: Sequence[str]) -> str:
-    """In how many of their cells families win and lose, in words."""
+    """In how many of their cells families win, and lose in brackets."""
     return "; ".join(f"{COLUMNS[family]} {tally(record, metric, family)}" for family in families)
 
 
 def coverage_block(record: dict[str, Any], families: Sequence[str]) -> str:
     """Some families against the best temperature."""
-    said = f"Cells in which coverage@16 beats the best temperature: {tallies(record, 'coverage@16', families)}."
+    said = f"Cells in which coverage@16 beats the best temperature, in brackets those in which it loses: {tallies(record, 'coverage@16', families)}."
     return "\n\n".join([intro(record), "\n".join(coverage_table(record, families)), said])
 
 
@@ -157,10 +157,10 @@ def hypotheses_block(record: dict[str, Any]) -> str:
 
 def latent_block(record: dict[str, Any]) -> str:
     """All results, from what `bench_latent.py --write` wrote."""
-    noise = ("latent", "recursion")
-    said = (
-        f"The same for the share of valid answers: {tallies(record, 'valid', noise)}; and for at least one valid "
-        f"answer of 16: {tallies(record, 'pass@16', noise)}."
+    lines = ["| cells won, of all (lost) | " + " | ".join(COLUMNS.values()) + " |", "|---|" + "--:|" * len(COLUMNS)]
+    for metric, name in (("coverage@16", "coverage@16"), ("valid", "share of valid"), ("pass@16", "a valid one of 16")):
+        lines.append(f"| {name} | {' | '.join(tally(record, metric, family) for family in COLUMNS)} |")
+    tables = [coverage_table(record), lines]
+    return "\n\n".join(
+        [intro(record), *("\n".join(table) for table in tables), selection_block(record), hypotheses_block(record)]
     )
-    covered = f"{coverage_block(record, tuple(COLUMNS))} {said}"
-    return "\n\n".join([covered, selection_block(record), hypotheses_block(record)])

@@ -127,6 +127,8 @@ def _table(record: dict[str, Any]) -> Table:
 def _percent(rate: float | None, interval: Sequence[float] | None) -> str:
     if rate is None or interval is None:
         return "no gap"
+    if interval[0] == interval[1]:  # a bootstrap of problems that all agree: it says nothing of how sure that is
+        return f"{100 * rate:.0f} [?]"
     return f"{100 * rate:.0f} [{100 * interval[0]:.0f}, {100 * interval[1]:.0f}]"
 
 

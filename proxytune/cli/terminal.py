@@ -19,6 +19,9 @@ __all__ = ["Bar", "errors", "is_terminal", "output", "quiet", "safe", "show_erro
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
 
+NARROW = 60
+"""Columns below which the bar says only numbers."""
+
 
 def output() -> Console:
     """A console on stdout, made anew to follow a redirected stream; it never reads text as markup."""
@@ -128,13 +131,14 @@ class Bar:
     def count(self, now: float) -> str:
         """What stands beside the bar at a time of `time.monotonic`: the count, and the time left at the pace so far."""
         then, counted, done, total = self._now
-        said = f"{int(counted):,} of {total:,} {self._unit}"
+        narrow = self._bar.console.width < NARROW
+        said = f"{int(counted):,}/{total:,}" if narrow else f"{int(counted):,} of {total:,} {self._unit}"
         began, before = self._began or (then, done)
         if done <= before:
             return said
         left = max(0.0, (then - began) / (done - before) * (total - done) - (now - then))
         minutes, seconds = divmod(round(left), 60)
-        return f"{said}, {self._left} {minutes}:{seconds:02} left"
+        return f"{said}, {minutes}:{seconds:02}" if narrow else f"{said}, {self._left} {minutes}:{seconds:02} left"
 
     def pause(self) -> None:
         """Take the bar away, so that something can be printed."""

@@ -180,6 +180,11 @@ def test_too_few_problems_are_said_to_be_too_few(run, family):
     assert "Raise --problems, which is 2 here." in printed
 
 
+def test_an_interval_without_width_is_not_shown_as_one():
+    assert command._percent(1.0, [1.0, 1.0]) == "100 [?]"
+    assert command._percent(0.5, [0.25, 0.75]) == "50 [25, 75]"
+
+
 def test_brackets_stand_around_changed_tokens_only():
     steps = [(" The", False), (" answer", True), (" ", True), ("\n", True), ("<|end|>", True)]
     answer = {

@@ -69,6 +69,18 @@ def test_a_terminal_of_80_columns_sees_it_on_one_line(on_terminal, capsys):
     assert "━" in captured.err
 
 
+def test_a_narrow_terminal_sees_numbers_and_the_bar(on_terminal, capsys, clock, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    with terminal.Bar("answers", still=True) as bar:
+        bar.show("proxy", 1000, 3059)
+        clock[0] += 10
+        bar.show("proxy", 2000, 3059)
+    last = drawn(capsys.readouterr().err)[-1]
+    assert "━" in last
+    assert "2,000/3,059, 0:11" in last
+    assert len(last.rstrip()) <= 40
+
+
 def test_nothing_is_drawn_elsewhere_or_while_paused(on_terminal, capsys, monkeypatch):
     with terminal.Bar("rounds", still=True) as bar:
         bar.show("one", 1, 3)

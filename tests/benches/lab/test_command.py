@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from proxytune.errors import LabError
 
 BENCHES = Path(__file__).resolve().parents[3] / "benches"
-README = BENCHES.parent / "README.md"
+PAGE = BENCHES / "README.md"
 
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
@@ -35,14 +35,14 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert ran.stdout.strip() == "[]"
 
 
-def test_help_leaves_nothing_out_and_the_readme_names_real_commands(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_help_leaves_nothing_out_and_the_page_names_real_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rich_utils, "MAX_WIDTH", 400)  # no line is broken
     found = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     for name, command in found.items():
         shown = " ".join(CliRunner().invoke(app, [name, "--help"]).output.split())
         for parameter in command.params:
             assert " ".join((parameter.help or "").split()) in shown, (name, parameter.name)
-    named = re.findall(r"^python -m lab (\w+)", README.read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"^python -m lab (\w+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert named
     assert set(named) <= set(found)
 
