@@ -137,7 +137,8 @@ def tallies(record: dict[str, Any], metric: str, families: Sequence[str]) -> str
 
 def coverage_block(record: dict[str, Any], families: Sequence[str]) -> str:
     """Some families against the best temperature."""
-    said = f"Cells in which coverage@16 beats the best temperature, in brackets those in which it loses: {tallies(record, 'coverage@16', families)}."
+    counts = tallies(record, "coverage@16", families)
+    said = f"Cells in which coverage@16 beats the best temperature, in brackets those in which it loses: {counts}."
     return "\n\n".join([intro(record), "\n".join(coverage_table(record, families)), said])
 
 
