@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,18 +14,38 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from proxytune.errors import InputError, MemberError, MemberNotFoundError, VocabularyWarning
+from proxytune.models.config import ProxyTunedConfig
+from proxytune.models.load_arguments import (
+    HUB_ARGUMENTS,
+    LOAD_ARGUMENTS,
+    Caller,
+    refuse_dtype,
+    refuse_misspelt,
+    refuse_unknown,
+    unknown_keyword,
+)
 from proxytune.models.vocabulary import check_same_tokens
 from proxytune.recipe import ROLES, MemberRef
 from proxytune.validation import shown
 
-__all__ = ["adapters_of", "check_vocabularies", "find_tokenizer", "open_member", "open_members", "reference_of"]
+__all__ = [
+    "adapters_of",
+    "check_vocabularies",
+    "find_tokenizer",
+    "open_member",
+    "open_members",
+    "reference_of",
+    "refuse_composed",
+    "refuse_roles",
+]
 
-# Arguments of `from_pretrained` that say where files are; they apply to tokenizers too.
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "subfolder", "token")
+_UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
 
 def open_members(
     sources: Mapping[str, Any],
+    caller: Caller = None,
+    /,
     *,
     revisions: Mapping[str, str] | None = None,
     tokenizers: Mapping[str, Any] | None = None,
@@ -33,18 +54,22 @@ def open_members(
 ) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None]]:
     """Open all members of a composition: `sources` is role → model object, hub id or folder, the base first.
 
-    The other arguments are those of `proxytune.wrap`.
+    `caller` is what the user called, for messages about keywords; the other arguments are those of `proxytune.wrap`.
 
     Returns:
         Role → model, and role → reference to load it again (None for one that exists only in memory).
 
     Raises:
-        InputError: If a member is missing or no model, id or folder, or arguments contradict each other.
-        MemberError: If a member cannot be opened, uses other token ids, or is the model inside another's PEFT model.
+        InputError: If a member is missing or no model, id or folder, or arguments contradict each other or are unknown.
+        MemberError: If a member cannot be opened, uses other token ids, is composed already, or is the model inside
+            another's PEFT model.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
     """
+    given = [source for source in sources.values() if source is not None]
+    if len(given) < len(sources) or all(isinstance(source, nn.Module) for source in given):
+        refuse_misspelt(from_pretrained, caller)
     for role, source in sources.items():
         if not isinstance(source, str | os.PathLike | nn.Module):
             raise InputError.of(
@@ -55,13 +80,10 @@ def open_members(
                 if source is None
                 else "Pass the model itself; that of a pipeline is pipeline.model.",
             )
+    refuse_roles("revisions", revisions)
+    refuse_roles("tokenizers", tokenizers)
     revisions = revisions or {}
-    for name, given in (("revisions", revisions), ("tokenizers", tokenizers or {})):
-        if strange := sorted(set(given) - set(ROLES)):
-            raise InputError.of(
-                name, expected=f"roles out of {', '.join(ROLES)}", got=", ".join(strange), remedy="Correct the role."
-            )
-    if from_pretrained and all(isinstance(s, nn.Module) for s in sources.values()):
+    if from_pretrained and all(isinstance(source, nn.Module) for source in given):
         raise InputError.of(
             "members",
             expected="no further arguments when all of them are model objects",
@@ -69,15 +91,51 @@ def open_members(
             remedy="They are for from_pretrained: pass them when you load the models.",
         )
     references = {role: reference_of(source, revisions.get(role)) for role, source in sources.items()}
-    members = {
-        role: open_member(source if isinstance(source, nn.Module) else references[role], role, **from_pretrained)
-        for role, source in sources.items()
-    }
+    loaded = [found for role, found in references.items() if found and not isinstance(sources[role], nn.Module)]
+    refuse_dtype(from_pretrained)
+    refuse_unknown(loaded, from_pretrained, caller)
+    members: dict[str, nn.Module] = {}
+    for role, source in sources.items():
+        opened = source if isinstance(source, nn.Module) else references[role]
+        members[role] = open_member(opened, role, caller, **from_pretrained)
+        if len(sources) > 1:
+            refuse_composed(members[role], role)
     _refuse_injected(members)
     if check_vocabulary:
-        hub = {k: v for k, v in from_pretrained.items() if k in (*_HUB_ARGUMENTS, "trust_remote_code")}
+        hub = {k: v for k, v in from_pretrained.items() if k in (*HUB_ARGUMENTS, "trust_remote_code")}
         check_vocabularies(references, tokenizers, **hub)
     return members, references
+
+
+def refuse_roles(name: str, by_role: Any) -> None:
+    """Refuse an argument that is no mapping from roles, or names a role that there is not."""
+    if not isinstance(by_role, Mapping | None):
+        raise InputError.of(
+            name,
+            expected=f"a mapping from roles, {', '.join(ROLES)}",
+            got=f"a {type(by_role).__name__}, {shown(by_role, 80)}",
+            remedy=f"Pass e.g. {name}={{'base': …}}.",
+        )
+    if strange := sorted(map(str, set(by_role or {}) - set(ROLES))):
+        raise InputError.of(
+            name, expected=f"roles out of {', '.join(ROLES)}", got=", ".join(strange), remedy="Correct the role."
+        )
+
+
+def refuse_composed(model: Any, role: str) -> None:
+    """Refuse a composed model as a member: its logits are shifted already."""
+    if getattr(getattr(model, "config", None), "model_type", None) != ProxyTunedConfig.model_type:
+        return
+    alpha = getattr(model, "alpha", None)
+    raise MemberError.of(
+        f"the {role}",
+        expected="a plain model",
+        got=f"a composed one, a {type(model).__name__}" + ("" if alpha is None else f" of alpha={alpha:g}"),
+        remedy="Its logits are shifted already. To change the strength, set its alpha; to compose anew, wrap its base, "
+        "proxytune.wrap(model.base, …)."
+        if role == "base"
+        else f"Its logits are shifted already: pass a plain model as the {role}, e.g. model.base.",
+    )
 
 
 def _refuse_injected(members: Mapping[str, Any]) -> None:
@@ -94,11 +152,11 @@ def _refuse_injected(members: Mapping[str, Any]) -> None:
                 )
 
 
-def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
+def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrained: Any) -> nn.Module:
     """Load a `MemberRef` with `AutoModelForCausalLM`; a model is returned unchanged.
 
     Raises:
-        InputError: If the source is neither a model nor a reference.
+        InputError: If the source is neither a model nor a reference, or the model does not know an argument.
         MemberNotFoundError: If the folder or hub id cannot be opened.
         MemberError: If transformers refuses the arguments.
     """
@@ -113,6 +171,11 @@ def open_member(source: Any, role: str, **from_pretrained: Any) -> nn.Module:
         )
     try:
         return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
+    except TypeError as error:
+        name = found[1] if (found := _UNEXPECTED.search(str(error))) else ""
+        if name not in from_pretrained or name in LOAD_ARGUMENTS:
+            raise
+        raise unknown_keyword(name, from_pretrained[name], caller) from error
     except (OSError, ValueError) as error:
         place = f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else "")
         # transformers raises ValueError for a folder without a model, and otherwise for wrong arguments.

@@ -27,7 +27,7 @@ from proxytune.formulas.registry import FORMULAS
 from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig, load_recipe
 from proxytune.models.generation_mixin import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
-from proxytune.models.loading import adapters_of, open_members
+from proxytune.models.loading import adapters_of, open_members, refuse_composed
 from proxytune.models.members.composite_cache import adopt
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
@@ -80,8 +80,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             formula: The formula.
 
         Raises:
-            UnsupportedModelError: If a member cannot take part (see `Member`).
+            MemberError: If a member is composed already, or cannot take part (see `Member`).
         """
+        for role, model in members.items():
+            refuse_composed(model, role)
         wrapped = [Member(model, role) for role, model in members.items()]
         config.bind([model.config for model in members.values()])
         config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)

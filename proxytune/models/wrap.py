@@ -20,7 +20,7 @@ __all__ = ["wrap"]
 def wrap(
     base: Any,
     *,
-    expert: Any,
+    expert: Any = None,
     antiexpert: Any = None,
     alpha: float | None = None,
     formula: Formula | None = None,
@@ -33,8 +33,8 @@ def wrap(
 
     Args:
         base: The large model: a model object, a hub id or a folder. Its weights are not changed.
-        expert: The small tuned model, likewise.
-        antiexpert: The small model that the expert was tuned from, likewise.
+        expert: The small tuned model, likewise. Needed.
+        antiexpert: The small model that the expert was tuned from, likewise. Needed.
         alpha: Strength α of the shift [1.0].
         formula: A formula instead of α (`proxytune.formulas.Formula`).
         revisions: Role → branch, tag or commit, for hub ids.
@@ -46,9 +46,10 @@ def wrap(
         A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
 
     Raises:
-        InputError: If α is not finite, the formula is none, the antiexpert is missing, or arguments contradict each
-            other.
-        MemberError: If a member cannot be opened, is not supported, or uses the same ids for other tokens.
+        InputError: If α is not finite, the formula is none, a member is missing, an argument is unknown, or arguments
+            contradict each other.
+        MemberError: If a member cannot be opened, is not supported, is composed already, or uses the same ids for other
+            tokens.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
@@ -65,6 +66,7 @@ def wrap(
     check_formula(formula)
     members, references = open_members(
         {"base": base, "expert": expert, "antiexpert": antiexpert},
+        wrap,
         revisions=revisions,
         tokenizers=tokenizers,
         check_vocabulary=check_vocabulary,

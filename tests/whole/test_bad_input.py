@@ -1,6 +1,7 @@
 """Wrong use fails loudly: one clear error each, from the drawn tree, tested by its message."""
 
 import copy
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -8,19 +9,22 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import CONTEXT, EOS, PAD, build, shared, tokenizer
-from transformers import DynamicCache, StaticCache, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache, pipeline
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel, ProxyTuningLogitsProcessor
+from proxytune.demo import bundled
 from proxytune.errors import (
     CacheError,
     InputError,
+    MemberError,
     MemberNotFoundError,
     ProxytuneError,
     UnsupportedModeError,
     UnsupportedModelError,
 )
 from proxytune.methods.latent import LatentMixture
+from proxytune.models.load_arguments import LOAD_ARGUMENTS
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 
@@ -135,6 +139,132 @@ def test_contradicting_arguments_are_refused() -> None:
         compose(dtype=torch.bfloat16)
     with pytest.raises(InputError, match="revisions: expected roles out of base, expert, antiexpert; got exprt"):
         compose(revisions={"exprt": "v1"})
+
+
+@pytest.mark.parametrize("role", ["base", "expert", "antiexpert"])
+def test_a_composed_model_is_no_member(role: str, tmp_path: Path) -> None:
+    steered = compose(alpha=0.5)
+    match = f"the {role}: expected a plain model; got a composed one, a ProxyTunedModel of alpha=0.5. .*model.base"
+    with pytest.raises(MemberError, match=match) as caught:
+        compose(**{role: steered})
+    assert ("set its alpha" in str(caught.value)) is (role == "base")
+    members = {"base": shared("llama", 1), "expert": shared("gpt2", 2), "antiexpert": shared("gpt2", 3)}
+    with pytest.raises(MemberError, match=match):
+        ProxyTunedModel(proxytune.ProxyTunedConfig(), members | {role: steered}, steered.formula)
+    if role != "base":
+        with pytest.raises(MemberError, match=match):
+            processor(**{role: steered})
+    # The folder of a recipe opens as a composed model too.
+    family = {"expert": bundled("tiny-tuned"), "antiexpert": bundled("tiny-base")}
+    proxytune.wrap(bundled("large-base"), **family, alpha=0.5).save_pretrained(tmp_path)
+    with pytest.raises(MemberError, match=match):
+        compose(**{role: tmp_path})
+
+
+# --- keywords ----------------------------------------------------------------------------------------------------
+
+FOREIGN = [
+    ("alhpa", 0.5, "Did you mean alpha"),
+    ("anti_experts", "x", "Did you mean antiexpert"),
+    ("tokenizer", "x", "Did you mean tokenizers"),
+    ("check_vocab", False, "Did you mean check_vocabulary"),
+    ("device", "cpu", "Did you mean device_map"),
+    ("local_file_only", True, "Did you mean local_files_only"),
+    ("load_in_8bit", True, r"quantization_config=transformers.BitsAndBytesConfig\(load_in_8bit=True\)"),
+    ("max_new_tokens", 20, r"a setting of generate\(\): call model.generate\(…, max_new_tokens=20\)"),
+    ("frobnicate", 1, "passed on to from_pretrained, which does not know it"),
+    ("role", 1, "passed on to from_pretrained, which does not know it"),
+    ("caller", 1, "passed on to from_pretrained, which does not know it"),
+]
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No member is opened: on the hub, that would download its weights first."""
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a member was opened")
+
+    monkeypatch.setattr("proxytune.models.loading.open_member", opened)
+
+
+@pytest.mark.parametrize(("name", "value", "remedy"), FOREIGN)
+def test_an_unknown_keyword_is_named_before_weights_are_read(
+    no_weights: None, name: str, value: Any, remedy: str
+) -> None:
+    match = f"^{name}: expected an argument of {{}} .*alpha.* or from_pretrained; got {name}={value!r}. .*{remedy}"
+    large, expert, antiexpert = (str(bundled(member)) for member in ("large-base", "tiny-tuned", "tiny-base"))
+    with pytest.raises(InputError, match=match.format("wrap")):
+        proxytune.wrap(large, expert=expert, antiexpert=antiexpert, **{name: value})
+    with pytest.raises(InputError, match=match.format("ProxyTuningLogitsProcessor")):
+        ProxyTuningLogitsProcessor(expert, antiexpert, **{name: value})
+
+
+@pytest.mark.parametrize(("name", "value", "remedy"), FOREIGN)
+def test_a_model_with_code_of_its_own_may_take_any_keyword(name: str, value: Any, remedy: str) -> None:
+    # Only its constructor can tell; then transformers' TypeError becomes the same error.
+    with pytest.raises(InputError, match=f"^{name}: expected .*; got {name}={value!r}. .*{remedy}"):
+        compose(expert=bundled("tiny-tuned"), **{name: value, "trust_remote_code": True})
+
+
+def test_a_misspelt_role_is_not_only_missing() -> None:
+    base, expert, antiexpert = shared("llama", 1), shared("gpt2", 2), shared("gpt2", 3)
+    for name in ("antiexprt", "anti_expert", "AntiExpert"):
+        with pytest.raises(InputError, match=f"^{name}: .*; got {name}, a GPT2.*. Did you mean antiexpert?"):
+            proxytune.wrap(base, expert=expert, **{name: antiexpert})
+        with pytest.raises(InputError, match=f"^{name}: .*Did you mean antiexpert?"):
+            ProxyTuningLogitsProcessor(expert, **{name: antiexpert})
+    with pytest.raises(InputError, match="^exprt: .*Did you mean expert?"):
+        proxytune.wrap(base, exprt=expert, antiexpert=antiexpert)
+    with pytest.raises(InputError, match="^alpa: .*; got alpa=0.5. Did you mean alpha?"):
+        processor(alpa=0.5)  # among model objects, which take no keyword at all
+    with pytest.raises(InputError, match="^temperature: .*a setting of generate"):
+        compose(temperature=0.5)
+    with pytest.raises(InputError, match="the expert: expected a model, .*; got None"):
+        proxytune.wrap(base, antiexpert=antiexpert)
+
+
+def test_what_from_pretrained_and_configs_know_is_passed_on(tmp_path: Path) -> None:
+    given = {"dtype": "float32", "use_cache": True, "rms_norm_eps": 1e-5, "low_cpu_mem_usage": True}
+    assert compose(expert=bundled("tiny-tuned"), **given).expert.dtype == torch.float32
+    with pytest.raises(InputError, match=r"^revision: .*; got revision='main'. Did you mean revisions?"):
+        compose(expert=bundled("tiny-tuned"), revision="main")
+    family = {"expert": bundled("tiny-tuned"), "antiexpert": bundled("tiny-base")}
+    proxytune.wrap(bundled("large-base"), **family).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="^alpha: expected an argument of from_pretrained; .*Set model.alpha after"):
+        ProxyTunedModel.from_pretrained(tmp_path, alpha=0.5)
+    with pytest.raises(InputError, match="^attn_implementations: .*Did you mean attn_implementation?"):
+        ProxyTunedModel.from_pretrained(tmp_path, attn_implementations="sdpa")
+
+
+def test_the_arguments_of_from_pretrained_are_those_of_transformers() -> None:
+    own = set(inspect.signature(PreTrainedModel.from_pretrained).parameters)
+    for method in (PreTrainedModel.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        own |= set(re.findall(r"kwargs\.pop\(\s*\"(\w+)", inspect.getsource(method)))
+    own -= {"pretrained_model_name_or_path", "model_args", "kwargs", "revision"}
+    assert len(own) > 30
+    assert {name for name in own if name[0] != "_"} <= LOAD_ARGUMENTS
+
+
+@pytest.mark.parametrize(
+    ("word", "near"),
+    [("fp32", "float32"), ("bf16", "bfloat16"), ("torch.float16", "float16"), ("flaot32", "float32"), ("nn", None)],
+)
+def test_a_dtype_that_is_none(no_weights: None, word: str, near: str | None) -> None:
+    remedy = "Pass one of these" if near is None else f"Did you mean '{near}'"
+    for name in ("dtype", "torch_dtype"):
+        with pytest.raises(InputError, match=f"^{name}: expected 'auto', or .*; got '{re.escape(word)}'. {remedy}"):
+            compose(expert=bundled("tiny-tuned"), **{name: word})
+        with pytest.raises(InputError, match=f"^{name}: expected 'auto', or .*; got '{re.escape(word)}'. {remedy}"):
+            processor(expert=bundled("tiny-tuned"), **{name: word})
+
+
+def test_roles_are_a_mapping() -> None:
+    for make in (compose, processor):
+        with pytest.raises(InputError, match=r"tokenizers: expected a mapping from roles, .*; got a \w+, .*'base': …"):
+            make(tokenizers=tokenizer())
+    with pytest.raises(InputError, match="revisions: expected a mapping from roles, .*; got a str, 'v1'"):
+        compose(revisions="v1")
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from proxytune.generation.prompt_rows import expand_mask
 from proxytune.methods.steering.attach import CompanionPrefetch, SteeredProcessors, refuse_no_ids
 from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.generation_mixin import ComposedGenerationMixin, refuse_continuous_batching
-from proxytune.models.loading import check_vocabularies, open_members, reference_of
+from proxytune.models.loading import check_vocabularies, open_members, reference_of, refuse_roles
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.ops import combine, normalise_
@@ -59,8 +59,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
     def __init__(
         self,
-        expert: Any,
-        antiexpert: Any,
+        expert: Any = None,
+        antiexpert: Any = None,
         alpha: float = 1.0,
         *,
         attention_mask: torch.Tensor | None = None,
@@ -71,8 +71,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         """Open the companions.
 
         Args:
-            expert: The small tuned model: a model object, a hub id or a folder.
-            antiexpert: The small model that the expert was tuned from, likewise.
+            expert: The small tuned model: a model object, a hub id or a folder. Needed.
+            antiexpert: The small model that the expert was tuned from, likewise. Needed.
             alpha: The strength α of the shift.
             attention_mask: `[B, T]` of the prompts, for one `generate()` call with padding. Not needed with `attach`.
             tokenizers: Role → tokenizer (`"base"`, `"expert"`, `"antiexpert"`), for members without one beside their
@@ -81,17 +81,20 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             **from_pretrained: Passed to `from_pretrained` of companions given by id or folder.
 
         Raises:
-            InputError: If α is not a finite number, or a companion is missing.
-            MemberError: If a companion cannot be opened, is not supported, or its ids stand for other tokens.
+            InputError: If α is not a finite number, a companion is missing, or an argument is unknown.
+            MemberError: If a companion cannot be opened, is not supported, is composed already, or its ids stand for
+                other tokens.
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
         """
         self.formula = ProxyTuning(alpha=alpha)
+        refuse_roles("tokenizers", tokenizers)
         self._tokenizers = dict(tokenizers or {})
         self._check_vocabulary = check_vocabulary
         models, self._references = open_members(
             {"expert": expert, "antiexpert": antiexpert},
+            type(self),
             tokenizers={role: t for role, t in self._tokenizers.items() if role != "base"},
             check_vocabulary=check_vocabulary and "base" not in self._tokenizers,
             **from_pretrained,
