@@ -1,6 +1,7 @@
 """proxytune steers a large causal language model at decoding time with two small ones; no weight is changed.
 
-The table of contents. Names are imported on first use (PEP 562), so that `proxytune --help` never imports torch.
+The table of contents. Names and modules are imported on first use (PEP 562), so that `proxytune --help` never imports
+torch.
 
 - `wrap`: compose base, expert and antiexpert into one model for `generate()`
 - `ProxyTunedModel`: that model: a `PreTrainedModel` whose logits are the combined ones
@@ -27,12 +28,15 @@ Everything else has one home:
 - `proxytune.methods.latent`: `proxytune.methods.latent.LatentMixture` and `proxytune.methods.latent.LatentGates`
 - `proxytune.methods.recursion`: `proxytune.methods.recursion.LatentRecursion`, and how a model becomes one
 - `proxytune.voting`: from samples to an answer; `proxytune.search`: spending a budget; `proxytune.budget`: counting it
+- `proxytune.stats`: estimators over samples; `proxytune.demo`: the bundled family
 - `proxytune.errors`: the exceptions
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import sys
 from typing import TYPE_CHECKING, Any
 
 import wrapt
@@ -72,17 +76,33 @@ _HOME = {
     "ThinkingBudgetLogitsProcessor": "proxytune.methods.thinking.processor",
 }
 
+_MODULES = (
+    *("budget", "costs", "demo", "errors", "formulas", "generation", "methods", "models", "ops", "recipe", "search"),
+    *("stats", "throughput", "voting"),
+)
+
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(importlib.import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'proxytune' has no attribute {name!r}")
+    if name in _MODULES:
+        return importlib.import_module(f"proxytune.{name}")
+    from proxytune._homes import advice
+
+    missing = f"module 'proxytune' has no attribute {name!r}"
+    if (said := advice(name, [*_HOME, *_MODULES])) is None:
+        raise AttributeError(missing)
+    # `from proxytune import name` asks by `hasattr` first, and drops the text of an AttributeError.
+    if sys._getframe(1).f_code.co_name == "_handle_fromlist" and not importlib.util.find_spec(f"proxytune.{name}"):
+        raise ImportError(f"cannot import name {name!r} from 'proxytune'. {said}", name="proxytune")
+    # Without `name`, Python adds no guess of its own.
+    raise AttributeError(f"{missing}. {said}", obj=sys.modules["proxytune"])
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_MODULES])
 
 
 @wrapt.when_imported("transformers.models.auto.modeling_auto")

@@ -8,3 +8,7 @@ A method's loop is `decoding.py` (a folder with several names each: `fork_decodi
 To add one: its folder; its line in `proxytune/__init__.py` (table, imports, `_HOME`) and in the import contract of
 `pyproject.toml`; its line in `tests/methods/test_contract.py`.
 """
+
+from proxytune._homes import lazy_submodules
+
+__getattr__ = lazy_submodules(__name__)

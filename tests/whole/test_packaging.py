@@ -116,6 +116,75 @@ def test_an_unknown_name_is_an_attribute_error():
         _ = proxytune.nothing_of_the_kind
 
 
+# `import proxytune` in a fresh process: in this one, other tests have imported the modules.
+def _fresh(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+
+
+def test_every_home_is_there_after_a_plain_import(monkeypatch):
+    homes = {f"proxytune.{name}" for name in proxytune._MODULES}
+    # Those that the table of contents names, and a name in each.
+    homes |= set(DOTTED.findall(proxytune.__doc__))
+    assert {"proxytune.voting", "proxytune.methods.forks.ForkThreshold", "proxytune.ops.Noise"} <= homes
+    for package in ("methods", "stats", "costs", "generation"):
+        files = (ROOT / "proxytune" / package).iterdir()
+        names = {file.stem for file in files if (file / "__init__.py").is_file() or file.suffix == ".py"}
+        homes |= {f"proxytune.{package}.{name}" for name in names - {"__init__"}}
+    for home in sorted(homes):
+        found = proxytune
+        for part in home.split(".")[1:]:
+            # A package gets a submodule as an attribute once it is imported, which many tests do.
+            held = vars(found).get(part)
+            if inspect.ismodule(held):
+                monkeypatch.delattr(found, part)
+            found = getattr(found, part)
+            assert held is None or found is held, home
+    ran = _fresh(
+        "import proxytune; proxytune.methods.forks.ForkThreshold, proxytune.voting.vote, proxytune.stats.coverage"
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert set(proxytune._MODULES) <= set(dir(proxytune))
+
+
+WRONG = [
+    ("wrapp", "Did you mean wrap?"),
+    ("Wrap", "Did you mean wrap?"),
+    ("ForkDecodign", "Did you mean ForkDecoding?"),
+    ("votting", "Did you mean voting?"),
+    ("ForkThreshold", "It is in proxytune.methods.forks: from proxytune.methods.forks import ForkThreshold"),
+    ("ForkTreshold", "Did you mean proxytune.methods.forks.ForkThreshold?"),
+    ("SamplingParams", "It is in proxytune.ops: from proxytune.ops import SamplingParams"),
+    ("TokenLedger", "It is in proxytune.budget: from proxytune.budget import TokenLedger"),
+    ("InputError", "It is in proxytune.errors: from proxytune.errors import InputError"),
+    ("bundled", "It is in proxytune.demo: from proxytune.demo import bundled"),
+    ("Ensemble", "It is in proxytune.models.ensemble: from proxytune.models.ensemble import Ensemble"),
+]
+
+
+@pytest.mark.parametrize(("name", "said"), WRONG)
+def test_a_wrong_name_says_where_the_right_one_is(name, said):
+    with pytest.raises(AttributeError) as asked:
+        getattr(proxytune, name)
+    assert str(asked.value) == f"module 'proxytune' has no attribute '{name}'. {said}"
+    with pytest.raises(ImportError) as imported:
+        exec(f"from proxytune import {name}")
+    assert str(imported.value) == f"cannot import name '{name}' from 'proxytune'. {said}"
+    assert not hasattr(proxytune, name)
+
+
+def test_a_wrong_name_imports_nothing_and_is_corrected_once():
+    program = "import sys, proxytune\nassert not hasattr(proxytune, 'ForkThreshold')\n"
+    ran = _fresh(program + "assert 'torch' not in sys.modules\nproxytune.wrapp")
+    assert ran.returncode == 1
+    assert (
+        ran.stderr.splitlines()[-1] == "AttributeError: module 'proxytune' has no attribute 'wrapp'. Did you mean wrap?"
+    )
+    ran = _fresh("from proxytune import wrapp")
+    assert ran.stderr.splitlines()[-1] == "ImportError: cannot import name 'wrapp' from 'proxytune'. Did you mean wrap?"
+    ran = _fresh("from proxytune import cli, throughput, validation, nothing_of_the_kind")
+    assert ran.stderr.splitlines()[-1].startswith("ImportError: cannot import name 'nothing_of_the_kind'")
+
+
 def test_importing_the_package_imports_neither_torch_nor_transformers():
     program = "import sys, proxytune; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
