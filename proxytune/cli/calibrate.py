@@ -74,7 +74,7 @@ def calibrate(
     if plain:
         model, tokenizer = _load_plain(str(base), device, dtype)
     else:
-        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
+        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
     set_seed(seed)
     found: list[Entropies] = []
     with terminal.Bar("texts") as bar:

@@ -133,7 +133,7 @@ def generate(
             )
             if answers.finished:
                 return
-        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
+        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
         if save_recipe is not None:
             model.save_pretrained(save_recipe)
             tokenizer.save_pretrained(save_recipe)

@@ -47,13 +47,16 @@ def load(
     recipe: Path | None,
     device: str | None,
     dtype: str,
+    *,
+    chat: bool = False,
 ) -> tuple[ProxyTunedModel, PreTrainedTokenizerBase]:
     """Load the composed model and the base's tokenizer, from three hub ids or folders, or from a recipe.
 
-    `alpha` defaults to the recipe's, else 1; the tokenizer pads on the left.
+    `alpha` defaults to the recipe's, else 1; the tokenizer pads on the left. With `chat` it has a chat template: the
+    expert's if it has none itself.
 
     Raises:
-        InputError: If the dtype or the device is invalid.
+        InputError: If the dtype or the device is invalid, or no chat template fits.
         MemberError: If a member or its tokenizer cannot be opened.
     """
     from proxytune.models.model import ProxyTunedModel
@@ -70,7 +73,10 @@ def load(
         # An alpha that is not finite is refused before the models are loaded.
         with terminal.Bar("models"):
             model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
-        return model, load_tokenizer([MemberRef(base)])
+        tokenizer = load_tokenizer([MemberRef(base)])
+        if chat:
+            _borrow_template(tokenizer, [("expert", MemberRef(str(expert)))])
+        return model, tokenizer
     read = Recipe.load(recipe)
     folder = recipe if recipe.is_dir() else recipe.parent
     with terminal.Bar("models"):
@@ -79,7 +85,49 @@ def load(
         model.alpha = alpha
     # A tokenizer saved beside the recipe comes first, then the base's.
     beside = [MemberRef(str(folder))] if (folder / "tokenizer_config.json").exists() else []
-    return model, load_tokenizer([*beside, read.base])
+    tokenizer = load_tokenizer([*beside, read.base])
+    if chat:
+        _borrow_template(tokenizer, [("base", read.base)] * len(beside) + [("expert", read.expert)])
+    return model, tokenizer
+
+
+def _borrow_template(tokenizer: PreTrainedTokenizerBase, lenders: Sequence[tuple[str, MemberRef]]) -> None:
+    """Give a tokenizer without a chat template that of the first member that has one."""
+    from proxytune.models.loading import find_tokenizer
+
+    if tokenizer.chat_template is not None:
+        return
+    for role, reference in lenders:
+        lender = find_tokenizer(reference)
+        if lender is None or lender.chat_template is None:
+            continue
+        template = str(lender.get_chat_template())
+        # The template means its own special tokens, also where those of the base have other roles.
+        names = {name: str(token) for name, token in lender.special_tokens_map.items() if name in template}
+        _refuse_missing_tokens(tokenizer, lender, role)
+        tokenizer.chat_template = (
+            "".join(f"{{%- set {name} = {token!r} -%}}" for name, token in names.items()) + template
+        )
+        terminal.show_note(f"--chat: the base's tokenizer has no chat template; the {role}'s is used.")
+        return
+
+
+def _refuse_missing_tokens(tokenizer: PreTrainedTokenizerBase, lender: PreTrainedTokenizerBase, role: str) -> None:
+    """Refuse a template that writes special tokens which the other tokenizer would take apart."""
+    rendered = str(lender.apply_chat_template(_turn("x"), tokenize=False, add_generation_prompt=True))
+    missing = [
+        token
+        for token, number in sorted(lender.get_added_vocab().items())
+        if token in rendered and tokenizer(token, add_special_tokens=False)["input_ids"] != [number]
+    ]
+    if missing:
+        raise InputError.of(
+            "--chat",
+            expected=f"a base whose tokenizer has the special tokens of the {role}'s chat template",
+            got=f"one without {', '.join(missing)}",
+            remedy="Use a base of the same family, add these tokens to its tokenizer, or write the prompts in a form "
+            "that both know and leave --chat away.",
+        )
 
 
 def named(
@@ -148,15 +196,21 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: boo
                 "--chat",
                 expected="a tokenizer with a chat template",
                 got=f"a {type(tokenizer).__name__} without one",
-                remedy="Leave --chat away.",
+                remedy="No member has one. Save that which the expert was tuned with beside the expert (set "
+                "tokenizer.chat_template, then tokenizer.save_pretrained(folder)), or write the prompts in its form "
+                "and leave --chat away.",
             )
         # The template has written the special tokens already.
         rendered = [
-            tokenizer.apply_chat_template([{"role": "user", "content": p}], tokenize=False, add_generation_prompt=True)
-            for p in prompts
+            tokenizer.apply_chat_template(_turn(prompt), tokenize=False, add_generation_prompt=True)
+            for prompt in prompts
         ]
         batch = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
     else:
         batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
     return batch
+
+
+def _turn(prompt: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": prompt}]

@@ -127,7 +127,7 @@ def sample(
             max_total_tokens=budget,
             seed=seed,
         )
-    model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype)
+    model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
     config = _settings(model.generation_config, flags, forks=forks)
 
     failed = False

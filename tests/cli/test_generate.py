@@ -326,8 +326,83 @@ def test_nothing_to_read_on_a_terminal(monkeypatch):
 def test_chat_needs_a_template(run, family, tmp_path, members):
     bare = AutoTokenizer.from_pretrained(family / "large-base")
     bare.chat_template = None
-    with pytest.raises(InputError, match="chat template"):
+    with pytest.raises(InputError, match="chat template.*No member has one. Save that which the expert was tuned with"):
         command.encode(bare, ["a"], chat=True)
+
+
+@pytest.fixture
+def borrowing(family, tmp_path):
+    """The usual case, a base without a chat template: options, and a function that changes a tokenizer."""
+
+    def change(member, **attributes):
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / member)
+        added = attributes.pop("added", [])
+        tokenizer.add_special_tokens({"additional_special_tokens": added} if added else {})
+        for name, value in attributes.items():
+            setattr(tokenizer, name, value)
+        (tmp_path / member / "chat_template.jinja").unlink(missing_ok=True)
+        tokenizer.save_pretrained(tmp_path / member)
+
+    options = []
+    for role, member in (("base", "large-base"), ("expert", "tiny-tuned"), ("antiexpert", "tiny-base")):
+        shutil.copytree(family / member, tmp_path / member)
+        options += [f"--{role}", str(tmp_path / member)]
+    change("large-base", chat_template=None)
+    return options, change
+
+
+NOTE = "note: --chat: the base's tokenizer has no chat template; the expert's is used.\n"
+
+
+def test_chat_takes_the_experts_template_where_the_base_has_none(run, members, borrowing, tmp_path):
+    options, change = borrowing
+    words = ["generate", "Who?", "Where?", "--chat", "max_new_tokens=5"]
+    expected = run(*words, *members)
+    assert expected.err == ""
+    ended = run(*words, *options, "--save-recipe", tmp_path / "saved")
+    assert (ended.lines, ended.err) == (expected.lines, NOTE)
+    # The tokenizer in the recipe's folder has it from then on; without that, the expert's is looked at.
+    again = run(*words, "--recipe", tmp_path / "saved")
+    assert (again.lines, again.err) == (expected.lines, "")
+    for file in ("tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "saved" / file).unlink()
+    again = run(*words, "--recipe", tmp_path / "saved")
+    assert (again.lines, again.err) == (expected.lines, NOTE)
+    for command_words in (
+        ["sample", "Who?", "--no-forks", "max_new_tokens=5"],
+        ["calibrate", "Who?", "--samples", 64, "--max-new-tokens", 32],
+    ):
+        ended = run(*command_words, "--chat", *options)
+        assert (ended.code, ended.err.count(NOTE)) == (0, 1), ended.err
+    change("tiny-tuned", chat_template=None)
+    ended = run(*words, *options)
+    assert ended.code == 2
+    assert "--chat: expected a tokenizer with a chat template" in ended.err
+    assert ended.err.count("\n") == 1
+
+
+def test_a_borrowed_template_means_its_own_special_tokens(run, members, borrowing, tokenizer):
+    options, change = borrowing
+    end, pad = tokenizer.eos_token, tokenizer.pad_token
+    assert end != pad
+    change("tiny-tuned", chat_template="{{ eos_token }}{{ messages[0]['content'] }}", eos_token=pad)
+    ended = run("generate", "Who?", "--chat", "max_new_tokens=5", *options)
+    assert ended.code == 0, ended.err
+    written = run("generate", f"{pad}Who?", "max_new_tokens=5", *members)
+    assert ended.lines[0]["completion"] == written.lines[0]["completion"]
+    assert written.lines != run("generate", f"{end}Who?", "max_new_tokens=5", *members).lines
+
+
+def test_a_template_whose_tokens_the_base_does_not_have_is_refused(run, borrowing):
+    options, change = borrowing
+    template = "<|turn|>{{ messages[0]['content'] }}{% if tools %}<|tool|>{% endif %}"
+    change("tiny-tuned", added=["<|turn|>", "<|tool|>"], chat_template=template)
+    ended = run("generate", "Who?", "--chat", "max_new_tokens=5", *options)
+    assert ended.code == 2
+    assert "special tokens of the expert's chat template; got one without <|turn|>. Use a base" in ended.err
+    # Those that a user turn does not write are not needed.
+    change("tiny-tuned", chat_template=template.removeprefix("<|turn|>"))
+    assert run("generate", "Who?", "--chat", "max_new_tokens=5", *options).code == 0
 
 
 @pytest.mark.parametrize(
