@@ -61,7 +61,7 @@ def calibrate(
     given = list(prompts or [])
     if file is not None or texts is None:
         given += read_prompts(file, prompts_given=bool(given))
-    read = [] if texts is None else read_prompts(texts, prompts_given=False)
+    read = [] if texts is None else read_prompts(texts, prompts_given=False, option="--texts")
     refuse_empty(given)
     refuse_empty(read)
     terminal.quiet()

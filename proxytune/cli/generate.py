@@ -99,6 +99,11 @@ def generate(
         raise InputError.of("--resume", expected="--out with it", got="none", remedy="Name the file to continue.")
     prompts, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
+    terminal.quiet()
+    check_names(flags)  # first: a prompt that was read as a setting leaves nothing but to wait for stdin
+    settings = (arguments or [])[len(prompts) :]
+    prompts += read_prompts(file, prompts_given=bool(prompts), settings=settings)
+    refuse_empty(prompts)
     if out is not None and file not in (None, "-") and out.exists() and out.samefile(str(file)):
         raise InputError.of(
             "--out",
@@ -106,10 +111,6 @@ def generate(
             got=f"{out}, which would be overwritten",
             remedy="Choose another --out.",
         )
-    prompts += read_prompts(file, prompts_given=bool(prompts))
-    refuse_empty(prompts)
-    terminal.quiet()
-    check_names(flags)
     mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
     if speculate and mixture is not None:
         raise InputError.of(

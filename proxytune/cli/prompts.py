@@ -22,6 +22,8 @@ __all__ = ["check_names", "merged_settings", "parse_value", "read_prompts", "ref
 _FLAG = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 _BARE_FRACTION = re.compile(r"[+-]?\.\d+")
 _WORDS = {"true": True, "false": False, "none": None}
+_READ_AS_SETTING = "Arguments of the form key=value at the end are read as settings."
+_ELSEWHERE = "Pass a prompt of this form with --file or on stdin."
 _NOT_SETTABLE = ("transformers_version",)
 # Without effect unless sampling.
 _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
@@ -69,13 +71,13 @@ def check_names(flags: Mapping[str, Any]) -> None:
     for name in flags:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+            as_prompt = f"{_READ_AS_SETTING} {_ELSEWHERE}"
+            prose = isinstance(flags[name], str) and " " in flags[name]
             raise InputError.of(
                 f"generation setting {name!r}",
                 expected="a field of transformers' GenerationConfig",
-                got=f"{name}={flags[name]!r}",
-                remedy=f"Did you mean {', '.join(near)}?"
-                if near
-                else "A prompt of this form belongs into --file or stdin.",
+                got=f"{name}={flags[name]}" if prose else f"{name}={flags[name]!r}",
+                remedy=as_prompt if prose or not near else f"Did you mean {', '.join(near)}?",
             )
 
 
@@ -108,12 +110,23 @@ def merged_settings(defaults: GenerationConfig, flags: Mapping[str, Any]) -> Gen
     return merged
 
 
-def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
+def read_prompts(
+    file: str | None, *, prompts_given: bool, settings: Sequence[str] = (), option: str = "--file"
+) -> list[str]:
     """Read prompts, one per line, from a file; `-` is stdin, and so is None if no prompt was given.
 
+    Args:
+        file: The file.
+        prompts_given: Whether prompts were given as arguments.
+        settings: The arguments that were read as settings, for the message where there is no prompt.
+        option: The option that named the file.
+
     Raises:
-        InputError: If there is no prompt at all, or a line of a `.jsonl` file is not an object with a `"prompt"`.
+        InputError: If there is no prompt at all, the file cannot be read or is not UTF-8, or a line of a `.jsonl` file
+            is not an object with a `"prompt"`.
     """
+    taken = f", and {', '.join(map(repr, settings))} read as settings" if settings and file is None else ""
+    elsewhere = f" {_ELSEWHERE}" if taken else ""
     if file is None:
         if prompts_given:
             return []
@@ -121,15 +134,33 @@ def read_prompts(file: str | None, *, prompts_given: bool) -> list[str]:
             raise InputError.of(
                 "prompts",
                 expected="at least one",
-                got="none",
-                remedy="Give them as arguments, with --file, or on stdin.",
+                got=f"none{taken}",
+                remedy=f"Give them as arguments, with --file, or on stdin.{elsewhere}",
             )
         file = "-"
-    text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
     name = "stdin" if file == "-" else file
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError.of(
+            f"prompts from {name}",
+            expected="text in UTF-8",
+            got=f"byte {error.object[error.start]:#04x} at offset {error.start}",
+            remedy="Convert it, e.g. with iconv.",
+        ) from error
+    except OSError as error:
+        raise InputError.of(
+            option,
+            expected="a file of prompts that can be read",
+            got=f"{file}: {(error.strerror or str(error)).lower()}",
+            remedy="Correct the path, or its permissions.",
+        ) from error
     if not text:
         raise InputError.of(
-            f"prompts from {name}", expected="at least one line", got="nothing", remedy="Write one prompt per line."
+            f"prompts from {name}",
+            expected="at least one line",
+            got=f"nothing{taken}",
+            remedy=f"Write one prompt per line.{elsewhere}",
         )
     lines = text.removesuffix("\n").split("\n")  # splitlines() would also break at U+2028 and others
     as_json = file.endswith(".jsonl")

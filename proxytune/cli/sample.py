@@ -91,10 +91,11 @@ def sample(
     extract = extractor(answer)
     if not 0 < eta <= 100:
         raise InputError.of("--eta", expected="a percentage in (0, 100]", got=f"{eta:g}", remedy="Pass e.g. 90.")
-    prompts += read_prompts(file, prompts_given=bool(prompts))
-    refuse_empty(prompts)
     terminal.quiet()
-    check_names(flags)
+    check_names(flags)  # first: a prompt that was read as a setting leaves nothing but to wait for stdin
+    settings = (arguments or [])[len(prompts) :]
+    prompts += read_prompts(file, prompts_given=bool(prompts), settings=settings)
+    refuse_empty(prompts)
 
     from proxytune.methods.trees.fork_decoding import ForkDecoding
     from proxytune.methods.trees.loop import TreeLoop
@@ -139,9 +140,10 @@ def sample(
             for prompt, result in zip(batch, run(batch, first, chat), strict=True):
                 failed |= isinstance(result, BudgetError)
                 meter.pause()
-                _show(prompt, result, budget, vote, as_json=as_json)
-                if forks and branches > 1 and isinstance(result, Result):
-                    _note_room(result, budget, config.max_new_tokens)
+                room = _note_of_room(result, budget, config, branches, forks=forks)
+                _show(prompt, result, budget, vote, room, as_json=as_json)
+                if room is not None:
+                    terminal.show_note(room)
                 meter.go_on()
     if failed:
         raise typer.Exit(_FAILED)
@@ -219,25 +221,39 @@ def _settings(defaults: GenerationConfig, flags: dict[str, Any], *, forks: bool)
     return config
 
 
-def _note_room(result: Result, budget: int | None, longest: int | None) -> None:
-    """Say so where the budget had no room for a fork, not even at the text's last token."""
-    if budget is None or longest is None or len(result.branches) > 1:
-        return
-    if budget - result.length <= 2 * longest - len(result.branches[0]):
-        terminal.show_note(
+def _note_of_room(
+    result: Result | BudgetError, budget: int | None, config: GenerationConfig, branches: int, *, forks: bool
+) -> str | None:
+    """What to say where the budget had no room for all samples, or in a tree for no fork at all."""
+    if budget is None or isinstance(result, BudgetError):
+        return None
+    found, longest = len(result.branches), config.max_new_tokens
+    if not forks and found < branches:
+        limit = f"max_length={config.max_length}" if longest is None else f"max_new_tokens={longest}"
+        return (
+            f"{found} of {branches} samples: one begins only if it can be finished, and the {budget - result.spent} "
+            f"tokens left of --budget {budget} are too few for another of {limit}. Lower that, or raise the budget."
+        )
+    # Not even at the text's last token.
+    no_room = longest is not None and budget - result.length <= 2 * longest - len(result.branches[0])
+    if forks and no_room and found == 1 < branches:
+        return (
             f"one text only: a tree forks where both texts can be finished, and --budget {budget} has no room for a "
             f"second one of max_new_tokens={longest}. Lower that, or raise the budget."
         )
+    return None
 
 
-def _show(prompt: str, result: Result | BudgetError, budget: int | None, vote: Vote, *, as_json: bool) -> None:
+def _show(
+    prompt: str, result: Result | BudgetError, budget: int | None, vote: Vote, room: str | None, *, as_json: bool
+) -> None:
     if isinstance(result, BudgetError):
         terminal.show_error(str(result))
         if as_json:
             typer.echo(json.dumps({"prompt": prompt, "error": str(result)}, ensure_ascii=False))
         return
     if as_json:
-        typer.echo(json.dumps(_record(result, budget, vote), ensure_ascii=False))
+        typer.echo(json.dumps(_record(result, budget, vote, room), ensure_ascii=False))
         return
     tally = result.tally
     of = "" if budget is None else f" of {budget}"
@@ -260,7 +276,7 @@ def _named(answer: object) -> str:
     return "no answer" if answer is None else str(answer)
 
 
-def _record(result: Result, budget: int | None, vote: Vote) -> dict[str, Any]:
+def _record(result: Result, budget: int | None, vote: Vote, room: str | None) -> dict[str, Any]:
     tally = result.tally
     return {
         "prompt": result.prompt,
@@ -269,7 +285,7 @@ def _record(result: Result, budget: int | None, vote: Vote) -> dict[str, Any]:
         "vote": vote,
         # A list, since null (no answer) cannot be the key of a JSON object.
         "shares": [{"answer": a, "share": share, "leaves": tally.counts[a]} for a, share in tally.shares.items()],
-        "note": tally.note,
+        "note": "; ".join(note for note in (tally.note, room) if note),
         "budget": budget,
         "spent": result.spent,
         "prompt_tokens": result.length,

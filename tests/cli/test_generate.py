@@ -311,10 +311,75 @@ def test_mistakes_found_on_loading_are_one_line(run, members, tmp_path):
         assert expected in ended.err, words
 
 
-def test_a_missing_prompt_file_is_a_failure_not_a_wrong_call(run, members, tmp_path):
-    ended = run("generate", "--file", tmp_path / "none.txt", *members)
-    assert ended.code == 1
-    assert "none.txt" in ended.err
+@pytest.mark.parametrize("name", ["generate", "sample", "calibrate", "--texts"])
+def test_a_prompt_file_that_cannot_be_read_is_a_wrong_call(run, members, tmp_path, name, monkeypatch):
+    latin, folder = tmp_path / "latin.txt", tmp_path / "folder"
+    latin.write_bytes("Größe?\n".encode("latin-1"))
+    folder.mkdir()
+    option = "--texts" if name == "--texts" else "--file"
+    words = ["calibrate" if name == "--texts" else name, *members, *(["--threshold", 1] if name == "sample" else [])]
+    for file, expected in (
+        (
+            tmp_path / "none.txt",
+            f"{option}: expected a file of prompts that can be read; got {tmp_path}/none.txt: no such",
+        ),
+        (
+            tmp_path / "none.jsonl",
+            f"{option}: expected a file of prompts that can be read; got {tmp_path}/none.jsonl: no",
+        ),
+        (folder, f"{option}: expected a file of prompts that can be read; got {folder}: is a directory"),
+        (latin, f"prompts from {latin}: expected text in UTF-8; got byte 0xf6 at offset 2"),
+    ):
+        ended = run(*words, option, file)
+        assert ended.code == 2, ended.err
+        assert ended.err.startswith(f"error: {expected}"), ended.err
+        assert ended.err.count("\n") == 1, ended.err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(latin.read_bytes()), encoding="utf-8"))
+    ended = run(*words, option, "-")
+    assert (ended.code, ended.out) == (2, "")
+    assert "error: prompts from stdin: expected text in UTF-8; got byte 0xf6" in ended.err
+
+
+def test_a_missing_prompt_file_is_named_before_the_output(run, members, tmp_path):
+    out = tmp_path / "out.jsonl"
+    out.write_text("")
+    ended = run("generate", "--file", tmp_path / "none.txt", "--out", out, *members)
+    assert ended.code == 2
+    assert "--file: expected a file of prompts" in ended.err
+
+
+class Untouched(io.StringIO):
+    """A stdin that nobody may wait for."""
+
+    def read(self, *_: object) -> str:
+        raise AssertionError("stdin was read")
+
+
+@pytest.mark.parametrize("name", ["generate", "sample"])
+def test_a_prompt_that_was_read_as_a_setting_is_named(run, members, monkeypatch, name):
+    words = [name, *members, *(["--threshold", 1] if name == "sample" else [])]
+    monkeypatch.setattr("sys.stdin", Untouched())
+    for prompt in ("x=3 is what", "seed=3 is what", "temperatur=3 is what"):
+        ended = run(*words, prompt)
+        assert ended.code == 2
+        key = prompt.partition("=")[0]
+        expected = (
+            f"error: generation setting '{key}': expected a field of transformers' GenerationConfig; got {prompt}. "
+        )
+        remedy = (
+            "Arguments of the form key=value at the end are read as settings. Pass a prompt of this form with --file"
+        )
+        assert ended.err.startswith(expected + remedy), ended.err
+    # The name of a setting: then the prompt is missing.
+    read = "'top_k=3 is what' read as settings. "
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    ended = run(*words, "top_k=3 is what")
+    assert f"prompts from stdin: expected at least one line; got nothing, and {read}" in ended.err
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    ended = run(*words, "top_k=3 is what")
+    assert f"prompts: expected at least one; got none, and {read}" in ended.err
+    assert "Pass a prompt of this form with --file or on stdin." in ended.err
+    assert "read as" not in run(*words).err
 
 
 def test_nothing_to_read_on_a_terminal(monkeypatch):

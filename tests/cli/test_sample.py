@@ -150,11 +150,23 @@ def test_the_first_sample_is_the_fused_loop_s(run, members, model, tokenizer):
 def test_samples_stay_in_the_budget(run, members, tokenizer, room, leaves, longest):
     # No end-of-text: every sample is as long as it may be.
     length = len(tokenizer(PROMPTS[0])["input_ids"])
-    words = ["--no-forks", "--branches", 4, "--budget", length + room, "--json", *members, *WORDS]
-    (line,) = run("sample", PROMPTS[0], *words, "eos_token_id=none").lines
+    words = ["--no-forks", "--branches", 4, "--budget", length + room, *members, *WORDS]
+    ended = run("sample", PROMPTS[0], *words, "--json", "eos_token_id=none")
+    (line,) = ended.lines
     assert [leaf["tokens"] for leaf in line["leaves"]] == [longest] * leaves
     assert f"{leaves} of {leaves} texts were cut off, and count with what they had said by then" in line["note"]
     assert line["spent"] == length + leaves * longest <= length + room
+    if leaves == 4:
+        assert (ended.err, "samples:" in line["note"]) == ("", False)
+        return
+    note = (
+        f"{leaves} of 4 samples: one begins only if it can be finished, and the {room - leaves * longest} tokens left "
+        f"of --budget {length + room} are too few for another of max_new_tokens={NEW}. Lower that, or raise the budget."
+    )
+    assert ended.err.startswith(f"note: {note}")
+    assert f"; {note}" in line["note"]
+    assert ended.err.count("\n") == 1
+    assert run("sample", PROMPTS[0], *words, "eos_token_id=none").err == ended.err
 
 
 @pytest.mark.parametrize(("room", "told"), [(NEW, True), (2 * NEW, False)])
@@ -167,6 +179,7 @@ def test_a_budget_without_room_for_a_fork_is_noted(run, members, tokenizer, room
         f"one text only: .* --budget {length + room} has no room for a second one of max_new_tokens={NEW}. Lower that"
     )
     assert bool(re.search(note, ended.err)) is told
+    assert bool(re.search(note, ended.lines[0]["note"])) is told
 
 
 @pytest.mark.parametrize("words", [[], REPELLED], ids=str)
@@ -276,9 +289,11 @@ def test_a_prompt_larger_than_the_budget_does_not_stop_the_others(run, members, 
     ended = run(*words, "--json")
     assert ended.code == 1
     message = f"prompt 1: expected --budget of at least {many + 1}: it has {many} tokens itself; got {many}."
-    assert ended.err.count("\n") == 1
-    assert message in ended.err
+    error, *notes = ended.err.splitlines()
+    assert message in error
     refused, other = ended.lines
+    assert len(other["leaves"]) == (1 if mode else 2)  # and of samples, five were wanted
+    assert [note[:25] for note in notes] == (["note: 1 of 5 samples: one"] if mode else [])
     assert refused["prompt"] == longer
     assert message in refused["error"]
     assert other["spent"] <= many
