@@ -94,9 +94,6 @@ def __getattr__(name: str) -> Any:
     missing = f"module 'proxytune' has no attribute {name!r}"
     if (said := advice(name, [*_HOME, *_MODULES])) is None:
         raise AttributeError(missing)
-    # `from proxytune import name` asks by `hasattr` first, and drops the text of an AttributeError.
-    if sys._getframe(1).f_code.co_name == "_handle_fromlist" and not importlib.util.find_spec(f"proxytune.{name}"):
-        raise ImportError(f"cannot import name {name!r} from 'proxytune'. {said}", name="proxytune")
     # Without `name`, Python adds no guess of its own.
     raise AttributeError(f"{missing}. {said}", obj=sys.modules["proxytune"])
 

@@ -166,9 +166,6 @@ def test_a_wrong_name_says_where_the_right_one_is(name, said):
     with pytest.raises(AttributeError) as asked:
         getattr(proxytune, name)
     assert str(asked.value) == f"module 'proxytune' has no attribute '{name}'. {said}"
-    with pytest.raises(ImportError) as imported:
-        exec(f"from proxytune import {name}")
-    assert str(imported.value) == f"cannot import name '{name}' from 'proxytune'. {said}"
     assert not hasattr(proxytune, name)
 
 
@@ -179,8 +176,6 @@ def test_a_wrong_name_imports_nothing_and_is_corrected_once():
     assert (
         ran.stderr.splitlines()[-1] == "AttributeError: module 'proxytune' has no attribute 'wrapp'. Did you mean wrap?"
     )
-    ran = _fresh("from proxytune import wrapp")
-    assert ran.stderr.splitlines()[-1] == "ImportError: cannot import name 'wrapp' from 'proxytune'. Did you mean wrap?"
     ran = _fresh("from proxytune import cli, throughput, validation, nothing_of_the_kind")
     assert ran.stderr.splitlines()[-1].startswith("ImportError: cannot import name 'nothing_of_the_kind'")
 
