@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lab.studies.studies import StudyName, load_study
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
 from proxytune.generation.fused import FusedDecoding
@@ -126,9 +127,16 @@ def mean_interval(values: ArrayLike, *, level: float = 0.95, draws: int = 10_000
     array = np.asarray(values, np.float64)
     assert array.ndim == 1
     assert np.isfinite(array).all()
-    counts = np.random.default_rng(seed).multinomial(len(array), np.full(len(array), 1 / len(array)), size=draws)
+    counts = _resampled(len(array), draws, seed)
     low, high = np.quantile(counts @ array / len(array), [(1 - level) / 2, (1 + level) / 2])
     return Interval(float(array.mean()), float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _resampled(problems: int, draws: int, seed: int) -> NDArray[np.float64]:
+    """How often each problem comes in each resample, `[draws, P]`."""
+    counts = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=draws)
+    return counts.astype(np.float64)
 
 
 def record(found: Interval, digits: int = 4) -> dict[str, float]:

@@ -173,11 +173,12 @@ def test_where_there_are_no_more_problems_it_does_not_ask_for_them():
     assert last == "Raise --problems, which is 200 here; QA has no more than 183."
 
 
+@pytest.mark.usefixtures("measured")
 def test_too_few_problems_are_said_to_be_too_few(run, family):
-    # Two answers each, of models that know nothing: all are wrong.
-    printed = " ".join(run("demo", "--family", family, "--problems", "2").out.split())
+    # Six answers each, of models that know nothing: all are wrong.
+    printed = " ".join(run("demo", "--family", family, "--problems", "6").out.split())
     assert "tell the tuned model from the base on chain arithmetic, QA and Countdown: there may be no gap" in printed
-    assert "Raise --problems, which is 2 here." in printed
+    assert "Raise --problems, which is 6 here." in printed
 
 
 def test_an_interval_without_width_is_not_shown_as_one():

@@ -139,9 +139,7 @@ def test_every_home_is_there_after_a_plain_import(monkeypatch):
                 monkeypatch.delattr(found, part)
             found = getattr(found, part)
             assert held is None or found is held, home
-    ran = _fresh(
-        "import proxytune; proxytune.methods.forks.ForkThreshold, proxytune.voting.vote, proxytune.stats.coverage"
-    )
+    ran = _fresh("import proxytune; proxytune.budget.TokenLedger, proxytune.voting.vote, proxytune.stats.coverage")
     assert ran.returncode == 0, ran.stderr
     assert set(proxytune._MODULES) <= set(dir(proxytune))
 
