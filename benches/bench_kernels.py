@@ -328,8 +328,9 @@ def losses(cells: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def all_losses(part: dict[str, Any]) -> str:
-    """The same for `step`, `verify` and `mix`."""
+def all_losses(record: dict[str, Any]) -> str:
+    """The same for `step`, `verify` and `mix`, from a whole record."""
+    part = record["cpu"]
     said = [f"`step`: {losses(part['cells'])}"]
     for name, other in (("verify", kernels_verify.PLAIN), ("mix", kernels_mix.EAGER)):
         ratios = [cell["times_ours"][other] for cell in part.get(name, [])]

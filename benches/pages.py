@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from _forks import report as forks
@@ -33,51 +34,9 @@ BLOCK = re.compile(r"(<!-- generated: (?P<name>[\w-]+) -->\n).*?(<!-- end -->)",
 PICTURE = RESULTS / "steered.svg"
 
 
-def of(record: str, block: Callable[..., str], **settings: Any) -> Callable[[], str]:
-    """A block that a function makes of a record."""
-    return lambda: wrapped(block(load(record), **settings))
-
-
-def kernels(record: dict[str, Any]) -> str:
-    """The results of `bench_kernels.py`."""
-    from bench_kernels import kernels_table
-
-    return kernels_table(record)
-
-
-def kernel_losses(record: dict[str, Any]) -> str:
-    """Where plain code is faster."""
-    from bench_kernels import all_losses
-
-    return all_losses(record["cpu"])
-
-
-def memory(record: dict[str, Any]) -> str:
-    """The results of `bench_memory.py`."""
-    from bench_memory import memory_block
-
-    return memory_block(record)
-
-
-def throughput(record: dict[str, Any]) -> str:
-    """The results of `bench_throughput.py`."""
-    from bench_throughput import throughput_table
-
-    return throughput_table(record)
-
-
-def speculation(record: dict[str, Any]) -> str:
-    """What drafts gain and lose, of the same results."""
-    from bench_throughput import speculation_table
-
-    return speculation_table(record)
-
-
-def overlap(record: dict[str, Any]) -> str:
-    """The results of `bench_overlap.py`."""
-    from bench_overlap import overlap_table
-
-    return overlap_table(record)
+def of(record: str, block: Callable[..., str] | str, **settings: Any) -> Callable[[], str]:
+    """A block that a function makes of a record; that of a bench, "module:function", is imported where it is needed."""
+    return lambda: wrapped((resolve_name(block) if isinstance(block, str) else block)(load(record), **settings))
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
@@ -87,12 +46,12 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "losses": demo.losses,
     "seeds": demo.seeds,
     "alpha-sweep": demo.sweep,
-    "kernels": of("kernels.json", kernels),
-    "kernel-losses": of("kernels.json", kernel_losses),
-    "memory": of("memory.json", memory),
-    "throughput": of("throughput.json", throughput),
-    "speculation": of("throughput.json", speculation),
-    "overlap": of("overlap.json", overlap),
+    "kernels": of("kernels.json", "bench_kernels:kernels_table"),
+    "kernel-losses": of("kernels.json", "bench_kernels:all_losses"),
+    "memory": of("memory.json", "bench_memory:memory_block"),
+    "throughput": of("throughput.json", "bench_throughput:throughput_table"),
+    "speculation": of("throughput.json", "bench_throughput:speculation_table"),
+    "overlap": of("overlap.json", "bench_overlap:overlap_table"),
     # bench_forks.py
     "forks": of("forks.json", forks.forks_block),
     "fork-detection": of("forks.json", forks.detection_block),

@@ -17,14 +17,17 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from _pages.records import ROOT
+
 __all__ = ["ROOT", "Block", "blocks_of", "pages", "run_blocks", "same", "unseen", "with_outputs"]
 
-ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^```(?P<language>\w*)\n(?P<content>.*?)^```$", re.DOTALL | re.MULTILINE)
 ANY_FENCE = re.compile(r"^[ \t>]*(?:[-*+] |\d+\. )?[ \t]*(?:`{3,}|~{3,}).*$", re.MULTILINE)
 RUN = ("python", "sh")
-# Commands that make an environment, or run for minutes: their options are looked up, and they have tests of their own.
-NOT_RUN = ("python3 -m venv", ".venv/", "git ", "cd ", "proxytune demo", "proxytune bench")
+# Commands that make an environment, or stand for a place.
+NOT_RUN = ("python3 -m venv", ".venv/", "git ", "cd ")
+# These run for minutes, and have tests of their own: their options are looked up.
+LONG = ("demo", "bench")
 
 
 @dataclass(frozen=True)
@@ -129,55 +132,51 @@ def _commands(code: str) -> list[str]:
 
 
 def _run_command(command: str, place: str) -> None:
-    words = shlex.split(command, comments=True)
-    if words[:1] == [".venv/bin/pytest"]:
-        for path in (word for word in words[1:] if "/" in word):
-            if not (ROOT / path.partition("::")[0]).exists():
-                raise SystemExit(f"{place}: there is no {path}")
-        return
-    if words[:1] in (["python"], [".venv/bin/python"]):
-        _look_up(words, place)
-        return
-    if command.startswith(NOT_RUN) and words[0] != "proxytune":
-        return
-    if words[:1] == ["proxytune"]:
-        asked = words[1:] if not command.startswith(NOT_RUN) else [words[1], "--help"]
-        printed = io.StringIO()
-        with contextlib.redirect_stdout(printed):
-            code = _proxytune(asked)
-        if code:
-            raise SystemExit(f"{place}: `{command}` ended with exit code {code}\n{printed.getvalue()}")
-        if asked == words[1:]:
-            print(printed.getvalue(), end="")
-        else:
+    match shlex.split(command, comments=True):
+        case ["proxytune", name, *words] if name in LONG:
+            helped = _proxytune([name, "--help"], place)
             for option in (word for word in words if word.startswith("--")):
-                if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", printed.getvalue()):
-                    raise SystemExit(f"{place}: `proxytune {words[1]}` has no option {option}")
-    else:
-        raise SystemExit(f"{place}: expected a command that a test can run or look up ({NOT_RUN}); got `{command}`")
+                if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", helped):
+                    raise SystemExit(f"{place}: `proxytune {name}` has no option {option}")
+        case ["proxytune", *words]:
+            print(_proxytune(words, place), end="")
+        case ["python" | ".venv/bin/python", *words]:
+            _look_up(words, place)
+        case [".venv/bin/pytest", *words]:
+            for path in (word for word in words if "/" in word):
+                if not (ROOT / path.partition("::")[0]).exists():
+                    raise SystemExit(f"{place}: there is no {path}")
+        case _ if not command.startswith(NOT_RUN):
+            raise SystemExit(f"{place}: expected a command that a test can run or look up; got `{command}`")
 
 
-def _proxytune(words: list[str]) -> int:
+def _proxytune(words: list[str], place: str) -> str:
+    """What a command prints; SystemExit if it fails."""
     from proxytune.cli import main
 
-    try:
-        main(words)
-    except SystemExit as ended:
-        return int(ended.code or 0)
-    return 0
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        try:
+            main(words)
+        except SystemExit as ended:
+            if ended.code:
+                raise SystemExit(
+                    f"{place}: `proxytune {shlex.join(words)}` ended with exit code {ended.code}\n{printed.getvalue()}"
+                ) from None
+    return printed.getvalue()
 
 
 def _look_up(words: list[str], place: str) -> None:
     """`python benches/….py --option` and `python -m lab …`: the file is there, and it has the options."""
-    file = ROOT / ("benches/lab/__main__.py" if words[1:3] == ["-m", "lab"] else words[1])
+    file = ROOT / ("benches/lab/__main__.py" if words[:2] == ["-m", "lab"] else words[0])
     if not file.is_file():
-        raise SystemExit(f"{place}: there is no {words[1]}")
+        raise SystemExit(f"{place}: there is no {words[0]}")
     source = file.read_text(encoding="utf-8")
     # Options are declared by name: "--write", or as the parameter of a function.
     for option in (word for word in words if word.startswith("--")):
         name = re.escape(option[2:])
         if not re.search(rf'"(?:--)?{name}"|^\s+{name}: Annotated\[', source, re.MULTILINE):
-            raise SystemExit(f"{place}: {words[1]} has no option {option}")
+            raise SystemExit(f"{place}: {words[0]} has no option {option}")
 
 
 def same(shown: str, printed: str) -> bool:
