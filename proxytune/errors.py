@@ -16,6 +16,7 @@ ProxytuneError
 
 VocabularyWarning (a UserWarning)        token ids could not be compared, because a member has no tokenizer
 CalibrationWarning (a UserWarning)       an entropy threshold may not give the wanted share of forks
+BudgetWarning (a UserWarning)            the budget had no room for all texts that were planned
 DriftWarning (a UserWarning)             the share of forks left its band: the threshold no longer fits
 ```
 """
@@ -24,6 +25,7 @@ from __future__ import annotations
 
 __all__ = [
     "BudgetError",
+    "BudgetWarning",
     "CacheError",
     "CalibrationWarning",
     "DriftWarning",
@@ -107,6 +109,10 @@ class VocabularyWarning(UserWarning):
 
 class CalibrationWarning(UserWarning):
     """An entropy threshold may not give the wanted share of forks: tied entropies, or too little text."""
+
+
+class BudgetWarning(UserWarning):
+    """The budget had no room for all texts that were planned, or cut one: a vote over few is too sure."""
 
 
 class DriftWarning(UserWarning):

@@ -220,6 +220,16 @@ class Reservation:
             self._left -= tokens
             ledger._held -= tokens
 
+    def extend(self, tokens: int) -> bool:
+        """Reserve more, if the ledger has that many left; says whether it had."""
+        tokens = whole("tokens", tokens)
+        with self._ledger._lock:
+            if tokens > self._ledger._left():
+                return False
+            self._ledger._held += tokens
+            self._left += tokens
+            return True
+
     def release(self) -> None:
         """Give unspent tokens back; a second call does nothing."""
         with self._ledger._lock:

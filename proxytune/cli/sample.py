@@ -140,10 +140,9 @@ def sample(
             for prompt, result in zip(batch, run(batch, first, chat), strict=True):
                 failed |= isinstance(result, BudgetError)
                 meter.pause()
-                room = _note_of_room(result, budget, config, branches, forks=forks)
-                _show(prompt, result, budget, vote, room, as_json=as_json)
-                if room is not None:
-                    terminal.show_note(room)
+                _show(prompt, result, budget, vote, as_json=as_json)
+                if not isinstance(result, BudgetError) and result.shortage:
+                    terminal.show_note(result.shortage)
                 meter.go_on()
     if failed:
         raise typer.Exit(_FAILED)
@@ -221,39 +220,14 @@ def _settings(defaults: GenerationConfig, flags: dict[str, Any], *, forks: bool)
     return config
 
 
-def _note_of_room(
-    result: Result | BudgetError, budget: int | None, config: GenerationConfig, branches: int, *, forks: bool
-) -> str | None:
-    """What to say where the budget had no room for all samples, or in a tree for no fork at all."""
-    if budget is None or isinstance(result, BudgetError):
-        return None
-    found, longest = len(result.branches), config.max_new_tokens
-    if not forks and found < branches:
-        limit = f"max_length={config.max_length}" if longest is None else f"max_new_tokens={longest}"
-        return (
-            f"{found} of {branches} samples: one begins only if it can be finished, and the {budget - result.spent} "
-            f"tokens left of --budget {budget} are too few for another of {limit}. Lower that, or raise the budget."
-        )
-    # Not even at the text's last token.
-    no_room = longest is not None and budget - result.length <= 2 * longest - len(result.branches[0])
-    if forks and no_room and found == 1 < branches:
-        return (
-            f"one text only: a tree forks where both texts can be finished, and --budget {budget} has no room for a "
-            f"second one of max_new_tokens={longest}. Lower that, or raise the budget."
-        )
-    return None
-
-
-def _show(
-    prompt: str, result: Result | BudgetError, budget: int | None, vote: Vote, room: str | None, *, as_json: bool
-) -> None:
+def _show(prompt: str, result: Result | BudgetError, budget: int | None, vote: Vote, *, as_json: bool) -> None:
     if isinstance(result, BudgetError):
         terminal.show_error(str(result))
         if as_json:
             typer.echo(json.dumps({"prompt": prompt, "error": str(result)}, ensure_ascii=False))
         return
     if as_json:
-        typer.echo(json.dumps(_record(result, budget, vote, room), ensure_ascii=False))
+        typer.echo(json.dumps(_record(result, budget, vote), ensure_ascii=False))
         return
     tally = result.tally
     of = "" if budget is None else f" of {budget}"
@@ -263,6 +237,7 @@ def _show(
         f"answer  {_named(tally.winner)}",
         f"shares  {shares} by {vote}",
         f"tokens  {result.spent}{of} ({result.length} of the prompt)",
+        f"texts   {result.counts}",
     ]
     if tally.note:
         lines.append(f"note    {tally.note}")
@@ -276,7 +251,7 @@ def _named(answer: object) -> str:
     return "no answer" if answer is None else str(answer)
 
 
-def _record(result: Result, budget: int | None, vote: Vote, room: str | None) -> dict[str, Any]:
+def _record(result: Result, budget: int | None, vote: Vote) -> dict[str, Any]:
     tally = result.tally
     return {
         "prompt": result.prompt,
@@ -285,10 +260,13 @@ def _record(result: Result, budget: int | None, vote: Vote, room: str | None) ->
         "vote": vote,
         # A list, since null (no answer) cannot be the key of a JSON object.
         "shares": [{"answer": a, "share": share, "leaves": tally.counts[a]} for a, share in tally.shares.items()],
-        "note": "; ".join(note for note in (tally.note, room) if note),
+        "note": "; ".join(note for note in (tally.note, result.shortage) if note),
         "budget": budget,
         "spent": result.spent,
         "prompt_tokens": result.length,
+        "planned": result.planned,
+        "ran": len(result.branches),
+        "cut": sum(not leaf.finished for leaf in result.branches),
         "leaves": [
             {
                 "text": text,

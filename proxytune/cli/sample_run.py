@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from proxytune.cli import terminal
 from proxytune.cli.models import encode
-from proxytune.errors import BudgetError, InputError
+from proxytune.errors import BudgetError, BudgetWarning, InputError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from proxytune.methods.trees.loop import TreeLoop
-    from proxytune.methods.trees.sibling_decoding import SiblingDecoding
     from proxytune.methods.trees.tree import Branch, ForkTree
     from proxytune.voting.vote import Tally
 
@@ -40,6 +39,9 @@ class Result:
         answers: One per branch; None for no answer.
         spent: Tokens of the budget: the prompt and all generated tokens, shared ones counted once.
         drawing: The tree or the samples as text.
+        planned: How many texts were asked for, at most.
+        counts: How many were planned, ran, and were cut, in words.
+        shortage: What to do if the budget had no room for all of them; None if it had.
     """
 
     prompt: str
@@ -51,6 +53,9 @@ class Result:
     tally: Tally
     spent: int
     drawing: str
+    planned: int
+    counts: str
+    shortage: str | None
 
 
 class Extract(Protocol):
@@ -124,8 +129,6 @@ class SampleRun:
 
     def __call__(self, prompts: Sequence[str], first: int, chat: bool) -> Iterator[Result | BudgetError]:
         """Draw for a batch; noise streams are keyed by the prompts' numbers in the whole run."""
-        from proxytune.methods.trees.sibling_decoding import SiblingDecoding
-
         budget = self.loop.max_total_tokens
         encoded = encode(self.tokenizer, prompts, chat)
         lengths = encoded["attention_mask"].sum(1).tolist()
@@ -134,13 +137,9 @@ class SampleRun:
         self.meter.begin(first, len(prompts))
         self.meter.spend(sum(lengths[i] for i in kept))
         found: dict[int, Result] = {}
-        trees = self._grow(self.loop, encoded, kept, [first + i for i in kept]) if kept else []
+        trees = self._grow(encoded, kept, [first + i for i in kept]) if kept else []
         for i, tree in zip(kept, trees, strict=True):
-            if isinstance(self.loop, SiblingDecoding):
-                leaves, weights = self._samples(self.loop, tree, encoded, i, first + i, lengths[i])
-                found[i] = self._result(prompts[i], lengths[i], leaves, weights, None)
-            else:
-                found[i] = self._result(prompts[i], lengths[i], list(tree), tree.weights(), tree)
+            found[i] = self._result(prompts[i], lengths[i], tree)
         for i, length in enumerate(lengths):
             if i in found:
                 yield found[i]
@@ -154,61 +153,36 @@ class SampleRun:
             assert isinstance(error, BudgetError)
             yield error
 
-    def _grow(self, loop: TreeLoop, encoded: Any, rows: Sequence[int], streams: Sequence[int]) -> list[ForkTree]:
-        """Trees for rows of the batch, each from its own noise stream."""
+    def _grow(self, encoded: Any, rows: Sequence[int], streams: Sequence[int]) -> list[ForkTree]:
+        """Trees for rows of the batch, each from its own noise streams."""
         import torch
 
+        from proxytune.methods.trees.rounds import grow_in_rounds
+
         chosen = torch.tensor(list(rows))
-        batch = {name: encoded[name][chosen].to(self.model.device) for name in ("input_ids", "attention_mask")}
-        out = self.model.generate(
-            **batch,
-            generation_config=self.config,
-            tokenizer=self.tokenizer,
-            custom_generate=replace(loop, stream_ids=list(streams)),
-            stopping_criteria=[self.meter.criterion()],
-            return_dict_in_generate=True,
-        )
-        trees: list[ForkTree] = out.trees
-        return trees
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BudgetWarning)  # said of each prompt, see `Result.shortage`
+            return grow_in_rounds(
+                self.model,
+                replace(self.loop, stream_ids=list(streams)),
+                encoded["input_ids"][chosen].to(self.model.device),
+                attention_mask=encoded["attention_mask"][chosen].to(self.model.device),
+                streams=self.prompts,
+                generation_config=self.config,
+                tokenizer=self.tokenizer,
+                stopping_criteria=[self.meter.criterion()],
+            )
 
-    def _samples(
-        self, loop: SiblingDecoding, tree: ForkTree, encoded: Any, row: int, number: int, length: int
-    ) -> tuple[list[Branch], list[float]]:
-        """Samples of one prompt, with weights that add up to 1.
-
-        The first round has as many samples as can be finished at full length. What they leave of the budget goes to
-        further rounds; each reads the prompt again, and its samples repel only each other. How many samples there are
-        then depends on how long the first ones were, which slightly favours answers with short texts, unless the budget
-        has room for all.
-        """
-        from proxytune.stats.importance import normalised
-
-        longest = self.config.max_new_tokens or max(1, int(self.config.max_length) - int(encoded["input_ids"].shape[1]))
-        budget, rounds, spent = loop.max_total_tokens, [tree], tree.tokens
-        while True:
-            missing = loop.siblings - sum(map(len, rounds))
-            if budget is None or missing == 0 or budget - length - spent < longest:
-                break
-            more = replace(loop, siblings=missing, max_total_tokens=budget - spent)
-            rounds += self._grow(more, encoded, [row], [number + len(rounds) * self.prompts])
-            spent += rounds[-1].tokens
-        leaves: list[Branch] = []
-        log_weights = []
-        for drawn in rounds:
-            for leaf in drawn:
-                log_weights.append(leaf.log_weight + math.log(len(drawn)))
-                # Samples share no generated tokens; they are numbered through all rounds.
-                leaf.number, leaf.parent = len(leaves), None
-                leaves.append(leaf)
-        return leaves, normalised(log_weights)
-
-    def _result(
-        self, prompt: str, length: int, leaves: list[Branch], weights: list[float], tree: ForkTree | None
-    ) -> Result:
+    def _result(self, prompt: str, length: int, tree: ForkTree) -> Result:
         import numpy as np
 
+        from proxytune.methods.trees.sibling_decoding import SiblingDecoding
         from proxytune.voting.vote import How, Sample, vote
 
+        leaves, weights = list(tree), tree.weights()
+        siblings = isinstance(self.loop, SiblingDecoding)
+        for leaf in leaves if siblings else ():
+            leaf.parent = None  # they share no generated tokens
         texts = [str(self.tokenizer.decode(leaf.along("tokens"), skip_special_tokens=True)) for leaf in leaves]
         answers = [self.extract(t, cut=not leaf.finished) for t, leaf in zip(texts, leaves, strict=True)]
         voters = [
@@ -217,8 +191,7 @@ class SampleRun:
         ]
         how: How = "majority" if self.vote == "weighted" else self.vote
         decode = self.tokenizer.decode
-        generated = sum(len(leaf.tokens) for leaf in leaves)  # in a tree, each leaf's own tokens
-        if tree is not None:
+        if not siblings:
             drawing = tree.render(decode)
         else:
             drawing = "\n".join(
@@ -234,8 +207,18 @@ class SampleRun:
             texts=texts,
             answers=answers,
             tally=vote(voters, how, eta=self.eta),
-            spent=length + generated,
+            spent=length + tree.tokens,
             drawing=drawing,
+            planned=tree.planned,
+            counts=tree.counts,
+            shortage=self._shortage(tree) if tree.starved else None,
+        )
+
+    def _shortage(self, tree: ForkTree) -> str:
+        mean = sum(map(len, tree)) / len(tree)
+        return (
+            f"{tree.counts}: --budget {self.loop.max_total_tokens} has no room for more of {mean:.0f} tokens, the mean "
+            "so far. Raise it, or lower max_new_tokens to what an answer takes."
         )
 
 

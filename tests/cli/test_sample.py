@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import warnings
 from collections import Counter
 
 import pytest
@@ -16,6 +17,7 @@ import proxytune
 from proxytune import FusedDecoding
 from proxytune.cli import sample_run as samples
 from proxytune.cli import terminal
+from proxytune.errors import BudgetWarning
 from proxytune.methods.trees.fork_decoding import ForkDecoding
 from proxytune.methods.trees.sibling_decoding import SiblingDecoding
 from proxytune.recipe import RECIPE_FILE, ForkCalibration, write_fork_threshold
@@ -89,12 +91,13 @@ def test_help_names_its_options_without_importing_torch():
 @pytest.mark.smoke
 @pytest.mark.parametrize("batch", [1, 4])
 def test_trees_are_those_of_the_library(run, members, model, tokenizer, batch):
-    lines = drawn(run, members, "--budget", 70, "--batch-size", batch)
-    loop = ForkDecoding(threshold=1.0, branches=5, seed=3, max_total_tokens=70)
+    lines = drawn(run, members, "--budget", 80, "--batch-size", batch)
+    loop = ForkDecoding(threshold=1.0, branches=5, seed=3, max_total_tokens=80)
     out = model.generate(**encoded(tokenizer), custom_generate=loop, **DRAW)
     for line, tree, ledger, prompt in zip(lines, out.trees, out.ledgers, PROMPTS, strict=True):
         assert line["prompt"] == prompt
-        assert line["spent"] == ledger.spent <= line["budget"] == 70
+        assert line["spent"] == ledger.spent <= line["budget"] == 80
+        assert (line["planned"], line["ran"], line["cut"]) == (5, len(tree), tree.cut)
         assert line["prompt_tokens"] == ledger.by["prompt"]
         assert [leaf["text"] for leaf in line["leaves"]] == [
             tokenizer.decode(b.along("tokens"), skip_special_tokens=True) for b in tree
@@ -156,12 +159,17 @@ def test_samples_stay_in_the_budget(run, members, tokenizer, room, leaves, longe
     assert [leaf["tokens"] for leaf in line["leaves"]] == [longest] * leaves
     assert f"{leaves} of {leaves} texts were cut off, and count with what they had said by then" in line["note"]
     assert line["spent"] == length + leaves * longest <= length + room
+    assert (line["planned"], line["ran"], line["cut"]) == (4, leaves, leaves)
+    assert (
+        f"texts   4 texts planned, {leaves} ran, {leaves} of them cut"
+        in run("sample", PROMPTS[0], *words, "eos_token_id=none").out
+    )
     if leaves == 4:
-        assert (ended.err, "samples:" in line["note"]) == ("", False)
+        assert (ended.err, "planned" in line["note"]) == ("", False)
         return
     note = (
-        f"{leaves} of 4 samples: one begins only if it can be finished, and the {room - leaves * longest} tokens left "
-        f"of --budget {length + room} are too few for another of max_new_tokens={NEW}. Lower that, or raise the budget."
+        f"4 texts planned, {leaves} ran, {leaves} of them cut: --budget {length + room} has no room for more of "
+        f"{longest} tokens, the mean so far. Raise it, or lower max_new_tokens to what an answer takes."
     )
     assert ended.err.startswith(f"note: {note}")
     assert f"; {note}" in line["note"]
@@ -175,9 +183,7 @@ def test_a_budget_without_room_for_a_fork_is_noted(run, members, tokenizer, room
     words = ["--threshold", -1, "--branches", 2, "--budget", length + room, "--json", *members, *WORDS]
     ended = run("sample", PROMPTS[0], *words, "eos_token_id=none")
     assert len(ended.lines[0]["leaves"]) == (1 if told else 2)
-    note = (
-        f"one text only: .* --budget {length + room} has no room for a second one of max_new_tokens={NEW}. Lower that"
-    )
+    note = f"2 texts planned, 1 ran, 1 of them cut: --budget {length + room} has no room for more of {NEW} tokens"
     assert bool(re.search(note, ended.err)) is told
     assert bool(re.search(note, ended.lines[0]["note"])) is told
 
@@ -193,19 +199,27 @@ def test_what_is_left_of_the_budget_goes_to_further_samples(run, members, model,
     tokens = [leaf["tokens"] for leaf in line["leaves"]]
     assert line["spent"] == length + sum(tokens) <= budget
     assert len(tokens) > 4
-    assert len(tokens) == 9 or budget - line["spent"] < NEW
+    assert len(tokens) == 9 or budget - line["spent"] < sum(tokens) / len(tokens)
     options = {"repulsion": 1.5, "ngram": 2, "threshold": 1.0} if "--ngram" in words else {"repulsion": 0}
     batch = tokenizer(PROMPTS[:1], return_tensors="pt", return_token_type_ids=False)
-    texts, weights, spent = [], [], 0
-    while len(texts) < 9 and budget - length - spent >= NEW:
+    texts, weights, spent, usual = [], [], 0, None  # of the first round every text may have NEW tokens
+    while len(texts) < 9 and budget - length - spent >= (usual or NEW):
         rounds = len(weights)
         loop = SiblingDecoding(
-            siblings=9 - len(texts), seed=3, stream_ids=[1 + 2 * rounds], max_total_tokens=budget - spent, **options
+            siblings=9 - len(texts),
+            seed=3,
+            stream_ids=[1 + 2 * rounds],
+            max_total_tokens=budget - spent,
+            reserve=usual,
+            **options,
         )
-        out = model.generate(**batch, custom_generate=loop, **DRAW | {"eos_token_id": list(range(5, 60))})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BudgetWarning)
+            out = model.generate(**batch, custom_generate=loop, **DRAW | {"eos_token_id": list(range(5, 60))})
         texts += [tokenizer.decode(b.tokens, skip_special_tokens=True) for b in out.trees[0]]
         weights.append(out.log_weights.exp() * len(out.trees[0]))
         spent += out.trees[0].tokens
+        usual = -(-spent // len(texts))  # the mean, rounded up
     assert len(weights) > 1
     assert [leaf["text"] for leaf in line["leaves"]] == texts
     raw = torch.cat(weights)
@@ -293,7 +307,7 @@ def test_a_prompt_larger_than_the_budget_does_not_stop_the_others(run, members, 
     assert message in error
     refused, other = ended.lines
     assert len(other["leaves"]) == (1 if mode else 2)  # and of samples, five were wanted
-    assert [note[:25] for note in notes] == (["note: 1 of 5 samples: one"] if mode else [])
+    assert [note[:28] for note in notes] == [f"note: 5 texts planned, {len(other['leaves'])} ran"]
     assert refused["prompt"] == longer
     assert message in refused["error"]
     assert other["spent"] <= many

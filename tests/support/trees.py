@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LogitsProcessor
 from transformers.generation.streamers import BaseStreamer
 
 import proxytune
+from proxytune.errors import BudgetWarning
 from proxytune.methods.trees.fork_decoding import ForkDecoding, TreeOutput
 from proxytune.methods.trees.tree import ForkTree
 
@@ -44,7 +46,9 @@ def padded() -> tuple[torch.Tensor, torch.Tensor]:
 
 def grow(model: Any, loop: ForkDecoding, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: Any) -> Any:
     defaults = {"do_sample": True, "top_k": 0, "max_new_tokens": NEW, "return_dict_in_generate": True}
-    return model.generate(ids, attention_mask=mask, custom_generate=loop, **defaults | kwargs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", BudgetWarning)  # it has tests of its own
+        return model.generate(ids, attention_mask=mask, custom_generate=loop, **defaults | kwargs)
 
 
 def described(tree: ForkTree) -> list[Any]:

@@ -35,6 +35,8 @@ class _Settings(Protocol):
     @property
     def max_total_tokens(self) -> int | None: ...
     @property
+    def reserve(self) -> int | None: ...
+    @property
     def seed(self) -> int | None: ...
     @property
     def impl(self) -> Impl: ...
@@ -76,6 +78,12 @@ def refuse_settings(loop: _Settings, least: Mapping[str, int], *, needed: bool, 
         finite("fork_temperature", loop.fork_temperature, above=0.0, remedy=remedy)
     if loop.max_total_tokens is not None:
         TokenLedger(loop.max_total_tokens)
+    if loop.reserve is not None:
+        whole("reserve", loop.reserve, least=1)
+        if loop.max_total_tokens is None:
+            raise InputError.of(
+                "reserve", expected="max_total_tokens with it", got="no budget", remedy="Leave it out, or set a budget."
+            )
     refuse_seed(loop.seed, name)
     choice("impl", loop.impl, get_args(Impl), remedy="Leave it out for 'auto'.")
 

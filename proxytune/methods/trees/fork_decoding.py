@@ -8,7 +8,8 @@ any rule.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from proxytune.budget.ledger import TokenLedger
 from proxytune.methods.trees.checks import Where, refuse_settings
@@ -39,6 +40,9 @@ class ForkDecoding(TreeLoop):
         fork_temperature: Temperature above the threshold; None for the call's own everywhere.
         max_total_tokens: A hard budget for each prompt, including the prompt, with shared tokens counted once; a row
             forks only if its children can be finished. None for no limit.
+        reserve: With a budget, how many generated tokens a text is counted with before it begins: what an answer
+            usually takes. A longer one goes on while the budget lasts, and is cut where it ends. None for the most that
+            a text can have, so that no child is ever cut.
         seed: The key of all draws; None for a new one in each call, from torch's default generator.
         stream_ids: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
         impl: "triton", "torch" or "auto".
@@ -55,6 +59,10 @@ class ForkDecoding(TreeLoop):
         least = {"branches": 1, "children": 2, "min_gap": 1}
         refuse_settings(self, least, needed=self.where == "forks" or self.fork_temperature is not None)
 
+    def asking_for(self, leaves: int) -> Self:
+        """The same loop with another number of branches."""
+        return replace(self, branches=leaves)
+
     def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> ForkFrontier:
         return ForkFrontier(
             prompts,
@@ -62,5 +70,6 @@ class ForkDecoding(TreeLoop):
             children=self.branches if self.where == "start" else self.children,
             min_gap=self.min_gap,
             length=length,
+            reserve=self.reserve,
             ledgers=ledgers,
         )

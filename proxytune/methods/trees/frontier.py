@@ -54,6 +54,10 @@ class LiveBranch:
     reservation: Reservation | None
     last_fork: int | None = None
 
+    def has_room(self) -> bool:
+        """Whether the budget has another token for it, reserved or still free."""
+        return self.reservation is None or self.reservation.left > 0 or self.reservation.extend(1)
+
     def append(self, one: RowDraws, i: int) -> None:
         """Record draw `i`, and charge it to the budget."""
         self.branch.tokens.append(one.tokens[i])
@@ -71,13 +75,24 @@ class Frontier(ABC):
         trees: One for each prompt.
     """
 
-    def __init__(self, prompts: int, *, length: int, ledgers: Sequence[TokenLedger] | None) -> None:
-        """Make an empty tree for each prompt; `length` is the maximum number of generated tokens on a path.
+    def __init__(
+        self,
+        prompts: int,
+        *,
+        planned: int,
+        length: int,
+        ledgers: Sequence[TokenLedger] | None,
+        reserve: int | None = None,
+    ) -> None:
+        """Make an empty tree of at most `planned` leaves for each prompt.
 
-        `ledgers` holds one ledger per prompt, already charged for the prompt; None for no limit.
+        `length` is the maximum number of generated tokens on a path, `reserve` how many of them are reserved before a
+        text begins (None for all). `ledgers` holds one ledger per prompt, already charged for the prompt; None for no
+        limit.
         """
-        self.trees = [ForkTree(i) for i in range(prompts)]
+        self.trees = [ForkTree(i, planned=planned) for i in range(prompts)]
         self._length = length
+        self._reserved = length if reserve is None else min(reserve, length)
         self._ledgers = ledgers
         self._live: list[LiveBranch] = []
 
@@ -106,8 +121,10 @@ class Frontier(ABC):
         """
         keep, live_on = [], []
         for row, (live, ended) in enumerate(zip(self._live, done, strict=True)):
-            spent = live.reservation is not None and live.reservation.left == 0
-            if ended or spent or halt or len(live.branch) >= self._length:
+            full = len(live.branch) >= self._length
+            room = ended or full or live.has_room()
+            live.tree.no_room |= not room
+            if ended or halt or full or not room:
                 live.branch.finished = bool(ended)
                 if live.reservation is not None:
                     live.reservation.release()
@@ -120,7 +137,7 @@ class Frontier(ABC):
     def _start(self, tree: ForkTree, most: int) -> list[LiveBranch]:
         """Begin branches at the prompt, as many as can be finished but at least one; the first is their parent."""
         started: list[LiveBranch] = []
-        for reservation in self._reserve(tree.prompt, self._length, most, short=True):
+        for reservation in self._reserve(tree.prompt, self._reserved, most, short=True):
             parent = started[0].branch if started else None
             started.append(LiveBranch(tree, Branch(len(tree), parent), reservation))
             tree.branches.append(started[-1].branch)
@@ -138,6 +155,7 @@ class Frontier(ABC):
                 wanted = min(tokens, ledger.left) if short and not out else tokens
                 out.append(ledger.reserve(wanted, label="generated"))
             except BudgetError:
+                self.trees[prompt].no_room = True
                 break
         return out
 
@@ -154,9 +172,10 @@ class ForkFrontier(Frontier):
         min_gap: int,
         length: int,
         ledgers: Sequence[TokenLedger] | None,
+        reserve: int | None = None,
     ) -> None:
         """Begin one branch for each prompt; the arguments are those of `ForkDecoding` and `Frontier`."""
-        super().__init__(prompts, length=length, ledgers=ledgers)
+        super().__init__(prompts, planned=branches, length=length, reserve=reserve, ledgers=ledgers)
         self._branches = branches
         self._children = children
         self._min_gap = min_gap
@@ -186,8 +205,9 @@ class ForkFrontier(Frontier):
             room = self._branches - len(live.tree) + 1
             # The number of drawable tokens does not depend on the draws, so weights stay unbiased.
             most = min(self._children, room, sum(token >= 0 for token in one.tokens))
-            left = self._length - len(live.branch)
-            reserved = self._reserve(live.tree.prompt, left, most - 1) if may and one.at_fork else []
+            left = self._reserved - len(live.branch)
+            forks = may and one.at_fork and left > 0
+            reserved = self._reserve(live.tree.prompt, left, most - 1) if forks else []
             start, before = len(live.branch), live.branch.log_weight
             parents.append(row)
             tokens.append(one.tokens[0])

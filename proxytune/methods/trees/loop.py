@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -27,7 +27,7 @@ from proxytune.generation.sampler import MembersAndWeights, Sampler
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.methods.trees.checks import Where, refuse_extras, refuse_threshold
 from proxytune.methods.trees.frontier import Frontier, RowDraws
-from proxytune.methods.trees.output import TreeOutput, leaves_of
+from proxytune.methods.trees.output import TreeOutput, leaves_of, warn_of_shortage
 from proxytune.methods.trees.tree import Branch
 from proxytune.ops.noise import DECISIONS, Noise
 
@@ -43,12 +43,17 @@ class TreeLoop(ABC):
     share: float = 0.2
     fork_temperature: float | None = None
     max_total_tokens: int | None = None
+    reserve: int | None = None
     seed: int | None = None
     stream_ids: Sequence[int] | torch.Tensor | None = None
     impl: ops.Impl = "auto"
 
     _why_sampling: ClassVar[str] = ""
     """Why greedy decoding is refused; empty where it is not."""
+
+    @abstractmethod
+    def asking_for(self, leaves: int) -> Self:
+        """The same loop with another number of leaves per prompt."""
 
     @abstractmethod
     def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> Frontier:
@@ -88,6 +93,9 @@ class TreeLoop(ABC):
             InputError: If there is no padding token, or the threshold belongs to another α.
             BudgetError: If the budget leaves no token to generate after a prompt.
             NumericalError: If a row has no distribution.
+
+        Warns:
+            BudgetWarning: If the budget had no room for all branches, or cut one.
         """
         name = type(self).__name__
         call = Call.begin(
@@ -158,6 +166,8 @@ class TreeLoop(ABC):
             inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
             outputs = model(**inputs, return_dict=True)
         _settle(gains)
+        rounds = ", or spend what is left with proxytune.methods.trees.rounds.grow_in_rounds"
+        warn_of_shortage(name, self.max_total_tokens, frontier.trees, rounds)
         out = leaves_of(frontier.trees, texts, generation_config._pad_token_tensor, ledgers)
         assert out.sequences is not None
         return out if generation_config.return_dict_in_generate else out.sequences

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers.utils import ModelOutput
 
 from proxytune.budget.ledger import TokenLedger
+from proxytune.errors import BudgetWarning
 from proxytune.methods.trees.tree import ForkTree
 
-__all__ = ["TreeOutput", "leaves_of"]
+__all__ = ["TreeOutput", "leaves_of", "warn_of_shortage"]
 
 
 @dataclass
@@ -53,3 +56,17 @@ def leaves_of(
         trees=trees,
         ledgers=ledgers,
     )
+
+
+def warn_of_shortage(loop: str, budget: int | None, trees: Sequence[ForkTree], further: str = "") -> None:
+    """Say by one BudgetWarning in how many trees the budget had no room for all texts; `further` ends the advice."""
+    short = [tree for tree in trees if tree.starved]
+    if short:
+        others = f", and so for {len(short) - 1} more" if len(short) > 1 else ""
+        warnings.warn(
+            f"{loop}: prompt {short[0].prompt}{others}: {short[0].counts}: max_total_tokens={budget} had no room for "
+            "more. A vote over few texts is surer than it should be. Lower max_new_tokens to what an answer takes, or "
+            f"raise max_total_tokens{further}.",
+            BudgetWarning,
+            stacklevel=2,
+        )

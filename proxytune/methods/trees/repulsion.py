@@ -40,13 +40,14 @@ class SiblingFrontier(Frontier):
         ngram_repulsion: float,
         length: int,
         ledgers: Sequence[TokenLedger] | None,
+        reserve: int | None = None,
     ) -> None:
         """Begin the siblings of each prompt, as many as can be finished but at least one.
 
         The arguments are those of `SiblingDecoding` and `Frontier`. Log-weights begin at −log of the number of
         siblings.
         """
-        super().__init__(prompts, length=length, ledgers=ledgers)
+        super().__init__(prompts, planned=siblings, length=length, reserve=reserve, ledgers=ledgers)
         self.penalties: list[dict[int, float]] = []
         self._repulsion = repulsion
         self._ngram = ngram if ngram_repulsion else None  # of no effect otherwise

@@ -9,8 +9,8 @@ along its text, corrects for q exactly: weighted votes and pass rates are those 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 import torch
 
@@ -57,6 +57,7 @@ class SiblingDecoding(TreeLoop):
         fork_temperature: Temperature above the threshold; None for the call's own everywhere.
         max_total_tokens: A hard budget for each prompt, including the prompt, counted once. As many siblings begin as
             can be finished, at least one, which may be cut. None for no limit.
+        reserve: With a budget, how many tokens a sibling is counted with before it begins, see `ForkDecoding`.
         seed: The key of all draws; None for a new one in each call, from torch's default generator.
         stream_ids: `[B]`, which stream of the seed each prompt draws from [0, 1, 2, …].
         impl: "triton", "torch" or "auto".
@@ -83,6 +84,10 @@ class SiblingDecoding(TreeLoop):
         needed = self.fork_temperature is not None or (repels and self.where == "forks")
         refuse_settings(self, least, needed=needed, allowed=("forks", "random"))
 
+    def asking_for(self, leaves: int) -> Self:
+        """The same loop with another number of siblings."""
+        return replace(self, siblings=leaves)
+
     def _start(self, prompts: int, length: int, ledgers: list[TokenLedger] | None) -> SiblingFrontier:
         return SiblingFrontier(
             prompts,
@@ -91,6 +96,7 @@ class SiblingDecoding(TreeLoop):
             ngram=self.ngram,
             ngram_repulsion=self.ngram_repulsion,
             length=length,
+            reserve=self.reserve,
             ledgers=ledgers,
         )
 

@@ -65,10 +65,14 @@ class ForkTree:
     Attributes:
         prompt: The prompt's row in the batch.
         branches: In the order of their numbers. Each is a leaf: a parent goes on as its own first child.
+        planned: How many leaves were asked for, at most.
+        no_room: Whether the budget kept a branch from beginning, or cut one.
     """
 
     prompt: int
     branches: list[Branch] = field(default_factory=list)
+    planned: int = 1
+    no_room: bool = False
 
     def __iter__(self) -> Iterator[Branch]:
         """The branches, which are the leaves."""
@@ -82,6 +86,21 @@ class ForkTree:
     def tokens(self) -> int:
         """Number of generated tokens, shared ones counted once."""
         return sum(len(branch.tokens) for branch in self.branches)
+
+    @property
+    def cut(self) -> int:
+        """Number of leaves that the budget, the length or the time cut."""
+        return sum(not branch.finished for branch in self.branches)
+
+    @property
+    def starved(self) -> bool:
+        """Whether the budget had no room for all leaves that were planned, or not for all of their texts."""
+        return self.no_room and (len(self) < self.planned or self.cut > 0)
+
+    @property
+    def counts(self) -> str:
+        """How many leaves were planned, are here, and were cut, in words."""
+        return f"{self.planned} texts planned, {len(self)} ran, {self.cut} of them cut"
 
     def weights(self) -> list[float]:
         """The leaves' self-normalised weights: they sum to 1 (arXiv 1903.06059, eq. 6)."""
@@ -116,5 +135,7 @@ class ForkTree:
                 last = i == len(below) - 1
                 draw(child, before + further, "└─ " if last else "├─ ", "   " if last else "│  ")
 
-        draw(self.branches[0], "", "", "")
+        for root in self.branches:
+            if root.parent is None:
+                draw(root, "", "", "")
         return "\n".join(lines)
