@@ -54,7 +54,7 @@ def grow_in_rounds(
     Warns:
         BudgetWarning: If the budget had no room for all leaves in the end.
     """
-    own = sorted({"custom_generate", "return_dict_in_generate", "num_return_sequences"} & generate.keys())
+    own = sorted({"custom_generate", "num_return_sequences"} & generate.keys())
     if own:
         raise InputError.of(
             "generate()",
@@ -63,6 +63,7 @@ def grow_in_rounds(
             remedy="Leave it out; repeat a prompt's row for several trees of it.",
         )
     mask = generate.pop("attention_mask", None)
+    generate["return_dict_in_generate"] = True
     ids = streams_of(loop.stream_ids, len(input_ids)).tolist()
     streams = len(ids) if streams is None else streams
     loop = replace(loop, seed=seed_of(loop.seed))
@@ -75,7 +76,6 @@ def grow_in_rounds(
             out = model.generate(
                 input_ids.index_select(0, chosen),
                 custom_generate=replace(how, stream_ids=list(drawn_from)),
-                return_dict_in_generate=True,
                 **given,
             )
         trees: list[ForkTree] = out.trees
