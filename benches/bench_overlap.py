@@ -37,6 +37,8 @@ from torch.nn.functional import linear
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from proxytune.models.members.cache_name import CACHE
+
 RESULTS = Path(__file__).parent / "results" / "overlap.json"
 # layers, hidden, intermediate, heads, key-value heads, vocabulary
 Shape = tuple[int, int, int, int, int, int]
@@ -112,7 +114,7 @@ def threads_cell(family: str, dtype: str, batch: int, pool: ThreadPoolExecutor, 
         torch.set_num_threads(count)  # of the thread that calls it
         with torch.inference_mode():
             for i in which:
-                members[i](input_ids=tokens, past_key_values=caches[i], use_cache=True)
+                members[i](input_ids=tokens, **{CACHE: caches[i]}, use_cache=True)
 
     def together(of_base: int, of_companions: int) -> None:
         companions = pool.submit(forward, (1, 2), of_companions)

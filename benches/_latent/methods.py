@@ -21,6 +21,7 @@ from proxytune.methods.latent.decoding import LatentDecoding
 from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.mixture import LatentMixture
 from proxytune.methods.recursion.decoding import RecursionDecoding
+from proxytune.models.members.cache_name import CACHE, cache_of
 
 TEMPERATURES = (0.05, *(n / 10 for n in range(1, 14)), 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Beyond 1.3 too: a collapsed model's best may be there, and a method must not win only by being hotter."""
@@ -139,10 +140,10 @@ def draw(asked: Asked, setting: Setting, samples: int, seed: int) -> list[Answer
     with attached, torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         cache = DynamicCache(config=asked.model.config)  # one pass over the prompt serves all its samples
-        cache = asked.model(input_ids=prompts[:, :-1], past_key_values=cache, use_cache=True).past_key_values
+        cache = cache_of(asked.model(input_ids=prompts[:, :-1], **{CACHE: cache}, use_cache=True))
         cache.batch_repeat_interleave(samples)
         ids = prompts.repeat_interleave(samples, 0)
-        out = _generate(asked, ids, temperature, loop, past_key_values=cache)
+        out = _generate(asked, ids, temperature, loop, **{CACHE: cache})
         selects = asked.recurs and setting.family == "temperature"
         means = _mean_logprobs(asked.model, out, prompts.shape[1]) if selects else None
     new = out[:, prompts.shape[1] :].view(len(asked.instances), samples, -1)

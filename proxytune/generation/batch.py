@@ -12,8 +12,9 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from proxytune.errors import InputError
+from proxytune.models.members.cache_name import cache_of
 
-__all__ = ["cache_of", "is_synced", "lengths_of", "padding_of", "selected_rows"]
+__all__ = ["is_synced", "lengths_of", "padding_of", "selected_rows"]
 
 
 def padding_of(criteria: StoppingCriteriaList, generation_config: Any, device: torch.device) -> torch.Tensor | None:
@@ -40,11 +41,6 @@ def is_synced(model: Any) -> bool:
     # transformers finds this out too, but does not pass it to a callable.
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and bool(is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model))
-
-
-def cache_of(model_kwargs: dict[str, Any]) -> Any:
-    """The cache among a model's keyword arguments, also of a recurrent model; None if there is none."""
-    return model_kwargs.get("past_key_values", model_kwargs.get("cache_params"))
 
 
 def selected_rows(model_kwargs: dict[str, Any], select: list[int], rows: int) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
+from proxytune.models.members.cache_name import CACHE
+
 __all__ = ["OutputRecorder"]
 
 
@@ -49,5 +51,5 @@ class OutputRecorder:
             logits=self.logits,
             attentions=self._attentions,
             hidden_states=self._hidden_states,
-            past_key_values=cache,
+            **{CACHE: cache},
         )

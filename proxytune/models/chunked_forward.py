@@ -14,6 +14,8 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from proxytune.models.members.cache_name import CACHE
+
 __all__ = ["PART", "forward_in_parts", "part_length"]
 
 PART = 1024
@@ -64,7 +66,7 @@ def forward_in_parts(
             input_ids[:, part],
             attention_mask=None if attention_mask is None else attention_mask[:, : past + part.stop],
             position_ids=None if position_ids is None else position_ids[:, part],
-            past_key_values=cache,
+            **{CACHE: cache},
             return_dict=True,
         )
         logits = out.logits  # [B, part, V]
@@ -80,4 +82,4 @@ def forward_in_parts(
             counted = counted + (targets != -100).sum()
             del predicted
         del out, logits  # free them before the next part
-    return CausalLMOutputWithPast(loss=None if loss is None else loss / counted, logits=whole, past_key_values=cache)
+    return CausalLMOutputWithPast(loss=None if loss is None else loss / counted, logits=whole, **{CACHE: cache})

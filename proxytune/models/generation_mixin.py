@@ -6,6 +6,7 @@ what would otherwise go wrong silently.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.assisted import AssistedMixin, TailMask
+from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.validation import shown
@@ -120,6 +122,11 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     The name must end in `GenerationMixin`: `can_generate()`, which pipelines call, looks for that among the bases.
     """
 
+    @functools.wraps(GenerationMixin.generate, assigned=())
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers has it; takes the cache as `past_key_values` or as `cache`; InputError for two caches."""
+        return super().generate(*args, **renamed(kwargs))
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
@@ -128,6 +135,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """The arguments of `forward` for one step of `generate()`; the last `next_sequence_length` ids are new.
@@ -144,7 +152,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             position_ids = position_ids[..., -input_ids.shape[1] :]
         return {
             "input_ids": input_ids,
-            "past_key_values": past_key_values,
+            CACHE: one_cache(past_key_values, cache),
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "is_first_iteration": is_first_iteration,
@@ -200,7 +208,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
-        cache = model_kwargs.get("past_key_values")
+        cache = cache_of(model_kwargs)
         if cache is None:
             return
         # Adopted first: assisted decoding then asks the cache's layers to record their past.

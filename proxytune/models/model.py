@@ -28,6 +28,7 @@ from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig, load_recipe
 from proxytune.models.generation_mixin import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
 from proxytune.models.loading import adapters_of, open_members, refuse_composed
+from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import adopt
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
@@ -183,6 +184,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run all members over the tokens and combine their logits.
@@ -197,6 +199,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             labels: `[B, N]`, −100 at positions without a target: adds the mean next-token loss, in nats.
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
+            cache: The same as `past_key_values`, by its name since transformers 5.24.
             **kwargs: Options of the package's own loops, see `_forward_members`; any other that is not None or False is
                 refused.
 
@@ -217,7 +220,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             input_ids,
             attention_mask,
             position_ids,
-            past_key_values,
+            one_cache(past_key_values, cache),
             use_cache in (None, True),
             logits_to_keep,
             labels,
@@ -230,7 +233,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_ids: torch.Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None,
         use_cache: bool,
         logits_to_keep: int | torch.Tensor,
         labels: torch.Tensor | None,
@@ -249,7 +252,6 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         combine, known = not return_member_logits, precomputed_logits
         latent = latent_inputs or [None] * len(self.members)
         # As in transformers, a given cache is always used: it holds a part of the prefix.
-        cache = past_key_values
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         if cache is not None:
@@ -293,7 +295,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             thread=self._thread if self.split_threads else None,
         )  # [B, K, V_i] each
         if not combine and labels is None:  # a loss needs combined logits
-            return MemberOutput(past_key_values=cache, member_logits=tuple(members))
+            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
         logits = ops.combine(members, self.formula.weights())  # [B, K, V]
         logits[..., self.usable_ids :] = -torch.inf
 
@@ -301,7 +303,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         if labels is not None:
             targets = labels[:, 1:].to(logits.device).flatten()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     @staticmethod
     def _refuse_mask_of_other_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> None:

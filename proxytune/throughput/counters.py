@@ -14,6 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, StoppingCriteria
 
+from proxytune.models.members.cache_name import argument_of
+
 __all__ = ["FirstToken", "LiveBytes", "Passes", "Reads", "counting", "now"]
 
 
@@ -86,10 +88,12 @@ def counting(models: Mapping[str, PreTrainedModel]) -> Iterator[Passes]:
         known.add(id(model))
         counted.of[role] = Reads()
 
-        def hook(module: Any, args: Any, kwargs: dict[str, Any], role: str = role) -> None:
+        def hook(
+            module: Any, args: Any, kwargs: dict[str, Any], role: str = role, name: str | None = argument_of(model)
+        ) -> None:
             ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
             rows, length = ids.shape
-            cache = kwargs.get("past_key_values")
+            cache = None if name is None else kwargs.get(name)
             reads = counted.of[role]
             reads.passes += 1
             reads.positions += rows * length

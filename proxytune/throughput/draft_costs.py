@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from proxytune.costs.speculation import DraftCosts, best_draft_length, expected_tokens, time_per_token
 from proxytune.methods.speculation.decoding import SpeculativeDecoding
+from proxytune.models.members.cache_name import CACHE
 from proxytune.throughput.counters import FirstToken, now
 from proxytune.throughput.methods import generated
 from proxytune.throughput.subjects import Cell, Subject
@@ -37,7 +38,7 @@ def measured_costs(subject: Subject, cell: Cell, *, rounds: int = 7, ahead: int 
         model: Any = subject.models[role]
         cache = caches[role]
         began = now(subject.device)
-        model(input_ids=ids[:, :1].expand(-1, positions), past_key_values=cache)
+        model(input_ids=ids[:, :1].expand(-1, positions), **{CACHE: cache})
         took = now(subject.device) - began
         cache.crop(-positions)
         return 1000 * took
@@ -46,7 +47,7 @@ def measured_costs(subject: Subject, cell: Cell, *, rounds: int = 7, ahead: int 
         caches: dict[str, Any] = {}
         for role in (*_VERIFYING, "expert"):
             caches[role] = DynamicCache(config=subject.models[role].config)
-            subject.models[role](input_ids=ids, past_key_values=caches[role], logits_to_keep=1)
+            subject.models[role](input_ids=ids, **{CACHE: caches[role]}, logits_to_keep=1)
         taken: dict[str, list[float]] = {"one": [], "many": [], "draft": []}
         for _ in range(rounds + 1):
             taken["one"].append(sum(passing(role, 1) for role in _VERIFYING))

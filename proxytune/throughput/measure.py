@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers.cache_utils import DynamicCache
 
+from proxytune.models.members.cache_name import CACHE
 from proxytune.throughput.counters import FirstToken, LiveBytes, Passes, counting, now
 from proxytune.throughput.methods import COMPOSITE, NAIVE, TRIO, TUNED, Method, Ran
 from proxytune.throughput.subjects import Cell, Subject
@@ -104,10 +105,10 @@ def members_alone(subject: Subject, ids: torch.Tensor, text: torch.Tensor, cell:
         with torch.no_grad():
             began = now(subject.device)
             cache = DynamicCache(config=model.config)
-            model(input_ids=ids, attention_mask=mask[:, : cell.prompt], past_key_values=cache, logits_to_keep=1)
+            model(input_ids=ids, attention_mask=mask[:, : cell.prompt], **{CACHE: cache}, logits_to_keep=1)
             first = now(subject.device)
             for end in range(cell.prompt + 1, cell.prompt + cell.new):
-                model(input_ids=text[:, end - 1 : end], attention_mask=mask[:, :end], past_key_values=cache)
+                model(input_ids=text[:, end - 1 : end], attention_mask=mask[:, :end], **{CACHE: cache})
             out[role] = (first - began, now(subject.device) - began)
     return out
 

@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
+from proxytune.models.members.cache_name import CACHE, cache_of
+
 __all__ = ["naive_generate"]
 
 
@@ -42,8 +44,8 @@ def naive_generate(
     for _ in range(config.max_new_tokens or 0):
         last = []
         for i, model in enumerate(models):
-            out = model(input_ids=inputs, attention_mask=mask, past_key_values=caches[i], use_cache=True)
-            caches[i] = out.past_key_values
+            out = model(input_ids=inputs, attention_mask=mask, **{CACHE: caches[i]}, use_cache=True)
+            caches[i] = cache_of(out)
             last.append(out.logits[:, -1, :])  # [B, V_i]
         base, expert, antiexpert = last
         shared = min(expert.shape[-1], base.shape[-1])

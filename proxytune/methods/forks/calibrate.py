@@ -73,6 +73,7 @@ def forced_entropies(
     """
     import torch
 
+    from proxytune.models.members.cache_name import CACHE, cache_of
     from proxytune.ops.entropy import entropy
 
     found = []
@@ -81,8 +82,8 @@ def forced_entropies(
         past, pieces = None, []
         with torch.no_grad():
             for piece in ids.split(_PIECE, dim=1) if ids.shape[1] else ():
-                out = model(piece, past_key_values=past, use_cache=True)
-                past = out.past_key_values
+                out = model(piece, **{CACHE: past}, use_cache=True)
+                past = cache_of(out)
                 pieces.append(entropy(out.logits[0]).double().cpu())
         if pieces:
             found.append(torch.cat(pieces).numpy())

@@ -15,7 +15,6 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from proxytune.errors import UnsupportedModeError
-from proxytune.generation.batch import cache_of
 from proxytune.generation.call import Call
 from proxytune.generation.fused import FusedDecoding
 from proxytune.generation.processor_rules import refuse_processors
@@ -25,6 +24,7 @@ from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.input_hook import ARGUMENT, latent_inputs_installed
 from proxytune.methods.latent.mixture import Kind, LatentMixture
 from proxytune.methods.latent.steps import LatentSteps, check_latent_settings, latent_steps_of
+from proxytune.models.members.cache_name import cache_of
 from proxytune.ops import Impl
 from proxytune.validation import refuse_seed
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.batch import cache_of
+from proxytune.models.members.cache_name import CACHE, cache_of, tokens_in
 from proxytune.validation import as_int, choice, finite, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
@@ -81,11 +81,11 @@ def refuse_call(
                 remedy="Leave it out; the output has each trajectory's mean log-probability.",
             )
     cache = cache_of(model_kwargs)
-    if cache is not None and int(cache.get_seq_length()) > 0:
+    if cache is not None and (held := tokens_in(cache)) != 0:
         raise UnsupportedModeError.of(
-            "past_key_values",
+            CACHE,
             expected=f"an empty cache with {loop}: its contents were computed without this noise",
-            got=f"a cache of {int(cache.get_seq_length())} positions",
+            got=f"a cache of {'some' if held is None else held} positions",
             remedy="Leave it out, and pass the whole text.",
         )
     compiled = _compiled(model)

@@ -31,7 +31,6 @@ from transformers.generation.streamers import BaseStreamer
 
 from proxytune import ops
 from proxytune.errors import InputError
-from proxytune.generation.batch import cache_of
 from proxytune.generation.call import Call
 from proxytune.generation.fused import FusedDecoding
 from proxytune.generation.processor_rules import bind_to_prompts
@@ -42,6 +41,7 @@ from proxytune.methods.recursion.meter import Meter
 from proxytune.methods.recursion.output import RecursionOutput, Trajectories, measured
 from proxytune.methods.recursion.selection import Select, check_select, select_one
 from proxytune.methods.recursion.transition import Transition
+from proxytune.models.members.cache_name import cache_of
 from proxytune.ops.noise import Noise
 
 __all__ = ["RecursionDecoding", "RecursionOutput", "Trajectories"]

@@ -11,12 +11,13 @@ from proxytune.generation.call import Call
 from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
+from proxytune.models.members.cache_name import CACHE
 from proxytune.validation import refuse_seed, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
 
 _LOOP = "SpeculativeDecoding"
-_ALLOWED = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "inputs_embeds"}
+_ALLOWED = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
 
 
 def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, seed: Any, impl: Any) -> None:

@@ -36,6 +36,7 @@ from proxytune.methods.speculation.ragged_cache import ahead, forget, refuse_cac
 from proxytune.methods.speculation.round import Commit, Proposal, RoundResult
 from proxytune.methods.speculation.target import TargetModel
 from proxytune.methods.speculation.verifier import Accept, DraftVerifier
+from proxytune.models.members.cache_name import cache_of
 
 __all__ = ["SpeculativeDecoding"]
 
@@ -156,7 +157,7 @@ class SpeculativeDecoding:
         costs = draft.costs(model, len(input_ids)) if self.costs is None else self.costs
         length = DraftLength(costs, None if isinstance(self.draft_tokens, str) else self.draft_tokens, len(input_ids))
         outputs = call.prefill()
-        cache = outputs.past_key_values
+        cache = cache_of(outputs)
         refuse_cache(cache)
         logits = [z[:, None] for z in call.ensemble.last_logits(outputs)]  # [B, 1, V_i]
         del outputs  # it may hold the logits of the whole prompt

@@ -18,6 +18,7 @@ from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.ragged_cache import record
 from proxytune.methods.speculation.round import Proposal
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.member import Member, check_ids, positions_of
 
 __all__ = ["ExpertDraft", "ModelDraft"]
@@ -127,7 +128,7 @@ class _OtherModel(_ModelDrafter):
                 "input_ids",
                 expected="the ids of the whole text, for a draft with a cache of its own",
                 got=f"{ids.shape[1]} ids, beside a cache that holds {start.cache.get_seq_length()} tokens",
-                remedy="Pass the ids of the whole text together with past_key_values.",
+                remedy=f"Pass the ids of the whole text together with {CACHE}.",
             )
         check_ids(ids.clamp(max=member.rows - 1), [member])
         self._context = member.context

@@ -11,6 +11,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from proxytune.costs.speculation import acceptance_of
 from proxytune.methods.speculation.round import Commit, Verification
+from proxytune.models.members.cache_name import CACHE
 
 __all__ = ["SpeculativeOutput", "SpeculativeRecorder"]
 
@@ -83,7 +84,7 @@ class SpeculativeRecorder:
             sequences=sequences,
             scores=scores,
             logits=logits,
-            past_key_values=cache,
+            **{CACHE: cache},
             rounds=self._rounds,
             draft_lengths=self.lengths,
             **{name: torch.tensor(counts, device=device) for name, counts in self._counts.items()},

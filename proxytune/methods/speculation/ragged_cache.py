@@ -16,6 +16,7 @@ import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from proxytune.errors import CacheError
+from proxytune.models.members.cache_name import CACHE
 
 __all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
 
@@ -160,7 +161,7 @@ def refuse_cache(cache: Cache | None) -> None:
         return
     kinds = ["offloaded layers"] if plain else sorted({type(x).__name__ for x in layers or ()})
     raise CacheError.of(
-        "past_key_values",
+        CACHE,
         expected="a DynamicCache, from which rejected drafts can be removed row by row",
         got="no cache" if cache is None else f"a {type(cache).__name__}" + (f" of {', '.join(kinds)}" if kinds else ""),
         remedy="Pass neither cache_implementation nor use_cache=False.",

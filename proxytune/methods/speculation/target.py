@@ -9,6 +9,7 @@ from proxytune.methods.speculation.drafts import Drafter
 from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.round import Proposal
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.members.cache_name import CACHE
 
 __all__ = ["TargetModel"]
 
@@ -55,7 +56,7 @@ class TargetModel:
         ahead = drafter.precomputed()  # [B, K, V_i]
         outputs = self._ensemble.model(
             input_ids=ids,
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
             is_first_iteration=False,
             precomputed_logits={} if ahead is None else {drafter.role: ahead},
             return_dict=True,

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
+from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.ops import normalise_
 
 __all__ = ["AttachedProcessor", "CompanionPrefetch", "SteeredProcessors", "refuse_no_ids"]
@@ -95,11 +96,12 @@ class SteeredProcessors:
                 remedy="Use proxytune.wrap, whose model steers both branches.",
             )
         mask = model_kwargs.get("attention_mask")
-        past = model_kwargs.get("past_key_values")
+        past = cache_of(model_kwargs)
+        held = None if past is None else tokens_in(past)
         seen = length or 0
         # generate() drops a mask of ones, but keeps its length.
         covered = getattr(generation_config, "_mask_length", seen) if mask is None else mask.shape[1]
-        if covered != seen or (past is not None and seen <= int(past.get_seq_length())):
+        if covered != seen or (past is not None and (held is None or seen <= held)):
             raise InputError.of(
                 "input_ids",
                 expected="the whole prefix, with a cache too: the companions read it from the ids",

@@ -9,9 +9,9 @@ from transformers import StaticCache
 
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.batch import cache_of
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.members.cache_name import cache_of
 from proxytune.ops import Impl
 from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
 

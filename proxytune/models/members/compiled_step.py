@@ -15,6 +15,8 @@ import torch
 from transformers import CompileConfig
 from transformers.cache_utils import Cache
 
+from proxytune.models.members.cache_name import CACHE
+
 __all__ = ["CompiledStep"]
 
 
@@ -70,7 +72,7 @@ class CompiledStep:
             given["position_ids"] = (
                 past.view(1, 1) if isinstance(past, torch.Tensor) else torch.full((1, 1), past, device=ids.device)
             )
-        prepared = self._model.prepare_inputs_for_generation(**given, past_key_values=cache, use_cache=True)
+        prepared = self._model.prepare_inputs_for_generation(**given, **{CACHE: cache}, use_cache=True)
         # Same strides in every step: slices of a growing text differ in theirs.
         prepared = {
             name: x.clone(memory_format=torch.contiguous_format) if isinstance(x, torch.Tensor) else x

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from proxytune.errors import CacheError
+from proxytune.models.members.cache_name import CACHE
 
 __all__ = ["adopt", "refuse_short_cache", "view"]
 
@@ -43,10 +44,10 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
     """
     if not hasattr(cache, "layers"):  # tuples of tensors (older transformers), or an encoder-decoder's pair of caches
         raise CacheError.of(
-            "past_key_values",
+            CACHE,
             expected="a cache of a decoder, such as DynamicCache()",
             got=f"a {type(cache).__name__}",
-            remedy="Pass the past_key_values that this model returned, or none.",
+            remedy=f"Pass the {CACHE} that this model returned, or none.",
         )
     if getattr(cache, _OWNER, None) == owner:
         if not ahead:
@@ -54,10 +55,10 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
         return
     if _filled(cache):
         raise CacheError.of(
-            "past_key_values",
+            CACHE,
             expected="an empty cache, or one that this composed model filled",
             got=f"a {type(cache).__name__} of {len(cache.layers)} layers filled by another model",
-            remedy="The companions have not seen its tokens. Start without it, or pass the past_key_values that this "
+            remedy=f"The companions have not seen its tokens. Start without it, or pass the {CACHE} that this "
             "model's generate(..., return_dict_in_generate=True) returned.",
         )
     layers = sum(c.num_hidden_layers for c in configs)
@@ -70,7 +71,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
         cache.layers = [layer for c in configs for layer in StaticCache(config=c, max_cache_len=length).layers]
     elif len(cache.layers) != layers:
         raise CacheError.of(
-            "past_key_values",
+            CACHE,
             expected=f"a {type(cache).__name__} with the {layers} layers of all members",
             got=f"{len(cache.layers)} layers",
             remedy=f"Build it as {type(cache).__name__}(config=model.config, …).",
@@ -83,7 +84,7 @@ def refuse_short_cache(cache: StaticCache, length: int) -> None:
     held = max((layer.max_cache_len for layer in cache.layers if not layer.is_sliding), default=length)
     if held < length:
         raise CacheError.of(
-            "past_key_values",
+            CACHE,
             expected=f"a StaticCache for at least {length} tokens",
             got=f"a StaticCache for {held}",
             remedy="Make it longer, or lower max_new_tokens.",
@@ -102,7 +103,7 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
     # If shorter than every window, it is the length itself; if as long as the longest, the length does not matter.
     if all(layer.is_sliding for layer in cache.layers) and min(wanted) <= length < max(wanted):
         raise CacheError.of(
-            "past_key_values",
+            CACHE,
             expected="a StaticCache that shows its length: some member needs more than these sliding windows",
             got=f"a StaticCache of sliding layers only, of length {length}",
             remedy="Build it as StaticCache(config=model.config, max_cache_len=…).",
@@ -115,7 +116,7 @@ def _refuse_torn(cache: Cache) -> None:
     lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
     if len(lengths) > 1:
         raise CacheError.of(
-            "past_key_values",
+            CACHE,
             expected="layers that have all seen the same tokens",
             got=f"layers of {min(lengths)} to {max(lengths)} tokens, as after an interrupted forward, or "
             "after reset() in older versions of transformers",

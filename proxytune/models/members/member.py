@@ -15,6 +15,7 @@ from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache, get_layer_types_and_kwargs
 
 from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 
 __all__ = ["Member", "check_ids", "embedding_rows", "positions_of"]
@@ -92,16 +93,17 @@ class Member:
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.token_forwards = 0
         self.step: CompiledStep | None = None
-        # A PEFT model passes everything on: the signature of the model inside counts.
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        parameters = inspect.signature(inner.forward).parameters
-        if "past_key_values" not in parameters:
+        cache_name = argument_of(model)
+        if cache_name is None:
             raise UnsupportedModelError.of(
                 f"the {role}",
-                expected="a model whose forward takes past_key_values",
+                expected=f"a model whose forward takes {CACHE}",
                 got=type(model).__name__,
                 remedy="Use an attention-only causal LM of transformers.",
             )
+        self._cache_name = cache_name
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        parameters = inspect.signature(inner.forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
 
@@ -187,7 +189,7 @@ class Member:
 
         kwargs: dict[str, Any] = {"attention_mask": here(attention_mask), "use_cache": cache is not None}
         if cache is not None:
-            kwargs["past_key_values"] = cache
+            kwargs[self._cache_name] = cache
         if position_ids is not None and self._takes_position_ids:
             kwargs["position_ids"] = here(position_ids)
         if self._takes_logits_to_keep:
