@@ -44,7 +44,7 @@ def test_this_environment_is_supported(run, wheel):
     # Only the local part may differ between a distribution and its module.
     assert Version(found["torch"]["version"]).public == Version(torch.__version__).public
     assert found["transformers"]["version"] == transformers.__version__
-    assert found["transformers"]["supported"] == ">=5.17, <5.24"
+    assert found["transformers"]["supported"] == ">=5.17, <5.25"
     assert found["python"]["supported"] == ">=3.11, <3.14"
     assert "pytest" not in found, "extras are not required"
     assert report["devices"][-1]["name"] == "cpu"

@@ -12,6 +12,7 @@ from transformers import StoppingCriteria, StopStringCriteria, TemperatureLogits
 
 from proxytune import FusedDecoding
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.models.members.cache_name import CACHE
 
 # --- greedy: the tokens, scores and logits of transformers' own loop ------------------------------------------------
 
@@ -114,7 +115,7 @@ def test_a_conversation_with_the_cache_passed_in(model: Any, padding: str) -> No
             model,
             ids,
             mask,
-            past_key_values=cache,
+            **{CACHE: cache},
             return_dict_in_generate=True,
             custom_generate=FusedDecoding(),
             **settings,

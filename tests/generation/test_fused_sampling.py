@@ -25,6 +25,7 @@ from transformers import (
 
 import proxytune
 from proxytune import FusedDecoding
+from proxytune.models.members.cache_name import CACHE
 
 # --- sampling: the law ----------------------------------------------------------------------------------------------
 
@@ -206,13 +207,13 @@ def test_draws_go_on_in_the_next_turn(model: Any, padding: str) -> None:
         model,
         half.sequences,
         longer,
-        past_key_values=copy.deepcopy(half.past_key_values),
+        **{CACHE: copy.deepcopy(half.past_key_values)},
         **loop | {"max_new_tokens": NEW - 5},
     )
     assert torch.equal(rest, whole)
     # Only the one token that the cache has not seen, with the mask of the whole text.
     last = half.sequences[:, -1:]
-    rest = run(model, last, longer, past_key_values=half.past_key_values, **loop | {"max_new_tokens": NEW - 5})
+    rest = run(model, last, longer, **{CACHE: half.past_key_values}, **loop | {"max_new_tokens": NEW - 5})
     assert torch.equal(rest[:, 1:], whole[:, 17:])
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from proxytune.models.members.cache_name import CACHE
 from proxytune.ops.entropy import entropy
 
 
@@ -15,7 +16,7 @@ def sampled_entropies(model: Any, temperature: float, seed: int, rows: int = 80,
     past, found = None, []
     new = ids
     for _ in range(steps):
-        out = model(new, past_key_values=past, use_cache=True)
+        out = model(new, **{CACHE: past}, use_cache=True)
         past, logits = out.past_key_values, out.logits[:, -1].float()
         found.append(entropy(logits))
         new = torch.multinomial((logits / temperature).softmax(-1), 1, generator=g)

@@ -25,6 +25,7 @@ from proxytune.errors import (
 )
 from proxytune.methods.latent import LatentMixture
 from proxytune.models.load_arguments import LOAD_ARGUMENTS
+from proxytune.models.members.cache_name import CACHE
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
 
@@ -440,12 +441,10 @@ def test_a_foreign_filled_cache_is_refused() -> None:
         "another composition's": filled(compose(), ids),
     }
     for cache in foreign.values():
-        with pytest.raises(
-            CacheError, match="past_key_values: expected an empty cache, or one that this composed model"
-        ):
-            model.generate(torch.cat([ids, ids], 1), past_key_values=cache, **GREEDY)
+        with pytest.raises(CacheError, match=f"{CACHE}: expected an empty cache, or one that this composed model"):
+            model.generate(torch.cat([ids, ids], 1), **{CACHE: cache}, **GREEDY)
         with pytest.raises(CacheError, match="filled by another model"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
 
 
 def test_an_empty_cache_is_adopted_and_ones_own_is_taken_back() -> None:
@@ -458,12 +457,12 @@ def test_an_empty_cache_is_adopted_and_ones_own_is_taken_back() -> None:
         DynamicCache(config=model.config),
         StaticCache(config=base.config, max_cache_len=20),
     ):
-        assert torch.equal(model.generate(ids, past_key_values=empty, **GREEDY), want)
+        assert torch.equal(model.generate(ids, **{CACHE: empty}, **GREEDY), want)
     own = filled(model, ids)
     longer = torch.cat([want, prompt()], 1)
     want = model.generate(longer, **GREEDY)
     for cache in (copy.deepcopy(own), own):
-        assert torch.equal(model.generate(longer, past_key_values=cache, **GREEDY), want)
+        assert torch.equal(model.generate(longer, **{CACHE: cache}, **GREEDY), want)
 
 
 def test_new_ids_only_leave_a_processor_blind() -> None:
@@ -473,11 +472,11 @@ def test_new_ids_only_leave_a_processor_blind() -> None:
         cache = filled(base, ids)
         mask = torch.ones(1, cache.get_seq_length() + 3, dtype=torch.long)
         with pytest.raises(InputError, match="input_ids: expected the whole prefix.*only the 3 new ids"):
-            base.generate(new, past_key_values=cache, attention_mask=mask, **GREEDY)
+            base.generate(new, **{CACHE: cache}, attention_mask=mask, **GREEDY)
         padded_mask = mask.clone()
         padded_mask[:, 0] = 0
         with pytest.raises(InputError, match="input_ids: expected the whole prefix.*only the 3 new ids"):
-            base.generate(new, past_key_values=cache, attention_mask=padded_mask, **GREEDY)
+            base.generate(new, **{CACHE: cache}, attention_mask=padded_mask, **GREEDY)
 
 
 # --- modes and attaching -----------------------------------------------------------------------------------------
@@ -563,9 +562,9 @@ def test_a_static_cache_that_is_too_short() -> None:
     model, ids = compose(), prompt()
     short = StaticCache(config=model.config, max_cache_len=8)
     with pytest.raises(
-        CacheError, match="past_key_values: expected a StaticCache for at least 9 tokens; got a StaticCache for 8"
+        CacheError, match=f"{CACHE}: expected a StaticCache for at least 9 tokens; got a StaticCache for 8"
     ):
-        model.generate(ids, past_key_values=short, **GREEDY)
+        model.generate(ids, **{CACHE: short}, **GREEDY)
 
 
 def test_every_message_says_expected_got_and_remedy() -> None:

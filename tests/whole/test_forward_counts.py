@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor
+from proxytune.models.members.cache_name import CACHE
 
 PROMPT, NEW = 12, 10
 
@@ -93,10 +94,10 @@ def test_a_conversation_forwards_only_what_is_new(members: dict[str, PreTrainedM
     # The last token of the first turn was not forwarded then: 1 + 5, and NEW − 1 more.
     want = 1 + 5 + NEW - 1
     with counting(members) as seen:
-        model.generate(ids, past_key_values=first.past_key_values, **run)
+        model.generate(ids, **{CACHE: first.past_key_values}, **run)
     assert seen == dict.fromkeys(members, want)
     with counting(members) as seen, processor.attach(members["base"]):
-        members["base"].generate(ids, past_key_values=steered.past_key_values, **run)
+        members["base"].generate(ids, **{CACHE: steered.past_key_values}, **run)
     assert seen == dict.fromkeys(members, want)
 
 

@@ -20,6 +20,7 @@ import proxytune
 from proxytune import FusedDecoding, ProxyTuningLogitsProcessor, ops
 from proxytune.errors import InputError
 from proxytune.models import chunked_forward as parting
+from proxytune.models.members.cache_name import CACHE
 
 ROWS, WIDTH = 16, 32_768
 UNIT = ROWS * WIDTH * 4  # [B, V] in float32
@@ -86,8 +87,8 @@ def test_a_decode_step_makes_one_row(members: dict[str, PreTrainedModel]) -> Non
     ids = torch.randint(3, 240, (ROWS, 6))
     run = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "eos_token_id": None}
     cache = DynamicCache(config=model.config)
-    assert units(lambda: model(ids, past_key_values=cache, logits_to_keep=1)) == 1
-    assert units(lambda: model(ids[:, :1], past_key_values=cache)) == 1
+    assert units(lambda: model(ids, **{CACHE: cache}, logits_to_keep=1)) == 1
+    assert units(lambda: model(ids[:, :1], **{CACHE: cache})) == 1
     # The fused loop makes none at all: blocks of them.
     for settings in ({"do_sample": False}, {"do_sample": True, "top_k": 50, "top_p": 0.9, "temperature": 0.7}):
         assert units(lambda s=settings: model.generate(ids, custom_generate=FusedDecoding(seed=0), **run, **s)) == 0
@@ -146,12 +147,12 @@ def test_parts_are_lossless(kind: str, mode: str) -> None:
     with torch.no_grad():
         if mode == "past":
             cache = DynamicCache(config=model.config)
-            model(ids[:, :9], past_key_values=cache)
-            out = model(ids[:, 9:], attention_mask=mask, past_key_values=cache, labels=labels[:, 9:])
+            model(ids[:, :9], **{CACHE: cache})
+            out = model(ids[:, 9:], attention_mask=mask, **{CACHE: cache}, labels=labels[:, 9:])
             loss = cross_entropy(want[:, 9:-1].flatten(0, 1), labels[:, 10:].flatten(), ignore_index=-100)
             want, mask = want[:, 9:], mask[:, 9:]
         elif mode == "static":
-            out = model(ids, attention_mask=mask, past_key_values=static(model, 90), labels=labels)
+            out = model(ids, attention_mask=mask, **{CACHE: static(model, 90)}, labels=labels)
         else:
             out = model(ids, attention_mask=mask, labels=labels, use_cache=mode != "no-cache")
         assert out.logits is not None
@@ -174,7 +175,7 @@ def test_what_cannot_be_scored_is_refused_before_the_first_part() -> None:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         with pytest.raises(InputError, match="length for the expert: expected at most 40 tokens .*; got 45"):
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
         assert cache.get_seq_length() == 0
         for labels in (ids[:, :31], ids[:1, :40]):  # in parts, the first would be the loss of a part of the text
             with pytest.raises(InputError, match=r"labels: expected the shape of input_ids, \[2, 40\]; got \["):

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import proxytune
 from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor
+from proxytune.models.members.cache_name import CACHE
 
 ALPHA = 0.7
 NEW = 14  # with prompts of 12: past the sliding window of 8, in the prompt and in the generated text
@@ -246,10 +247,10 @@ def test_a_conversation_with_the_cache_passed_in(setup: Setup, padding: str) -> 
     cache, base_cache = None, None
     for turn in range(3):
         want = expected(setup, ids, mask, {"do_sample": False, "eos_token_id": None})
-        out = run(setup.model, ids, mask, past_key_values=cache, **settings)
+        out = run(setup.model, ids, mask, **{CACHE: cache}, **settings)
         assert torch.equal(out.sequences, want), f"turn {turn}"
         with processor.attach(setup.base):
-            steered = run(setup.base, ids, mask, past_key_values=base_cache, **settings)
+            steered = run(setup.base, ids, mask, **{CACHE: base_cache}, **settings)
         assert torch.equal(steered.sequences, want), f"turn {turn}"
         cache, base_cache = out.past_key_values, steered.past_key_values
         said = prompts(ids.shape[0], 4, seed=10 + turn)
@@ -322,7 +323,7 @@ def test_forward_counts_positions_by_the_mask(setup: Setup) -> None:
     ids, mask = padded(PAD)
     with torch.no_grad():
         first = setup.model(ids[:, :9], attention_mask=mask[:, :9])
-        rest = setup.model(ids[:, 9:], attention_mask=mask, past_key_values=first.past_key_values)
+        rest = setup.model(ids[:, 9:], attention_mask=mask, **{CACHE: first.past_key_values})
     for row in range(3):
         want = next_logits(setup.members, ALPHA, ids[row][mask[row].bool()])
         torch.testing.assert_close(rest.logits[row, -1], want, atol=2e-4, rtol=1e-4)

@@ -7,8 +7,11 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support.tiny import build
 from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor
@@ -87,6 +90,10 @@ def test_prompt_learning_is_refused() -> None:
         ProxyTuningLogitsProcessor(expert, build("llama", 3), check_vocabulary=False)
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"add_adapter of transformers {transformers.__version__} wants peft >= {MIN_PEFT_VERSION}",
+)
 def test_an_adapter_added_after_wrapping_is_not_lost_in_saving(tmp_path: Path) -> None:
     for name, seed in (("base", 1), ("expert", 2), ("antiexpert", 3)):
         build("llama", seed).save_pretrained(tmp_path / name)

@@ -27,6 +27,7 @@ from proxytune import ForkDecoding, FusedDecoding, LatentDecoding, LatentLogitsP
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.methods.latent import LatentGates, LatentMixture
 from proxytune.methods.latent.decoding import LatentOutput
+from proxytune.models.members.cache_name import CACHE
 
 NEW = 10
 WARPED = {"do_sample": True, "temperature": 0.8, "top_k": 30, "top_p": 0.95, "min_p": 0.001}
@@ -566,7 +567,7 @@ def test_weights_do_not_depend_on_how_the_prompt_was_given(door: str) -> None:
     assert torch.equal(once([0], inputs_embeds=embeds[:1])[:, -6:], want[:1])
     # A cache that holds the beginning of the prompt, and only the new ids.
     cache = model(ids[:1, :5], use_cache=True).past_key_values
-    more = once([0], ids[:1, 5:], past_key_values=cache, attention_mask=mask[:1])
+    more = once([0], ids[:1, 5:], **{CACHE: cache}, attention_mask=mask[:1])
     assert torch.equal(more[:, 7:], want[:1])
 
 

@@ -21,6 +21,7 @@ from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelE
 from proxytune.methods.recursion import LatentRecursion, register_recursion
 from proxytune.methods.recursion.adapters import HrmTextRecursion, recursion_of
 from proxytune.methods.recursion.transition import Transition
+from proxytune.models.members.cache_name import CACHE
 
 # --- a model of one's own, with a value head ------------------------------------------------------------------------
 
@@ -51,7 +52,7 @@ class Thinker(LlamaForCausalLM):
             return h if self.transition is None else self.transition(h, cycle=cycle, positions=position_ids)
 
         h = self.states(outputs.last_hidden_state, move)
-        return CausalLMOutputWithPast(logits=self.lm_head(h), past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(logits=self.lm_head(h), **{CACHE: outputs.past_key_values})
 
 
 class ThinkerRecursion:

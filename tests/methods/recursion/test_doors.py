@@ -13,6 +13,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from proxytune import RecursionDecoding
 from proxytune.errors import InputError, NumericalError, UnsupportedModeError
+from proxytune.models.members.cache_name import CACHE
 
 
 @pytest.mark.parametrize(
@@ -68,12 +69,12 @@ def test_calls_that_are_refused(settings: dict[str, Any], call: dict[str, Any], 
 def test_a_cache_that_holds_something_is_refused() -> None:
     model, ids = model_of(), prompts(2)
     cache = model(input_ids=ids[:, :4], use_cache=True).past_key_values
-    with pytest.raises(UnsupportedModeError, match="past_key_values"):
-        run(model, RecursionDecoding(sigma=0.1), ids, past_key_values=cache)
+    with pytest.raises(UnsupportedModeError, match=CACHE):
+        run(model, RecursionDecoding(sigma=0.1), ids, **{CACHE: cache})
     # An empty one is taken, whatever its size.
     empty = StaticCache(config=model.config, max_cache_len=32)
     loop = RecursionDecoding(sigma=0.3, trajectories=2, seed=SEED)
-    out = run(model, loop, ids, past_key_values=empty)
+    out = run(model, loop, ids, **{CACHE: empty})
     assert torch.equal(out.sequences, run(model, loop, ids).sequences)
 
 

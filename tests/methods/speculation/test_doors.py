@@ -18,6 +18,7 @@ from proxytune import FusedDecoding, SpeculativeDecoding
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.methods.speculation import BigramDraft, ModelDraft, PromptLookupDraft
 from proxytune.methods.speculation.output import SpeculativeOutput
+from proxytune.models.members.cache_name import CACHE
 
 NEW = 14
 
@@ -105,7 +106,7 @@ def test_what_is_refused_is_refused_before_the_stream_and_the_first_pass() -> No
     loop = SpeculativeDecoding(draft=PromptLookupDraft(), streamer=stream)
     ended = StoppingCriteriaList([EosTokenCriteria(7)])
     with pytest.raises(InputError, match="pad_token_id: expected a padding token"):
-        run(model, ids, mask, custom_generate=loop, stopping_criteria=ended, past_key_values=cache, pad_token_id=None)
+        run(model, ids, mask, custom_generate=loop, stopping_criteria=ended, **{CACHE: cache}, pad_token_id=None)
     assert stream.got == []
     assert cache.get_seq_length() == 0
     with pytest.raises(UnsupportedModeError, match="output_router_logits: expected none with SpeculativeDecoding"):

@@ -13,6 +13,7 @@ from proxytune import SpeculativeDecoding
 from proxytune.errors import UnsupportedModeError
 from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
 from proxytune.methods.thinking.processor import ThinkingBudgetLogitsProcessor
+from proxytune.models.members.cache_name import CACHE
 
 NEW = 18
 
@@ -162,7 +163,7 @@ def test_nothing_is_streamed_or_cached_behind_an_end_inside_a_draft(eos: int | N
     assert streamer.ended == 1
     assert out.past_key_values.get_seq_length() == want.past_key_values.get_seq_length() == 20
     text = torch.cat([want.sequences, torch.tensor([[7, 8]])], 1)
-    again = run(model, None, text, None, past_key_values=out.past_key_values, eos_token_id=None)
+    again = run(model, None, text, None, **{CACHE: out.past_key_values}, eos_token_id=None)
     assert torch.equal(again, run(model, None, text, None, eos_token_id=None))
 
 

@@ -18,6 +18,7 @@ from proxytune.methods.speculation import BigramDraft, ModelDraft, PromptLookupD
 from proxytune.methods.speculation.draft_length import DraftLength
 from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.ragged_cache import refuse_cache
+from proxytune.models.members.cache_name import CACHE
 
 NEW = 14
 
@@ -42,7 +43,7 @@ def test_a_conversation_with_the_cache_passed_on(kind: str, pads: int) -> None:
     loop, cache = SpeculativeDecoding(draft_tokens=3), None
     for turn in range(3):
         want = run(model, ids, mask)
-        out = run(model, ids, mask, loop, past_key_values=cache, return_dict_in_generate=True)
+        out = run(model, ids, mask, loop, **{CACHE: cache}, return_dict_in_generate=True)
         assert torch.equal(out.sequences, want), f"turn {turn}"
         cache = out.past_key_values
         assert int(cache.get_seq_length()) == want.shape[1] - 1
@@ -50,12 +51,12 @@ def test_a_conversation_with_the_cache_passed_on(kind: str, pads: int) -> None:
         ids = torch.cat([want, torch.randint(3, 240, (1, 4))], 1)
         mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
     # Plain decoding takes it over too, and so does speculation that gets only what the cache has not seen.
-    assert torch.equal(run(model, ids, mask, past_key_values=copy.deepcopy(cache)), run(model, ids, mask))
+    assert torch.equal(run(model, ids, mask, **{CACHE: copy.deepcopy(cache)}), run(model, ids, mask))
     new = ids[:, int(cache.get_seq_length()) :]
-    got = run(model, new, mask, loop, past_key_values=copy.deepcopy(cache))
+    got = run(model, new, mask, loop, **{CACHE: copy.deepcopy(cache)})
     assert torch.equal(got[:, new.shape[1] :], run(model, ids, mask)[:, ids.shape[1] :])
     with pytest.raises(InputError, match="input_ids: expected the ids of the whole text, for a draft with a cache"):
-        run(model, new, mask, SpeculativeDecoding(draft=draft("good", kind)), past_key_values=cache)
+        run(model, new, mask, SpeculativeDecoding(draft=draft("good", kind)), **{CACHE: cache})
 
 
 @pytest.mark.smoke
@@ -66,12 +67,12 @@ def test_a_batchs_cache_is_not_for_going_on_from(kind: str) -> None:
     for one in (model, model.base):
         cache = DynamicCache(config=one.config)
         loop = SpeculativeDecoding(draft=PromptLookupDraft(1, 1), draft_tokens=3)
-        out = run(one, ids, mask, loop, past_key_values=cache, return_dict_in_generate=True)
+        out = run(one, ids, mask, loop, **{CACHE: cache}, return_dict_in_generate=True)
         assert out.past_key_values is None
         assert int(cache.get_seq_length()) == 0
         longer = torch.cat([out.sequences, ids[:, -3:]], 1)
         more = torch.nn.functional.pad(mask, (0, NEW + 3), value=1)
-        assert torch.equal(run(one, longer, more, past_key_values=cache), run(one, longer, more))
+        assert torch.equal(run(one, longer, more, **{CACHE: cache}), run(one, longer, more))
 
 
 class Interrupts(StoppingCriteria):
@@ -96,10 +97,10 @@ def test_an_interruption_leaves_no_drafts_in_the_cache(rows: int) -> None:
         draft=PromptLookupDraft(longest=2, shortest=1), draft_tokens=4
     )  # as many columns in each layer
     with pytest.raises(KeyboardInterrupt):
-        run(model, ids, mask, loop, past_key_values=cache, stopping_criteria=[Interrupts()], max_new_tokens=40)
+        run(model, ids, mask, loop, **{CACHE: cache}, stopping_criteria=[Interrupts()], max_new_tokens=40)
     assert {layer.get_seq_length() for layer in cache.layers} == {0}
     assert not any(layer.record_past for layer in cache.layers)  # mistral has windows throughout
-    assert torch.equal(run(model, ids, mask, past_key_values=cache), want)
+    assert torch.equal(run(model, ids, mask, **{CACHE: cache}), want)
 
 
 def test_a_batch_goes_on_from_a_filled_cache() -> None:
@@ -110,7 +111,7 @@ def test_a_batch_goes_on_from_a_filled_cache() -> None:
     want = run(model, text, longer)
     for draft_ in ("expert", PromptLookupDraft(2, 1)):
         loop = SpeculativeDecoding(draft=draft_, draft_tokens=3)
-        assert torch.equal(run(model, text, longer, loop, past_key_values=copy.deepcopy(first.past_key_values)), want)
+        assert torch.equal(run(model, text, longer, loop, **{CACHE: copy.deepcopy(first.past_key_values)}), want)
 
 
 def test_prompts_in_chunks() -> None:
@@ -128,7 +129,7 @@ def test_prompts_in_chunks() -> None:
 def test_caches_that_nothing_can_be_taken_out_of(settings: dict[str, Any], got: str) -> None:
     for model in (composed("llama"), composed("llama").base):
         loop = SpeculativeDecoding(draft=PromptLookupDraft())
-        with pytest.raises(CacheError, match=f"past_key_values: expected a DynamicCache, .*; got {got}"):
+        with pytest.raises(CacheError, match=f"{CACHE}: expected a DynamicCache, .*; got {got}"):
             run(model, *prompts(), loop, **settings)
 
 

@@ -36,6 +36,7 @@ from proxytune import FusedDecoding
 from proxytune.errors import InputError, NumericalError, UnsupportedModeError
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.methods.trees.fork_decoding import ForkDecoding
+from proxytune.models.members.cache_name import CACHE
 
 # --- every branch is what the model says of it ----------------------------------------------------------------------
 
@@ -452,5 +453,5 @@ def test_a_row_without_a_distribution_is_named(model: Any, value: float, said: s
 def test_an_interrupted_cache_is_not_reused(model: Any) -> None:
     ids, mask = padded()
     a = grow(model, ForkDecoding(threshold=MIDDLE, seed=3), ids, mask)
-    b = grow(model, ForkDecoding(threshold=MIDDLE, seed=3), ids, mask, past_key_values=DynamicCache())
+    b = grow(model, ForkDecoding(threshold=MIDDLE, seed=3), ids, mask, **{CACHE: DynamicCache()})
     assert list(map(described, a.trees)) == list(map(described, b.trees))

@@ -14,6 +14,7 @@ from transformers.cache_utils import StaticCache
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel
 from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.models.members.cache_name import CACHE
 
 # torch's compiler calls parts of torch by names that are deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
@@ -130,9 +131,9 @@ def test_without_a_mask_positions_are_counted(graphs: Graphs) -> None:
             out = model.generate(ids, do_sample=False, output_logits=True, return_dict_in_generate=True, **STATIC)
             model.compile_members(graphs.config)
             cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
-            model(ids, past_key_values=cache)
+            model(ids, **{CACHE: cache})
             for step, want in enumerate(out.logits[1:]):
-                got = model(out.sequences[:, PROMPT + step : PROMPT + step + 1], past_key_values=cache).logits[:, -1]
+                got = model(out.sequences[:, PROMPT + step : PROMPT + step + 1], **{CACHE: cache}).logits[:, -1]
                 torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-4)
 
 
@@ -146,13 +147,13 @@ def test_only_one_token_in_a_static_cache_is_compiled(graphs: Graphs) -> None:
     ids, mask = padded()
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + 2)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **{CACHE: cache})
     assert graphs.runs == 0, "a prompt"
     new, mask = ids[:, :1], torch.nn.functional.pad(mask, (0, 1), value=1)
-    model(new, attention_mask=mask, past_key_values=copy.deepcopy(cache))
+    model(new, attention_mask=mask, **{CACHE: copy.deepcopy(cache)})
     assert graphs.runs == 0, "with derivatives"
     with torch.no_grad():
-        model(new, attention_mask=mask, past_key_values=cache)
+        model(new, attention_mask=mask, **{CACHE: cache})
     assert graphs.runs == 3
 
 

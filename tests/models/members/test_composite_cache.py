@@ -17,6 +17,7 @@ from transformers import Cache, DynamicCache, EncoderDecoderCache, PreTrainedMod
 import proxytune
 from proxytune import ProxyTunedModel
 from proxytune.errors import CacheError
+from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import adopt, view
 
 ALPHA = 0.7
@@ -47,7 +48,7 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 def assert_continues(model: ProxyTunedModel, cache: Cache, seen: torch.Tensor, new: int = 3) -> torch.Tensor:
     """Forward a few more tokens on the cache; each row is as a cache-free forward over `seen` and them."""
     more = tokens(seen.shape[0], new)
-    out = model(more, past_key_values=cache)
+    out = model(more, **{CACHE: cache})
     whole = torch.cat([seen, more], 1)
     for row, ids in enumerate(whole):
         for last in range(new):
@@ -59,7 +60,7 @@ def assert_continues(model: ProxyTunedModel, cache: Cache, seen: torch.Tensor, n
 
 @torch.no_grad()
 def filled(model: ProxyTunedModel, ids: torch.Tensor, cache: Cache | None = None) -> Cache:
-    return model(ids, past_key_values=cache).past_key_values
+    return model(ids, **{CACHE: cache}).past_key_values
 
 
 # --- adopting ----------------------------------------------------------------------------------------------------
@@ -112,12 +113,12 @@ def test_a_foreign_filled_cache_is_refused_and_left_alone(model: ProxyTunedModel
     cache = other(ids, use_cache=True).past_key_values
     before, layers = model.token_forwards, list(cache.layers)
     with pytest.raises(CacheError, match=r"got a DynamicCache of 2 layers filled by another model\. The companions"):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
     assert model.token_forwards == before
     assert all(a is b for a, b in zip(cache.layers, layers, strict=True))
     # Still good for its own model.
     torch.testing.assert_close(
-        other(ids[:, :1], past_key_values=cache).logits[:, -1], other(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1]
+        other(ids[:, :1], **{CACHE: cache}).logits[:, -1], other(torch.cat([ids, ids[:, :1]], 1)).logits[:, -1]
     )
 
 
@@ -125,7 +126,7 @@ def test_a_cache_filled_by_one_layer_only_is_foreign(model: ProxyTunedModel) -> 
     cache = DynamicCache(config=model.config)
     cache.layers[-1].update(torch.zeros(1, 2, 3, 8), torch.zeros(1, 2, 3, 8))
     with pytest.raises(CacheError, match="filled by another model"):
-        model(tokens(1, 2), past_key_values=cache)
+        model(tokens(1, 2), **{CACHE: cache})
 
 
 @pytest.mark.smoke
@@ -134,7 +135,7 @@ def test_another_composition_s_cache_is_refused() -> None:
     one, other = compose(), compose()
     cache = filled(one, tokens(1, 4))
     with pytest.raises(CacheError, match="filled by another model"):
-        other(tokens(1, 1), past_key_values=cache)
+        other(tokens(1, 1), **{CACHE: cache})
     assert one.cache_owner != other.cache_owner
 
 
@@ -143,7 +144,7 @@ def test_alpha_may_change_on_a_filled_cache() -> None:
     ids = tokens(1, 6)
     cache = filled(model, ids[:, :-1])
     model.alpha = -2.0
-    got = model(ids[:, -1:], past_key_values=cache).logits[0, -1]
+    got = model(ids[:, -1:], **{CACHE: cache}).logits[0, -1]
     torch.testing.assert_close(got, next_logits(members_of(model), -2.0, ids[0]), atol=1e-4, rtol=1e-4)
 
 
@@ -157,8 +158,8 @@ def test_alpha_may_change_on_a_filled_cache() -> None:
     ids=["encoder-decoder", "empty tuple", "tuple"],
 )
 def test_what_is_no_cache_of_a_decoder_is_refused(cache: Any, name: str) -> None:
-    with pytest.raises(CacheError, match=f"past_key_values: expected a cache of a decoder, .*; got a {name}"):
-        compose()(tokens(1, 3), past_key_values=cache)
+    with pytest.raises(CacheError, match=f"{CACHE}: expected a cache of a decoder, .*; got a {name}"):
+        compose()(tokens(1, 3), **{CACHE: cache})
 
 
 class OwnCache(DynamicCache):
@@ -168,7 +169,7 @@ class OwnCache(DynamicCache):
 def test_a_cache_of_an_unknown_class_has_to_fit(model: ProxyTunedModel) -> None:
     match = r"expected a OwnCache with the 6 layers of all members; got 2 layers\. Build it as OwnCache\(config=model\."
     with pytest.raises(CacheError, match=match):
-        model(tokens(1, 3), past_key_values=OwnCache(config=model.base.config))
+        model(tokens(1, 3), **{CACHE: OwnCache(config=model.base.config)})
     cache, seen = OwnCache(config=model.config), tokens(2, 5)
     filled(model, seen, cache)
     assert_continues(model, cache, seen)
@@ -251,7 +252,7 @@ def test_a_cache_that_is_given_is_used_whatever_use_cache_says(model: ProxyTuned
     # transformers' own models do so too; leaving the cache aside would leave its tokens out of the prefix.
     ids = tokens(1, 6)
     cache = filled(model, ids[:, :-1])
-    out = model(ids[:, -1:], past_key_values=cache, use_cache=False)
+    out = model(ids[:, -1:], **{CACHE: cache}, use_cache=False)
     want = next_logits(members_of(model), ALPHA, ids[0])
     torch.testing.assert_close(out.logits[0, -1], want, atol=1e-4, rtol=1e-4)
     assert model(ids, use_cache=False).past_key_values is None
@@ -274,9 +275,9 @@ def test_a_cache_that_only_some_members_have_extended_is_refused(
             cache.layers[model.config.spans[list(model.token_forwards).index(role)][1] - 1], "update", interrupted
         )
         with pytest.raises(KeyboardInterrupt):
-            model(tokens(1, 1), past_key_values=cache)
+            model(tokens(1, 1), **{CACHE: cache})
     with pytest.raises(CacheError, match="expected layers that have all seen the same tokens; got layers of 5 to 6"):
-        model(tokens(1, 1), past_key_values=cache)
+        model(tokens(1, 1), **{CACHE: cache})
     assert_continues(model, before, seen)
 
 
