@@ -15,15 +15,21 @@
 `{"share": 0.2, "nats": 0.41, "tokens": 20000, "temperature": 1.0, "measure": "raw", "alpha": 0.5}`.
 
 An `id` is a hub id or a folder. A relative folder is first looked for next to the recipe, so that a folder with a
-recipe and its models can be moved. Unknown keys are refused, so that a misspelt one is not ignored.
+recipe and its models can be moved; `save_pretrained` writes folders in or beside the recipe's as relative ones. Unknown
+keys are refused, so that a misspelt one is not ignored.
+
+A member may have a `load`: the arguments of `from_pretrained` that decide which model it is (`LOAD_KEYS`), e.g.
+`{"id": "models", "revision": null, "load": {"gguf_file": "large.Q4_K_M.gguf"}}`. Its `trust_remote_code` says that the
+member has code of its own; that code runs only as `ProxyTunedModel.from_pretrained` tells.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -33,6 +39,7 @@ from proxytune.validation import choice, finite, proper_share, whole
 
 __all__ = [
     "FORMAT_VERSION",
+    "LOAD_KEYS",
     "MEASURES",
     "RECIPE_FILE",
     "ROLES",
@@ -49,6 +56,17 @@ RECIPE_FILE = "proxytune_config.json"
 ROLES = ("base", "expert", "antiexpert")
 _KEYS = ("format_version", *ROLES, "formula", "alpha")
 _OPTIONAL = ("fork_threshold",)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+LOAD_KEYS: Mapping[str, type] = {
+    "quantization_config": Mapping,
+    "gguf_file": str,
+    "subfolder": str,
+    "variant": str,
+    "code_revision": str,
+    "trust_remote_code": bool,
+}
+"""The arguments of `from_pretrained` that a recipe keeps for a member, with their types in JSON."""
 
 
 @dataclass(frozen=True)
@@ -58,14 +76,20 @@ class MemberRef:
     Attributes:
         id: A hub id or a folder.
         revision: A branch, tag or commit on the hub; None for the default one, and for folders.
+        load: What else decides which model it is: arguments of `from_pretrained`. A recipe keeps `LOAD_KEYS` only.
     """
 
     id: str
     revision: str | None = None
+    load: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def from_json(cls, value: Any, role: str) -> MemberRef:
-        """Read a member from a string or `{"id": …, "revision": …}`; RecipeError for another form or unknown keys."""
+        """Read a member from a string or `{"id": …, "revision": …, "load": …}`, the last two optional.
+
+        Raises:
+            RecipeError: If it has another form or unknown keys.
+        """
         if isinstance(value, str):
             value = {"id": value}
         if not isinstance(value, Mapping):
@@ -75,7 +99,7 @@ class MemberRef:
                 got=type(value).__name__,
                 remedy='Write e.g. {"id": "org/model", "revision": null}.',
             )
-        refuse_unknown(value, ("id", "revision"), f"recipe key {role!r}", error=RecipeError)
+        refuse_unknown(value, ("id", "revision", "load"), f"recipe key {role!r}", error=RecipeError)
         name, revision = value.get("id"), value.get("revision")
         if not isinstance(name, str) or not name or not (revision is None or isinstance(revision, str)):
             raise RecipeError.of(
@@ -84,14 +108,61 @@ class MemberRef:
                 got=f"id={name!r}, revision={revision!r}",
                 remedy="Name a hub id or a folder.",
             )
-        return cls(name, revision)
+        load, where = value.get("load") or {}, f"recipe key 'load' of {role!r}"
+        if not isinstance(load, Mapping):
+            raise RecipeError.of(
+                where, expected="an object", got=type(load).__name__, remedy='Write e.g. {"gguf_file": "large.gguf"}.'
+            )
+        refuse_unknown(load, tuple(LOAD_KEYS), where, error=RecipeError)
+        for key, given in load.items():
+            if not isinstance(given, LOAD_KEYS[key]):
+                kind = "an object" if LOAD_KEYS[key] is Mapping else f"a {LOAD_KEYS[key].__name__}"
+                raise RecipeError.of(
+                    f"{key!r} in {where}", expected=kind, got=repr(given), remedy="Correct it, or remove the key."
+                )
+        return cls(name, revision, dict(load))
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON object that `from_json` reads."""
+        return {"id": self.id, "revision": self.revision, **({"load": dict(self.load)} if self.load else {})}
+
+    def not_kept(self) -> str | None:
+        """An argument in `load` that a recipe cannot keep; None if it can keep all."""
+        for key, value in self.load.items():
+            try:
+                json.dumps(value, allow_nan=False)
+            except (TypeError, ValueError):
+                return key
+            if key not in LOAD_KEYS:
+                return key
+        return None
 
     def beside(self, folder: Path | None) -> MemberRef:
         """The reference with an absolute folder, if there is such a folder in the recipe's `folder`, else itself."""
         # For a name that cannot be a path, e.g. one too long, os.path.isdir is False, whereas Path.is_dir raises.
         if folder is not None and os.path.isdir(folder / self.id):
-            return MemberRef(str((folder / self.id).resolve()), None)
+            return replace(self, id=str((folder / self.id).resolve()), revision=None)
         return self
+
+    def trusted(self, recipe: bool) -> MemberRef:
+        """The reference as the reader of a recipe may use it, who trusts the recipe's repository or does not.
+
+        `trust_remote_code` stays where that trust covers it: if the recipe pins the very code, by a commit on the hub.
+        """
+        load = dict(self.load)
+        named = load.pop("trust_remote_code", False)
+        # Code from another repository has a revision of its own; the member's pins it only if there is such a commit.
+        revisions = (self.revision or "", load.get("code_revision") or self.revision or "")
+        if named and recipe and all(map(_COMMIT.fullmatch, revisions)):
+            load |= {"trust_remote_code": True, "code_revision": revisions[1]}
+        return replace(self, load=load)
+
+    def seen_from(self, folder: Path) -> MemberRef:
+        """The reference with a relative folder, `./…` or `../…`, if it lies in or beside `folder`; else itself."""
+        if not os.path.isabs(self.id) or not Path(self.id).is_relative_to(folder.parent):
+            return self
+        relative = Path(os.path.relpath(self.id, folder)).as_posix()
+        return replace(self, id=relative if relative.startswith("..") else f"./{relative}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +192,7 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads, with the format version."""
-        members = {role: {"id": ref.id, "revision": ref.revision} for role, ref in self.members.items()}
+        members = {role: ref.to_json() for role, ref in self.members.items()}
         threshold = {} if self.fork_threshold is None else {"fork_threshold": asdict(self.fork_threshold)}
         return {"format_version": FORMAT_VERSION, **members, "formula": self.formula, "alpha": self.alpha, **threshold}
 

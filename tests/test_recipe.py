@@ -114,7 +114,10 @@ def test_a_bare_string_is_an_id() -> None:
         # Members.
         (PLAIN | {"base": None}, "recipe key 'base': expected a string or an object with an id; got NoneType"),
         (PLAIN | {"base": ["org/large"]}, "recipe key 'base': expected a string or an object with an id; got list"),
-        (PLAIN | {"expert": {"id": "x", "rev": "v1"}}, "recipe key 'expert': expected only the keys id, revision; "),
+        (
+            PLAIN | {"expert": {"id": "x", "rev": "v1"}},
+            "recipe key 'expert': expected only the keys id, revision, load; ",
+        ),
         (PLAIN | {"expert": {"id": "x", "rev": "v1"}}, "got unknown 'rev'."),
         (
             PLAIN | {"antiexpert": {}},

@@ -10,6 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from proxytune.errors import RecipeError
+from proxytune.models.load_arguments import refuse_dtype
 from proxytune.recipe import RECIPE_FILE, Recipe, read_json
 
 __all__ = ["ProxyTunedConfig"]
@@ -31,7 +32,12 @@ class ProxyTunedConfig(PreTrainedConfig):
     has_no_defaults_at_init = True
 
     def __init__(self, recipe: Recipe | None = None, **kwargs: Any) -> None:
-        """Make an unbound config; `**kwargs` are attributes of `PreTrainedConfig`."""
+        """Make an unbound config; `**kwargs` are attributes of `PreTrainedConfig`.
+
+        Raises:
+            InputError: If `dtype` is the name of none.
+        """
+        refuse_dtype(kwargs)  # transformers' Auto classes pass it here first
         super().__init__(**kwargs)
         self.__dict__["recipe"] = recipe
         self.__dict__["_member_configs"] = []

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig
 
 from proxytune.errors import InputError, ProxytuneError
-from proxytune.recipe import MemberRef
+from proxytune.recipe import LOAD_KEYS, MemberRef
 from proxytune.validation import shown
 
 __all__ = [
     "HUB_ARGUMENTS",
     "LOAD_ARGUMENTS",
     "Caller",
+    "deciding",
     "refuse_dtype",
     "refuse_misspelt",
     "refuse_unknown",
@@ -43,7 +45,10 @@ LOAD_ARGUMENTS = frozenset(
     )
 )
 
-_SHORT_DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# These decide which model it is, and cannot be kept in a recipe, like changed fields of the config.
+_IN_MEMORY = frozenset(("adapter_kwargs", "adapter_name", "config", "fusion_config", "key_mapping", "state_dict"))
+
+_SHORT_DTYPES = {"bfloat": "bfloat16", "fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 Caller = Callable[..., Any] | None
 """The function or class that was called, whose parameters a misspelt keyword may mean; None for `from_pretrained`."""
@@ -57,24 +62,49 @@ def refuse_misspelt(given: Mapping[str, Any], caller: Caller) -> None:
             raise unknown_keyword(name, value, caller)
 
 
-def refuse_unknown(references: Iterable[MemberRef], given: Mapping[str, Any], caller: Caller) -> None:
-    """Refuse keywords that neither `from_pretrained` nor a member's config knows, before weights are downloaded."""
+def deciding(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a member's load arguments that decide which model it is, as JSON where that can be.
+
+    Left out are those that say where it is found and run: dtype, device, attention, cache folder, token, …
+    """
+    kept = {}
+    for name, value in given.items():
+        if value is None or name[0] == "_" or name in LOAD_ARGUMENTS - LOAD_KEYS.keys() - _IN_MEMORY:
+            continue
+        if name in LOAD_ARGUMENTS and not value:  # an empty subfolder, trust_remote_code=False
+            continue
+        plain = value.to_dict() if name == "quantization_config" and hasattr(value, "to_dict") else value
+        try:
+            kept[name] = json.loads(json.dumps(plain, allow_nan=False))
+        except (TypeError, ValueError):
+            kept[name] = value
+    return kept
+
+
+def refuse_unknown(reference: MemberRef, given: Mapping[str, Any], caller: Caller) -> None:
+    """Refuse keywords that neither `from_pretrained` nor the member's config knows, before weights are downloaded."""
+    if "output_loading_info" in given:
+        raise InputError.of(
+            "output_loading_info",
+            expected="no such argument",
+            got=repr(given["output_loading_info"]),
+            remedy="Leave it out: members without all their weights are refused by themselves.",
+        )
     unknown = {name: value for name, value in given.items() if name not in LOAD_ARGUMENTS and name[0] != "_"}
     if "revision" in unknown:
         raise unknown_keyword("revision", unknown["revision"], caller)
     if not unknown or given.get("trust_remote_code"):  # a model's own code may take keywords of its own
         return
-    hub = {name: given[name] for name in HUB_ARGUMENTS if name in given}
-    for reference in references:
-        try:
-            _, unused = AutoConfig.from_pretrained(
-                reference.id, revision=reference.revision or "main", return_unused_kwargs=True, **hub, **unknown
-            )
-        except (OSError, ValueError):  # refused by name where the member is loaded
-            continue
-        for name in unknown:
-            if name in unused:
-                raise unknown_keyword(name, unknown[name], caller)
+    hub = {name: given[name] for name in HUB_ARGUMENTS if name in given} | {"trust_remote_code": False}
+    try:
+        _, unused = AutoConfig.from_pretrained(
+            reference.id, revision=reference.revision or "main", return_unused_kwargs=True, **hub, **unknown
+        )
+    except (OSError, ValueError):  # refused by name where the member is loaded
+        return
+    for name in unknown:
+        if name in unused:
+            raise unknown_keyword(name, unknown[name], caller)
 
 
 def unknown_keyword(name: str, value: Any, caller: Caller) -> ProxytuneError:
@@ -102,17 +132,20 @@ def unknown_keyword(name: str, value: Any, caller: Caller) -> ProxytuneError:
 
 
 def refuse_dtype(given: Mapping[str, Any]) -> None:
-    """Refuse a word as a dtype that is the name of none; transformers ends in an AttributeError there."""
+    """Refuse as a dtype what is none, nor the name of one; transformers ends in an AttributeError there."""
     for name in ("dtype", "torch_dtype"):
         word = given.get(name)
-        if not isinstance(word, str) or word == "auto" or isinstance(getattr(torch, word, None), torch.dtype):
+        if isinstance(word, torch.dtype | Mapping | None) or word == "auto":
+            continue
+        if isinstance(word, str) and isinstance(getattr(torch, word, None), torch.dtype):
             continue
         names = sorted(n for n, value in vars(torch).items() if isinstance(value, torch.dtype))
-        near = [_SHORT_DTYPES[word]] if word in _SHORT_DTYPES else _nearest(word.removeprefix("torch."), names)
+        text = str(word).lower().removeprefix("torch.")
+        near = [_SHORT_DTYPES[text]] if text in _SHORT_DTYPES else _nearest(text, names)
         raise InputError.of(
             name,
             expected="'auto', or the name of a dtype of torch, such as 'bfloat16'",
-            got=repr(word),
+            got=shown(word, 80),
             remedy=f"Did you mean {near[0]!r}?" if near else "Pass one of these.",
         )
 

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from proxytune.errors import InputError, MemberError, MemberNotFoundError, VocabularyWarning
+from proxytune.errors import InputError, MemberError, MemberNotFoundError, ProxytuneError, VocabularyWarning
+from proxytune.models.checkpoints import is_custom_code, refuse_checkpoint, refuse_incomplete, tokenizer_code
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.load_arguments import (
     HUB_ARGUMENTS,
     LOAD_ARGUMENTS,
     Caller,
+    deciding,
     refuse_dtype,
     refuse_misspelt,
     refuse_unknown,
@@ -50,19 +54,22 @@ def open_members(
     revisions: Mapping[str, str] | None = None,
     tokenizers: Mapping[str, Any] | None = None,
     check_vocabulary: bool = True,
+    members: Mapping[str, Mapping[str, Any]] | None = None,
     **from_pretrained: Any,
 ) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None]]:
-    """Open all members of a composition: `sources` is role → model object, hub id or folder, the base first.
+    """Open all members of a composition: `sources` is role → model object, hub id, folder or reference, the base first.
 
-    `caller` is what the user called, for messages about keywords; the other arguments are those of `proxytune.wrap`.
+    `caller` is what the user called, for messages about keywords (None for `from_pretrained`); the other arguments are
+    those of `proxytune.wrap`. What a reference has in `load` counts as given for that member, `trust_remote_code` too.
 
     Returns:
-        Role → model, and role → reference to load it again (None for one that exists only in memory).
+        Role → model, and role → reference to load it again (None for one that exists only in memory). Its `load` has
+        the arguments that decide which model it is.
 
     Raises:
         InputError: If a member is missing or no model, id or folder, or arguments contradict each other or are unknown.
-        MemberError: If a member cannot be opened, uses other token ids, is composed already, or is the model inside
-            another's PEFT model.
+        MemberError: If a member cannot be opened, lacks weights, would run code that is not trusted, uses other token
+            ids, is composed already, or is the model inside another's PEFT model.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
@@ -71,7 +78,7 @@ def open_members(
     if len(given) < len(sources) or all(isinstance(source, nn.Module) for source in given):
         refuse_misspelt(from_pretrained, caller)
     for role, source in sources.items():
-        if not isinstance(source, str | os.PathLike | nn.Module):
+        if not isinstance(source, str | os.PathLike | nn.Module | MemberRef):
             raise InputError.of(
                 f"the {role}",
                 expected="a model, a hub id or a folder",
@@ -82,6 +89,7 @@ def open_members(
             )
     refuse_roles("revisions", revisions)
     refuse_roles("tokenizers", tokenizers)
+    _refuse_arguments_of_members(members, sources)
     revisions = revisions or {}
     if from_pretrained and all(isinstance(source, nn.Module) for source in given):
         raise InputError.of(
@@ -91,20 +99,52 @@ def open_members(
             remedy="They are for from_pretrained: pass them when you load the models.",
         )
     references = {role: reference_of(source, revisions.get(role)) for role, source in sources.items()}
-    loaded = [found for role, found in references.items() if found and not isinstance(sources[role], nn.Module)]
-    refuse_dtype(from_pretrained)
-    refuse_unknown(loaded, from_pretrained, caller)
-    members: dict[str, nn.Module] = {}
+    arguments: dict[str, dict[str, Any]] = {}
+    for role, found in references.items():
+        if found is None or isinstance(sources[role], nn.Module):
+            continue
+        own = {**found.load, **from_pretrained, **(members or {}).get(role, {})}
+        # Never None, or transformers asks on the terminal.
+        own["trust_remote_code"] = bool(own.get("trust_remote_code"))
+        arguments[role] = own
+        refuse_dtype(own)
+        refuse_unknown(found, own, caller)
+        everyone = "trust_members" if caller is None else "trust_remote_code"
+        cure = f"pass members={{{role!r}: {{'trust_remote_code': True}}}}, or {everyone}=True for all members."
+        refuse_checkpoint(found, role, own, f"If you trust it, {cure}")
+    models: dict[str, nn.Module] = {}
     for role, source in sources.items():
         opened = source if isinstance(source, nn.Module) else references[role]
-        members[role] = open_member(opened, role, caller, **from_pretrained)
+        models[role] = open_member(opened, role, caller, **arguments.get(role, {}))
         if len(sources) > 1:
-            refuse_composed(members[role], role)
-    _refuse_injected(members)
+            refuse_composed(models[role], role)
+    _refuse_injected(models)
+    for role, own in arguments.items():
+        found = references[role]
+        assert found is not None
+        code = own["trust_remote_code"] and is_custom_code(models[role])
+        references[role] = replace(found, load=deciding(own | {"trust_remote_code": code}))
     if check_vocabulary:
-        hub = {k: v for k, v in from_pretrained.items() if k in (*HUB_ARGUMENTS, "trust_remote_code")}
-        check_vocabularies(references, tokenizers, **hub)
-    return members, references
+        hub = {role: {k: own[k] for k in HUB_ARGUMENTS if k in own} for role, own in arguments.items()}
+        trusted = [role for role, own in arguments.items() if own["trust_remote_code"]]
+        check_vocabularies(references, tokenizers, trusted=trusted, hub=hub)
+    return models, references
+
+
+def _refuse_arguments_of_members(members: Any, sources: Mapping[str, Any]) -> None:
+    """Refuse `members=` that is no mapping role → mapping, or names a member that is not loaded here."""
+    refuse_roles("members", members)
+    for role, arguments in (members or {}).items():
+        source = sources.get(role)
+        if isinstance(arguments, Mapping) and role in sources and not isinstance(source, nn.Module):
+            continue
+        raise InputError.of(
+            "members",
+            expected="for each role a mapping of arguments of from_pretrained, of a member given by id or folder",
+            got=shown({role: arguments}, 80)
+            + (f" for the {role}, a {type(source).__name__}" if isinstance(arguments, Mapping) else ""),
+            remedy=f"Pass e.g. members={{{role!r}: {{'dtype': 'bfloat16'}}}}; a model object is loaded already.",
+        )
 
 
 def refuse_roles(name: str, by_role: Any) -> None:
@@ -158,7 +198,7 @@ def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrai
     Raises:
         InputError: If the source is neither a model nor a reference, or the model does not know an argument.
         MemberNotFoundError: If the folder or hub id cannot be opened.
-        MemberError: If transformers refuses the arguments.
+        MemberError: If weights are missing or have another shape, or transformers cannot load it so.
     """
     if isinstance(source, nn.Module):
         return source
@@ -169,29 +209,42 @@ def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrai
             got=repr(source),
             remedy=f"Pass e.g. {role}='org/model'.",
         )
+    place = f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else "")
+    # Weights of another shape are named by the loading info; without it, transformers names them in its log alone.
+    told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    where = {"revision": source.revision or "main"}
     try:
-        return AutoModelForCausalLM.from_pretrained(source.id, revision=source.revision or "main", **from_pretrained)
+        opened = AutoModelForCausalLM.from_pretrained(source.id, **where, **(from_pretrained | told))
+    except ProxytuneError:  # a recipe opened as a member
+        raise
     except TypeError as error:
         name = found[1] if (found := _UNEXPECTED.search(str(error))) else ""
         if name not in from_pretrained or name in LOAD_ARGUMENTS:
             raise
         raise unknown_keyword(name, from_pretrained[name], caller) from error
-    except (OSError, ValueError) as error:
-        place = f"{source.id!r}" + (f" at revision {source.revision!r}" if source.revision else "")
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # also of safetensors, pickle, or a quantiser that is not installed
         # transformers raises ValueError for a folder without a model, and otherwise for wrong arguments.
-        if isinstance(error, OSError) or not (Path(source.id) / "config.json").exists():
+        nothing = isinstance(error, ValueError) and not (Path(source.id) / "config.json").exists()
+        if isinstance(error, OSError) or (nothing and "gguf_file" not in from_pretrained):
             raise MemberNotFoundError.of(
                 f"the {role}",
                 expected="a hub id, or a folder with a config.json and weights",
                 got=place,
                 remedy=f"transformers says: {_first_line(error)}",
             ) from error
+        given = {name: value for name, value in from_pretrained.items() if value is not False}
         raise MemberError.of(
             f"the {role}",
             expected="a model that loads with these arguments",
-            got=f"{place} with {', '.join(f'{k}={v!r}' for k, v in from_pretrained.items()) or 'none'}",
-            remedy=f"transformers says: {_first_line(error)}",
+            got=f"{place} with {', '.join(f'{k}={shown(v, 80)}' for k, v in given.items()) or 'none'}",
+            remedy=f"transformers says: {_first_line(error)} ({type(error).__name__})",
         ) from error
+    model, info = opened if isinstance(opened, tuple) else (opened, None)
+    refuse_incomplete(model, info, role, place)
+    loaded: nn.Module = model
+    return loaded
 
 
 def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
@@ -199,17 +252,35 @@ def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
 
     None for a model that exists only in memory, or that carries an adapter, which its name does not cover.
     """
+    load: Mapping[str, Any] = {}
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
         if adapters_of(source):
             return None
         name, revision = getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None)
+        load = _load_of(source)
+    elif isinstance(source, MemberRef):
+        name, revision, load = source.id, source.revision or revision, source.load
     else:
         name = str(source)
     if not name:
         return None
     folder = Path(name).expanduser()
-    return MemberRef(str(folder.resolve())) if folder.is_dir() else MemberRef(name, revision)
+    if folder.is_dir():
+        return MemberRef(str(folder.resolve()), load=load)
+    return MemberRef(name, revision, load)
+
+
+def _load_of(model: Any) -> dict[str, Any]:
+    """What `from_pretrained` was given for a model that is loaded already, as far as the model tells."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    settings: Any = getattr(quantizer, "quantization_config", None)
+    load: dict[str, Any] = {"trust_remote_code": is_custom_code(model)}
+    if getattr(settings, "gguf_file", None):
+        load["gguf_file"] = settings.gguf_file
+    elif settings is not None and not getattr(quantizer, "pre_quantized", True):
+        load["quantization_config"] = settings
+    return deciding(load)
 
 
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
@@ -218,12 +289,17 @@ def adapters_of(model: nn.Module) -> tuple[str, ...]:
 
 
 def check_vocabularies(
-    references: Mapping[str, MemberRef | None], tokenizers: Mapping[str, Any] | None = None, **hub: Any
+    references: Mapping[str, MemberRef | None],
+    tokenizers: Mapping[str, Any] | None = None,
+    *,
+    trusted: Collection[str] = (),
+    hub: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> None:
     """Compare all members' token ids with those of the first member whose tokenizer is known.
 
-    `references` says where each member came from, the base first; `tokenizers` holds those of members saved without
-    one; `hub` is `token`, `cache_dir` and the like.
+    `references` says where each member was loaded from, the base first; `tokenizers` holds those of members saved
+    without one; `trusted` are the roles whose tokenizers may run code of their own; `hub` is role → `token`,
+    `cache_dir` and the like.
 
     Raises:
         VocabularyMismatchError: If two members use the same id for different tokens.
@@ -238,9 +314,13 @@ def check_vocabularies(
         tokenizer = (tokenizers or {}).get(role)
         if tokenizer is None and reference is not None:
             if reference not in seen:
-                found = find_tokenizer(reference, **hub)
+                where = (hub or {}).get(role, {})
+                # A member whose code runs already has been trusted.
+                trust = role in trusted or bool(reference.load.get("trust_remote_code"))
+                found = find_tokenizer(reference, trust_remote_code=trust, **where)
                 if found is None:
-                    unknown.append(role)
+                    code = None if trust else tokenizer_code(reference, **where)
+                    unknown.append(role if code is None else f"{role} (its tokenizer would run {code} of its own)")
                     continue
                 seen[reference] = found.get_vocab()
             vocabularies[role] = seen[reference]
@@ -263,18 +343,22 @@ def check_vocabularies(
         )
 
 
-def find_tokenizer(reference: MemberRef, **hub: Any) -> Any | None:
-    """A member's tokenizer; None if it has none, even where transformers would make up an empty one."""
+def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **hub: Any) -> Any | None:
+    """A member's tokenizer; None if it has none, even where transformers would make up an empty one.
+
+    None, too, for one with code of its own that is not trusted, and for what transformers makes of a GGUF file: other
+    ids than the original's, though the vocabularies are equal.
+    """
     # Not above: `from transformers import AutoTokenizer` may be what imports this module, and is not done by then.
     from transformers import AutoTokenizer
 
-    where: dict[str, Any] = {"revision": reference.revision or "main", **hub}
+    inside = {"subfolder": reference.load["subfolder"]} if "subfolder" in reference.load else {}
+    where: dict[str, Any] = {"revision": reference.revision or "main", **inside, **hub}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(reference.id, **where)
+        tokenizer = AutoTokenizer.from_pretrained(reference.id, trust_remote_code=trust_remote_code, **where)
     except (OSError, ValueError):
         return None
     names = set(tokenizer.vocab_files_names.values())
-    where.pop("trust_remote_code", None)
 
     def exists(name: str) -> bool:
         quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}

@@ -10,6 +10,7 @@ import contextlib
 import uuid
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from proxytune import ops
-from proxytune.errors import InputError, RecipeError
+from proxytune.errors import InputError, MemberNotFoundError, RecipeError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.registry import FORMULAS
@@ -35,7 +36,8 @@ from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.saving import save_adapter
-from proxytune.recipe import ROLES, Recipe
+from proxytune.recipe import LOAD_KEYS, RECIPE_FILE, ROLES, Recipe
+from proxytune.validation import shown
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 
@@ -126,11 +128,22 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
     @property
     def recipe(self) -> Recipe | None:
-        """The current adapter; None if a member exists only in memory, or got a PEFT adapter after it was composed."""
+        """The current adapter.
+
+        None if a member exists only in memory, got a PEFT adapter after it was composed, or was loaded with an argument
+        that a recipe cannot keep (a config or a state dict, changed fields of the config).
+        """
         recipe: Recipe | None = self.config.recipe
-        if any(adapters_of(m.model) != self._adapters[m.role] for m in self.members):
+        if any(adapters_of(m.model) != self._adapters[m.role] for m in self.members) or self._not_kept():
             return None
         return None if recipe is None else replace(recipe, formula=self.formula.name, alpha=self.alpha)
+
+    def _not_kept(self) -> str:
+        """A load argument of a member that a recipe cannot keep, as `role: name=value`; empty if it can keep all."""
+        recipe: Recipe | None = self.config.recipe
+        members = {} if recipe is None else recipe.members
+        found = {role: name for role, reference in members.items() if (name := reference.not_kept())}
+        return next((f"{name}={shown(members[role].load[name], 80)} of the {role}" for role, name in found.items()), "")
 
     @property
     def usable_ids(self) -> int:
@@ -349,8 +362,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             **kwargs: Accepted for `push_to_hub()`, which calls this; there are no weights to shard.
 
         Raises:
-            RecipeError: If `push_to_hub=True` is passed; if a member has no folder or hub id, or expert and antiexpert
-                have the same one; if the formula is not registered; if the folder is a member's, or cannot be written.
+            RecipeError: If `push_to_hub=True` is passed; if a member has no folder or hub id, was loaded with an
+                argument that a recipe cannot keep, or expert and antiexpert have the same place; if the formula is not
+                registered; if the folder is a member's, or cannot be written.
         """
         if kwargs.get("push_to_hub"):
             raise RecipeError.of(
@@ -360,6 +374,13 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 remedy="Call model.push_to_hub(repo_id).",
             )
         recipe = self.recipe
+        if found := self._not_kept():
+            raise RecipeError.of(
+                "save_pretrained",
+                expected=f"members loaded with no other lasting arguments than {', '.join(LOAD_KEYS)}",
+                got=found,
+                remedy="A recipe cannot keep it. Save that member with its own save_pretrained, and wrap the folder.",
+            )
         if recipe is None:
             raise RecipeError.of(
                 "save_pretrained",
@@ -392,18 +413,26 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         Args:
             pretrained_model_name_or_path: A folder or hub id with a `proxytune_config.json`.
             *args: None are taken.
-            **kwargs: Passed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …).
+            **kwargs: Passed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …), but
+                for these. `members` is role → arguments for that member alone. `trust_remote_code=True` trusts the
+                recipe's repository: its own file, and members on the hub for which it names `trust_remote_code` and
+                a commit as revision. `trust_members=True` trusts all members.
 
         Returns:
             The composed model.
 
         Raises:
             RecipeError: If the recipe is missing or invalid.
-            MemberError: If a member cannot be opened or does not fit.
+            MemberError: If a member cannot be opened, would run code that is not trusted, or does not fit.
         """
         config = kwargs.pop("config", None)
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         for_all = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
+        trust_recipe, trust_members = (kwargs.pop(key, False) for key in ("trust_remote_code", "trust_members"))
+        if trust_members:
+            kwargs["trust_remote_code"] = True
+        with_info = kwargs.pop("output_loading_info", False)
+        kwargs.pop("ignore_mismatched_sizes", None)  # of no use here: weights of another shape are refused
         # transformers' Auto classes add these for the class they call, not for the members.
         for key in ("_from_auto", "_commit_hash", "adapter_kwargs", "adapter_name", "name_or_path", "weights_only"):
             kwargs.pop(key, None)
@@ -412,16 +441,25 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 kwargs.setdefault(key, value)
         recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
         formula = check_formula(FORMULAS[recipe.formula](alpha=recipe.alpha))
-        members, references = open_members(
-            {role: ref.id for role, ref in recipe.members.items()},
-            revisions={role: ref.revision for role, ref in recipe.members.items() if ref.revision},
-            **kwargs,
-        )
+        try:
+            members, references = open_members(
+                {role: ref.trusted(bool(trust_recipe)) for role, ref in recipe.members.items()}, **kwargs
+            )
+        except MemberNotFoundError as error:
+            place = Path(pretrained_model_name_or_path) / (hub.get("subfolder") or "")
+            file = place / RECIPE_FILE if not place.is_file() else place
+            raise MemberNotFoundError(
+                f"{error} It is named in the recipe {file}: if the member was moved, write there where it is now; a "
+                "relative folder is looked for beside that file."
+            ) from error
         known = {role: reference for role, reference in references.items() if reference is not None}
         model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)
+        if with_info:  # for callers of transformers' signature: what is missing was an error above
+            nothing = {name: set[str]() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+            return model, nothing  # type: ignore[return-value]
         return model
 
 

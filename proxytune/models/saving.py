@@ -10,7 +10,9 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import transformers
 from transformers import GenerationConfig
@@ -68,11 +70,16 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
         with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as staging:
             staged = Path(staging) / "new"
             staged.mkdir()
-            (staged / RECIPE_FILE).write_text(recipe.dumps(), encoding="utf-8")
+            # Folders in or beside the target are written as relative ones: all can be moved together then.
+            near: dict[str, Any] = {role: ref.seen_from(target) for role, ref in recipe.members.items()}
+            (staged / RECIPE_FILE).write_text(replace(recipe, **near).dumps(), encoding="utf-8")
             (staged / _CODE_FILE).write_text(_CODE, encoding="utf-8")
             if generation_config is not None:
                 generation_config.save_pretrained(staged)
-            if not (target / "tokenizer_config.json").exists() and (tokenizer := find_tokenizer(recipe.base)):
+            trust = bool(recipe.base.load.get("trust_remote_code"))  # its code runs already
+            if not (target / "tokenizer_config.json").exists() and (
+                tokenizer := find_tokenizer(recipe.base, trust_remote_code=trust)
+            ):
                 tokenizer.save_pretrained(staged)
             # config.json is written and moved last: without it the folder does not open.
             (staged / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -27,6 +27,7 @@ def wrap(
     revisions: Mapping[str, str] | None = None,
     tokenizers: Mapping[str, Any] | None = None,
     check_vocabulary: bool = True,
+    members: Mapping[str, Mapping[str, Any]] | None = None,
     **from_pretrained: Any,
 ) -> ProxyTunedModel:
     """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
@@ -40,7 +41,9 @@ def wrap(
         revisions: Role → branch, tag or commit, for hub ids.
         tokenizers: Role → tokenizer, for members saved without one.
         check_vocabulary: Whether to check that all members use the same token ids.
-        **from_pretrained: Passed to `from_pretrained` of the members given by id or folder.
+        members: Role → arguments of `from_pretrained` for that member alone, before the common ones.
+        **from_pretrained: Passed to `from_pretrained` of the members given by id or folder. `trust_remote_code=True`
+            here trusts all of them.
 
     Returns:
         A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
@@ -48,8 +51,8 @@ def wrap(
     Raises:
         InputError: If α is not finite, the formula is none, a member is missing, an argument is unknown, or arguments
             contradict each other.
-        MemberError: If a member cannot be opened, is not supported, is composed already, or uses the same ids for other
-            tokens.
+        MemberError: If a member cannot be opened, lacks weights, would run code that is not trusted, is not supported,
+            is composed already, or uses the same ids for other tokens.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
@@ -64,16 +67,17 @@ def wrap(
             remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
         )
     check_formula(formula)
-    members, references = open_members(
+    models, references = open_members(
         {"base": base, "expert": expert, "antiexpert": antiexpert},
         wrap,
         revisions=revisions,
         tokenizers=tokenizers,
         check_vocabulary=check_vocabulary,
+        members=members,
         **from_pretrained,
     )
     known = {role: reference for role, reference in references.items() if reference is not None}
     recipe = None
     if len(known) == len(references):
         recipe = Recipe(**known, formula=formula.name, alpha=formula.alpha, fork_threshold=None)
-    return ProxyTunedModel(ProxyTunedConfig(recipe=recipe), members, formula)
+    return ProxyTunedModel(ProxyTunedConfig(recipe=recipe), models, formula)

@@ -66,6 +66,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         attention_mask: torch.Tensor | None = None,
         tokenizers: Mapping[str, Any] | None = None,
         check_vocabulary: bool = True,
+        members: Mapping[str, Mapping[str, Any]] | None = None,
         **from_pretrained: Any,
     ) -> None:
         """Open the companions.
@@ -78,7 +79,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             tokenizers: Role → tokenizer (`"base"`, `"expert"`, `"antiexpert"`), for members without one beside their
                 weights. A `"base"` here lets an unattached processor compare with the base.
             check_vocabulary: Whether to compare the members' token ids.
-            **from_pretrained: Passed to `from_pretrained` of companions given by id or folder.
+            members: Role → arguments of `from_pretrained` for that companion alone, before the common ones.
+            **from_pretrained: Passed to `from_pretrained` of companions given by id or folder. `trust_remote_code=True`
+                here trusts both.
 
         Raises:
             InputError: If α is not a finite number, a companion is missing, or an argument is unknown.
@@ -97,6 +100,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             type(self),
             tokenizers={role: t for role, t in self._tokenizers.items() if role != "base"},
             check_vocabulary=check_vocabulary and "base" not in self._tokenizers,
+            members=members,
             **from_pretrained,
         )
         if check_vocabulary and "base" in self._tokenizers:

@@ -1,0 +1,244 @@
+"""What a member's files tell: before a weight is read, whether they can be a member; afterwards, what was missing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import cached_file, is_peft_available
+
+from proxytune.errors import MemberError, MemberNotFoundError, UnsupportedModelError
+from proxytune.models.load_arguments import HUB_ARGUMENTS
+from proxytune.recipe import MemberRef
+
+__all__ = ["is_custom_code", "refuse_checkpoint", "refuse_incomplete", "tokenizer_code"]
+
+_ADAPTER_FILE = "adapter_config.json"
+_SHOWN = 4
+# Checkpoints that score a text. Where the head for tokens is tied to the embeddings, none of their weights is missing.
+_SCORERS = (
+    *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
+    *("RewardModel",),
+)
+
+
+# --- before a weight is read ---------------------------------------------------------------------------------------
+
+
+def refuse_checkpoint(reference: MemberRef, role: str, arguments: Mapping[str, Any], allow: str) -> None:
+    """Refuse what cannot be opened as a member, as far as the small files beside the weights tell.
+
+    Args:
+        reference: Where the member is.
+        role: Its role, for messages.
+        arguments: What it is loaded with.
+        allow: How to allow its own code to run, as a sentence.
+
+    Raises:
+        MemberNotFoundError: If there is no such folder, or none with a model.
+        MemberError: If it would run code of its own, which `trust_remote_code` does not allow, or PEFT is missing.
+        UnsupportedModelError: If it is an encoder-decoder, or no causal LM.
+    """
+    hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
+    hub["revision"] = reference.revision or "main"
+    _refuse_place(reference.id, role, arguments)
+    if arguments.get("gguf_file") or arguments.get("config") is not None:  # these tell what the model is
+        return
+    reference = _below_adapter(reference, role, hub)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(reference.id, **hub)
+    except (OSError, ValueError):  # told where the member is loaded
+        return
+    _refuse_code(config, reference, role, arguments, allow)
+    _refuse_family(config, role, reference.id)
+
+
+def _refuse_place(name: str, role: str, arguments: Mapping[str, Any]) -> None:
+    place, found = Path(name), ""
+    if place.is_file():
+        found, cure = f"the file {name!r}", "Name its folder."
+        if place.suffix == ".gguf":
+            cure = _gguf_cure(role, str(place.parent), place.name)
+    elif place.is_dir():
+        folder = place / (arguments.get("subfolder") or "")
+        files = sorted(file.name for file in folder.glob("*.gguf"))
+        if files and not arguments.get("gguf_file") and not (folder / "config.json").exists():
+            found, cure = f"{name!r}, which has GGUF files only", _gguf_cure(role, name, files[0])
+    elif os.path.isabs(name) or name.startswith(("./", "../")):  # no hub id
+        found, cure = f"{name!r}, where there is no folder", "Correct the path."
+    if found:
+        raise MemberNotFoundError.of(
+            f"the {role}", expected="a hub id, or a folder with a config.json and weights", got=found, remedy=cure
+        )
+
+
+def _gguf_cure(role: str, folder: str, file: str) -> str:
+    return (
+        f"Pass {folder!r} as the {role}, with members={{{role!r}: {{'gguf_file': {file!r}}}}}. The gguf package has to "
+        "be installed."
+    )
+
+
+def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> MemberRef:
+    """The model that a PEFT adapter belongs to, for a reference to an adapter without one; else the reference."""
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+
+    def file(name: str) -> str | None:
+        found: str | None = cached_file(reference.id, name, **hub, **quiet)
+        return found
+
+    if file("config.json") is not None or (adapter := file(_ADAPTER_FILE)) is None:
+        return reference
+    if not is_peft_available():
+        raise MemberError.of(
+            f"the {role}",
+            expected="a model, or PEFT for an adapter of one",
+            got=f"{reference.id!r}, a PEFT adapter ({_ADAPTER_FILE}), and no peft in this environment",
+            remedy="Run pip install peft, or pass a merged model.",
+        )
+    with open(adapter, encoding="utf-8") as opened:
+        below = str(json.load(opened).get("base_model_name_or_path"))
+    if not os.path.isdir(below) and (os.path.isabs(below) or below.startswith(("./", "../"))):
+        raise MemberNotFoundError.of(
+            f"the {role}",
+            expected="an adapter whose model is there",
+            got=f"{reference.id!r}, an adapter of {below!r}, where there is no folder",
+            remedy=f'Write where the model is now under "base_model_name_or_path" in {adapter}.',
+        )
+    return MemberRef(below)
+
+
+def _refuse_code(
+    config: Mapping[str, Any], reference: MemberRef, role: str, arguments: Mapping[str, Any], allow: str
+) -> None:
+    """Refuse a model whose class is neither transformers' nor trusted."""
+    code = config.get("auto_map") or {}
+    wanted = [code[name] for name in ("AutoModelForCausalLM", "AutoConfig") if name in code]
+    if arguments.get("trust_remote_code") or not wanted or _family(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    raise MemberError.of(
+        f"the {role}",
+        expected="a model whose class is transformers' own",
+        got=f"{reference.id!r}, which would run {_file(wanted[0])} of its own",
+        remedy=f"Read that file first. {allow}",
+    )
+
+
+def _file(class_ref: str) -> str:
+    """The file of `"module.Class"`, or of `"owner/name--module.Class"` in another repository."""
+    *repository, dotted = class_ref.split("--")
+    return f"{dotted.split('.')[0]}.py" + "".join(f" (of {name})" for name in repository)
+
+
+def _family(config: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
+    name = config.get("model_type")
+    return CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 - it has no get() that imports
+
+
+def _refuse_family(config: Mapping[str, Any], role: str, name: str) -> None:
+    family = config.get("model_type")
+    classes = [str(found) for found in config.get("architectures") or []]
+    text = any(found.endswith("ForCausalLM") for found in classes)
+    if config.get("is_encoder_decoder") and not text:
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a decoder-only model",
+            got=f"{name!r}, {', '.join(classes) or 'a model'} ({family}), an encoder-decoder",
+            remedy="Encoder-decoders are not supported.",
+        )
+    known = _family(config)
+    if (
+        known is None
+        or known in MODEL_FOR_CAUSAL_LM_MAPPING
+        or "AutoModelForCausalLM" in (config.get("auto_map") or {})
+    ):
+        return
+    seeing = any(key in config for key in ("vision_config", "audio_config"))
+    raise UnsupportedModelError.of(
+        f"the {role}",
+        expected="a causal LM (AutoModelForCausalLM)",
+        got=f"{name!r}, {', '.join(classes) or 'a model'} ({family})"
+        + (", which takes more than text" if seeing else ""),
+        remedy="Load it yourself with AutoModelForImageTextToText.from_pretrained, and pass the model; it is used for "
+        "text alone."
+        if seeing
+        else "Name a model that generates text.",
+    )
+
+
+def tokenizer_code(reference: MemberRef, **hub: Any) -> str | None:
+    """The file of its own that a tokenizer would run; None if it has none."""
+    # Not above, see `proxytune.models.loading.find_tokenizer`.
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    try:
+        code = get_tokenizer_config(reference.id, revision=reference.revision or "main", **hub).get("auto_map") or {}
+    except (OSError, ValueError):
+        return None
+    wanted: Any = code.get("AutoTokenizer") if isinstance(code, Mapping) else code
+    classes: Sequence[Any] = [wanted] if isinstance(wanted, str) else wanted or []
+    return next((_file(found) for found in classes if found), None)
+
+
+# --- afterwards ----------------------------------------------------------------------------------------------------
+
+
+def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | None, role: str, place: str) -> None:
+    """Refuse a model some of whose weights were not in its checkpoint, or had another shape there.
+
+    transformers draws such weights at random, and only logs it. Tied weights are not missing.
+
+    Args:
+        model: The loaded model.
+        info: What `from_pretrained(output_loading_info=True)` told; None if it told nothing.
+        role: Its role, for messages.
+        place: The hub id or folder, as shown in messages.
+    """
+    info = info or {}
+    lost = sorted(map(str, info.get("missing_keys", ())))
+    if hasattr(model, "peft_config"):
+        # The loading info is the adapter's then. transformers marks each weight that it has read, and PEFT puts aside
+        # those that the adapter replaces.
+        lost += [
+            name
+            for name, weight in model.named_parameters()
+            if not getattr(weight, "_is_hf_initialized", False) and ".original_module." not in name
+        ]
+    shapes = sorted((str(name), list(held), list(wanted)) for name, held, wanted in info.get("mismatched_keys", ()))
+    said = [f"{name} ({held} there, {wanted} in the model)" for name, held, wanted in shapes]
+    classes = [str(name) for name in getattr(getattr(model, "config", None), "architectures", None) or []]
+    of = f"{place}, a checkpoint of {classes[0]}," if classes else place
+    if lost or said:
+        parts = [f"without {_some(lost)}"] * bool(lost) + [f"with another shape of {_some(said)}"] * bool(said)
+        raise MemberError.of(
+            f"the {role}",
+            expected=f"a checkpoint with all weights of {type(model).__name__}",
+            got=f"{of} {' and '.join(parts)}",
+            remedy="transformers would draw these weights at random. Name a causal LM; a reward model or an encoder is "
+            "none.",
+        )
+    if classes and all(name.endswith(_SCORERS) for name in classes):
+        raise MemberError.of(
+            f"the {role}",
+            expected="a model that was trained to generate text",
+            got=f"{of} which scores texts",
+            remedy="Name a causal LM.",
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def is_custom_code(model: Any) -> bool:
+    """Whether a model's class, or its config's, is from its own repository."""
+    return any(
+        type(part).__module__.startswith("transformers_modules") for part in (model, getattr(model, "config", None))
+    )
