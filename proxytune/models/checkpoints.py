@@ -202,15 +202,17 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | No
         place: The hub id or folder, as shown in messages.
     """
     info = info or {}
-    lost = sorted(map(str, info.get("missing_keys", ())))
-    if hasattr(model, "peft_config"):
+    missing = set(map(str, info.get("missing_keys", ())))
+    adapted = hasattr(model, "peft_config")
+    if adapted:
         # The loading info is the adapter's then. transformers marks each weight that it has read, and PEFT puts aside
         # those that the adapter replaces.
-        lost += [
+        missing |= {
             name
             for name, weight in model.named_parameters()
             if not getattr(weight, "_is_hf_initialized", False) and ".original_module." not in name
-        ]
+        }
+    lost = sorted(missing)
     shapes = sorted((str(name), list(held), list(wanted)) for name, held, wanted in info.get("mismatched_keys", ()))
     said = [f"{name} ({held} there, {wanted} in the model)" for name, held, wanted in shapes]
     classes = [str(name) for name in getattr(getattr(model, "config", None), "architectures", None) or []]
@@ -221,8 +223,12 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | No
             f"the {role}",
             expected=f"a checkpoint with all weights of {type(model).__name__}",
             got=f"{of} {' and '.join(parts)}",
-            remedy="transformers would draw these weights at random. Name a causal LM; a reward model or an encoder is "
-            "none.",
+            remedy="transformers would draw these weights at random. "
+            + (
+                "Load the adapter with peft.PeftModel.from_pretrained, and pass the model."
+                if adapted
+                else "Name a causal LM; a reward model or an encoder is none."
+            ),
         )
     if classes and all(name.endswith(_SCORERS) for name in classes):
         raise MemberError.of(

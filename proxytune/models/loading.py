@@ -280,7 +280,19 @@ def _load_of(model: Any) -> dict[str, Any]:
         load["gguf_file"] = settings.gguf_file
     elif settings is not None and not getattr(quantizer, "pre_quantized", True):
         load["quantization_config"] = settings
+    elif quantizer is None and (packed := _packed(model)):  # by a library of its own: nothing that JSON can hold
+        load["quantization_config"] = packed
     return deciding(load)
+
+
+def _packed(model: nn.Module) -> type | torch.dtype | None:
+    """What holds weights that are no plain tensors of floats, nor shards of such; None if all are."""
+    for weight in model.parameters():
+        if not weight.is_floating_point():
+            return weight.dtype
+        if type(weight.data) is not torch.Tensor and type(weight.data).__name__ != "DTensor":
+            return type(weight.data)
+    return None
 
 
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
