@@ -7,15 +7,17 @@ while running.
 
 from __future__ import annotations
 
+import inspect
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 from proxytune._version import __version__
 from proxytune.cli import bench, calibrate, demo, doctor, generate, sample, terminal
+from proxytune.cli.settings import PromptCommand, with_settings
 from proxytune.errors import ProxytuneError
 
 __all__ = ["app", "main"]
@@ -28,16 +30,23 @@ app = typer.Typer(
     name="proxytune",
     help="Steer a large causal language model at decoding time with two small ones; no weight is changed.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("sample")(sample.sample)
-app.command("calibrate")(calibrate.calibrate)
-app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
+
+
+def _add(name: str, command: Callable[..., None], *, prompts: bool = False) -> None:
+    """Add a command, its docstring unwrapped: the terminal wraps it."""
+    text = "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n"))
+    app.command(name, help=text, cls=PromptCommand if prompts else None)(command)
+
+
+_add("demo", demo.demo)
+_add("generate", with_settings(generate.generate), prompts=True)
+_add("sample", with_settings(sample.sample), prompts=True)
+_add("calibrate", calibrate.calibrate, prompts=True)
+_add("doctor", doctor.doctor)
+_add("bench", bench.bench)
 
 
 def _show_version(wanted: bool) -> None:
