@@ -8,6 +8,7 @@ while running.
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -90,7 +91,7 @@ def _run(words: list[str], debug: bool) -> int:
         except typer.TyperException as error:
             # Without arguments the help has been printed already.
             if message := error.format_message():
-                terminal.show_error(f"{message} (see {_called(words)} --help)")
+                terminal.show_error(f"{message}{_got(message, words)} (see {_called(words)} --help)")
             return error.exit_code
         except typer.Abort:
             return INTERRUPTED
@@ -99,12 +100,28 @@ def _run(words: list[str], debug: bool) -> int:
                 raise
             terminal.show_error(str(error))
             return WRONG_CALL
-        except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError) as error:
             # From torch, transformers or the file system: the call parsed but failed.
             if debug:
                 raise
             terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")
             return FAILED
+        except Exception as error:
+            # Other libraries have classes of their own; an error of ours or of Python's is a bug.
+            if debug or type(error).__module__.partition(".")[0] in ("builtins", "proxytune", "proxytune_kernels"):
+                raise
+            terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")
+            return FAILED
+
+
+def _got(message: str, words: Sequence[str]) -> str:
+    """What the message of a wrong value does not say: the value."""
+    option = re.match(r"Invalid value for '(--[\w-]+)'", message)
+    value = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if option and word.split("=")[0] == option[1]:
+            value = word.split("=", 1)[1] if "=" in word else following
+    return "" if value is None or repr(value) in message else f"; got {value!r}"
 
 
 def _called(words: Sequence[str]) -> str:

@@ -38,6 +38,7 @@ from proxytune.errors import BudgetError, InputError
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import Recipe
 
 __all__ = ["sample"]
@@ -203,7 +204,7 @@ def sample(
         model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
         if chat:
             check_chat(tokenizer, prompts, system)
-        config = _settings(model.generation_config, flags, forks=forks)
+        config = _settings(model, flags, forks=forks)
         if answers is not None:
             answers.begin(resolved(config), 1)
         done, failed = (0, False) if answers is None else (answers.done, answers.failed)
@@ -292,12 +293,12 @@ def _threshold(nats: float | None, recipe: Path | None, alpha: float | None, *, 
     return ForkThreshold.of(read.fork_threshold)
 
 
-def _settings(defaults: GenerationConfig, flags: dict[str, Any], *, forks: bool) -> GenerationConfig:
+def _settings(model: ProxyTunedModel, flags: dict[str, Any], *, forks: bool) -> GenerationConfig:
     """The generation settings: sampling, unless told otherwise."""
     usual: dict[str, Any] = {"do_sample": True}
     if not {"max_new_tokens", "max_length"} & flags.keys():
         usual["max_new_tokens"] = _MAX_NEW_TOKENS
-    config = merged_settings(defaults, usual | flags)
+    config = merged_settings(model.generation_config, usual | flags, model.config.vocab_size)
     if config.num_return_sequences not in (None, 1):
         raise InputError.of(
             "num_return_sequences", expected="--branches", got=f"{config.num_return_sequences}", remedy="Use that."

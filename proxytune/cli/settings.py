@@ -41,7 +41,13 @@ _FLAG = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
 _BARE_FRACTION = re.compile(r"[+-]?\.\d+")
 _WORDS = {"true": True, "false": False, "none": None}
 _YES_NO = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
-_NOT_SETTABLE = ("transformers_version",)
+# Objects of Python, and what would change nothing here.
+_NOT_SETTABLE = (
+    *("transformers_version", "cache_config", "compile_config", "continuous_batching_config", "is_assistant"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+)
+# Modes that transformers would load from the hub, as code.
+_REMOTE = ("penalty_alpha", "num_beam_groups", "constraints", "force_words_ids", "dola_layers")
 SETTINGS_PANEL = "Settings of generate()"
 
 
@@ -98,6 +104,10 @@ def _several(kind: type, what: str, text: str = "") -> Setting:
     return Setting(f"{what}, or several as a JSON list", fits, "<str>" if kind is str else "<int>", text)
 
 
+def _json(kind: type | tuple[type, ...], what: str) -> Setting:
+    return Setting(f"{what} in JSON", lambda value: bool(value) and isinstance(value, kind), "<json>")
+
+
 SETTINGS = {
     "max_new_tokens": _whole(1, "Most tokens of an answer."),
     "min_new_tokens": _whole(0, "Fewest tokens of an answer."),
@@ -130,16 +140,19 @@ SETTINGS = {
     "max_matching_ngram_size": _whole(1),
     "prefill_chunk_size": _whole(1),
     "assistant_confidence_threshold": _number("[0, 1]"),
+    "bad_words_ids": _json(list, "a list of lists of token ids"),
+    "suppress_tokens": _json(list, "a list of token ids"),
+    "begin_suppress_tokens": _json(list, "a list of token ids"),
+    "forced_bos_token_id": _whole(0),
+    "forced_eos_token_id": _several(int, "a token id"),
+    "sequence_bias": _json((list, dict), "a list of pairs, [[ids, bias], …],"),
+    "exponential_decay_length_penalty": _json(list, "a list, [start, factor],"),
+    "watermarking_config": _json(dict, "an object"),
     "use_cache": _flag(),
     "renormalize_logits": _flag(),
     "remove_invalid_values": _flag(),
     "token_healing": _flag(),
     "disable_compile": _flag(),
-    "output_attentions": _flag(),
-    "output_hidden_states": _flag(),
-    "output_scores": _flag(),
-    "output_logits": _flag(),
-    "return_dict_in_generate": _flag(),
 }
 """The fields whose values are checked before a model is loaded; each is an option too. `key=value` takes all fields."""
 
@@ -332,9 +345,17 @@ def _check_name(name: str, value: Any, options: Sequence[str]) -> None:
     """Refuse a name that is not a field of `GenerationConfig`."""
     from transformers import GenerationConfig
 
-    known = sorted(name for name in GenerationConfig().to_dict() if name[0] != "_" and name not in _NOT_SETTABLE)
+    fields = [name for name in GenerationConfig().to_dict() if name[0] != "_"]
+    known = sorted(set(fields).difference(_NOT_SETTABLE, _REMOTE))
     if name in known:
         return
+    if name in fields:
+        raise InputError.of(
+            f"generation setting {name!r}",
+            expected="a mode that needs no code from the hub" if name in _REMOTE else "a setting of the answers",
+            got=f"{name}={value!r}",
+            remedy="Leave it out.",
+        )
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     prose = isinstance(value, str) and " " in value
     if name in options and not prose:
@@ -351,13 +372,19 @@ def _check_name(name: str, value: Any, options: Sequence[str]) -> None:
     )
 
 
-def merged_settings(defaults: GenerationConfig, flags: Mapping[str, Any]) -> GenerationConfig:
+def merged_settings(
+    defaults: GenerationConfig, flags: Mapping[str, Any], vocabulary: int | None = None
+) -> GenerationConfig:
     """The model's own settings, overridden by those of the command line; `defaults` is not changed.
 
     Raises:
-        InputError: If `GenerationConfig` refuses a value, or a setting of sampling or beams is given without them.
+        InputError: If `GenerationConfig` refuses a value, a setting of sampling or beams is given without them, or a
+            token id is not below the size of the `vocabulary`.
     """
     merged = copy.deepcopy(defaults)
+    for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if flags.get(length) is not None:
+            setattr(merged, new, None)  # the model's own would take precedence
     try:
         merged.update(**flags)
         merged.validate()
@@ -368,6 +395,11 @@ def merged_settings(defaults: GenerationConfig, flags: Mapping[str, Any]) -> Gen
         idle = [name for name in names if flags.get(name) is not None]
         if idle and not there[needed]:
             _refuse(flags, expected, remedy.format(", ".join(idle)))
+    for name, value in flags.items():
+        ids = value if isinstance(value, list) else [value]
+        beyond = [i for i in ids if type(i) is int and vocabulary is not None and i >= vocabulary]
+        if name.endswith(("_token_id", "suppress_tokens")) and beyond:
+            _refuse(flags, f"token ids below {vocabulary}, the size of the vocabulary", f"Correct {name}.")
     return merged
 
 
