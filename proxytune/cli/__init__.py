@@ -7,15 +7,18 @@ while running.
 
 from __future__ import annotations
 
+import inspect
+import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 from proxytune._version import __version__
 from proxytune.cli import bench, calibrate, demo, doctor, generate, sample, terminal
+from proxytune.cli.settings import PromptCommand, with_settings
 from proxytune.errors import ProxytuneError
 
 __all__ = ["app", "main"]
@@ -28,16 +31,23 @@ app = typer.Typer(
     name="proxytune",
     help="Steer a large causal language model at decoding time with two small ones; no weight is changed.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("demo")(demo.demo)
-app.command("generate")(generate.generate)
-app.command("sample")(sample.sample)
-app.command("calibrate")(calibrate.calibrate)
-app.command("doctor")(doctor.doctor)
-app.command("bench")(bench.bench)
+
+
+def _add(name: str, command: Callable[..., None], *, prompts: bool = False) -> None:
+    """Add a command, its docstring unwrapped: the terminal wraps it."""
+    text = "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(command.__doc__ or "").split("\n\n"))
+    app.command(name, help=text, cls=PromptCommand if prompts else None)(command)
+
+
+_add("demo", demo.demo)
+_add("generate", with_settings(generate.generate), prompts=True)
+_add("sample", with_settings(sample.sample), prompts=True)
+_add("calibrate", calibrate.calibrate, prompts=True)
+_add("doctor", doctor.doctor)
+_add("bench", bench.bench)
 
 
 def _show_version(wanted: bool) -> None:
@@ -81,7 +91,7 @@ def _run(words: list[str], debug: bool) -> int:
         except typer.TyperException as error:
             # Without arguments the help has been printed already.
             if message := error.format_message():
-                terminal.show_error(f"{message} (see {_called(words)} --help)")
+                terminal.show_error(f"{message}{_got(message, words)} (see {_called(words)} --help)")
             return error.exit_code
         except typer.Abort:
             return INTERRUPTED
@@ -90,12 +100,28 @@ def _run(words: list[str], debug: bool) -> int:
                 raise
             terminal.show_error(str(error))
             return WRONG_CALL
-        except (OSError, RuntimeError, ValueError, TypeError, AssertionError) as error:
+        except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError) as error:
             # From torch, transformers or the file system: the call parsed but failed.
             if debug:
                 raise
             terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")
             return FAILED
+        except Exception as error:
+            # Other libraries have classes of their own; an error of ours or of Python's is a bug.
+            if debug or type(error).__module__.partition(".")[0] in ("builtins", "proxytune", "proxytune_kernels"):
+                raise
+            terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")
+            return FAILED
+
+
+def _got(message: str, words: Sequence[str]) -> str:
+    """What the message of a wrong value does not say: the value."""
+    option = re.match(r"Invalid value for '(--[\w-]+)'", message)
+    value = None
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if option and word.split("=")[0] == option[1]:
+            value = word.split("=", 1)[1] if "=" in word else following
+    return "" if value is None or repr(value) in message else f"; got {value!r}"
 
 
 def _called(words: Sequence[str]) -> str:

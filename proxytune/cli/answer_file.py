@@ -14,15 +14,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from proxytune.cli import terminal
 from proxytune.errors import InputError
-from proxytune.json_files import check_form, exchange, read
 
-__all__ = ["AnswerFile", "settings_of_run"]
+__all__ = ["AnswerFile", "check_out", "open_answers", "settings_of_run"]
 
 _FORMAT_VERSION = 1
 _KEYS = ("format_version", "lines", "lines_per_prompt", "settings", "resolved")
@@ -34,33 +34,51 @@ class AnswerFile:
 
     Attributes:
         done: Lines of this run already in the file.
+        failed: Whether one of them is an error instead of an answer.
         finished: Whether nothing is left to do.
     """
 
-    def __init__(self, path: Path, prompts: Sequence[str], settings: Mapping[str, Any], *, resume: bool) -> None:
+    def __init__(
+        self,
+        path: Path,
+        prompts: Sequence[Mapping[str, Any]],
+        settings: Mapping[str, Any],
+        *,
+        resume: bool,
+        overwrite: bool = False,
+    ) -> None:
         """Open the file and check what it holds. Its content is not touched before `begin`.
 
         Args:
             path: The file. A pipe or `/dev/stdout` is written to, and cannot be resumed.
-            prompts: All prompts of the run.
+            prompts: All prompts of the run, each as the keys that every line of its answers begins with.
             settings: What decides the answers, as far as known before the models are loaded; JSON values.
             resume: Whether to continue a stopped run. A missing file, or one without lines, starts anew.
+            overwrite: Whether to replace what the file holds.
 
         Raises:
-            InputError: If another process writes to it; with `resume`, if it holds anything but the first answers to
-                these prompts with these settings; without, if it is an unfinished run that would be overwritten.
-            OSError: If it cannot be written.
+            InputError: If it cannot be written, or another process writes to it; with `resume`, if it holds anything
+                but the first answers to these prompts with these settings; without `overwrite`, if it holds anything.
         """
-        self._prompts, self._settings = prompts, dict(settings)
+        self._prompts, self._settings, self._overwrite = prompts, dict(settings), overwrite
         self._on_disk = path.is_file() or not path.exists()
         if resume and not self._on_disk:
             raise InputError.of(
                 "--resume", expected="--out with a file on a disk", got=str(path), remedy="Write to a file."
             )
-        self._file = os.open(path, (os.O_RDWR | os.O_CREAT) if self._on_disk else os.O_WRONLY, 0o666)
+        try:
+            self._file = os.open(path, (os.O_RDWR | os.O_CREAT) if self._on_disk else os.O_WRONLY, 0o666)
+        except OSError as error:
+            missing = isinstance(error, FileNotFoundError)
+            raise InputError.of(
+                "--out",
+                expected="a file that can be written",
+                got=f"{path}: {(error.strerror or str(error)).lower()}",
+                remedy=f"Make the folder {path.parent} first." if missing else "Choose another file.",
+            ) from None
         self._path = path.resolve() if self._on_disk else path  # links resolved; the note lies beside the target
         self._note_path = self._path.with_name(f"{self._path.name}.run.json")
-        self.done, self._end, self.finished = 0, 0, False  # lines, bytes
+        self.done, self._end, self.failed, self.finished = 0, 0, False, False  # lines, bytes
         self._note: Mapping[str, Any] | None = None
         try:
             if self._on_disk:
@@ -91,6 +109,8 @@ class AnswerFile:
             "resolved": dict(resolved),
         }
         if note != self._note:
+            from proxytune.json_files import exchange
+
             exchange(self._note_path, note, "note of the run")
 
     def append(self, lines: Sequence[str]) -> None:
@@ -128,18 +148,20 @@ class AnswerFile:
             return
 
     def _look(self, resume: bool) -> None:
-        if os.fstat(self._file).st_size == 0:
+        if os.fstat(self._file).st_size == 0 or self._overwrite:
             return
         note = self._read_note()
         if not resume:
-            if note is not None and 0 < (lines := sum(1 for _ in self._lines())) < note["lines"]:
-                raise InputError.of(
-                    "--out",
-                    expected="--resume, or another file",
-                    got=f"{self._path}, an unfinished run with {lines} of {note['lines']} lines",
-                    remedy="Pass --resume to continue it, or remove the file to start anew.",
-                )
-            return
+            lines = sum(1 for _ in self._lines())
+            if note is None:
+                got, remedy = f"{self._path}, which holds something else", "pass --overwrite to replace it"
+            elif lines < note["lines"]:
+                got = f"{self._path}, an unfinished run with {lines} of {note['lines']} lines"
+                remedy = "pass --resume to continue it, or --overwrite to start anew"
+            else:
+                got = f"{self._path}, a finished run of {lines} lines"
+                remedy = "pass --resume to add answers to further prompts, or --overwrite to replace it"
+            raise InputError.of("--out", expected="a new file", got=got, remedy=f"Choose another file; or {remedy}.")
         for number, line in enumerate(self._lines()):
             if note is None:
                 raise InputError.of(
@@ -150,7 +172,7 @@ class AnswerFile:
                 )
             if number == 0:
                 self._refuse_others(note["settings"], self._settings)
-            self._refuse_other_prompt(number, line, note["lines_per_prompt"])
+            self.failed |= self._is_error(number, line, note["lines_per_prompt"])
             self.done, self._end = number + 1, self._end + len(line)
         self._note = note if self.done else None
         self.finished = self._note is not None and self.done == len(self._prompts) * self._note["lines_per_prompt"]
@@ -165,6 +187,8 @@ class AnswerFile:
     def _read_note(self) -> Mapping[str, Any] | None:
         if not self._note_path.exists():
             return None
+        from proxytune.json_files import check_form, read
+
         what = f"note of the run {self._note_path}"
         remedy = f"Remove it together with {self._path.name}, or choose another --out."
         data = read(self._note_path, what, remedy=remedy)
@@ -175,22 +199,26 @@ class AnswerFile:
             raise InputError.of(what, expected="counts above 0 and two objects of settings", got=got, remedy=remedy)
         return data
 
-    def _refuse_other_prompt(self, number: int, line: bytes, per_prompt: int) -> None:
+    def _is_error(self, number: int, line: bytes, per_prompt: int) -> bool:
+        """Whether a line is an error instead of an answer; refuses one that belongs to another prompt."""
         found: Any = None
         with suppress(ValueError, RecursionError):
             found = json.loads(line)
-        got = found.get("prompt") if isinstance(found, dict) else None
         index = number // per_prompt
         if index >= len(self._prompts):
-            expected = f"no more lines than {len(self._prompts)} prompts get"
-        elif got == self._prompts[index]:
-            return
+            expected, key = f"no more lines than {len(self._prompts)} prompts get", "prompt"
         else:
-            expected = f"an answer to prompt {index + 1}, {_short(self._prompts[index])}"
+            prompt = self._prompts[index]
+            there = found if isinstance(found, dict) else {}
+            key = next((key for key in prompt if key not in there or there[key] != prompt[key]), "")
+            if not key:
+                return "error" in found
+            expected = f"an answer to prompt {index + 1}, {_named(prompt, key)}"
+        got = isinstance(found, dict) and isinstance(found.get("prompt", found.get("messages")), str | list)
         raise InputError.of(
             f"line {number + 1} of {self._path}",
             expected=expected,
-            got="no answer at all" if not isinstance(got, str) else f"one to {_short(got)}",
+            got=f"one to {_named(found, key)}" if got else "no answer at all",
             remedy="Give the run's original prompts, in their order; more may follow them.",
         )
 
@@ -205,6 +233,40 @@ class AnswerFile:
                     got=_short(after),
                     remedy="Resume with the same, or choose another --out.",
                 )
+
+
+def open_answers(
+    out: Path | None, prompts: Sequence[Mapping[str, Any]], said: Mapping[str, Any], *, resume: bool, overwrite: bool
+) -> AnswerFile | nullcontext[None]:
+    """The file of a run with these settings, which says what it holds already; for None, no file."""
+    if out is None:
+        return nullcontext()
+    answers = AnswerFile(out, prompts, settings_of_run(**said), resume=resume, overwrite=overwrite)
+    if answers.done:
+        complete = ", the run is complete" if answers.finished else ""
+        terminal.show_note(f"{answers.done} lines already written{complete}")
+    return answers
+
+
+def check_out(out: Path | None, file: str | None, *, resume: bool, overwrite: bool) -> None:
+    """Refuse `--resume` and `--overwrite` without `--out` or together, and `--out` that is the file of the prompts."""
+    for option, given in (("--resume", resume), ("--overwrite", overwrite)):
+        if given and out is None:
+            raise InputError.of(
+                option, expected="--out with it", got="none", remedy="Name the file, or drop the option."
+            )
+    if resume and overwrite:
+        raise InputError.of(
+            "--resume", expected="no --overwrite", got="both", remedy="Continue the run, or start it anew."
+        )
+    prompts = None if file in (None, "-") else Path(str(file))
+    if out is not None and prompts is not None and prompts.exists() and out.exists() and out.samefile(prompts):
+        raise InputError.of(
+            "--out",
+            expected="another file than that of the prompts",
+            got=f"{out}, which would be overwritten",
+            remedy="Choose another --out.",
+        )
 
 
 def settings_of_run(**given: Any) -> dict[str, Any]:
@@ -229,6 +291,12 @@ def _flat(values: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     for name, value in values.items():
         flat |= _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {f"{before}{name}": value}
     return flat
+
+
+def _named(prompt: Mapping[str, Any], key: str) -> str:
+    """A prompt by one of its keys, for a message."""
+    value = _short(prompt.get(key))
+    return value if key == "prompt" else f"{key} {value}"
 
 
 def _short(value: Any) -> str:

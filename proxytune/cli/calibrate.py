@@ -11,9 +11,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.models import DTYPES, check_device, check_members, encode, load, load_tokenizer
-from proxytune.cli.options import Alpha, Antiexpert, Chat, Device, Dtype, Expert, PromptFile, RecipePath
-from proxytune.cli.prompts import read_prompts, refuse_empty
+from proxytune.cli.models import DTYPES, check_chat, check_device, check_members, encode, load, load_tokenizer
+from proxytune.cli.options import (
+    METAVAR,
+    MODELS,
+    OUTPUT,
+    PROMPTS,
+    Alpha,
+    Antiexpert,
+    Chat,
+    Device,
+    Dtype,
+    Expert,
+    PromptFile,
+    RecipePath,
+    System,
+    given,
+)
+from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
+from proxytune.cli.settings import check_settings, split_arguments
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,28 +40,52 @@ if TYPE_CHECKING:
 __all__ = ["calibrate"]
 
 
+_PANEL = "Measurement"
+
+
 def calibrate(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="[PROMPT]...", help="Prompts to continue.", show_default=False)
+    context: typer.Context,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar=METAVAR,
+            help="Prompts to continue, then max_new_tokens=… or temperature=…, which are options too.",
+            show_default=False,
+        ),
     ] = None,
-    base: Annotated[str | None, typer.Option(help="The large model: a hub id or a folder; works alone too.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="The large model: a hub id or a folder; works alone too.", rich_help_panel=MODELS),
+    ] = None,
     expert: Expert = None,
     antiexpert: Antiexpert = None,
     alpha: Alpha = None,
     recipe: RecipePath = None,
     file: PromptFile = None,
     texts: Annotated[
-        str | None, typer.Option(help="Measure these texts instead of samples; a file of the same form as --file.")
+        str | None,
+        typer.Option(
+            help="Measure these texts instead of samples; a file of the same form as --file.", rich_help_panel=PROMPTS
+        ),
     ] = None,
     chat: Chat = False,
-    share: Annotated[float, typer.Option(help="Target share of tokens that count as forks.")] = 0.2,
-    temperature: Annotated[float, typer.Option(help="Temperature of the samples; entropies are always at 1.")] = 1.0,
-    samples: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per sample.")] = 128,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 8,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.")] = 0,
-    write: Annotated[bool, typer.Option("--write", help="Write the threshold into the recipe.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    system: System = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.", rich_help_panel=PROMPTS)] = 8,
+    share: Annotated[
+        float, typer.Option(help="Target share of tokens that count as forks.", rich_help_panel=_PANEL)
+    ] = 0.2,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the samples; entropies are always at 1.", rich_help_panel=_PANEL)
+    ] = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="Samples per prompt.", rich_help_panel=_PANEL)] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per sample.", rich_help_panel=_PANEL)] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the samples.", rich_help_panel=_PANEL)] = 0,
+    write: Annotated[
+        bool, typer.Option("--write", help="Write the threshold into the recipe.", rich_help_panel=OUTPUT)
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.", rich_help_panel=OUTPUT)
+    ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -57,13 +97,14 @@ def calibrate(
     plain = base is not None and not (expert or antiexpert or recipe)
     if not plain:
         check_members(base, expert, antiexpert, recipe)
+    words, flags = split_arguments(arguments or [])
+    flags = _check_flags(context, flags)
+    max_new_tokens, temperature = (flags.get(n, context.params[n]) for n in ("max_new_tokens", "temperature"))
     _check_settings(share, temperature, alpha, recipe, plain=plain, write=write)
-    given = list(prompts or [])
-    if file is not None or texts is None:
-        given += read_prompts(file, prompts_given=bool(given))
-    read = [] if texts is None else read_prompts(texts, prompts_given=False, option="--texts")
-    refuse_empty(given)
-    refuse_empty(read)
+    prompts = [] if not words and file is None and texts is not None else read_prompts(file, words)
+    read = [] if texts is None else read_prompts(texts, option="--texts")
+    chat = check_prompts(prompts, chat=chat, system=system)
+    _check_texts(context, read, samples=bool(prompts))
     terminal.quiet()
 
     from transformers import set_seed
@@ -75,25 +116,28 @@ def calibrate(
         model, tokenizer = _load_plain(str(base), device, dtype)
     else:
         model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+    if chat:
+        check_chat(tokenizer, prompts, system)
     set_seed(seed)
     found: list[Entropies] = []
     with terminal.Bar("texts") as bar:
-        whole = len(given) + len(read)
-        for first in range(0, len(given), batch_size):
+        whole = len(prompts) + len(read)
+        for first in range(0, len(prompts), batch_size):
             bar.show("sampling", first, whole)
-            batch = given[first : first + batch_size]
-            encoded = encode(tokenizer, batch, chat).to(model.device)
+            batch = prompts[first : first + batch_size]
+            encoded = encode(tokenizer, batch, chat, system).to(model.device)
             found += sampled_entropies(model, encoded, temperature, samples=samples, max_new_tokens=max_new_tokens)
         if read:
-            bar.show("reading", len(given), whole)
-            steps = count(len(given) + 1)
-            found += forced_entropies(model, tokenizer, read, lambda _: bar.show("reading", next(steps), whole))
+            bar.show("reading", len(prompts), whole)
+            steps = count(len(prompts) + 1)
+            plain_texts = [text.text for text in read]
+            found += forced_entropies(model, tokenizer, plain_texts, lambda _: bar.show("reading", next(steps), whole))
     summary = report(found, share)
     calibration = ForkCalibration(
         share=share,
         nats=summary["nats"],
         tokens=summary["tokens"],
-        temperature=temperature if given else None,
+        temperature=temperature if prompts else None,
         alpha=None if plain else float(model.alpha),
     )
     written = str(write_fork_threshold(recipe, calibration)) if write and recipe is not None else None
@@ -101,6 +145,48 @@ def calibrate(
         typer.echo(json.dumps({"fork_threshold": asdict(calibration), **summary, "written": written}))
     else:
         _print(summary, share, written)
+
+
+def _check_flags(context: typer.Context, flags: dict[str, Any]) -> dict[str, Any]:
+    """The settings given as `key=value`: two, which are options too."""
+    checked = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
+    for name, value in checked.items():
+        if name not in ("max_new_tokens", "temperature") or value is None:
+            raise InputError.of(
+                f"generation setting {name!r}",
+                expected="max_new_tokens or temperature: entropies are those of the whole distribution",
+                got=f"{name}={value!r}",
+                remedy="Leave it out.",
+            )
+        if given(context, name):
+            raise InputError.of(
+                f"generation setting {name!r}",
+                expected="one value",
+                got=f"two, {context.params[name]!r} and {value!r}",
+                remedy="Remove one of them.",
+            )
+    return checked
+
+
+def _check_texts(context: typer.Context, texts: list[Prompt], *, samples: bool) -> None:
+    """Refuse conversations as texts, and options of samples where there are none."""
+    for number, text in enumerate(texts, 1):
+        if text.is_chat or "system" in text.line:
+            raise InputError.of(
+                f"text {number} of --texts",
+                expected='a text under "prompt": texts are read as they are',
+                got="a conversation",
+                remedy="Write the conversation as text, in the form of the model's template.",
+            )
+    check_prompts(texts, chat=False)
+    for name in ("samples", "temperature", "max_new_tokens", "chat", "seed"):
+        if texts and not samples and given(context, name):
+            raise InputError.of(
+                f"--{name.replace('_', '-')}",
+                expected="prompts with it, to draw samples from",
+                got="--texts alone, which are read as they are",
+                remedy="Leave it out: it would change nothing.",
+            )
 
 
 def _check_settings(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,11 +15,29 @@ import typer
 from rich.text import Text
 
 from proxytune.cli import terminal
-from proxytune.cli.answer_file import AnswerFile, settings_of_run
+from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.models import check_members, chosen_device, encode, load, named
-from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
-from proxytune.cli.prompts import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
+from proxytune.cli.models import check_chat, check_members, chosen_device, encode, load, named
+from proxytune.cli.options import (
+    METAVAR,
+    OUTPUT,
+    PROMPTS,
+    Alpha,
+    Antiexpert,
+    Base,
+    Chat,
+    Device,
+    Dtype,
+    Expert,
+    Out,
+    Overwrite,
+    PromptFile,
+    RecipePath,
+    Resume,
+    System,
+)
+from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
+from proxytune.cli.settings import SETTINGS_PANEL, check_settings, merged_settings, resolved, split_arguments
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = ["Completion", "generate"]
 
 _PIPED_BATCH = 8
+_OWN_KEYS = ("completion", "tokens", "finish")
 
 
 @dataclass(frozen=True)
@@ -38,22 +57,24 @@ class Completion:
     """One line of the output.
 
     Attributes:
+        prompt: Its line is what this line begins with.
         completion: The generated text, without special tokens.
         tokens: Number of generated tokens, end-of-text token included.
         finish: `"stop"` at an end-of-text token or stop string, `"length"` at a limit.
     """
 
-    prompt: str
+    prompt: Prompt
     completion: str
     tokens: int
     finish: Literal["stop", "length"]
 
 
 def generate(
+    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROMPT]... [KEY=VALUE]...",
+            metavar=METAVAR,
             help="Prompts, then settings of GenerationConfig, e.g. max_new_tokens=64 do_sample=true temperature=0.7.",
             show_default=False,
         ),
@@ -65,52 +86,62 @@ def generate(
     recipe: RecipePath = None,
     file: PromptFile = None,
     chat: Chat = False,
+    system: System = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts per batch (default: 1 on a terminal, which streams; 8 otherwise)."),
+        typer.Option(
+            min=1,
+            help="Prompts per batch (default: 1 on a terminal, which streams; 8 otherwise).",
+            rich_help_panel=PROMPTS,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed for do_sample=true, and for --latent.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=(1 << 32) - 1,
+            help="Seed for do_sample=true, and for --latent.",
+            rich_help_panel=SETTINGS_PANEL,
+        ),
+    ] = 0,
     speculate: Annotated[
         bool,
         typer.Option(
-            "--speculate", help="Let the expert draft ahead: the same text, faster where the drafts are accepted."
+            "--speculate",
+            help="Let the expert draft ahead: the same text, faster where the drafts are accepted.",
+            rich_help_panel=SETTINGS_PANEL,
         ),
     ] = False,
     latent: Latent = None,
     tau: Tau = None,
     latent_span: LatentSpan = None,
     latent_gates: LatentGatesOption = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON lines to this file, batch by batch.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue a stopped run that wrote to --out; repeat the same call.")
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON lines even on a terminal.", rich_help_panel=OUTPUT)
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines even on a terminal.")] = False,
     device: Device = None,
     dtype: Dtype = "auto",
     save_recipe: Annotated[
-        Path | None, typer.Option(help="Also save the recipe and the tokenizer to this folder.")
+        Path | None,
+        typer.Option(help="Also save the recipe and the tokenizer to this folder.", rich_help_panel=OUTPUT),
     ] = None,
 ) -> None:
     """Complete prompts with base + alpha * (expert - antiexpert).
 
     Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given.
     """
-    if resume and out is None:
-        raise InputError.of("--resume", expected="--out with it", got="none", remedy="Name the file to continue.")
-    prompts, flags = split_arguments(arguments or [])
+    check_out(out, file, resume=resume, overwrite=overwrite)
+    words, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
+    _check_folder(save_recipe)
     terminal.quiet()
-    check_names(flags)  # first: a prompt that was read as a setting leaves nothing but to wait for stdin
-    settings = (arguments or [])[len(prompts) :]
-    prompts += read_prompts(file, prompts_given=bool(prompts), settings=settings)
-    refuse_empty(prompts)
-    if out is not None and file not in (None, "-") and out.exists() and out.samefile(str(file)):
-        raise InputError.of(
-            "--out",
-            expected="another file than that of the prompts",
-            got=f"{out}, which would be overwritten",
-            remedy="Choose another --out.",
-        )
+    # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
+    flags = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
+    prompts = read_prompts(file, words, settings=(arguments or [])[len(words) :], reserved=_OWN_KEYS)
+    chat = check_prompts(prompts, chat=chat, system=system)
     mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
     if speculate and mixture is not None:
         raise InputError.of(
@@ -124,37 +155,42 @@ def generate(
     size = batch_size or (1 if on_terminal and out is None else _PIPED_BATCH)
     said = {"seed": seed, "batch_size": size, "chat": chat, "device": chosen_device(device), "dtype": dtype}
     said |= {"latent": latent, "tau": tau, "latent_span": latent_span, "latent_gates": latent_gates}
-    said |= {"speculate": speculate, "recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
+    said |= {
+        "speculate": speculate,
+        "system": system,
+        "recipe": named(base, expert, antiexpert, alpha, recipe),
+        "generation": flags,
+    }
     # Opened first, so that an error shows before the models are loaded.
-    opened = nullcontext() if out is None else AnswerFile(out, prompts, settings_of_run(**said), resume=resume)
-    with opened as answers:
-        if answers is not None and answers.done:
-            terminal.show_note(
-                f"{answers.done} lines already written" + (", the run is complete" if answers.finished else "")
-            )
-            if answers.finished:
-                return
+    asked = [prompt.line for prompt in prompts]
+    with open_answers(out, asked, said, resume=resume, overwrite=overwrite) as answers:
+        if answers is not None and answers.finished:
+            return
         model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        if chat:
+            check_chat(tokenizer, prompts, system)
         if save_recipe is not None:
             model.save_pretrained(save_recipe)
             tokenizer.save_pretrained(save_recipe)
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
-        config = merged_settings(model.generation_config, flags)
+        config = merged_settings(model.generation_config, flags, model.config.vocab_size)
+        if config.max_new_tokens is None and config.max_length is None:
+            terminal.show_note("max_new_tokens is not set: answers end after 20 tokens, transformers' default.")
         loop = partial(_loop, config, sampler, seed, speculate)
         per_prompt = config.num_return_sequences or 1
         if answers is not None:
-            answers.begin(_resolved(config), per_prompt)
+            answers.begin(resolved(config), per_prompt)
         # A streamer takes a single sequence that only grows.
         several = any(n not in (None, 1) for n in (config.num_beams, config.num_return_sequences))
         stream = on_terminal and size == 1 and not several
         done = 0 if answers is None else answers.done
-        complete = partial(_complete, model, tokenizer, config, loop, seed, chat=chat, stream=stream)
+        complete = partial(_complete, model, tokenizer, config, loop, seed, chat=chat, system=system, stream=stream)
         # Streamed text shows by itself how far it is.
         with nullcontext() if stream else terminal.Bar("prompts") as bar:
             # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
             for first in range(done // (size * per_prompt) * size, len(prompts), size):
                 if bar is None:
-                    terminal.output().print(_shown(prompts[first], ""), end="", soft_wrap=True)
+                    terminal.output().print(_shown(prompts[first].text, ""), end="", soft_wrap=True)
                 else:
                     bar.show("completing", first, len(prompts))
                 completions = complete(first, prompts[first : first + size])
@@ -166,16 +202,29 @@ def generate(
                 bar.pause()
                 for completion in completions:
                     if on_terminal:
-                        terminal.output().print(_shown(completion.prompt, completion.completion), soft_wrap=True)
+                        terminal.output().print(_shown(completion.prompt.text, completion.completion), soft_wrap=True)
                     elif answers is None:
                         sys.stdout.write(_line(completion) + "\n")
                         sys.stdout.flush()
                 bar.go_on()
 
 
-def _resolved(config: GenerationConfig) -> Mapping[str, Any]:
-    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
-    return {name: value for name, value in settings.items() if name != "transformers_version"}
+def _check_folder(save_recipe: Path | None) -> None:
+    """Refuse a folder to save to that is a file, or a model's: its files would be mixed with the recipe's."""
+    if save_recipe is None:
+        return
+    got = None
+    if save_recipe.exists() and not save_recipe.is_dir():
+        got = "a file"
+    elif (save_recipe / "config.json").exists() and not (save_recipe / "proxytune_config.json").exists():
+        got = "the folder of a model"
+    if got is not None:
+        raise InputError.of(
+            "--save-recipe",
+            expected="a new folder, or that of a recipe",
+            got=f"{save_recipe}, {got}",
+            remedy="Choose another folder.",
+        )
 
 
 def _complete(
@@ -185,9 +234,10 @@ def _complete(
     loop: Callable[[Sequence[int]], Any],
     seed: int,
     first: int,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     *,
     chat: bool,
+    system: str | None,
     stream: bool,
 ) -> list[Completion]:
     """Complete one batch, which starts at prompt number `first`."""
@@ -197,7 +247,7 @@ def _complete(
 
     # Loops without keyed draws also must not depend on the batches before.
     set_seed(key_of("proxytune generate", "", seed, first) % (1 << 32))
-    batch = encode(tokenizer, prompts, chat).to(model.base.device)
+    batch = encode(tokenizer, prompts, chat, system).to(model.base.device)
     streamer = _streamer(tokenizer) if stream else None
     each = max(config.num_beams or 1, config.num_return_sequences or 1)
     # The tokenizer is for stop strings.
@@ -276,4 +326,5 @@ def _until_end(row: list[int], ends: set[int], pad: int | None) -> tuple[list[in
 
 
 def _line(completion: Completion) -> str:
-    return json.dumps(asdict(completion), ensure_ascii=False)
+    own = {key: getattr(completion, key) for key in _OWN_KEYS}
+    return json.dumps({**completion.prompt.line, **own}, ensure_ascii=False)

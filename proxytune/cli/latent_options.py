@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from proxytune.cli.prompts import parse_value
+from proxytune.cli.settings import parse_value
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Latent", "LatentGatesOption", "LatentSpan", "SamplerOf", "Tau", "mixture_of", "sampler_of"]
 
+_PANEL = "Latent steps"
 Latent = Annotated[
     str | None,
     typer.Option(
@@ -26,15 +27,20 @@ Latent = Annotated[
         help="Feed back a mixture of embeddings instead of each token: onehot, mean, moi, gumbel, dirichlet, "
         "multiplex or gaussian; with settings e.g. dirichlet:alpha=2,candidates=20.",
         show_default=False,
+        rich_help_panel=_PANEL,
     ),
 ]
-Tau = Annotated[float | None, typer.Option(help="Temperature of --latent gumbel (default: 0.25).", show_default=False)]
+Tau = Annotated[
+    float | None,
+    typer.Option(help="Temperature of --latent gumbel (default: 0.25).", show_default=False, rich_help_panel=_PANEL),
+]
 LatentSpan = Annotated[
     str | None,
     typer.Option(
         metavar="BEGIN…END",
         help='Only between these two tokens, e.g. "<think>…</think>" (default: everywhere).',
         show_default=False,
+        rich_help_panel=_PANEL,
     ),
 ]
 LatentGatesOption = Annotated[
@@ -44,6 +50,7 @@ LatentGatesOption = Annotated[
         help="Further gates on latent steps, e.g. min_entropy=0.3,max_run=64,cold_steps=128; dwell=2/8 for blocks of "
         "at least 2 latent and 8 discrete steps, dwell=4 for 4 of both.",
         show_default=False,
+        rich_help_panel=_PANEL,
     ),
 ]
 SamplerOf = Callable[[Sequence[int]], "LatentDecoding | None"]

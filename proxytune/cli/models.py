@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.cli import terminal
+from proxytune.cli.prompts import Prompt
 from proxytune.errors import InputError, MemberNotFoundError
 
 if TYPE_CHECKING:
@@ -15,7 +16,17 @@ if TYPE_CHECKING:
     from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import MemberRef
 
-__all__ = ["DTYPES", "check_device", "check_members", "chosen_device", "encode", "load", "load_tokenizer", "named"]
+__all__ = [
+    "DTYPES",
+    "check_chat",
+    "check_device",
+    "check_members",
+    "chosen_device",
+    "encode",
+    "load",
+    "load_tokenizer",
+    "named",
+]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -114,7 +125,7 @@ def _borrow_template(tokenizer: PreTrainedTokenizerBase, lenders: Sequence[tuple
 
 def _refuse_missing_tokens(tokenizer: PreTrainedTokenizerBase, lender: PreTrainedTokenizerBase, role: str) -> None:
     """Refuse a template that writes special tokens which the other tokenizer would take apart."""
-    rendered = str(lender.apply_chat_template(_turn("x"), tokenize=False, add_generation_prompt=True))
+    rendered = _written(lender, [{"role": "user", "content": "x"}])
     missing = [
         token
         for token, number in sorted(lender.get_added_vocab().items())
@@ -188,29 +199,56 @@ def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], chat: bool) -> Any:
-    """Tokenize a batch, padded on the left; with `chat`, each prompt as a user turn of the chat template."""
-    if chat:
-        if tokenizer.chat_template is None:
+def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system: str | None) -> None:
+    """Refuse prompts that the chat template cannot write, or of which it leaves out a system or user turn.
+
+    Raises:
+        InputError: If there is no template, it fails, or what it writes has not all of these turns in it.
+    """
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise InputError.of(
+            "--chat",
+            expected="a tokenizer with a chat template",
+            got=f"a {type(tokenizer).__name__} without one",
+            remedy="No member has one. Save that which the expert was tuned with beside the expert (set "
+            "tokenizer.chat_template, then tokenizer.save_pretrained(folder)), or write the prompts in its form "
+            "and leave --chat away.",
+        )
+    for number, prompt in enumerate(prompts, 1):
+        turns = prompt.turns(system)
+        roles = ", ".join(turn["role"] for turn in turns)
+        try:
+            written = _written(tokenizer, turns)
+        except (TemplateError, TypeError, ValueError) as error:
             raise InputError.of(
-                "--chat",
-                expected="a tokenizer with a chat template",
-                got=f"a {type(tokenizer).__name__} without one",
-                remedy="No member has one. Save that which the expert was tuned with beside the expert (set "
-                "tokenizer.chat_template, then tokenizer.save_pretrained(folder)), or write the prompts in its form "
-                "and leave --chat away.",
-            )
+                f"prompt {number}",
+                expected="turns that the chat template takes",
+                got=roles,
+                remedy=f"It says: {str(error).rstrip('.')}. Change the turns, or use another template.",
+            ) from error
+        for turn in turns:
+            if turn["role"] in ("system", "user") and turn["content"].strip() not in written:
+                raise InputError.of(
+                    f"prompt {number}",
+                    expected="a chat template that writes all turns",
+                    got=f"one that leaves out or changes that of the {turn['role']}, {turn['content'][:60]!r}",
+                    remedy="Put the text into a turn that it writes, or use another template.",
+                )
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None = None) -> Any:
+    """Tokenize a batch, padded on the left; with `chat`, each prompt as the turns of the chat template."""
+    if chat:
         # The template has written the special tokens already.
-        rendered = [
-            tokenizer.apply_chat_template(_turn(prompt), tokenize=False, add_generation_prompt=True)
-            for prompt in prompts
-        ]
+        rendered = [_written(tokenizer, prompt.turns(system)) for prompt in prompts]
         batch = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
     else:
-        batch = tokenizer(list(prompts), return_tensors="pt", padding=True)
+        batch = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
     return batch
 
 
-def _turn(prompt: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": prompt}]
+def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]) -> str:
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))

@@ -1,135 +1,104 @@
-"""Prompts from arguments, files or stdin, and `key=value` generation settings."""
+"""Prompts from arguments, files or stdin: text, or JSON lines with a prompt or a conversation.
+
+A line of JSON lines is an object with one of
+
+- `"prompt"`: a text;
+- `"messages"`: a conversation, `[{"role": "user", "content": "…"}, …]`, whose last turn is the user's. It is always
+  written in the chat template;
+
+and, if it likes, `"system"`, a system prompt of its own, and other keys, such as `"id"`, which are repeated in the
+output. Keys that the output has itself, misspelt ones and settings are refused.
+"""
 
 from __future__ import annotations
 
-import copy
+import codecs
 import difflib
 import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NoReturn
 
 from proxytune.cli import terminal
+from proxytune.cli.settings import ELSEWHERE, SETTINGS, PlainText
 from proxytune.errors import InputError
 
-if TYPE_CHECKING:
-    from transformers import GenerationConfig
+__all__ = ["Prompt", "check_prompts", "read_prompts"]
 
-__all__ = ["check_names", "merged_settings", "parse_value", "read_prompts", "refuse_empty", "split_arguments"]
+_KEYS = ("prompt", "messages", "system")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_JSON_LINES = (".jsonl", ".ndjson")
+# Read line by line, their prompts would be wrong without a word.
+_OTHER_FORMS = (".json", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".parquet", ".arrow", ".xlsx", ".docx", ".pdf", ".gz")
+_OTHER_NAMES = {
+    "messages": ("conversation", "conversations", "dialog", "dialogue", "chat"),
+    "system": ("system_prompt", "system_message"),
+}
+_OTHER_PROMPTS = ("text", "question", "instruction", "input", "query", "content", "problem")
+_SETTINGS = (*SETTINGS, "alpha", "seed", "max_tokens", "tools")
+_DASH = re.compile(r"[–—−]{1,2}[a-z][a-z-]*")
 
-_FLAG = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
-_BARE_FRACTION = re.compile(r"[+-]?\.\d+")
-_WORDS = {"true": True, "false": False, "none": None}
-_READ_AS_SETTING = "Arguments of the form key=value at the end are read as settings."
-_ELSEWHERE = "Pass a prompt of this form with --file or on stdin."
-_NOT_SETTABLE = ("transformers_version",)
-# Without effect unless sampling.
-_OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
 
-def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Separate prompts from the `key=value` settings after them; a setting given twice is refused.
-
-    Only the last arguments can be settings. A prompt that looks like one is safe before another prompt; on its own it
-    has to come from a file or stdin.
+    Attributes:
+        line: What its line says, or just `{"prompt": …}`: what the output repeats.
     """
-    end = len(arguments)
-    while end and _FLAG.fullmatch(arguments[end - 1]):
-        end -= 1
-    flags: dict[str, Any] = {}
-    for argument in arguments[end:]:
-        key, _, value = argument.partition("=")
-        if key in flags:
-            raise InputError.of(
-                f"generation setting {key!r}",
-                expected="one value",
-                got=f"two, {flags[key]!r} and {parse_value(value)!r}",
-                remedy="Remove one of them.",
-            )
-        flags[key] = parse_value(value)
-    return list(arguments[:end]), flags
 
+    line: Mapping[str, Any]
 
-def parse_value(text: str) -> Any:
-    """The value of a setting: JSON, or Python's True, False and None, or else the text itself."""
-    if text.lower() in _WORDS:
-        return _WORDS[text.lower()]
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        # JSON requires a digit before the point.
-        return float(text) if _BARE_FRACTION.fullmatch(text) else text
+    @property
+    def is_chat(self) -> bool:
+        """Whether it is a conversation, which has no form without a chat template."""
+        return "messages" in self.line
 
+    @property
+    def text(self) -> str:
+        """The prompt, or the last turn of its conversation."""
+        return str(self.line["messages"][-1]["content"] if self.is_chat else self.line["prompt"])
 
-def check_names(flags: Mapping[str, Any]) -> None:
-    """Refuse names that are not fields of `GenerationConfig`, before any model is loaded."""
-    from transformers import GenerationConfig
-
-    known = sorted(name for name in GenerationConfig().to_dict() if name[0] != "_" and name not in _NOT_SETTABLE)
-    for name in flags:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-            as_prompt = f"{_READ_AS_SETTING} {_ELSEWHERE}"
-            prose = isinstance(flags[name], str) and " " in flags[name]
-            raise InputError.of(
-                f"generation setting {name!r}",
-                expected="a field of transformers' GenerationConfig",
-                got=f"{name}={flags[name]}" if prose else f"{name}={flags[name]!r}",
-                remedy=as_prompt if prose or not near else f"Did you mean {', '.join(near)}?",
-            )
-
-
-def merged_settings(defaults: GenerationConfig, flags: Mapping[str, Any]) -> GenerationConfig:
-    """The model's own settings, overridden by those of the command line; `defaults` is not changed.
-
-    Raises:
-        InputError: If `GenerationConfig` refuses a value, or a sampling setting is given without sampling.
-    """
-    merged = copy.deepcopy(defaults)
-    given = ", ".join(f"{name}={value!r}" for name, value in flags.items())
-    try:
-        merged.update(**flags)
-        merged.validate()
-    except (ValueError, TypeError) as error:
-        raise InputError.of(
-            "generation settings",
-            expected="values that GenerationConfig accepts",
-            got=given,
-            remedy=f"transformers says: {error}",
-        ) from error
-    idle = [name for name in _OF_SAMPLING if flags.get(name) is not None]
-    if idle and not merged.do_sample:
-        raise InputError.of(
-            "generation settings",
-            expected="do_sample=true with settings of sampling",
-            got=given,
-            remedy=f"Greedy decoding would ignore {', '.join(idle)}. Add do_sample=true, or remove them.",
-        )
-    return merged
+    def turns(self, system: str | None) -> list[dict[str, Any]]:
+        """The prompt as a conversation, with the line's own system prompt, else the one given."""
+        turns = list(self.line["messages"]) if self.is_chat else [{"role": "user", "content": self.line["prompt"]}]
+        system = self.line.get("system", system)
+        if system is not None and turns[0]["role"] != "system":
+            turns.insert(0, {"role": "system", "content": system})
+        return turns
 
 
 def read_prompts(
-    file: str | None, *, prompts_given: bool, settings: Sequence[str] = (), option: str = "--file"
-) -> list[str]:
-    """Read prompts, one per line, from a file; `-` is stdin, and so is None if no prompt was given.
+    file: str | None,
+    given: Sequence[str] = (),
+    *,
+    settings: Sequence[str] = (),
+    option: str = "--file",
+    reserved: Sequence[str] = (),
+) -> list[Prompt]:
+    """The prompts given as arguments, and those of a file; `-` is stdin, and so is None if no prompt was given.
 
     Args:
         file: The file.
-        prompts_given: Whether prompts were given as arguments.
+        given: The prompts that were given as arguments.
         settings: The arguments that were read as settings, for the message where there is no prompt.
         option: The option that named the file.
+        reserved: The keys of the output, which a line must not have.
 
     Raises:
-        InputError: If there is no prompt at all, the file cannot be read or is not UTF-8, or a line of a `.jsonl` file
-            is not an object with a `"prompt"`.
+        InputError: If there is no prompt at all, the file cannot be read or is not UTF-8, or a line of JSON lines is
+            not of the form that the module describes.
     """
+    _look_at(given)
+    prompts = [Prompt({"prompt": str(prompt)}) for prompt in given]
     taken = f", and {', '.join(map(repr, settings))} read as settings" if settings and file is None else ""
-    elsewhere = f" {_ELSEWHERE}" if taken else ""
+    elsewhere = f" {ELSEWHERE}" if taken else ""
     if file is None:
-        if prompts_given:
-            return []
+        if given:
+            return prompts
         if terminal.is_terminal(sys.stdin):
             raise InputError.of(
                 "prompts",
@@ -139,22 +108,7 @@ def read_prompts(
             )
         file = "-"
     name = "stdin" if file == "-" else file
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError.of(
-            f"prompts from {name}",
-            expected="text in UTF-8",
-            got=f"byte {error.object[error.start]:#04x} at offset {error.start}",
-            remedy="Convert it, e.g. with iconv.",
-        ) from error
-    except OSError as error:
-        raise InputError.of(
-            option,
-            expected="a file of prompts that can be read",
-            got=f"{file}: {(error.strerror or str(error)).lower()}",
-            remedy="Correct the path, or its permissions.",
-        ) from error
+    text = _text_of(file, name, option)
     if not text:
         raise InputError.of(
             f"prompts from {name}",
@@ -163,29 +117,199 @@ def read_prompts(
             remedy=f"Write one prompt per line.{elsewhere}",
         )
     lines = text.removesuffix("\n").split("\n")  # splitlines() would also break at U+2028 and others
-    as_json = file.endswith(".jsonl")
-    return [_prompt_of_line(line, f"{name}, line {number}", as_json) for number, line in enumerate(lines, 1)]
-
-
-def refuse_empty(prompts: Sequence[str]) -> None:
-    """Refuse empty or blank prompts, of which most tokenizers make no token."""
-    for number, prompt in enumerate(prompts, 1):
-        if not prompt.strip():
-            raise InputError.of(
-                f"prompt {number}", expected="some text", got=repr(prompt), remedy="Remove it, or give it some text."
-            )
-
-
-def _prompt_of_line(line: str, where: str, as_json: bool) -> str:
+    as_json = Path(file).suffix.lower() in _JSON_LINES
+    if not as_json and _looks_like_json(lines[0]):
+        terminal.show_note(f'{name} holds JSON lines: the "prompt" or "messages" of each line is read.')
+        as_json = True
     if not as_json:
-        return line
+        return prompts + [Prompt({"prompt": line}) for line in lines]
+    return prompts + [_prompt_of(line, f"{name}, line {number}", reserved) for number, line in enumerate(lines, 1)]
+
+
+def check_prompts(prompts: Sequence[Prompt], *, chat: bool, system: str | None = None) -> bool:
+    """Refuse prompts that are empty, and system prompts without a chat template. Returns whether that is needed.
+
+    Raises:
+        InputError: If a prompt is empty or blank, of which most tokenizers make no token, or is not text; if a system
+            prompt is given twice, or without `chat`; if some prompts only are conversations, without `chat`.
+    """
+    for number, prompt in enumerate(prompts, 1):
+        own = prompt.line.get("system", system)
+        first = prompt.turns(None)[0]
+        if not prompt.text.strip():
+            _refuse(number, "some text", repr(prompt.text), "Remove it, or give it some text.")
+        if re.search("[\ud800-\udfff]", json.dumps(prompt.line, ensure_ascii=False)):
+            remedy = "Write it in UTF-8; in JSON, the two \\u… of such a character stand together."
+            _refuse(number, "text", f"{prompt.text!r}, with half of a character", remedy)
+        if prompt.is_chat != prompts[0].is_chat and not chat:
+            kinds = "a prompt" if prompts[0].is_chat else "a conversation"
+            remedy = "Pass --chat, which makes each prompt a user turn; or run the two kinds apart."
+            _refuse(number, "lines of one kind", f"{kinds}, unlike prompt 1", remedy)
+        if own is not None and not (chat or prompt.is_chat):
+            remedy = "Add --chat, or write the text before the prompt."
+            _refuse(number, "--chat with a system prompt, a turn of the chat template", f"{own!r} without it", remedy)
+        if system is not None and first["role"] == "system":
+            _refuse(number, "one system prompt", f"--system {system!r} and {first!r}", "Remove one of them.")
+    return chat or any(prompt.is_chat for prompt in prompts)
+
+
+def _refuse(number: int, expected: str, got: str, remedy: str) -> NoReturn:
+    raise InputError.of(f"prompt {number}", expected=expected, got=got, remedy=remedy)
+
+
+def _look_at(given: Sequence[str]) -> None:
+    """Refuse an option with a typographic dash, and note what is likely to be no prompt."""
+    for prompt in given:
+        if isinstance(prompt, PlainText):
+            continue
+        if _DASH.fullmatch(prompt):
+            raise InputError.of(
+                f"option {prompt!r}",
+                expected="two hyphens, --",
+                got=f"U+{ord(prompt[0]):04X}, a dash, so that it would be a prompt",
+                remedy=f"Type the hyphens. {ELSEWHERE}",
+            )
+        word = re.split(r"[:=]", prompt, maxsplit=1)[0].replace("-", "_")
+        if word in (*SETTINGS, "alpha", "seed"):
+            option = f"--{word.replace('_', '-')}"
+            terminal.show_note(f"{prompt!r} is taken as a prompt; for the setting, pass {option} VALUE.")
+        elif "\n" not in prompt and len(prompt) < 256 and Path(prompt).is_file():
+            terminal.show_note(f"{prompt!r} is taken as a prompt; for the prompts in that file, pass --file {prompt}.")
+
+
+def _text_of(file: str, name: str, option: str) -> str:
+    """The whole text of a file, or of stdin."""
+    if Path(file).suffix.lower() in _OTHER_FORMS:
+        raise InputError.of(
+            option,
+            expected="a file of lines: text with a prompt each, or .jsonl, JSON lines",
+            got=file,
+            remedy='Write a line {"prompt": "…"} for each prompt into a file that ends in .jsonl.',
+        )
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        content = error.object
+        line = content.count(b"\n", 0, error.start) + 1
+        wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        source = "UTF-16" if wide else "ISO-8859-1"
+        raise InputError.of(
+            f"prompts from {name}",
+            expected="text in UTF-8",
+            got=f"byte {content[error.start]:#04x} at offset {error.start}, in line {line}",
+            remedy=f"Convert it, e.g. with iconv -f {source} -t UTF-8"
+            + ("." if file == "-" else f" {file} > {Path(file).stem}.utf8{Path(file).suffix}"),
+        ) from error
+    except OSError as error:
+        raise InputError.of(
+            option,
+            expected="a file of prompts that can be read",
+            got=f"{file}: {(error.strerror or str(error)).lower()}",
+            remedy="Correct the path, or its permissions.",
+        ) from error
+    return text.removeprefix("\ufeff")  # which some editors put before UTF-8
+
+
+def _looks_like_json(line: str) -> bool:
     try:
         found = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError.of(where, expected="a JSON object", got=str(error), remedy="Correct the line.") from None
-    prompt = found.get("prompt") if isinstance(found, dict) else None
-    if not isinstance(prompt, str):
-        raise InputError.of(
-            where, expected='an object with a string under "prompt"', got=line[:80], remedy="Correct the line."
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and not {"prompt", "messages"}.isdisjoint(found)
+
+
+# --- JSON lines -------------------------------------------------------------------------------------------------------
+
+
+def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
+    def refuse(expected: str, got: str, remedy: str) -> InputError:
+        error = InputError.of(where, expected=expected, got=got, remedy=remedy)
+        assert isinstance(error, InputError)
+        return error
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise refuse("each key once", f"{twice!r} twice", "Remove one of them.")
+        return dict(pairs)
+
+    def number(word: str) -> None:
+        raise refuse("JSON", f"{word}, which is no number there", "Write null, or a text.")
+
+    try:
+        found = json.loads(line, object_pairs_hook=once, parse_constant=number)
+    except (json.JSONDecodeError, RecursionError) as error:
+        got = _cut(line) if line.strip() else "an empty line"
+        what = error.msg if isinstance(error, json.JSONDecodeError) else "too deep"
+        raise refuse("a JSON object", f"{got} ({what})", "Correct the line, or remove it.") from None
+    if not isinstance(found, dict):
+        raise refuse('an object with a string under "prompt"', _cut(line), 'Write {"prompt": "…"}.')
+    for key in found:
+        near = next((known for known in _KEYS if _means(key, known)), None)
+        if near is not None:
+            raise refuse(f'the key "{near}"', f'"{key}"', f'Rename it to "{near}"; to carry it along, to another name.')
+        if key in reserved:
+            raise refuse(
+                f'no "{key}", which is a key of the output',
+                _cut(line),
+                f'Rename it, e.g. to "own_{key}"; other keys are repeated in the output.',
+            )
+        if key in _SETTINGS:
+            raise refuse(
+                "settings that hold for all prompts",
+                f'"{key}" in one line',
+                f'Pass it as an option; to carry it along, rename it, e.g. to "own_{key}".',
+            )
+    if ("prompt" in found) == ("messages" in found):
+        other = next((f'"{name}"' for name in _OTHER_PROMPTS if name in found), "the text's key")
+        if "prompt" in found:
+            raise refuse('"prompt" or "messages"', "both", "Remove one of them.")
+        raise refuse(
+            'an object with a string under "prompt", or with "messages"',
+            _cut(line),
+            f'Rename {other} to "prompt".',
         )
-    return prompt
+    for key in ("prompt", "system"):
+        if key in found and not isinstance(found[key], str):
+            chat = ' A conversation stands under "messages".' if isinstance(found[key], list) else ""
+            raise refuse(f'a string under "{key}"', _cut(json.dumps(found[key])), f"Correct the line.{chat}")
+    if "messages" in found:
+        _check_messages(found["messages"], refuse)
+        if "system" in found and found["messages"][0]["role"] == "system":
+            raise refuse("one system prompt", 'a "system" and a system turn', "Remove one of them.")
+    return Prompt(found)
+
+
+def _check_messages(messages: Any, refuse: Any) -> None:
+    form = '[{"role": "user", "content": "…"}]'
+    if not isinstance(messages, list) or not messages:
+        raise refuse(f'turns under "messages", {form}', _cut(json.dumps(messages)), "Correct the line.")
+    for turn in messages:
+        role, content = (turn.get(key) for key in ("role", "content")) if isinstance(turn, dict) else (None, None)
+        if role not in _ROLES or not isinstance(content, str):
+            sharegpt = (
+                ' ("from" is "role" here, "value" is "content".)' if isinstance(turn, dict) and "from" in turn else ""
+            )
+            raise refuse(
+                f"turns of the form {form}, with the roles {', '.join(_ROLES)}",
+                _cut(json.dumps(turn, ensure_ascii=False)),
+                f"Correct the turn.{sharegpt}",
+            )
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise refuse(
+            "a conversation that ends with the user's turn",
+            f"one that ends with {_cut(json.dumps(messages[-1], ensure_ascii=False))}",
+            "Remove that turn: the answer is what the model writes.",
+        )
+
+
+def _means(key: str, known: str) -> bool:
+    """Whether a key is likely to be a misspelt one, or another name of it."""
+    if key == known:
+        return False
+    lower = key.lower()
+    return lower in _OTHER_NAMES.get(known, ()) or bool(difflib.get_close_matches(lower, [known], n=1, cutoff=0.82))
+
+
+def _cut(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

@@ -9,22 +9,48 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.models import check_members, load
-from proxytune.cli.options import Alpha, Antiexpert, Base, Chat, Device, Dtype, Expert, PromptFile, RecipePath
-from proxytune.cli.prompts import check_names, merged_settings, read_prompts, refuse_empty, split_arguments
+from proxytune.cli.answer_file import check_out, open_answers
+from proxytune.cli.models import check_chat, check_members, chosen_device, load, named
+from proxytune.cli.options import (
+    METAVAR,
+    OUTPUT,
+    PROMPTS,
+    Alpha,
+    Antiexpert,
+    Base,
+    Chat,
+    Device,
+    Dtype,
+    Expert,
+    Out,
+    Overwrite,
+    PromptFile,
+    RecipePath,
+    Resume,
+    System,
+    given,
+)
+from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
 from proxytune.cli.sample_run import Result, SampleProgress, SampleRun, Vote, extractor
+from proxytune.cli.settings import SETTINGS_PANEL, check_settings, merged_settings, resolved, split_arguments
 from proxytune.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import Recipe
 
 __all__ = ["sample"]
 
-
 _MAX_NEW_TOKENS = 256
 _FAILED = 1
+_TEXTS, _VOTE = "Samples", "Vote"
+# The keys of a line of the output, besides those of its prompt.
+_OWN_KEYS = (
+    *("answer", "share", "vote", "shares", "note", "budget", "spent", "prompt_tokens", "planned", "ran", "cut"),
+    *("leaves", "error"),
+)
 
 
 def sample(
@@ -32,7 +58,7 @@ def sample(
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[PROMPT]... [KEY=VALUE]...",
+            metavar=METAVAR,
             help="Prompts, then settings of GenerationConfig, e.g. max_new_tokens=64 temperature=0.7.",
             show_default=False,
         ),
@@ -44,38 +70,71 @@ def sample(
     recipe: RecipePath = None,
     file: PromptFile = None,
     chat: Chat = False,
+    system: System = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.", rich_help_panel=PROMPTS)] = 4,
     forks: Annotated[
-        bool, typer.Option("--forks/--no-forks", help="A tree that branches at forks, or independent samples.")
+        bool,
+        typer.Option(
+            "--forks/--no-forks",
+            help="A tree that branches at forks, or independent samples.",
+            rich_help_panel=_TEXTS,
+        ),
     ] = True,
-    branches: Annotated[int, typer.Option(min=1, help="Most leaves of a tree, or number of samples.")] = 8,
-    children: Annotated[int, typer.Option(min=2, help="Most children of a fork.")] = 2,
-    min_gap: Annotated[int, typer.Option(min=1, help="Least distance between two forks, in tokens.")] = 1,
-    where: Annotated[Literal["forks", "random", "start"], typer.Option(help="Where a tree forks.")] = "forks",
+    branches: Annotated[
+        int, typer.Option(min=1, help="Most leaves of a tree, or number of samples.", rich_help_panel=_TEXTS)
+    ] = 8,
+    children: Annotated[int, typer.Option(min=2, help="Most children of a fork.", rich_help_panel=_TEXTS)] = 2,
+    min_gap: Annotated[
+        int, typer.Option(min=1, help="Least distance between two forks, in tokens.", rich_help_panel=_TEXTS)
+    ] = 1,
+    where: Annotated[
+        Literal["forks", "random", "start"], typer.Option(help="Where a tree forks.", rich_help_panel=_TEXTS)
+    ] = "forks",
     threshold: Annotated[
-        float | None, typer.Option(help="Entropy of a fork, in nats (default: the recipe's, see calibrate).")
+        float | None,
+        typer.Option(help="Entropy of a fork, in nats (default: the recipe's, see calibrate).", rich_help_panel=_TEXTS),
     ] = None,
     repulsion: Annotated[
-        float, typer.Option(help="With --no-forks: nats taken off a token at a fork for each sample that chose it.")
+        float,
+        typer.Option(
+            help="With --no-forks: nats taken off a token at a fork for each sample that chose it.",
+            rich_help_panel=_TEXTS,
+        ),
     ] = 0.0,
     ngram: Annotated[
-        int | None, typer.Option(min=2, help="With --no-forks: samples repel each other's n-grams at forks too.")
+        int | None,
+        typer.Option(
+            min=2, help="With --no-forks: samples repel each other's n-grams at forks too.", rich_help_panel=_TEXTS
+        ),
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(min=1, help="Most tokens per prompt, its own included (default: no limit).")
+        int | None,
+        typer.Option(
+            min=1, help="Most tokens per prompt, its own included (default: no limit).", rich_help_panel=_TEXTS
+        ),
     ] = None,
     vote: Annotated[
-        Vote, typer.Option(help="How leaves count: equally, by weight, or by weight and confidence.")
+        Vote,
+        typer.Option(help="How leaves count: equally, by weight, or by weight and confidence.", rich_help_panel=_VOTE),
     ] = "weighted",
-    eta: Annotated[float, typer.Option(help="deepconf: share of leaves that vote, in percent.")] = 90.0,
+    eta: Annotated[
+        float, typer.Option(help="deepconf: share of leaves that vote, in percent.", rich_help_panel=_VOTE)
+    ] = 90.0,
     answer: Annotated[
         str | None,
         typer.Option(
-            metavar="REGEX", help='The answer: last match, group 1 (default: "The answer is …", else the last number).'
+            metavar="REGEX",
+            help='The answer: last match, group 1 (default: "The answer is …", else the last number).',
+            rich_help_panel=_VOTE,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.")] = 4,
-    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="JSON lines instead of text.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of all draws.", rich_help_panel=SETTINGS_PANEL)] = 0,
+    out: Out = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="JSON lines instead of text.", rich_help_panel=OUTPUT)
+    ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
@@ -86,16 +145,17 @@ def sample(
     is above the threshold, which their weights correct for too. A text that was cut off has an answer only if it
     finished it. If the budget has no room for a prompt, that is reported, and the exit code is 1.
     """
-    prompts, flags = split_arguments(arguments or [])
+    check_out(out, file, resume=resume, overwrite=overwrite)
+    words, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe)
     extract = extractor(answer)
     if not 0 < eta <= 100:
         raise InputError.of("--eta", expected="a percentage in (0, 100]", got=f"{eta:g}", remedy="Pass e.g. 90.")
     terminal.quiet()
-    check_names(flags)  # first: a prompt that was read as a setting leaves nothing but to wait for stdin
-    settings = (arguments or [])[len(prompts) :]
-    prompts += read_prompts(file, prompts_given=bool(prompts), settings=settings)
-    refuse_empty(prompts)
+    # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
+    flags = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
+    prompts = read_prompts(file, words, settings=(arguments or [])[len(words) :], reserved=_OWN_KEYS)
+    chat = check_prompts(prompts, chat=chat, system=system)
 
     from proxytune.methods.trees.fork_decoding import ForkDecoding
     from proxytune.methods.trees.loop import TreeLoop
@@ -128,22 +188,53 @@ def sample(
             max_total_tokens=budget,
             seed=seed,
         )
-    model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
-    config = _settings(model.generation_config, flags, forks=forks)
-
-    failed = False
-    most = branches * int(config.max_new_tokens or config.max_length) if budget is None else budget
-    with SampleProgress(budget, len(prompts), most) as meter:
-        run = SampleRun(model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter)
-        for first in range(0, len(prompts), batch_size):
-            batch = prompts[first : first + batch_size]
-            for prompt, result in zip(batch, run(batch, first, chat), strict=True):
-                failed |= isinstance(result, BudgetError)
+    said: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "chat": chat, "system": system}
+    said["device"] = chosen_device(device)
+    said |= {"dtype": dtype, "recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
+    said |= {"forks": forks, "branches": branches, "children": children, "min_gap": min_gap, "where": where}
+    said |= {"threshold": getattr(nats, "nats", nats), "repulsion": repulsion, "ngram": ngram, "budget": budget}
+    said |= {"vote": vote, "eta": eta, "answer": answer}
+    if budget is not None:
+        said["prompts"] = len(prompts)  # further rounds draw from the noise streams behind those of all prompts
+    # Opened first, so that an error shows before the models are loaded.
+    asked = [prompt.line for prompt in prompts]
+    with open_answers(out, asked, said, resume=resume, overwrite=overwrite) as answers:
+        if answers is not None and answers.finished:
+            _exit(answers.failed)
+        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        if chat:
+            check_chat(tokenizer, prompts, system)
+        config = _settings(model, flags, forks=forks)
+        if answers is not None:
+            answers.begin(resolved(config), 1)
+        done, failed = (0, False) if answers is None else (answers.done, answers.failed)
+        most = branches * int(config.max_new_tokens or config.max_length) if budget is None else budget
+        with SampleProgress(budget, len(prompts), most) as meter:
+            run = SampleRun(model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter, chat, system)
+            # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
+            for first in range(done // batch_size * batch_size, len(prompts), batch_size):
+                batch = prompts[first : first + batch_size]
+                results = list(zip(batch, run(batch, first), strict=True))[max(0, done - first) :]  # not yet written
                 meter.pause()
-                _show(prompt, result, budget, vote, as_json=as_json)
-                if not isinstance(result, BudgetError) and result.shortage:
-                    terminal.show_note(result.shortage)
+                lines = []
+                for prompt, result in results:
+                    failed |= isinstance(result, BudgetError)
+                    lines.append(_line(prompt, result, budget, vote))
+                    if isinstance(result, BudgetError):
+                        terminal.show_error(str(result))
+                    if answers is None and as_json:
+                        typer.echo(lines[-1])
+                    elif answers is None and isinstance(result, Result):
+                        _show(result, budget, vote)
+                    if isinstance(result, Result) and result.shortage:
+                        terminal.show_note(result.shortage)
+                if answers is not None:
+                    answers.append(lines)
                 meter.go_on()
+    _exit(failed)
+
+
+def _exit(failed: bool) -> None:
     if failed:
         raise typer.Exit(_FAILED)
 
@@ -154,8 +245,7 @@ def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool)
     if not forks and not repels:
         unused["where"] = "--forks, or samples that repel each other"
     for name, needed in unused.items():
-        source = context.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
+        if given(context, name):
             raise InputError.of(
                 f"--{name.replace('_', '-')}",
                 expected=f"{needed} with it",
@@ -166,23 +256,23 @@ def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool)
 
 def _refuse_repulsion(repulsion: float, ngram: int | None) -> None:
     """Refuse repulsion between the branches of a tree."""
-    for name, given in (("--repulsion", repulsion or None), ("--ngram", ngram)):
-        if given is not None:
+    for name, value in (("--repulsion", repulsion or None), ("--ngram", ngram)):
+        if value is not None:
             raise InputError.of(
                 name,
                 expected="--no-forks with it",
-                got=f"{given:g}, with --forks",
+                got=f"{value:g}, with --forks",
                 remedy="The children of a fork are drawn without replacement: no two of them choose the same token.",
             )
 
 
-def _threshold(given: float | None, recipe: Path | None, alpha: float | None, *, forks: bool) -> Any:
+def _threshold(nats: float | None, recipe: Path | None, alpha: float | None, *, forks: bool) -> Any:
     """The given threshold, or the recipe's calibrated one."""
     from proxytune.methods.forks.threshold import ForkThreshold
     from proxytune.recipe import Recipe
 
-    if given is not None:
-        return given
+    if nats is not None:
+        return nats
     read: Recipe | None = None if recipe is None else Recipe.load(recipe)
     if read is None or read.fork_threshold is None:
         raise InputError.of(
@@ -203,12 +293,12 @@ def _threshold(given: float | None, recipe: Path | None, alpha: float | None, *,
     return ForkThreshold.of(read.fork_threshold)
 
 
-def _settings(defaults: GenerationConfig, flags: dict[str, Any], *, forks: bool) -> GenerationConfig:
+def _settings(model: ProxyTunedModel, flags: dict[str, Any], *, forks: bool) -> GenerationConfig:
     """The generation settings: sampling, unless told otherwise."""
     usual: dict[str, Any] = {"do_sample": True}
     if not {"max_new_tokens", "max_length"} & flags.keys():
         usual["max_new_tokens"] = _MAX_NEW_TOKENS
-    config = merged_settings(defaults, usual | flags)
+    config = merged_settings(model.generation_config, usual | flags, model.config.vocab_size)
     if config.num_return_sequences not in (None, 1):
         raise InputError.of(
             "num_return_sequences", expected="--branches", got=f"{config.num_return_sequences}", remedy="Use that."
@@ -220,15 +310,8 @@ def _settings(defaults: GenerationConfig, flags: dict[str, Any], *, forks: bool)
     return config
 
 
-def _show(prompt: str, result: Result | BudgetError, budget: int | None, vote: Vote, *, as_json: bool) -> None:
-    if isinstance(result, BudgetError):
-        terminal.show_error(str(result))
-        if as_json:
-            typer.echo(json.dumps({"prompt": prompt, "error": str(result)}, ensure_ascii=False))
-        return
-    if as_json:
-        typer.echo(json.dumps(_record(result, budget, vote), ensure_ascii=False))
-        return
+def _show(result: Result, budget: int | None, vote: Vote) -> None:
+    """Print what was drawn for one prompt."""
     tally = result.tally
     of = "" if budget is None else f" of {budget}"
     shares = ", ".join(f"{_named(a)} {share:.3f} ({tally.counts[a]})" for a, share in tally.shares.items())
@@ -242,7 +325,7 @@ def _show(prompt: str, result: Result | BudgetError, budget: int | None, vote: V
     if tally.note:
         lines.append(f"note    {tally.note}")
     console = terminal.output()
-    console.print(terminal.safe(prompt), style="dim", soft_wrap=True)
+    console.print(terminal.safe(result.prompt.text), style="dim", soft_wrap=True)
     for line in lines:
         console.print(terminal.safe(line), soft_wrap=True)
 
@@ -251,10 +334,14 @@ def _named(answer: object) -> str:
     return "no answer" if answer is None else str(answer)
 
 
+def _line(prompt: Prompt, result: Result | BudgetError, budget: int | None, vote: Vote) -> str:
+    own = {"error": str(result)} if isinstance(result, BudgetError) else _record(result, budget, vote)
+    return json.dumps({**prompt.line, **own}, ensure_ascii=False)
+
+
 def _record(result: Result, budget: int | None, vote: Vote) -> dict[str, Any]:
     tally = result.tally
     return {
-        "prompt": result.prompt,
         "answer": tally.winner,
         "share": tally.share,
         "vote": vote,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from proxytune.cli import terminal
 from proxytune.cli.models import encode
+from proxytune.cli.prompts import Prompt
 from proxytune.errors import BudgetError, BudgetWarning, InputError
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class Result:
         shortage: What to do if the budget had no room for all of them; None if it had.
     """
 
-    prompt: str
+    prompt: Prompt
     length: int
     branches: list[Branch]
     weights: list[float]
@@ -115,6 +116,7 @@ class SampleRun:
         prompts: Number of prompts in all.
         vote: How leaves count.
         eta: Share of leaves that vote, in percent.
+        chat: Whether prompts are written in the chat template, with the system prompt.
     """
 
     model: Any
@@ -126,11 +128,13 @@ class SampleRun:
     vote: Vote
     eta: float
     meter: SampleProgress
+    chat: bool
+    system: str | None
 
-    def __call__(self, prompts: Sequence[str], first: int, chat: bool) -> Iterator[Result | BudgetError]:
+    def __call__(self, prompts: Sequence[Prompt], first: int) -> Iterator[Result | BudgetError]:
         """Draw for a batch; noise streams are keyed by the prompts' numbers in the whole run."""
         budget = self.loop.max_total_tokens
-        encoded = encode(self.tokenizer, prompts, chat)
+        encoded = encode(self.tokenizer, prompts, self.chat, self.system)
         lengths = encoded["attention_mask"].sum(1).tolist()
         small = [i for i, length in enumerate(lengths) if budget is not None and length >= budget]
         kept = [i for i in range(len(prompts)) if i not in small]
@@ -173,7 +177,7 @@ class SampleRun:
                 stopping_criteria=[self.meter.criterion()],
             )
 
-    def _result(self, prompt: str, length: int, tree: ForkTree) -> Result:
+    def _result(self, prompt: Prompt, length: int, tree: ForkTree) -> Result:
         import numpy as np
 
         from proxytune.methods.trees.sibling_decoding import SiblingDecoding

@@ -15,6 +15,7 @@ import torch
 from packaging.version import Version
 
 from proxytune.cli import generate as command
+from proxytune.cli.prompts import Prompt
 
 PROMPTS = ["Question: Start with 3", "Question: Who", "x", "Zoë\u2028y", "Answer", "Start with 12, plus", "who"]
 MODES = {
@@ -81,7 +82,7 @@ def test_only_what_is_missing_is_generated(run, words, tmp_path, monkeypatch):
     out.write_bytes(b"".join(whole.splitlines(True)[:3]))
     run(*words, "--resume")
     # From the batch that was cut on, and that one as a whole: in low precision its padding is part of the rounding.
-    assert seen == [(first, PROMPTS[first : first + 2]) for first in (2, 4, 6)]
+    assert seen == [(first, [Prompt({"prompt": p}) for p in PROMPTS[first : first + 2]]) for first in (2, 4, 6)]
     assert out.read_bytes() == whole
 
 
@@ -113,11 +114,11 @@ def test_samples_do_not_depend_on_the_batches(run, words, tmp_path):
     flags = ["--dtype", "float32", "do_sample=true", "num_return_sequences=2", "max_new_tokens=5"]
     found = []
     for size in (1, 3):
-        assert run(*words, "--batch-size", size, *flags).code == 0
+        assert run(*words, "--overwrite", "--batch-size", size, *flags).code == 0
         found.append((tmp_path / "out.jsonl").read_bytes())
     assert found[0] == found[1]
     assert len(set(found[0].splitlines())) > len(PROMPTS)
-    run(*words, "--seed", "1", *flags)
+    run(*words, "--overwrite", "--seed", "1", *flags)
     assert (tmp_path / "out.jsonl").read_bytes() != found[0]
 
 
@@ -148,7 +149,7 @@ def test_what_another_call_wrote_is_refused_by_name(run, words, members, family,
         ([*same, *flags, "top_k=5"], "--resume with generation.top_k: expected null"),
         ([*same, flags[1]], "--resume with generation.do_sample: expected true"),
         # Without --resume, the four lines would be gone.
-        ([*words, *flags], "--resume, or another file; got"),
+        ([*words, *flags], "--out: expected a new file; got"),
     ):
         ended = run(*given)
         assert ended.code == 2, given
@@ -274,19 +275,38 @@ def test_nothing_there_is_a_fresh_start(run, words, tmp_path):
     assert out.read_bytes() == whole
 
 
-def test_a_finished_file_is_overwritten_without_resume(run, words, tmp_path, monkeypatch):
+def test_a_file_is_overwritten_only_if_told_so(run, words, tmp_path, monkeypatch):
     out = tmp_path / "out.jsonl"
     run(*words, "max_new_tokens=2")
     whole = out.read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(command, "load", lambda *_: (_ for _ in ()).throw(RuntimeError("no such model")))
-        assert run(*words, "max_new_tokens=3").code == 1
+        patch.setattr(command, "load", lambda *_: pytest.fail("a model was loaded"))
+        for content, got in (
+            (whole, "a finished run of 7 lines. Choose another file; or pass --resume to add answers to further"),
+            (
+                whole[: whole.index(b"\n") + 1],
+                "an unfinished run with 1 of 7 lines. Choose another file; or pass --res",
+            ),
+            (b"my thesis", "an unfinished run with 0 of 7"),
+        ):
+            out.write_bytes(content)
+            ended = run(*words, "max_new_tokens=3")
+            assert (ended.code, ended.err.count("\n")) == (2, 1)
+            assert f"--out: expected a new file; got {out}, {got}" in ended.err
+            assert out.read_bytes() == content
+    (tmp_path / "out.jsonl.run.json").unlink()
+    assert f"got {out}, which holds something else. Choose another file; or pass --over" in run(*words).err
+    out.write_bytes(whole)
+    overwrite = [*words, "--overwrite"]
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "load", lambda *_, **__: (_ for _ in ()).throw(RuntimeError("no such model")))
+        assert run(*overwrite, "max_new_tokens=3").code == 1
     assert out.read_bytes() == whole, "what cannot be replaced stays"
-    assert run(*words, "max_new_tokens=3").code == 0
+    assert run(*overwrite, "max_new_tokens=3").code == 0
     longer = out.read_bytes()
     assert longer != whole
     assert longer.count(b"\n") == 7
-    run(*words, "max_new_tokens=2")
+    run(*overwrite, "max_new_tokens=2")
     assert out.read_bytes() == whole, "nothing of the longer ones is left behind it"
 
 

@@ -224,4 +224,4 @@ def test_wrong_texts_are_told(run, members, tmp_path, monkeypatch):
         assert message in ended.err
     monkeypatch.setattr(terminal, "is_terminal", lambda _: True)
     assert "prompts: expected at least one; got none" in run("calibrate", *members).err
-    assert inputs.read_prompts(None, prompts_given=True) == []
+    assert [prompt.text for prompt in inputs.read_prompts(None, ["x"])] == ["x"]

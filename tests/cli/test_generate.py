@@ -14,7 +14,7 @@ import proxytune
 from proxytune import FusedDecoding
 from proxytune.cli import generate as command
 from proxytune.cli import prompts as inputs
-from proxytune.cli import terminal
+from proxytune.cli import settings, terminal
 from proxytune.errors import InputError
 
 PROMPTS = ["Question: Start with 3", "Question: Who", "x"]
@@ -101,8 +101,9 @@ def test_prompts_from_a_file_stdin_and_json(run, members, tmp_path, monkeypatch)
     plain.write_text("\n".join(PROMPTS) + "\n")
     lines.write_text("".join(json.dumps({"prompt": prompt, "id": 1}) + "\n" for prompt in PROMPTS))
     expected = run("generate", *PROMPTS, *members, "max_new_tokens=3").lines
-    for file in (plain, lines):
-        assert run("generate", "--file", file, *members, "max_new_tokens=3").lines == expected
+    assert run("generate", "--file", plain, *members, "max_new_tokens=3").lines == expected
+    found = run("generate", "--file", lines, *members, "max_new_tokens=3").lines
+    assert found == [line | {"id": 1} for line in expected]
     for words in ([], ["--file", "-"]):
         monkeypatch.setattr("sys.stdin", io.StringIO(plain.read_text()))
         assert run("generate", *words, *members, "max_new_tokens=3").lines == expected
@@ -157,8 +158,8 @@ def test_a_model_s_own_settings_count(run, family, tmp_path, monkeypatch):
 def test_a_path_that_cannot_be_written_is_found_before_loading(run, members, tmp_path, monkeypatch):
     monkeypatch.setattr(command, "load", lambda *_: pytest.fail("a model was loaded"))
     ended = run("generate", "x", *members, "--out", tmp_path / "none" / "out.jsonl")
-    assert ended.code == 1
-    assert "out.jsonl" in ended.err
+    assert ended.code == 2
+    assert "out.jsonl: no such file or directory. Make the folder" in ended.err
 
 
 def test_a_model_cannot_command_the_terminal():
@@ -196,7 +197,7 @@ def test_finish_tells_a_stop_from_a_limit(run, members, model, tokenizer):
     ],
 )
 def test_settings_stand_after_the_prompts(words, expected):
-    assert inputs.split_arguments(words) == expected
+    assert settings.split_arguments(words) == expected
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_settings_stand_after_the_prompts(words, expected):
     ],
 )
 def test_values_are_json_or_else_text(text, value):
-    parsed = inputs.parse_value(text)
+    parsed = settings.parse_value(text)
     assert parsed == value
     assert type(parsed) is type(value)
 
@@ -238,7 +239,7 @@ def test_values_are_json_or_else_text(text, value):
 )
 def test_unknown_settings_are_refused_by_name(flags, expected):
     with pytest.raises(InputError, match=expected):
-        inputs.check_names(flags)
+        settings.check_settings(flags)
 
 
 @pytest.mark.parametrize(
@@ -253,12 +254,12 @@ def test_unknown_settings_are_refused_by_name(flags, expected):
 )
 def test_wrong_values_are_refused_by_name(flags, expected):
     with pytest.raises(InputError, match=expected):
-        inputs.merged_settings(GenerationConfig(), flags)
+        settings.merged_settings(GenerationConfig(), flags)
 
 
 def test_a_models_own_settings_count():
     own = GenerationConfig(do_sample=True, temperature=0.3, max_new_tokens=7)
-    merged = inputs.merged_settings(own, {"num_return_sequences": 2, "top_k": 3})
+    merged = settings.merged_settings(own, {"num_return_sequences": 2, "top_k": 3})
     assert (merged.do_sample, merged.temperature, merged.max_new_tokens) == (True, 0.3, 7)
     assert (merged.num_return_sequences, merged.top_k) == (2, 3)
     assert own.num_return_sequences != 2, "the model's are not changed"
@@ -370,29 +371,33 @@ def test_a_prompt_that_was_read_as_a_setting_is_named(run, members, monkeypatch,
             "Arguments of the form key=value at the end are read as settings. Pass a prompt of this form with --file"
         )
         assert ended.err.startswith(expected + remedy), ended.err
-    # The name of a setting: then the prompt is missing.
-    read = "'top_k=3 is what' read as settings. "
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
     ended = run(*words, "top_k=3 is what")
+    assert (
+        "'top_k': expected a whole number, at least 0; got '3 is what'. Correct the value. Pass a prompt" in ended.err
+    )
+    # A setting whose value it may be: then the prompt is missing.
+    read = "'stop_strings=3 is what' read as settings. "
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    ended = run(*words, "stop_strings=3 is what")
     assert f"prompts from stdin: expected at least one line; got nothing, and {read}" in ended.err
     monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
-    ended = run(*words, "top_k=3 is what")
+    ended = run(*words, "stop_strings=3 is what")
     assert f"prompts: expected at least one; got none, and {read}" in ended.err
-    assert "Pass a prompt of this form with --file or on stdin." in ended.err
+    assert "Pass a prompt of this form with --file, on stdin, or after --." in ended.err
     assert "read as" not in run(*words).err
 
 
 def test_nothing_to_read_on_a_terminal(monkeypatch):
     monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
     with pytest.raises(InputError, match="at least one"):
-        inputs.read_prompts(None, prompts_given=False)
+        inputs.read_prompts(None)
 
 
 def test_chat_needs_a_template(run, family, tmp_path, members):
     bare = AutoTokenizer.from_pretrained(family / "large-base")
     bare.chat_template = None
     with pytest.raises(InputError, match="chat template.*No member has one. Save that which the expert was tuned with"):
-        command.encode(bare, ["a"], chat=True)
+        command.check_chat(bare, [inputs.Prompt({"prompt": "a"})], None)
 
 
 @pytest.fixture

@@ -1,0 +1,414 @@
+"""Settings of `generate()` on the command line, as `--max-new-tokens 64` or `max_new_tokens=64`, and their values."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
+
+import typer
+from typer.core import TyperCommand
+
+from proxytune.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
+
+__all__ = [
+    "ELSEWHERE",
+    "SETTINGS",
+    "SETTINGS_PANEL",
+    "PlainText",
+    "PromptCommand",
+    "check_settings",
+    "merged_settings",
+    "parse_value",
+    "resolved",
+    "split_arguments",
+    "with_settings",
+]
+
+ELSEWHERE = "Pass a prompt of this form with --file, on stdin, or after --."
+
+_FLAG = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
+_BARE_FRACTION = re.compile(r"[+-]?\.\d+")
+_WORDS = {"true": True, "false": False, "none": None}
+_YES_NO = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
+# Objects of Python, and what would change nothing here.
+_NOT_SETTABLE = (
+    *("transformers_version", "cache_config", "compile_config", "continuous_batching_config", "is_assistant"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+)
+# Modes that transformers would load from the hub, as code.
+_REMOTE = ("penalty_alpha", "num_beam_groups", "constraints", "force_words_ids", "dola_layers")
+SETTINGS_PANEL = "Settings of generate()"
+
+
+# --- what there is ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of `GenerationConfig`.
+
+    Attributes:
+        expected: Its values in words, for messages.
+        fits: Whether a value is one of them.
+        metavar: How `--help` calls its value; None for a flag.
+        help: What `--help` says of it; empty: not listed there.
+    """
+
+    expected: str
+    fits: Callable[[Any], bool]
+    metavar: str | None
+    help: str = ""
+
+
+def _whole(least: int, text: str = "") -> Setting:
+    def fits(value: Any) -> bool:
+        return type(value) is int and value >= least
+
+    return Setting(f"a whole number, at least {least}", fits, "<int>", text)
+
+
+def _number(interval: str = "", text: str = "") -> Setting:
+    """A finite number; `interval` in the usual notation, e.g. "(0, 1]"."""
+    low, high = (float(part.strip("[]() ")) for part in (interval or "(-inf, inf)").split(","))
+
+    def fits(value: Any) -> bool:
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return False
+        above = value >= low if interval.startswith("[") else value > low
+        return above and (value <= high if interval.endswith("]") else value < high)
+
+    bounds = "" if not interval else f" > {low:g}" if math.isinf(high) else f" in {interval}"
+    return Setting(f"a {'finite ' if math.isinf(high) else ''}number{bounds}", fits, "<float>", text)
+
+
+def _flag(text: str = "") -> Setting:
+    return Setting("true or false", lambda value: type(value) is bool, None, text)
+
+
+def _several(kind: type, what: str, text: str = "") -> Setting:
+    def fits(value: Any) -> bool:
+        many = value if isinstance(value, list) else [value]
+        return bool(many) and all(type(one) is kind for one in many)
+
+    return Setting(f"{what}, or several as a JSON list", fits, "<str>" if kind is str else "<int>", text)
+
+
+def _json(kind: type | tuple[type, ...], what: str) -> Setting:
+    return Setting(f"{what} in JSON", lambda value: bool(value) and isinstance(value, kind), "<json>")
+
+
+SETTINGS = {
+    "max_new_tokens": _whole(1, "Most tokens of an answer."),
+    "min_new_tokens": _whole(0, "Fewest tokens of an answer."),
+    "do_sample": _flag("Draw tokens instead of taking the likeliest."),
+    "temperature": _number("(0, inf)", "Divides the logits before a draw."),
+    "top_k": _whole(0, "Draw from this many tokens; 0: from all."),
+    "top_p": _number("(0, 1]", "Draw from the likeliest tokens that have this probability together."),
+    "min_p": _number("[0, 1]", "Draw from tokens with at least this share of the likeliest one's probability."),
+    "repetition_penalty": _number("(0, inf)", "Above 1: tokens that were there become less likely."),
+    "stop_strings": _several(str, "a text", "End at this text; several as a JSON list."),
+    "num_beams": _whole(1, "Beams of beam search."),
+    "num_return_sequences": _whole(1, "Answers per prompt."),
+    "max_length": _whole(1),
+    "min_length": _whole(0),
+    "max_time": _number("(0, inf)"),
+    "top_h": _number("(0, 1]"),
+    "typical_p": _number("(0, 1]"),
+    "epsilon_cutoff": _number("[0, 1)"),
+    "eta_cutoff": _number("[0, 1)"),
+    "encoder_repetition_penalty": _number("(0, inf)"),
+    "length_penalty": _number(),
+    "diversity_penalty": _number(),
+    "guidance_scale": _number(),
+    "no_repeat_ngram_size": _whole(0),
+    "eos_token_id": _several(int, "a token id"),
+    "pad_token_id": _whole(0),
+    "bos_token_id": _whole(0),
+    "num_assistant_tokens": _whole(1),
+    "prompt_lookup_num_tokens": _whole(1),
+    "max_matching_ngram_size": _whole(1),
+    "prefill_chunk_size": _whole(1),
+    "assistant_confidence_threshold": _number("[0, 1]"),
+    "bad_words_ids": _json(list, "a list of lists of token ids"),
+    "suppress_tokens": _json(list, "a list of token ids"),
+    "begin_suppress_tokens": _json(list, "a list of token ids"),
+    "forced_bos_token_id": _whole(0),
+    "forced_eos_token_id": _several(int, "a token id"),
+    "sequence_bias": _json((list, dict), "a list of pairs, [[ids, bias], …],"),
+    "exponential_decay_length_penalty": _json(list, "a list, [start, factor],"),
+    "watermarking_config": _json(dict, "an object"),
+    "use_cache": _flag(),
+    "renormalize_logits": _flag(),
+    "remove_invalid_values": _flag(),
+    "token_healing": _flag(),
+    "disable_compile": _flag(),
+}
+"""The fields whose values are checked before a model is loaded; each is an option too. `key=value` takes all fields."""
+
+# The setting that others need to have an effect; those; what is said where they are given without it.
+_NEEDED = (
+    (
+        "do_sample",
+        ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
+        "do_sample=true with settings of sampling",
+        "Greedy decoding would ignore {}. Add do_sample=true, or remove them.",
+    ),
+    (
+        "num_beams",
+        ("length_penalty", "early_stopping", "diversity_penalty"),
+        "num_beams of at least 2 with settings of beam search",
+        "Without beams, {} would be ignored. Add e.g. num_beams=4, or remove them.",
+    ),
+)
+
+
+# --- on the command line ----------------------------------------------------------------------------------------------
+
+
+class PlainText(str):
+    """An argument after `--`: a prompt, whatever it looks like."""
+
+    __slots__ = ()
+
+
+class PromptCommand(TyperCommand):
+    """A command whose arguments after `--` are prompts, never settings."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of a call, and mark the arguments after `--`."""
+        plain = len(args) - args.index("--") - 1 if "--" in args else 0
+        rest: list[str] = super().parse_args(ctx, args)
+        if plain:
+            name = next(p.name for p in self.params if p.param_type_name == "argument")
+            given = list(ctx.params[name])
+            ctx.params[name] = given[:-plain] + [PlainText(word) for word in given[-plain:]]
+        return rest
+
+
+def with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """A command whose `arguments` also hold the settings that were given as options, as `key=value`."""
+    own = inspect.signature(command, eval_str=True)
+    added = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=None,
+            annotation=Annotated[
+                bool | None if setting.metavar is None else str | None,
+                typer.Option(
+                    *_names(name, setting),
+                    metavar=setting.metavar,
+                    help=setting.help,
+                    hidden=not setting.help,
+                    rich_help_panel=SETTINGS_PANEL,
+                    show_default=False,
+                ),
+            ],
+        )
+        for name, setting in SETTINGS.items()
+    ]
+
+    @wraps(command)
+    def called(**given: Any) -> None:
+        flags = {name: given.pop(name) for name in SETTINGS}
+        options = [f"{name}={value}" for name, value in flags.items() if value is not None]
+        command(**given | {"arguments": [*(given["arguments"] or []), *options]})
+
+    called.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+    called.__annotations__ = get_type_hints(command, include_extras=True) | {p.name: p.annotation for p in added}
+    del called.__wrapped__  # the options would be read from there
+    return called
+
+
+def _names(name: str, setting: Setting) -> tuple[str, ...]:
+    option = name.replace("_", "-")
+    return (f"--{option}",) if setting.metavar else (f"--{option}/--no-{option}",)
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Separate prompts from the `key=value` settings after them; a setting given twice is refused.
+
+    Only the last arguments can be settings. A prompt that looks like one is safe before another prompt; on its own it
+    has to come from a file, from stdin, or after `--`. Hyphens count as underscores where that makes a setting's name.
+
+    Raises:
+        InputError: If a setting is given twice, or a known one stands before a prompt.
+    """
+    end = len(arguments)
+    while end and _setting_of(arguments[end - 1]):
+        end -= 1
+    prompts = arguments[:end]
+    for number, prompt in enumerate(prompts):
+        found = _setting_of(prompt)
+        if found and found[0] in SETTINGS and " " not in prompt and not isinstance(prompts[-1], PlainText):
+            raise InputError.of(
+                f"generation setting {found[0]!r}",
+                expected="the prompts before the settings",
+                got=f"{prompt} before {prompts[number + 1]!r}",
+                remedy=f"Move it to the end. {ELSEWHERE}",
+            )
+    flags: dict[str, Any] = {}
+    for argument in arguments[end:]:
+        key, value = _setting_of(argument) or ("", "")
+        if key in flags:
+            raise InputError.of(
+                f"generation setting {key!r}",
+                expected="one value",
+                got=f"two, {flags[key]!r} and {parse_value(value)!r}",
+                remedy="Remove one of them.",
+            )
+        flags[key] = parse_value(value)
+    return list(prompts), flags
+
+
+def _setting_of(argument: str) -> tuple[str, str] | None:
+    """The key and the value of an argument that is read as a setting."""
+    match = None if isinstance(argument, PlainText) else _FLAG.fullmatch(argument)
+    if match is None:
+        return None
+    key = match[1].replace("-", "_")
+    if "-" in match[1] and not difflib.get_close_matches(key, SETTINGS, n=1, cutoff=0.85):
+        return None
+    return key, match[2]
+
+
+def parse_value(text: str) -> Any:
+    """The value of a setting: JSON, or Python's True, False and None, or else the text itself."""
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        # JSON requires a digit before the point.
+        return float(text) if _BARE_FRACTION.fullmatch(text) else text
+
+
+# --- their values -----------------------------------------------------------------------------------------------------
+
+
+def check_settings(flags: Mapping[str, Any], options: Sequence[str] = ()) -> dict[str, Any]:
+    """Check names and values before any model is loaded; a flag may also be yes, no, on, off, 1 or 0.
+
+    Args:
+        flags: The settings.
+        options: The names of the command's own options, with underscores.
+
+    Raises:
+        InputError: If a name is not a field of `GenerationConfig`, or a value is not one of its values.
+    """
+    checked: dict[str, Any] = {}
+    for name, value in flags.items():
+        setting = SETTINGS.get(name)
+        if setting is None:
+            _check_name(name, value, options)
+            checked[name] = value
+            continue
+        if setting.metavar is None:
+            value = _YES_NO.get(str(value).lower(), value)
+        if value is not None and not setting.fits(value):
+            prose = f" {ELSEWHERE}" if isinstance(value, str) and " " in value else ""
+            raise InputError.of(
+                f"generation setting {name!r}",
+                expected=setting.expected,
+                got=f"{value!r}",
+                remedy=_remedy(name, value) + prose,
+            )
+        checked[name] = value
+    shortest, longest = checked.get("min_new_tokens"), checked.get("max_new_tokens")
+    if shortest is not None and longest is not None and shortest > longest:
+        _refuse(checked, "min_new_tokens of at most max_new_tokens", "Lower the one, or raise the other.")
+    if longest is not None and checked.get("max_length") is not None:
+        _refuse(checked, "max_new_tokens, or max_length, which counts the prompt too", "Leave one of them out.")
+    return checked
+
+
+def _remedy(name: str, value: Any) -> str:
+    if name == "temperature" and value == 0:
+        return "For the likeliest tokens, leave it out, and pass do_sample=false."
+    if name == "stop_strings":
+        return f"Write it as JSON text, e.g. {name}='{json.dumps([str(value)])}'."
+    return "Correct the value." if SETTINGS[name].metavar else f"Pass e.g. {name}=true."
+
+
+def _check_name(name: str, value: Any, options: Sequence[str]) -> None:
+    """Refuse a name that is not a field of `GenerationConfig`."""
+    from transformers import GenerationConfig
+
+    fields = [name for name in GenerationConfig().to_dict() if name[0] != "_"]
+    known = sorted(set(fields).difference(_NOT_SETTABLE, _REMOTE))
+    if name in known:
+        return
+    if name in fields:
+        raise InputError.of(
+            f"generation setting {name!r}",
+            expected="a mode that needs no code from the hub" if name in _REMOTE else "a setting of the answers",
+            got=f"{name}={value!r}",
+            remedy="Leave it out.",
+        )
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    prose = isinstance(value, str) and " " in value
+    if name in options and not prose:
+        remedy = f"It is an option of its own: pass --{name.replace('_', '-')}, before the settings."
+    elif prose or not near:
+        remedy = f"Arguments of the form key=value at the end are read as settings. {ELSEWHERE}"
+    else:
+        remedy = f"Did you mean {', '.join(near)}?"
+    raise InputError.of(
+        f"generation setting {name!r}",
+        expected="a field of transformers' GenerationConfig",
+        got=f"{name}={value}" if prose else f"{name}={value!r}",
+        remedy=remedy,
+    )
+
+
+def merged_settings(
+    defaults: GenerationConfig, flags: Mapping[str, Any], vocabulary: int | None = None
+) -> GenerationConfig:
+    """The model's own settings, overridden by those of the command line; `defaults` is not changed.
+
+    Raises:
+        InputError: If `GenerationConfig` refuses a value, a setting of sampling or beams is given without them, or a
+            token id is not below the size of the `vocabulary`.
+    """
+    merged = copy.deepcopy(defaults)
+    for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        if flags.get(length) is not None:
+            setattr(merged, new, None)  # the model's own would take precedence
+    try:
+        merged.update(**flags)
+        merged.validate()
+    except (ValueError, TypeError) as error:
+        _refuse(flags, "values that GenerationConfig accepts", f"transformers says: {error}", error)
+    there = {"do_sample": merged.do_sample, "num_beams": (merged.num_beams or 1) > 1}
+    for needed, names, expected, remedy in _NEEDED:
+        idle = [name for name in names if flags.get(name) is not None]
+        if idle and not there[needed]:
+            _refuse(flags, expected, remedy.format(", ".join(idle)))
+    for name, value in flags.items():
+        ids = value if isinstance(value, list) else [value]
+        beyond = [i for i in ids if type(i) is int and vocabulary is not None and i >= vocabulary]
+        if name.endswith(("_token_id", "suppress_tokens")) and beyond:
+            _refuse(flags, f"token ids below {vocabulary}, the size of the vocabulary", f"Correct {name}.")
+    return merged
+
+
+def resolved(config: GenerationConfig) -> dict[str, Any]:
+    """The settings that differ from the defaults, as JSON values."""
+    settings: dict[str, Any] = json.loads(config.to_json_string(use_diff=True))
+    return {name: value for name, value in settings.items() if name not in _NOT_SETTABLE}
+
+
+def _refuse(flags: Mapping[str, Any], expected: str, remedy: str, cause: Exception | None = None) -> NoReturn:
+    given = ", ".join(f"{name}={value!r}" for name, value in flags.items())
+    raise InputError.of("generation settings", expected=expected, got=given, remedy=remedy) from cause
