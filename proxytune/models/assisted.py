@@ -11,7 +11,11 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor
-from transformers.generation.candidate_generator import AssistedCandidateGenerator, CandidateGenerator
+from transformers.generation.candidate_generator import (
+    AssistedCandidateGenerator,
+    CandidateGenerator,
+    PromptLookupCandidateGenerator,
+)
 
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
@@ -44,17 +48,26 @@ class TailMask(LogitsProcessor):
         return masked
 
 
-class FittedDraft(CandidateGenerator):
-    """A candidate generator whose logits are fitted to the base's width: columns that the draft lacks get −inf."""
-
-    def __init__(self, inner: CandidateGenerator, width: int) -> None:
-        """Wrap a generator of transformers; `TailMask` keeps its proposals among ids that all members can embed."""
+class _WrappedDraft(CandidateGenerator):
+    def __init__(self, inner: CandidateGenerator) -> None:
         self.inner = inner
-        self.width = width
 
     def __getattr__(self, name: str) -> Any:
         # The assisted loop reads and sets attributes of its generator.
         return getattr(self.inner, name)
+
+    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
+        """Tell the draft how many candidates were accepted."""
+        self.inner.update_candidate_strategy(input_ids, scores, num_matches)
+
+
+class FittedDraft(_WrappedDraft):
+    """A candidate generator whose logits are fitted to the base's width: columns that the draft lacks get −inf."""
+
+    def __init__(self, inner: CandidateGenerator, width: int) -> None:
+        """Wrap a generator of transformers; `TailMask` keeps its proposals among ids that all members can embed."""
+        super().__init__(inner)
+        self.width = width
 
     def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft a continuation of `[1, T]`: ids with the candidates, `[1, T + K]`, and their logits, `[1, K, V]`."""
@@ -67,9 +80,16 @@ class FittedDraft(CandidateGenerator):
             logits = torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)  # negative padding crops
         return candidates, logits
 
-    def update_candidate_strategy(self, input_ids: torch.Tensor, scores: torch.Tensor, num_matches: int) -> None:
-        """Tell the draft how many candidates were accepted."""
-        self.inner.update_candidate_strategy(input_ids, scores, num_matches)
+
+class _ShortLookup(_WrappedDraft):
+    """Prompt lookup that leaves the last token to the target.
+
+    transformers' own goes on past the maximum length: past the end of a static cache, or of a member's context.
+    """
+
+    def get_candidates(self, input_ids: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+        candidates, logits = self.inner.get_candidates(input_ids, **kwargs)
+        return candidates[:, : max(input_ids.shape[1], self.max_length - 1)], logits
 
 
 def refuse_self_speculation(generation_config: GenerationConfig) -> None:
@@ -101,6 +121,8 @@ class AssistedMixin:
         parent: Any = super()
         inner: CandidateGenerator = parent._get_candidate_generator(*args, **kwargs)
         width: int = self.config.vocab_size  # type: ignore[attr-defined]
+        if type(inner) is PromptLookupCandidateGenerator:
+            return _ShortLookup(inner)
         return FittedDraft(inner, width) if type(inner) is AssistedCandidateGenerator else inner
 
     def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
