@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedModel
 
 from proxytune.costs.devices import Work
@@ -23,12 +25,24 @@ def pass_bytes(model: PreTrainedModel) -> PassBytes:
     # By id, so that tied tensors count once.
     parts = {id(p): p.numel() * p.element_size() for p in model.parameters() if not (looked_up and p is table)}
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
-    width = getattr(config, "head_dim", None)
-    if width is None and getattr(config, "num_attention_heads", None):
-        width = config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * heads * width * table.element_size() if heads and width else 0
-    return PassBytes(float(sum(parts.values())), float(cached))
+    return PassBytes(float(sum(parts.values())), float(_cached_values(config) * table.element_size()))
+
+
+def _cached_values(config: Any) -> int:
+    """Keys and values that a token adds to the cache, over all layers; 0 if the config does not tell."""
+    # Gemma 4's config raises for sizes that differ between layers, and each layer's own tells them.
+    layers = list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
+    modes = getattr(config, "kv_sharing_modes", None)
+    own = len(layers) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    total = 0
+    for number, layer in enumerate(layers):
+        if modes[number] == "reuse" if modes else number >= own:
+            continue  # it attends to another layer's
+        queries = getattr(layer, "num_attention_heads", None)
+        heads = getattr(layer, "num_key_value_heads", None) or queries
+        width = getattr(layer, "head_dim", None) or (layer.hidden_size // queries if queries else None)
+        total += 2 * heads * width if heads and width else 0
+    return total
 
 
 def pass_work(model: PreTrainedModel) -> Work:

@@ -8,9 +8,10 @@ from types import TracebackType
 from typing import Any, Self
 
 from proxytune.errors import InputError
+from proxytune.models.generation_mixin import refuse_continuous_batching
 from proxytune.validation import shown
 
-__all__ = ["Attachable", "MethodHook", "hooks_on", "target_of"]
+__all__ = ["Attachable", "MethodHook", "batching_refused", "hooks_on", "target_of"]
 
 
 class MethodHook:
@@ -127,3 +128,9 @@ class Attachable:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.detach()
+
+
+def batching_refused(target: Any) -> tuple[MethodHook, ...]:
+    """A hook that refuses continuous batching; none for a composed model, which refuses it by itself."""
+    name = "init_continuous_batching"
+    return (MethodHook(target, name, refuse_continuous_batching),) if hasattr(target, name) else ()

@@ -11,6 +11,7 @@ from transformers.utils import cached_file
 
 from proxytune.errors import RecipeError
 from proxytune.models.load_arguments import refuse_dtype
+from proxytune.models.members.composite_cache import cached_layers
 from proxytune.recipe import RECIPE_FILE, Recipe, read_json
 
 __all__ = ["ProxyTunedConfig"]
@@ -52,7 +53,7 @@ class ProxyTunedConfig(PreTrainedConfig):
         contexts = [n for c in texts if (n := getattr(c, "max_position_embeddings", None)) is not None]
         if contexts:
             self.max_position_embeddings = min(contexts)
-        self.num_hidden_layers = sum(c.num_hidden_layers for c in texts)
+        self.num_hidden_layers = sum(map(cached_layers, texts))
         return self
 
     @property
@@ -66,8 +67,8 @@ class ProxyTunedConfig(PreTrainedConfig):
         """Each member's first layer in the composite cache, and one past its last."""
         spans, start = [], 0
         for config in self.member_configs:
-            spans.append((start, start + config.num_hidden_layers))
-            start += config.num_hidden_layers
+            spans.append((start, start + cached_layers(config)))
+            start = spans[-1][1]
         return spans
 
     @classmethod

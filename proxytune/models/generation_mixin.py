@@ -25,7 +25,14 @@ from proxytune.models.members.composite_cache import adopt, refuse_short_cache
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.validation import shown
 
-__all__ = ["ComposedGenerationMixin", "MemberOutput", "refuse_arguments", "refuse_continuous_batching", "refuse_shapes"]
+__all__ = [
+    "ComposedGenerationMixin",
+    "MemberOutput",
+    "refuse_arguments",
+    "refuse_continuous_batching",
+    "refuse_positions",
+    "refuse_shapes",
+]
 
 
 @dataclass
@@ -40,7 +47,7 @@ class MemberOutput(CausalLMOutputWithPast):
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
-    """Replace `init_continuous_batching`: paged caches hold one model's layers and silently drop logits processors.
+    """Replace what starts continuous batching: paged caches hold one model's layers and drop logits processors.
 
     Raises:
         UnsupportedModeError: Always, also through `generate_batch` and `cache_implementation="paged"`.
@@ -70,6 +77,21 @@ def refuse_arguments(**given: Any) -> None:
             expected="no such argument: logits are combined, hidden states and attentions are not",
             got=f"{name}={value!r}" if isinstance(value, str | int | float) else f"a {type(value).__name__}",
             remedy="Ask the member itself, e.g. model.base(...).",
+        )
+
+
+def refuse_positions(cache_position: Any, input_ids: Any, cache: Cache | None) -> None:
+    """Refuse a `cache_position` other than the next columns of the cache, where the tokens go without it, too."""
+    if cache_position is None:
+        return
+    past = 0 if cache is None else int(cache.get_seq_length())
+    given = torch.as_tensor(cache_position).flatten().tolist()
+    if given != list(range(past, past + input_ids.shape[-1])):
+        raise InputError.of(
+            "cache_position",
+            expected=f"none, or {past} to {past + input_ids.shape[-1] - 1}: the columns after those of the cache",
+            got=shown(given, 80),
+            remedy="Leave it out; positions in the text are position_ids.",
         )
 
 
@@ -237,7 +259,12 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         names = inspect.signature(custom_generate).parameters
         return {name: value for name, value in given.items() if name in names} | found
 
-    init_continuous_batching = staticmethod(refuse_continuous_batching)
+    @property
+    def init_continuous_batching(self) -> NoReturn:
+        """Missing, so that `transformers serve --continuous-batching` takes one request after the other instead."""
+        raise AttributeError("init_continuous_batching: use generate() with a left-padded batch")
+
+    generate_batch = continuous_batching_context_manager = staticmethod(refuse_continuous_batching)
 
     # --- what PreTrainedModel expects of one model --------------------------------------------------------------------
 

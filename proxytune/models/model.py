@@ -27,7 +27,13 @@ from proxytune.formulas.checks import check_formula
 from proxytune.formulas.registry import FORMULAS
 from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig, load_recipe
-from proxytune.models.generation_mixin import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
+from proxytune.models.generation_mixin import (
+    ComposedGenerationMixin,
+    MemberOutput,
+    refuse_arguments,
+    refuse_positions,
+    refuse_shapes,
+)
 from proxytune.models.loading import adapters_of, open_members, refuse_composed
 from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import adopt
@@ -213,8 +219,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
             cache: The same as `past_key_values`, by its name since transformers 5.24.
-            **kwargs: Options of the package's own loops, see `_forward_members`; any other that is not None or False is
-                refused.
+            **kwargs: `cache_position`, which must go on where the cache ends; options of the package's own loops, see
+                `_forward_members`; any other that is not None or False is refused.
 
         Returns:
             Logits `[B, K, V]`, float32, V the base's width; the loss; the cache.
@@ -226,6 +232,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         """
         # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
         loop_options = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
+        past_key_values = one_cache(past_key_values, cache)
+        refuse_positions(kwargs.pop("cache_position", None), input_ids, past_key_values)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
@@ -233,7 +241,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             input_ids,
             attention_mask,
             position_ids,
-            one_cache(past_key_values, cache),
+            past_key_values,
             use_cache in (None, True),
             logits_to_keep,
             labels,

@@ -489,11 +489,24 @@ def test_continuous_batching_is_refused() -> None:
         model.generate_batch([[3, 4, 5]], max_new_tokens=2)
     with pytest.raises(UnsupportedModeError, match=match):
         model.generate(prompt(), cache_implementation="paged", **GREEDY)
+    # `transformers serve --continuous-batching` asks this way, and goes on without it.
+    assert not hasattr(model, "init_continuous_batching")
+    assert hasattr(base, "init_continuous_batching")
     with processor().attach(base):
         with pytest.raises(UnsupportedModeError, match=match):
             base.generate_batch([[3, 4, 5]], max_new_tokens=2)
         with pytest.raises(UnsupportedModeError, match=match):
             base.generate(prompt(), cache_implementation="paged", **GREEDY)
+
+
+def test_a_cache_position_is_taken_if_it_says_nothing_new() -> None:
+    model, ids = compose(), prompt()
+    cache = DynamicCache()
+    model(ids[:, :4], **{CACHE: cache}, cache_position=torch.arange(4))
+    got = model(ids[:, 4:], **{CACHE: cache}, cache_position=torch.arange(4, 6)).logits
+    torch.testing.assert_close(got, model(ids).logits[:, 4:])
+    with pytest.raises(InputError, match=r"cache_position: expected none, or 0 to 5: .*; got \[1, 2, 3, 4, 5, 6\]"):
+        model(ids, cache_position=torch.arange(1, 7))
 
 
 def test_a_vocabulary_cannot_be_resized_behind_the_members_back() -> None:

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
+from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
 from proxytune.methods.forks.call_tracker import CallTracker, ForkRecord
 from proxytune.methods.forks.checks import (
     OFF,
@@ -27,7 +27,6 @@ from proxytune.methods.forks.checks import (
     threshold_of,
 )
 from proxytune.methods.forks.threshold import ForkThreshold
-from proxytune.models.generation_mixin import refuse_continuous_batching
 from proxytune.ops.entropy import entropy
 from proxytune.recipe import MEASURES, ForkCalibration, Measure, Recipe
 from proxytune.validation import choice, finite
@@ -217,7 +216,7 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
             raise several("attach", 2)
         self._hooks = (
             MethodHook(target, name, _ForkProcessors(self)),
-            MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
+            *batching_refused(target),
         )
         return self
 

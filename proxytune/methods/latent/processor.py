@@ -14,7 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.generation.batch import lengths_of
-from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
+from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_rules import refuse_processors
 from proxytune.generation.seeds import StreamIds
@@ -23,7 +23,6 @@ from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.input_hook import ARGUMENT, put_hook
 from proxytune.methods.latent.mixture import Kind, LatentMixture
 from proxytune.methods.latent.steps import check_latent_settings, embeddings_of, latent_steps_of
-from proxytune.models.generation_mixin import refuse_continuous_batching
 from proxytune.ops import Impl
 from proxytune.validation import refuse_seed
 
@@ -124,7 +123,7 @@ class LatentLogitsProcessor(Attachable, LogitsProcessor):
         self._hooks = (
             inputs,
             MethodHook(target, "_get_logits_processor", _Processors(self, target, inputs)),
-            MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
+            *batching_refused(target),
         )
         return self
 

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLa
 
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.composite_cache import stored
 
 __all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
 
@@ -73,7 +74,7 @@ class RaggedCache:
         shift = torch.tensor(shifts, device=self.lengths.device)
         self._mask = self._in_line(drop, shift)
         for cache, new in caches:
-            for layer in cache.layers:
+            for layer in stored(cache):
                 if layer.is_initialized:
                     _move(layer, shift, self.width, new - most)
 
@@ -149,13 +150,13 @@ def ahead(cache: Cache) -> Iterator[None]:
 
 def forget(cache: Cache) -> None:
     """Empty a cache whose rows do not match the sequences, as its owner may hold it and continue from it."""
-    for layer in cache.layers:
+    for layer in stored(cache):
         layer.crop(-int(layer.get_seq_length()))
 
 
 def refuse_cache(cache: Cache | None) -> None:
     """Raise CacheError unless rejected drafts can be removed row by row: a DynamicCache of attention layers only."""
-    layers = getattr(cache, "layers", None)
+    layers = None if cache is None or not hasattr(cache, "layers") else stored(cache)
     plain = layers is not None and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
     if plain and not getattr(cache, "offloading", False):  # offloaded layers move between devices meanwhile
         return

@@ -13,11 +13,11 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from proxytune.errors import InputError
 from proxytune.formulas.proxy_tuning import ProxyTuning
-from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
+from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.methods.steering.attach import CompanionPrefetch, SteeredProcessors, refuse_no_ids
 from proxytune.methods.steering.companion import PrefixCachedMember
-from proxytune.models.generation_mixin import ComposedGenerationMixin, refuse_continuous_batching
+from proxytune.models.generation_mixin import ComposedGenerationMixin
 from proxytune.models.loading import check_vocabularies, open_members, reference_of, refuse_roles
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
@@ -259,7 +259,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
         self._hooks = (
             MethodHook(target, "_get_logits_processor", SteeredProcessors(self)),
-            MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
+            *batching_refused(target),
             MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self)),
         )
         return self

@@ -10,16 +10,28 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers import PreTrainedConfig, cache_utils
+from transformers.cache_utils import Cache, DynamicCache, StaticCache, get_layer_types_and_kwargs
 
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 
-__all__ = ["adopt", "refuse_short_cache", "view"]
+__all__ = ["adopt", "cached_layers", "refuse_short_cache", "stored", "view"]
 
 _OWNER = "_proxytune_owner"
+_WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
+
+
+def stored(cache: Cache) -> list[Any]:
+    """The layers that hold keys and values; those that attend to another layer's hold none."""
+    return [layer for layer in cache.layers if not isinstance(layer, _WITHOUT)]
+
+
+def cached_layers(config: PreTrainedConfig) -> int:
+    """How many layers a member has in a cache: fewer than in its config where transformers before 5.20 skips some."""
+    return len(get_layer_types_and_kwargs(config)[0])
 
 
 def view(cache: Cache, start: int, stop: int) -> Cache:
@@ -61,7 +73,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
             remedy=f"The companions have not seen its tokens. Start without it, or pass the {CACHE} that this "
             "model's generate(..., return_dict_in_generate=True) returned.",
         )
-    layers = sum(c.num_hidden_layers for c in configs)
+    layers = sum(map(cached_layers, configs))
     # From each member's own config: transformers before 5.20 gives all layers of one config the same window.
     if type(cache) is DynamicCache:
         cache.layers = [layer for c in configs for layer in DynamicCache(config=c).layers]
@@ -81,7 +93,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
 
 def refuse_short_cache(cache: StaticCache, length: int) -> None:
     """Raise CacheError if a static cache holds fewer than `length` tokens; sliding layers need only their window."""
-    held = max((layer.max_cache_len for layer in cache.layers if not layer.is_sliding), default=length)
+    held = max((layer.max_cache_len for layer in stored(cache) if not layer.is_sliding), default=length)
     if held < length:
         raise CacheError.of(
             CACHE,
@@ -92,16 +104,16 @@ def refuse_short_cache(cache: StaticCache, length: int) -> None:
 
 
 def _filled(cache: Cache) -> bool:
-    return any(getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0 for layer in cache.layers)
+    return any(getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0 for layer in stored(cache))
 
 
 def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> int:
     """The length a static cache was made for; sliding layers end at their window and may not tell."""
-    length = max(layer.max_cache_len for layer in cache.layers)
+    length = max(layer.max_cache_len for layer in stored(cache))
     unbounded = [StaticCache(config=c, max_cache_len=sys.maxsize) for c in configs]
-    wanted = [layer.max_cache_len for one in unbounded for layer in one.layers]  # the window, or unbounded
+    wanted = [layer.max_cache_len for one in unbounded for layer in stored(one)]  # the window, or unbounded
     # If shorter than every window, it is the length itself; if as long as the longest, the length does not matter.
-    if all(layer.is_sliding for layer in cache.layers) and min(wanted) <= length < max(wanted):
+    if all(layer.is_sliding for layer in stored(cache)) and min(wanted) <= length < max(wanted):
         raise CacheError.of(
             CACHE,
             expected="a StaticCache that shows its length: some member needs more than these sliding windows",
@@ -113,7 +125,7 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
 
 def _refuse_torn(cache: Cache) -> None:
     # Static layers have their length on the device; reading it would make the host wait in every step.
-    lengths = {n for layer in cache.layers if isinstance(n := layer.get_seq_length(), int)}
+    lengths = {n for layer in stored(cache) if isinstance(n := layer.get_seq_length(), int)}
     if len(lengths) > 1:
         raise CacheError.of(
             CACHE,

@@ -20,7 +20,8 @@ from proxytune.models.members.compiled_step import CompiledStep
 
 __all__ = ["Member", "check_ids", "embedding_rows", "positions_of"]
 
-_SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+# "dummy" is what transformers calls a layer without a cache of its own, such as one that attends to another's.
+_SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "dummy"})
 
 
 def embedding_rows(model: PreTrainedModel) -> int:
