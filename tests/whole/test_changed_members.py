@@ -16,6 +16,7 @@ from torch import nn
 import proxytune
 from proxytune import ForkDecoding, FusedDecoding, ProxyTuningLogitsProcessor, SiblingDecoding, SpeculativeDecoding
 from proxytune.errors import CacheError
+from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.fingerprint import Fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -141,7 +142,7 @@ def test_a_kept_processor_reads_a_changed_companion_anew(change: str, saved: Pat
         CHANGES[change](expert, saved)
         want = expected(expert, kept.sequences)
         before = one.token_forwards
-        assert torch.equal(base.generate(kept.sequences, past_key_values=kept.past_key_values, **RUN).sequences, want)
+        assert torch.equal(base.generate(kept.sequences, **{CACHE: kept.past_key_values}, **RUN).sequences, want)
         read = {role: n - before[role] for role, n in one.token_forwards.items()}
         assert read == {"expert": 12 + 2, "antiexpert": 1 + 2}, "only the member that changed reads the text anew"
         assert torch.equal(base.generate(ids, **RUN).sequences, expected(expert, ids))
@@ -179,24 +180,24 @@ def test_a_cache_from_before_the_change_is_refused_by_the_composed_model(change:
     ids = torch.randint(3, 240, (1, 9))
     first = model.generate(ids, **RUN)
     longer, cache = torch.cat([first.sequences, ids], 1), first.past_key_values
-    going = model.generate(longer, past_key_values=copy.deepcopy(cache), **RUN).sequences
+    going = model.generate(longer, **{CACHE: copy.deepcopy(cache)}, **RUN).sequences
     assert torch.equal(going, model.generate(longer, **RUN).sequences)
     undo = CHANGES[change](expert, saved)
     names = LOOPS if change == "scaled adapter" else ["generate", "siblings"]
     for name in names:
         with pytest.raises(CacheError, match="filled before the expert changed .*: generate.. reads the whole text"):
-            model.generate(longer, past_key_values=copy.deepcopy(cache), **RUN | LOOPS[name])
+            model.generate(longer, **{CACHE: copy.deepcopy(cache)}, **RUN | LOOPS[name])
     # Between single tokens in a loop of one's own, edits through `.data` are not seen.
     new = longer[:, 11:] if "swapped" in change or "through" in change else longer[:, 11:12]
     with pytest.raises(CacheError, match="before the expert changed"):
-        model(new, past_key_values=cache)
+        model(new, **{CACHE: cache)}
     assert torch.equal(model.generate(longer, **RUN).sequences, expected(expert, longer))
     if change == "switched adapter":  # back again, the cache is right again
         expert.set_adapter("default")
-        assert torch.equal(model.generate(longer, past_key_values=cache, **RUN).sequences, going)
+        assert torch.equal(model.generate(longer, **{CACHE: cache}, **RUN).sequences, going)
     if change == "added hook":
         undo.remove()
-        assert torch.equal(model.generate(longer, past_key_values=cache, **RUN).sequences, going)
+        assert torch.equal(model.generate(longer, **{CACHE: cache}, **RUN).sequences, going)
 
 
 def test_a_cache_that_was_reset_is_not_the_old_one() -> None:
@@ -206,11 +207,11 @@ def test_a_cache_that_was_reset_is_not_the_old_one() -> None:
     cache = model(ids).past_key_values
     cache.crop(-9)
     expert.set_adapter("other")
-    got = model.generate(ids, past_key_values=cache, **RUN)
+    got = model.generate(ids, **{CACHE: cache}, **RUN)
     assert torch.equal(got.sequences, expected(expert, ids))
     expert.set_adapter("default")
     with pytest.raises(CacheError, match="before the expert changed"):
-        model.generate(torch.cat([got.sequences, ids], 1), past_key_values=cache, **RUN)
+        model.generate(torch.cat([got.sequences, ids], 1), **{CACHE: cache}, **RUN)
 
 
 def test_looking_at_hidden_states_changes_nothing() -> None:

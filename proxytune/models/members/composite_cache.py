@@ -102,7 +102,7 @@ def refuse_outdated(cache: Cache, members: Mapping[str, nn.Module], *, values: b
         delattr(cache, _FILLED_BY)
         return
     raise CacheError.of(
-        "past_key_values",
+        CACHE,
         expected="a cache filled by the members as they are now",
         got=f"one that was filled before the {' and the '.join(changed)} changed (weights, adapter, layers or hooks)",
         remedy="Start without it: generate() reads the whole text anew.",
