@@ -190,7 +190,7 @@ def test_a_cache_from_before_the_change_is_refused_by_the_composed_model(change:
     # Between single tokens in a loop of one's own, edits through `.data` are not seen.
     new = longer[:, 11:] if "swapped" in change or "through" in change else longer[:, 11:12]
     with pytest.raises(CacheError, match="before the expert changed"):
-        model(new, **{CACHE: cache)}
+        model(new, **{CACHE: cache})
     assert torch.equal(model.generate(longer, **RUN).sequences, expected(expert, longer))
     if change == "switched adapter":  # back again, the cache is right again
         expert.set_adapter("default")

@@ -17,6 +17,7 @@ import proxytune
 from proxytune import ForkDecoding, FusedDecoding, ProxyTuningLogitsProcessor, SiblingDecoding, SpeculativeDecoding
 from proxytune.errors import MemberError, RecipeError, UnsupportedModeError, UnsupportedModelError
 from proxytune.methods.speculation import PromptLookupDraft
+from proxytune.models.members.cache_name import CACHE
 
 # PEFT calls transformers by names that the newest version has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -98,6 +99,11 @@ LEARNED = {
 }
 
 
+# Where the cache has its new name, this peft does not find it, and reads the prompt anew in every step.
+@pytest.mark.skipif(
+    CACHE == "cache" and Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"prompts on transformers {transformers.__version__} want peft >= {MIN_PEFT_VERSION}",
+)
 @pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 @pytest.mark.parametrize("kind", LEARNED)
 def test_a_base_with_a_learned_prompt_is_right_in_trees_and_refused_by_speculation(kind: str) -> None:
