@@ -22,6 +22,7 @@ from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.assisted import AssistedMixin, TailMask
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
+from proxytune.models.members.member import device_of
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.validation import shown
 
@@ -271,7 +272,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     @property
     def device(self) -> torch.device:
         """The base's device, where logits are returned."""
-        return self.base.device
+        return device_of(self.base) if self.base.device.type == "meta" else self.base.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -36,7 +36,7 @@ from proxytune.models.generation_mixin import (
 )
 from proxytune.models.loading import adapters_of, open_members, refuse_composed
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import adopt
+from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import LatentInputs, run_members
@@ -157,6 +157,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         return min(m.rows for m in self.members)
 
     @property
+    def _models(self) -> dict[str, PreTrainedModel]:
+        return {m.role: m.model for m in self.members}
+
+    @property
     def token_forwards(self) -> dict[str, int]:
         """Role → rows × tokens that the member has run over so far."""
         return {m.role: m.token_forwards for m in self.members}
@@ -245,7 +249,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             use_cache in (None, True),
             logits_to_keep,
             labels,
-            bool(is_first_iteration),
+            is_first_iteration,
             **loop_options,
         )
 
@@ -258,7 +262,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         use_cache: bool,
         logits_to_keep: int | torch.Tensor,
         labels: torch.Tensor | None,
-        is_first_iteration: bool,
+        is_first_iteration: bool | None,
         *,
         return_member_logits: bool = False,
         precomputed_logits: Mapping[str, torch.Tensor] | None = None,
@@ -277,6 +281,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             cache = DynamicCache(config=self.config)
         if cache is not None:
             adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
+            # Not in the later steps of a generate(), which says False: nobody changes a member meanwhile.
+            if is_first_iteration is not False and not torch.compiler.is_compiling():
+                waits = bool(is_first_iteration) or input_ids.shape[1] > 1  # for the device, as `check_ids` does
+                refuse_outdated(cache, self._models, values=waits)
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
         past = 0 if cache is None else cache.get_seq_length()
         if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
@@ -315,6 +323,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             sides=self._sides if self.overlap else None,
             thread=self._thread if self.split_threads else None,
         )  # [B, K, V_i] each
+        if cache is not None and not torch.compiler.is_compiling():
+            note_members(cache, self._models)
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
         logits = ops.combine(members, self.formula.weights())  # [B, K, V]

@@ -85,20 +85,23 @@ def test_a_conversation_forwards_only_what_is_new(members: dict[str, PreTrainedM
     processor = ProxyTuningLogitsProcessor(members["expert"], members["antiexpert"], check_vocabulary=False)
     run = {"max_new_tokens": NEW, "eos_token_id": None, "do_sample": False, "return_dict_in_generate": True}
     ids = torch.randint(3, 240, (1, PROMPT))
-    first = model.generate(ids, **run)
-    with processor.attach(members["base"]):
-        steered = members["base"].generate(ids, **run)
-    assert torch.equal(first.sequences, steered.sequences)
-    said = torch.randint(3, 240, (1, 5))
-    ids = torch.cat([first.sequences, said], 1)
-    # The last token of the first turn was not forwarded then: 1 + 5, and NEW − 1 more.
-    want = 1 + 5 + NEW - 1
+    # From the start: a hook that is added later might change what the caches hold.
     with counting(members) as seen:
+        first = model.generate(ids, **run)
+        with processor.attach(members["base"]):
+            steered = members["base"].generate(ids, **run)
+        assert torch.equal(first.sequences, steered.sequences)
+        said = torch.randint(3, 240, (1, 5))
+        ids = torch.cat([first.sequences, said], 1)
+        # The last token of the first turn was not forwarded then: 1 + 5, and NEW − 1 more.
+        want = 1 + 5 + NEW - 1
+        seen.clear()
         model.generate(ids, **{CACHE: first.past_key_values}, **run)
-    assert seen == dict.fromkeys(members, want)
-    with counting(members) as seen, processor.attach(members["base"]):
-        members["base"].generate(ids, **{CACHE: steered.past_key_values}, **run)
-    assert seen == dict.fromkeys(members, want)
+        assert seen == dict.fromkeys(members, want)
+        seen.clear()
+        with processor.attach(members["base"]):
+            members["base"].generate(ids, **{CACHE: steered.past_key_values}, **run)
+        assert seen == dict.fromkeys(members, want)
 
 
 def test_assisted_decoding_asks_twice_and_pays_once() -> None:

@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import proxytune
-from proxytune import ProxyTuningLogitsProcessor
-from proxytune.errors import MemberError, RecipeError, UnsupportedModelError
+from proxytune import ForkDecoding, FusedDecoding, ProxyTuningLogitsProcessor, SiblingDecoding, SpeculativeDecoding
+from proxytune.errors import MemberError, RecipeError, UnsupportedModeError, UnsupportedModelError
+from proxytune.methods.speculation import PromptLookupDraft
+from proxytune.models.members.cache_name import CACHE
 
 # PEFT calls transformers by names that the newest version has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -88,6 +90,49 @@ def test_prompt_learning_is_refused() -> None:
     expert = peft.get_peft_model(build("llama", 2), config)
     with pytest.raises(UnsupportedModelError, match="the expert: expected an adapter in the weights.*learns a prompt"):
         ProxyTuningLogitsProcessor(expert, build("llama", 3), check_vocabulary=False)
+
+
+LEARNED = {
+    "prompt": peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "prefix": peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+    "p-tuning": peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+}
+
+
+# Where the cache has its new name, this peft does not find it, and reads the prompt anew in every step.
+@pytest.mark.skipif(
+    CACHE == "cache" and Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"prompts on transformers {transformers.__version__} want peft >= {MIN_PEFT_VERSION}",
+)
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_base_with_a_learned_prompt_is_right_in_trees_and_refused_by_speculation(kind: str) -> None:
+    base = peft.get_peft_model(build("llama", 1), LEARNED[kind]).eval()
+    for weight in base.prompt_encoder.parameters():
+        torch.nn.init.normal_(weight)
+    ids = torch.randint(3, 240, (2, 9))
+    run = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0} | RUN
+    want = base.generate(input_ids=ids, **run)
+    assert not torch.equal(want, base.get_base_model().generate(input_ids=ids, **run))
+    assert torch.equal(base.generate(input_ids=ids, custom_generate=FusedDecoding(), **run), want)
+    for loop in (ForkDecoding(threshold=1.0, branches=3, seed=0), SiblingDecoding(threshold=1.0, siblings=3, seed=0)):
+        out = base.generate(
+            input_ids=ids, custom_generate=loop, return_dict_in_generate=True, **run | {"do_sample": True, "top_k": 0}
+        )
+        assert [len(tree) for tree in out.trees] == [3, 3]
+        for tree in out.trees:
+            for branch in tree:
+                text = torch.cat([ids[tree.prompt], torch.tensor(branch.along("tokens"))])[None]
+                logits = base(input_ids=text).logits[0, -9:-1].log_softmax(-1)
+                found = logits.gather(1, text[0, -8:, None])[:, 0]
+                torch.testing.assert_close(torch.tensor(branch.along("logprobs")), found, atol=1e-4, rtol=1e-4)
+    processor = ProxyTuningLogitsProcessor(build("gpt2", 2), build("gpt2", 3), ALPHA, check_vocabulary=False)
+    alone = base.generate(input_ids=ids, logits_processor=[processor], **run)
+    with processor.attach(base):
+        assert torch.equal(base.generate(input_ids=ids, **run), alone)
+        match = "SpeculativeDecoding: expected a cache of the text alone.*whose learned tokens stand in the cache"
+        with pytest.raises(UnsupportedModeError, match=match):
+            base.generate(input_ids=ids, custom_generate=SpeculativeDecoding(draft=PromptLookupDraft()), **run)
 
 
 @pytest.mark.skipif(

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from proxytune.errors import UnsupportedModelError
+from proxytune.models.members.member import device_of
 from proxytune.ops import Impl
 from proxytune.ops.mix import mix
 from proxytune.ops.noise import Noise
@@ -64,10 +65,9 @@ class Embedding:
     def device(self) -> torch.device:
         """The device for the ids."""
         weight: torch.Tensor | None = next(iter(self._module.parameters()), None)
-        hook = getattr(self._module, "_hf_hook", None)
-        if weight is None or weight.device.type == "meta":  # accelerate keeps it elsewhere until it is needed
-            return torch.device(getattr(hook, "execution_device", None) or self.model.device)
-        return weight.device
+        if weight is None:
+            return self.model.device
+        return device_of(self.model) if weight.device.type == "meta" else weight.device
 
     @property
     def rows(self) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, get_args
 
 from proxytune import ops
@@ -12,6 +13,7 @@ from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.member import Member
 from proxytune.validation import refuse_seed, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
@@ -53,7 +55,8 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     """Raise for whatever else `generate()` was asked to do that speculation cannot.
 
     Raises:
-        UnsupportedModeError: For an unsupported output or model input.
+        UnsupportedModeError: For an unsupported output or model input, or a learned prompt.
+        UnsupportedModelError: For a plain model with recurrent layers.
         InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
         CacheError: With `use_cache=False`.
     """
@@ -87,5 +90,17 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
                 got=repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}",
                 remedy="Leave it out, or decode without speculation.",
             )
+    # While a PEFT model generates, its own method stands on the model inside.
+    peft = getattr(inspect.unwrap(call.model.prepare_inputs_for_generation), "__self__", None)
+    config = getattr(peft, "active_peft_config", None)
+    if getattr(config, "is_prompt_learning", False):
+        raise UnsupportedModeError.of(
+            "SpeculativeDecoding",
+            expected="a cache of the text alone, from which rejected drafts can be removed",
+            got=f"a PEFT model with {type(config).__name__}, whose learned tokens stand in the cache before the text",
+            remedy="Decode without speculation, e.g. with FusedDecoding.",
+        )
+    if getattr(call.model, "_is_stateful", False):
+        Member(call.model, "model")
     if not call.kwargs.get("use_cache"):
         refuse_cache(None)

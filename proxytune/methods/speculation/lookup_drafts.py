@@ -16,7 +16,7 @@ from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter, D
 from proxytune.methods.speculation.model_drafts import costs_of_round
 from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.round import Proposal
-from proxytune.models.members.member import embedding_rows
+from proxytune.models.members.member import device_of, embedding_rows
 from proxytune.validation import whole
 
 __all__ = ["BigramDraft", "PromptLookupDraft"]
@@ -129,8 +129,7 @@ class BigramDraft(_Free):
             InputError: If `rows` or `bos_token_id` is not a whole number.
         """
         whole("rows", rows, "of rows", least=1, remedy="Pass e.g. rows=256.")
-        device = model.get_input_embeddings().weight.device
-        ids = torch.arange(embedding_rows(model), device=device)[:, None]
+        ids = torch.arange(embedding_rows(model), device=device_of(model))[:, None]
         if bos_token_id is not None:
             ids = torch.cat([torch.full_like(ids, whole("bos_token_id", bos_token_id)), ids], 1)
         likeliest = [

@@ -22,6 +22,7 @@ class _Steering(Protocol):
 
     overlap: bool
 
+    def begin_generation(self, *, handed_on: bool) -> None: ...
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None: ...
     def read_in_chunks(self, size: int | None) -> None: ...
     def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None: ...
@@ -108,6 +109,7 @@ class SteeredProcessors:
                 got=f"only the {seen} new ids",
                 remedy="Pass all ids; generate() forwards through the base only those that the cache has not seen.",
             )
+        self.processor.begin_generation(handed_on=past is not None and held != 0)
         self.processor.read_in_chunks(generation_config.prefill_chunk_size)
         return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1)
 

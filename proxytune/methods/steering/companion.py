@@ -5,6 +5,11 @@ So the companion compares the prefix with the rows in its cache, keeps what they
 holds one batch at a time; threads take turns, each on the cache the other has left. The comparison makes the host wait
 for the device once per step (the composed model has no such wait). On a GPU a companion may be called on any stream: it
 waits for the stream on which its cache was used last.
+
+A cache lives for one generation, as that of `generate()` does, so that a model changed between two of them is read
+anew. A caller that knows where one begins says so (`begin_generation`). For one that does not (`told=False`), a prefix
+that does not go on from the last text begins one. A prefix that does may still be another generation's, which continues
+that text: there the model's fingerprint is compared in every step.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from transformers.cache_utils import DynamicCache
 
 from proxytune.errors import InputError
 from proxytune.models.members.cuda_streams import StreamOrder, tensors_of
+from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.member import Member, check_ids
 
 __all__ = ["PrefixCachedMember"]
@@ -64,7 +70,7 @@ class PrefixCachedMember:
             "_cache": None,
             "_ids": None,
             "_logits": [],
-            "_weights": None,
+            "_filled_by": None,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -76,11 +82,28 @@ class PrefixCachedMember:
         self._cache: DynamicCache | None = None
         self._ids: torch.Tensor | None = None  # [B, L]: what the cache holds, padding as _PADDING
         self._logits: list[torch.Tensor] = []  # [B, V] each: after the last cached positions, in order
-        self._weights: object = None  # the version of the weights that filled the cache
+        self._first = 0  # the length of the generation's first prefix
+        self._filled_by: Fingerprint | None = None
+        self._begun: bool | None = None  # whether a generation was announced, and then whether its cache was handed on
+
+    def begin_generation(self, *, handed_on: bool) -> None:
+        """Announce a generation, before its first `logits_for`.
+
+        Args:
+            handed_on: Whether it goes on from the cache of an earlier one. Then this cache is kept as well, if the
+                model is unchanged.
+        """
+        with self._turn:
+            self._begun = handed_on
 
     @torch.no_grad()
     def logits_for(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, last: int = 1
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        last: int = 1,
+        told: bool = True,
     ) -> torch.Tensor:
         """The model's raw logits after a prefix, and after the `last − 1` prefixes before it.
 
@@ -89,6 +112,7 @@ class PrefixCachedMember:
             attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; positions beyond it count as tokens. None if
                 nothing is padded.
             last: How many of the last positions to return.
+            told: Whether the caller announces generations.
 
         Returns:
             `[B, last, V]`, in the model's dtype and on its device; do not write to it.
@@ -110,7 +134,7 @@ class PrefixCachedMember:
         key = ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
         with self._turn, self._turns.on(self.member.device, self._held()):
             self._asked_by = threading.get_ident()
-            return self._advance(ids, mask, key, last)
+            return self._advance(ids, mask, key, last, told)
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> None:
         """Run the next token of a text ahead of its `logits_for`, which then finds the logits cached.
@@ -121,22 +145,27 @@ class PrefixCachedMember:
         rows, length = input_ids.shape
         with self._turn:
             follows = self._ids is not None and self._ids.shape == (rows, length - 1)
-            if follows and self._asked_by == threading.get_ident():
+            if follows and self._begun is None and self._asked_by == threading.get_ident():
                 self.logits_for(input_ids, attention_mask)
 
     def _held(self) -> Iterator[torch.Tensor | None]:
         """All tensors that outlive a step."""
         return chain(tensors_of(self._cache), [self._ids], self._logits)
 
-    def _advance(self, ids: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor, last: int) -> torch.Tensor:
+    def _advance(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, key: torch.Tensor, last: int, told: bool
+    ) -> torch.Tensor:
         """Bring the cache to the prefixes `key` and return their last logits; see `logits_for`."""
         n = ids.shape[1]
-        held = 0 if self._ids is None else self._ids.shape[1]
+        if self._begun is not None and not (self._begun and self._is_current()):
+            self.reset()
+        self._begun = None
         keep = self._match(key)
-        # Not the next step of the same text: check whether the model was trained or its adapter switched meanwhile.
-        if keep and not keep == held == n - 1 and self._weights != _weights_of(self.member.model):
+        if keep and not told and not (self._first < n <= keep + 1 and self._is_current()):
             self.reset()
             keep = 0
+        if keep == 0:
+            self._first = n
         if keep > n - last and self._remembered(keep) < keep - (n - last):
             keep = n - last  # the cache holds these positions, but not their logits
         if keep == n:
@@ -147,7 +176,6 @@ class PrefixCachedMember:
             check_ids(ids[:, keep:], [self.member])
         if self._cache is None:
             self._cache = DynamicCache() if self._keep_all else DynamicCache(config=self.member.model.config)
-            self._weights = _weights_of(self.member.model)
         # An interrupted forward leaves some layers longer than others. Without its ids the cache is not used again.
         self._ids = None
         new = min(last, n - keep)
@@ -165,9 +193,16 @@ class PrefixCachedMember:
                 cache=self._cache,
                 logits_to_keep=new if end == n else 1,
             )  # [B, K, V]
+        # Only now: a model may set itself up in its first pass.
+        if self._filled_by is None:
+            self._filled_by = Fingerprint(self.member.model)
         self._ids = key
         self._logits += logits.unbind(1)
         return _stacked(self._logits[-last:])
+
+    def _is_current(self) -> bool:
+        """Whether the model is the one that filled the cache."""
+        return self._filled_by is not None and self._filled_by.holds(self.member.model)
 
     def _remembered(self, length: int) -> int:
         """How many positions up to `length`, which the cache covers, have cached logits."""
@@ -209,7 +244,9 @@ class PrefixCachedMember:
             self._cache.crop(-surplus)
         except RuntimeError:  # from a sliding layer, if the positions have left its window
             self._keep_all = True
+            first = self._first
             self.reset()
+            self._first = first
             return 0
         self._ids = self._ids[:, :keep]
         self._logits = self._logits[:-surplus]
@@ -219,16 +256,6 @@ class PrefixCachedMember:
 def _stacked(logits: list[torch.Tensor]) -> torch.Tensor:
     """`[B, V]` each → `[B, n, V]`; a single one is not copied."""
     return logits[0][:, None] if len(logits) == 1 else torch.stack(logits, 1)
-
-
-def _weights_of(model: Any) -> object:
-    """A value that changes when the model's weights are changed in place, or its adapters are switched."""
-    versions = sum(0 if p.is_inference() else p._version for p in model.parameters())
-    if not getattr(model, "peft_config", None):
-        return versions
-    # PEFT's layers; on transformers' models these names are methods.
-    layers = [m for m in model.modules() if isinstance(getattr(m, "disable_adapters", None), bool)]
-    return versions, repr([(m.active_adapters, m.disable_adapters) for m in layers])
 
 
 def _shared_length(cached: torch.Tensor, row: torch.Tensor) -> torch.Tensor:

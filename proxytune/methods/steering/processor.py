@@ -143,10 +143,15 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         """
         refuse_no_ids(input_ids.shape[1])
         mask = self._inferred_mask(input_ids) if self._explicit_mask is None else self.explicit_mask(input_ids)
-        return normalise_(self.shifted(input_ids, scores, mask))
+        return normalise_(self.shifted(input_ids, scores, mask, told=False))
+
+    def begin_generation(self, *, handed_on: bool) -> None:
+        """Announce a `generate()`; see `PrefixCachedMember.begin_generation`."""
+        for companion in self._companions:
+            companion.begin_generation(handed_on=handed_on)
 
     def shifted(
-        self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None
+        self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None, *, told: bool = True
     ) -> torch.Tensor:
         """The combined scores of one step, not normalised.
 
@@ -154,6 +159,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             input_ids: The whole prefix, `[B, T]`, int64.
             scores: `[B, V]`, float32.
             attention_mask: `[B, ≤ T]`, 1 for tokens and 0 for padding; None if nothing is padded.
+            told: Whether this `generate()` was announced.
 
         Returns:
             `[B, V]`, float32; −inf for ids that a companion cannot embed: sampling one would end in an index error.
@@ -161,7 +167,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         Raises:
             InputError: If the prefix is too long for a companion, or has ids that it cannot embed.
         """
-        companions = [c.logits_for(input_ids, attention_mask)[:, -1] for c in self._companions]  # [B, V_i] each
+        companions = [
+            c.logits_for(input_ids, attention_mask, told=told)[:, -1] for c in self._companions
+        ]  # [B, V_i] each
         combined = combine([scores, *companions], self.formula.weights())  # [B, V]
         combined[:, min(c.member.rows for c in self._companions) :] = -torch.inf
         return combined

@@ -15,7 +15,7 @@ from proxytune.models.members.cache_name import cache_of
 from proxytune.ops import Impl
 from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
 
-__all__ = ["Where", "refuse_extras", "refuse_settings", "refuse_threshold"]
+__all__ = ["Where", "refuse_extras", "refuse_hidden_state", "refuse_settings", "refuse_threshold"]
 
 Where = Literal["forks", "random", "start"]
 """Where a tree forks, see `proxytune.methods.trees.fork_decoding.ForkDecoding`."""
@@ -146,4 +146,15 @@ def refuse_extras(
             expected="a padding token, since leaves differ in length",
             got="None",
             remedy="Pass pad_token_id= to generate().",
+        )
+
+
+def refuse_hidden_state(loop: str, model: Any, outputs: Any, use_cache: Any) -> None:
+    """Raise UnsupportedModeError if a model, after its first pass, does not return the state that it goes on from."""
+    if use_cache and cache_of(outputs) is None:
+        raise UnsupportedModeError.of(
+            "use_cache",
+            expected=f"a model that returns its cache, for {loop}: branches copy rows of it",
+            got=f"a {type(model).__name__}, which keeps a state in its own layers",
+            remedy="Pass use_cache=False.",
         )

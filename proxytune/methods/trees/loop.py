@@ -25,7 +25,7 @@ from proxytune.generation.processor_rules import bind_to_prompts
 from proxytune.generation.prompt_rows import rows_of_prompts
 from proxytune.generation.sampler import MembersAndWeights, Sampler
 from proxytune.methods.forks.threshold import ForkThreshold
-from proxytune.methods.trees.checks import Where, refuse_extras, refuse_threshold
+from proxytune.methods.trees.checks import Where, refuse_extras, refuse_hidden_state, refuse_threshold
 from proxytune.methods.trees.frontier import Frontier, RowDraws
 from proxytune.methods.trees.output import TreeOutput, leaves_of, warn_of_shortage
 from proxytune.methods.trees.tree import Branch
@@ -124,6 +124,7 @@ class TreeLoop(ABC):
         clocks = StoppingCriteriaList(c for c in stopping_criteria if isinstance(c, MaxTimeCriteria))
         texts = input_ids
         outputs = call.prefill()
+        refuse_hidden_state(name, model, outputs, model_kwargs.get("use_cache"))
         sampler: Sampler | None = None
         chances: Noise | None = None
         gains: list[tuple[list[Branch], torch.Tensor]] = []

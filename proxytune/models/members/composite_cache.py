@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import Cache, DynamicCache, StaticCache, get_layer_types_and_kwargs
 
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.fingerprint import Fingerprint
 
-__all__ = ["adopt", "cached_layers", "refuse_short_cache", "stored", "view"]
+__all__ = ["adopt", "cached_layers", "note_members", "refuse_outdated", "refuse_short_cache", "stored", "view"]
 
 _OWNER = "_proxytune_owner"
+_FILLED_BY = "_proxytune_filled_by"
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
 
@@ -89,6 +92,33 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
             remedy=f"Build it as {type(cache).__name__}(config=model.config, …).",
         )
     setattr(cache, _OWNER, owner)
+    vars(cache).pop(_FILLED_BY, None)
+
+
+def note_members(cache: Cache, members: Mapping[str, nn.Module]) -> None:
+    """Write on a cache which models, role → model, have filled it, if that is not noted yet."""
+    if not hasattr(cache, _FILLED_BY):
+        setattr(cache, _FILLED_BY, {role: Fingerprint(model) for role, model in members.items()})
+
+
+def refuse_outdated(cache: Cache, members: Mapping[str, nn.Module], *, values: bool) -> None:
+    """Raise CacheError if a cache holds tokens, and a member, role → model, has changed since they were read.
+
+    `values` compares values of the weights as well, for which the host waits for the device.
+    """
+    noted: dict[str, Fingerprint] = getattr(cache, _FILLED_BY, {})
+    changed = [role for role, model in members.items() if role in noted and not noted[role].holds(model, values=values)]
+    if not changed:
+        return
+    if not _filled(cache):  # it was reset
+        delattr(cache, _FILLED_BY)
+        return
+    raise CacheError.of(
+        CACHE,
+        expected="a cache filled by the members as they are now",
+        got=f"one that was filled before the {' and the '.join(changed)} changed (weights, adapter, layers or hooks)",
+        remedy="Start without it: generate() reads the whole text anew.",
+    )
 
 
 def refuse_short_cache(cache: StaticCache, length: int) -> None:

@@ -30,11 +30,21 @@ from support.trees import (
     reference_logits,
     small_model,
 )
-from transformers import DynamicCache, LogitsProcessor, MaxTimeCriteria, RwkvConfig, RwkvForCausalLM, StopStringCriteria
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    MaxTimeCriteria,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RwkvConfig,
+    RwkvForCausalLM,
+    StopStringCriteria,
+)
 
-from proxytune import FusedDecoding
-from proxytune.errors import InputError, NumericalError, UnsupportedModeError
+from proxytune import FusedDecoding, SiblingDecoding, SpeculativeDecoding
+from proxytune.errors import InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
 from proxytune.methods.forks.threshold import ForkThreshold
+from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.methods.trees.fork_decoding import ForkDecoding
 from proxytune.models.members.cache_name import CACHE
 
@@ -102,6 +112,24 @@ def test_a_model_that_keeps_its_state_otherwise_needs_to_go_without() -> None:
         grow(model, ForkDecoding(threshold=LOW), ids, pad_token_id=PAD)
     out = grow(model, ForkDecoding(threshold=LOW, seed=1), ids, pad_token_id=PAD, use_cache=False, max_new_tokens=4)
     check_branches(model, out, ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize("loop", [ForkDecoding(threshold=LOW, seed=1), SiblingDecoding(threshold=LOW, seed=1)])
+def test_a_model_with_a_state_in_its_layers_needs_to_go_without(loop: Any) -> None:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 16}
+    model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig(vocab_size=64, **sizes)).eval()
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    match = r"use_cache: expected a model that returns its cache, .*RecurrentGemmaForCausalLM.*Pass use_cache=False\."
+    with pytest.raises(UnsupportedModeError, match=match):
+        grow(model, loop, ids, pad_token_id=PAD)
+    out = grow(model, loop, ids, pad_token_id=PAD, use_cache=False, max_new_tokens=4)
+    check_branches(model, out, ids, torch.ones_like(ids))
+    with pytest.raises(
+        UnsupportedModelError, match="the model: expected attention layers only.*RecurrentGemmaForCausalLM"
+    ):
+        grow(model, SpeculativeDecoding(draft=PromptLookupDraft()), ids, pad_token_id=PAD)
 
 
 def test_without_a_cache_it_is_the_same(model: Any) -> None:
