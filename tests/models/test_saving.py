@@ -285,6 +285,8 @@ def with_adapter(members: Path) -> ProxyTunedModel:
 
 def tuned_in_memory(members: Path) -> ProxyTunedModel:
     expert, antiexpert = (AutoModelForCausalLM.from_pretrained(members / "antiexpert") for _ in range(2))
+    with torch.no_grad():
+        expert.lm_head.weight.mul_(2)
     return compose(members, expert=expert, antiexpert=antiexpert)
 
 
@@ -309,11 +311,13 @@ def test_what_its_name_does_not_tell_of_is_refused(
 
 
 def test_one_model_in_two_roles_is_saved(members: Path, tmp_path: Path) -> None:
-    # Silly, but it says what it is: the shift is nothing.
-    small = AutoModelForCausalLM.from_pretrained(members / "expert")
-    compose(members, expert=small, antiexpert=small).save_pretrained(tmp_path)
+    # At base = antiexpert and α = 1 the composition is the expert: a free check of exactness.
+    base = AutoModelForCausalLM.from_pretrained(members / "base")
+    model = proxytune.wrap(base, expert=members / "expert", antiexpert=base)
+    model.save_pretrained(tmp_path)
     opened = ProxyTunedModel.from_pretrained(tmp_path)
-    assert torch.equal(opened(PROMPT).logits, opened.base(PROMPT).logits)
+    assert torch.equal(opened(PROMPT).logits, model(PROMPT).logits)
+    torch.testing.assert_close(opened(PROMPT).logits, opened.expert(PROMPT).logits, atol=2e-5, rtol=1e-5)
 
 
 # --- failing -------------------------------------------------------------------------------------------------------

@@ -227,7 +227,8 @@ def test_a_misspelt_role_is_not_only_missing() -> None:
 
 def test_what_from_pretrained_and_configs_know_is_passed_on(tmp_path: Path) -> None:
     given = {"dtype": "float32", "use_cache": True, "rms_norm_eps": 1e-5, "low_cpu_mem_usage": True}
-    assert compose(expert=bundled("tiny-tuned"), **given).expert.dtype == torch.float32
+    members = {"base": "large-base", "expert": "tiny-tuned", "antiexpert": "tiny-base"}
+    assert compose(**{role: bundled(name) for role, name in members.items()}, **given).expert.dtype == torch.float32
     with pytest.raises(InputError, match=r"^revision: .*; got revision='main'. Did you mean revisions?"):
         compose(expert=bundled("tiny-tuned"), revision="main")
     family = {"expert": bundled("tiny-tuned"), "antiexpert": bundled("tiny-base")}

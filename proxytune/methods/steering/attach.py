@@ -11,10 +11,11 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
+from proxytune.models.end_tokens import listed_ends
 from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.ops import normalise_
 
-__all__ = ["AttachedProcessor", "CompanionPrefetch", "SteeredProcessors", "refuse_no_ids"]
+__all__ = ["AttachedProcessor", "CompanionPrefetch", "SteeredProcessors", "StoppingIds", "refuse_no_ids"]
 
 
 class _Steering(Protocol):
@@ -110,6 +111,25 @@ class SteeredProcessors:
             )
         self.processor.read_in_chunks(generation_config.prefill_chunk_size)
         return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1)
+
+
+class StoppingIds:
+    """Replaces a steered model's `_prepare_generation_config`: texts also stop where the expert ends its turn.
+
+    An `eos_token_id` of the call comes first; in a `GenerationConfig`, one that is not the model's own, which pipelines
+    copy.
+    """
+
+    def __init__(self, model: Any, ids: list[int]) -> None:
+        self.model, self.ids = model, ids
+
+    def __call__(self, original: Callable[..., Any], generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the config of one `generate()`, with the ids in place of the model's own."""
+        config, rest = original(generation_config, *args, **kwargs)
+        own = listed_ends(self.model.generation_config.eos_token_id)
+        if "eos_token_id" not in kwargs and set(listed_ends(config.eos_token_id)) == set(own):
+            config.eos_token_id = list(self.ids)
+        return config, rest
 
 
 class CompanionPrefetch:
