@@ -26,7 +26,7 @@ from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.registry import FORMULAS
 from proxytune.models.chunked_forward import forward_in_parts, part_length
-from proxytune.models.config import ProxyTunedConfig, load_recipe
+from proxytune.models.config import CARRIED, ProxyTunedConfig, load_recipe
 from proxytune.models.end_tokens import stop_composed
 from proxytune.models.generation_mixin import ComposedGenerationMixin, MemberOutput, refuse_arguments, refuse_shapes
 from proxytune.models.loading import adapters_of, open_members, refuse_composed
@@ -97,6 +97,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         refuse_no_shift(members["expert"], members["antiexpert"], formula)
         warn_of_roles(members, formula)
         config.bind([model.config for model in members.values()])
+        # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
+        config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
         config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)
         super().__init__(config)
         for role, model in members.items():
@@ -412,7 +414,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 got=f"{self.formula!r}, which {known}",
                 remedy=f"Register it first (FORMULAS[{recipe.formula!r}] = …); other settings need another name.",
             )
-        save_adapter(save_directory, recipe, self.generation_config)
+        carried = {name: getattr(self.config, name) for name in CARRIED if hasattr(self.config, name)}
+        if self.generation_config is not None:
+            carried["eos_token_id"] = self.generation_config.eos_token_id
+        save_adapter(save_directory, recipe, self.generation_config, carried)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> ProxyTunedModel:
