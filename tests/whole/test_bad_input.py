@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import CONTEXT, EOS, PAD, build, shared, tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    SynthIDTextWatermarkingConfig,
+    pipeline,
+)
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel, ProxyTuningLogitsProcessor
@@ -528,6 +536,26 @@ def test_attaching_twice_is_refused_and_detaching_leaves_no_trace() -> None:
     one.detach()  # without effect
     with pytest.raises(InputError, match="attach: .*; got a composed model"):
         one.attach(compose())
+
+
+@pytest.mark.parametrize(
+    ("mode", "why"),
+    [
+        ({"prompt_lookup_num_tokens": 3}, "drafts are evaluated more than once"),
+        ({"assistant_model": shared("gpt2", 3)}, "drafts are evaluated more than once"),
+        ({"num_beams": 3}, "beams change places"),
+        ({"num_beams": 3, "do_sample": True}, "beams change places"),
+    ],
+    ids=["lookup", "assistant", "beams", "sampled beams"],
+)
+def test_processors_that_count_their_calls_with_drafts_or_beams(mode: dict[str, Any], why: str) -> None:
+    model, ids = compose(), torch.arange(20, 28)[None]
+    watermark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+    own = [UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, model)]
+    for name, setting in (("guidance_scale", 1.5), ("watermarking_config", watermark), ("logits_processor", own)):
+        said = "guidance_scale" if name == "logits_processor" else name
+        with pytest.raises(UnsupportedModeError, match=f"{said}: expected .* while {why}. Leave {said} out, or"):
+            model.generate(ids, **GREEDY | mode | {name: setting})
 
 
 def test_guidance_and_self_speculation() -> None:
