@@ -56,7 +56,7 @@ def stopping_ids(
     tokenizers = tokenizers or {}
     own, of_base = (getattr(tokenizers.get(role), "eos_token_id", None) for role in ("expert", "base"))
     # What both tokenizers name was not tuned into the expert.
-    ours, theirs = listed_ends(base), ends_of(expert, None if own == of_base else own)
+    ours, theirs = listed_ends(base), ends_of(expert, own if "base" in tokenizers and own != of_base else None)
     more = [i for i in theirs if i not in ours]
     if not more:
         return theirs if wanted == "expert" and theirs and set(theirs) != set(ours) else None

@@ -127,6 +127,8 @@ def test_whose_tokens_count(base: Any, expert: Any, named: Any, want: Any) -> No
     model = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=expert))
     tokenizers = dict(zip(("base", "expert"), (SimpleNamespace(eos_token_id=n) for n in named or ()), strict=False))
     assert stopping_ids(base, model, "union", tokenizers) == want
+    tokenizers.pop("base", None)  # then nobody knows
+    assert stopping_ids(base, model, "union", tokenizers) == (None if named else want)
 
 
 def test_another_word_is_refused() -> None:

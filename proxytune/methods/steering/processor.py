@@ -17,7 +17,13 @@ from proxytune.formulas.checks import check_formula
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.generation.method_hooks import Attachable, MethodHook, hooks_on, target_of
 from proxytune.generation.prompt_rows import expand_mask
-from proxytune.methods.steering.attach import CompanionPrefetch, SteeredProcessors, StoppingIds, refuse_no_ids
+from proxytune.methods.steering.attach import (
+    CompanionPrefetch,
+    ScoringNotice,
+    SteeredProcessors,
+    StoppingIds,
+    refuse_no_ids,
+)
 from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.end_tokens import EndWatch, ends_of, stopping_ids
 from proxytune.models.generation_mixin import ComposedGenerationMixin, refuse_continuous_batching
@@ -60,6 +66,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
     """
 
     supports_continuous_batching = False
+    _notice: ScoringNotice | None = None
     # The composed model refuses processors with this attribute.
     shifts_logits = True
 
@@ -254,6 +261,13 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             )
         return None
 
+    def detach(self) -> None:
+        """Undo `attach`; without effect if the processor is not attached."""
+        super().detach()
+        if self._notice is not None:
+            self._notice.remove()
+        self._notice = None
+
     # --- attaching -----------------------------------------------------------------------------------------------
 
     def attach(self, model: PreTrainedModel) -> Self:
@@ -272,7 +286,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
             SteeringWarning: If the expert ends its texts with tokens that the model does not end at, or a companion is
-                larger than the model.
+                larger than the model. Later, once: if the model is asked for a whole text's logits outside
+                `generate()`, which nothing steers.
         """
         self._refuse_attached()
         target = target_of(model)
@@ -287,18 +302,19 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
                 got="a composed model" if composed else "a model with another processor attached",
                 remedy="Shifts would add up. Detach the other one, or attach to the base.",
             )
+        found = self._found_tokenizers
         if self._check_vocabulary:
-            check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
+            found = check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
         companions = {c.member.role: c.member.model for c in self._companions}
         warn_of_size(model, companions)
-        ends = stopping_ids(
-            target.generation_config.eos_token_id, companions["expert"], self.end_tokens, self._found_tokenizers
-        )
+        ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found)
         stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
+        notice = ScoringNotice(model, target)
         self._hooks = (
             *stops,
             MethodHook(target, "_get_logits_processor", SteeredProcessors(self)),
             MethodHook(target, "init_continuous_batching", refuse_continuous_batching),
-            MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self)),
+            MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self, notice)),
         )
+        self._notice = notice
         return self
