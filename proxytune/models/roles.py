@@ -22,7 +22,7 @@ _TUNED = frozenset(
     ("aligned", "chat", "dpo", "finetuned", "ft", "instruct", "instruction", "it", "rlhf", "sft", "tuned")
 )
 _UNTUNED = frozenset(("base", "pretrained", "pretrain", "pt", "untuned"))
-_LARGER = 1.5
+_LARGER = 1.7
 """How many times the base's parameters, embeddings not counted, a companion may have."""
 
 
