@@ -127,7 +127,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         warn_of_roles(models, self.formula)
         self.end_tokens = None if end_tokens is None else choice("end_tokens", end_tokens, get_args(EndTokens))
         self._found_tokenizers = found
-        self._watch = None if end_tokens == "base" else EndWatch(ends_of(models["expert"]))
+        # The base is not known yet; it most likely ends where the antiexpert does.
+        tuned = [i for i in ends_of(models["expert"]) if i not in ends_of(models["antiexpert"])]
+        self._watch = EndWatch(tuned) if tuned and end_tokens != "base" else None
         self._companions = [PrefixCachedMember(models[role], role) for role in self.formula.roles]
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
