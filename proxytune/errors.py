@@ -18,6 +18,7 @@ VocabularyWarning (a UserWarning)        token ids could not be compared, becaus
 CalibrationWarning (a UserWarning)       an entropy threshold may not give the wanted share of forks
 BudgetWarning (a UserWarning)            the budget had no room for all texts that were planned
 DriftWarning (a UserWarning)             the share of forks left its band: the threshold no longer fits
+SteeringWarning (a UserWarning)          a steered model that probably does not do what was meant
 ```
 """
 
@@ -36,6 +37,7 @@ __all__ = [
     "NumericalError",
     "ProxytuneError",
     "RecipeError",
+    "SteeringWarning",
     "UnsupportedModeError",
     "UnsupportedModelError",
     "VocabularyMismatchError",
@@ -117,3 +119,7 @@ class BudgetWarning(UserWarning):
 
 class DriftWarning(UserWarning):
     """The share of forks has left its band: the entropy threshold no longer fits model, temperature or text."""
+
+
+class SteeringWarning(UserWarning):
+    """A steered model that probably does not do what was meant: its roles, α, end tokens, or how it is asked."""

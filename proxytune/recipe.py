@@ -12,7 +12,9 @@
 ```
 
 `proxytune calibrate` adds a `fork_threshold` (`ForkCalibration`):
-`{"share": 0.2, "nats": 0.41, "tokens": 20000, "temperature": 1.0, "measure": "raw", "alpha": 0.5}`.
+`{"share": 0.2, "nats": 0.41, "tokens": 20000, "temperature": 1.0, "measure": "raw", "alpha": 0.5}`. Where expert
+and base end their texts with different tokens, `end_tokens` says whose stop the composition: "union", "base" or
+"expert".
 
 An `id` is a hub id or a folder. A relative folder is first looked for next to the recipe, so that a folder with a
 recipe and its models can be moved; `save_pretrained` writes folders in or beside the recipe's as relative ones. Unknown
@@ -43,6 +45,7 @@ __all__ = [
     "MEASURES",
     "RECIPE_FILE",
     "ROLES",
+    "EndTokens",
     "ForkCalibration",
     "Measure",
     "MemberRef",
@@ -55,7 +58,7 @@ FORMAT_VERSION = 1
 RECIPE_FILE = "proxytune_config.json"
 ROLES = ("base", "expert", "antiexpert")
 _KEYS = ("format_version", *ROLES, "formula", "alpha")
-_OPTIONAL = ("fork_threshold",)
+_OPTIONAL = ("fork_threshold", "end_tokens")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 LOAD_KEYS: Mapping[str, type] = {
@@ -165,6 +168,10 @@ class MemberRef:
         return replace(self, id=relative if relative.startswith("..") else f"./{relative}")
 
 
+EndTokens = Literal["union", "base", "expert"]
+"""Whose end tokens stop a text: those of base and expert, or of one of them alone."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
     """An adapter: members, formula and α.
@@ -176,6 +183,7 @@ class Recipe:
         formula: The name of the formula (`proxytune.formulas.registry.FORMULAS`).
         alpha: Strength of the shift; finite.
         fork_threshold: The calibrated entropy above which a token of this adapter is a fork; None if not calibrated.
+        end_tokens: Whose end tokens stop a text; None where that makes no difference.
     """
 
     base: MemberRef
@@ -184,6 +192,7 @@ class Recipe:
     formula: str = "proxy-tuning"
     alpha: float = 1.0
     fork_threshold: ForkCalibration | None = None
+    end_tokens: EndTokens | None = None
 
     @property
     def members(self) -> dict[str, MemberRef]:
@@ -194,7 +203,9 @@ class Recipe:
         """The JSON object that `from_json` reads, with the format version."""
         members = {role: ref.to_json() for role, ref in self.members.items()}
         threshold = {} if self.fork_threshold is None else {"fork_threshold": asdict(self.fork_threshold)}
-        return {"format_version": FORMAT_VERSION, **members, "formula": self.formula, "alpha": self.alpha, **threshold}
+        ends = {} if self.end_tokens is None else {"end_tokens": self.end_tokens}
+        formula = {"formula": self.formula, "alpha": self.alpha}
+        return {"format_version": FORMAT_VERSION, **members, **formula, **threshold, **ends}
 
     @classmethod
     def from_json(cls, data: Any, *, folder: Path | None = None) -> Recipe:
@@ -241,8 +252,17 @@ class Recipe:
                     got=f"the folder of the recipe itself, {ref.id}",
                     remedy="Loading it would recurse forever: name the model's folder.",
                 )
+        ends = data.get("end_tokens")
+        try:
+            ends = None if ends is None else choice("recipe key 'end_tokens'", ends, get_args(EndTokens))
+        except InputError as error:
+            raise RecipeError(str(error)) from None
         return cls(
-            **refs, formula=data["formula"], alpha=alpha, fork_threshold=_fork_threshold(data.get("fork_threshold"))
+            **refs,
+            formula=data["formula"],
+            alpha=alpha,
+            fork_threshold=_fork_threshold(data.get("fork_threshold")),
+            end_tokens=ends,
         )
 
     @classmethod

@@ -114,6 +114,7 @@ def _thought(subject: Subject, asked: Sequence[Ponder], samples: int, **settings
                 continuation_ids=continuation,
                 prompt_length=width,
                 eos_token_id=subject.tokenizer.eos_token_id,
+                tokenizer=subject.tokenizer,
                 **settings,
             )
         ]

@@ -230,7 +230,7 @@ def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrai
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     with terminal.Bar("models"):
-        models, _ = open_members({"base": base}, check_vocabulary=False, dtype=dtype, device_map=device)
+        models, _, _ = open_members({"base": base}, check_vocabulary=False, dtype=dtype, device_map=device)
     return models["base"].eval(), load_tokenizer([MemberRef(base)])
 
 

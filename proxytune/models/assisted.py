@@ -7,6 +7,7 @@ composite cache instead, in the loop of `proxytune.methods.speculation.decoding`
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from transformers.generation.candidate_generator import (
     AssistedCandidateGenerator,
     CandidateGenerator,
     PromptLookupCandidateGenerator,
+)
+from transformers.generation.logits_process import (
+    SynthIDTextWatermarkLogitsProcessor,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 import proxytune
@@ -104,8 +109,36 @@ def refuse_self_speculation(generation_config: GenerationConfig) -> None:
             )
 
 
+# Processors of transformers that count their calls, one a token of each row, and the setting that turns them on.
+_COUNTING = {
+    UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
+    SynthIDTextWatermarkLogitsProcessor: "watermarking_config",
+}
+
+
+def _refuse_counting(processors: Iterable[Any], but: str, without: str) -> None:
+    """Raise UnsupportedModeError for a processor that counts its calls, if a call is not one more token per row."""
+    for processor in processors:
+        for kind, setting in _COUNTING.items():
+            if isinstance(processor, kind):
+                raise UnsupportedModeError.of(
+                    setting,
+                    expected="greedy decoding or sampling, one token of each row at a time",
+                    got=f"a {kind.__name__}, which counts its calls, while {but}",
+                    remedy=f"Leave {setting} out, or {without}.",
+                )
+
+
 class AssistedMixin:
-    """`generate(assistant_model=…)` on a composed model; must come before `GenerationMixin` among the bases."""
+    """`generate(assistant_model=…)` on a composed model; must come before `GenerationMixin` among the bases.
+
+    Drafts and beams also refuse what transformers lets go wrong in them.
+    """
+
+    def _beam_search(self, input_ids: torch.Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
+        _refuse_counting(logits_processor, "beams change places", "num_beams")
+        parent: Any = super()
+        return parent._beam_search(input_ids, logits_processor, *args, **kwargs)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
@@ -125,11 +158,18 @@ class AssistedMixin:
             return _ShortLookup(inner)
         return FittedDraft(inner, width) if type(inner) is AssistedCandidateGenerator else inner
 
-    def _assisted_decoding(self, *args: Any, assistant_model: Any = None, **kwargs: Any) -> Any:
+    def _assisted_decoding(
+        self, input_ids: torch.Tensor, logits_processor: Any, *args: Any, assistant_model: Any = None, **kwargs: Any
+    ) -> Any:
+        _refuse_counting(
+            logits_processor, "drafts are evaluated more than once", "assistant_model and prompt_lookup_num_tokens"
+        )
         parent: Any = super()
         expert: Any = getattr(self, "expert", None)
         if expert is None or assistant_model is not expert:
-            return parent._assisted_decoding(*args, assistant_model=assistant_model, **kwargs)
+            return parent._assisted_decoding(
+                input_ids, logits_processor, *args, assistant_model=assistant_model, **kwargs
+            )
         config = kwargs["generation_config"]
         if config.assistant_ensemble_weight is not None:
             raise InputError.of(
@@ -144,4 +184,4 @@ class AssistedMixin:
         # `assistant_model=model.expert` is short for `custom_generate=SpeculativeDecoding()`, and is written so: by the
         # public name, since the loops stand above the model.
         loop = proxytune.SpeculativeDecoding(draft_tokens="auto" if tokens is None else tokens)
-        return loop(self, *args, **kwargs)
+        return loop(self, input_ids, logits_processor, *args, **kwargs)

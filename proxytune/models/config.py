@@ -14,16 +14,21 @@ from proxytune.models.load_arguments import refuse_dtype
 from proxytune.models.members.composite_cache import cached_layers
 from proxytune.recipe import RECIPE_FILE, Recipe, read_json
 
-__all__ = ["ProxyTunedConfig"]
+__all__ = ["CARRIED", "ProxyTunedConfig"]
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+CARRIED = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+"""What `config.json` says of the composition: the width and special ids of the base, and the shortest context."""
 
 
 class ProxyTunedConfig(PreTrainedConfig):
     """The config of a `ProxyTunedModel`.
 
-    On disk it only points at the recipe beside it (`proxytune_config.json`). After `bind` it also has what `generate()`
-    reads from a config; its number of layers is the sum over the members.
+    On disk it points at the recipe beside it (`proxytune_config.json`), and has what harnesses ask a config for without
+    opening the model (`CARRIED`). After `bind` it also has what `generate()` reads from a config; its number of layers
+    is the sum over the members.
 
     Attributes:
         recipe: Members, formula and α; None if some member exists only in memory.

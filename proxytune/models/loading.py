@@ -56,15 +56,15 @@ def open_members(
     check_vocabulary: bool = True,
     members: Mapping[str, Mapping[str, Any]] | None = None,
     **from_pretrained: Any,
-) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None]]:
+) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None], dict[str, Any]]:
     """Open all members of a composition: `sources` is role → model object, hub id, folder or reference, the base first.
 
     `caller` is what the user called, for messages about keywords (None for `from_pretrained`); the other arguments are
     those of `proxytune.wrap`. What a reference has in `load` counts as given for that member, `trust_remote_code` too.
 
     Returns:
-        Role → model, and role → reference to load it again (None for one that exists only in memory). Its `load` has
-        the arguments that decide which model it is.
+        Role → model; role → reference to load it again (None for one that exists only in memory), whose `load` has the
+        arguments that decide which model it is; and role → tokenizer, as far as they were given or compared.
 
     Raises:
         InputError: If a member is missing or no model, id or folder, or arguments contradict each other or are unknown.
@@ -124,11 +124,12 @@ def open_members(
         assert found is not None
         code = own["trust_remote_code"] and is_custom_code(models[role])
         references[role] = replace(found, load=deciding(own | {"trust_remote_code": code}))
+    known = dict(tokenizers or {})
     if check_vocabulary:
         hub = {role: {k: own[k] for k in HUB_ARGUMENTS if k in own} for role, own in arguments.items()}
         trusted = [role for role, own in arguments.items() if own["trust_remote_code"]]
-        check_vocabularies(references, tokenizers, trusted=trusted, hub=hub)
-    return models, references
+        known = check_vocabularies(references, tokenizers, trusted=trusted, hub=hub)
+    return models, references, known
 
 
 def _refuse_arguments_of_members(members: Any, sources: Mapping[str, Any]) -> None:
@@ -306,12 +307,12 @@ def check_vocabularies(
     *,
     trusted: Collection[str] = (),
     hub: Mapping[str, Mapping[str, Any]] | None = None,
-) -> None:
+) -> dict[str, Any]:
     """Compare all members' token ids with those of the first member whose tokenizer is known.
 
     `references` says where each member was loaded from, the base first; `tokenizers` holds those of members saved
     without one; `trusted` are the roles whose tokenizers may run code of their own; `hub` is role → `token`,
-    `cache_dir` and the like.
+    `cache_dir` and the like. Returns role → tokenizer, as far as they were found.
 
     Raises:
         VocabularyMismatchError: If two members use the same id for different tokens.
@@ -320,26 +321,25 @@ def check_vocabularies(
         VocabularyWarning: If some member's tokenizer is not found, so it could not be compared.
     """
     vocabularies: dict[str, Mapping[str, int]] = {}
-    seen: dict[MemberRef, Mapping[str, int]] = {}
+    seen: dict[MemberRef, Any] = {}
+    found: dict[str, Any] = {}
     unknown = []
     for role, reference in references.items():
         tokenizer = (tokenizers or {}).get(role)
         if tokenizer is None and reference is not None:
-            if reference not in seen:
+            if seen.get(reference) is None:
                 where = (hub or {}).get(role, {})
                 # A member whose code runs already has been trusted.
                 trust = role in trusted or bool(reference.load.get("trust_remote_code"))
-                found = find_tokenizer(reference, trust_remote_code=trust, **where)
-                if found is None:
-                    code = None if trust else tokenizer_code(reference, **where)
-                    unknown.append(role if code is None else f"{role} (its tokenizer would run {code} of its own)")
+                seen[reference] = find_tokenizer(reference, trust_remote_code=trust, **where)
+                if seen[reference] is None and not trust and (code := tokenizer_code(reference, **where)):
+                    unknown.append(f"{role} (its tokenizer would run {code} of its own)")
                     continue
-                seen[reference] = found.get_vocab()
-            vocabularies[role] = seen[reference]
-        elif tokenizer is not None:
-            vocabularies[role] = tokenizer.get_vocab()
-        else:
+            tokenizer = seen[reference]
+        if tokenizer is None:
             unknown.append(role)
+        else:
+            found[role], vocabularies[role] = tokenizer, tokenizer.get_vocab()
     if vocabularies:
         # Without the base's tokenizer, companions are compared with each other.
         against, *others = vocabularies
@@ -353,6 +353,7 @@ def check_vocabularies(
             VocabularyWarning,
             stacklevel=3,
         )
+    return found
 
 
 def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **hub: Any) -> Any | None:

@@ -26,7 +26,8 @@ from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.registry import FORMULAS
 from proxytune.models.chunked_forward import forward_in_parts, part_length
-from proxytune.models.config import ProxyTunedConfig, load_recipe
+from proxytune.models.config import CARRIED, ProxyTunedConfig, load_recipe
+from proxytune.models.end_tokens import stop_composed
 from proxytune.models.generation_mixin import (
     ComposedGenerationMixin,
     MemberOutput,
@@ -41,6 +42,7 @@ from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.roles import refuse_no_shift, warn_of_roles
 from proxytune.models.saving import save_adapter
 from proxytune.recipe import LOAD_KEYS, RECIPE_FILE, ROLES, Recipe
 from proxytune.validation import shown
@@ -89,12 +91,20 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             formula: The formula.
 
         Raises:
-            MemberError: If a member is composed already, or cannot take part (see `Member`).
+            MemberError: If a member is composed already, or cannot take part (see `Member`); or if expert and
+                antiexpert are the same.
+
+        Warns:
+            SteeringWarning: If the roles look wrong (see `wrap`).
         """
         for role, model in members.items():
             refuse_composed(model, role)
         wrapped = [Member(model, role) for role, model in members.items()]
+        refuse_no_shift(members["expert"], members["antiexpert"], formula)
+        warn_of_roles(members, formula)
         config.bind([model.config for model in members.values()])
+        # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
+        config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
         config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)
         super().__init__(config)
         for role, model in members.items():
@@ -422,7 +432,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 got=f"{self.formula!r}, which {known}",
                 remedy=f"Register it first (FORMULAS[{recipe.formula!r}] = …); other settings need another name.",
             )
-        save_adapter(save_directory, recipe, self.generation_config)
+        carried = {name: getattr(self.config, name) for name in CARRIED if hasattr(self.config, name)}
+        if self.generation_config is not None:
+            carried["eos_token_id"] = self.generation_config.eos_token_id
+        save_adapter(save_directory, recipe, self.generation_config, carried)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> ProxyTunedModel:
@@ -434,7 +447,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             **kwargs: Passed to every member's `from_pretrained` (`dtype`, `device_map`, `attn_implementation`, …), but
                 for these. `members` is role → arguments for that member alone. `trust_remote_code=True` trusts the
                 recipe's repository: its own file, and members on the hub for which it names `trust_remote_code` and
-                a commit as revision. `trust_members=True` trusts all members.
+                a commit as revision. `trust_members=True` trusts all members. `end_tokens` says whose end tokens stop
+                a text, as in `wrap` [what the recipe says].
 
         Returns:
             The composed model.
@@ -442,8 +456,11 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         Raises:
             RecipeError: If the recipe is missing or invalid.
             MemberError: If a member cannot be opened, would run code that is not trusted, or does not fit.
+
+        Warns:
+            SteeringWarning: As `wrap`; of end tokens only if the recipe does not say whose are meant.
         """
-        config = kwargs.pop("config", None)
+        config, end_tokens = kwargs.pop("config", None), kwargs.pop("end_tokens", None)
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         for_all = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
         trust_recipe, trust_members = (kwargs.pop(key, False) for key in ("trust_remote_code", "trust_members"))
@@ -459,8 +476,9 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 kwargs.setdefault(key, value)
         recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
         formula = check_formula(FORMULAS[recipe.formula](alpha=recipe.alpha))
+        refuse_no_shift(recipe.expert, recipe.antiexpert, formula, members=kwargs.get("members"))
         try:
-            members, references = open_members(
+            members, references, tokenizers = open_members(
                 {role: ref.trusted(bool(trust_recipe)) for role, ref in recipe.members.items()}, **kwargs
             )
         except MemberNotFoundError as error:
@@ -473,8 +491,14 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         known = {role: reference for role, reference in references.items() if reference is not None}
         model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        decided = False  # whether the generation config beside the recipe says where to stop
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
             model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)
+            decided = end_tokens is None and recipe.end_tokens is not None
+        if decided:
+            model.config.eos_token_id = model.generation_config.eos_token_id
+        else:
+            stop_composed(model, end_tokens or recipe.end_tokens, tokenizers)
         if with_info:  # for callers of transformers' signature: what is missing was an error above
             nothing = {name: set[str]() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}
             return model, nothing  # type: ignore[return-value]

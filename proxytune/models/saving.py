@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,15 @@ __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 '''
 
 
-def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_config: GenerationConfig | None) -> None:
+def save_adapter(
+    folder: str | os.PathLike[str],
+    recipe: Recipe,
+    generation_config: GenerationConfig | None,
+    carried: Mapping[str, Any] | None = None,
+) -> None:
     """Write the recipe, a `config.json` that points at it, the generation defaults, and the base's tokenizer.
+
+    `carried` is what the `config.json` says of the composition (`proxytune.models.config.CARRIED`).
 
     Pipelines and scorers look for a tokenizer beside a model; one that is already in the folder stays. Everything is
     written to a temporary folder first and then moved; on any error the target is restored.
@@ -61,6 +69,7 @@ def save_adapter(folder: str | os.PathLike[str], recipe: Recipe, generation_conf
             "AutoConfig": f"{Path(_CODE_FILE).stem}.ProxyTunedConfig",
             "AutoModelForCausalLM": f"{Path(_CODE_FILE).stem}.ProxyTunedModel",
         },
+        **(carried or {}),
         "transformers_version": transformers.__version__,
     }
     made = [place for place in (target, *target.parents) if not os.path.exists(place)]  # the deepest first

@@ -10,9 +10,11 @@ from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.models.config import ProxyTunedConfig
+from proxytune.models.end_tokens import stop_composed
 from proxytune.models.loading import open_members
 from proxytune.models.model import ProxyTunedModel
-from proxytune.recipe import Recipe
+from proxytune.models.roles import refuse_no_shift
+from proxytune.recipe import EndTokens, Recipe
 
 __all__ = ["wrap"]
 
@@ -28,6 +30,7 @@ def wrap(
     tokenizers: Mapping[str, Any] | None = None,
     check_vocabulary: bool = True,
     members: Mapping[str, Mapping[str, Any]] | None = None,
+    end_tokens: EndTokens | None = None,
     **from_pretrained: Any,
 ) -> ProxyTunedModel:
     """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
@@ -42,6 +45,8 @@ def wrap(
         tokenizers: Role → tokenizer, for members saved without one.
         check_vocabulary: Whether to check that all members use the same token ids.
         members: Role → arguments of `from_pretrained` for that member alone, before the common ones.
+        end_tokens: Whose end tokens stop a text: "union" of base and expert, "base" or "expert" [union, with a warning
+            where they differ]. Kept in the recipe; the ids are `generation_config.eos_token_id` of the result.
         **from_pretrained: Passed to `from_pretrained` of the members given by id or folder. `trust_remote_code=True`
             here trusts all of them.
 
@@ -52,10 +57,12 @@ def wrap(
         InputError: If α is not finite, the formula is none, a member is missing, an argument is unknown, or arguments
             contradict each other.
         MemberError: If a member cannot be opened, lacks weights, would run code that is not trusted, is not supported,
-            is composed already, or uses the same ids for other tokens.
+            is composed already, or uses the same ids for other tokens; or if expert and antiexpert are the same.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
+        SteeringWarning: If the expert ends its texts with tokens that the base does not end at; if expert and
+            antiexpert have equal weights, look swapped, or are larger than the base; or if a weight is above 10.
     """
     if formula is None:
         formula = ProxyTuning(alpha=1.0 if alpha is None else alpha)
@@ -67,7 +74,8 @@ def wrap(
             remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
         )
     check_formula(formula)
-    models, references = open_members(
+    refuse_no_shift(expert, antiexpert, formula, revisions=revisions, members=members)
+    models, references, found = open_members(
         {"base": base, "expert": expert, "antiexpert": antiexpert},
         wrap,
         revisions=revisions,
@@ -79,5 +87,13 @@ def wrap(
     known = {role: reference for role, reference in references.items() if reference is not None}
     recipe = None
     if len(known) == len(references):
-        recipe = Recipe(**known, formula=formula.name, alpha=formula.alpha, fork_threshold=None)
-    return ProxyTunedModel(ProxyTunedConfig(recipe=recipe), models, formula)
+        recipe = Recipe(
+            base=known["base"],
+            expert=known["expert"],
+            antiexpert=known["antiexpert"],
+            formula=formula.name,
+            alpha=formula.alpha,
+        )
+    model = ProxyTunedModel(ProxyTunedConfig(recipe=recipe), models, formula)
+    stop_composed(model, end_tokens, found)
+    return model

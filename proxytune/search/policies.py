@@ -164,6 +164,7 @@ class Sequential:
             "begin_ids": begin_ids,
             "max_thinking_tokens": max_thinking_tokens,
             "eos_token_id": ends,
+            "tokenizer": tokenizer,
         }
         ThinkingBudgetLogitsProcessor(prompt_length=0, **self._thinking)
 

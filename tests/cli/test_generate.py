@@ -451,6 +451,7 @@ def test_chat_takes_the_experts_template_where_the_base_has_none(run, members, b
     assert ended.err.count("\n") == 1
 
 
+@pytest.mark.filterwarnings("ignore:the expert also ends its turn:proxytune.errors.SteeringWarning")
 def test_a_borrowed_template_means_its_own_special_tokens(run, members, borrowing, tokenizer):
     options, change = borrowing
     end, pad = tokenizer.eos_token, tokenizer.pad_token

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import build
+from support.tiny import BOS, CONTEXT, PAD, build
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, pipeline
 
@@ -87,7 +87,26 @@ def test_only_small_text_files_are_written(model: ProxyTunedModel, tmp_path: Pat
     config = json.loads((tmp_path / "kit" / "config.json").read_text())
     # The class that programs look up in transformers, and no trace of one member's shape.
     assert config["architectures"] == ["AutoModelForCausalLM"]
-    assert set(config) == {"model_type", "architectures", "auto_map", "transformers_version"}
+    carried = {"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
+    assert set(config) == {"model_type", "architectures", "auto_map", "transformers_version"} | carried
+
+
+def test_harnesses_find_contexts_and_ids_without_the_model(model: ProxyTunedModel, tmp_path: Path) -> None:
+    model.generation_config.eos_token_id = [2, 7]
+    model.save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.vocab_size, config.max_position_embeddings) == (256, CONTEXT)
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (BOS, [2, 7], PAD)
+    opened = ProxyTunedModel.from_pretrained(tmp_path)
+    assert opened.config.max_position_embeddings == CONTEXT
+    assert opened.config.vocab_size == 256
+
+
+def test_the_name_leads_to_a_tokenizer(model: ProxyTunedModel, members: Path, tmp_path: Path) -> None:
+    # The base's folder; the recipe's, once it is opened from there.
+    assert model.name_or_path == model.config.name_or_path == str(members / "base")
+    model.save_pretrained(tmp_path)
+    assert ProxyTunedModel.from_pretrained(tmp_path).name_or_path == str(tmp_path)
 
 
 def test_the_recipe_says_where_the_members_are(model: ProxyTunedModel, members: Path, tmp_path: Path) -> None:
@@ -285,6 +304,8 @@ def with_adapter(members: Path) -> ProxyTunedModel:
 
 def tuned_in_memory(members: Path) -> ProxyTunedModel:
     expert, antiexpert = (AutoModelForCausalLM.from_pretrained(members / "antiexpert") for _ in range(2))
+    with torch.no_grad():
+        expert.lm_head.weight.mul_(2)
     return compose(members, expert=expert, antiexpert=antiexpert)
 
 
@@ -309,11 +330,13 @@ def test_what_its_name_does_not_tell_of_is_refused(
 
 
 def test_one_model_in_two_roles_is_saved(members: Path, tmp_path: Path) -> None:
-    # Silly, but it says what it is: the shift is nothing.
-    small = AutoModelForCausalLM.from_pretrained(members / "expert")
-    compose(members, expert=small, antiexpert=small).save_pretrained(tmp_path)
+    # At base = antiexpert and α = 1 the composition is the expert: a free check of exactness.
+    base = AutoModelForCausalLM.from_pretrained(members / "base")
+    model = proxytune.wrap(base, expert=members / "expert", antiexpert=base)
+    model.save_pretrained(tmp_path)
     opened = ProxyTunedModel.from_pretrained(tmp_path)
-    assert torch.equal(opened(PROMPT).logits, opened.base(PROMPT).logits)
+    assert torch.equal(opened(PROMPT).logits, model(PROMPT).logits)
+    torch.testing.assert_close(opened(PROMPT).logits, opened.expert(PROMPT).logits, atol=2e-5, rtol=1e-5)
 
 
 # --- failing -------------------------------------------------------------------------------------------------------

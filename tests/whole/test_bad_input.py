@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import CONTEXT, EOS, PAD, build, shared, tokenizer
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, StaticCache, pipeline
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    PreTrainedModel,
+    StaticCache,
+    SynthIDTextWatermarkingConfig,
+    pipeline,
+)
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel, ProxyTuningLogitsProcessor
@@ -227,7 +235,8 @@ def test_a_misspelt_role_is_not_only_missing() -> None:
 
 def test_what_from_pretrained_and_configs_know_is_passed_on(tmp_path: Path) -> None:
     given = {"dtype": "float32", "use_cache": True, "rms_norm_eps": 1e-5, "low_cpu_mem_usage": True}
-    assert compose(expert=bundled("tiny-tuned"), **given).expert.dtype == torch.float32
+    members = {"base": "large-base", "expert": "tiny-tuned", "antiexpert": "tiny-base"}
+    assert compose(**{role: bundled(name) for role, name in members.items()}, **given).expert.dtype == torch.float32
     with pytest.raises(InputError, match=r"^revision: .*; got revision='main'. Did you mean revisions?"):
         compose(expert=bundled("tiny-tuned"), revision="main")
     family = {"expert": bundled("tiny-tuned"), "antiexpert": bundled("tiny-base")}
@@ -540,6 +549,26 @@ def test_attaching_twice_is_refused_and_detaching_leaves_no_trace() -> None:
     one.detach()  # without effect
     with pytest.raises(InputError, match="attach: .*; got a composed model"):
         one.attach(compose())
+
+
+@pytest.mark.parametrize(
+    ("mode", "why"),
+    [
+        ({"prompt_lookup_num_tokens": 3}, "drafts are evaluated more than once"),
+        ({"assistant_model": shared("gpt2", 3)}, "drafts are evaluated more than once"),
+        ({"num_beams": 3}, "beams change places"),
+        ({"num_beams": 3, "do_sample": True}, "beams change places"),
+    ],
+    ids=["lookup", "assistant", "beams", "sampled beams"],
+)
+def test_processors_that_count_their_calls_with_drafts_or_beams(mode: dict[str, Any], why: str) -> None:
+    model, ids = compose(), torch.arange(20, 28)[None]
+    watermark = SynthIDTextWatermarkingConfig(keys=[1, 2, 3], ngram_len=3)
+    own = [UnbatchedClassifierFreeGuidanceLogitsProcessor(1.5, model)]
+    for name, setting in (("guidance_scale", 1.5), ("watermarking_config", watermark), ("logits_processor", own)):
+        said = "guidance_scale" if name == "logits_processor" else name
+        with pytest.raises(UnsupportedModeError, match=f"{said}: expected .* while {why}. Leave {said} out, or"):
+            model.generate(ids, **GREEDY | mode | {name: setting})
 
 
 def test_guidance_and_self_speculation() -> None:

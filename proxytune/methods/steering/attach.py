@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError, SteeringWarning, UnsupportedModeError
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
+from proxytune.models.end_tokens import listed_ends
 from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.ops import normalise_
 
-__all__ = ["AttachedProcessor", "CompanionPrefetch", "SteeredProcessors", "refuse_no_ids"]
+__all__ = [
+    "AttachedProcessor",
+    "CompanionPrefetch",
+    "ScoringNotice",
+    "SteeredProcessors",
+    "StoppingIds",
+    "refuse_no_ids",
+]
 
 
 class _Steering(Protocol):
@@ -114,6 +123,79 @@ class SteeredProcessors:
         return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1)
 
 
+class StoppingIds:
+    """Replaces a steered model's `_prepare_generation_config`: texts also stop where the expert ends its turn.
+
+    An `eos_token_id` of the call comes first; in a `GenerationConfig`, one that is not the model's own, which pipelines
+    copy.
+    """
+
+    def __init__(self, model: Any, ids: list[int]) -> None:
+        self.model, self.ids = model, ids
+
+    def __call__(self, original: Callable[..., Any], generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Prepare the config of one `generate()`, with the ids in place of the model's own."""
+        config, rest = original(generation_config, *args, **kwargs)
+        own = listed_ends(self.model.generation_config.eos_token_id)
+        if "eos_token_id" not in kwargs and set(listed_ends(config.eos_token_id)) == set(own):
+            config.eos_token_id = list(self.ids)
+        return config, rest
+
+
+class ScoringNotice:
+    """Says once that logits of a whole text, asked for outside `generate()`, are the base's own.
+
+    Harnesses score so: one pass without a cache, in evaluation, for the logits of all positions. Not so `generate()`,
+    its loops and companions, training, and passes for hidden states, of which nothing is said.
+
+    Attributes:
+        generating: Whether the next pass is one of `generate()`, which has just prepared its inputs.
+    """
+
+    def __init__(self, *models: Any) -> None:
+        self.generating = self._said = False
+        # A PEFT model calls the model inside by its `forward`, past that one's hooks: both are watched.
+        watched = {id(m): m for m in models if isinstance(m, torch.nn.Module) and not hasattr(m, "_orig_mod")}
+        self._handles = [m.register_forward_pre_hook(self._look, with_kwargs=True) for m in watched.values()]
+
+    def remove(self) -> None:
+        """Watch no more."""
+        for handle in self._handles:
+            handle.remove()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScoringNotice:
+        silent = ScoringNotice()  # a copy of the model is not steered
+        silent._said = True
+        return silent
+
+    def _look(self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._said or torch.compiler.is_compiling():
+            return
+        generating, self.generating = self.generating, False
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        whole = kwargs.get("labels") is not None or (
+            isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.shape[1] > 1 and not _is_set(kwargs, _PARTS)
+        )
+        if generating or model.training or not whole or cache_of(kwargs) is not None:
+            return
+        self._said = True
+        warnings.warn(
+            "forward() of a model with an attached ProxyTuningLogitsProcessor gives the base's own logits: processors "
+            "act in generate() alone. Log-likelihoods and losses of this model are not steered; to score, compose the "
+            "models with proxytune.wrap.",
+            SteeringWarning,
+            stacklevel=4,
+        )
+
+
+# What asks for other than the logits of all positions.
+_PARTS = ("logits_to_keep", "output_hidden_states", "output_attentions")
+
+
+def _is_set(kwargs: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return any(isinstance(kwargs.get(name), torch.Tensor) or bool(kwargs.get(name)) for name in names)
+
+
 class CompanionPrefetch:
     """Replaces a steered model's `prepare_inputs_for_generation`, to start the companions before the base.
 
@@ -123,14 +205,15 @@ class CompanionPrefetch:
     them.
     """
 
-    def __init__(self, processor: _Steering) -> None:
-        self.processor = processor
+    def __init__(self, processor: _Steering, notice: ScoringNotice) -> None:
+        self.processor, self.notice = processor, notice
 
     def __call__(
         self, original: Callable[..., dict[str, Any]], input_ids: torch.Tensor, *args: Any, **kwargs: Any
     ) -> dict[str, Any]:
         """Prepare the inputs of a forward pass for the prefixes `[B, T]`, and start the companions."""
         inputs = original(input_ids, *args, **kwargs)
+        self.notice.generating = True
         mask = kwargs.get("attention_mask")
         # Not for prompts, which may come in chunks, nor for drafts, which the companions have read already.
         step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")

@@ -5,23 +5,35 @@ The processor holds the expert and the antiexpert as companions that follow any 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from proxytune.errors import InputError
+from proxytune.errors import InputError, SteeringWarning
+from proxytune.formulas.checks import check_formula
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
 from proxytune.generation.prompt_rows import expand_mask
-from proxytune.methods.steering.attach import CompanionPrefetch, SteeredProcessors, refuse_no_ids
+from proxytune.methods.steering.attach import (
+    CompanionPrefetch,
+    ScoringNotice,
+    SteeredProcessors,
+    StoppingIds,
+    refuse_no_ids,
+)
 from proxytune.methods.steering.companion import PrefixCachedMember
+from proxytune.models.end_tokens import EndWatch, ends_of, stopping_ids
 from proxytune.models.generation_mixin import ComposedGenerationMixin
 from proxytune.models.loading import check_vocabularies, open_members, reference_of, refuse_roles
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
+from proxytune.models.roles import refuse_no_shift, warn_of_roles, warn_of_size
 from proxytune.ops import combine, normalise_
+from proxytune.recipe import EndTokens
+from proxytune.validation import choice
 
 __all__ = ["ProxyTuningLogitsProcessor"]
 
@@ -54,6 +66,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
     """
 
     supports_continuous_batching = False
+    _notice: ScoringNotice | None = None
     # The composed model refuses processors with this attribute.
     shifts_logits = True
 
@@ -67,6 +80,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         tokenizers: Mapping[str, Any] | None = None,
         check_vocabulary: bool = True,
         members: Mapping[str, Mapping[str, Any]] | None = None,
+        end_tokens: EndTokens | None = None,
         **from_pretrained: Any,
     ) -> None:
         """Open the companions.
@@ -80,22 +94,26 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
                 weights. A `"base"` here lets an unattached processor compare with the base.
             check_vocabulary: Whether to compare the members' token ids.
             members: Role → arguments of `from_pretrained` for that companion alone, before the common ones.
+            end_tokens: Whose end tokens stop a text of an attached base: "union" of base and expert, "base" or "expert"
+                [union, with a warning where they differ]. `eos_token_id=` of a call comes first.
             **from_pretrained: Passed to `from_pretrained` of companions given by id or folder. `trust_remote_code=True`
                 here trusts both.
 
         Raises:
             InputError: If α is not a finite number, a companion is missing, or an argument is unknown.
             MemberError: If a companion cannot be opened, is not supported, is composed already, or its ids stand for
-                other tokens.
+                other tokens; or if expert and antiexpert are the same.
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
+            SteeringWarning: If expert and antiexpert have equal weights or look swapped, or α is above 10.
         """
-        self.formula = ProxyTuning(alpha=alpha)
+        self.formula = check_formula(ProxyTuning(alpha=alpha))
+        refuse_no_shift(expert, antiexpert, self.formula, members=members)
         refuse_roles("tokenizers", tokenizers)
         self._tokenizers = dict(tokenizers or {})
         self._check_vocabulary = check_vocabulary
-        models, self._references = open_members(
+        models, self._references, found = open_members(
             {"expert": expert, "antiexpert": antiexpert},
             type(self),
             tokenizers={role: t for role, t in self._tokenizers.items() if role != "base"},
@@ -105,6 +123,13 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         )
         if check_vocabulary and "base" in self._tokenizers:
             check_vocabularies({"base": None, **self._references}, self._tokenizers)
+        refuse_no_shift(models["expert"], models["antiexpert"], self.formula)
+        warn_of_roles(models, self.formula)
+        self.end_tokens = None if end_tokens is None else choice("end_tokens", end_tokens, get_args(EndTokens))
+        self._found_tokenizers = found
+        # The base is not known yet; it most likely ends where the antiexpert does.
+        tuned = [i for i in ends_of(models["expert"]) if i not in ends_of(models["antiexpert"])]
+        self._watch = EndWatch(tuned) if tuned and end_tokens != "base" else None
         self._companions = [PrefixCachedMember(models[role], role) for role in self.formula.roles]
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
@@ -118,7 +143,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self.formula = self.formula.with_alpha(value)
+        self.formula = check_formula(self.formula.with_alpha(value))
 
     @property
     def token_forwards(self) -> dict[str, int]:
@@ -142,6 +167,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
                 embed, or its padding cannot be determined.
         """
         refuse_no_ids(input_ids.shape[1])
+        self._watch_ends(input_ids)
         mask = self._inferred_mask(input_ids) if self._explicit_mask is None else self.explicit_mask(input_ids)
         return normalise_(self.shifted(input_ids, scores, mask, told=False))
 
@@ -215,6 +241,19 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             )
         return mask
 
+    def _watch_ends(self, input_ids: torch.Tensor) -> None:
+        """Say once that a text goes on after the expert's end of turn, which nobody but `generate()` could stop."""
+        if self._watch is None or (token := self._watch.passed(input_ids)) is None:
+            return
+        self._watch = None
+        warnings.warn(
+            f"a text goes on after id {token}, with which the expert ends its turn: a processor cannot stop it. Pass "
+            "eos_token_id=[…] with that id to generate(), or use attach(), which stops there. end_tokens='base' goes "
+            "on in silence.",
+            SteeringWarning,
+            stacklevel=3,
+        )
+
     def _inferred_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         config = self._companions[0].member.model.config.get_text_config(decoder=True)
         pad, eos = config.pad_token_id, config.eos_token_id
@@ -231,6 +270,13 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
                 remedy=remedy,
             )
         return None
+
+    def detach(self) -> None:
+        """Undo `attach`; without effect if the processor is not attached."""
+        super().detach()
+        if self._notice is not None:
+            self._notice.remove()
+        self._notice = None
 
     # --- attaching -----------------------------------------------------------------------------------------------
 
@@ -249,6 +295,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
+            SteeringWarning: If the expert ends its texts with tokens that the model does not end at, or a companion is
+                larger than the model. Later, once: if the model is asked for a whole text's logits outside
+                `generate()`, which nothing steers.
         """
         self._refuse_attached()
         target = target_of(model)
@@ -263,11 +312,19 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
                 got="a composed model" if composed else "a model with another processor attached",
                 remedy="Shifts would add up. Detach the other one, or attach to the base.",
             )
+        found = self._found_tokenizers
         if self._check_vocabulary:
-            check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
+            found = check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
+        companions = {c.member.role: c.member.model for c in self._companions}
+        warn_of_size(model, companions)
+        ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found)
+        stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
+        notice = ScoringNotice(model, target)
         self._hooks = (
+            *stops,
             MethodHook(target, "_get_logits_processor", SteeredProcessors(self)),
             *batching_refused(target),
-            MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self)),
+            MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self, notice)),
         )
+        self._notice = notice
         return self

@@ -18,6 +18,7 @@ nothing else (not a line break).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import LogitsProcessor
@@ -65,6 +66,7 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
         begin_ids: TokenIds | None = None,
         prompt_length: int | None = None,
         eos_token_id: TokenIds | None = None,
+        tokenizer: Any = None,
     ) -> None:
         """Check the settings.
 
@@ -79,9 +81,11 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             prompt_length: `input_ids.shape[1]` of the prompts, left padding included.
             eos_token_id: What ends the text. While ends are suppressed, so is EOS inside thinking; later it is left
                 alone before the cap, and ends thinking.
+            tokenizer: The model's tokenizer, by which the continuation's ids are checked; None for no such check.
 
         Raises:
-            InputError: If a setting is missing or out of its range.
+            InputError: If a setting is missing or out of its range; or, with a tokenizer, if the continuation begins
+                with a token of white space alone, or its ids are not what the tokenizer makes of them in a text.
         """
         self.end_ids = token_ids("end_ids", end_ids, single=True, empty=False)
         self.continuation_ids = token_ids("continuation_ids", continuation_ids, single=True, optional=True, empty=False)
@@ -96,6 +100,8 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
             [_NEVER if n is None else whole("max_thinking_tokens", n) for n in caps], dtype=torch.int64
         )
         self._check()
+        if tokenizer is not None and self.continuation_ids:
+            _refuse_joint(tokenizer, self.continuation_ids)
 
     def _check(self) -> None:
         continuation, ends = self.continuation_ids, (self.end_ids[-1], *self.eos_token_ids)
@@ -207,6 +213,36 @@ class ThinkingBudgetLogitsProcessor(LogitsProcessor):
                 got=f"{self.prompt_length}",
                 remedy="Pass input_ids.shape[1] of these prompts, padding included, and their input_ids to generate().",
             )
+
+
+# How thinking ends before a suppressed end: a word, a sentence, a line.
+_BEFORE = ("so it is", "so it is.", "so it is.\n", "so it is.\n\n")
+
+
+def _refuse_joint(tokenizer: Any, continuation: Sequence[int]) -> None:
+    """Refuse a continuation that the tokenizer would not write so after any text: the model never read such ids."""
+    first, ids = tokenizer.decode([continuation[0]]), list(continuation)
+    example = "Pass ids of a text that goes on, e.g. tokenizer.encode('Wait', add_special_tokens=False) or of ' Wait'."
+    if not first.strip():
+        raise InputError.of(
+            "continuation_ids",
+            expected="a first token with more than white space: it stands before many words, and each time that the "
+            "model writes it, the rest would be forced",
+            got=f"{ids}, which begins with {first!r}",
+            remedy=example,
+        )
+    found = []
+    for text in _BEFORE:
+        before = list(tokenizer.encode(text, add_special_tokens=False))
+        found.append(list(tokenizer.encode(tokenizer.decode(before + ids), add_special_tokens=False)))
+        if found[-1] == before + ids:
+            return
+    raise InputError.of(
+        "continuation_ids",
+        expected="ids that the tokenizer makes of their text where it follows another text",
+        got=f"{ids}, {tokenizer.decode(ids)!r}, which it writes otherwise: {found[0]} after {_BEFORE[0]!r}",
+        remedy=example,
+    )
 
 
 def _per_row(budgets: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

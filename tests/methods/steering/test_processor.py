@@ -12,7 +12,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor
-from proxytune.errors import InputError
+from proxytune.errors import InputError, SteeringWarning
 
 ALPHA = 0.7
 GREEDY = {"do_sample": False, "max_new_tokens": 8, "eos_token_id": None}
@@ -300,3 +300,61 @@ def test_companions_read_a_prompt_in_the_base_s_chunks() -> None:
         assert spans["expert"] == spans["base"] == [8, 8, 7, 1, 1]
         assert torch.equal(parts, base.generate(ids, eos_token_id=None, **run))
     assert whole.shape == parts.shape
+
+
+# --- scoring -------------------------------------------------------------------------------------------------------
+
+UNSTEERED = "gives the base's own logits: processors act in generate.. alone.*compose the models with proxytune.wrap"
+
+
+@pytest.mark.parametrize("how", ["positional", "by name", "with labels", "in inference mode"])
+def test_scoring_an_attached_base_is_said_once(how: str) -> None:
+    base, (ids, mask) = members()[0], padded()
+    one = processor().attach(base)
+    calls = {
+        "positional": lambda: base(ids),
+        "by name": lambda: base(input_ids=ids, attention_mask=mask),
+        "with labels": lambda: base(ids, labels=ids, logits_to_keep=0),
+        "in inference mode": torch.inference_mode()(lambda: base(ids)),
+    }
+    with one:
+        with pytest.warns(SteeringWarning, match=UNSTEERED):
+            calls[how]()
+        base(ids)  # once
+        twin = copy.deepcopy(base)
+        twin(ids)
+    base(ids)
+    with processor().attach(base), pytest.warns(SteeringWarning, match=UNSTEERED):
+        base(ids)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_scoring_by_a_peft_model_is_said_too() -> None:
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(build("llama", 1), peft.LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    with processor().attach(tuned):
+        tuned.generate(input_ids=padded()[0][:1], **GREEDY)
+        with pytest.warns(SteeringWarning, match=UNSTEERED):
+            tuned(padded()[0])
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"num_beams": 2}])
+def test_generation_and_other_passes_of_an_attached_base_say_nothing(settings: dict[str, Any]) -> None:
+    base, (ids, mask) = build("llama", 1), padded()
+    expert = members()[1]
+    # The base may be its own antiexpert, whose passes are a companion's.
+    with ProxyTuningLogitsProcessor(expert, base, ALPHA, check_vocabulary=False).attach(base):
+        base.generate(ids, attention_mask=mask, **GREEDY, **settings)
+        base(ids, output_hidden_states=True)
+        base(ids, logits_to_keep=1)
+        base(ids[:, :1])
+        base.train()(ids)
+        base.eval()
+
+
+@pytest.mark.parametrize("loop", [proxytune.FusedDecoding(), proxytune.ForkDecoding(threshold=0.0, branches=2)])
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_loops_on_an_attached_base_say_nothing(loop: Any, use_cache: bool) -> None:
+    with processor().attach(members()[0]) as one:
+        ids = padded()[0][:1]
+        one._hooks[-1].model.generate(ids, custom_generate=loop, use_cache=use_cache, **GREEDY)

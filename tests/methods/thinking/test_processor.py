@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.reference import next_logits
 from support.tiny import EOS, PAD, shared
-from transformers import PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor
@@ -341,6 +342,40 @@ def test_forbidden_tokens() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         ThinkingBudgetLogitsProcessor(**{"end_ids": END, "prompt_length": 0, **settings})
+
+
+def spelling(*, merges: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with these merges, `Ġ` being a space and `Ċ` a line break."""
+    pairs = [(first, second) for first, second in (merge.split() for merge in merges)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, *(first + second for first, second in pairs)]
+    backend = Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=pairs))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend)
+
+
+def test_a_continuation_is_checked_by_the_tokenizer() -> None:
+    def make(words: PreTrainedTokenizerFast, continuation: list[str]) -> ThinkingBudgetLogitsProcessor:
+        ids = words.convert_tokens_to_ids(continuation)
+        return ThinkingBudgetLogitsProcessor(0, extra=1, continuation_ids=ids, prompt_length=0, tokenizer=words)
+
+    words = spelling(merges=["W a", "Ġ Wa", "Ġ y", "i Ċ"])
+    # As the model would write them, after a word or at least after a line.
+    assert make(words, ["ĠWa"]).continuation_ids == tuple(words.encode(" Wa"))
+    make(words, ["Wa", "i", "t"])
+    make(spelling(merges=["W a", ". Wa"]), ["Wa"])
+    make(words, ["y", "Ġ"])
+    for space in (["Ġ", "y"], ["Ġ"], ["Ċ", "Wa"]):
+        with pytest.raises(InputError, match="a first token with more than white space.* begins with '( |.n)'"):
+            make(words, space)
+    for torn in (["W", "a"], ["Ġy", "W", "a"]):
+        with pytest.raises(InputError, match="ids that the tokenizer makes of their text .*which it writes otherwise"):
+            make(words, torn)
+    # At the joint: the last letter of every text takes the first of the continuation.
+    taken = spelling(merges=["s y", ". y", "Ċ y"])
+    with pytest.raises(InputError, match="which it writes otherwise: .* after 'so it is'"):
+        make(taken, ["y"])
 
 
 def test_calls_that_do_not_fit_are_refused() -> None:
