@@ -51,8 +51,8 @@ def refuse_checkpoint(reference: MemberRef, role: str, arguments: Mapping[str, A
     _refuse_place(reference.id, role, arguments)
     if arguments.get("gguf_file") or arguments.get("config") is not None:  # these tell what the model is
         return
-    reference = _below_adapter(reference, role, hub)
     try:
+        reference = _below_adapter(reference, role, hub)
         config, _ = PreTrainedConfig.get_config_dict(reference.id, **hub)
     except (OSError, ValueError):  # told where the member is loaded
         return
@@ -81,8 +81,8 @@ def _refuse_place(name: str, role: str, arguments: Mapping[str, Any]) -> None:
 
 def _gguf_cure(role: str, folder: str, file: str) -> str:
     return (
-        f"Pass {folder!r} as the {role}, with members={{{role!r}: {{'gguf_file': {file!r}}}}}. The gguf package has to "
-        "be installed."
+        f"Pass {folder!r} as the {role}, with members={{{role!r}: {{'gguf_file': {file!r}}}}}; in a recipe, write "
+        f'"load": {{"gguf_file": "{file}"}}. The gguf package has to be installed.'
     )
 
 
