@@ -186,7 +186,9 @@ def checked(processors: Iterable[Any], why: str | None = None, *, flip: bool = F
 
 
 def _is_foreign(processor: Any) -> bool:
-    """Whether its class is neither transformers' nor made of one of ours."""
+    """Whether its class is neither transformers' nor made of one of ours, and it does not vouch for itself."""
+    if getattr(processor, "function_of_ids", False):  # e.g. one that records its calls
+        return False
     ours = any(_package(kind) == "proxytune" for kind in type(processor).__mro__)
     return not ours and _package(type(processor)) != "transformers"
 

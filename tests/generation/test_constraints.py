@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from support.constraints import (
 )
 from support.recursion import model_of
 from support.speculation import composed, members, prompts
+from support.tiny import tokenizer
+from transformers import LogitsProcessor
 
 import proxytune
 from proxytune.errors import InputError, NumericalError, UnsupportedModeError
@@ -138,6 +141,64 @@ def test_attached_models_refuse_the_same(loop: str) -> None:
         assert violations(*run(loop, "attached", processor)) == []
     with pytest.raises(UnsupportedModeError, match="RowMatchers: expected a function of the ids"):
         run(loop, "attached", processor, 6)
+
+
+class Adds(LogitsProcessor):
+    """A function of the ids, unless told otherwise, that counts its calls."""
+
+    def __init__(self, of_row: bool = False, longest: int = 99) -> None:
+        self.calls, self.of_row, self.longest = 0, of_row, longest
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        if input_ids.shape[1] > self.longest:
+            raise KeyError("its own")
+        rows = torch.arange(len(scores)) if self.of_row else input_ids[:, -1]
+        return scores + (torch.arange(scores.shape[1]) % 7 == rows[:, None] % 7)
+
+
+class Vouched(Adds):
+    function_of_ids = True
+
+
+@pytest.mark.parametrize("loop", ["beams", "`ForkDecoding`", "`SpeculativeDecoding`, prompt lookup"])
+def test_a_function_of_the_ids_is_asked_again_and_may_keep_what_it_likes(loop: str) -> None:
+    asked, vouched = Adds(), Vouched()
+    one, two = run(loop, "composed", asked)[0], run(loop, "composed", vouched)[0]
+    assert torch.equal(one, two)
+    assert 0 < asked.calls - vouched.calls <= 9
+    assert torch.equal(run(loop, "composed", asked)[0], one), "a second call"
+    with pytest.raises(KeyError, match="its own"):
+        run(loop, "composed", Adds(longest=12))
+
+
+def test_a_rows_place_must_not_matter_in_a_tree() -> None:
+    with pytest.raises(UnsupportedModeError, match="Adds: expected a function of the ids: ForkDecoding moves rows"):
+        run("`ForkDecoding`", "composed", Adds(of_row=True))
+    run("`FusedDecoding`", "composed", Adds(of_row=True))
+
+
+# --- engines, where they are installed -------------------------------------------------------------------------------
+
+
+def test_llguidance_and_xgrammar() -> None:
+    llguidance, hf = pytest.importorskip("llguidance"), pytest.importorskip("llguidance.hf")
+    letters = tokenizer()
+    spelled = letters("ab", add_special_tokens=False).input_ids
+    grammar = llguidance.LLMatcher.grammar_from_regex("(ab|ba){1,3}c")
+    table = hf.from_tokenizer(letters)
+    made = [ConstraintLogitsProcessor(lambda: llguidance.LLMatcher(table, grammar))]
+    with suppress(ImportError):
+        xgrammar = importlib.import_module("xgrammar")
+        info = xgrammar.TokenizerInfo.from_huggingface(letters, vocab_size=259)
+        compiled = xgrammar.GrammarCompiler(info).compile_regex("(ab|ba){1,3}c")
+        made.append(ConstraintLogitsProcessor(lambda: xgrammar.GrammarMatcher(compiled)))
+    a, b = spelled
+    for one in (each.for_prompts(2, ends=[EOS]) for each in made):
+        for text in ([], [a], [a, b], [b, a, a, b], [a, b, b + 1], [a]):
+            got = one(torch.tensor([[5, 6, *text]]), torch.zeros(1, 259)).isfinite().nonzero()[:, 1].tolist()
+            by_hand = Pairs([{a: A, b: B, b + 1: C}[token] for token in text]).allowed()
+            assert got == sorted({A: a, B: b, C: b + 1, EOS: EOS}[token] for token in by_hand)
 
 
 # --- one processor ---------------------------------------------------------------------------------------------------
