@@ -17,6 +17,7 @@ from proxytune.generation.processor_plan import ProcessorPlan, plan_processors
 from proxytune.generation.sampler import DrawSettings
 from proxytune.generation.seeds import StreamIds, keys_of, seed_of
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.foreign_processors import DRAFTS, processors_of_call
 from proxytune.ops.noise import Noise
 
 __all__ = ["Call"]
@@ -33,7 +34,8 @@ class Call:
         config: The generation config.
         kwargs: Keyword arguments of the forward passes; the cache among them.
         criteria: The stopping criteria.
-        plan: Which logits processors run, and which became settings of the draw.
+        processors: The logits processors, as this call runs them.
+        plan: Which of them run, and which became settings of the draw.
         lengths: `[B]`, int64: tokens per row, padding not counted.
         keys: The noise keys of each row, except for the seed.
         streamer: Gets each step's tokens.
@@ -46,6 +48,7 @@ class Call:
     config: Any
     kwargs: dict[str, Any]
     criteria: StoppingCriteriaList
+    processors: LogitsProcessorList
     plan: ProcessorPlan
     lengths: torch.Tensor
     keys: Noise
@@ -73,12 +76,13 @@ class Call:
         synced_gpus: bool | None = None,
         assistant_model: Any = None,
         beams: bool = False,
+        drafts: bool = False,
     ) -> Call:
         """Prepare a call, and refuse what the loop cannot do.
 
         Takes what `generate()` passes to a loop and the loop's own settings; `loop` is its name, for messages.
         `own_streamer` is used where `generate()` passes none, as on a plain model; `synced_gpus=None` means to find
-        out; `beams` says that the loop supports beam search.
+        out; `beams` says that the loop supports beam search, `drafts` that processors see texts that are not final.
 
         Raises:
             UnsupportedModeError: For modes that the loop does not support.
@@ -86,6 +90,7 @@ class Call:
         """
         refuse_modes(loop, model, generation_config, assistant_model, beams=beams)
         batch, width = input_ids.shape
+        processors = processors_of_call(logits_processor, generation_config, width, DRAFTS if drafts else None)
         keys = keys_of(stream_ids, branch_ids, batch)
         return cls(
             model=model,
@@ -94,7 +99,8 @@ class Call:
             config=generation_config,
             kwargs=model_kwargs,
             criteria=stopping_criteria,
-            plan=plan_processors(logits_processor, bool(generation_config.do_sample)),
+            processors=processors,
+            plan=plan_processors(processors, bool(generation_config.do_sample)),
             lengths=lengths_of(batch, width, input_ids.device, generation_config, model_kwargs),
             keys=keys,
             streamer=own_streamer if streamer is None else streamer,

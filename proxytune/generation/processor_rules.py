@@ -16,6 +16,7 @@ from transformers.generation.logits_process import (
 
 from proxytune.errors import UnsupportedModeError
 from proxytune.generation.prompt_rows import owner_of
+from proxytune.models.foreign_processors import checked, given
 
 __all__ = ["bind_to_prompts", "refuse_processors", "refuse_stateful"]
 
@@ -42,17 +43,18 @@ def _first(processors: Sequence[LogitsProcessor], trait: _Trait) -> tuple[Logits
     """The first processor that has the trait, and the setting that turns it on."""
     for processor in processors:
         for kind, (setting, traits) in _KNOWN.items():
-            if isinstance(processor, kind) and trait in traits:
+            if isinstance(given(processor), kind) and trait in traits:
                 return processor, setting
         if trait is _Trait.PER_ROW and getattr(processor, "per_row_state", False):
             return processor, getattr(processor, "setting", type(processor).__name__)
     return None
 
 
-def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsProcessorList:
+def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor], *, rows_move: bool = True) -> LogitsProcessorList:
     """The processors as a tree can run them: `prefix_allowed_tokens_fn` gets the number of the prompt, not of the row.
 
-    The result has to be called inside `proxytune.generation.prompt_rows.rows_of_prompts`.
+    The result has to be called inside `proxytune.generation.prompt_rows.rows_of_prompts`. If rows come, go and change
+    places, the users' own processors are checked to be functions of the ids.
 
     Raises:
         UnsupportedModeError: If a processor keeps state per row: a tree's rows come, go and change places.
@@ -65,7 +67,8 @@ def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor]) -> LogitsP
             got=f"a {type(processor).__name__}",
             remedy="Leave it out, or custom_generate.",
         )
-    return LogitsProcessorList(_OfPrompts(p) if type(p) is PrefixConstrainedLogitsProcessor else p for p in processors)
+    bound = (_OfPrompts(p) if type(p) is PrefixConstrainedLogitsProcessor else p for p in processors)
+    return checked(bound, f"{loop} moves rows" if rows_move else None, flip=True)
 
 
 class _OfPrompts(PrefixConstrainedLogitsProcessor):

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.assisted import AssistedMixin, TailMask
+from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
 from proxytune.models.members.member import device_of
@@ -200,11 +201,15 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
     def _get_logits_processor(
-        self, generation_config: GenerationConfig, *args: Any, **kwargs: Any
+        self,
+        generation_config: GenerationConfig,
+        input_ids_seq_length: int | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> LogitsProcessorList:
         tail = TailMask(self.usable_ids)
         processors = LogitsProcessorList([tail])
-        found = super()._get_logits_processor(generation_config, *args, **kwargs)
+        found = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
         for processor in found:
             # A draft gets the target's processors. It may be steered on top, since drafts only propose.
             if getattr(processor, "shifts_logits", False) and not generation_config.is_assistant:
@@ -218,7 +223,9 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             processors.append(processor.for_call(generation_config, found) if tells else processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
                 processors.append(tail)  # guidance computes (−inf) − (−inf) = NaN in the tail
-        return processors
+        if generation_config.is_assistant:  # the processors are the target's
+            return processors
+        return processors_of_call(processors, generation_config, input_ids_seq_length)
 
     def _prepare_cache_for_generation(
         self,

@@ -39,7 +39,7 @@ def table() -> dict[str, dict[str, str]]:
     """Loop → what → the page's word for it."""
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")]
-        for line in re.findall(r"^\|.*\|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+        for line in re.findall(r"^\|.*\|$", PAGE.read_text(encoding="utf-8").split("## Constraints")[0], re.MULTILINE)
     ]
     head, body = rows[0], rows[2:]
     found: dict[str, dict[str, str]] = {name.strip("`"): {} for name in head[1:]}

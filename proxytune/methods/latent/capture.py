@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from proxytune.methods.latent.steps import LatentSteps
+from proxytune.models.foreign_processors import given
 
 __all__ = ["Capture", "EarlyCapture", "SpanCloser", "with_capture"]
 
@@ -40,7 +41,7 @@ _WARPERS = (
 def with_capture(processors: Sequence[LogitsProcessor], steps: LatentSteps) -> LogitsProcessorList:
     """A new list of processors that passes the scores to `steps`, before the warpers and at the end."""
     first = len(processors)
-    while first and isinstance(processors[first - 1], _WARPERS):
+    while first and isinstance(given(processors[first - 1]), _WARPERS):
         first -= 1
     return LogitsProcessorList([*processors[:first], SpanCloser(steps), *processors[first:], Capture(steps)])
 

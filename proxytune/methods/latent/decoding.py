@@ -157,7 +157,7 @@ class LatentDecoding:
             beams=self.loop is None,
         )
         self._refuse_paged(generation_config, model_kwargs)
-        refuse_processors(logits_processor)
+        refuse_processors(call.processors)
         assert isinstance(self.mixture, LatentMixture)
         steps = latent_steps_of(
             model,
@@ -171,7 +171,7 @@ class LatentDecoding:
         )
         ended = _Ended(stopping_criteria)
         shared: dict[str, Any] = {
-            "logits_processor": with_capture(logits_processor, steps),
+            "logits_processor": with_capture(call.processors, steps),
             "stopping_criteria": ended,
             "generation_config": generation_config,
             "synced_gpus": call.synced,

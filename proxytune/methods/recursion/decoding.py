@@ -160,7 +160,7 @@ class RecursionDecoding:
             NumericalError: If an unfinished row has no distribution.
         """
         name, numbers = type(self).__name__, self.numbers
-        processors = bind_to_prompts(name, logits_processor)
+        processors = bind_to_prompts(name, logits_processor, rows_move=False)
         call = Call.begin(
             name,
             model,

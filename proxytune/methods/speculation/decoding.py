@@ -149,6 +149,7 @@ class SpeculativeDecoding:
             streamer=streamer,
             own_streamer=self.streamer,
             synced_gpus=synced_gpus,
+            drafts=True,
         )
         refuse_call(call, self.draft, assistant_model)
         refuse_stateful(call.plan.before)

@@ -13,6 +13,7 @@ from proxytune.errors import InputError, SteeringWarning, UnsupportedModeError
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
 from proxytune.models.end_tokens import listed_ends
+from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.ops import normalise_
 
@@ -89,6 +90,7 @@ class SteeredProcessors:
             processors = LogitsProcessorList(
                 p.for_call(generation_config, processors) if hasattr(p, "for_call") else p for p in processors
             )
+            processors = processors_of_call(processors, generation_config, input_ids_seq_length)
         processors.insert(0, self._steering(generation_config, input_ids_seq_length, model_kwargs or {}))
         return processors
 

@@ -22,6 +22,8 @@ from proxytune.methods.latent.mixture import LatentMixture
 class Witness(LogitsProcessor):
     """Keeps the texts and the scores of each step; a power makes some of them cold."""
 
+    function_of_ids = True  # it must not see a step twice
+
     def __init__(self, power: float) -> None:
         self.power = power
         self.seen: list[tuple[torch.Tensor, torch.Tensor]] = []
