@@ -62,6 +62,9 @@ FILES: dict[str, str | bytes] = {
     "lines.txt": '{"prompt": "Question: Who"}\n{"prompt": "x"}\n',
     "foreign.txt": "my thesis\n",
     "broken/proxytune_config.json": '{"base": ',
+    "model.gguf": b"GGUF",
+    "packed/model.gguf": b"GGUF",
+    "t5/config.json": '{"model_type": "t5"}',
     "odd/proxytune_config.json": '{"format_version": 1, "bsae": 1}',
 }
 
@@ -279,7 +282,7 @@ MISTAKES = {
         f"{GENERATE} a --save-recipe tiny-base",
         "got tiny-base, the folder of a model. Choose",
     ),
-    # --- options that do not go together, and out of range ----------------------------------------------------------
+    # --- options that do not go together, and out of range ------------------------------------------------------------
     "latent steps of no kind": (
         f"{GENERATE} a --tau 1",
         "--latent: expected a kind, beside its settings; got none, with --tau",
@@ -391,6 +394,19 @@ LOADED = {
         "generate hello --base none/none/none --expert tiny-tuned --antiexpert tiny-base",
         "the base: expected a hub id, or a folder with a config.json and weights; got 'none/none/none'",
     ),
+    "a path that is not there": (
+        "generate hello --base ./none --expert tiny-tuned --antiexpert tiny-base",
+        "the base: expected a hub id, or a folder with a config.json and weights; got './none', where there is no folder",
+    ),
+    "a GGUF file": (
+        "generate hello --base large-base --expert model.gguf --antiexpert tiny-base",
+        "the expert: expected a hub id, or a folder with a config.json and weights; got the file 'model.gguf'",
+    ),
+    "a folder of GGUF files": (
+        "generate hello --base large-base --expert packed --antiexpert tiny-base",
+        "which has GGUF files only",
+    ),
+    "an encoder-decoder": ("calibrate a --base t5", "the base: expected "),
     "a folder without a model": (
         "generate hello --base broken --expert tiny-tuned --antiexpert tiny-base",
         "the base: expected a hub id, or a folder with a config.json and weights; got '",
@@ -488,10 +504,10 @@ def place(family, tmp_path_factory):
     for name in ("kit", "calibrated"):
         model.save_pretrained(folder / name)
     write_fork_threshold(folder / "calibrated", ForkCalibration(share=0.2, nats=1.0, tokens=100, alpha=0.75))
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+    with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        main(shlex.split(f"{GENERATE} a b --out done.jsonl max_new_tokens=2"))
-    assert ended.value.code == 0
+        with pytest.raises(SystemExit, match="0"):
+            main(shlex.split(f"{GENERATE} a b --out done.jsonl max_new_tokens=2"))
     return folder
 
 
