@@ -396,7 +396,7 @@ LOADED = {
     ),
     "a path that is not there": (
         "generate hello --base ./none --expert tiny-tuned --antiexpert tiny-base",
-        "the base: expected a hub id, or a folder with a config.json and weights; got './none', where there is no folder",
+        "the base: expected a hub id, or a folder with a config.json and weights; got './none', where there is no",
     ),
     "a GGUF file": (
         "generate hello --base large-base --expert model.gguf --antiexpert tiny-base",
