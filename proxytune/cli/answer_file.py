@@ -127,6 +127,8 @@ class AnswerFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         os.close(self._file)
+        if kind is KeyboardInterrupt and self._on_disk:
+            terminal.show_note(f"interrupted after {self.done} lines of {self._path}; --resume goes on from there")
 
     # --- existing content ---------------------------------------------------------------------------------------------
 

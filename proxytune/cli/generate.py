@@ -173,9 +173,8 @@ def generate(
             model.save_pretrained(save_recipe)
             tokenizer.save_pretrained(save_recipe)
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
-        config = merged_settings(model.generation_config, flags, model.config.vocab_size)
-        if config.max_new_tokens is None and config.max_length is None:
-            terminal.show_note("max_new_tokens is not set: answers end after 20 tokens, transformers' default.")
+        # The model's too: generate() takes from there what is None, also where that was asked for.
+        config = model.generation_config = merged_settings(model.generation_config, flags, model.config.vocab_size)
         loop = partial(_loop, config, sampler, seed, speculate)
         per_prompt = config.num_return_sequences or 1
         if answers is not None:

@@ -73,15 +73,16 @@ def load(
     from proxytune.models.model import ProxyTunedModel
     from proxytune.models.wrap import wrap
     from proxytune.recipe import MemberRef, Recipe
-    from proxytune.validation import choice
+    from proxytune.validation import choice, validate_alpha
 
+    if alpha is not None:
+        validate_alpha(alpha)
     choice("--dtype", dtype, DTYPES)
     device = chosen_device(device)
     check_device(device)
     settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
     if recipe is None:
         assert base is not None
-        # An alpha that is not finite is refused before the models are loaded.
         with terminal.Bar("models"):
             model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
         tokenizer = load_tokenizer([MemberRef(base)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -151,6 +152,10 @@ def sample(
     extract = extractor(answer)
     if not 0 < eta <= 100:
         raise InputError.of("--eta", expected="a percentage in (0, 100]", got=f"{eta:g}", remedy="Pass e.g. 90.")
+    if eta < 1:
+        terminal.show_note(
+            f"--eta {eta:g} is in percent: at most one leaf of a hundred votes. For a share, pass e.g. 90."
+        )
     terminal.quiet()
     # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
     flags = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
@@ -164,6 +169,13 @@ def sample(
     # Errors in these settings show before the models are loaded.
     repels = repulsion != 0 or ngram is not None
     _refuse_without_effect(context, forks=forks, repels=repels)
+    if vote != "deepconf" and given(context, "eta"):
+        raise InputError.of(
+            "--eta",
+            expected="--vote deepconf with it",
+            got=f"--vote {vote}",
+            remedy="Leave it out, or change the vote.",
+        )
     needed = where == "forks" and (forks or repels)
     nats = _threshold(threshold, recipe, alpha, forks=forks) if needed else None
     loop: TreeLoop
@@ -202,9 +214,11 @@ def sample(
         if answers is not None and answers.finished:
             _exit(answers.failed)
         model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        _refuse_unreachable(nats, model.config.vocab_size)
         if chat:
             check_chat(tokenizer, prompts, system)
-        config = _settings(model, flags, forks=forks)
+        # The model's too: generate() takes from there what is None, also where that was asked for.
+        config = model.generation_config = _settings(model, flags, forks=forks)
         if answers is not None:
             answers.begin(resolved(config), 1)
         done, failed = (0, False) if answers is None else (answers.done, answers.failed)
@@ -243,7 +257,7 @@ def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool)
     """Refuse options given on the command line that would have no effect."""
     unused = {} if forks else {"children": "--forks", "min_gap": "--forks"}
     if not forks and not repels:
-        unused["where"] = "--forks, or samples that repel each other"
+        unused |= dict.fromkeys(("where", "threshold"), "--forks, or samples that repel each other")
     for name, needed in unused.items():
         if given(context, name):
             raise InputError.of(
@@ -296,8 +310,8 @@ def _threshold(nats: float | None, recipe: Path | None, alpha: float | None, *, 
 def _settings(model: ProxyTunedModel, flags: dict[str, Any], *, forks: bool) -> GenerationConfig:
     """The generation settings: sampling, unless told otherwise."""
     usual: dict[str, Any] = {"do_sample": True}
-    if not {"max_new_tokens", "max_length"} & flags.keys():
-        usual["max_new_tokens"] = _MAX_NEW_TOKENS
+    if flags.get("max_new_tokens") is None and flags.get("max_length") is None:
+        flags = flags | {"max_new_tokens": _MAX_NEW_TOKENS}
     config = merged_settings(model.generation_config, usual | flags, model.config.vocab_size)
     if config.num_return_sequences not in (None, 1):
         raise InputError.of(
@@ -308,6 +322,18 @@ def _settings(model: ProxyTunedModel, flags: dict[str, Any], *, forks: bool) -> 
             "--no-forks", expected="sampling", got="do_sample=false", remedy="Greedy samples are all the same one."
         )
     return config
+
+
+def _refuse_unreachable(nats: Any, vocabulary: int) -> None:
+    """Refuse a threshold that no entropy reaches, such as one in bits."""
+    value, most = getattr(nats, "nats", nats), math.log(vocabulary)
+    if value is not None and value >= most:
+        raise InputError.of(
+            "--threshold",
+            expected=f"nats below {most:.2f}, the entropy of a uniform distribution over {vocabulary} tokens",
+            got=f"{value:g}",
+            remedy="No token would be a fork. A bit is 0.693 nats; `proxytune calibrate` finds a threshold.",
+        )
 
 
 def _show(result: Result, budget: int | None, vote: Vote) -> None:

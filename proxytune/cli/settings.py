@@ -104,8 +104,15 @@ def _several(kind: type, what: str, text: str = "") -> Setting:
     return Setting(f"{what}, or several as a JSON list", fits, "<str>" if kind is str else "<int>", text)
 
 
-def _json(kind: type | tuple[type, ...], what: str) -> Setting:
-    return Setting(f"{what} in JSON", lambda value: bool(value) and isinstance(value, kind), "<json>")
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+
+
+def _lists(expected: str, each: Callable[[Any], bool]) -> Setting:
+    def fits(value: Any) -> bool:
+        return isinstance(value, list) and bool(value) and all(map(each, value))
+
+    return Setting(f"{expected} as JSON", fits, "<json>")
 
 
 SETTINGS = {
@@ -140,14 +147,21 @@ SETTINGS = {
     "max_matching_ngram_size": _whole(1),
     "prefill_chunk_size": _whole(1),
     "assistant_confidence_threshold": _number("[0, 1]"),
-    "bad_words_ids": _json(list, "a list of lists of token ids"),
-    "suppress_tokens": _json(list, "a list of token ids"),
-    "begin_suppress_tokens": _json(list, "a list of token ids"),
+    "bad_words_ids": _lists("lists of token ids, [[5, 6], …],", _is_ids),
+    "suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
+    "begin_suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
+    "sequence_bias": _lists(
+        "pairs of token ids and nats, [[[5, 6], -2.0], …],",
+        lambda pair: isinstance(pair, list) and len(pair) == 2 and _is_ids(pair[0]) and type(pair[1]) in (int, float),
+    ),
     "forced_bos_token_id": _whole(0),
     "forced_eos_token_id": _several(int, "a token id"),
-    "sequence_bias": _json((list, dict), "a list of pairs, [[ids, bias], …],"),
-    "exponential_decay_length_penalty": _json(list, "a list, [start, factor],"),
-    "watermarking_config": _json(dict, "an object"),
+    "exponential_decay_length_penalty": Setting(
+        "a position and a factor, [20, 1.05], as JSON",
+        lambda pair: isinstance(pair, list) and [isinstance(one, int | float) for one in pair] == [True, True],
+        "<json>",
+    ),
+    "watermarking_config": Setting("an object as JSON", lambda value: isinstance(value, dict), "<json>"),
     "use_cache": _flag(),
     "renormalize_logits": _flag(),
     "remove_invalid_values": _flag(),

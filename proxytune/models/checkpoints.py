@@ -91,7 +91,10 @@ def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> M
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 
     def file(name: str) -> str | None:
-        found: str | None = cached_file(reference.id, name, **hub, **quiet)
+        try:
+            found: str | None = cached_file(reference.id, name, **hub, **quiet)
+        except OSError:  # such as a name that is no hub id; told where the member is loaded
+            return None
         return found
 
     if file("config.json") is not None or (adapter := file(_ADAPTER_FILE)) is None:

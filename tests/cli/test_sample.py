@@ -56,8 +56,13 @@ def encoded(tokenizer):
 DRAW = {"do_sample": True, "max_new_tokens": NEW, "temperature": 1.2, "top_k": 0, "return_dict_in_generate": True}
 
 
+def options_for(*words):
+    """Samples that do not repel each other have no forks, so no threshold."""
+    return TREE[2:] if "--no-forks" in words and "--repulsion" not in words else TREE
+
+
 def drawn(run, members, *words):
-    ended = run("sample", *PROMPTS, *WORDS, *TREE, *members, "--json", *words)
+    ended = run("sample", *PROMPTS, *WORDS, *options_for(*words), *members, "--json", *words)
     assert ended.code == 0, ended.err
     assert ended.err == ""
     return ended.lines
@@ -194,7 +199,17 @@ def test_what_is_left_of_the_budget_goes_to_further_samples(run, members, model,
     budget = length + 4 * NEW
     ends = "eos_token_id=" + json.dumps(list(range(5, 60)))  # most samples are short
     # The prompt has another number in the call: its first round is the library's row 1.
-    words = ["--no-forks", "--budget", budget, *words, *TREE, "--branches", 9, "--json", *members]
+    words = [
+        "--no-forks",
+        "--budget",
+        budget,
+        *words,
+        *options_for("--no-forks", *words),
+        "--branches",
+        9,
+        "--json",
+        *members,
+    ]
     line = run("sample", PROMPTS[1], PROMPTS[0], *words, *WORDS, ends).lines[1]
     tokens = [leaf["tokens"] for leaf in line["leaves"]]
     assert line["spent"] == length + sum(tokens) <= budget
@@ -244,7 +259,7 @@ def test_the_prompt_is_forwarded_once(run, members, tokenizer, monkeypatch):
 @pytest.mark.parametrize("how", ["majority", "weighted", "confidence", "deepconf"])
 def test_votes(run, members, model, tokenizer, how):
     pattern = r"[a-zA-Z]"
-    lines = drawn(run, members, "--vote", how, "--answer", pattern, "--eta", 60)
+    lines = drawn(run, members, "--vote", how, "--answer", pattern, *(["--eta", 60] if how == "deepconf" else []))
     out = model.generate(**encoded(tokenizer), custom_generate=ForkDecoding(threshold=1.0, branches=5, seed=3), **DRAW)
     extract = samples.extractor(pattern)
     for line, tree in zip(lines, out.trees, strict=True):
@@ -299,7 +314,7 @@ def test_a_prompt_larger_than_the_budget_does_not_stop_the_others(run, members, 
     longer = "Question: Start with 3, add 4, take away 2, add 9."
     few, many = (len(tokenizer(p)["input_ids"]) for p in (PROMPTS[0], longer))
     assert few < many
-    words = ["sample", longer, PROMPTS[0], *WORDS, *TREE, *members, *mode, "--budget", many]
+    words = ["sample", longer, PROMPTS[0], *WORDS, *options_for(*mode), *members, *mode, "--budget", many]
     ended = run(*words, "--json")
     assert ended.code == 1
     message = f"prompt 1: expected --budget of at least {many + 1}: it has {many} tokens itself; got {many}."
@@ -311,7 +326,7 @@ def test_a_prompt_larger_than_the_budget_does_not_stop_the_others(run, members, 
     assert refused["prompt"] == longer
     assert message in refused["error"]
     assert other["spent"] <= many
-    alone = run("sample", PROMPTS[0], "--budget", few, *WORDS, *TREE, *members, *mode)
+    alone = run("sample", PROMPTS[0], "--budget", few, *WORDS, *options_for(*mode), *members, *mode)
     assert (alone.code, alone.out) == (1, "")
 
 
@@ -443,13 +458,13 @@ def test_wrong_settings_are_told_before_a_model_is_loaded(run, members, monkeypa
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["num_return_sequences=2"], "num_return_sequences: expected --branches; got 2"),
+        (["--threshold", 1, "num_return_sequences=2"], "num_return_sequences: expected --branches; got 2"),
         (["do_sample=false", "--no-forks"], "--no-forks: expected sampling"),
-        (["num_beams=2"], "ForkDecoding: expected greedy decoding or sampling"),
+        (["--threshold", 1, "num_beams=2"], "ForkDecoding: expected greedy decoding or sampling"),
     ],
 )
 def test_wrong_draws_are_told(run, members, words, message):
-    ended = run("sample", "x", "--threshold", 1, *members, *words)
+    ended = run("sample", *members, "x", *words)
     assert ended.code == 2, ended.err
     assert message in ended.err
 

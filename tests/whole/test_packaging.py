@@ -316,7 +316,7 @@ def test_the_wheel_holds_the_bundled_weights_byte_for_byte(wheel):
 
 def test_the_wheel_names_its_command_and_licence(wheel):
     info = f"proxytune-{proxytune.__version__}.dist-info"
-    assert b"proxytune = proxytune.cli:main" in wheel.read(f"{info}/entry_points.txt")
+    assert b"proxytune = proxytune.__main__:main" in wheel.read(f"{info}/entry_points.txt")
     assert f"{info}/licenses/LICENSE" in wheel.namelist()
     found = wheel.read(f"{info}/METADATA").decode()
     assert f"Version: {proxytune.__version__}" in found
