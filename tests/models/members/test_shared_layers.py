@@ -51,7 +51,7 @@ def padded() -> dict[str, torch.Tensor]:
 def test_every_door_gives_the_text_that_no_cache_gives(family: str, shares: int) -> None:
     model, inputs = gemma(family, shares), padded()
     small = {"expert": shared("llama", 2), "antiexpert": shared("llama", 3)}
-    composed = proxytune.wrap(model, **small, alpha=0.7, check_vocabulary=False)
+    composed = proxytune.wrap(model, **small, alpha=0.7, check_vocabulary=False, end_tokens="union")
     want = composed.generate(**inputs, use_cache=False, **RUN)
     for settings in (
         {},
@@ -60,22 +60,30 @@ def test_every_door_gives_the_text_that_no_cache_gives(family: str, shares: int)
         {"custom_generate": SpeculativeDecoding(seed=0, draft_tokens=3)},
     ):
         assert torch.equal(composed.generate(**inputs, **settings, **RUN), want), settings
-    with ProxyTuningLogitsProcessor(**small, alpha=0.7, check_vocabulary=False).attach(model):
+    with ProxyTuningLogitsProcessor(**small, alpha=0.7, check_vocabulary=False, end_tokens="union").attach(model):
         assert torch.equal(model.generate(**inputs, **RUN), want)
     # As the expert, it drafts on its own layers of the cache.
-    base = proxytune.wrap(shared("llama", 1), **small | {"expert": model}, alpha=0.7, check_vocabulary=False)
+    base = proxytune.wrap(
+        shared("llama", 1), **small | {"expert": model}, alpha=0.7, check_vocabulary=False, end_tokens="union"
+    )
     want = base.generate(**inputs, use_cache=False, **RUN)
     assert torch.equal(
         base.generate(**inputs, custom_generate=SpeculativeDecoding(seed=0, draft_tokens=3), **RUN), want
     )
-    processor = ProxyTuningLogitsProcessor(model, shared("llama", 3), alpha=0.7, check_vocabulary=False)
+    processor = ProxyTuningLogitsProcessor(
+        model, shared("llama", 3), alpha=0.7, check_vocabulary=False, end_tokens="union"
+    )
     with processor.attach(shared("llama", 1)):
         assert torch.equal(shared("llama", 1).generate(**inputs, **RUN), want)
 
 
 def test_siblings_copy_rows_of_such_a_cache() -> None:
     model = proxytune.wrap(
-        gemma("gemma4", 2), expert=shared("llama", 2), antiexpert=shared("llama", 3), check_vocabulary=False
+        gemma("gemma4", 2),
+        expert=shared("llama", 2),
+        antiexpert=shared("llama", 3),
+        check_vocabulary=False,
+        end_tokens="union",
     )
     run = {"max_new_tokens": 5, "do_sample": True, "top_k": 0, "eos_token_id": None, "pad_token_id": PAD}
     loop = SiblingDecoding(threshold=0.5, seed=1, siblings=3)
