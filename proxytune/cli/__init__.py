@@ -81,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(words, debug))
 
 
+_FAILURES = (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError)
+
+
 def _run(words: list[str], debug: bool) -> int:
     """Run one command; turn an error into a line on stderr and an exit code."""
     with warnings.catch_warnings():
@@ -100,15 +103,11 @@ def _run(words: list[str], debug: bool) -> int:
                 raise
             terminal.show_error(str(error))
             return WRONG_CALL
-        except (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError) as error:
-            # From torch, transformers or the file system: the call parsed but failed.
-            if debug:
-                raise
-            terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")
-            return FAILED
         except Exception as error:
-            # Other libraries have classes of their own; an error of ours or of Python's is a bug.
-            if debug or type(error).__module__.partition(".")[0] in ("builtins", "proxytune", "proxytune_kernels"):
+            # From torch, transformers or the file system: the call parsed but failed. Other libraries have classes of
+            # their own; any other error of ours or of Python's is a bug.
+            own = type(error).__module__.partition(".")[0] in ("builtins", "proxytune", "proxytune_kernels")
+            if debug or (own and not isinstance(error, _FAILURES)):
                 raise
             terminal.show_error(f"{type(error).__name__}: {error} (--debug shows the traceback)")
             return FAILED
