@@ -55,7 +55,8 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     """Raise for whatever else `generate()` was asked to do that speculation cannot.
 
     Raises:
-        UnsupportedModeError: For an unsupported output or model input, or a learned prompt.
+        UnsupportedModeError: For an unsupported output or model input, or a learned prompt; for a batch, if a member cannot
+            be told where its rows are.
         UnsupportedModelError: For a plain model with recurrent layers.
         InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
         CacheError: With `use_cache=False`.
@@ -102,5 +103,10 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
         )
     if getattr(call.model, "_is_stateful", False):
         Member(call.model, "model")
+    if len(call.input_ids) > 1:  # rows accept different numbers of tokens, and are moved
+        for member in call.ensemble.members:
+            if not call.ensemble.composed:
+                member.examine()
+            member.refuse_moved_rows()
     if not call.kwargs.get("use_cache"):
         refuse_cache(None)

@@ -41,7 +41,9 @@ class PrefixCachedMember:
         prefill_chunk_size: Tokens per forward pass over a long text; None for all at once. Changes rounding only.
     """
 
-    def __init__(self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32) -> None:
+    def __init__(
+        self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32, self_test: bool = True
+    ) -> None:
         """Wrap a model.
 
         Args:
@@ -49,11 +51,15 @@ class PrefixCachedMember:
             role: Its name in messages.
             memo: For how many of the last positions of a single row to keep logits, so that a draft's step and its
                 verification cost one forward. Batches keep one position.
+            self_test: Whether to test that the model is right by itself.
 
         Raises:
-            UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`.
+            UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`; or if it
+                fails the self-test.
         """
         self.member = Member(model.eval(), role)
+        if self_test:
+            self.member.examine()
         self._memo = memo
         self.prefill_chunk_size: int | None = None
         # Sliding-window layers drop what left the window, and then cannot be rolled back. They are used while nothing
@@ -120,6 +126,7 @@ class PrefixCachedMember:
         Raises:
             InputError: If the prefix is shorter than `last`, longer than the model's context, or has ids that the model
                 cannot embed.
+            UnsupportedModeError: If the prefix is left-padded, and the model is wrong there.
         """
         n = input_ids.shape[1]
         if n < last or last < 1:
@@ -131,6 +138,7 @@ class PrefixCachedMember:
             )
         ids = input_ids.to(self.member.device)
         mask = _full_mask(ids, attention_mask)  # [B, T] or None
+        self.member.refuse_padding(mask)
         key = ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
         with self._turn, self._turns.on(self.member.device, self._held()):
             self._asked_by = threading.get_ident()
