@@ -314,6 +314,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
             for member in self.members:
                 member.refuse_length(past + input_ids.shape[1])
+                member.refuse_crossing(past + input_ids.shape[1], input_ids.shape[1], attention_mask)
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
@@ -325,7 +326,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 for member in self.members:
                     member.refuse_static_cache(max(layer.max_cache_len for layer in cache.layers))
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
-        if part is not None:
+        if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
             out = forward_in_parts(
                 self.forward,
                 input_ids,
@@ -362,6 +363,21 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             targets = labels[:, 1:].to(logits.device).flatten()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+    def _needs_whole(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> bool:
+        """Whether parts of a text would not be what the text is: a member looks at its length, or it is packed."""
+        past, length = (0 if cache is None else int(cache.get_seq_length())), input_ids.shape[1]
+        if any(m.switch is not None and past <= m.switch < past + length for m in self.members):
+            return True
+        # Without mask and cache, members take positions that start again for the next of several texts.
+        given = position_ids is not None and attention_mask is None and cache is None
+        return given and bool((position_ids.diff(dim=-1) != 1).any())  # type: ignore[union-attr]
 
     @staticmethod
     def _refuse_mask_of_other_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> None:

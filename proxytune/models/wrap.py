@@ -61,7 +61,8 @@ def wrap(
         InputError: If α is not finite, the formula is none, a member is missing, an argument is unknown, or arguments
             contradict each other.
         MemberError: If a member cannot be opened, lacks weights, would run code that is not trusted, is not supported,
-            is composed already, fails the self-test, or uses the same ids for other tokens; or if expert and antiexpert are the same.
+            is composed already, fails the self-test, or uses the same ids for other tokens; or if expert and antiexpert
+            are the same.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.

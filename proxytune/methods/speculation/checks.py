@@ -55,8 +55,8 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     """Raise for whatever else `generate()` was asked to do that speculation cannot.
 
     Raises:
-        UnsupportedModeError: For an unsupported output or model input, or a learned prompt; for a batch, if a member cannot
-            be told where its rows are.
+        UnsupportedModeError: For an unsupported output or model input, or a learned prompt; for a batch, if a member
+            cannot be told where its rows are.
         UnsupportedModelError: For a plain model with recurrent layers.
         InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
         CacheError: With `use_cache=False`.

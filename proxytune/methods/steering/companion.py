@@ -172,6 +172,10 @@ class PrefixCachedMember:
         if keep and not told and not (self._first < n <= keep + 1 and self._is_current()):
             self.reset()
             keep = 0
+        beyond = self._beyond_switch(key)
+        if keep and beyond != self._beyond_switch(self._ids):
+            self.reset()  # other frequencies for all positions
+            keep = 0
         if keep == 0:
             self._first = n
         if keep > n - last and self._remembered(keep) < keep - (n - last):
@@ -191,7 +195,7 @@ class PrefixCachedMember:
         # Logits are kept without gaps; those that go are freed before new ones are made.
         self._logits = self._logits[-(memo - new) :] if n - keep <= last and memo > new else []
         position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]
-        chunk = self.prefill_chunk_size or n
+        chunk = n if beyond else self.prefill_chunk_size or n
         # The last chunk holds all positions whose logits are needed.
         for start, end in pairwise([keep, *range(keep + chunk, n - new + 1, chunk), n]):
             logits = self.member.forward(
@@ -211,6 +215,13 @@ class PrefixCachedMember:
     def _is_current(self) -> bool:
         """Whether the model is the one that filled the cache."""
         return self._filled_by is not None and self._filled_by.holds(self.member.model)
+
+    def _beyond_switch(self, key: torch.Tensor | None) -> bool:
+        """Whether a text is so long that a long-rope model turns all its positions by other frequencies."""
+        switch = self.member.switch
+        if switch is None or key is None or key.shape[1] <= switch:
+            return False
+        return int((key != _PADDING).sum(-1).max()) > switch
 
     def _remembered(self, length: int) -> int:
         """How many positions up to `length`, which the cache covers, have cached logits."""

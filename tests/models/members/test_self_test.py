@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support.tiny import build
 from transformers import (
     BartConfig,
@@ -44,6 +46,10 @@ from proxytune.models.members.self_test import UNTESTED, Verdict, verdict_of
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 COMMON = {**WIDTHS, "vocab_size": 128, "max_position_embeddings": 128, "initializer_range": 0.3}
 DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+
+# Before, git cannot use its cache without an image, and roformer misplaces what it has cached.
+OLD = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="they were wrong alone")
 
 
 @functools.cache
@@ -161,9 +167,9 @@ def test_right_families_pass(kind: str, dtype: torch.dtype) -> None:
         ("bert encoder", {"cache", "padding", "moved"}, True),
         ("two-way gemma3", {"cache", "padding", "moved"}, True),
         ("bart", {"padding", "moved"}, True),
-        ("git", {"padding", "moved"}, True),
+        pytest.param("git", {"padding", "moved"}, True, marks=OLD),
         ("roberta", {"padding", "moved"}, False),
-        ("roformer", {"moved"}, True),
+        pytest.param("roformer", {"moved"}, True, marks=OLD),
     ],
 )
 def test_wrong_families_are_found(kind: str, wrong: set[str], counts: bool, dtype: torch.dtype) -> None:
@@ -180,7 +186,9 @@ def test_members_that_read_later_tokens_are_refused(kind: str) -> None:
     assert composed(kind, self_test=False).members[0].verdict is UNTESTED
 
 
-@pytest.mark.parametrize("kind", ["bart", "git", "roberta", "roformer"])
+@pytest.mark.parametrize(
+    "kind", ["bart", "roberta", pytest.param("git", marks=OLD), pytest.param("roformer", marks=OLD)]
+)
 def test_without_padding_they_are_right(kind: str) -> None:
     model = composed(kind)
     want = slow(model, IDS)
@@ -193,7 +201,7 @@ def test_without_padding_they_are_right(kind: str) -> None:
     torch.testing.assert_close(ones, model(IDS).logits)
 
 
-@pytest.mark.parametrize("kind", ["bart", "git", "roberta"])
+@pytest.mark.parametrize("kind", ["bart", "roberta", pytest.param("git", marks=OLD)])
 def test_left_padding_is_refused_before_any_member_runs(kind: str) -> None:
     model = composed(kind)
     before = model.token_forwards
@@ -207,7 +215,7 @@ def test_left_padding_is_refused_before_any_member_runs(kind: str) -> None:
     model(IDS, attention_mask=MASK.flip(1))  # padding at the right changes nothing
 
 
-@pytest.mark.parametrize("kind", ["bart", "roformer", "git"])
+@pytest.mark.parametrize("kind", ["bart", pytest.param("roformer", marks=OLD), pytest.param("git", marks=OLD)])
 def test_speculation_in_a_batch_is_refused_where_rows_cannot_be_moved(kind: str) -> None:
     loop = SpeculativeDecoding(draft=PromptLookupDraft(), seed=0)
     for model in (composed(kind), made(kind)):
