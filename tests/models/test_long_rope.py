@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support.tiny import build
 from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -62,6 +64,8 @@ def test_texts_that_cross_the_switch_are_read_again(model: proxytune.ProxyTunedM
         assert torch.equal(model.generate(IDS[1:], **GREEDY, **keys)[0], want), keys
     # In a padded batch the longest row decides, as in the plain model; it is the second.
     assert torch.equal(model.generate(IDS, attention_mask=MASK, **GREEDY)[1], want)
+    if Version(transformers.__version__) < Version("5.23"):
+        return  # there, a plain phi3 goes on from the last token alone
     shift = ProxyTuningLogitsProcessor(model.expert, model.antiexpert, check_vocabulary=False)
     with shift.attach(model.base):
         assert torch.equal(model.base.generate(IDS[1:], **GREEDY)[0], want)
