@@ -37,7 +37,7 @@ from proxytune.models.generation_mixin import (
 )
 from proxytune.models.loading import adapters_of, open_members, refuse_composed
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated
+from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated, stored
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import LatentInputs, run_members
@@ -324,7 +324,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             check_ids(input_ids, self.members)
             if isinstance(cache, StaticCache):
                 for member in self.members:
-                    member.refuse_static_cache(max(layer.max_cache_len for layer in cache.layers))
+                    member.refuse_static_cache(max(layer.max_cache_len for layer in stored(cache)))
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
         if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
             out = forward_in_parts(
