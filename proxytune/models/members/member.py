@@ -66,7 +66,16 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got="a PEFT model that learns a prompt or prefix, which adds its own tokens to the cache",
             remedy="Use another kind of adapter, or a merged model.",
         )
-    kinds = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
+    text_config = config.get_text_config(decoder=True)
+    counted = text_config.num_hidden_layers
+    if (layers := getattr(text_config, "decoder_layers", counted)) != counted:
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a config whose num_hidden_layers are those of the decoder: a cache gets as many",
+            got=f"{type(model).__name__} ({family}) with {layers}, and num_hidden_layers={counted}, its encoder's",
+            remedy="Set model.config.num_hidden_layers = model.config.decoder_layers, and pass the model.",
+        )
+    kinds = set(get_layer_types_and_kwargs(text_config)[0])
     strange = sorted(kinds - _SUPPORTED_LAYERS)
     if strange or getattr(model, "_is_stateful", False):
         raise UnsupportedModelError.of(

@@ -297,3 +297,16 @@ def test_a_model_that_cannot_run_is_not_tested() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig(**COMMON))
     assert verdict_of(model, True) is UNTESTED
+
+
+@pytest.mark.parametrize("decoder_layers", [1, 3])
+def test_a_decoder_counted_by_its_encoder_is_refused_with_the_cure(decoder_layers: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "decoder_attention_heads": 4, "decoder_ffn_dim": 64, "vocab_size": 128}
+    config = BartConfig(**sizes, encoder_layers=2, is_decoder=True, is_encoder_decoder=False, forced_eos_token_id=None)
+    config.decoder_layers = decoder_layers
+    model = BartForCausalLM(config)
+    with pytest.raises(UnsupportedModelError, match="num_hidden_layers=2"):
+        Member(model, "expert")
+    model.config.num_hidden_layers = model.config.decoder_layers
+    Member(model, "expert").examine()
