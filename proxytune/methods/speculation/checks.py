@@ -101,10 +101,9 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
             got=f"a PEFT model with {type(config).__name__}, whose learned tokens stand in the cache before the text",
             remedy="Decode without speculation, e.g. with FusedDecoding.",
         )
-    if getattr(call.model, "_is_stateful", False):
-        Member(call.model, "model")
+    members = call.ensemble.members if call.ensemble.composed else [Member(call.model, "model")]
     if len(call.input_ids) > 1:  # rows accept different numbers of tokens, and are moved
-        for member in call.ensemble.members:
+        for member in members:
             if not call.ensemble.composed:
                 member.examine()
             member.refuse_moved_rows()
