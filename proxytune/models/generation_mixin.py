@@ -167,8 +167,18 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         The 2-D mask is passed on unchanged, since the members build their own; `inputs_embeds` raises an InputError.
         """
         refuse_arguments(inputs_embeds=inputs_embeds)
+        held = one_cache(past_key_values, cache)
         if next_sequence_length is not None:
-            input_ids = input_ids[:, -next_sequence_length:]
+            length = input_ids.shape[1]
+            if held is not None and any(m.crosses(length, next_sequence_length, attention_mask) for m in self.members):
+                # A long-rope member has other frequencies from here on, and reads the whole text again, as it would
+                # alone; the others read it along.
+                held = None
+                position_ids = kwargs.get("position_ids")
+                if position_ids is not None and position_ids.shape[-1] != length:
+                    kwargs["position_ids"] = None
+            else:
+                input_ids = input_ids[:, -next_sequence_length:]
         # Only for stop strings, but generate() passes it on with the model's arguments.
         kwargs.pop("tokenizer", None)
         position_ids = kwargs.pop("position_ids", None)
@@ -176,7 +186,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             position_ids = position_ids[..., -input_ids.shape[1] :]
         return {
             "input_ids": input_ids,
-            CACHE: one_cache(past_key_values, cache),
+            CACHE: held,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
             "is_first_iteration": is_first_iteration,

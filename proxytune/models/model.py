@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -37,7 +37,7 @@ from proxytune.models.generation_mixin import (
 )
 from proxytune.models.loading import adapters_of, open_members, refuse_composed
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated
+from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated, stored
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import LatentInputs, run_members
@@ -82,17 +82,25 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
     # Keeps generate() from compiling this forward on static caches; `compile_members` compiles the members instead.
     _can_compile_fullgraph = False
 
-    def __init__(self, config: ProxyTunedConfig, members: Mapping[str, PreTrainedModel], formula: Formula) -> None:
+    def __init__(
+        self,
+        config: ProxyTunedConfig,
+        members: Mapping[str, PreTrainedModel],
+        formula: Formula,
+        *,
+        self_test: bool = True,
+    ) -> None:
         """Compose the members. Use `wrap` or `from_pretrained` instead of calling this.
 
         Args:
             config: A config; it is bound to the members here.
             members: Role → model, the base first, then `formula.roles` in order. They are put in evaluation mode.
             formula: The formula.
+            self_test: Whether to test that each member is right by itself (see `wrap`).
 
         Raises:
-            MemberError: If a member is composed already, or cannot take part (see `Member`); or if expert and
-                antiexpert are the same.
+            MemberError: If a member is composed already, cannot take part (see `Member`), or fails the self-test;
+                or if expert and antiexpert are the same.
 
         Warns:
             SteeringWarning: If the roles look wrong (see `wrap`).
@@ -109,6 +117,10 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         super().__init__(config)
         for role, model in members.items():
             setattr(self, role, model.eval())
+        if self_test:
+            # The smallest first: the others share its verdict, if they are of its kind.
+            for member in sorted(wrapped, key=lambda m: m.model.num_parameters()):
+                member.examine()
         self.formula = formula
         self.overlap = True
         self.split_threads = False
@@ -296,10 +308,13 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 waits = bool(is_first_iteration) or input_ids.shape[1] > 1  # for the device, as `check_ids` does
                 refuse_outdated(cache, self._models, values=waits)
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
+        for member in self.members:
+            member.refuse_padding(attention_mask)
         past = 0 if cache is None else cache.get_seq_length()
         if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
             for member in self.members:
                 member.refuse_length(past + input_ids.shape[1])
+                member.refuse_crossing(past + input_ids.shape[1], input_ids.shape[1], attention_mask)
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
@@ -307,8 +322,11 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         prompt = is_first_iteration or first or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
             check_ids(input_ids, self.members)
+            if isinstance(cache, StaticCache):
+                for member in self.members:
+                    member.refuse_static_cache(max(layer.max_cache_len for layer in stored(cache)))
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
-        if part is not None:
+        if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
             out = forward_in_parts(
                 self.forward,
                 input_ids,
@@ -346,6 +364,21 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
+    def _needs_whole(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+    ) -> bool:
+        """Whether parts of a text would not be what the text is: a member looks at its length, or it is packed."""
+        past, length = (0 if cache is None else int(cache.get_seq_length())), input_ids.shape[1]
+        if any(m.switch is not None and past <= m.switch < past + length for m in self.members):
+            return True
+        # Without mask and cache, members take positions that start again for the next of several texts.
+        given = position_ids is not None and attention_mask is None and cache is None
+        return given and bool((position_ids.diff(dim=-1) != 1).any())  # type: ignore[union-attr]
+
     @staticmethod
     def _refuse_mask_of_other_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> None:
         past = cache.get_seq_length()
@@ -374,6 +407,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             InputError: As `forward`.
         """
         check_ids(input_ids, self.members)
+        for member in self.members:
+            member.refuse_padding(attention_mask)
         position_ids = None if attention_mask is None else positions_of(attention_mask)
         return {
             m.role: m.forward(input_ids, attention_mask=attention_mask, position_ids=position_ids).float()
@@ -448,7 +483,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 for these. `members` is role → arguments for that member alone. `trust_remote_code=True` trusts the
                 recipe's repository: its own file, and members on the hub for which it names `trust_remote_code` and
                 a commit as revision. `trust_members=True` trusts all members. `end_tokens` says whose end tokens stop
-                a text, as in `wrap` [what the recipe says].
+                a text, as in `wrap` [what the recipe says]. `self_test=False` skips the members' self-test.
 
         Returns:
             The composed model.
@@ -461,6 +496,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             SteeringWarning: As `wrap`; of end tokens only if the recipe does not say whose are meant.
         """
         config, end_tokens = kwargs.pop("config", None), kwargs.pop("end_tokens", None)
+        self_test = kwargs.pop("self_test", True)
         hub = {k: kwargs.pop(k) for k in ("revision", "subfolder") if k in kwargs}
         for_all = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token") if k in kwargs}
         trust_recipe, trust_members = (kwargs.pop(key, False) for key in ("trust_remote_code", "trust_members"))
@@ -489,7 +525,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 "relative folder is looked for beside that file."
             ) from error
         known = {role: reference for role, reference in references.items() if reference is not None}
-        model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula)
+        model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula, self_test=self_test)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         decided = False  # whether the generation config beside the recipe says where to stop
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay

@@ -31,6 +31,7 @@ def wrap(
     check_vocabulary: bool = True,
     members: Mapping[str, Mapping[str, Any]] | None = None,
     end_tokens: EndTokens | None = None,
+    self_test: bool = True,
     **from_pretrained: Any,
 ) -> ProxyTunedModel:
     """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
@@ -47,6 +48,9 @@ def wrap(
         members: Role → arguments of `from_pretrained` for that member alone, before the common ones.
         end_tokens: Whose end tokens stop a text: "union" of base and expert, "base" or "expert" [union, with a warning
             where they differ]. Kept in the recipe; the ids are `generation_config.eos_token_id` of the result.
+        self_test: Whether to test that each member is right by itself, in three passes of its first layers over six
+            tokens, once per process: in one pass, over a cache, and left-padded. What it gets wrong is refused where it
+            matters. Nothing of the member changes.
         **from_pretrained: Passed to `from_pretrained` of the members given by id or folder. `trust_remote_code=True`
             here trusts all of them.
 
@@ -57,7 +61,8 @@ def wrap(
         InputError: If α is not finite, the formula is none, a member is missing, an argument is unknown, or arguments
             contradict each other.
         MemberError: If a member cannot be opened, lacks weights, would run code that is not trusted, is not supported,
-            is composed already, or uses the same ids for other tokens; or if expert and antiexpert are the same.
+            is composed already, fails the self-test, or uses the same ids for other tokens; or if expert and antiexpert
+            are the same.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
@@ -94,6 +99,6 @@ def wrap(
             formula=formula.name,
             alpha=formula.alpha,
         )
-    model = ProxyTunedModel(ProxyTunedConfig(recipe=recipe), models, formula)
+    model = ProxyTunedModel(ProxyTunedConfig(recipe=recipe), models, formula, self_test=self_test)
     stop_composed(model, end_tokens, found)
     return model

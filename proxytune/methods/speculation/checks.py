@@ -55,7 +55,8 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     """Raise for whatever else `generate()` was asked to do that speculation cannot.
 
     Raises:
-        UnsupportedModeError: For an unsupported output or model input, or a learned prompt.
+        UnsupportedModeError: For an unsupported output or model input, or a learned prompt; for a batch, if a member
+            cannot be told where its rows are.
         UnsupportedModelError: For a plain model with recurrent layers.
         InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
         CacheError: With `use_cache=False`.
@@ -100,7 +101,11 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
             got=f"a PEFT model with {type(config).__name__}, whose learned tokens stand in the cache before the text",
             remedy="Decode without speculation, e.g. with FusedDecoding.",
         )
-    if getattr(call.model, "_is_stateful", False):
-        Member(call.model, "model")
+    members = call.ensemble.members if call.ensemble.composed else [Member(call.model, "model")]
+    if len(call.input_ids) > 1:  # rows accept different numbers of tokens, and are moved
+        for member in members:
+            if not call.ensemble.composed:
+                member.examine()
+            member.refuse_moved_rows()
     if not call.kwargs.get("use_cache"):
         refuse_cache(None)

@@ -9,12 +9,13 @@ from typing import Any, Protocol
 import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from proxytune.errors import InputError, SteeringWarning, UnsupportedModeError
+from proxytune.errors import InputError, SteeringWarning, UnsupportedModeError, UnsupportedModelError
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
 from proxytune.models.end_tokens import listed_ends
 from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import cache_of, tokens_in
+from proxytune.models.members.member import Member
 from proxytune.ops import normalise_
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "ScoringNotice",
     "SteeredProcessors",
     "StoppingIds",
+    "examined_base",
     "refuse_no_ids",
 ]
 
@@ -52,13 +54,36 @@ def refuse_no_ids(length: int | None) -> None:
         )
 
 
+def examined_base(model: Any) -> Member | None:
+    """A base after its self-test; None for one that is no `Member` (recurrent layers), as a base may be.
+
+    Raises:
+        UnsupportedModelError: If it depends on later tokens, continues its cache differently, or counts positions in
+            another way than `generate()`, which tells it them.
+    """
+    try:
+        base = Member(model, "base")
+    except UnsupportedModelError:
+        return None
+    base.examine()
+    if not base.verdict.counts:
+        raise UnsupportedModelError.of(
+            "the base",
+            expected="a model that counts positions from 0, as generate() does",
+            got=f"a {type(model).__name__}, whose results change when it is given such positions",
+            remedy="Compose it with proxytune.wrap, which gives it none. self_test=False skips this check.",
+        )
+    return base
+
+
 class SteeredProcessors:
     """Replaces a steered model's `_get_logits_processor`."""
 
     changes_logits = True
 
-    def __init__(self, processor: _Steering) -> None:
+    def __init__(self, processor: _Steering, base: Member | None = None) -> None:
         self.processor = processor
+        self.base = base  # None if it was not tested
 
     def __call__(
         self,
@@ -73,7 +98,8 @@ class SteeredProcessors:
 
         Raises:
             InputError: If the ids are missing or not the whole prefix, or the shift would be added twice.
-            UnsupportedModeError: If the mode would run the base unsteered (guidance, drafting with parts of itself).
+            UnsupportedModeError: If the mode would run the base unsteered (guidance, drafting with parts of itself), or
+                prompts are left-padded and the base is wrong there.
         """
         processors = original(generation_config, input_ids_seq_length, *args, model_kwargs=model_kwargs, **kwargs)
         if any(isinstance(p, AttachedProcessor) and p.processor is self.processor for p in processors):
@@ -110,6 +136,8 @@ class SteeredProcessors:
         mask = model_kwargs.get("attention_mask")
         past = cache_of(model_kwargs)
         held = None if past is None else tokens_in(past)
+        if self.base is not None:
+            self.base.refuse_padding(mask)
         seen = length or 0
         # generate() drops a mask of ones, but keeps its length.
         covered = getattr(generation_config, "_mask_length", seen) if mask is None else mask.shape[1]

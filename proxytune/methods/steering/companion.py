@@ -41,7 +41,9 @@ class PrefixCachedMember:
         prefill_chunk_size: Tokens per forward pass over a long text; None for all at once. Changes rounding only.
     """
 
-    def __init__(self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32) -> None:
+    def __init__(
+        self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32, self_test: bool = True
+    ) -> None:
         """Wrap a model.
 
         Args:
@@ -49,11 +51,15 @@ class PrefixCachedMember:
             role: Its name in messages.
             memo: For how many of the last positions of a single row to keep logits, so that a draft's step and its
                 verification cost one forward. Batches keep one position.
+            self_test: Whether to test that the model is right by itself.
 
         Raises:
-            UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`.
+            UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`; or if it
+                fails the self-test.
         """
         self.member = Member(model.eval(), role)
+        if self_test:
+            self.member.examine()
         self._memo = memo
         self.prefill_chunk_size: int | None = None
         # Sliding-window layers drop what left the window, and then cannot be rolled back. They are used while nothing
@@ -120,6 +126,7 @@ class PrefixCachedMember:
         Raises:
             InputError: If the prefix is shorter than `last`, longer than the model's context, or has ids that the model
                 cannot embed.
+            UnsupportedModeError: If the prefix is left-padded, and the model is wrong there.
         """
         n = input_ids.shape[1]
         if n < last or last < 1:
@@ -131,6 +138,7 @@ class PrefixCachedMember:
             )
         ids = input_ids.to(self.member.device)
         mask = _full_mask(ids, attention_mask)  # [B, T] or None
+        self.member.refuse_padding(mask)
         key = ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
         with self._turn, self._turns.on(self.member.device, self._held()):
             self._asked_by = threading.get_ident()
@@ -164,6 +172,10 @@ class PrefixCachedMember:
         if keep and not told and not (self._first < n <= keep + 1 and self._is_current()):
             self.reset()
             keep = 0
+        beyond = self._beyond_switch(key)
+        if keep and beyond != self._beyond_switch(self._ids):
+            self.reset()  # other frequencies for all positions
+            keep = 0
         if keep == 0:
             self._first = n
         if keep > n - last and self._remembered(keep) < keep - (n - last):
@@ -183,7 +195,7 @@ class PrefixCachedMember:
         # Logits are kept without gaps; those that go are freed before new ones are made.
         self._logits = self._logits[-(memo - new) :] if n - keep <= last and memo > new else []
         position_ids = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)  # [B, T]
-        chunk = self.prefill_chunk_size or n
+        chunk = n if beyond else self.prefill_chunk_size or n
         # The last chunk holds all positions whose logits are needed.
         for start, end in pairwise([keep, *range(keep + chunk, n - new + 1, chunk), n]):
             logits = self.member.forward(
@@ -203,6 +215,13 @@ class PrefixCachedMember:
     def _is_current(self) -> bool:
         """Whether the model is the one that filled the cache."""
         return self._filled_by is not None and self._filled_by.holds(self.member.model)
+
+    def _beyond_switch(self, key: torch.Tensor | None) -> bool:
+        """Whether a text is so long that a long-rope model turns all its positions by other frequencies."""
+        switch = self.member.switch
+        if switch is None or key is None or key.shape[1] <= switch:
+            return False
+        return int((key != _PADDING).sum(-1).max()) > switch
 
     def _remembered(self, length: int) -> int:
         """How many positions up to `length`, which the cache covers, have cached logits."""

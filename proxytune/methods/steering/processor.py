@@ -22,6 +22,7 @@ from proxytune.methods.steering.attach import (
     ScoringNotice,
     SteeredProcessors,
     StoppingIds,
+    examined_base,
     refuse_no_ids,
 )
 from proxytune.methods.steering.companion import PrefixCachedMember
@@ -81,6 +82,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         check_vocabulary: bool = True,
         members: Mapping[str, Mapping[str, Any]] | None = None,
         end_tokens: EndTokens | None = None,
+        self_test: bool = True,
         **from_pretrained: Any,
     ) -> None:
         """Open the companions.
@@ -96,13 +98,14 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             members: Role → arguments of `from_pretrained` for that companion alone, before the common ones.
             end_tokens: Whose end tokens stop a text of an attached base: "union" of base and expert, "base" or "expert"
                 [union, with a warning where they differ]. `eos_token_id=` of a call comes first.
+            self_test: Whether to test that each companion, and a base at `attach`, is right by itself (see `wrap`).
             **from_pretrained: Passed to `from_pretrained` of companions given by id or folder. `trust_remote_code=True`
                 here trusts both.
 
         Raises:
             InputError: If α is not a finite number, a companion is missing, or an argument is unknown.
-            MemberError: If a companion cannot be opened, is not supported, is composed already, or its ids stand for
-                other tokens; or if expert and antiexpert are the same.
+            MemberError: If a companion cannot be opened, is not supported, is composed already, fails the self-test, or
+                its ids stand for other tokens; or if expert and antiexpert are the same.
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
@@ -130,7 +133,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         # The base is not known yet; it most likely ends where the antiexpert does.
         tuned = [i for i in ends_of(models["expert"]) if i not in ends_of(models["antiexpert"])]
         self._watch = EndWatch(tuned) if tuned and end_tokens != "base" else None
-        self._companions = [PrefixCachedMember(models[role], role) for role in self.formula.roles]
+        self._self_test = self_test
+        self._companions = [PrefixCachedMember(models[role], role, self_test=self_test) for role in self.formula.roles]
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
         self.overlap = True
@@ -292,6 +296,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         Raises:
             InputError: If the processor is attached already, or the model is steered already.
             VocabularyMismatchError: If the model's ids stand for other tokens than the companions'.
+            UnsupportedModelError: If the model fails the self-test.
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
@@ -315,6 +320,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         found = self._found_tokenizers
         if self._check_vocabulary:
             found = check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
+        base = examined_base(target) if self._self_test else None
         companions = {c.member.role: c.member.model for c in self._companions}
         warn_of_size(model, companions)
         ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found)
@@ -322,7 +328,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         notice = ScoringNotice(model, target)
         self._hooks = (
             *stops,
-            MethodHook(target, "_get_logits_processor", SteeredProcessors(self)),
+            MethodHook(target, "_get_logits_processor", SteeredProcessors(self, base)),
             *batching_refused(target),
             MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self, notice)),
         )

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
-from transformers.cache_utils import Cache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, StaticCache, get_layer_types_and_kwargs
 
-from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
+from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
 
 __all__ = ["Member", "check_ids", "device_of", "embedding_rows", "positions_of"]
 
@@ -65,7 +66,16 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got="a PEFT model that learns a prompt or prefix, which adds its own tokens to the cache",
             remedy="Use another kind of adapter, or a merged model.",
         )
-    kinds = set(get_layer_types_and_kwargs(config.get_text_config(decoder=True))[0])
+    text_config = config.get_text_config(decoder=True)
+    counted = text_config.num_hidden_layers
+    if (layers := getattr(text_config, "decoder_layers", counted)) != counted:
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a config whose num_hidden_layers are those of the decoder: a cache gets as many",
+            got=f"{type(model).__name__} ({family}) with {layers}, and num_hidden_layers={counted}, its encoder's",
+            remedy="Set model.config.num_hidden_layers = model.config.decoder_layers, and pass the model.",
+        )
+    kinds = set(get_layer_types_and_kwargs(text_config)[0])
     strange = sorted(kinds - _SUPPORTED_LAYERS)
     if strange or getattr(model, "_is_stateful", False):
         raise UnsupportedModelError.of(
@@ -84,8 +94,10 @@ class Member:
         model: The causal LM.
         rows: How many ids it can embed.
         context: The maximum number of positions; None if its config names none.
+        switch: Beyond how many tokens a long-rope model has other frequencies; None for other models.
         token_forwards: Rows × tokens that it has run over so far.
         step: Its compiled decode step; None if all passes run uncompiled.
+        verdict: What the self-test found; nothing before `examine`.
     """
 
     def __init__(self, model: PreTrainedModel, role: str) -> None:
@@ -104,8 +116,11 @@ class Member:
         self.rows = embedding_rows(model)
         text_config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.switch = _switch_of(text_config)
         self.token_forwards = 0
         self.step: CompiledStep | None = None
+        self.verdict: Verdict = UNTESTED
+        self._examined = False
         cache_name = argument_of(model)
         if cache_name is None:
             raise UnsupportedModelError.of(
@@ -142,6 +157,80 @@ class Member:
                 remedy="Leave it out: compile_members(roles=[…]).",
             )
         self.step = None if config is None else CompiledStep(self.model, config)
+
+    def examine(self) -> None:
+        """Test whether the model is right by itself (`proxytune.models.members.self_test`), once per process.
+
+        Raises:
+            UnsupportedModelError: If it depends on later tokens, or continues its cache differently.
+        """
+        self.verdict, self._examined = verdict_of(self.model, self._takes_position_ids), True
+        self._takes_position_ids = self._takes_position_ids and self.verdict.counts
+        if self.verdict.cache is not None:
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="a causal LM, whose results do not depend on later tokens or on its cache",
+                got=f"a {self._name()} with {self.verdict.cache}",
+                remedy="If it is an encoder, load it as a decoder (is_decoder=True). self_test=False skips this check.",
+            )
+
+    def _name(self) -> str:
+        return f"{type(self.model).__name__} ({getattr(self.model.config, 'model_type', '')})"
+
+    def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
+        """Raise UnsupportedModeError for padding before tokens, if the self-test saw that the model is wrong there."""
+        # Waits for the device, for such models only.
+        if self.verdict.padding is None or attention_mask is None:
+            return
+        if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+            raise UnsupportedModeError.of(
+                f"left padding for the {self.role}",
+                expected="a member that tells padding from text by its mask",
+                got=f"a {self._name()} with {self.verdict.padding}",
+                remedy="Pass prompts of the same length, or one at a time.",
+            )
+
+    def refuse_moved_rows(self) -> None:
+        """Raise UnsupportedModeError if the self-test saw that rows of the model's cache cannot be moved."""
+        if self.verdict.moved is not None:
+            raise UnsupportedModeError.of(
+                f"speculation in a batch for the {self.role}",
+                expected="a member that can be told the positions of rows that accept different numbers of tokens",
+                got=f"a {self._name()} with {self.verdict.moved}",
+                remedy="Pass one prompt at a time, or decode without speculation.",
+            )
+
+    def refuse_static_cache(self, length: int) -> None:
+        """Test an examined model on a static cache of `length`; UnsupportedModeError if it is wrong there."""
+        if not self._examined or (fault := static_fault(self.model, self._takes_position_ids, length)) is None:
+            return
+        raise UnsupportedModeError.of(
+            f"a static cache for the {self.role}",
+            expected="a member that is right on a static cache",
+            got=f"a {self._name()} with {fault}",
+            remedy="Leave out cache_implementation, or pass no StaticCache.",
+        )
+
+    def crosses(self, length: int, new: int, attention_mask: torch.Tensor | None = None) -> bool:
+        """Whether `new` of `length` tokens lead beyond the switch, so that a cache of the others is of no use.
+
+        Waits for the device if there is a mask, beyond the switch only.
+        """
+        if self.switch is None or length <= self.switch or length == new:
+            return False
+        longest = length if attention_mask is None else int(attention_mask.sum(-1).max())
+        return longest - new <= self.switch < longest
+
+    def refuse_crossing(self, length: int, new: int, attention_mask: torch.Tensor | None) -> None:
+        """Raise UnsupportedModeError if a cache would be continued beyond the switch."""
+        if self.crosses(length, new, attention_mask):
+            raise UnsupportedModeError.of(
+                f"length for the {self.role}",
+                expected=f"a text within {self.switch} tokens, or read again as a whole beyond them: a {self._name()} "
+                "has other frequencies for all positions of a longer text",
+                got=f"{length - new} cached tokens, continued to {length}",
+                remedy="Use generate() without speculation, which reads the text again, or pass the whole text.",
+            )
 
     def refuse_length(self, length: int) -> None:
         """Raise InputError if `length` tokens exceed the model's context."""
@@ -200,12 +289,15 @@ class Member:
             return self.step(inputs, cache)
 
         kwargs: dict[str, Any] = {"attention_mask": here(attention_mask), "use_cache": cache is not None}
-        if cache is not None:
-            kwargs[self._cache_name] = cache
         if position_ids is not None and self._takes_position_ids:
             kwargs["position_ids"] = here(position_ids)
         if self._takes_logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
+        if isinstance(cache, StaticCache):
+            kwargs = static_inputs(self.model, {"input_ids": here(input_ids), **kwargs}, cache)
+            del kwargs["input_ids"]
+        if cache is not None:
+            kwargs[self._cache_name] = cache
         given = {"input_ids": here(input_ids)} if latent is None else {k: here(x) for k, x in latent.items()}
         logits: torch.Tensor = self.model(**given, **kwargs, return_dict=True).logits  # [B, K, V]
         if not self._takes_logits_to_keep:
@@ -214,6 +306,16 @@ class Member:
             elif logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
         return logits
+
+
+def _switch_of(config: Any) -> int | None:
+    """From how many tokens on a long-rope model uses its other frequencies; None for other models."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type") == "longrope":
+            found = one.get("original_max_position_embeddings")
+            return found or getattr(config, "original_max_position_embeddings", None)
+    return None
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,288 @@
+"""Is a model right by itself? The same tokens in one pass, in two over a cache, left-padded, and moved in the cache.
+
+Some families are not: an encoder with `is_decoder=False` reads later tokens too, and some count positions by columns,
+whatever stands in the mask. Alone they would be as wrong, so nothing else notices. The test compares hidden states
+after the first layers, in three passes over six tokens; models that differ in sizes only share a verdict.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, get_layer_types_and_kwargs
+
+from proxytune.models.members.cache_name import CACHE, argument_of
+
+__all__ = ["UNTESTED", "Verdict", "static_fault", "verdict_of"]
+
+# Right families stay below 5e-7 in float32 and 1e-2 in bfloat16; wrong ones differ by .07, or .002 with weak weights.
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_QUANTIZED = 0.5  # activations rounded to 8 bits depend on their neighbours in the pass
+_NAMES = frozenset({"_name_or_path", "name_or_path", "_commit_hash", "architectures", "transformers_version"})
+_SMALL = 1 << 16  # elements of a buffer that is worth a copy
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a model does wrong by itself, in words; None for what is right or could not be tested.
+
+    Attributes:
+        cache: It depends on later tokens, or continues its cache differently.
+        padding: Left padding changes its results.
+        moved: Rows of its cache cannot be moved by some columns, as rejected drafts ask for.
+        counts: Whether positions that it is given count from 0, as transformers counts them.
+    """
+
+    cache: str | None = None
+    padding: str | None = None
+    moved: str | None = None
+    counts: bool = True
+
+
+UNTESTED = Verdict()
+
+_of_model: weakref.WeakKeyDictionary[nn.Module, Verdict] = weakref.WeakKeyDictionary()
+_of_kind: dict[object, Verdict] = {}
+_of_static: weakref.WeakKeyDictionary[nn.Module, dict[int, str | None]] = weakref.WeakKeyDictionary()
+
+
+def verdict_of(model: Any, takes_position_ids: bool) -> Verdict:
+    """Test a model once per process, or find the verdict on one of the same class and config.
+
+    A model that cannot be run yet (weights on `meta`) is not tested. Weights, modes, buffers, hooks and torch's
+    generators are left as they were.
+    """
+    if (known := _of_model.get(model)) is not None:
+        return known
+    kind = _kind(model)
+    if kind not in _of_kind:
+        verdict = _attempt(model, takes_position_ids)
+        if verdict is None:
+            return UNTESTED
+        _of_kind[kind] = verdict
+    _of_model[model] = _of_kind[kind]
+    return _of_kind[kind]
+
+
+def static_fault(model: Any, takes_position_ids: bool, length: int) -> str | None:
+    """What a model does wrong on a static cache of `length`, in words; None if nothing, or if it could not be tested.
+
+    Some mask from the end of what a cache has room for, which only a long one shows: who is right there is tested once.
+    """
+    known = _of_static.setdefault(model, {})
+    config = model.config.get_text_config(decoder=True)
+    for room in (min(getattr(config, "max_position_embeddings", None) or 512, 2048), length):
+        if room not in known:
+            known[room] = None
+            with suppress(Exception), _as_found(model):  # what cannot run here will say so where it is used
+                known[room] = _Test(model, takes_position_ids).static(room)
+        if known[room] is None:
+            return None
+    return known[length]
+
+
+def _attempt(model: Any, takes_position_ids: bool) -> Verdict | None:
+    with suppress(Exception), _as_found(model):  # what cannot run here will say so where it is used
+        found = _Test(model, takes_position_ids).verdict()
+        if found.cache is None or not takes_position_ids:
+            return found
+        # Those with positions of their own are right as long as nobody tells them any.
+        untold = _Test(model, False).verdict()
+        return found if untold.cache else Verdict(None, untold.padding, untold.moved, counts=False)
+    return None
+
+
+def _inner(model: Any) -> Any:
+    """The model itself, not a compiled one around it."""
+    return getattr(model, "_orig_mod", model)
+
+
+def _kind(model: Any) -> object:
+    """What models that behave alike have in common: code and settings, but no sizes."""
+    inside = model.get_base_model() if hasattr(model, "get_base_model") else _inner(model)
+    weight = model.get_input_embeddings().weight
+    attention = getattr(inside.config, "_attn_implementation", None)
+    quantized = type(getattr(inside, "hf_quantizer", None)).__name__
+    settings = _without_sizes({k: v for k, v in inside.config.to_dict().items() if k not in _NAMES})
+    return type(model), type(inside), repr(settings), attention, quantized, weight.dtype, weight.device.type
+
+
+def _without_sizes(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _without_sizes(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return sorted({repr(_without_sizes(v)) for v in value})
+    return value if isinstance(value, str | bool | None) else type(value).__name__
+
+
+@contextmanager
+def _as_found(model: Any) -> Iterator[None]:
+    """Evaluation mode, no gradients, no hooks; afterwards everything is as it was, what buffers hold included."""
+    device = model.get_input_embeddings().weight.device
+    modules = [vars(m) for m in model.modules()]
+    modes = [state["training"] for state in modules]
+    hooks = [(m, name, m[name]) for m in modules for name in ("_forward_hooks", "_forward_pre_hooks") if m[name]]
+    # A rotary embedding remembers the longest text in its attributes, beside its buffers.
+    states = [(m, dict(vars(m)), dict(m._buffers)) for m in model.modules() if m._buffers]
+    held = [(b, b._version, b.clone()) for b in model.buffers() if b.numel() <= _SMALL and not b.is_inference()]
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        try:
+            for state in modules:
+                state["training"] = False
+            for state, name, _ in hooks:
+                state[name] = OrderedDict()
+            yield
+        finally:
+            for state, training in zip(modules, modes, strict=True):
+                state["training"] = training
+            for state, name, hook in hooks:
+                state[name] = hook
+            for module, attributes, buffers in states:
+                vars(module).update(attributes)
+                module._buffers.update(buffers)
+            for buffer, version, before in held:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+class _Stop(Exception):
+    """The hidden states after the layers that are looked at."""
+
+
+@contextmanager
+def _ending_early(model: Any, least: int = 1) -> Iterator[None]:
+    """Stop passes once a layer of each kind has run: a fault shows there, and the others cost as much again."""
+    config = model.config.get_text_config(decoder=True)
+    kinds = list(get_layer_types_and_kwargs(config)[0])
+    needed = max([least, *(kinds.index(kind) + 1 for kind in set(kinds))])
+
+    def stop(layer: nn.Module, args: Any, output: Any) -> None:
+        states = output if isinstance(output, torch.Tensor) else output[0]
+        if isinstance(states, torch.Tensor) and states.ndim == 3 and states.shape[-1] == config.hidden_size:
+            raise _Stop(states)
+
+    stacks: list[str] = []
+    hooks = []
+    for name, module in model.named_modules():
+        # Not the experts of a layer: they stand inside another list.
+        inside = any(name.startswith(f"{stack}.") for stack in stacks)
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers >= needed and not inside:
+            stacks.append(name)
+            hooks.append(module[needed - 1].register_forward_hook(stop))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class _Test:
+    """The passes over one model, and what is seen in them."""
+
+    def __init__(self, model: Any, told: bool) -> None:
+        self.model = _inner(model)
+        self.config = model.config.get_text_config(decoder=True)
+        self.told = told
+        weight = model.get_input_embeddings().weight
+        self.device = weight.device
+        quantized = getattr(model, "hf_quantizer", None) is not None
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.ndim > 1), weight.dtype)
+        if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
+            dtype = torch.bfloat16  # or TF32
+        self.tolerance = _QUANTIZED if quantized else _TOLERANCE.get(dtype, _QUANTIZED)
+        special = {v for k, v in self.config.to_dict().items() if k.endswith("token_id") and isinstance(v, int)}
+        usable = [i for i in range(3, min(weight.shape[0], 4000)) if i not in special]
+        self.ids = [usable[(7 + 131 * i) % len(usable)] for i in range(8)]
+        pad = getattr(self.config, "pad_token_id", None)
+        self.pad = pad if isinstance(pad, int) and 0 <= pad < weight.shape[0] else self.ids[7]
+
+    def verdict(self) -> Verdict:
+        a, b, c, d, e, f, x, y = self.ids
+        with _ending_early(self.model):
+            alone = self._pass([[a, b, c, d, e, f]])[0]
+            cache = DynamicCache(config=self.config)
+            # All of it; padded by two; two tokens and two drafts.
+            rows, mask = [[a, b, c, d], [self.pad, self.pad, a, b], [a, b, x, y]], [[1] * 4, [0, 0, 1, 1], [1] * 4]
+            first = self._pass(rows, mask, cache)
+            movable = self._move(cache)
+            second = self._pass([[e, f], [c, d], [c, d]], [[1] * 6, [0, 0] + [1] * 4, [0, 0] + [1] * 4], cache)
+        # Not the first token, whose state can be so large that nothing shows in it.
+        causal = self._differ(first[0, 1:], alone[1:4])
+        cached = self._differ(second[0], alone[4:])
+        padded = max(self._differ(first[1, 3:], alone[1:2]), self._differ(second[1], alone[2:4]))
+        moved = self._differ(second[2], alone[2:4]) if movable else 0.0
+        return Verdict(
+            cache=self._said(causal, "six tokens in one pass and the first four of them alone")
+            or self._said(cached, "six tokens in one pass, and in two passes over a cache"),
+            padding=self._said(padded, "a text alone and the same text left-padded by two"),
+            moved=self._said(moved, "a text in one pass, and after its cached tokens were moved by two columns"),
+        )
+
+    def static(self, room: int) -> str | None:
+        a, b, c, d, e, f, *_ = self.ids
+        # Two layers: kinds of attention that only the code knows alternate.
+        with _ending_early(self.model, least=2):
+            alone = self._pass([[a, b, c, d, e, f]])[0]
+            cache = StaticCache(config=self.config, max_cache_len=room)
+            first = self._pass([[a, b, c, d, e]], [[1] * 5], cache)[0]
+            second = self._pass([[f]], [[1] * 6], cache)[0]
+        seen = max(self._differ(first[1:], alone[1:5]), self._differ(second, alone[5:]))
+        return self._said(seen, f"six tokens in one pass, and in two over a static cache for {room} tokens")
+
+    def _pass(
+        self, rows: Sequence[Sequence[int]], mask: Sequence[Sequence[int]] | None = None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        """The hidden states `[B, N, H]` after the first layers, or the logits where no such layers were found."""
+        ids = torch.tensor(rows, device=self.device)
+        given: dict[str, Any] = {"input_ids": ids, "attention_mask": None, "use_cache": cache is not None}
+        if mask is not None:
+            given["attention_mask"] = torch.tensor(mask, device=self.device)
+            if self.told:
+                given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        if isinstance(cache, StaticCache):
+            given = static_inputs(self.model, given, cache)
+        if cache is not None:
+            given[argument_of(self.model) or CACHE] = cache
+        try:
+            # Without the code that `model.compile()` would make of it.
+            states: torch.Tensor = nn.Module._call_impl(self.model, **given, return_dict=True).logits
+        except _Stop as stop:
+            states = stop.args[0]
+        return states.to(torch.promote_types(states.dtype, torch.float32))
+
+    def _move(self, cache: DynamicCache) -> bool:
+        """Drop the last two columns of the third row and move it right; False where windows are too narrow for it."""
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        if not all(isinstance(layer, DynamicLayer) and layer.keys.shape[-2] == 4 for layer in layers):
+            return False
+        order = torch.tensor([0, 0, 0, 1])
+        for layer in layers:
+            for name in ("keys", "values"):
+                states = getattr(layer, name).clone()
+                states[2] = states[2][:, order.to(states.device)]
+                setattr(layer, name, states)
+        return True
+
+    @staticmethod
+    def _differ(states: torch.Tensor, wanted: torch.Tensor) -> float:
+        """The least relative difference of two texts `[N, H]` at any token: a fault shows at all of them."""
+        apart = (states - wanted.to(states.device)).norm(dim=-1) / wanted.norm(dim=-1).to(states.device)
+        return float(apart.min())
+
+    def _said(self, seen: float, between: str) -> str | None:
+        if seen <= self.tolerance:
+            return None
+        return f"hidden states that differ by {seen:.2%} between {between} (allowed: {self.tolerance:.2%})"
+
+
+def static_inputs(model: Any, given: dict[str, Any], cache: Cache) -> dict[str, Any]:
+    """A pass over a static cache with the masks that the model makes for one, as `generate()` asks it to; no cache."""
+    prepared = model.prepare_inputs_for_generation(**given, **{CACHE: cache})
+    return {name: value for name, value in prepared.items() if name != CACHE}
