@@ -7,6 +7,7 @@ while running.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -81,6 +82,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(words, debug))
 
 
+@functools.cache
+def _command() -> Callable[..., int | None]:
+    """The program, put together once: tests call it often."""
+    return typer.main.get_command(app)
+
+
 _FAILURES = (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError)
 
 
@@ -90,7 +97,7 @@ def _run(words: list[str], debug: bool) -> int:
         warnings.showwarning = terminal.show_warning
         try:
             # Outside standalone mode `typer.Exit` is returned as its code; a command's None means success.
-            return app(words, prog_name="proxytune", standalone_mode=False) or 0
+            return _command()(words, prog_name="proxytune", standalone_mode=False) or 0
         except typer.TyperException as error:
             # Without arguments the help has been printed already.
             if message := error.format_message():

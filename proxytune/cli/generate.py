@@ -17,7 +17,7 @@ from rich.text import Text
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.models import check_chat, check_members, chosen_device, encode, load, named
+from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, encode, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -28,6 +28,7 @@ from proxytune.cli.options import (
     Chat,
     Device,
     Dtype,
+    EndTokensOption,
     Expert,
     Out,
     Overwrite,
@@ -35,6 +36,7 @@ from proxytune.cli.options import (
     RecipePath,
     Resume,
     System,
+    Trust,
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
 from proxytune.cli.settings import SETTINGS_PANEL, check_settings, merged_settings, resolved, split_arguments
@@ -124,6 +126,8 @@ def generate(
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    end_tokens: EndTokensOption = None,
+    trust: Trust = None,
     save_recipe: Annotated[
         Path | None,
         typer.Option(help="Also save the recipe and the tokenizer to this folder.", rich_help_panel=OUTPUT),
@@ -140,6 +144,7 @@ def generate(
     terminal.quiet()
     # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
     flags = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
+    check_end_tokens(end_tokens, flags)
     prompts = read_prompts(file, words, settings=(arguments or [])[len(words) :], reserved=_OWN_KEYS)
     chat = check_prompts(prompts, chat=chat, system=system)
     mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
@@ -158,7 +163,7 @@ def generate(
     said |= {
         "speculate": speculate,
         "system": system,
-        "recipe": named(base, expert, antiexpert, alpha, recipe),
+        "recipe": named(base, expert, antiexpert, alpha, recipe, end_tokens),
         "generation": flags,
     }
     # Opened first, so that an error shows before the models are loaded.
@@ -166,7 +171,8 @@ def generate(
     with open_answers(out, asked, said, resume=resume, overwrite=overwrite) as answers:
         if answers is not None and answers.finished:
             return
-        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        members = (base, expert, antiexpert, alpha, recipe, device, dtype)
+        model, tokenizer = load(*members, chat=chat, end_tokens=end_tokens, trust=trust)
         if chat:
             check_chat(tokenizer, prompts, system)
         if save_recipe is not None:

@@ -11,7 +11,7 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import check_chat, check_members, chosen_device, load, named
+from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -22,6 +22,7 @@ from proxytune.cli.options import (
     Chat,
     Device,
     Dtype,
+    EndTokensOption,
     Expert,
     Out,
     Overwrite,
@@ -29,6 +30,7 @@ from proxytune.cli.options import (
     RecipePath,
     Resume,
     System,
+    Trust,
     given,
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
@@ -138,6 +140,8 @@ def sample(
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    end_tokens: EndTokensOption = None,
+    trust: Trust = None,
 ) -> None:
     """Draw several continuations of each prompt within a token budget, and vote over their answers.
 
@@ -159,6 +163,7 @@ def sample(
     terminal.quiet()
     # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
     flags = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
+    check_end_tokens(end_tokens, flags)
     prompts = read_prompts(file, words, settings=(arguments or [])[len(words) :], reserved=_OWN_KEYS)
     chat = check_prompts(prompts, chat=chat, system=system)
 
@@ -202,7 +207,7 @@ def sample(
         )
     said: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "chat": chat, "system": system}
     said["device"] = chosen_device(device)
-    said |= {"dtype": dtype, "recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
+    said |= {"dtype": dtype, "recipe": named(base, expert, antiexpert, alpha, recipe, end_tokens), "generation": flags}
     said |= {"forks": forks, "branches": branches, "children": children, "min_gap": min_gap, "where": where}
     said |= {"threshold": getattr(nats, "nats", nats), "repulsion": repulsion, "ngram": ngram, "budget": budget}
     said |= {"vote": vote, "eta": eta, "answer": answer}
@@ -213,7 +218,8 @@ def sample(
     with open_answers(out, asked, said, resume=resume, overwrite=overwrite) as answers:
         if answers is not None and answers.finished:
             _exit(answers.failed)
-        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        members = (base, expert, antiexpert, alpha, recipe, device, dtype)
+        model, tokenizer = load(*members, chat=chat, end_tokens=end_tokens, trust=trust)
         _refuse_unreachable(nats, model.config.vocab_size)
         if chat:
             check_chat(tokenizer, prompts, system)

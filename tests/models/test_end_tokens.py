@@ -171,7 +171,7 @@ def test_the_recipe_keeps_the_choice(folders: Path, tmp_path: Path, end: int, te
     # A choice when opening is made from what the base ends with, not from what an earlier choice saved.
     again = ProxyTunedModel.from_pretrained(tmp_path / "union", end_tokens="base")
     assert again.generation_config.eos_token_id == again.config.eos_token_id == EOS
-    assert again.config.recipe is not None and again.config.recipe.end_tokens == "base"
+    assert again.recipe.end_tokens == "base"
     # Its file opens a recipe as its folder does.
     opened_file = ProxyTunedModel.from_pretrained(tmp_path / "union" / RECIPE_FILE)
     assert opened_file.generation_config.eos_token_id == [EOS, end]
