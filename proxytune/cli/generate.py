@@ -37,6 +37,7 @@ from proxytune.cli.options import (
     Resume,
     System,
     Trust,
+    given,
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
 from proxytune.cli.settings import SETTINGS_PANEL, check_settings, merged_settings, resolved, split_arguments
@@ -181,6 +182,8 @@ def generate(
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = merged_settings(model.generation_config, flags, model.config.vocab_size)
+        if given(context, "seed") and not config.do_sample and mixture is None:
+            terminal.show_note(f"--seed {seed} changes nothing: without do_sample=true, no token is drawn.")
         loop = partial(_loop, config, sampler, seed, speculate)
         per_prompt = config.num_return_sequences or 1
         if answers is not None:

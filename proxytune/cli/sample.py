@@ -95,7 +95,10 @@ def sample(
     ] = "forks",
     threshold: Annotated[
         float | None,
-        typer.Option(help="Entropy of a fork, in nats (default: the recipe's, see calibrate).", rich_help_panel=_TEXTS),
+        typer.Option(
+            help="Entropy above which a token is a fork, in nats (default: the recipe's, from `calibrate --write`).",
+            rich_help_panel=_TEXTS,
+        ),
     ] = None,
     repulsion: Annotated[
         float,
@@ -173,7 +176,7 @@ def sample(
 
     # Errors in these settings show before the models are loaded.
     repels = repulsion != 0 or ngram is not None
-    _refuse_without_effect(context, forks=forks, repels=repels)
+    _refuse_without_effect(context, forks=forks, repels=repels, where=where)
     if vote != "deepconf" and given(context, "eta"):
         raise InputError.of(
             "--eta",
@@ -183,6 +186,13 @@ def sample(
         )
     needed = where == "forks" and (forks or repels)
     nats = _threshold(threshold, recipe, alpha, forks=forks) if needed else None
+    if threshold is not None and threshold < 0:
+        raise InputError.of(
+            "--threshold",
+            expected="nats, at least 0, as every entropy is",
+            got=f"{threshold:g}",
+            remedy="With 0, every token that is not certain is a fork.",
+        )
     loop: TreeLoop
     if forks:
         _refuse_repulsion(repulsion, ngram)
@@ -259,7 +269,7 @@ def _exit(failed: bool) -> None:
         raise typer.Exit(_FAILED)
 
 
-def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool) -> None:
+def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool, where: str) -> None:
     """Refuse options given on the command line that would have no effect."""
     unused = {} if forks else {"children": "--forks", "min_gap": "--forks"}
     if not forks and not repels:
@@ -270,6 +280,14 @@ def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool)
                 f"--{name.replace('_', '-')}",
                 expected=f"{needed} with it",
                 got="--no-forks" if repels else "--no-forks, without --repulsion and --ngram",
+                remedy="Leave it out: it would change nothing.",
+            )
+    for name in {"forks": (), "random": ("threshold",)}.get(where, ("threshold", "children", "min_gap")):
+        if given(context, name):
+            raise InputError.of(
+                f"--{name.replace('_', '-')}",
+                expected="--where forks with it" if name == "threshold" else "--where forks or random with it",
+                got=f"--where {where}",
                 remedy="Leave it out: it would change nothing.",
             )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from proxytune.cli import terminal
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _flag(text: str = "") -> Setting:
 def _several(kind: type, what: str, text: str = "") -> Setting:
     def fits(value: Any) -> bool:
         many = value if isinstance(value, list) else [value]
-        return bool(many) and all(type(one) is kind for one in many)
+        return bool(many) and all(type(one) is kind and one != "" for one in many)  # every text ends with ""
 
     return Setting(f"{what}, or several as a JSON list", fits, "<str>" if kind is str else "<int>", text)
 
@@ -197,10 +198,20 @@ class PlainText(str):
 
 
 class PromptCommand(TyperCommand):
-    """A command whose arguments after `--` are prompts, never settings."""
+    """A command whose arguments after `--` are prompts, never settings; it takes one file of prompts."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a call, and mark the arguments after `--`."""
+        own = args[: args.index("--")] if "--" in args else args
+        for names in (("--file", "-f"), ("--texts",)):
+            files = [own[i : i + 2] for i, word in enumerate(own) if word.split("=")[0] in names]
+            if len(files) > 1:
+                raise InputError.of(
+                    names[0],
+                    expected="one file",
+                    got=" and ".join(words[0] if "=" in words[0] else " ".join(words) for words in files),
+                    remedy=f"Put all into one, or on stdin: cat FILES | proxytune … {names[0]} -",
+                )
         plain = len(args) - args.index("--") - 1 if "--" in args else 0
         rest: list[str] = super().parse_args(ctx, args)
         if plain:
@@ -338,7 +349,13 @@ def check_settings(flags: Mapping[str, Any], options: Sequence[str] = ()) -> dic
                 got=f"{value!r}",
                 remedy=_remedy(name, value) + prose,
             )
-        checked[name] = value
+        # transformers takes temperature=2.0, and refuses temperature=2 when it samples.
+        checked[name] = float(value) if setting.metavar == "<float>" and value is not None else value
+        if name == "stop_strings" and (escape := re.search(r"\\[nrt]", str(value))):
+            terminal.show_note(
+                f"{escape[0]!r} in stop_strings is a backslash and a letter; a line feed is written as JSON, "
+                """stop_strings='["\\n"]'."""
+            )
     shortest, longest = checked.get("min_new_tokens"), checked.get("max_new_tokens")
     if shortest is not None and longest is not None and shortest > longest:
         _refuse(checked, "min_new_tokens of at most max_new_tokens", "Lower the one, or raise the other.")
@@ -350,6 +367,8 @@ def check_settings(flags: Mapping[str, Any], options: Sequence[str] = ()) -> dic
 def _remedy(name: str, value: Any) -> str:
     if name == "temperature" and value == 0:
         return "For the likeliest tokens, leave it out, and pass do_sample=false."
+    if name == "stop_strings" and value in ("", []):
+        return "Leave it out: every text ends with an empty one."
     if name == "stop_strings":
         return f"Write it as JSON text, e.g. {name}='{json.dumps([str(value)])}'."
     return "Correct the value." if SETTINGS[name].metavar else f"Pass e.g. {name}=true."
@@ -410,11 +429,21 @@ def merged_settings(
         if idle and not there[needed]:
             _refuse(flags, expected, remedy.format(", ".join(idle)))
     for name, value in flags.items():
-        ids = value if isinstance(value, list) else [value]
-        beyond = [i for i in ids if type(i) is int and vocabulary is not None and i >= vocabulary]
-        if name.endswith(("_token_id", "suppress_tokens")) and beyond:
+        beyond = [i for i in _ids_in(name, value) if vocabulary is not None and i >= vocabulary]
+        if beyond:
             _refuse(flags, f"token ids below {vocabulary}, the size of the vocabulary", f"Correct {name}.")
     return merged
+
+
+def _ids_in(name: str, value: Any) -> list[int]:
+    """The token ids in the value of a setting."""
+    if name == "sequence_bias" and value is not None:  # pairs of ids and nats
+        return [i for ids, _ in value for i in ids]
+    if not name.endswith(("_token_id", "suppress_tokens", "bad_words_ids")):
+        return []
+    if isinstance(value, list):
+        return [i for part in value for i in _ids_in(name, part)]
+    return [value] if type(value) is int else []
 
 
 def resolved(config: GenerationConfig) -> dict[str, Any]:

@@ -43,7 +43,7 @@ _SAYINGS = tuple(
         ),
         (r"pass a plain model as the (\w+), e\.g\. model\.base", r"name a plain model as the \1"),
         (r"Pass pad_token_id= to generate\(\)", "Pass --pad-token-id"),
-        (r"^(\w+Decoding): max_total_tokens=", r"\1: --budget "),
+        (r"Pass e\.g\. \w+Decoding\((\w+)=([^)]+)\)", r"Pass e.g. --\1 \2"),
     )
 )
 

@@ -212,3 +212,27 @@ def test_a_tokenizer_with_code_of_its_own(run, own):
     ended = run(*call, "--trust", "base")
     assert (ended.code, ended.err) == (0, "")
     assert ended.out == run("generate", PROMPT, "max_new_tokens=2", *options()).out
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_of_another_name_is_the_one_that_is_opened(run, family, tmp_path):
+    members = {"base": "large-base", "expert": "tiny-tuned", "antiexpert": "tiny-base"}
+    named = [word for role, name in members.items() for word in (f"--{role}", family / name)]
+    call = ("generate", PROMPT, "max_new_tokens=6")
+    expected = {alpha: run(*call, *named, "--alpha", alpha).out for alpha in (0, 2)}
+    assert expected[0] != expected[2]
+    assert run(*call, *named, "--alpha", 0, "--save-recipe", tmp_path).code == 0
+    shutil.copy(tmp_path / RECIPE_FILE, tmp_path / "strong.json")
+    edit(tmp_path / "strong.json", alpha=2.0)
+    assert run(*call, "--recipe", tmp_path).out == expected[0]
+    assert run(*call, "--recipe", tmp_path / "strong.json").out == expected[2]
+
+
+@pytest.mark.parametrize("setting", ["temperature=2", "repetition_penalty=2", "top_p=1"])
+def test_a_whole_number_is_a_number(run, family, ending, setting):
+    members, _ = ending
+    for call in (("sample", "--no-forks", "--branches", 1), ("generate", "do_sample=true")):
+        ended = run(call[0], PROMPT, *members, *call[1:], setting, "max_new_tokens=2", "--end-tokens", "base")
+        assert (ended.code, ended.err) == (0, "")
