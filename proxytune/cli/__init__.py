@@ -31,6 +31,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="proxytune",
     help="Steer a large causal language model at decoding time with two small ones; no weight is changed.",
+    epilog="Start with proxytune demo, which needs no model of yours. The options of a command: proxytune COMMAND -h.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -45,7 +46,18 @@ def _add(name: str, command: Callable[..., None], *, prompts: bool = False) -> N
 
 _add("demo", demo.demo)
 _add("generate", with_settings(generate.generate), prompts=True)
-_add("sample", with_settings(sample.sample), prompts=True)
+_add(
+    "sample",
+    with_settings(
+        sample.sample,
+        max_new_tokens="Most tokens of a text (default: 256).",
+        min_new_tokens="Fewest tokens of a text.",
+        do_sample="Draw tokens (the default), or let the main branch of a tree take the likeliest.",
+        num_beams="",
+        num_return_sequences="",
+    ),
+    prompts=True,
+)
 _add("calibrate", calibrate.calibrate, prompts=True)
 _add("doctor", doctor.doctor)
 _add("bench", bench.bench)

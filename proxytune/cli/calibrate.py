@@ -61,7 +61,7 @@ def calibrate(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="Prompts to continue, then max_new_tokens=… or temperature=…, which are options too.",
+            help="Prompts to continue, each in quotes; then max_new_tokens=… or temperature=…, which are options too.",
             show_default=False,
         ),
     ] = None,
@@ -84,7 +84,8 @@ def calibrate(
     system: System = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.", rich_help_panel=PROMPTS)] = 8,
     share: Annotated[
-        float, typer.Option(help="Target share of tokens that count as forks.", rich_help_panel=_PANEL)
+        float,
+        typer.Option(help="Share of tokens that are to be forks: 0.2 is a fifth.", rich_help_panel=_PANEL),
     ] = 0.2,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the samples; entropies are always at 1.", rich_help_panel=_PANEL)
@@ -106,6 +107,8 @@ def calibrate(
     trust: Trust = None,
 ) -> None:
     """Measure the entropies of a model's tokens, and find the threshold above which a given share of them lies.
+
+    For example: proxytune calibrate --recipe FOLDER --chat --file prompts.txt --write
 
     The model continues prompts (from the arguments, --file, or stdin), or reads --texts. Entropies are those of the
     combined distribution at temperature 1 over the whole vocabulary, in nats, before any penalty or truncation.

@@ -78,7 +78,8 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="Prompts, then settings of GenerationConfig, e.g. max_new_tokens=64 do_sample=true temperature=0.7.",
+            help="Prompts, each in quotes; then settings of transformers' GenerationConfig, also those that are no "
+            "options below, e.g. renormalize_logits=true.",
             show_default=False,
         ),
     ] = None,
@@ -136,7 +137,10 @@ def generate(
 ) -> None:
     """Complete prompts with base + alpha * (expert - antiexpert).
 
-    Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given.
+    For example: proxytune generate --base LARGE --expert TUNED --antiexpert SMALL --chat "Who was Ada Lovelace?"
+
+    Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given. On a terminal
+    the text is shown as it is generated; piped, or with --json, it is one JSON line for each completion.
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])

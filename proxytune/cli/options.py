@@ -60,8 +60,9 @@ EndTokensOption = Annotated[
 Trust = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="<base|expert|antiexpert|all>",
-        help="Run the code that this member brings along; read it first. Repeat the option for another member.",
+        metavar="<role>",
+        help="Run the code that this member (base, expert, antiexpert or all) brings along, which you have read. It "
+        "may be repeated.",
         rich_help_panel=MODELS,
         show_default=False,
     ),

@@ -62,7 +62,8 @@ def sample(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="Prompts, then settings of GenerationConfig, e.g. max_new_tokens=64 temperature=0.7.",
+            help="Prompts, each in quotes; then settings of transformers' GenerationConfig, also those that are no "
+            "options below, e.g. renormalize_logits=true.",
             show_default=False,
         ),
     ] = None,
@@ -79,19 +80,23 @@ def sample(
         bool,
         typer.Option(
             "--forks/--no-forks",
-            help="A tree that branches at forks, or independent samples.",
+            help="The branches of a tree that parts at forks, or samples on their own.",
             rich_help_panel=_TEXTS,
         ),
     ] = True,
     branches: Annotated[
-        int, typer.Option(min=1, help="Most leaves of a tree, or number of samples.", rich_help_panel=_TEXTS)
+        int, typer.Option(min=1, help="Texts per prompt; of a tree, at most so many.", rich_help_panel=_TEXTS)
     ] = 8,
     children: Annotated[int, typer.Option(min=2, help="Most children of a fork.", rich_help_panel=_TEXTS)] = 2,
     min_gap: Annotated[
         int, typer.Option(min=1, help="Least distance between two forks, in tokens.", rich_help_panel=_TEXTS)
     ] = 1,
     where: Annotated[
-        Literal["forks", "random", "start"], typer.Option(help="Where a tree forks.", rich_help_panel=_TEXTS)
+        Literal["forks", "random", "start"],
+        typer.Option(
+            help="Where a tree forks: at forks, at random tokens, or at the first token.",
+            rich_help_panel=_TEXTS,
+        ),
     ] = "forks",
     threshold: Annotated[
         float | None,
@@ -121,16 +126,21 @@ def sample(
     ] = None,
     vote: Annotated[
         Vote,
-        typer.Option(help="How leaves count: equally, by weight, or by weight and confidence.", rich_help_panel=_VOTE),
+        typer.Option(
+            help="How texts count: majority, equally; weighted, by weight; confidence, by weight and confidence; "
+            "deepconf, so too, but the most confident alone.",
+            rich_help_panel=_VOTE,
+        ),
     ] = "weighted",
     eta: Annotated[
-        float, typer.Option(help="deepconf: share of leaves that vote, in percent.", rich_help_panel=_VOTE)
+        float, typer.Option(help="With --vote deepconf: how many of the texts vote, in percent.", rich_help_panel=_VOTE)
     ] = 90.0,
     answer: Annotated[
         str | None,
         typer.Option(
             metavar="REGEX",
-            help='The answer: last match, group 1 (default: "The answer is …", else the last number).',
+            help="How to find the answer in a text: the last match, and of it group 1 (default: what follows "
+            '"The answer is", else the last number).',
             rich_help_panel=_VOTE,
         ),
     ] = None,
@@ -146,12 +156,14 @@ def sample(
     end_tokens: EndTokensOption = None,
     trust: Trust = None,
 ) -> None:
-    """Draw several continuations of each prompt within a token budget, and vote over their answers.
+    """Draw several texts for each prompt, within a budget of tokens, and vote over their answers.
 
-    With forks, branches share a prefix and part where the entropy is above the threshold; their weights correct for
-    that. Without, the prompt is read once for all samples. These are independent, or repel each other where the entropy
-    is above the threshold, which their weights correct for too. A text that was cut off has an answer only if it
-    finished it. If the budget has no room for a prompt, that is reported, and the exit code is 1.
+    For example: proxytune sample --recipe FOLDER --chat --no-forks --branches 8 --vote majority "What is 17 + 7?"
+
+    With --no-forks the texts are independent samples. Otherwise they are the branches of a tree: they share their
+    beginning and part at forks, the tokens at which the model is undecided (an entropy above --threshold), and weights
+    correct for that. A text that was cut off has an answer only if it finished it. If the budget has no room for a
+    prompt, that is reported, and the exit code is 1.
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])

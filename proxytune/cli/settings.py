@@ -117,7 +117,7 @@ def _lists(expected: str, each: Callable[[Any], bool]) -> Setting:
 
 
 SETTINGS = {
-    "max_new_tokens": _whole(1, "Most tokens of an answer."),
+    "max_new_tokens": _whole(1, "Most tokens of an answer (default: the model's own, else 20)."),
     "min_new_tokens": _whole(0, "Fewest tokens of an answer."),
     "do_sample": _flag("Draw tokens instead of taking the likeliest."),
     "temperature": _number("(0, inf)", "Divides the logits before a draw."),
@@ -221,8 +221,11 @@ class PromptCommand(TyperCommand):
         return rest
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose `arguments` also hold the settings that were given as options, as `key=value`."""
+def with_settings(command: Callable[..., None], **said: str) -> Callable[..., None]:
+    """A command whose `arguments` also hold the settings that were given as options, as `key=value`.
+
+    `said` is setting → what `--help` says of it for this command; empty: nothing.
+    """
     own = inspect.signature(command, eval_str=True)
     added = [
         inspect.Parameter(
@@ -234,8 +237,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
                 typer.Option(
                     *_names(name, setting),
                     metavar=setting.metavar,
-                    help=setting.help,
-                    hidden=not setting.help,
+                    help=said.get(name, setting.help),
+                    hidden=not said.get(name, setting.help),
                     rich_help_panel=SETTINGS_PANEL,
                     show_default=False,
                 ),
