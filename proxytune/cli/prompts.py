@@ -173,6 +173,8 @@ def _look_at(given: Sequence[str]) -> None:
         if word in (*SETTINGS, "alpha", "seed"):
             option = f"--{word.replace('_', '-')}"
             terminal.show_note(f"{prompt!r} is taken as a prompt; for the setting, pass {option} VALUE.")
+        elif prompt.lower() in ("yes", "no", "true", "false", "on", "off"):
+            terminal.show_note(f"{prompt!r} is taken as a prompt; a switch has no value: --do-sample, --no-do-sample.")
         elif "\n" not in prompt and len(prompt) < 256 and Path(prompt).is_file():
             terminal.show_note(f"{prompt!r} is taken as a prompt; for the prompts in that file, pass --file {prompt}.")
     one = all(re.fullmatch(r"\S+", prompt) and not isinstance(prompt, PlainText) for prompt in given)

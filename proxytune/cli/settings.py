@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
@@ -45,10 +46,11 @@ _YES_NO = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": F
 # Objects of Python, and what would change nothing here.
 _NOT_SETTABLE = (
     *("transformers_version", "cache_config", "compile_config", "continuous_batching_config", "is_assistant"),
+    "assistant_confidence_threshold",
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
 )
 # Modes that transformers would load from the hub, as code.
-_REMOTE = ("penalty_alpha", "num_beam_groups", "constraints", "force_words_ids", "dola_layers")
+_REMOTE = ("penalty_alpha", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "dola_layers")
 SETTINGS_PANEL = "Settings of generate()"
 
 
@@ -137,7 +139,6 @@ SETTINGS = {
     "eta_cutoff": _number("[0, 1)"),
     "encoder_repetition_penalty": _number("(0, inf)"),
     "length_penalty": _number(),
-    "diversity_penalty": _number(),
     "guidance_scale": _number(),
     "no_repeat_ngram_size": _whole(0),
     "eos_token_id": _several(int, "a token id"),
@@ -147,7 +148,6 @@ SETTINGS = {
     "prompt_lookup_num_tokens": _whole(1),
     "max_matching_ngram_size": _whole(1),
     "prefill_chunk_size": _whole(1),
-    "assistant_confidence_threshold": _number("[0, 1]"),
     "bad_words_ids": _lists("lists of token ids, [[5, 6], …],", _is_ids),
     "suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
     "begin_suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
@@ -181,10 +181,22 @@ _NEEDED = (
     ),
     (
         "num_beams",
-        ("length_penalty", "early_stopping", "diversity_penalty"),
+        ("length_penalty", "early_stopping"),
         "num_beams of at least 2 with settings of beam search",
         "Without beams, {} would be ignored. Add e.g. num_beams=4, or remove them.",
     ),
+    (
+        "prompt_lookup_num_tokens",
+        ("max_matching_ngram_size",),
+        "prompt_lookup_num_tokens with settings of prompt lookup",
+        "Without it, {} would be ignored. Add e.g. prompt_lookup_num_tokens=3, or remove them.",
+    ),
+)
+
+
+_NAMING = (
+    *("--base", "--expert", "--antiexpert", "--recipe", "--save-recipe"),
+    *("--file", "-f", "--texts", "--out", "--answer"),
 )
 
 
@@ -203,6 +215,12 @@ class PromptCommand(TyperCommand):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a call, and mark the arguments after `--`."""
         own = args[: args.index("--")] if "--" in args else args
+        for word, following in pairwise([*own, "--"]):
+            option = word.removesuffix("=")
+            if option in _NAMING and (option != word or following == ""):
+                raise InputError.of(
+                    option, expected="a name", got="''", remedy="Name it; or is a variable of the shell empty?"
+                )
         for names in (("--file", "-f"), ("--texts",)):
             files = [own[i : i + 2] for i, word in enumerate(own) if word.split("=")[0] in names]
             if len(files) > 1:
@@ -427,10 +445,13 @@ def merged_settings(
     except (ValueError, TypeError) as error:
         _refuse(flags, "values that GenerationConfig accepts", f"transformers says: {error}", error)
     there = {"do_sample": merged.do_sample, "num_beams": (merged.num_beams or 1) > 1}
+    there["prompt_lookup_num_tokens"] = merged.prompt_lookup_num_tokens is not None
     for needed, names, expected, remedy in _NEEDED:
         idle = [name for name in names if flags.get(name) is not None]
         if idle and not there[needed]:
             _refuse(flags, expected, remedy.format(", ".join(idle)))
+    if merged.token_healing and merged.bos_token_id is None:  # transformers compares with it
+        _refuse(flags, "a model with a bos_token_id for token_healing", "Leave it out, or pass bos_token_id.")
     for name, value in flags.items():
         beyond = [i for i in _ids_in(name, value) if vocabulary is not None and i >= vocabulary]
         if beyond:

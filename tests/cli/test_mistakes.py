@@ -114,6 +114,15 @@ MISTAKES = {
     "an unknown device": (f"{GENERATE} hello --device gpu", "--device: expected 'auto'"),
     "a device that is not there": (f"{GENERATE} hello --device cuda:99", "--device: expected 'auto'"),
     "half of a dtype": (f"{GENERATE} hello --dtype bf16", "got 'bf16'. Did you mean 'bfloat16'?"),
+    "an option at the end": (f"{GENERATE} hello --out", "Option '--out' requires an argument"),
+    "an empty variable": (
+        f"{GENERATE} hello --save-recipe ''",
+        "--save-recipe: expected a name; got ''. Name it; or",
+    ),
+    "an empty variable for a model": (
+        "calibrate a --base=",
+        "--base: expected a name; got ''. Name it; or is a",
+    ),
     "a config as the recipe": (
         "generate hello --recipe kit/config.json",
         "recipe: expected an object with the keys format_version, base, expert, antiexpert, formula, alpha; got 'model",
@@ -273,6 +282,14 @@ MISTAKES = {
     "text for a number": (
         f"{GENERATE} a max_new_tokens=many",
         "expected a whole number, at least 1; got 'many'. Correct",
+    ),
+    "a setting of groups of beams": (
+        f"{GENERATE} a num_beams=2 diversity_penalty=0.5",
+        "expected a mode that needs no code from the hub; got diversity_penalty=0.5. Leave it out.",
+    ),
+    "a setting of assistant models": (
+        f"{GENERATE} a assistant_confidence_threshold=0.5",
+        "expected a setting of the answers; got assistant_confidence_threshold=0.5. Leave it out.",
     ),
     "a stop at nothing": (
         f"{GENERATE} a --stop-strings ''",
@@ -533,6 +550,14 @@ LOADED = {
         f"{GENERATE} a eos_token_id=99999",
         "expected token ids below 564, the size of the",
     ),
+    "a setting of prompt lookup": (
+        f"{GENERATE} a max_matching_ngram_size=2",
+        "Without it, max_matching_ngram_size would be ignored. Add e.g. prompt_lookup_num_tokens=3, or remove",
+    ),
+    "healing without a first token": (
+        f"{GENERATE} a token_healing=true",
+        "expected a model with a bos_token_id for token_healing; got token_healing=True. Leave it out, or pass bos",
+    ),
     "a banned token beyond the vocabulary": (
         f"{GENERATE} a bad_words_ids=[[5],[6,99999]]",
         "expected token ids below 564, the size of the vocabulary; got bad_words_ids=[[5], [6, 99999]]. Correct bad_wo",
@@ -598,6 +623,10 @@ NOTED = {
     "a prompt without its quotes": (
         f"{GENERATE} Who is it?",
         "3 prompts of one word each; a text of several words is quoted: 'Who is it?'",
+    ),
+    "a value of a switch": (
+        f"{GENERATE} Who? --do-sample yes",
+        "'yes' is taken as a prompt; a switch has no value: --do-sample, --no-do-sample.",
     ),
     "a seed of nothing": (
         f"{GENERATE} a --seed 3",
