@@ -193,7 +193,7 @@ _NEEDED = (
     ),
 )
 
-
+# Options whose value is not to be empty, as that of an unset variable of the shell is.
 _NAMING = (
     *("--base", "--expert", "--antiexpert", "--recipe", "--save-recipe"),
     *("--file", "-f", "--texts", "--out", "--answer"),

@@ -20,6 +20,10 @@ _SAYINGS = tuple(
             r"Pass '([^']+)' as the (\w+), with members=.*'gguf_file': '([^']+)'.*; in a recipe, write .*?\}\.",
             r'Name it in a recipe: "\2": {"id": "\1", "load": {"gguf_file": "\3"}}.',
         ),
+        (
+            r"If it is an encoder, load it as a decoder \(is_decoder=True\)\. self_test=False skips this check",
+            "Name a decoder-only model",
+        ),
         (r"For the base alone, set alpha=0", "For the base alone, pass --alpha 0"),
         (
             r"end_tokens='union' says so and is silent; end_tokens='base' or 'expert' stops at the end tokens of that "

@@ -15,7 +15,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import LlavaConfig, T5Config, ViTConfig
+from transformers import BertConfig, BertLMHeadModel, LlavaConfig, T5Config, ViTConfig
 
 import proxytune
 from proxytune.cli import main
@@ -28,7 +28,9 @@ CALIBRATE = "calibrate --recipe kit"
 USER = {"role": "user", "content": "Who?"}
 
 # What a user of the command line cannot write: keywords and calls of Python.
-PYTHON = re.compile(r"\b(members|tokenizers|end_tokens|check_vocabulary|trust_\w+)=|from_pretrained|Decoding\(\w+=")
+PYTHON = re.compile(
+    r"\b(members|tokenizers|end_tokens|check_vocabulary|self_test|is_decoder|trust_\w+)=|from_pretrained|Decoding\(\w+="
+)
 
 FILES: dict[str, str | bytes] = {
     "prompts.txt": "Question: Who\n",
@@ -570,6 +572,10 @@ LOADED = {
         "calibrate a --base bare",
         "the base's tokenizer: expected tokenizer files beside the base; got none that opens at 'bare'. Save it there",
     ),
+    "an encoder that reads later tokens": (
+        "generate hello --base large-base --expert bert --antiexpert tiny-base",
+        "the expert: expected a causal LM, whose results do not depend on later tokens or on its cache; got a Bert",
+    ),
     "a reward model": (
         "generate hello --base large-base --expert reward --antiexpert tiny-base",
         "reward', a checkpoint of LlamaForSequenceClassification, which scores texts. Name a causal LM.",
@@ -687,6 +693,10 @@ def place(family, tmp_path_factory):
     T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(folder / "t5")
     LlavaConfig(architectures=["LlavaForConditionalGeneration"]).save_pretrained(folder / "llava")
     ViTConfig(architectures=["ViTModel"]).save_pretrained(folder / "vit")
+    sizes = {"vocab_size": 564, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    BertLMHeadModel(BertConfig(**sizes, num_attention_heads=1)).save_pretrained(folder / "bert")
+    for file in (family / "tiny-base").glob("tokenizer*"):
+        shutil.copy(file, folder / "bert")
     shutil.copytree(family / "tiny-base", folder / "copy")
     shutil.copytree(family / "tiny-tuned", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
     shutil.copytree(folder / "bare", folder / "reward")
