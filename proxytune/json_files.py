@@ -66,6 +66,11 @@ def check_form(
     """
     if not isinstance(data, Mapping):
         raise error.of(what, expected="a JSON object", got=type(data).__name__, remedy=f"See {see} for the form.")
+    if not any(key in data for key in keys):
+        some = ", ".join(map(repr, list(data)[:4])) or "an empty object"
+        raise error.of(
+            what, expected=f"an object with the keys {', '.join(keys)}", got=some, remedy=f"See {see} for the form."
+        )
     found = data.get("format_version")
     if type(found) is not int or found < 1:  # not True, and JSON has no other numbers
         raise error.of(

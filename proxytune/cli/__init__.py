@@ -7,6 +7,7 @@ while running.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -30,6 +31,7 @@ INTERRUPTED = 130
 app = typer.Typer(
     name="proxytune",
     help="Steer a large causal language model at decoding time with two small ones; no weight is changed.",
+    epilog="Start with proxytune demo, which needs no model of yours. The options of a command: proxytune COMMAND -h.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -44,7 +46,18 @@ def _add(name: str, command: Callable[..., None], *, prompts: bool = False) -> N
 
 _add("demo", demo.demo)
 _add("generate", with_settings(generate.generate), prompts=True)
-_add("sample", with_settings(sample.sample), prompts=True)
+_add(
+    "sample",
+    with_settings(
+        sample.sample,
+        max_new_tokens="Most tokens of a text (default: 256).",
+        min_new_tokens="Fewest tokens of a text.",
+        do_sample="Draw tokens (the default), or let the main branch of a tree take the likeliest.",
+        num_beams="",
+        num_return_sequences="",
+    ),
+    prompts=True,
+)
 _add("calibrate", calibrate.calibrate, prompts=True)
 _add("doctor", doctor.doctor)
 _add("bench", bench.bench)
@@ -81,6 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(words, debug))
 
 
+@functools.cache
+def _command() -> Callable[..., int | None]:
+    """The program, put together once: tests call it often."""
+    return typer.main.get_command(app)
+
+
 _FAILURES = (OSError, RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError)
 
 
@@ -90,7 +109,7 @@ def _run(words: list[str], debug: bool) -> int:
         warnings.showwarning = terminal.show_warning
         try:
             # Outside standalone mode `typer.Exit` is returned as its code; a command's None means success.
-            return app(words, prog_name="proxytune", standalone_mode=False) or 0
+            return _command()(words, prog_name="proxytune", standalone_mode=False) or 0
         except typer.TyperException as error:
             # Without arguments the help has been printed already.
             if message := error.format_message():

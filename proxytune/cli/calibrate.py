@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -11,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.models import DTYPES, check_chat, check_device, check_members, encode, load, load_tokenizer
+from proxytune.cli.models import (
+    DTYPES,
+    check_chat,
+    check_device,
+    check_members,
+    encode,
+    load,
+    load_tokenizer,
+    trusted_roles,
+)
 from proxytune.cli.options import (
     METAVAR,
     MODELS,
@@ -22,10 +32,12 @@ from proxytune.cli.options import (
     Chat,
     Device,
     Dtype,
+    EndTokensOption,
     Expert,
     PromptFile,
     RecipePath,
     System,
+    Trust,
     given,
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
@@ -49,7 +61,7 @@ def calibrate(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="Prompts to continue, then max_new_tokens=… or temperature=…, which are options too.",
+            help="Prompts to continue, each in quotes; then max_new_tokens=… or temperature=…, which are options too.",
             show_default=False,
         ),
     ] = None,
@@ -72,14 +84,17 @@ def calibrate(
     system: System = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts per batch.", rich_help_panel=PROMPTS)] = 8,
     share: Annotated[
-        float, typer.Option(help="Target share of tokens that count as forks.", rich_help_panel=_PANEL)
+        float,
+        typer.Option(help="Share of tokens that are to be forks: 0.2 is a fifth.", rich_help_panel=_PANEL),
     ] = 0.2,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the samples; entropies are always at 1.", rich_help_panel=_PANEL)
     ] = 1.0,
     samples: Annotated[int, typer.Option(min=1, help="Samples per prompt.", rich_help_panel=_PANEL)] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens per sample.", rich_help_panel=_PANEL)] = 128,
-    seed: Annotated[int, typer.Option(help="Seed of the samples.", rich_help_panel=_PANEL)] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=(1 << 32) - 1, help="Seed of the samples.", rich_help_panel=_PANEL)
+    ] = 0,
     write: Annotated[
         bool, typer.Option("--write", help="Write the threshold into the recipe.", rich_help_panel=OUTPUT)
     ] = False,
@@ -88,8 +103,12 @@ def calibrate(
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    end_tokens: EndTokensOption = None,
+    trust: Trust = None,
 ) -> None:
     """Measure the entropies of a model's tokens, and find the threshold above which a given share of them lies.
+
+    For example: proxytune calibrate --recipe FOLDER --chat --file prompts.txt --write
 
     The model continues prompts (from the arguments, --file, or stdin), or reads --texts. Entropies are those of the
     combined distribution at temperature 1 over the whole vocabulary, in nats, before any penalty or truncation.
@@ -100,7 +119,7 @@ def calibrate(
     words, flags = split_arguments(arguments or [])
     flags = _check_flags(context, flags)
     max_new_tokens, temperature = (flags.get(n, context.params[n]) for n in ("max_new_tokens", "temperature"))
-    _check_settings(share, temperature, alpha, recipe, plain=plain, write=write)
+    _check_settings(share, temperature, alpha, end_tokens, recipe, plain=plain, write=write)
     prompts = [] if not words and file is None and texts is not None else read_prompts(file, words)
     read = [] if texts is None else read_prompts(texts, option="--texts")
     chat = check_prompts(prompts, chat=chat, system=system)
@@ -113,9 +132,11 @@ def calibrate(
     from proxytune.recipe import ForkCalibration, write_fork_threshold
 
     if plain:
-        model, tokenizer = _load_plain(str(base), device, dtype)
+        model, tokenizer = _load_plain(str(base), device, dtype, trusted_roles(trust))
     else:
-        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        model, tokenizer = load(
+            base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat, end_tokens=end_tokens, trust=trust
+        )
     if chat:
         check_chat(tokenizer, prompts, system)
     set_seed(seed)
@@ -179,7 +200,7 @@ def _check_texts(context: typer.Context, texts: list[Prompt], *, samples: bool) 
                 remedy="Write the conversation as text, in the form of the model's template.",
             )
     check_prompts(texts, chat=False)
-    for name in ("samples", "temperature", "max_new_tokens", "chat", "seed"):
+    for name in ("samples", "temperature", "max_new_tokens", "chat", "system", "seed", "end_tokens"):
         if texts and not samples and given(context, name):
             raise InputError.of(
                 f"--{name.replace('_', '-')}",
@@ -190,7 +211,14 @@ def _check_texts(context: typer.Context, texts: list[Prompt], *, samples: bool) 
 
 
 def _check_settings(
-    share: float, temperature: float, alpha: float | None, recipe: Path | None, *, plain: bool, write: bool
+    share: float,
+    temperature: float,
+    alpha: float | None,
+    end_tokens: str | None,
+    recipe: Path | None,
+    *,
+    plain: bool,
+    write: bool,
 ) -> None:
     """Refuse invalid settings before any model is loaded."""
     from proxytune.recipe import Recipe
@@ -198,10 +226,14 @@ def _check_settings(
 
     proper_share(share)
     finite("temperature", temperature, above=0.0)
-    if plain and alpha is not None:
-        raise InputError.of(
-            "--alpha", expected="an expert and an antiexpert", got="--base alone", remedy="Name them, or drop --alpha."
-        )
+    for option, value in (("--alpha", alpha), ("--end-tokens", end_tokens)):
+        if plain and value is not None:
+            raise InputError.of(
+                option,
+                expected="an expert and an antiexpert",
+                got="--base alone",
+                remedy=f"Name them, or drop {option}.",
+            )
     if not write:
         return
     if recipe is None:
@@ -218,7 +250,9 @@ def _check_settings(
         )
 
 
-def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load_plain(
+    base: str, device: str | None, dtype: str, trusted: Sequence[str]
+) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load a model without companions, and its tokenizer."""
     import torch
 
@@ -230,8 +264,9 @@ def _load_plain(base: str, device: str | None, dtype: str) -> tuple[Any, PreTrai
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     check_device(device)
     with terminal.Bar("models"):
-        models, _, _ = open_members({"base": base}, check_vocabulary=False, dtype=dtype, device_map=device)
-    return models["base"].eval(), load_tokenizer([MemberRef(base)])
+        own = {"base": {"trust_remote_code": "base" in trusted}}
+        models, _, _ = open_members({"base": base}, check_vocabulary=False, members=own, dtype=dtype, device_map=device)
+    return models["base"].eval(), load_tokenizer([MemberRef(base)], trusted)
 
 
 def _print(summary: dict[str, Any], share: float, written: str | None) -> None:

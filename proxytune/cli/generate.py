@@ -17,7 +17,7 @@ from rich.text import Text
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.models import check_chat, check_members, chosen_device, encode, load, named
+from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, encode, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -28,6 +28,7 @@ from proxytune.cli.options import (
     Chat,
     Device,
     Dtype,
+    EndTokensOption,
     Expert,
     Out,
     Overwrite,
@@ -35,6 +36,8 @@ from proxytune.cli.options import (
     RecipePath,
     Resume,
     System,
+    Trust,
+    given,
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
 from proxytune.cli.settings import SETTINGS_PANEL, check_settings, merged_settings, resolved, split_arguments
@@ -75,7 +78,8 @@ def generate(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="Prompts, then settings of GenerationConfig, e.g. max_new_tokens=64 do_sample=true temperature=0.7.",
+            help="Prompts, each in quotes; then settings of transformers' GenerationConfig, also those that are no "
+            "options below, e.g. renormalize_logits=true.",
             show_default=False,
         ),
     ] = None,
@@ -124,6 +128,8 @@ def generate(
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    end_tokens: EndTokensOption = None,
+    trust: Trust = None,
     save_recipe: Annotated[
         Path | None,
         typer.Option(help="Also save the recipe and the tokenizer to this folder.", rich_help_panel=OUTPUT),
@@ -131,7 +137,10 @@ def generate(
 ) -> None:
     """Complete prompts with base + alpha * (expert - antiexpert).
 
-    Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given.
+    For example: proxytune generate --base LARGE --expert TUNED --antiexpert SMALL --chat "Who was Ada Lovelace?"
+
+    Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given. On a terminal
+    the text is shown as it is generated; piped, or with --json, it is one JSON line for each completion.
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
@@ -140,6 +149,7 @@ def generate(
     terminal.quiet()
     # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
     flags = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
+    check_end_tokens(end_tokens, flags)
     prompts = read_prompts(file, words, settings=(arguments or [])[len(words) :], reserved=_OWN_KEYS)
     chat = check_prompts(prompts, chat=chat, system=system)
     mixture = mixture_of(latent, tau, latent_span=latent_span, latent_gates=latent_gates)
@@ -158,7 +168,7 @@ def generate(
     said |= {
         "speculate": speculate,
         "system": system,
-        "recipe": named(base, expert, antiexpert, alpha, recipe),
+        "recipe": named(base, expert, antiexpert, alpha, recipe, end_tokens),
         "generation": flags,
     }
     # Opened first, so that an error shows before the models are loaded.
@@ -166,7 +176,8 @@ def generate(
     with open_answers(out, asked, said, resume=resume, overwrite=overwrite) as answers:
         if answers is not None and answers.finished:
             return
-        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        members = (base, expert, antiexpert, alpha, recipe, device, dtype)
+        model, tokenizer = load(*members, chat=chat, end_tokens=end_tokens, trust=trust)
         if chat:
             check_chat(tokenizer, prompts, system)
         if save_recipe is not None:
@@ -175,6 +186,8 @@ def generate(
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = merged_settings(model.generation_config, flags, model.config.vocab_size)
+        if given(context, "seed") and not config.do_sample and mixture is None:
+            terminal.show_note(f"--seed {seed} changes nothing: without do_sample=true, no token is drawn.")
         loop = partial(_loop, config, sampler, seed, speculate)
         per_prompt = config.num_return_sequences or 1
         if answers is not None:

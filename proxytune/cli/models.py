@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.cli import terminal
 from proxytune.cli.prompts import Prompt
-from proxytune.errors import InputError, MemberNotFoundError
+from proxytune.errors import InputError, MemberError, MemberNotFoundError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from proxytune.models.model import ProxyTunedModel
-    from proxytune.recipe import MemberRef
+    from proxytune.recipe import EndTokens, MemberRef
 
 __all__ = [
     "DTYPES",
     "check_chat",
     "check_device",
+    "check_end_tokens",
     "check_members",
     "chosen_device",
     "encode",
     "load",
     "load_tokenizer",
     "named",
+    "trusted_roles",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -60,11 +62,13 @@ def load(
     dtype: str,
     *,
     chat: bool = False,
+    end_tokens: EndTokens | None = None,
+    trust: Sequence[str] | None = None,
 ) -> tuple[ProxyTunedModel, PreTrainedTokenizerBase]:
     """Load the composed model and the base's tokenizer, from three hub ids or folders, or from a recipe.
 
     `alpha` defaults to the recipe's, else 1; the tokenizer pads on the left. With `chat` it has a chat template: the
-    expert's if it has none itself.
+    expert's if it has none itself. `trust` has the roles whose own code may run, or "all".
 
     Raises:
         InputError: If the dtype or the device is invalid, or no chat template fits.
@@ -80,37 +84,62 @@ def load(
     choice("--dtype", dtype, DTYPES)
     device = chosen_device(device)
     check_device(device)
-    settings: dict[str, Any] = {"dtype": dtype, "device_map": device}
+    trusted = trusted_roles(trust)
+    settings: dict[str, Any] = {"dtype": dtype, "device_map": device, "end_tokens": end_tokens}
+    settings["members"] = {role: {"trust_remote_code": True} for role in trusted}
     if recipe is None:
         assert base is not None
         with terminal.Bar("models"):
             model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
-        tokenizer = load_tokenizer([MemberRef(base)])
+        tokenizer = load_tokenizer([MemberRef(base)], trusted)
         if chat:
-            _borrow_template(tokenizer, [("expert", MemberRef(str(expert)))])
+            _borrow_template(tokenizer, [("expert", MemberRef(str(expert)))], trusted)
         return model, tokenizer
     read = Recipe.load(recipe)
     folder = recipe if recipe.is_dir() else recipe.parent
     with terminal.Bar("models"):
-        model = ProxyTunedModel.from_pretrained(folder, **settings)
+        model = ProxyTunedModel.from_pretrained(recipe, **settings)
     if alpha is not None:
         model.alpha = alpha
     # A tokenizer saved beside the recipe comes first, then the base's.
     beside = [MemberRef(str(folder))] if (folder / "tokenizer_config.json").exists() else []
-    tokenizer = load_tokenizer([*beside, read.base])
+    tokenizer = load_tokenizer([*beside, read.base], trusted)
     if chat:
-        _borrow_template(tokenizer, [("base", read.base)] * len(beside) + [("expert", read.expert)])
+        _borrow_template(tokenizer, [("base", read.base)] * len(beside) + [("expert", read.expert)], trusted)
     return model, tokenizer
 
 
-def _borrow_template(tokenizer: PreTrainedTokenizerBase, lenders: Sequence[tuple[str, MemberRef]]) -> None:
+def trusted_roles(trust: Sequence[str] | None) -> tuple[str, ...]:
+    """The roles that `--trust` names, each once."""
+    from proxytune.recipe import ROLES
+    from proxytune.validation import choice
+
+    for role in trust or ():
+        choice("--trust", role, (*ROLES, "all"))
+    return ROLES if "all" in (trust or ()) else tuple(role for role in ROLES if role in (trust or ()))
+
+
+def check_end_tokens(end_tokens: str | None, flags: Mapping[str, Any]) -> None:
+    """Refuse `--end-tokens` beside the setting that overrides it."""
+    if end_tokens is not None and "eos_token_id" in flags:
+        raise InputError.of(
+            "--end-tokens",
+            expected="no eos_token_id, which says where texts stop",
+            got=f"--end-tokens {end_tokens} and eos_token_id={flags['eos_token_id']!r}",
+            remedy="Leave one of them out.",
+        )
+
+
+def _borrow_template(
+    tokenizer: PreTrainedTokenizerBase, lenders: Sequence[tuple[str, MemberRef]], trusted: Sequence[str]
+) -> None:
     """Give a tokenizer without a chat template that of the first member that has one."""
     from proxytune.models.loading import find_tokenizer
 
     if tokenizer.chat_template is not None:
         return
     for role, reference in lenders:
-        lender = find_tokenizer(reference)
+        lender = find_tokenizer(reference, trust_remote_code=role in trusted)
         if lender is None or lender.chat_template is None:
             continue
         template = str(lender.get_chat_template())
@@ -143,9 +172,14 @@ def _refuse_missing_tokens(tokenizer: PreTrainedTokenizerBase, lender: PreTraine
 
 
 def named(
-    base: str | None, expert: str | None, antiexpert: str | None, alpha: float | None, recipe: Path | None
+    base: str | None,
+    expert: str | None,
+    antiexpert: str | None,
+    alpha: float | None,
+    recipe: Path | None,
+    end_tokens: str | None,
 ) -> dict[str, Any]:
-    """The adapter that the options name (members, formula and α as in a recipe), without opening a model."""
+    """The adapter that the options name (members, formula, α, … as in a recipe), without opening a model."""
     from proxytune.formulas.proxy_tuning import ProxyTuning
     from proxytune.recipe import Recipe
 
@@ -157,7 +191,7 @@ def named(
         members = {"base": base, "expert": expert, "antiexpert": antiexpert}
         found = {role: {"id": name, "revision": None} for role, name in members.items()}
         found |= {"formula": ProxyTuning.name, "alpha": 1.0}
-    return found if alpha is None else found | {"alpha": alpha}
+    return found | {k: v for k, v in (("alpha", alpha), ("end_tokens", end_tokens)) if v is not None}
 
 
 def chosen_device(device: str | None) -> str:
@@ -181,13 +215,24 @@ def check_device(device: str) -> None:
     choice("--device", device, there, remedy="Use one that is there.")
 
 
-def load_tokenizer(references: Sequence[MemberRef]) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads on the left, from the first reference; `MemberNotFoundError` if there is none."""
+def load_tokenizer(references: Sequence[MemberRef], trusted: Sequence[str] = ()) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that pads on the left, from the first reference; `MemberError` if there is none to be had.
+
+    It may run code of its own if the base is `trusted`.
+    """
+    from proxytune.models.checkpoints import tokenizer_code
     from proxytune.models.loading import find_tokenizer
 
     reference = references[0]
-    tokenizer: PreTrainedTokenizerBase | None = find_tokenizer(reference)
+    tokenizer: PreTrainedTokenizerBase | None = find_tokenizer(reference, trust_remote_code="base" in trusted)
     if tokenizer is None:
+        if "base" not in trusted and (code := tokenizer_code(reference)):
+            raise MemberError.of(
+                "the base's tokenizer",
+                expected="a tokenizer whose class is transformers' own",
+                got=f"{reference.id!r}, which would run {code} of its own",
+                remedy="Read that file first. If you trust it, pass --trust base.",
+            )
         raise MemberNotFoundError.of(
             "the base's tokenizer",
             expected="tokenizer files beside the base",

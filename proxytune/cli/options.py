@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,6 +18,7 @@ __all__ = [
     "Chat",
     "Device",
     "Dtype",
+    "EndTokensOption",
     "Expert",
     "Out",
     "Overwrite",
@@ -25,6 +26,7 @@ __all__ = [
     "RecipePath",
     "Resume",
     "System",
+    "Trust",
     "given",
 ]
 
@@ -42,7 +44,28 @@ Alpha = Annotated[
 ]
 RecipePath = Annotated[
     Path | None,
-    typer.Option(help="A folder or proxytune_config.json that names the three models.", rich_help_panel=MODELS),
+    typer.Option(
+        help="Instead of the three: a folder that --save-recipe or model.save_pretrained wrote.", rich_help_panel=MODELS
+    ),
+]
+EndTokensOption = Annotated[
+    Literal["union", "base", "expert"] | None,
+    typer.Option(
+        "--end-tokens",
+        help="Whose end tokens stop a text (default: the recipe's, else union: those of base and expert, which is said "
+        "where they differ).",
+        rich_help_panel=MODELS,
+    ),
+]
+Trust = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="<role>",
+        help="Run the code that this member (base, expert, antiexpert or all) brings along, which you have read. It "
+        "may be repeated.",
+        rich_help_panel=MODELS,
+        show_default=False,
+    ),
 ]
 Device = Annotated[
     str | None,

@@ -158,7 +158,7 @@ def _refuse(number: int, expected: str, got: str, remedy: str) -> NoReturn:
 
 
 def _look_at(given: Sequence[str]) -> None:
-    """Refuse an option with a typographic dash, and note what is likely to be no prompt."""
+    """Refuse an option with a typographic dash, and note what is likely to be no prompt, or a part of one."""
     for prompt in given:
         if isinstance(prompt, PlainText):
             continue
@@ -173,8 +173,15 @@ def _look_at(given: Sequence[str]) -> None:
         if word in (*SETTINGS, "alpha", "seed"):
             option = f"--{word.replace('_', '-')}"
             terminal.show_note(f"{prompt!r} is taken as a prompt; for the setting, pass {option} VALUE.")
+        elif prompt.lower() in ("yes", "no", "true", "false", "on", "off"):
+            terminal.show_note(f"{prompt!r} is taken as a prompt; a switch has no value: --do-sample, --no-do-sample.")
         elif "\n" not in prompt and len(prompt) < 256 and Path(prompt).is_file():
             terminal.show_note(f"{prompt!r} is taken as a prompt; for the prompts in that file, pass --file {prompt}.")
+    one = all(re.fullmatch(r"\S+", prompt) and not isinstance(prompt, PlainText) for prompt in given)
+    if one and sum(len(word) > 1 for word in given) > 1 and not any(word[-1] in ".?!" for word in given[:-1]):
+        terminal.show_note(
+            f"{len(given)} prompts of one word each; a text of several words is quoted: {' '.join(given)!r}"
+        )
 
 
 def _text_of(file: str, name: str, option: str) -> str:

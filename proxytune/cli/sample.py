@@ -11,7 +11,7 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import check_chat, check_members, chosen_device, load, named
+from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -22,6 +22,7 @@ from proxytune.cli.options import (
     Chat,
     Device,
     Dtype,
+    EndTokensOption,
     Expert,
     Out,
     Overwrite,
@@ -29,6 +30,7 @@ from proxytune.cli.options import (
     RecipePath,
     Resume,
     System,
+    Trust,
     given,
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
@@ -60,7 +62,8 @@ def sample(
         list[str] | None,
         typer.Argument(
             metavar=METAVAR,
-            help="Prompts, then settings of GenerationConfig, e.g. max_new_tokens=64 temperature=0.7.",
+            help="Prompts, each in quotes; then settings of transformers' GenerationConfig, also those that are no "
+            "options below, e.g. renormalize_logits=true.",
             show_default=False,
         ),
     ] = None,
@@ -77,23 +80,30 @@ def sample(
         bool,
         typer.Option(
             "--forks/--no-forks",
-            help="A tree that branches at forks, or independent samples.",
+            help="The branches of a tree that parts at forks, or samples on their own.",
             rich_help_panel=_TEXTS,
         ),
     ] = True,
     branches: Annotated[
-        int, typer.Option(min=1, help="Most leaves of a tree, or number of samples.", rich_help_panel=_TEXTS)
+        int, typer.Option(min=1, help="Texts per prompt; of a tree, at most so many.", rich_help_panel=_TEXTS)
     ] = 8,
     children: Annotated[int, typer.Option(min=2, help="Most children of a fork.", rich_help_panel=_TEXTS)] = 2,
     min_gap: Annotated[
         int, typer.Option(min=1, help="Least distance between two forks, in tokens.", rich_help_panel=_TEXTS)
     ] = 1,
     where: Annotated[
-        Literal["forks", "random", "start"], typer.Option(help="Where a tree forks.", rich_help_panel=_TEXTS)
+        Literal["forks", "random", "start"],
+        typer.Option(
+            help="Where a tree forks: at forks, at random tokens, or at the first token.",
+            rich_help_panel=_TEXTS,
+        ),
     ] = "forks",
     threshold: Annotated[
         float | None,
-        typer.Option(help="Entropy of a fork, in nats (default: the recipe's, see calibrate).", rich_help_panel=_TEXTS),
+        typer.Option(
+            help="Entropy above which a token is a fork, in nats (default: the recipe's, from `calibrate --write`).",
+            rich_help_panel=_TEXTS,
+        ),
     ] = None,
     repulsion: Annotated[
         float,
@@ -116,16 +126,21 @@ def sample(
     ] = None,
     vote: Annotated[
         Vote,
-        typer.Option(help="How leaves count: equally, by weight, or by weight and confidence.", rich_help_panel=_VOTE),
+        typer.Option(
+            help="How texts count: majority, equally; weighted, by weight; confidence, by weight and confidence; "
+            "deepconf, so too, but the most confident alone.",
+            rich_help_panel=_VOTE,
+        ),
     ] = "weighted",
     eta: Annotated[
-        float, typer.Option(help="deepconf: share of leaves that vote, in percent.", rich_help_panel=_VOTE)
+        float, typer.Option(help="With --vote deepconf: how many of the texts vote, in percent.", rich_help_panel=_VOTE)
     ] = 90.0,
     answer: Annotated[
         str | None,
         typer.Option(
             metavar="REGEX",
-            help='The answer: last match, group 1 (default: "The answer is …", else the last number).',
+            help="How to find the answer in a text: the last match, and of it group 1 (default: what follows "
+            '"The answer is", else the last number).',
             rich_help_panel=_VOTE,
         ),
     ] = None,
@@ -138,13 +153,17 @@ def sample(
     ] = False,
     device: Device = None,
     dtype: Dtype = "auto",
+    end_tokens: EndTokensOption = None,
+    trust: Trust = None,
 ) -> None:
-    """Draw several continuations of each prompt within a token budget, and vote over their answers.
+    """Draw several texts for each prompt, within a budget of tokens, and vote over their answers.
 
-    With forks, branches share a prefix and part where the entropy is above the threshold; their weights correct for
-    that. Without, the prompt is read once for all samples. These are independent, or repel each other where the entropy
-    is above the threshold, which their weights correct for too. A text that was cut off has an answer only if it
-    finished it. If the budget has no room for a prompt, that is reported, and the exit code is 1.
+    For example: proxytune sample --recipe FOLDER --chat --no-forks --branches 8 --vote majority "What is 17 + 7?"
+
+    With --no-forks the texts are independent samples. Otherwise they are the branches of a tree: they share their
+    beginning and part at forks, the tokens at which the model is undecided (an entropy above --threshold), and weights
+    correct for that. A text that was cut off has an answer only if it finished it. If the budget has no room for a
+    prompt, that is reported, and the exit code is 1.
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
@@ -159,6 +178,7 @@ def sample(
     terminal.quiet()
     # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
     flags = check_settings(flags, [parameter.name or "" for parameter in context.command.params])
+    check_end_tokens(end_tokens, flags)
     prompts = read_prompts(file, words, settings=(arguments or [])[len(words) :], reserved=_OWN_KEYS)
     chat = check_prompts(prompts, chat=chat, system=system)
 
@@ -168,7 +188,7 @@ def sample(
 
     # Errors in these settings show before the models are loaded.
     repels = repulsion != 0 or ngram is not None
-    _refuse_without_effect(context, forks=forks, repels=repels)
+    _refuse_without_effect(context, forks=forks, repels=repels, where=where)
     if vote != "deepconf" and given(context, "eta"):
         raise InputError.of(
             "--eta",
@@ -178,6 +198,13 @@ def sample(
         )
     needed = where == "forks" and (forks or repels)
     nats = _threshold(threshold, recipe, alpha, forks=forks) if needed else None
+    if threshold is not None and threshold < 0:
+        raise InputError.of(
+            "--threshold",
+            expected="nats, at least 0, as every entropy is",
+            got=f"{threshold:g}",
+            remedy="With 0, every token that is not certain is a fork.",
+        )
     loop: TreeLoop
     if forks:
         _refuse_repulsion(repulsion, ngram)
@@ -202,7 +229,7 @@ def sample(
         )
     said: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "chat": chat, "system": system}
     said["device"] = chosen_device(device)
-    said |= {"dtype": dtype, "recipe": named(base, expert, antiexpert, alpha, recipe), "generation": flags}
+    said |= {"dtype": dtype, "recipe": named(base, expert, antiexpert, alpha, recipe, end_tokens), "generation": flags}
     said |= {"forks": forks, "branches": branches, "children": children, "min_gap": min_gap, "where": where}
     said |= {"threshold": getattr(nats, "nats", nats), "repulsion": repulsion, "ngram": ngram, "budget": budget}
     said |= {"vote": vote, "eta": eta, "answer": answer}
@@ -213,7 +240,8 @@ def sample(
     with open_answers(out, asked, said, resume=resume, overwrite=overwrite) as answers:
         if answers is not None and answers.finished:
             _exit(answers.failed)
-        model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat)
+        members = (base, expert, antiexpert, alpha, recipe, device, dtype)
+        model, tokenizer = load(*members, chat=chat, end_tokens=end_tokens, trust=trust)
         _refuse_unreachable(nats, model.config.vocab_size)
         if chat:
             check_chat(tokenizer, prompts, system)
@@ -253,7 +281,7 @@ def _exit(failed: bool) -> None:
         raise typer.Exit(_FAILED)
 
 
-def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool) -> None:
+def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool, where: str) -> None:
     """Refuse options given on the command line that would have no effect."""
     unused = {} if forks else {"children": "--forks", "min_gap": "--forks"}
     if not forks and not repels:
@@ -264,6 +292,14 @@ def _refuse_without_effect(context: typer.Context, *, forks: bool, repels: bool)
                 f"--{name.replace('_', '-')}",
                 expected=f"{needed} with it",
                 got="--no-forks" if repels else "--no-forks, without --repulsion and --ngram",
+                remedy="Leave it out: it would change nothing.",
+            )
+    for name in {"forks": (), "random": ("threshold",)}.get(where, ("threshold", "children", "min_gap")):
+        if given(context, name):
+            raise InputError.of(
+                f"--{name.replace('_', '-')}",
+                expected="--where forks with it" if name == "threshold" else "--where forks or random with it",
+                got=f"--where {where}",
                 remedy="Leave it out: it would change nothing.",
             )
 

@@ -11,11 +11,13 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from typer.core import TyperCommand
 
+from proxytune.cli import terminal
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,10 +46,11 @@ _YES_NO = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": F
 # Objects of Python, and what would change nothing here.
 _NOT_SETTABLE = (
     *("transformers_version", "cache_config", "compile_config", "continuous_batching_config", "is_assistant"),
+    "assistant_confidence_threshold",
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
 )
 # Modes that transformers would load from the hub, as code.
-_REMOTE = ("penalty_alpha", "num_beam_groups", "constraints", "force_words_ids", "dola_layers")
+_REMOTE = ("penalty_alpha", "num_beam_groups", "diversity_penalty", "constraints", "force_words_ids", "dola_layers")
 SETTINGS_PANEL = "Settings of generate()"
 
 
@@ -99,7 +102,7 @@ def _flag(text: str = "") -> Setting:
 def _several(kind: type, what: str, text: str = "") -> Setting:
     def fits(value: Any) -> bool:
         many = value if isinstance(value, list) else [value]
-        return bool(many) and all(type(one) is kind for one in many)
+        return bool(many) and all(type(one) is kind and one != "" for one in many)  # every text ends with ""
 
     return Setting(f"{what}, or several as a JSON list", fits, "<str>" if kind is str else "<int>", text)
 
@@ -116,7 +119,7 @@ def _lists(expected: str, each: Callable[[Any], bool]) -> Setting:
 
 
 SETTINGS = {
-    "max_new_tokens": _whole(1, "Most tokens of an answer."),
+    "max_new_tokens": _whole(1, "Most tokens of an answer (default: the model's own, else 20)."),
     "min_new_tokens": _whole(0, "Fewest tokens of an answer."),
     "do_sample": _flag("Draw tokens instead of taking the likeliest."),
     "temperature": _number("(0, inf)", "Divides the logits before a draw."),
@@ -136,7 +139,6 @@ SETTINGS = {
     "eta_cutoff": _number("[0, 1)"),
     "encoder_repetition_penalty": _number("(0, inf)"),
     "length_penalty": _number(),
-    "diversity_penalty": _number(),
     "guidance_scale": _number(),
     "no_repeat_ngram_size": _whole(0),
     "eos_token_id": _several(int, "a token id"),
@@ -146,7 +148,6 @@ SETTINGS = {
     "prompt_lookup_num_tokens": _whole(1),
     "max_matching_ngram_size": _whole(1),
     "prefill_chunk_size": _whole(1),
-    "assistant_confidence_threshold": _number("[0, 1]"),
     "bad_words_ids": _lists("lists of token ids, [[5, 6], …],", _is_ids),
     "suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
     "begin_suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
@@ -180,10 +181,22 @@ _NEEDED = (
     ),
     (
         "num_beams",
-        ("length_penalty", "early_stopping", "diversity_penalty"),
+        ("length_penalty", "early_stopping"),
         "num_beams of at least 2 with settings of beam search",
         "Without beams, {} would be ignored. Add e.g. num_beams=4, or remove them.",
     ),
+    (
+        "prompt_lookup_num_tokens",
+        ("max_matching_ngram_size",),
+        "prompt_lookup_num_tokens with settings of prompt lookup",
+        "Without it, {} would be ignored. Add e.g. prompt_lookup_num_tokens=3, or remove them.",
+    ),
+)
+
+# Options whose value is not to be empty, as that of an unset variable of the shell is.
+_NAMING = (
+    *("--base", "--expert", "--antiexpert", "--recipe", "--save-recipe"),
+    *("--file", "-f", "--texts", "--out", "--answer"),
 )
 
 
@@ -197,10 +210,26 @@ class PlainText(str):
 
 
 class PromptCommand(TyperCommand):
-    """A command whose arguments after `--` are prompts, never settings."""
+    """A command whose arguments after `--` are prompts, never settings; it takes one file of prompts."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the words of a call, and mark the arguments after `--`."""
+        own = args[: args.index("--")] if "--" in args else args
+        for word, following in pairwise([*own, "--"]):
+            option = word.removesuffix("=")
+            if option in _NAMING and (option != word or following == ""):
+                raise InputError.of(
+                    option, expected="a name", got="''", remedy="Name it; or is a variable of the shell empty?"
+                )
+        for names in (("--file", "-f"), ("--texts",)):
+            files = [own[i : i + 2] for i, word in enumerate(own) if word.split("=")[0] in names]
+            if len(files) > 1:
+                raise InputError.of(
+                    names[0],
+                    expected="one file",
+                    got=" and ".join(words[0] if "=" in words[0] else " ".join(words) for words in files),
+                    remedy=f"Put all into one, or on stdin: cat FILES | proxytune … {names[0]} -",
+                )
         plain = len(args) - args.index("--") - 1 if "--" in args else 0
         rest: list[str] = super().parse_args(ctx, args)
         if plain:
@@ -210,8 +239,11 @@ class PromptCommand(TyperCommand):
         return rest
 
 
-def with_settings(command: Callable[..., None]) -> Callable[..., None]:
-    """A command whose `arguments` also hold the settings that were given as options, as `key=value`."""
+def with_settings(command: Callable[..., None], **said: str) -> Callable[..., None]:
+    """A command whose `arguments` also hold the settings that were given as options, as `key=value`.
+
+    `said` is setting → what `--help` says of it for this command; empty: nothing.
+    """
     own = inspect.signature(command, eval_str=True)
     added = [
         inspect.Parameter(
@@ -223,8 +255,8 @@ def with_settings(command: Callable[..., None]) -> Callable[..., None]:
                 typer.Option(
                     *_names(name, setting),
                     metavar=setting.metavar,
-                    help=setting.help,
-                    hidden=not setting.help,
+                    help=said.get(name, setting.help),
+                    hidden=not said.get(name, setting.help),
                     rich_help_panel=SETTINGS_PANEL,
                     show_default=False,
                 ),
@@ -338,7 +370,13 @@ def check_settings(flags: Mapping[str, Any], options: Sequence[str] = ()) -> dic
                 got=f"{value!r}",
                 remedy=_remedy(name, value) + prose,
             )
-        checked[name] = value
+        # transformers takes temperature=2.0, and refuses temperature=2 when it samples.
+        checked[name] = float(value) if setting.metavar == "<float>" and value is not None else value
+        if name == "stop_strings" and (escape := re.search(r"\\[nrt]", str(value))):
+            terminal.show_note(
+                f"{escape[0]!r} in stop_strings is a backslash and a letter; a line feed is written as JSON, "
+                """stop_strings='["\\n"]'."""
+            )
     shortest, longest = checked.get("min_new_tokens"), checked.get("max_new_tokens")
     if shortest is not None and longest is not None and shortest > longest:
         _refuse(checked, "min_new_tokens of at most max_new_tokens", "Lower the one, or raise the other.")
@@ -350,6 +388,8 @@ def check_settings(flags: Mapping[str, Any], options: Sequence[str] = ()) -> dic
 def _remedy(name: str, value: Any) -> str:
     if name == "temperature" and value == 0:
         return "For the likeliest tokens, leave it out, and pass do_sample=false."
+    if name == "stop_strings" and value in ("", []):
+        return "Leave it out: every text ends with an empty one."
     if name == "stop_strings":
         return f"Write it as JSON text, e.g. {name}='{json.dumps([str(value)])}'."
     return "Correct the value." if SETTINGS[name].metavar else f"Pass e.g. {name}=true."
@@ -405,16 +445,29 @@ def merged_settings(
     except (ValueError, TypeError) as error:
         _refuse(flags, "values that GenerationConfig accepts", f"transformers says: {error}", error)
     there = {"do_sample": merged.do_sample, "num_beams": (merged.num_beams or 1) > 1}
+    there["prompt_lookup_num_tokens"] = merged.prompt_lookup_num_tokens is not None
     for needed, names, expected, remedy in _NEEDED:
         idle = [name for name in names if flags.get(name) is not None]
         if idle and not there[needed]:
             _refuse(flags, expected, remedy.format(", ".join(idle)))
+    if merged.token_healing and merged.bos_token_id is None:  # transformers compares with it
+        _refuse(flags, "a model with a bos_token_id for token_healing", "Leave it out, or pass bos_token_id.")
     for name, value in flags.items():
-        ids = value if isinstance(value, list) else [value]
-        beyond = [i for i in ids if type(i) is int and vocabulary is not None and i >= vocabulary]
-        if name.endswith(("_token_id", "suppress_tokens")) and beyond:
+        beyond = [i for i in _ids_in(name, value) if vocabulary is not None and i >= vocabulary]
+        if beyond:
             _refuse(flags, f"token ids below {vocabulary}, the size of the vocabulary", f"Correct {name}.")
     return merged
+
+
+def _ids_in(name: str, value: Any) -> list[int]:
+    """The token ids in the value of a setting."""
+    if name == "sequence_bias" and value is not None:  # pairs of ids and nats
+        return [i for ids, _ in value for i in ids]
+    if not name.endswith(("_token_id", "suppress_tokens", "bad_words_ids")):
+        return []
+    if isinstance(value, list):
+        return [i for part in value for i in _ids_in(name, part)]
+    return [value] if type(value) is int else []
 
 
 def resolved(config: GenerationConfig) -> dict[str, Any]:

@@ -45,8 +45,11 @@ def safe(text: str) -> str:
 
 def show_error(message: str) -> None:
     """Print an error as one line on stderr."""
+    from proxytune.cli.wording import as_options
+
     errors().print(
-        Text("error: ", style="bold red").append(" ".join(message.split()), style="not bold"), soft_wrap=True
+        Text("error: ", style="bold red").append(as_options(" ".join(message.split())), style="not bold"),
+        soft_wrap=True,
     )
 
 
@@ -64,7 +67,10 @@ def show_warning(
     line: str | None = None,
 ) -> None:
     """Print a warning as one line on stderr, without file and source line; stands in for `warnings.showwarning`."""
-    errors().print(Text("warning: ", style="yellow").append(" ".join(str(message).split())), soft_wrap=True)
+    from proxytune.cli.wording import as_options
+
+    text = as_options(" ".join(str(message).split()))
+    errors().print(Text("warning: ", style="yellow").append(text), soft_wrap=True)
 
 
 class Bar:

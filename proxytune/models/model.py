@@ -525,15 +525,23 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
                 "relative folder is looked for beside that file."
             ) from error
         known = {role: reference for role, reference in references.items() if reference is not None}
+        if end_tokens is not None:
+            recipe = replace(recipe, end_tokens=None)
         model = cls(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula, self_test=self_test)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
+        own = model.generation_config.eos_token_id  # the base's
         decided = False  # whether the generation config beside the recipe says where to stop
+        source = Path(pretrained_model_name_or_path)
         with contextlib.suppress(OSError):  # a recipe written by hand has no such file; the base's settings stay
-            model.generation_config = GenerationConfig.from_pretrained(pretrained_model_name_or_path, **hub, **for_all)
-            decided = end_tokens is None and recipe.end_tokens is not None
+            model.generation_config = GenerationConfig.from_pretrained(
+                source.parent if source.is_file() else pretrained_model_name_or_path, **hub, **for_all
+            )
+            decided = recipe.end_tokens is not None
         if decided:
             model.config.eos_token_id = model.generation_config.eos_token_id
         else:
+            if end_tokens is not None:  # the file may hold those of another choice
+                model.generation_config.eos_token_id = model.config.eos_token_id = own
             stop_composed(model, end_tokens or recipe.end_tokens, tokenizers)
         if with_info:  # for callers of transformers' signature: what is missing was an error above
             nothing = {name: set[str]() for name in ("missing_keys", "unexpected_keys", "mismatched_keys")}

@@ -1,7 +1,8 @@
 """What a new user gets wrong, and what the command line says: nothing is silent, nothing is a bare traceback.
 
 Each row is a call and a part of its one line on stderr. `MISTAKES` are told before a model is loaded, `LOADED` with the
-models at hand; `NOTED` run, with a note. `kit` is a recipe, `large-base`, `tiny-tuned` and `tiny-base` its members.
+models at hand; `NOTED` run, with a note. `kit` is a recipe, `large-base`, `tiny-tuned` and `tiny-base` its members;
+`t5`, `llava` and `vit` are other kinds of models, `copy`, `bare`, `half` and `reward` copies that lack something.
 """
 
 from __future__ import annotations
@@ -10,17 +11,26 @@ import io
 import json
 import re
 import shlex
+import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertLMHeadModel, LlavaConfig, T5Config, ViTConfig
 
 import proxytune
 from proxytune.cli import main
+from proxytune.demo.bundle import MEMBERS
 from proxytune.recipe import ForkCalibration, write_fork_threshold
 
 GENERATE = "generate --recipe kit"
 SAMPLE = "sample --recipe kit --no-forks --max-new-tokens 2 --branches 2"
 CALIBRATE = "calibrate --recipe kit"
 USER = {"role": "user", "content": "Who?"}
+
+# What a user of the command line cannot write: keywords and calls of Python.
+PYTHON = re.compile(
+    r"\b(members|tokenizers|end_tokens|check_vocabulary|self_test|is_decoder|trust_\w+)=|from_pretrained|Decoding\(\w+="
+)
 
 FILES: dict[str, str | bytes] = {
     "prompts.txt": "Question: Who\n",
@@ -64,7 +74,10 @@ FILES: dict[str, str | bytes] = {
     "broken/proxytune_config.json": '{"base": ',
     "model.gguf": b"GGUF",
     "packed/model.gguf": b"GGUF",
-    "t5/config.json": '{"model_type": "t5"}',
+    "adapter/adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "tiny-base"}',
+    "orphan/adapter_config.json": '{"peft_type": "LORA", "base_model_name_or_path": "./none"}',
+    "own/config.json": '{"model_type": "own", "auto_map": {"AutoModelForCausalLM": "modeling_own.Own"}}',
+    "own/modeling_own.py": "open('ran', 'w').close()\n",
     "odd/proxytune_config.json": '{"format_version": 1, "bsae": 1}',
 }
 
@@ -102,6 +115,85 @@ MISTAKES = {
     "a misspelt key in a recipe": ("generate hello --recipe odd", "unknown 'bsae'. Remove or correct them"),
     "an unknown device": (f"{GENERATE} hello --device gpu", "--device: expected 'auto'"),
     "a device that is not there": (f"{GENERATE} hello --device cuda:99", "--device: expected 'auto'"),
+    "half of a dtype": (f"{GENERATE} hello --dtype bf16", "got 'bf16'. Did you mean 'bfloat16'?"),
+    "an option at the end": (f"{GENERATE} hello --out", "Option '--out' requires an argument"),
+    "an empty variable": (
+        f"{GENERATE} hello --save-recipe ''",
+        "--save-recipe: expected a name; got ''. Name it; or",
+    ),
+    "an empty variable for a model": (
+        "calibrate a --base=",
+        "--base: expected a name; got ''. Name it; or is a",
+    ),
+    "a config as the recipe": (
+        "generate hello --recipe kit/config.json",
+        "recipe: expected an object with the keys format_version, base, expert, antiexpert, formula, alpha; got 'model",
+    ),
+    "a member that moved": (
+        "generate hello --recipe moved",
+        "the expert: expected a hub id, or a folder with a config.json and weights; got './gone', where there is no "
+        "folder. Correct the path. It is named in the recipe moved/proxytune_config.json: if the member was moved, wri",
+    ),
+    "the expert twice": (
+        "generate hello --base large-base --expert tiny-tuned --antiexpert ./tiny-tuned",
+        "tiny-tuned' for both: expert - antiexpert is 0, so only the base is left. Pass the model that the expert was "
+        "tuned from. For the base alone, pass --alpha 0.",
+    ),
+    "a path that is not there": (
+        "generate hello --base ./none --expert tiny-tuned --antiexpert tiny-base",
+        "the base: expected a hub id, or a folder with a config.json and weights; got './none', where there is no",
+    ),
+    "a GGUF file": (
+        "generate hello --base large-base --expert model.gguf --antiexpert tiny-base",
+        "the expert: expected a hub id, or a folder with a config.json and weights; got the file 'model.gguf'. "
+        'Name it in a recipe: "expert": {"id": "',
+    ),
+    "a folder of GGUF files": (
+        "sample hello --no-forks --base large-base --expert packed --antiexpert tiny-base",
+        'packed\', which has GGUF files only. Name it in a recipe: "expert": {"id": "',
+    ),
+    "a vision-language model": (
+        "generate hello --base llava --expert tiny-tuned --antiexpert tiny-base",
+        "llava', LlavaForConditionalGeneration (llava), which takes more than text. The command line opens causal LMs",
+    ),
+    "an encoder-decoder": ("calibrate a --base t5", "the base: expected a decoder-only model; got '"),
+    "an encoder-decoder as the expert": (
+        "generate hello --base large-base --expert t5 --antiexpert tiny-base",
+        "t5', T5ForConditionalGeneration (t5), an encoder-decoder. Encoder-decoders are not supported.",
+    ),
+    "an encoder": (
+        "generate hello --base large-base --expert tiny-tuned --antiexpert vit",
+        "the antiexpert: expected a causal LM (AutoModelForCausalLM); got '",
+    ),
+    "an adapter without peft": (
+        "generate hello --base large-base --expert adapter --antiexpert tiny-base",
+        "adapter', a PEFT adapter (adapter_config.json), and no peft in this environment. Run pip install peft, or pas",
+    ),
+    "an adapter whose model moved": (
+        "generate hello --base large-base --expert orphan --antiexpert tiny-base",
+        "orphan', an adapter of './none', where there is no folder. Write where the model is now under \"base_model_na",
+    ),
+    "code of a member's own": (
+        "generate hello --base large-base --expert own --antiexpert tiny-base",
+        "own', which would run modeling_own.py of its own. Read that file first. If you trust it, pass --trust expert,",
+    ),
+    "trust in another member": (
+        "sample hello --no-forks --base large-base --expert own --antiexpert tiny-base --trust base",
+        "own', which would run modeling_own.py of its own. Read that file first. If you trust it, pass --trust expert,",
+    ),
+    "trust in a file": (
+        f"{GENERATE} hello --trust modeling_own.py",
+        "--trust: expected 'base', 'expert', 'antiexpert' or 'all'; got 'modeling_own.py'.",
+    ),
+    "unknown end tokens": (f"{GENERATE} hello --end-tokens both", "'both' is not one of 'union', 'base', 'expert'"),
+    "end tokens twice": (
+        f"{GENERATE} hello --end-tokens base eos_token_id=5",
+        "--end-tokens: expected no eos_token_id, which says where texts stop; got --end-tokens base and eos_token_id=5",
+    ),
+    "end tokens of a base alone": (
+        "calibrate a --base large-base --end-tokens base",
+        "--end-tokens: expected an expert and an antiexpert; got --base alone. Name them, or drop --end-tokens.",
+    ),
     "an unknown dtype": (f"{GENERATE} hello --dtype fp8", "--dtype: expected 'auto', 'float32', 'bfloat16'"),
     # --- the prompts --------------------------------------------------------------------------------------------------
     "an empty prompt": (f"{GENERATE} ''", "prompt 1: expected some text; got ''. Remove it"),
@@ -109,6 +201,10 @@ MISTAKES = {
     "a prompt like a setting": (f"{GENERATE} x=5", "'x': expected a field of transformers' GenerationConfig; got x=5."),
     "no such file": (f"{GENERATE} -f promts.txt", "got promts.txt: no such file or directory. Correct the path"),
     "a folder of prompts": (f"{GENERATE} -f kit", "--file: expected a file of prompts that can be read; got kit: is a"),
+    "two files": (
+        f"{GENERATE} -f blank.txt --file=empty.txt",
+        "--file: expected one file; got -f blank.txt and --file=",
+    ),
     "an empty file": (f"{GENERATE} -f empty.txt", "prompts from empty.txt: expected at least one line; got nothing"),
     "a blank line": (f"{GENERATE} -f blank.txt", "prompt 2: expected some text; got ''"),
     "latin-1": (
@@ -188,6 +284,18 @@ MISTAKES = {
     "text for a number": (
         f"{GENERATE} a max_new_tokens=many",
         "expected a whole number, at least 1; got 'many'. Correct",
+    ),
+    "a setting of groups of beams": (
+        f"{GENERATE} a num_beams=2 diversity_penalty=0.5",
+        "expected a mode that needs no code from the hub; got diversity_penalty=0.5. Leave it out.",
+    ),
+    "a setting of assistant models": (
+        f"{GENERATE} a assistant_confidence_threshold=0.5",
+        "expected a setting of the answers; got assistant_confidence_threshold=0.5. Leave it out.",
+    ),
+    "a stop at nothing": (
+        f"{GENERATE} a --stop-strings ''",
+        "expected a text, or several as a JSON list; got ''. Leave it out: every text ends with an empty one.",
     ),
     "half a token": (f"{GENERATE} a max_new_tokens=4.5", "expected a whole number, at least 1; got 4.5."),
     "no tokens": (f"{GENERATE} a --max-new-tokens 0", "expected a whole number, at least 1; got 0."),
@@ -306,6 +414,26 @@ MISTAKES = {
         "sample --recipe kit a --threshold low",
         "valid number, unable to parse string as a n",
     ),
+    "a negative threshold": (
+        "sample --recipe kit a --threshold -1",
+        "--threshold: expected nats, at least 0, as every entropy is; got -1.",
+    ),
+    "a threshold that nobody reads": (
+        "sample --recipe kit a --threshold 1 --where random",
+        "--threshold: expected --where forks with it; got --where random. Leave it out",
+    ),
+    "children of a fork at the start": (
+        "sample --recipe kit a --where start --children 3",
+        "--children: expected --where forks or random with it; got --where start. Leave it out",
+    ),
+    "a seed beyond 64 bits": (
+        f"{SAMPLE} a --seed 9223372036854775808",
+        "seed: expected a whole number of 64 bits, or None; got 9223372036854775808. Pass e.g. --seed 0.",
+    ),
+    "a negative seed of samples": (
+        f"{CALIBRATE} a --seed -1",
+        "'--seed': Input should be greater than or equal to 0; got '-1'",
+    ),
     "repelling branches": (
         "sample --recipe kit a --threshold 1 --repulsion 1",
         "--repulsion: expected --no-forks with it; got 1",
@@ -357,6 +485,10 @@ MISTAKES = {
         f"{CALIBRATE} --texts prompts.txt --samples 3",
         "--samples: expected prompts with it, to draw samples",
     ),
+    "a system prompt of texts": (
+        f"{CALIBRATE} --texts prompts.txt --system 'Be brief.'",
+        "--system: expected prompts with it, to draw samples from; got --texts alone, which are read as they are.",
+    ),
     "conversations as texts": (f"{CALIBRATE} --texts chat.jsonl", 'text 1 of --texts: expected a text under "prompt"'),
     "no such texts": (
         f"{CALIBRATE} --texts none.txt",
@@ -394,26 +526,14 @@ LOADED = {
         "generate hello --base none/none/none --expert tiny-tuned --antiexpert tiny-base",
         "the base: expected a hub id, or a folder with a config.json and weights; got 'none/none/none'",
     ),
-    "a path that is not there": (
-        "generate hello --base ./none --expert tiny-tuned --antiexpert tiny-base",
-        "the base: expected a hub id, or a folder with a config.json and weights; got './none', where there is no",
-    ),
-    "a GGUF file": (
-        "generate hello --base large-base --expert model.gguf --antiexpert tiny-base",
-        "the expert: expected a hub id, or a folder with a config.json and weights; got the file 'model.gguf'",
-    ),
-    "a folder of GGUF files": (
-        "generate hello --base large-base --expert packed --antiexpert tiny-base",
-        "which has GGUF files only",
-    ),
-    "an encoder-decoder": ("calibrate a --base t5", "the base: expected "),
     "a folder without a model": (
         "generate hello --base broken --expert tiny-tuned --antiexpert tiny-base",
         "the base: expected a hub id, or a folder with a config.json and weights; got '",
     ),
     "a recipe as a model": (
         "generate hello --base kit --expert tiny-tuned --antiexpert tiny-base",
-        "the base: expected a plain model; got a composed one",
+        "the base: expected a plain model; got a composed one, a ProxyTunedModel of alpha=0.75. Its logits are shifted "
+        "already. To decode with it, pass its folder as --recipe; --alpha changes its strength.",
     ),
     "sampling settings without sampling": (
         f"{GENERATE} a temperature=0.7",
@@ -431,6 +551,38 @@ LOADED = {
     "a token id beyond the vocabulary": (
         f"{GENERATE} a eos_token_id=99999",
         "expected token ids below 564, the size of the",
+    ),
+    "a setting of prompt lookup": (
+        f"{GENERATE} a max_matching_ngram_size=2",
+        "Without it, max_matching_ngram_size would be ignored. Add e.g. prompt_lookup_num_tokens=3, or remove",
+    ),
+    "healing without a first token": (
+        f"{GENERATE} a token_healing=true",
+        "expected a model with a bos_token_id for token_healing; got token_healing=True. Leave it out, or pass bos",
+    ),
+    "a banned token beyond the vocabulary": (
+        f"{GENERATE} a bad_words_ids=[[5],[6,99999]]",
+        "expected token ids below 564, the size of the vocabulary; got bad_words_ids=[[5], [6, 99999]]. Correct bad_wo",
+    ),
+    "a biased token beyond the vocabulary": (
+        f"{GENERATE} a sequence_bias=[[[5,6],-2.0],[[99999],1.0]]",
+        "Correct sequence_bias.",
+    ),
+    "a model without its tokenizer": (
+        "calibrate a --base bare",
+        "the base's tokenizer: expected tokenizer files beside the base; got none that opens at 'bare'. Save it there",
+    ),
+    "an encoder that reads later tokens": (
+        "generate hello --base large-base --expert bert --antiexpert tiny-base",
+        "the expert: expected a causal LM, whose results do not depend on later tokens or on its cache; got a Bert",
+    ),
+    "a reward model": (
+        "generate hello --base large-base --expert reward --antiexpert tiny-base",
+        "reward', a checkpoint of LlamaForSequenceClassification, which scores texts. Name a causal LM.",
+    ),
+    "a model without all its weights": (
+        "generate hello --base large-base --expert tiny-tuned --antiexpert half",
+        "half', a checkpoint of LlamaForCausalLM, without model.norm.weight. transformers would draw these weights",
     ),
     "a system prompt that the template refuses": (
         f"{GENERATE} a --chat --system 'Be brief.'",
@@ -467,12 +619,48 @@ NOTED = {
         "'prompts.txt' is taken as a prompt; for the prompts in that",
     ),
     "a setting without its sign": (
-        f"{GENERATE} max_new_tokens 2",
+        f"{GENERATE} max_new_tokens 2 --max-new-tokens 2",
         "'max_new_tokens' is taken as a prompt; for the setting,",
     ),
     "an option without hyphens": (
         f"{GENERATE} alpha",
         "'alpha' is taken as a prompt; for the setting, pass --alpha VALUE.",
+    ),
+    "a prompt without its quotes": (
+        f"{GENERATE} Who is it?",
+        "3 prompts of one word each; a text of several words is quoted: 'Who is it?'",
+    ),
+    "a value of a switch": (
+        f"{GENERATE} Who? --do-sample yes",
+        "'yes' is taken as a prompt; a switch has no value: --do-sample, --no-do-sample.",
+    ),
+    "a seed of nothing": (
+        f"{GENERATE} a --seed 3",
+        "--seed 3 changes nothing: without do_sample=true, no token is drawn.",
+    ),
+    "a line feed that is none": (
+        f"{GENERATE} a --stop-strings '\\n'",
+        "in stop_strings is a backslash and a letter; a line feed is written as JSON, stop_strings='[\"\\n\"]'.",
+    ),
+    "an alpha in percent": (
+        f"{GENERATE} a --alpha 1000",
+        "alpha=1000 weighs the shift 1000 times: the base hardly counts, and texts are mostly noise. 0.5 to 2 are usua",
+    ),
+    "expert and antiexpert interchanged": (
+        "generate a --base large-base --expert tiny-base --antiexpert tiny-tuned",
+        "expert and antiexpert look swapped: the antiexpert is '",
+    ),
+    "a copy of the antiexpert": (
+        "generate a --base large-base --expert copy --antiexpert tiny-base",
+        "expert and antiexpert have equal weights, so expert - antiexpert is 0 and only the base is left",
+    ),
+    "a small base": (
+        "generate a --base tiny-base --expert large-tuned --antiexpert large-base",
+        "the expert is larger than the base (",
+    ),
+    "a member without its tokenizer": (
+        "generate a --base large-base --expert bare --antiexpert tiny-base",
+        "no tokenizer was found for expert. If ids mean different tokens there, the output is noise. Save the tokenize",
     ),
     "JSON lines in a text file": (
         f"{GENERATE} -f lines.txt",
@@ -489,6 +677,10 @@ NOTED = {
 }
 
 
+def edit(file, **changes):
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
 @pytest.fixture(scope="module")
 def place(family, tmp_path_factory):
     """A folder with everything that a call may name, right and wrong."""
@@ -496,14 +688,31 @@ def place(family, tmp_path_factory):
     for name, content in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for member in ("large-base", "tiny-tuned", "tiny-base"):
+    for member in MEMBERS:
         (folder / member).symlink_to(family / member)
+    T5Config(architectures=["T5ForConditionalGeneration"]).save_pretrained(folder / "t5")
+    LlavaConfig(architectures=["LlavaForConditionalGeneration"]).save_pretrained(folder / "llava")
+    ViTConfig(architectures=["ViTModel"]).save_pretrained(folder / "vit")
+    sizes = {"vocab_size": 564, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    BertLMHeadModel(BertConfig(**sizes, num_attention_heads=1)).save_pretrained(folder / "bert")
+    for file in (family / "tiny-base").glob("tokenizer*"):
+        shutil.copy(file, folder / "bert")
+    shutil.copytree(family / "tiny-base", folder / "copy")
+    shutil.copytree(family / "tiny-tuned", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
+    shutil.copytree(folder / "bare", folder / "reward")
+    shutil.copytree(folder / "bare", folder / "half")
+    weights = load_file(folder / "half" / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "half" / "model.safetensors", {"format": "pt"})
+    edit(folder / "reward" / "config.json", architectures=["LlamaForSequenceClassification"])
     model = proxytune.wrap(
         str(family / "large-base"), expert=str(family / "tiny-tuned"), antiexpert=str(family / "tiny-base"), alpha=0.75
     )
     for name in ("kit", "calibrated"):
         model.save_pretrained(folder / name)
     write_fork_threshold(folder / "calibrated", ForkCalibration(share=0.2, nats=1.0, tokens=100, alpha=0.75))
+    shutil.copytree(folder / "kit", folder / "moved")
+    edit(folder / "moved" / "proxytune_config.json", expert={"id": "./gone", "revision": None})
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         with pytest.raises(SystemExit, match="0"):
@@ -528,6 +737,7 @@ def is_clear(ended, message):
     assert ended.err.count("\n") == 1, ended.err
     assert ("expected" in ended.err and "; got " in ended.err) or " --help)" in ended.err, ended.err
     assert "traceback" not in ended.err.lower(), ended.err
+    assert not PYTHON.search(ended.err), ended.err
     assert ended.out == ""
 
 
@@ -535,6 +745,7 @@ def is_clear(ended, message):
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_told_before_a_model_is_loaded(run, monkeypatch, kind):
     words, message = MISTAKES[kind]
+    monkeypatch.setattr(proxytune.models.checkpoints, "is_peft_available", lambda: "without peft" not in kind)
     monkeypatch.setattr(proxytune.models.loading, "open_member", None)  # it would be a TypeError, exit code 1
     is_clear(run(*shlex.split(words)), message)
 
@@ -547,6 +758,7 @@ def test_a_mistake_is_told_with_the_models_at_hand(run, kind):
 
 
 @pytest.mark.usefixtures("there")
+@pytest.mark.filterwarnings("default")  # they are shown, as for a user
 @pytest.mark.parametrize("kind", NOTED)
 def test_what_is_likely_to_be_a_mistake_has_a_note(run, kind):
     words, message = NOTED[kind]
@@ -556,7 +768,8 @@ def test_what_is_likely_to_be_a_mistake_has_a_note(run, kind):
     assert ended.code == 0, ended
     assert re.match("(note|warning): ", ended.err), ended.err
     assert message in ended.err
+    assert not PYTHON.search(ended.err), ended.err
 
 
 def test_there_are_many():
-    assert len(MISTAKES) + len(LOADED) + len(NOTED) >= 140
+    assert len(MISTAKES) + len(LOADED) + len(NOTED) >= 200

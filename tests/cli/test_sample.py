@@ -57,8 +57,8 @@ DRAW = {"do_sample": True, "max_new_tokens": NEW, "temperature": 1.2, "top_k": 0
 
 
 def options_for(*words):
-    """Samples that do not repel each other have no forks, so no threshold."""
-    return TREE[2:] if "--no-forks" in words and "--repulsion" not in words else TREE
+    """Samples that do not repel each other, or that do at random, have no forks, so no threshold."""
+    return TREE[2:] if "random" in words or ("--no-forks" in words and "--repulsion" not in words) else TREE
 
 
 def drawn(run, members, *words):
@@ -185,7 +185,7 @@ def test_samples_stay_in_the_budget(run, members, tokenizer, room, leaves, longe
 @pytest.mark.parametrize(("room", "told"), [(NEW, True), (2 * NEW, False)])
 def test_a_budget_without_room_for_a_fork_is_noted(run, members, tokenizer, room, told):
     length = len(tokenizer(PROMPTS[0])["input_ids"])
-    words = ["--threshold", -1, "--branches", 2, "--budget", length + room, "--json", *members, *WORDS]
+    words = ["--threshold", 0, "--branches", 2, "--budget", length + room, "--json", *members, *WORDS]
     ended = run("sample", PROMPTS[0], *words, "eos_token_id=none")
     assert len(ended.lines[0]["leaves"]) == (1 if told else 2)
     note = f"2 texts planned, 1 ran, 1 of them cut: --budget {length + room} has no room for more of {NEW} tokens"

@@ -168,6 +168,13 @@ def test_the_recipe_keeps_the_choice(folders: Path, tmp_path: Path, end: int, te
     assert ProxyTunedModel.from_pretrained(tmp_path / "base").generation_config.eos_token_id == EOS
     again = ProxyTunedModel.from_pretrained(tmp_path / "base", end_tokens="expert")
     assert again.generation_config.eos_token_id == end
+    # A choice when opening is made from what the base ends with, not from what an earlier choice saved.
+    again = ProxyTunedModel.from_pretrained(tmp_path / "union", end_tokens="base")
+    assert again.generation_config.eos_token_id == again.config.eos_token_id == EOS
+    assert again.recipe.end_tokens == "base"
+    # Its file opens a recipe as its folder does.
+    opened_file = ProxyTunedModel.from_pretrained(tmp_path / "union" / RECIPE_FILE)
+    assert opened_file.generation_config.eos_token_id == [EOS, end]
     # What was set by hand is what is saved.
     opened.generation_config.eos_token_id = [7]
     opened.save_pretrained(tmp_path / "own")
