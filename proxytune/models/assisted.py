@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.models.members.member import embedding_rows
+from proxytune.models.members.embedding_table import embedding_rows
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
 

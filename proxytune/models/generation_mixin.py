@@ -24,7 +24,7 @@ from proxytune.models.assisted import AssistedMixin, TailMask
 from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
-from proxytune.models.members.member import device_of
+from proxytune.models.members.embedding_table import device_of
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.validation import shown
 

@@ -17,29 +17,13 @@ from transformers.cache_utils import Cache, StaticCache, get_layer_types_and_kwa
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
+from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
 
-__all__ = ["Member", "check_ids", "device_of", "embedding_rows", "positions_of"]
+__all__ = ["Member", "check_ids", "positions_of"]
 
 # "dummy" is what transformers calls a layer without a cache of its own, such as one that attends to another's.
 _SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "dummy"})
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """How many ids a model can embed; padded rows count."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """The device for a model's ids: its embedding's, or the one it is loaded to, if accelerate keeps it elsewhere."""
-    module = model.get_input_embeddings()
-    device: torch.device = module.weight.device
-    if device.type != "meta":
-        return device
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])
-    place = next((x for one in hooks if (x := getattr(one, "execution_device", None)) is not None), None)
-    return device if place is None else torch.device(place)
 
 
 def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
