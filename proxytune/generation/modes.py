@@ -38,7 +38,10 @@ def refuse_modes(loop: str, model: Any, generation_config: Any, assistant_model:
 
 
 def refuse_adapter_names(loop: str, model: Any, model_kwargs: Mapping[str, Any]) -> None:
-    """Raise UnsupportedModeError for an adapter per row, of a composed model's base or by PEFT's `generate()`."""
+    """Raise UnsupportedModeError for an adapter per row, of a composed model's base or by PEFT's `generate()`.
+
+    So for aLoRA, which PEFT applies to each row from a position of its own on.
+    """
     names, on = model_kwargs.get("adapter_names"), names_on(model)
     if names is not None or on:
         for module, number in on:  # PEFT would leave them there after an error
@@ -46,6 +49,8 @@ def refuse_adapter_names(loop: str, model: Any, model_kwargs: Mapping[str, Any])
         raise UnsupportedModeError.of(
             "adapter_names",
             expected=f"none with {loop}, which runs parts of the model on other rows than the prompts'",
-            got="an adapter for each row" if names is None else ", ".join(names),
+            got="an adapter, or an offset of aLoRA, for each row of a PEFT model"
+            if names is None
+            else ", ".join(names),
             remedy="Use one adapter per call, set_adapter(name) of the PEFT model, or another loop.",
         )

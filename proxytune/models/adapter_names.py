@@ -89,14 +89,14 @@ def adapters_of_rows(base: Any, names: list[str] | None) -> Iterator[None]:
 
 
 def names_on(model: nn.Module) -> list[tuple[nn.Module, int]]:
-    """The hooks, by module and number, with which PEFT runs a plain model's rows with an adapter each."""
+    """The hooks, by module and number, with which PEFT runs each row of a plain model by a name or aLoRA's offset."""
     if not getattr(model, "peft_config", None):
         return []
     return [
         (module, number)
         for module in model.modules()
         for number, hook in module._forward_pre_hooks.items()
-        if _NAME in getattr(hook, "keywords", ())
+        if {_NAME, "alora_offsets"} & set(getattr(hook, "keywords", ()))
     ]
 
 

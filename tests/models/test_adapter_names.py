@@ -20,7 +20,7 @@ from proxytune import (
     SiblingDecoding,
     SpeculativeDecoding,
 )
-from proxytune.errors import CacheError, InputError, UnsupportedModeError
+from proxytune.errors import CacheError, InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.models.members.cache_name import CACHE
 
@@ -197,6 +197,28 @@ def test_what_does_not_fit_is_refused_by_name(base: Any, model: ProxyTunedModel)
     with pytest.raises(UnsupportedModeError, match="compile_members for the base"):
         model(ids, **two)
     model.compile_members(roles=())
+
+
+def test_an_adapter_that_waits_for_its_invocation() -> None:
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False, alora_invocation_tokens=[17, 18]
+    )
+    base = peft.get_peft_model(build("llama", 1), config).eval()
+    ids = torch.tensor([[5, 17, 18, 6, 7], [8, 9, 17, 18, 4]])
+    with pytest.raises(UnsupportedModelError, match="the base: .* got a PEFT model with aLoRA"):
+        composed(base)
+    with pytest.raises(UnsupportedModelError, match="the expert: .* got a PEFT model with aLoRA"):
+        ProxyTuningLogitsProcessor(base, build("llama", 1), check_vocabulary=False)
+    want = ids  # by hand, since PEFT's own generate() goes wrong with use_cache=False
+    for _ in range(5):
+        one, two, three = (m(input_ids=want).logits[:, -1] for m in (base, *COMPANIONS.values()))
+        want = torch.cat([want, (one + 0.7 * (two - three)).argmax(-1, keepdim=True)], 1)
+    run = {"attention_mask": torch.ones_like(ids)} | RUN
+    with ProxyTuningLogitsProcessor(**COMPANIONS, alpha=0.7, check_vocabulary=False).attach(base):
+        for loop in (None, FusedDecoding(), SpeculativeDecoding(draft=PromptLookupDraft())):
+            assert torch.equal(base.generate(input_ids=ids, custom_generate=loop, **run), want)
+        with pytest.raises(UnsupportedModeError, match="expected none with SiblingDecoding.*an offset of aLoRA"):
+            base.generate(input_ids=ids, custom_generate=SiblingDecoding(threshold=1.0), **run | {"do_sample": True})
 
 
 def test_hooks_that_peft_left_after_an_error_are_noticed() -> None:

@@ -43,7 +43,15 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got=f"{type(model).__name__} ({family}), an encoder-decoder",
             remedy="Encoder-decoders are not supported.",
         )
-    if any(getattr(c, "is_prompt_learning", False) for c in dict(getattr(model, "peft_config", None) or {}).values()):
+    adapters = dict(getattr(model, "peft_config", None) or {}).values()
+    if hasattr(model, "get_base_model") and any(getattr(c, "alora_invocation_tokens", None) for c in adapters):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="an adapter that acts on every token of a text",
+            got="a PEFT model with aLoRA, which looks for its invocation tokens in the new tokens of each pass alone",
+            remedy="Use a LoRA without alora_invocation_tokens. A ProxyTuningLogitsProcessor takes one as its base.",
+        )
+    if any(getattr(c, "is_prompt_learning", False) for c in adapters):
         raise UnsupportedModelError.of(
             f"the {role}",
             expected="an adapter in the weights, such as LoRA",
