@@ -39,14 +39,14 @@ def checked_names(names: Any, members: Sequence[Member], rows: int) -> list[str]
             remedy="Leave it out, or compose the model with the PeftModel as its base; companions take no names.",
         )
     known = [*sorted(adapters), _WITHOUT]
-    if not isinstance(names, list | tuple) or len(names) != rows or (strange := set(names) - set(known)):
-        listed = isinstance(names, list | tuple)
+    listed = isinstance(names, list | tuple)
+    strange = [name for name in names if name not in known] if listed else []
+    if not listed or len(names) != rows or strange:
+        which = f"{', '.join(map(repr, strange))} in " if strange else ""
         raise InputError.of(
             _NAME,
             expected=f"one name per row, {rows} in all, of {', '.join(known)}",
-            got=f"{', '.join(sorted(map(repr, strange)))} in {shown(names, 80)}"
-            if listed and len(names) == rows
-            else shown(names, 80) + (f", {len(names)} in all" if listed else ""),
+            got=which + shown(names, 80) + (f", {len(names)} in all" if listed else ""),
             remedy="Load the adapter first, base.load_adapter(…, adapter_name=…), or correct the list.",
         )
     kind = type(getattr(base, "base_model", None))

@@ -1,7 +1,7 @@
 """What is asked of a model's input embedding: its rows, its device, and the matrix itself where there is one.
 
 A quantiser may keep the weight packed (bitsandbytes), as a tensor of its own kind (torchao, quanto), or in buffers.
-This is the only module that looks.
+Nothing else takes `get_input_embeddings().weight` for a matrix.
 """
 
 from __future__ import annotations
