@@ -328,8 +328,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         first = isinstance(past, int) and past == 0
         prompt = is_first_iteration or first or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
-            check_ids(input_ids, self.members)
             refuse_leftover(self.base)
+            check_ids(input_ids, self.members)
             if isinstance(cache, StaticCache):
                 for member in self.members:
                     member.refuse_static_cache(max(layer.max_cache_len for layer in stored(cache)))
