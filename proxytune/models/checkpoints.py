@@ -88,7 +88,7 @@ def _gguf_cure(role: str, folder: str, file: str) -> str:
 
 def carrier_of(reference: MemberRef, hub: Mapping[str, Any]) -> MemberRef | None:
     """The model that a PEFT adapter belongs to, for a reference to an adapter without one; else None."""
-    found = _adapter_file(reference, {"revision": reference.revision or "main", **hub})
+    found = _adapter_file(reference, hub)
     name = None if found is None else _named_in(found)
     return None if name is None else MemberRef(name)
 

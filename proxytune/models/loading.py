@@ -386,8 +386,10 @@ def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **h
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference.id, trust_remote_code=trust_remote_code, **where)
     except (OSError, ValueError):
-        carrier = carrier_of(reference, hub)
-        return find_tokenizer(carrier, trust_remote_code=trust_remote_code, **hub) if carrier is not None else None
+        if (carrier := carrier_of(reference, where)) is None:
+            return None
+        hub.pop("subfolder", None)  # of the adapter
+        return find_tokenizer(carrier, trust_remote_code=trust_remote_code, **hub)
     names = set(tokenizer.vocab_files_names.values())
 
     def exists(name: str) -> bool:

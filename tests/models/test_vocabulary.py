@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenize
 import proxytune
 from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor
 from proxytune.errors import InputError, VocabularyMismatchError, VocabularyWarning
+from proxytune.models.loading import find_tokenizer
 from proxytune.models.vocabulary import check_same_tokens, differing_tokens
+from proxytune.recipe import MemberRef
 
 BASE = {"<pad>": 0, "<s>": 1, "the": 2, "cat": 3, "dog": 4, "sat": 5}
 
@@ -203,6 +205,7 @@ def test_an_adapter_has_the_tokens_of_the_model_that_carries_it(members: Path, t
     lora["expert"].save_pretrained(tmp_path / "adapter")  # without a tokenizer
     saved = proxytune.wrap(**folders | {"expert": tmp_path / "adapter"})
     assert saved.recipe is not None
+    assert find_tokenizer(MemberRef(str(tmp_path), load={"subfolder": "adapter"})) is not None
     give(members, expert=swapped("w7", "w100"))
     match = "vocabulary of the expert: .* got 2 ids that mean different tokens"
     for expert in (lora["expert"], tmp_path / "adapter"):
