@@ -19,13 +19,14 @@ def pass_bytes(model: PreTrainedModel) -> PassBytes:
     mixture of experts count, more than a pass of few tokens reads. The cache counts per token of a row, 0 if the config
     does not tell its shape.
     """
-    table = model.get_input_embeddings().weight
+    # Quantisers may keep either in buffers.
+    table = getattr(model.get_input_embeddings(), "weight", None)
     head = model.get_output_embeddings()
-    looked_up = head is not None and head.weight is not table
+    looked_up = head is not None and getattr(head, "weight", None) is not table
     # By id, so that tied tensors count once.
     parts = {id(p): p.numel() * p.element_size() for p in model.parameters() if not (looked_up and p is table)}
     config = model.config.get_text_config(decoder=True)
-    return PassBytes(float(sum(parts.values())), float(_cached_values(config) * table.element_size()))
+    return PassBytes(float(sum(parts.values())), float(_cached_values(config) * model.dtype.itemsize))
 
 
 def _cached_values(config: Any) -> int:
@@ -48,5 +49,6 @@ def _cached_values(config: Any) -> int:
 def pass_work(model: PreTrainedModel) -> Work:
     """The bytes, parameters and layers of one forward pass of a causal LM."""
     read = pass_bytes(model)
-    size = model.get_input_embeddings().weight.element_size()
-    return Work(read, read.weights / size, int(model.config.get_text_config(decoder=True).num_hidden_layers))
+    return Work(
+        read, read.weights / model.dtype.itemsize, int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    )

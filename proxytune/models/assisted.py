@@ -24,7 +24,7 @@ from transformers.generation.logits_process import (
 
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.models.members.member import embedding_rows
+from proxytune.models.members.embedding_table import embedding_rows
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
 
@@ -152,6 +152,8 @@ class AssistedMixin:
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         parent: Any = super()
+        if "model_kwargs" in kwargs:  # a draft gets them all
+            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "adapter_names"}
         inner: CandidateGenerator = parent._get_candidate_generator(*args, **kwargs)
         width: int = self.config.vocab_size  # type: ignore[attr-defined]
         if type(inner) is PromptLookupCandidateGenerator:

@@ -18,7 +18,7 @@ from proxytune.errors import MemberError, MemberNotFoundError, UnsupportedModelE
 from proxytune.models.load_arguments import HUB_ARGUMENTS
 from proxytune.recipe import MemberRef
 
-__all__ = ["is_custom_code", "refuse_checkpoint", "refuse_incomplete", "tokenizer_code"]
+__all__ = ["carrier_of", "is_custom_code", "refuse_checkpoint", "refuse_incomplete", "tokenizer_code"]
 
 _ADAPTER_FILE = "adapter_config.json"
 _SHOWN = 4
@@ -86,8 +86,20 @@ def _gguf_cure(role: str, folder: str, file: str) -> str:
     )
 
 
-def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> MemberRef:
-    """The model that a PEFT adapter belongs to, for a reference to an adapter without one; else the reference."""
+def carrier_of(reference: MemberRef, hub: Mapping[str, Any]) -> MemberRef | None:
+    """The model that a PEFT adapter belongs to, for a reference to an adapter without one; else None."""
+    found = _adapter_file(reference, hub)
+    name = None if found is None else _named_in(found)
+    return None if name is None else MemberRef(name)
+
+
+def _named_in(adapter: str) -> str | None:
+    with open(adapter, encoding="utf-8") as opened:
+        name = json.load(opened).get("base_model_name_or_path")
+    return None if name is None else str(name)
+
+
+def _adapter_file(reference: MemberRef, hub: Mapping[str, Any]) -> str | None:
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 
     def file(name: str) -> str | None:
@@ -97,7 +109,12 @@ def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> M
             return None
         return found
 
-    if file("config.json") is not None or (adapter := file(_ADAPTER_FILE)) is None:
+    return None if file("config.json") is not None else file(_ADAPTER_FILE)
+
+
+def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> MemberRef:
+    """The model that a PEFT adapter belongs to, for a reference to an adapter without one; else the reference."""
+    if (adapter := _adapter_file(reference, hub)) is None:
         return reference
     if not is_peft_available():
         raise MemberError.of(
@@ -106,8 +123,7 @@ def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> M
             got=f"{reference.id!r}, a PEFT adapter ({_ADAPTER_FILE}), and no peft in this environment",
             remedy="Run pip install peft, or pass a merged model.",
         )
-    with open(adapter, encoding="utf-8") as opened:
-        below = str(json.load(opened).get("base_model_name_or_path"))
+    below = str(_named_in(adapter))
     if not os.path.isdir(below) and (os.path.isabs(below) or below.startswith(("./", "../"))):
         raise MemberNotFoundError.of(
             f"the {role}",

@@ -19,11 +19,12 @@ from transformers.generation.logits_process import UnbatchedClassifierFreeGuidan
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.models.adapter_names import checked_names
 from proxytune.models.assisted import AssistedMixin, TailMask
 from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
-from proxytune.models.members.member import device_of
+from proxytune.models.members.embedding_table import device_of
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.validation import shown
 
@@ -199,7 +200,18 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         given = inputs if inputs is not None else model_kwargs.get("input_ids")
         if given is not None:
             refuse_shapes(given, model_kwargs.get("attention_mask"))
+            if (names := model_kwargs.get("adapter_names")) is not None:
+                model_kwargs["adapter_names"] = checked_names(names, self.members, len(given))
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        # transformers repeats tensors alone.
+        ids, expanded = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        if adapter_names is not None:
+            expanded["adapter_names"] = [name for name in adapter_names for _ in range(expand_size)]
+        return ids, expanded
 
     def _prepare_attention_mask_for_generation(
         self, inputs_tensor: torch.Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
@@ -232,6 +244,13 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             tells = hasattr(processor, "for_call") and not generation_config.is_assistant
             processors.append(processor.for_call(generation_config, found) if tells else processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                if (kwargs.get("model_kwargs") or {}).get("adapter_names") is not None:
+                    raise UnsupportedModeError.of(
+                        "adapter_names",
+                        expected="no guidance_scale: its second branch runs without them",
+                        got=f"guidance_scale={generation_config.guidance_scale}",
+                        remedy="Use one adapter per call, base.set_adapter(name), or leave guidance_scale out.",
+                    )
                 processors.append(tail)  # guidance computes (−inf) − (−inf) = NaN in the tail
         if generation_config.is_assistant:  # the processors are the target's
             return processors

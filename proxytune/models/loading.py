@@ -16,7 +16,13 @@ from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
 from proxytune.errors import InputError, MemberError, MemberNotFoundError, ProxytuneError, VocabularyWarning
-from proxytune.models.checkpoints import is_custom_code, refuse_checkpoint, refuse_incomplete, tokenizer_code
+from proxytune.models.checkpoints import (
+    carrier_of,
+    is_custom_code,
+    refuse_checkpoint,
+    refuse_incomplete,
+    tokenizer_code,
+)
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.load_arguments import (
     HUB_ARGUMENTS,
@@ -38,6 +44,7 @@ __all__ = [
     "find_tokenizer",
     "open_member",
     "open_members",
+    "places_of_tokens",
     "reference_of",
     "refuse_composed",
     "refuse_roles",
@@ -128,7 +135,8 @@ def open_members(
     if check_vocabulary:
         hub = {role: {k: own[k] for k in HUB_ARGUMENTS if k in own} for role, own in arguments.items()}
         trusted = [role for role, own in arguments.items() if own["trust_remote_code"]]
-        known = check_vocabularies(references, tokenizers, trusted=trusted, hub=hub)
+        places = places_of_tokens(references, models)
+        known = check_vocabularies(places, tokenizers, trusted=trusted, hub=hub)
     return models, references, known
 
 
@@ -248,15 +256,16 @@ def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrai
     return loaded
 
 
-def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
+def reference_of(source: Any, revision: str | None = None, *, below: bool = False) -> MemberRef | None:
     """A reference to load a member again, folders made absolute.
 
-    None for a model that exists only in memory, or that carries an adapter, which its name does not cover.
+    None for a model that exists only in memory, or that carries an adapter, which its name does not cover; with `below`
+    the model that carries it.
     """
     load: Mapping[str, Any] = {}
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
-        if adapters_of(source):
+        if adapters_of(source) and not below:
             return None
         name, revision = getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None)
         load = _load_of(source)
@@ -270,6 +279,13 @@ def reference_of(source: Any, revision: str | None = None) -> MemberRef | None:
     if folder.is_dir():
         return MemberRef(str(folder.resolve()), load=load)
     return MemberRef(name, revision, load)
+
+
+def places_of_tokens(
+    references: Mapping[str, MemberRef | None], models: Mapping[str, nn.Module]
+) -> dict[str, MemberRef | None]:
+    """Where to look for each member's tokenizer: an adapter in memory has that of the model which carries it."""
+    return {role: found or reference_of(models[role], below=True) for role, found in references.items()}
 
 
 def _load_of(model: Any) -> dict[str, Any]:
@@ -360,7 +376,7 @@ def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **h
     """A member's tokenizer; None if it has none, even where transformers would make up an empty one.
 
     None, too, for one with code of its own that is not trusted, and for what transformers makes of a GGUF file: other
-    ids than the original's, though the vocabularies are equal.
+    ids than the original's, though the vocabularies are equal. An adapter saved without one has its model's.
     """
     # Not above: `from transformers import AutoTokenizer` may be what imports this module, and is not done by then.
     from transformers import AutoTokenizer
@@ -370,7 +386,10 @@ def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **h
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference.id, trust_remote_code=trust_remote_code, **where)
     except (OSError, ValueError):
-        return None
+        if (carrier := carrier_of(reference, where)) is None:
+            return None
+        hub.pop("subfolder", None)  # of the adapter
+        return find_tokenizer(carrier, trust_remote_code=trust_remote_code, **hub)
     names = set(tokenizer.vocab_files_names.values())
 
     def exists(name: str) -> bool:

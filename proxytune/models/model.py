@@ -7,8 +7,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from proxytune.errors import InputError, MemberNotFoundError, RecipeError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.registry import FORMULAS
+from proxytune.models.adapter_names import adapters_of_rows, checked_names, refuse_leftover
 from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import CARRIED, ProxyTunedConfig, load_recipe
 from proxytune.models.end_tokens import stop_composed
@@ -230,6 +232,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = None,
         cache: Cache | None = None,
+        adapter_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Run all members over the tokens and combine their logits.
@@ -245,6 +248,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             inputs_embeds: Refused; members do not share an embedding space.
             is_first_iteration: Set by `generate()` for a prompt.
             cache: The same as `past_key_values`, by its name since transformers 5.24.
+            adapter_names: For each row an adapter of the base, a PEFT model, or "__base__" [its active one for all].
             **kwargs: `cache_position`, which must go on where the cache ends; options of the package's own loops, see
                 `_forward_members`; any other that is not None or False is refused.
 
@@ -253,7 +257,8 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
 
         Raises:
             InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; if the
-                labels have another shape; or an argument is not supported.
+                labels have another shape, or `adapter_names` do not fit; or an argument is not supported.
+            UnsupportedModeError: If the base's adapters cannot be mixed in a batch.
             CacheError: If the cache was filled by another model.
         """
         # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
@@ -272,6 +277,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             logits_to_keep,
             labels,
             is_first_iteration,
+            adapter_names=None if adapter_names is None else checked_names(adapter_names, self.members, len(input_ids)),
             **loop_options,
         )
 
@@ -286,6 +292,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         labels: torch.Tensor | None,
         is_first_iteration: bool | None,
         *,
+        adapter_names: list[str] | None = None,
         return_member_logits: bool = False,
         precomputed_logits: Mapping[str, torch.Tensor] | None = None,
         latent_inputs: LatentInputs | None = None,
@@ -306,7 +313,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             # Not in the later steps of a generate(), which says False: nobody changes a member meanwhile.
             if is_first_iteration is not False and not torch.compiler.is_compiling():
                 waits = bool(is_first_iteration) or input_ids.shape[1] > 1  # for the device, as `check_ids` does
-                refuse_outdated(cache, self._models, values=waits)
+                refuse_outdated(cache, self._models, adapter_names, values=waits)
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
         for member in self.members:
             member.refuse_padding(attention_mask)
@@ -321,6 +328,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         first = isinstance(past, int) and past == 0
         prompt = is_first_iteration or first or (input_ids.shape[1] != 1 and known is None)
         if prompt and not torch.compiler.is_compiling():
+            refuse_leftover(self.base)
             check_ids(input_ids, self.members)
             if isinstance(cache, StaticCache):
                 for member in self.members:
@@ -328,7 +336,7 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
         if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
             out = forward_in_parts(
-                self.forward,
+                functools.partial(self.forward, adapter_names=adapter_names),
                 input_ids,
                 length=part,
                 cache=DynamicCache(config=self.config) if cache is None else cache,
@@ -338,21 +346,22 @@ class ProxyTunedModel(ComposedGenerationMixin, PreTrainedModel):
             )
             return out if cache is not None else CausalLMOutputWithPast(loss=out.loss, logits=out.logits)
 
-        members = run_members(
-            self.members,
-            self.config.spans,
-            input_ids,
-            cache=cache,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=logits_to_keep,
-            latent=latent,
-            precomputed=known or {},
-            sides=self._sides if self.overlap else None,
-            thread=self._thread if self.split_threads else None,
-        )  # [B, K, V_i] each
+        with adapters_of_rows(self.base, adapter_names):
+            members = run_members(
+                self.members,
+                self.config.spans,
+                input_ids,
+                cache=cache,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                logits_to_keep=logits_to_keep,
+                latent=latent,
+                precomputed=known or {},
+                sides=self._sides if self.overlap else None,
+                thread=self._thread if self.split_threads else None,
+            )  # [B, K, V_i] each
         if cache is not None and not torch.compiler.is_compiling():
-            note_members(cache, self._models)
+            note_members(cache, self._models, adapter_names)
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
         logits = ops.combine(members, self.formula.weights())  # [B, K, V]

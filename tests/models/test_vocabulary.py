@@ -6,18 +6,21 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import build
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenizerFast
 
 import proxytune
 from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor
 from proxytune.errors import InputError, VocabularyMismatchError, VocabularyWarning
+from proxytune.models.loading import find_tokenizer
 from proxytune.models.vocabulary import check_same_tokens, differing_tokens
+from proxytune.recipe import MemberRef
 
 BASE = {"<pad>": 0, "<s>": 1, "the": 2, "cat": 3, "dog": 4, "sat": 5}
 
@@ -177,6 +180,41 @@ def test_swapped_tokens_are_refused_by_name(members: Path, role: str) -> None:
     # Whoever insists gets no comparison; whoever knows better says which tokenizer is meant.
     open_all(members, check_vocabulary=False)
     open_all(members, tokenizers={role: tokenizer(WORDS)})
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_an_adapter_has_the_tokens_of_the_model_that_carries_it(members: Path, tmp_path: Path) -> None:
+    give(members, base=WORDS, expert=WORDS, antiexpert=WORDS)
+    folders = {role: members / role for role in ("base", "expert", "antiexpert")}
+    lora = {
+        role: peft.get_peft_model(
+            AutoModelForCausalLM.from_pretrained(folder),
+            peft.LoraConfig(
+                task_type="CAUSAL_LM",
+                r=2,
+                target_modules=["q_proj" if role == "base" else "c_attn"],
+                fan_in_fan_out=role != "base",
+            ),
+        )
+        for role, folder in folders.items()
+    }
+    model = proxytune.wrap(**lora)  # a warning would be an error here
+    assert model.recipe is None  # an adapter in memory cannot be loaded again
+    with ProxyTuningLogitsProcessor(lora["expert"], lora["antiexpert"]).attach(lora["base"]):
+        pass
+    lora["expert"].save_pretrained(tmp_path / "adapter")  # without a tokenizer
+    saved = proxytune.wrap(**folders | {"expert": tmp_path / "adapter"})
+    assert saved.recipe is not None
+    assert find_tokenizer(MemberRef(str(tmp_path), load={"subfolder": "adapter"})) is not None
+    give(members, expert=swapped("w7", "w100"))
+    match = "vocabulary of the expert: .* got 2 ids that mean different tokens"
+    for expert in (lora["expert"], tmp_path / "adapter"):
+        with pytest.raises(VocabularyMismatchError, match=match):
+            proxytune.wrap(**folders | {"expert": expert})
+        with pytest.raises(VocabularyMismatchError, match="vocabulary of the antiexpert"):
+            ProxyTuningLogitsProcessor(expert, folders["antiexpert"])
+    tokenizer(WORDS).save_pretrained(tmp_path / "adapter")  # its own comes first
+    assert isinstance(proxytune.wrap(**folders | {"expert": tmp_path / "adapter"}), ProxyTunedModel)
 
 
 def test_a_tokenizer_given_counts_more_than_the_one_in_the_folder(members: Path) -> None:

@@ -14,7 +14,14 @@ from transformers import PreTrainedModel
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import proxytune
-from proxytune import ForkDecoding, FusedDecoding, ProxyTuningLogitsProcessor, SiblingDecoding, SpeculativeDecoding
+from proxytune import (
+    ForkDecoding,
+    FusedDecoding,
+    LatentLogitsProcessor,
+    ProxyTuningLogitsProcessor,
+    SiblingDecoding,
+    SpeculativeDecoding,
+)
 from proxytune.errors import MemberError, RecipeError, UnsupportedModeError, UnsupportedModelError
 from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.models.members.cache_name import CACHE
@@ -149,3 +156,45 @@ def test_an_adapter_added_after_wrapping_is_not_lost_in_saving(tmp_path: Path) -
     with pytest.raises(RecipeError, match="save_pretrained: expected members .*; got .* carries a PEFT adapter"):
         model.save_pretrained(tmp_path / "after")
     assert not (tmp_path / "after").exists()
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", None])
+@pytest.mark.parametrize("make", [LatentLogitsProcessor, ProxyTuningLogitsProcessor])
+def test_a_hook_holds_whichever_model_it_is_put_on_and_whichever_generates(make: Any, task_type: str | None) -> None:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, task_type=task_type)
+    ids = torch.randint(3, 240, (2, 7))
+    run = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0} | RUN | {"max_new_tokens": 4}
+
+    def processor() -> Any:
+        if make is LatentLogitsProcessor:
+            return LatentLogitsProcessor("mean")
+        return ProxyTuningLogitsProcessor(build("gpt2", 2), build("gpt2", 3), ALPHA, check_vocabulary=False)
+
+    inside = build("llama", 1)
+    before = processor().attach(inside)  # then PEFT wraps a model that has hooks
+    base = peft.get_peft_model(inside, config).eval()
+    twin = copy.deepcopy(base).merge_and_unload()
+    alone = twin.generate(input_ids=ids, **run)
+    with processor().attach(twin):
+        want = twin.generate(input_ids=ids, **run)
+    assert not torch.equal(want, alone)
+    for attached in (before, processor(), processor()):
+        if attached is not before:
+            attached.attach(base if task_type else inside)
+        for model in (base, inside, base):
+            assert torch.equal(model.generate(input_ids=ids, **run), want)
+        attached.detach()
+        for model in (base, inside):
+            assert torch.equal(model.generate(input_ids=ids, **run), alone)
+
+
+def test_a_prompt_that_takes_the_place_of_latent_steps_is_noticed() -> None:
+    inside = build("llama", 1)
+    base = peft.get_peft_model(inside, LEARNED["prompt"]).eval()
+    ids = torch.randint(3, 240, (1, 7))
+    run = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0} | RUN
+    with (
+        LatentLogitsProcessor("mean").attach(inside),
+        pytest.raises(UnsupportedModeError, match="LatentLogitsProcessor: .*; got another method in its place"),
+    ):
+        base.generate(input_ids=ids, **run)

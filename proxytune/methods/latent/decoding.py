@@ -17,6 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 from proxytune.errors import UnsupportedModeError
 from proxytune.generation.call import Call
 from proxytune.generation.fused import FusedDecoding
+from proxytune.generation.modes import refuse_adapter_names
 from proxytune.generation.processor_rules import refuse_processors
 from proxytune.generation.seeds import StreamIds
 from proxytune.methods.latent.capture import with_capture
@@ -157,6 +158,7 @@ class LatentDecoding:
             beams=self.loop is None,
         )
         self._refuse_paged(generation_config, model_kwargs)
+        refuse_adapter_names(_NAME, model, model_kwargs)
         refuse_processors(call.processors)
         assert isinstance(self.mixture, LatentMixture)
         steps = latent_steps_of(

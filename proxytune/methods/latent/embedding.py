@@ -16,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from proxytune.errors import UnsupportedModelError
-from proxytune.models.members.member import device_of
+from proxytune.models.members.embedding_table import device_of, matrix_of, rows_of
 from proxytune.ops import Impl
 from proxytune.ops.mix import mix
 from proxytune.ops.noise import Noise
@@ -64,16 +64,12 @@ class Embedding:
     @property
     def device(self) -> torch.device:
         """The device for the ids."""
-        weight: torch.Tensor | None = next(iter(self._module.parameters()), None)
-        if weight is None:
-            return self.model.device
-        return device_of(self.model) if weight.device.type == "meta" else weight.device
+        return device_of(self.model)
 
     @property
     def rows(self) -> int | None:
         """How many ids it can embed; None if the module does not tell."""
-        weight = getattr(self._module, "weight", None)
-        return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.ndim == 2 else None
+        return rows_of(self._module)
 
     def of(self, ids: torch.Tensor) -> Inputs:
         """The inputs for ids `[B, N]`, `[B, N, …]` each."""
@@ -138,9 +134,7 @@ class Embedding:
         module = self._module
         plain = type(module) is nn.Embedding and module.max_norm is None and self._per_layer is None
         hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-        weight = getattr(module, "weight", None)
-        known = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.element_size() > 1
-        return weight if plain and not hooked and known else None
+        return matrix_of(module) if plain and not hooked else None
 
     def _second(self, ids: torch.Tensor) -> torch.Tensor:
         assert self._per_layer is not None

@@ -15,7 +15,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.generation.batch import lengths_of
 from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
-from proxytune.generation.modes import refuse_modes
+from proxytune.generation.modes import refuse_adapter_names, refuse_modes
 from proxytune.generation.processor_rules import refuse_processors
 from proxytune.generation.seeds import StreamIds
 from proxytune.methods.latent.capture import EarlyCapture, with_capture
@@ -163,6 +163,7 @@ class _Processors:
                 remedy="Call detach() first.",
             )
         refuse_modes(_NAME, self.model, generation_config, None, beams=True)
+        refuse_adapter_names(_NAME, self.model, model_kwargs)
         refuse_processors(processors)
         steps = latent_steps_of(
             self.model,

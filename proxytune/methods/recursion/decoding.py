@@ -33,6 +33,7 @@ from proxytune import ops
 from proxytune.errors import InputError
 from proxytune.generation.call import Call
 from proxytune.generation.fused import FusedDecoding
+from proxytune.generation.modes import refuse_adapter_names
 from proxytune.generation.processor_rules import bind_to_prompts
 from proxytune.generation.prompt_rows import rows_of_prompts
 from proxytune.methods.recursion.adapters import LatentRecursion, recursion_of
@@ -176,6 +177,7 @@ class RecursionDecoding:
         )
         recursion = recursion_of(model)
         refuse_call(name, model, generation_config, streamer, model_kwargs, trajectories=len(numbers))
+        refuse_adapter_names(name, model, model_kwargs)
         head = recursion.value_head(model)
         if self.select == "value" and head is None:
             raise InputError.of(

@@ -19,7 +19,7 @@ from proxytune.validation import refuse_seed, whole
 __all__ = ["refuse_call", "refuse_settings"]
 
 _LOOP = "SpeculativeDecoding"
-_ALLOWED = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds"}
+_ALLOWED = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds", "adapter_names"}
 
 
 def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, seed: Any, impl: Any) -> None:

@@ -173,7 +173,7 @@ class SpeculativeDecoding:
                 rows=rows,
                 drafter=draft.begin(DraftContext(model, cache, input_ids, mask, settings.usable)),
                 length=length,
-                target=TargetModel(call.ensemble, cache),
+                target=TargetModel(call.ensemble, cache, call.kwargs.get("adapter_names")),
                 verifier=DraftVerifier(settings, self.accept, recorder.wanted),
                 recorder=recorder,
             )

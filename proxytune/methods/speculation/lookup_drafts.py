@@ -16,7 +16,7 @@ from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter, D
 from proxytune.methods.speculation.model_drafts import costs_of_round
 from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.round import Proposal
-from proxytune.models.members.member import device_of, embedding_rows
+from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.validation import whole
 
 __all__ = ["BigramDraft", "PromptLookupDraft"]

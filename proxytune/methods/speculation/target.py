@@ -21,8 +21,9 @@ class TargetModel:
         added: How many columns of its cache are not committed yet.
     """
 
-    def __init__(self, ensemble: Ensemble, cache: Cache) -> None:
+    def __init__(self, ensemble: Ensemble, cache: Cache, adapter_names: list[str] | None = None) -> None:
         self.added = 0
+        self._adapter_names = adapter_names  # of a composed model's base, one per row
         self._ensemble = ensemble
         self._members = ensemble.members
         self._cache = cache
@@ -62,6 +63,7 @@ class TargetModel:
             return_dict=True,
             attention_mask=mask,
             position_ids=positions,
+            adapter_names=self._adapter_names,
             **self._ensemble.request(),
         )
         logits = self._ensemble.logits(outputs)

@@ -28,7 +28,7 @@ from proxytune.methods.steering.attach import (
 from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.end_tokens import EndWatch, ends_of, stopping_ids
 from proxytune.models.generation_mixin import ComposedGenerationMixin
-from proxytune.models.loading import check_vocabularies, open_members, reference_of, refuse_roles
+from proxytune.models.loading import check_vocabularies, open_members, places_of_tokens, reference_of, refuse_roles
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.models.roles import refuse_no_shift, warn_of_roles, warn_of_size
@@ -116,7 +116,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         refuse_roles("tokenizers", tokenizers)
         self._tokenizers = dict(tokenizers or {})
         self._check_vocabulary = check_vocabulary
-        models, self._references, found = open_members(
+        models, references, found = open_members(
             {"expert": expert, "antiexpert": antiexpert},
             type(self),
             tokenizers={role: t for role, t in self._tokenizers.items() if role != "base"},
@@ -124,6 +124,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             members=members,
             **from_pretrained,
         )
+        self._references = places_of_tokens(references, models)
         if check_vocabulary and "base" in self._tokenizers:
             check_vocabularies({"base": None, **self._references}, self._tokenizers)
         refuse_no_shift(models["expert"], models["antiexpert"], self.formula)
@@ -319,7 +320,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             )
         found = self._found_tokenizers
         if self._check_vocabulary:
-            found = check_vocabularies({"base": reference_of(model), **self._references}, self._tokenizers)
+            found = check_vocabularies({"base": reference_of(model, below=True), **self._references}, self._tokenizers)
         base = examined_base(target) if self._self_test else None
         companions = {c.member.role: c.member.model for c in self._companions}
         warn_of_size(model, companions)

@@ -21,6 +21,7 @@ from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
 from proxytune.generation.batch import selected_rows
 from proxytune.generation.call import Call
+from proxytune.generation.modes import refuse_adapter_names
 from proxytune.generation.processor_rules import bind_to_prompts
 from proxytune.generation.prompt_rows import rows_of_prompts
 from proxytune.generation.sampler import MembersAndWeights, Sampler
@@ -111,6 +112,7 @@ class TreeLoop(ABC):
             assistant_model=assistant_model,
         )
         refuse_extras(name, generation_config, streamer, synced_gpus, model_kwargs)
+        refuse_adapter_names(name, model, model_kwargs)
         refuse_threshold(self.threshold, model)
         if self._why_sampling and not generation_config.do_sample:
             raise UnsupportedModeError.of(

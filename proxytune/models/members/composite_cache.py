@@ -95,19 +95,24 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
     vars(cache).pop(_FILLED_BY, None)
 
 
-def note_members(cache: Cache, members: Mapping[str, nn.Module]) -> None:
-    """Write on a cache which models, role → model, have filled it, if that is not noted yet."""
+def note_members(cache: Cache, members: Mapping[str, nn.Module], adapter_names: list[str] | None = None) -> None:
+    """Write on a cache which models, role → model, have filled it, and the base's adapters of its rows, once."""
     if not hasattr(cache, _FILLED_BY):
-        setattr(cache, _FILLED_BY, {role: Fingerprint(model) for role, model in members.items()})
+        setattr(cache, _FILLED_BY, ({role: Fingerprint(model) for role, model in members.items()}, adapter_names))
 
 
-def refuse_outdated(cache: Cache, members: Mapping[str, nn.Module], *, values: bool) -> None:
+def refuse_outdated(
+    cache: Cache, members: Mapping[str, nn.Module], adapter_names: list[str] | None = None, *, values: bool
+) -> None:
     """Raise CacheError if a cache holds tokens, and a member, role → model, has changed since they were read.
 
     `values` compares values of the weights as well, for which the host waits for the device.
     """
-    noted: dict[str, Fingerprint] = getattr(cache, _FILLED_BY, {})
+    filled: tuple[dict[str, Fingerprint], list[str] | None] = getattr(cache, _FILLED_BY, ({}, adapter_names))
+    noted, names = filled
     changed = [role for role, model in members.items() if role in noted and not noted[role].holds(model, values=values)]
+    if names != adapter_names:
+        changed.append("adapter_names")
     if not changed:
         return
     if not _filled(cache):  # it was reset

@@ -17,29 +17,13 @@ from transformers.cache_utils import Cache, StaticCache, get_layer_types_and_kwa
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
+from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
 
-__all__ = ["Member", "check_ids", "device_of", "embedding_rows", "positions_of"]
+__all__ = ["Member", "check_ids", "positions_of"]
 
 # "dummy" is what transformers calls a layer without a cache of its own, such as one that attends to another's.
 _SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "dummy"})
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """How many ids a model can embed; padded rows count."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
-def device_of(model: PreTrainedModel) -> torch.device:
-    """The device for a model's ids: its embedding's, or the one it is loaded to, if accelerate keeps it elsewhere."""
-    module = model.get_input_embeddings()
-    device: torch.device = module.weight.device
-    if device.type != "meta":
-        return device
-    hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", [hook])
-    place = next((x for one in hooks if (x := getattr(one, "execution_device", None)) is not None), None)
-    return device if place is None else torch.device(place)
 
 
 def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
@@ -59,7 +43,15 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got=f"{type(model).__name__} ({family}), an encoder-decoder",
             remedy="Encoder-decoders are not supported.",
         )
-    if any(getattr(c, "is_prompt_learning", False) for c in dict(getattr(model, "peft_config", None) or {}).values()):
+    adapters = dict(getattr(model, "peft_config", None) or {}).values()
+    if hasattr(model, "get_base_model") and any(getattr(c, "alora_invocation_tokens", None) for c in adapters):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="an adapter that acts on every token of a text",
+            got="a PEFT model with aLoRA, which looks for its invocation tokens in the new tokens of each pass alone",
+            remedy="Use a LoRA without alora_invocation_tokens. A ProxyTuningLogitsProcessor takes one as its base.",
+        )
+    if any(getattr(c, "is_prompt_learning", False) for c in adapters):
         raise UnsupportedModelError.of(
             f"the {role}",
             expected="an adapter in the weights, such as LoRA",

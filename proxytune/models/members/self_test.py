@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, get_layer_types_and_kwargs
 
 from proxytune.models.members.cache_name import CACHE, argument_of
+from proxytune.models.members.embedding_table import device_of, embedding_rows
 
 __all__ = ["UNTESTED", "Verdict", "static_fault", "verdict_of"]
 
@@ -107,11 +108,10 @@ def _inner(model: Any) -> Any:
 def _kind(model: Any) -> object:
     """What models that behave alike have in common: code and settings, but no sizes."""
     inside = model.get_base_model() if hasattr(model, "get_base_model") else _inner(model)
-    weight = model.get_input_embeddings().weight
     attention = getattr(inside.config, "_attn_implementation", None)
     quantized = type(getattr(inside, "hf_quantizer", None)).__name__
     settings = _without_sizes({k: v for k, v in inside.config.to_dict().items() if k not in _NAMES})
-    return type(model), type(inside), repr(settings), attention, quantized, weight.dtype, weight.device.type
+    return type(model), type(inside), repr(settings), attention, quantized, model.dtype, device_of(model).type
 
 
 def _without_sizes(value: Any) -> Any:
@@ -125,7 +125,7 @@ def _without_sizes(value: Any) -> Any:
 @contextmanager
 def _as_found(model: Any) -> Iterator[None]:
     """Evaluation mode, no gradients, no hooks; afterwards everything is as it was, what buffers hold included."""
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model)
     modules = [vars(m) for m in model.modules()]
     modes = [state["training"] for state in modules]
     hooks = [(m, name, m[name]) for m in modules for name in ("_forward_hooks", "_forward_pre_hooks") if m[name]]
@@ -190,18 +190,17 @@ class _Test:
         self.model = _inner(model)
         self.config = model.config.get_text_config(decoder=True)
         self.told = told
-        weight = model.get_input_embeddings().weight
-        self.device = weight.device
+        rows, self.device = embedding_rows(model), device_of(model)
         quantized = getattr(model, "hf_quantizer", None) is not None
-        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.ndim > 1), weight.dtype)
+        dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.ndim > 1), model.dtype)
         if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest":
             dtype = torch.bfloat16  # or TF32
         self.tolerance = _QUANTIZED if quantized else _TOLERANCE.get(dtype, _QUANTIZED)
         special = {v for k, v in self.config.to_dict().items() if k.endswith("token_id") and isinstance(v, int)}
-        usable = [i for i in range(3, min(weight.shape[0], 4000)) if i not in special]
+        usable = [i for i in range(3, min(rows, 4000)) if i not in special]
         self.ids = [usable[(7 + 131 * i) % len(usable)] for i in range(8)]
         pad = getattr(self.config, "pad_token_id", None)
-        self.pad = pad if isinstance(pad, int) and 0 <= pad < weight.shape[0] else self.ids[7]
+        self.pad = pad if isinstance(pad, int) and 0 <= pad < rows else self.ids[7]
 
     def verdict(self) -> Verdict:
         a, b, c, d, e, f, x, y = self.ids
