@@ -219,7 +219,9 @@ def test_left_padding_is_refused_before_any_member_runs(kind: str) -> None:
 def test_speculation_in_a_batch_is_refused_where_rows_cannot_be_moved(kind: str) -> None:
     loop = SpeculativeDecoding(draft=PromptLookupDraft(), seed=0)
     for model, role in ((composed(kind), "base"), (made(kind), "model")):
-        with pytest.raises(UnsupportedModeError, match=rf"speculation in a batch for the {role}: .*moved by two columns"):
+        with pytest.raises(
+            UnsupportedModeError, match=rf"speculation in a batch for the {role}: .*moved by two columns"
+        ):
             model.generate(IDS, **GREEDY, custom_generate=loop)
 
 
