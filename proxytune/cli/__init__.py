@@ -19,7 +19,8 @@ import typer
 
 from proxytune._version import __version__
 from proxytune.cli import bench, calibrate, demo, doctor, generate, sample, terminal
-from proxytune.cli.settings import PromptCommand, with_settings
+from proxytune.cli.prompt_command import PromptCommand
+from proxytune.cli.settings import with_settings
 from proxytune.errors import ProxytuneError
 
 __all__ = ["app", "main"]

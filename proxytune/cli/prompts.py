@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from proxytune.cli import terminal
-from proxytune.cli.settings import ELSEWHERE, SETTINGS, PlainText
+from proxytune.cli.prompt_command import PlainText
+from proxytune.cli.setting_table import SETTINGS
+from proxytune.cli.settings import ELSEWHERE
 from proxytune.errors import InputError
 
 __all__ = ["Prompt", "check_prompts", "read_prompts"]

@@ -25,6 +25,7 @@ from transformers.generation.logits_process import (
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.members.embedding_table import embedding_rows
+from proxytune.models.members.member import refuse_no_numbers
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
 
@@ -36,16 +37,24 @@ class TailMask(LogitsProcessor):
     """Sets ids from `width` on to −inf.
 
     The composed logits are −inf there anyway. This is for drafts of assisted decoding, which `generate()` gives the
-    same processors, and for the NaN of `(−inf) − (−inf)` in classifier-free guidance.
+    same processors, and for the NaN of `(−inf) − (−inf)` in classifier-free guidance. With `finite`, it also refuses
+    rows without a distribution, whose argmax would be some token: transformers' loops wait for the device in each step.
     """
 
     supports_continuous_batching = False
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, *, finite: bool = False) -> None:
         self.width = width
+        self.finite = finite
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Mask the tail of scores `[B, V]`; a new tensor if there is a tail."""
+        """Mask the tail of scores `[B, V]`; a new tensor if there is a tail.
+
+        Raises:
+            NumericalError: With `finite`, if a row holds NaN or +inf, or nothing but −inf.
+        """
+        if self.finite:
+            refuse_no_numbers(scores, "the members' combined logits")
         if scores.shape[-1] <= self.width:
             return scores
         masked = scores.clone()

@@ -230,7 +230,9 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         **kwargs: Any,
     ) -> LogitsProcessorList:
         tail = TailMask(self.usable_ids)
-        processors = LogitsProcessorList([tail])
+        processors = LogitsProcessorList(
+            [TailMask(self.usable_ids, finite=not generation_config.remove_invalid_values)]
+        )
         found = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
         for processor in found:
             # A draft gets the target's processors. It may be steered on top, since drafts only propose.

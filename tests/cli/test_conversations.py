@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from proxytune.cli import generate as command
-from proxytune.cli import settings
+from proxytune.cli import setting_table, settings
 from proxytune.cli.models import check_chat, encode
 from proxytune.cli.prompts import Prompt
 from proxytune.errors import InputError
@@ -63,7 +63,7 @@ def test_options_are_settings(run, members):
 
 
 def test_every_setting_is_a_field_of_the_installed_release():
-    assert settings.SETTINGS.keys() <= GenerationConfig().to_dict().keys()
+    assert setting_table.SETTINGS.keys() <= GenerationConfig().to_dict().keys()
 
 
 @pytest.mark.parametrize(("word", "value"), [("no", False), ("off", False), ("0", False), ("on", True), ("YES", True)])

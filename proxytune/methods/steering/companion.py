@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicCache
 from proxytune.errors import InputError
 from proxytune.models.members.cuda_streams import StreamOrder, tensors_of
 from proxytune.models.members.fingerprint import Fingerprint
-from proxytune.models.members.member import Member, check_ids
+from proxytune.models.members.member import Member, check_ids, refuse_no_numbers
 
 __all__ = ["PrefixCachedMember"]
 
@@ -205,6 +205,8 @@ class PrefixCachedMember:
                 cache=self._cache,
                 logits_to_keep=new if end == n else 1,
             )  # [B, K, V]
+        if keep == 0:  # the host has waited for the ids
+            refuse_no_numbers(logits[:, -1], f"the {self.member.role}'s logits")
         # Only now: a model may set itself up in its first pass.
         if self._filled_by is None:
             self._filled_by = Fingerprint(self.member.model)

@@ -14,13 +14,13 @@ import torch
 from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache, get_layer_types_and_kwargs
 
-from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
+from proxytune.errors import InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
 
-__all__ = ["Member", "check_ids", "positions_of"]
+__all__ = ["Member", "check_ids", "positions_of", "refuse_no_numbers"]
 
 # "dummy" is what transformers calls a layer without a cache of its own, such as one that attends to another's.
 _SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "dummy"})
@@ -336,4 +336,18 @@ def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:
             expected=f"ids from 0 to {least.rows - 1}, which every member can embed",
             got=f"id {bad}, which the {least.role} ({least.rows} embedding rows) has no embedding for",
             remedy="Use the tokenizer that all members share, without tokens added for one of them.",
+        )
+
+
+def refuse_no_numbers(logits: torch.Tensor, whose: str) -> None:
+    """Raise NumericalError if a row of logits `[B, V]` holds NaN or +inf, or −inf only. Waits for the device."""
+    wrong = ~logits.amax(-1).isfinite()  # NaN if any is
+    if bool(wrong.any()):
+        row = int(wrong.int().argmax())
+        raise NumericalError.of(
+            f"row {row} of {len(logits)}",
+            expected="logits of which a token can be drawn",
+            got=f"NaN or +inf among {whose}, or −inf for every token",
+            remedy="Run the members in bfloat16 or float32 rather than float16, and look at each one's own logits for "
+            "this text (model.member_logits). remove_invalid_values=True goes on with finite values in their place.",
         )

@@ -224,10 +224,8 @@ def test_workers_of_a_killed_run_end_with_it(tmp_path: Path) -> None:
     finally:
         run.kill()
         run.wait()
-    time.sleep(5.0)  # ample for a worker to notice
-    last = checkpoint.stat().st_mtime_ns
-    time.sleep(3.0)  # ten steps, the way to the next checkpoint, take a fifth of a second
-    assert checkpoint.stat().st_mtime_ns == last
+    # Ten steps, the way to the next checkpoint, take a fifth of a second; a worker has some seconds to notice.
+    wait_until(lambda: time.time() - checkpoint.stat().st_mtime > 3.0, seconds=8.0)
 
 
 def wait_until(condition: Callable[[], bool], seconds: float) -> None:

@@ -181,7 +181,7 @@ def test_wrong_families_are_found(kind: str, wrong: set[str], counts: bool, dtyp
 @pytest.mark.parametrize("kind", ["bert encoder", "two-way gemma3"])
 def test_members_that_read_later_tokens_are_refused(kind: str) -> None:
     for make in (composed, lambda kind: ProxyTuningLogitsProcessor(made(kind), made(kind, 1), check_vocabulary=False)):
-        with pytest.raises(UnsupportedModelError, match=r"the (base|expert): .*differ by \d+.*the first four"):
+        with pytest.raises(UnsupportedModelError, match=r"the (base|expert): .*differ by \d+.*the same four tokens"):
             make(kind)
     assert composed(kind, self_test=False).members[0].verdict is UNTESTED
 
@@ -219,7 +219,9 @@ def test_left_padding_is_refused_before_any_member_runs(kind: str) -> None:
 def test_speculation_in_a_batch_is_refused_where_rows_cannot_be_moved(kind: str) -> None:
     loop = SpeculativeDecoding(draft=PromptLookupDraft(), seed=0)
     for model, role in ((composed(kind), "base"), (made(kind), "model")):
-        with pytest.raises(UnsupportedModeError, match=rf"speculation in a batch for the {role}: .*moved by two columns"):
+        with pytest.raises(
+            UnsupportedModeError, match=rf"speculation in a batch for the {role}: .*moved by two columns"
+        ):
             model.generate(IDS, **GREEDY, custom_generate=loop)
 
 
@@ -264,7 +266,7 @@ def test_the_test_runs_once_for_models_that_differ_in_sizes_only(monkeypatch: py
     for _ in range(2):
         proxytune.wrap(large, expert=small, antiexpert=other, check_vocabulary=False)
         assert len(passes) == 3
-    assert {args[0].model for args in passes} == {small} or {args[0].model for args in passes} == {other}
+    assert {args[0].config.hidden_size for args in passes} == {16}
 
 
 def test_a_model_is_left_as_it_was() -> None:
@@ -310,3 +312,46 @@ def test_a_decoder_counted_by_its_encoder_is_refused_with_the_cure(decoder_layer
         Member(model, "expert")
     model.config.num_hidden_layers = model.config.decoder_layers
     Member(model, "expert").examine()
+
+
+def test_states_that_are_not_finite_leave_no_verdict_for_others() -> None:
+    self_test._of_kind.clear()
+    broken = copy.deepcopy(made("llama"))
+    with torch.no_grad():
+        broken.get_input_embeddings().weight.fill_(torch.nan)
+    assert verdict_of(broken, True) is UNTESTED
+    assert not self_test._of_kind
+    assert verdict_of(made("llama"), True) == Verdict()
+
+
+def test_a_model_changed_in_place_is_tested_again() -> None:
+    model = copy.deepcopy(made("bert encoder"))
+    assert verdict_of(model, True).cache is not None
+    for config in (model.config, *(layer.attention.self.config for layer in model.bert.encoder.layer)):
+        config.is_decoder = True
+    for layer in model.bert.encoder.layer:
+        layer.is_decoder = layer.attention.is_decoder = layer.attention.self.is_decoder = True
+        layer.attention.self.is_causal = True
+    assert verdict_of(model, True) == Verdict()
+
+
+def test_the_model_can_be_used_while_it_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks act, modes hold and nothing stops early in a pass of the model itself, as from another thread."""
+    model, seen = copy.deepcopy(made("llama")), []
+    want = model(IDS).logits
+    model.model.layers[0].register_forward_hook(lambda *args: seen.append(args))
+    model.train()
+    compiled: list[Any] = []
+    model.forward = torch.compile(model.forward, backend=lambda graph, _: compiled.append(graph) or graph)
+    original = self_test._Test._pass
+
+    def between(*args: Any) -> Any:
+        assert model.training
+        torch.testing.assert_close(LlamaForCausalLM.forward(model, IDS).logits, want)
+        return original(*args)
+
+    monkeypatch.setattr(self_test._Test, "_pass", between)
+    self_test._of_kind.clear()
+    assert verdict_of(model, True) == Verdict()
+    assert len(seen) == 3  # by the passes of the model itself alone
+    assert not compiled
