@@ -18,6 +18,7 @@ from proxytune.generation.sampler import DrawSettings
 from proxytune.generation.seeds import StreamIds, keys_of, seed_of
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.foreign_processors import DRAFTS, processors_of_call
+from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.ops.noise import Noise
 
 __all__ = ["Call"]
@@ -89,6 +90,8 @@ class Call:
             InputError: If stream or branch ids do not fit the batch.
         """
         refuse_modes(loop, model, generation_config, assistant_model, beams=beams)
+        if not drafts:  # those refuse every learned prompt
+            refuse_unfound_cache(model, model_kwargs.get("use_cache"))
         batch, width = input_ids.shape
         processors = processors_of_call(logits_processor, generation_config, width, DRAFTS if drafts else None)
         keys = keys_of(stream_ids, branch_ids, batch)

@@ -142,6 +142,34 @@ def test_a_base_with_a_learned_prompt_is_right_in_trees_and_refused_by_speculati
             base.generate(input_ids=ids, custom_generate=SpeculativeDecoding(draft=PromptLookupDraft()), **run)
 
 
+@pytest.mark.skipif(CACHE != "cache" or Version(peft.__version__) > Version("0.21.2"), reason="they are right there")
+@pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
+@pytest.mark.parametrize("kind", LEARNED)
+def test_a_learned_prompt_is_refused_where_peft_does_not_find_the_cache(kind: str) -> None:
+    base = peft.get_peft_model(build("llama", 1), LEARNED[kind]).eval()
+    for weight in base.prompt_encoder.parameters():
+        torch.nn.init.normal_(weight)
+    ids = torch.randint(3, 240, (1, 7))
+    run = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0} | RUN
+    companions = build("gpt2", 2), build("gpt2", 3)
+    says = "expected a release of peft that finds the cache as 'cache'"
+    with ProxyTuningLogitsProcessor(*companions, alpha=0.5, check_vocabulary=False).attach(base):
+        for loop in (None, FusedDecoding(), ForkDecoding(threshold=1.0, branches=2, seed=0)):
+            with pytest.raises(UnsupportedModeError, match=says):
+                base.generate(input_ids=ids, custom_generate=loop, **run)
+        if kind == "prefix":  # it is a cache itself
+            with pytest.raises(UnsupportedModeError, match=says):
+                base.generate(input_ids=ids, use_cache=False, **run)
+            return
+        found = base.generate(input_ids=ids, use_cache=False, **run)
+    text = ids
+    with torch.no_grad():
+        while text.shape[1] < found.shape[1]:
+            z = [model(input_ids=text).logits[:, -1] for model in (base, *companions)]
+            text = torch.cat([text, (z[0] + 0.5 * (z[1] - z[2])).argmax(-1)[:, None]], 1)
+    assert torch.equal(found, text)
+
+
 @pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"add_adapter of transformers {transformers.__version__} wants peft >= {MIN_PEFT_VERSION}",

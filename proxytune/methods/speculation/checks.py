@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, get_args
 
 from proxytune import ops
@@ -12,6 +11,7 @@ from proxytune.generation.call import Call
 from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
+from proxytune.models.learned_prompts import learned_prompt_of
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.member import Member
 from proxytune.validation import refuse_seed, whole
@@ -91,10 +91,7 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
                 got=repr(value) if isinstance(value, bool | int | float | str) else f"a {type(value).__name__}",
                 remedy="Leave it out, or decode without speculation.",
             )
-    # While a PEFT model generates, its own method stands on the model inside.
-    peft = getattr(inspect.unwrap(call.model.prepare_inputs_for_generation), "__self__", None)
-    config = getattr(peft, "active_peft_config", None)
-    if getattr(config, "is_prompt_learning", False):
+    if (config := learned_prompt_of(call.model)) is not None:
         raise UnsupportedModeError.of(
             "SpeculativeDecoding",
             expected="a cache of the text alone, from which rejected drafts can be removed",

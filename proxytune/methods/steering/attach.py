@@ -14,6 +14,7 @@ from proxytune.generation.prompt_rows import expand_mask
 from proxytune.models.assisted import refuse_self_speculation
 from proxytune.models.end_tokens import listed_ends
 from proxytune.models.foreign_processors import processors_of_call
+from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.models.members.member import Member
 from proxytune.ops import normalise_
@@ -81,8 +82,9 @@ class SteeredProcessors:
 
     changes_logits = True
 
-    def __init__(self, processor: _Steering, base: Member | None = None) -> None:
+    def __init__(self, processor: _Steering, model: Any, base: Member | None = None) -> None:
         self.processor = processor
+        self.model = model
         self.base = base  # None if it was not tested
 
     def __call__(
@@ -138,6 +140,7 @@ class SteeredProcessors:
         held = None if past is None else tokens_in(past)
         if self.base is not None:
             self.base.refuse_padding(mask)
+        refuse_unfound_cache(self.model, generation_config.use_cache)
         seen = length or 0
         # generate() drops a mask of ones, but keeps its length.
         covered = getattr(generation_config, "_mask_length", seen) if mask is None else mask.shape[1]

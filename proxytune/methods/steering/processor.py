@@ -329,7 +329,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         notice = ScoringNotice(model, target)
         self._hooks = (
             *stops,
-            MethodHook(target, "_get_logits_processor", SteeredProcessors(self, base)),
+            MethodHook(target, "_get_logits_processor", SteeredProcessors(self, target, base)),
             *batching_refused(target),
             MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self, notice)),
         )
