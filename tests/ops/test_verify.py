@@ -249,6 +249,30 @@ def spread_out(rows: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return out
 
 
+def one_round(
+    p: torch.Tensor, q: torch.Tensor, at: torch.Tensor, first: torch.Tensor, length: torch.Tensor, most: int,
+    given: bool, sampling: SamplingParams, noise: Noise,
+) -> VerifyOutput:  # fmt: skip
+    """Draft after texts of no token or of the one token `first`, `[B]`, and verify; `noise` is at their ends."""
+    # Rows of the tables: 0, or 1 + the first token; what is past the second token never matters.
+    here = torch.where(length == 0, 0, 1 + torch.searchsorted(at, first))
+    drafted, rows, rows_of_q = [], [], []
+    for j in range(most):
+        rows.append(p[here])
+        rows_of_q.append(q[here])
+        x = ops.step([spread_out(q[here], at)], sampling=sampling, noise=noise.at(length + j), impl="torch").tokens
+        assert x is not None
+        drafted.append(x[:, 0])
+        here = 1 + torch.searchsorted(at, x[:, 0].contiguous())
+    rows.append(p[here])
+    return ops.verify(
+        [spread_out(torch.stack(rows, 1).flatten(0, 1), at)],
+        drafted=torch.stack(drafted, 1),
+        draft=None if given else spread_out(torch.stack(rows_of_q, 1).flatten(0, 1), at),
+        sampling=sampling, noise=noise, impl="torch",
+    )  # fmt: skip
+
+
 def two_tokens(
     p: torch.Tensor, q: torch.Tensor, n: int, most: int, at: torch.Tensor, *, given: bool = False, **settings: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,42 +282,22 @@ def two_tokens(
     behind a rejected one had.
     """
     firsts, tokens = [], []
-    for start in range(0, n, 256):
-        count = min(256, n - start)
-        texts = torch.zeros(count, 2, dtype=torch.int64)
+    each = 4096 if at is NEXT else 256  # narrow rows spend their time in calls, wide ones in memory
+    for start in range(0, n, each):
+        count = min(each, n - start)
         length = torch.zeros(count, dtype=torch.int64)
         noise = Noise.of(count, seed=3, row=torch.arange(start, start + count), position=0)
         sampling = SamplingParams.of(count, **settings)
-
-        def state(length: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-            """Rows of the tables: 0, or 1 + the first token; what is past the second token never matters."""
-            return torch.where(length == 0, 0, 1 + last)
-
-        for rounds in range(2):
-            last = torch.searchsorted(at, texts[:, 0].contiguous())
-            here, drafted, rows, rows_of_q = state(length, last), [], [], []
-            for j in range(most):
-                rows.append(p[here])
-                rows_of_q.append(q[here])
-                x = ops.step(
-                    [spread_out(q[here], at)], sampling=sampling, noise=noise.at(length + j), impl="torch"
-                ).tokens
-                assert x is not None
-                drafted.append(x[:, 0])
-                here = 1 + torch.searchsorted(at, x[:, 0].contiguous())
-            rows.append(p[here])
-            got = ops.verify(
-                [spread_out(torch.stack(rows, 1).flatten(0, 1), at)],
-                drafted=torch.stack(drafted, 1),
-                draft=None if given else spread_out(torch.stack(rows_of_q, 1).flatten(0, 1), at),
-                sampling=sampling, noise=noise.at(length), impl="torch",
-            )  # fmt: skip
-            if rounds == 0:
-                firsts.append(got.accepted)
-                texts = torch.nn.functional.pad(got.tokens, (0, 1), value=-1)[:, :2].clone()
-                length = (got.accepted + 1).clamp(max=2)
-            else:
-                texts[:, 1] = torch.where(length < 2, got.tokens[:, 0], texts[:, 1])
+        got = one_round(p, q, at, at[length], length, most, given, sampling, noise)
+        firsts.append(got.accepted)
+        texts = torch.nn.functional.pad(got.tokens, (0, 1), value=-1)[:, :2].clone()
+        # Keys and settings are a text's own, so those that have their two tokens need not be there.
+        left = (got.accepted == 0).nonzero()[:, 0]
+        if len(left):
+            length = torch.ones_like(left)
+            streams = noise.pick(left).at(length)
+            got = one_round(p, q, at, texts[left, 0], length, most, given, sampling.pick(left), streams)
+            texts[left, 1] = got.tokens[:, 0]
         tokens.append(texts)
     return torch.searchsorted(at, torch.cat(tokens)), torch.cat(firsts)
 

@@ -34,6 +34,7 @@ class Reference(PreTrainedModel, GenerationMixin):
         super().__init__(members[0].config)
         self.__dict__["members"] = members
         self.alpha = alpha
+        self.__dict__["memo"] = {}
         self.generation_config = GenerationConfig.from_dict(members[0].generation_config.to_dict())
         # Beam search and sampling ask where the model is; the members' parameters are not registered here.
         self.register_parameter("here", torch.nn.Parameter(torch.zeros(1)))
@@ -41,12 +42,20 @@ class Reference(PreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(self, input_ids: torch.Tensor, **kwargs: Any) -> dict[str, Any]:
         return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
 
+    def after(self, ids: torch.Tensor) -> torch.Tensor:
+        """`next_logits` after one unpadded prefix `[T]`; computed once, for all texts that begin with it."""
+        memo: dict[tuple[int, ...], torch.Tensor] = self.__dict__["memo"]
+        prefix = tuple(ids.tolist())
+        if prefix not in memo:
+            memo[prefix] = next_logits(self.__dict__["members"], self.alpha, ids)
+        return memo[prefix]
+
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: Any) -> Any:
         rows = []
         for i, ids in enumerate(input_ids):
             if attention_mask is not None:
                 ids = ids[attention_mask[i].bool()]
-            rows.append(next_logits(self.__dict__["members"], self.alpha, ids))
+            rows.append(self.after(ids))
         return CausalLMOutputWithPast(logits=torch.stack(rows)[:, None])
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from support.reference import Reference, next_logits
+from support.reference import Reference
 from support.tiny import BOS, EOS, PAD, build, shared, tokenizer
 from transformers import PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
@@ -114,7 +114,7 @@ def assert_logits(setup: Setup, out: Any, mask: torch.Tensor) -> None:
             if (ids[start:] == EOS).any():
                 continue  # what follows a finished row is padding
             kept = torch.cat([ids[:start][mask[row].bool()], ids[start:]])
-            want = next_logits(setup.members, ALPHA, kept)
+            want = setup.reference.after(kept)
             assert torch.isfinite(want[:240]).all()
             torch.testing.assert_close(logits[row], want, atol=2e-4, rtol=1e-4)
 
@@ -309,8 +309,8 @@ def test_classifier_free_guidance_steers_both_branches(setup: Setup) -> None:
     # 2306.17806: the unconditional branch starts from the last prompt token.
     want = ids
     for _ in range(NEW):
-        conditional = next_logits(setup.members, ALPHA, want[0]).log_softmax(-1)
-        unconditional = next_logits(setup.members, ALPHA, want[0, ids.shape[1] - 1 :]).log_softmax(-1)
+        conditional = setup.reference.after(want[0]).log_softmax(-1)
+        unconditional = setup.reference.after(want[0, ids.shape[1] - 1 :]).log_softmax(-1)
         scores = (scale * (conditional - unconditional) + unconditional).nan_to_num(nan=float("-inf"))
         want = torch.cat([want, scores.argmax()[None, None]], 1)
         if int(want[0, -1]) == EOS:
@@ -325,7 +325,7 @@ def test_forward_counts_positions_by_the_mask(setup: Setup) -> None:
         first = setup.model(ids[:, :9], attention_mask=mask[:, :9])
         rest = setup.model(ids[:, 9:], attention_mask=mask, **{CACHE: first.past_key_values})
     for row in range(3):
-        want = next_logits(setup.members, ALPHA, ids[row][mask[row].bool()])
+        want = setup.reference.after(ids[row][mask[row].bool()])
         torch.testing.assert_close(rest.logits[row, -1], want, atol=2e-4, rtol=1e-4)
 
 
