@@ -19,6 +19,7 @@ from proxytune.generation.seeds import StreamIds, keys_of, seed_of
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.foreign_processors import DRAFTS, processors_of_call
 from proxytune.models.learned_prompts import refuse_unfound_cache
+from proxytune.models.members.long_rope import read_whole, refuse_unread
 from proxytune.ops.noise import Noise
 
 __all__ = ["Call"]
@@ -93,18 +94,24 @@ class Call:
         if not drafts:  # those refuse every learned prompt
             refuse_unfound_cache(model, model_kwargs.get("use_cache"))
         batch, width = input_ids.shape
+        ensemble = Ensemble.of(model)
+        read_whole(ensemble.switches, generation_config, model_kwargs, width)
         processors = processors_of_call(logits_processor, generation_config, width, DRAFTS if drafts else None)
         keys = keys_of(stream_ids, branch_ids, batch)
+        lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)
+        if not ensemble.composed and generation_config.use_cache:
+            most_new = int(stopping_criteria.max_length) - width
+            refuse_unread(loop, model, ensemble.switches, lengths, width, most_new)
         return cls(
             model=model,
-            ensemble=Ensemble.of(model),
+            ensemble=ensemble,
             input_ids=input_ids,
             config=generation_config,
             kwargs=model_kwargs,
             criteria=stopping_criteria,
             processors=processors,
             plan=plan_processors(processors, bool(generation_config.do_sample)),
-            lengths=lengths_of(batch, width, input_ids.device, generation_config, model_kwargs),
+            lengths=lengths,
             keys=keys,
             streamer=own_streamer if streamer is None else streamer,
             synced=is_synced(model) if synced_gpus is None else synced_gpus,

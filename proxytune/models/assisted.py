@@ -7,7 +7,7 @@ composite cache instead, in the loop of `proxytune.methods.speculation.decoding`
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from transformers.generation.logits_process import (
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.members.embedding_table import embedding_rows
+from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, switches_of
 from proxytune.models.members.member import refuse_no_numbers
 
-__all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_self_speculation"]
+__all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_rewinding", "refuse_self_speculation"]
 
 # Settings of generate() that draft with layers, heads or embeddings of the model itself.
 _SELF_SPECULATION = {"assistant_early_exit": (None,), "use_mtp": (None, False), "speculation_type": (None,)}
@@ -118,6 +119,29 @@ def refuse_self_speculation(generation_config: GenerationConfig) -> None:
             )
 
 
+def refuse_rewinding(
+    switches: Mapping[str, int],
+    generation_config: GenerationConfig,
+    input_ids: torch.Tensor,
+    *args: Any,
+    model_kwargs: Mapping[str, Any],
+    **kwargs: Any,
+) -> None:
+    """Raise UnsupportedModeError if assisted decoding of prompts `[1, T]` may cross the switch of a long-rope model.
+
+    Takes the arguments of `_get_candidate_generator`, which assisted decoding calls first.
+    """
+    if switches:
+        assert generation_config.max_length is not None
+        refuse_crossing(
+            "assisted decoding",
+            switches,
+            torch.tensor([longest_prompt(generation_config, model_kwargs, input_ids.shape[1])]),
+            generation_config.max_length - input_ids.shape[1],
+            instead="leave out assistant_model and prompt_lookup_num_tokens",
+        )
+
+
 # Processors of transformers that count their calls, one a token of each row, and the setting that turns them on.
 _COUNTING = {
     UnbatchedClassifierFreeGuidanceLogitsProcessor: "guidance_scale",
@@ -161,6 +185,7 @@ class AssistedMixin:
 
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         parent: Any = super()
+        refuse_rewinding(switches_of(self.members), *args, **kwargs)  # type: ignore[attr-defined]
         if "model_kwargs" in kwargs:  # a draft gets them all
             kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "adapter_names"}
         inner: CandidateGenerator = parent._get_candidate_generator(*args, **kwargs)

@@ -9,6 +9,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from proxytune.models.members.composite_cache import view
+from proxytune.models.members.long_rope import switch_of, switches_of
 from proxytune.models.members.member import Member
 from proxytune.models.model import ProxyTunedModel
 
@@ -41,6 +42,14 @@ class Ensemble:
     def members(self) -> list[Member]:
         """The members; UnsupportedModelError if a plain model has other than attention layers."""
         return list(self.model.members) if self.composed else [Member(self.model, "base")]
+
+    @property
+    def switches(self) -> dict[str, int]:
+        """Role → switch of the long-rope members (`proxytune.models.members.long_rope`)."""
+        if self.composed:
+            return switches_of(self.model.members)
+        switch = switch_of(self.model)
+        return {} if switch is None else {"base": switch}
 
     @property
     def weights(self) -> tuple[float, ...]:

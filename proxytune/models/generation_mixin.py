@@ -25,6 +25,7 @@ from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
 from proxytune.models.members.embedding_table import device_of
+from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.validation import shown
 
@@ -171,7 +172,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         held = one_cache(past_key_values, cache)
         if next_sequence_length is not None:
             length = input_ids.shape[1]
-            if held is not None and any(m.crosses(length, next_sequence_length, attention_mask) for m in self.members):
+            if must_read_again(held, switches_of(self.members), length, next_sequence_length, attention_mask):
                 # A long-rope member has other frequencies from here on, and reads the whole text again, as it would
                 # alone; the others read it along.
                 held = None
@@ -229,6 +230,10 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         *args: Any,
         **kwargs: Any,
     ) -> LogitsProcessorList:
+        given = kwargs.get("model_kwargs") or {}
+        switches, width = switches_of(self.members), input_ids_seq_length or 0
+        read_whole(switches, generation_config, given, width)
+        refuse_missing_ids(switches, generation_config, given, width)
         tail = TailMask(self.usable_ids)
         processors = LogitsProcessorList(
             [TailMask(self.usable_ids, finite=not generation_config.remove_invalid_values)]
@@ -246,7 +251,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             tells = hasattr(processor, "for_call") and not generation_config.is_assistant
             processors.append(processor.for_call(generation_config, found) if tells else processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
-                if (kwargs.get("model_kwargs") or {}).get("adapter_names") is not None:
+                if given.get("adapter_names") is not None:
                     raise UnsupportedModeError.of(
                         "adapter_names",
                         expected="no guidance_scale: its second branch runs without them",

@@ -38,6 +38,7 @@ from proxytune.models.members.composite_cache import adopt, note_members, refuse
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import LatentInputs, run_members
+from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pass, switches_of
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.roles import refuse_no_shift, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
@@ -296,7 +297,11 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
             for member in self.members:
                 member.refuse_length(past + input_ids.shape[1])
-                member.refuse_crossing(past + input_ids.shape[1], input_ids.shape[1], attention_mask)
+        # On a static cache only the device knows how many; generate() has compared the sides of its later steps.
+        switches = switches_of(self.members)
+        unknown = not isinstance(past, int) and (is_first_iteration is False or torch.compiler.is_compiling())
+        seen = None if unknown or not switches else int(past)
+        side = side_of_pass(cache, switches, seen, input_ids.shape[1], attention_mask)
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
@@ -337,6 +342,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             )  # [B, K, V_i] each
         if cache is not None and not torch.compiler.is_compiling():
             note_members(cache, self._models, adapter_names)
+            note_side(cache, side)
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
         logits = ops.combine(members, self.formula.weights())  # [B, K, V]
@@ -357,8 +363,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
     ) -> bool:
         """Whether parts of a text would not be what the text is: a member looks at its length, or it is packed."""
         past, length = (0 if cache is None else int(cache.get_seq_length())), input_ids.shape[1]
-        if any(m.switch is not None and past <= m.switch < past + length for m in self.members):
-            return True
+        before = None if attention_mask is None else attention_mask[:, :past]
+        for member in self.members:
+            if is_beyond(member.switch, past + length, attention_mask) and not is_beyond(member.switch, past, before):
+                return True
         # Without mask and cache, members take positions that start again for the next of several texts.
         given = position_ids is not None and attention_mask is None and cache is None
         return given and bool((position_ids.diff(dim=-1) != 1).any())  # type: ignore[union-attr]

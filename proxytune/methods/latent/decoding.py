@@ -129,7 +129,8 @@ class LatentDecoding:
             The output of transformers' loop; without beams and with `return_dict_in_generate` a `LatentOutput`.
 
         Raises:
-            UnsupportedModeError: For encoder-decoders, assisted decoding, paged caches and companions that read ids.
+            UnsupportedModeError: For encoder-decoders, assisted decoding, paged caches, companions that read ids, and
+                with a cache for texts that may cross the switch of a long-rope member.
             UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
             InputError: If `stream_ids` does not fit the batch, or a gate names an id that the model cannot embed.
         """
@@ -168,6 +169,7 @@ class LatentDecoding:
             generation_config,
             seed=self.seed,
             lengths=call.lengths,
+            most_new=call.most_new,
             rows=call.keys.row,
             impl=self.impl,
         )

@@ -172,6 +172,7 @@ class _Processors:
             generation_config,
             seed=own.seed,
             lengths=_lengths(generation_config, input_ids_seq_length or 0, model_kwargs),
+            most_new=generation_config.max_length - (input_ids_seq_length or 0),
             rows=own.stream_ids,
             impl=own.impl,
         )

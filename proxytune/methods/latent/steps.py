@@ -21,6 +21,7 @@ from proxytune.methods.latent.gate_state import GateState
 from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.mixture import Candidates, LatentMixture
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.ops import Impl
 from proxytune.ops.noise import Noise
 from proxytune.validation import choice
@@ -258,17 +259,23 @@ def latent_steps_of(
     *,
     seed: int | None,
     lengths: torch.Tensor,
+    most_new: int,
     rows: StreamIds,
     impl: Impl,
 ) -> LatentSteps:
     """The latent steps of one `generate()`: ids that end, begin or pad its texts are discrete.
 
-    `seed=None` draws one from torch's default generator. `lengths` is `[B]` or `[1]`, int64, without padding.
+    `seed=None` draws one from torch's default generator. `lengths` is `[B]` or `[1]`, int64, without padding;
+    `most_new` the maximum number of new tokens.
 
     Raises:
+        UnsupportedModeError: If, with a cache, texts may cross the switch of a long-rope member.
         InputError: If a gate names an id that the model cannot embed.
         UnsupportedModelError: If the model's embedding cannot be replaced by a mixture.
     """
+    if generation_config.use_cache:  # reading a text again would read tokens where mixtures were fed
+        instead = "pass use_cache=False, or decode without latent steps"
+        refuse_crossing("latent steps", Ensemble.of(model).switches, lengths, most_new, instead=instead)
     names = ("_eos_token_tensor", "_pad_token_tensor", "_bos_token_tensor")
     special_ids = [getattr(generation_config, name, None) for name in names]
     special = {int(i) for x in special_ids if x is not None for i in x.flatten().tolist() if i >= 0}

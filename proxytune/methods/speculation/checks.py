@@ -13,6 +13,7 @@ from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
 from proxytune.models.learned_prompts import learned_prompt_of
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.models.members.member import Member
 from proxytune.validation import refuse_seed, whole
 
@@ -56,7 +57,7 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
 
     Raises:
         UnsupportedModeError: For an unsupported output or model input, or a learned prompt; for a batch, if a member
-            cannot be told where its rows are.
+            cannot be told where its rows are; if texts may cross the switch of a long-rope member.
         UnsupportedModelError: For a plain model with recurrent layers.
         InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
         CacheError: With `use_cache=False`.
@@ -98,6 +99,8 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
             got=f"a PEFT model with {type(config).__name__}, whose learned tokens stand in the cache before the text",
             remedy="Decode without speculation, e.g. with FusedDecoding.",
         )
+    instead = "decode without speculation"
+    refuse_crossing(_LOOP, call.ensemble.switches, call.lengths, call.most_new, instead=instead, rows_leave=True)
     members = call.ensemble.members if call.ensemble.composed else [Member(call.model, "model")]
     if len(call.input_ids) > 1:  # rows accept different numbers of tokens, and are moved
         for member in members:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +11,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from proxytune.errors import InputError, SteeringWarning, UnsupportedModeError, UnsupportedModelError
 from proxytune.generation.prompt_rows import expand_mask
-from proxytune.models.assisted import refuse_self_speculation
+from proxytune.models.assisted import refuse_rewinding, refuse_self_speculation
 from proxytune.models.end_tokens import listed_ends
+from proxytune.models.ensemble import Ensemble
 from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.cache_name import cache_of, tokens_in
+from proxytune.models.members.long_rope import longest_prompt, read_whole, refuse_unread
 from proxytune.models.members.member import Member
 from proxytune.ops import normalise_
 
@@ -25,6 +27,7 @@ __all__ = [
     "ScoringNotice",
     "SteeredProcessors",
     "StoppingIds",
+    "drafts_refused",
     "examined_base",
     "refuse_no_ids",
 ]
@@ -86,6 +89,7 @@ class SteeredProcessors:
         self.processor = processor
         self.model = model
         self.base = base  # None if it was not tested
+        self.switches = Ensemble.of(model).switches  # of the base; companions read again what they need
 
     def __call__(
         self,
@@ -151,9 +155,20 @@ class SteeredProcessors:
                 got=f"only the {seen} new ids",
                 remedy="Pass all ids; generate() forwards through the base only those that the cache has not seen.",
             )
+        if self.switches and generation_config.use_cache and not generation_config.is_assistant:
+            longest = torch.tensor([longest_prompt(generation_config, model_kwargs, seen)])
+            most_new = generation_config.max_length - seen
+            refuse_unread("an attached processor", self.model, self.switches, longest, seen, most_new)
+        read_whole(self.switches, generation_config, model_kwargs, seen)
         self.processor.begin_generation(handed_on=past is not None and held != 0)
         self.processor.read_in_chunks(generation_config.prefill_chunk_size)
         return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1)
+
+
+def drafts_refused(switches: Mapping[str, int], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Replaces a long-rope base's `_get_candidate_generator`: no drafts across its switch."""
+    refuse_rewinding(switches, *args, **kwargs)
+    return original(*args, **kwargs)
 
 
 class StoppingIds:

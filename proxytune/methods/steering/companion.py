@@ -26,6 +26,7 @@ from transformers.cache_utils import DynamicCache
 from proxytune.errors import InputError
 from proxytune.models.members.cuda_streams import StreamOrder, tensors_of
 from proxytune.models.members.fingerprint import Fingerprint
+from proxytune.models.members.long_rope import is_beyond
 from proxytune.models.members.member import Member, check_ids, refuse_no_numbers
 
 __all__ = ["PrefixCachedMember"]
@@ -88,6 +89,7 @@ class PrefixCachedMember:
         self._cache: DynamicCache | None = None
         self._ids: torch.Tensor | None = None  # [B, L]: what the cache holds, padding as _PADDING
         self._logits: list[torch.Tensor] = []  # [B, V] each: after the last cached positions, in order
+        self._beyond = False  # whether a long-rope model filled the cache by its frequencies beyond the switch
         self._first = 0  # the length of the generation's first prefix
         self._filled_by: Fingerprint | None = None
         self._begun: bool | None = None  # whether a generation was announced, and then whether its cache was handed on
@@ -172,8 +174,8 @@ class PrefixCachedMember:
         if keep and not told and not (self._first < n <= keep + 1 and self._is_current()):
             self.reset()
             keep = 0
-        beyond = self._beyond_switch(key)
-        if keep and beyond != self._beyond_switch(self._ids):
+        beyond = is_beyond(self.member.switch, n, mask)
+        if keep and beyond != self._beyond:
             self.reset()  # other frequencies for all positions
             keep = 0
         if keep == 0:
@@ -210,20 +212,13 @@ class PrefixCachedMember:
         # Only now: a model may set itself up in its first pass.
         if self._filled_by is None:
             self._filled_by = Fingerprint(self.member.model)
-        self._ids = key
+        self._ids, self._beyond = key, beyond
         self._logits += logits.unbind(1)
         return _stacked(self._logits[-last:])
 
     def _is_current(self) -> bool:
         """Whether the model is the one that filled the cache."""
         return self._filled_by is not None and self._filled_by.holds(self.member.model)
-
-    def _beyond_switch(self, key: torch.Tensor | None) -> bool:
-        """Whether a text is so long that a long-rope model turns all its positions by other frequencies."""
-        switch = self.member.switch
-        if switch is None or key is None or key.shape[1] <= switch:
-            return False
-        return int((key != _PADDING).sum(-1).max()) > switch
 
     def _remembered(self, length: int) -> int:
         """How many positions up to `length`, which the cache covers, have cached logits."""

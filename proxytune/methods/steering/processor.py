@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Self, get_args
 
 import torch
@@ -22,11 +23,13 @@ from proxytune.methods.steering.attach import (
     ScoringNotice,
     SteeredProcessors,
     StoppingIds,
+    drafts_refused,
     examined_base,
     refuse_no_ids,
 )
 from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.end_tokens import EndWatch, ends_of, stopping_ids
+from proxytune.models.ensemble import Ensemble
 from proxytune.models.generation_mixin import ComposedGenerationMixin
 from proxytune.models.loading import check_vocabularies, open_members, places_of_tokens, reference_of, refuse_roles
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
@@ -326,10 +329,14 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         warn_of_size(model, companions)
         ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found)
         stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
+        switches = Ensemble.of(target).switches
+        drafts = partial(drafts_refused, switches)
+        rewinding = (MethodHook(target, "_get_candidate_generator", drafts),) if switches else ()
         notice = ScoringNotice(model, target)
         self._hooks = (
             *stops,
             MethodHook(target, "_get_logits_processor", SteeredProcessors(self, target, base)),
+            *rewinding,
             *batching_refused(target),
             MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self, notice)),
         )

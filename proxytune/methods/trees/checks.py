@@ -9,13 +9,15 @@ from transformers import StaticCache
 
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.generation.call import Call
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import cache_of
+from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.ops import Impl
 from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
 
-__all__ = ["Where", "refuse_extras", "refuse_hidden_state", "refuse_settings", "refuse_threshold"]
+__all__ = ["Where", "refuse_extras", "refuse_hidden_state", "refuse_leaving", "refuse_settings", "refuse_threshold"]
 
 Where = Literal["forks", "random", "start"]
 """Where a tree forks, see `proxytune.methods.trees.fork_decoding.ForkDecoding`."""
@@ -147,6 +149,15 @@ def refuse_extras(
             got="None",
             remedy="Pass pad_token_id= to generate().",
         )
+
+
+def refuse_leaving(loop: str, call: Call) -> None:
+    """Raise UnsupportedModeError if the longest text may leave, and those left fall back below a long-rope switch."""
+    switches = call.ensemble.switches if call.config.use_cache else {}
+    # Texts of one length stay of one length, and cross together.
+    if switches and int(call.lengths.min()) < int(call.lengths.max()):
+        instead = "pass prompts of one length, one prompt at a time, or use_cache=False"
+        refuse_crossing(loop, switches, call.lengths, call.most_new, instead=instead, rows_leave=True)
 
 
 def refuse_hidden_state(loop: str, model: Any, outputs: Any, use_cache: Any) -> None:

@@ -26,7 +26,7 @@ from proxytune.generation.processor_rules import bind_to_prompts
 from proxytune.generation.prompt_rows import rows_of_prompts
 from proxytune.generation.sampler import MembersAndWeights, Sampler
 from proxytune.methods.forks.threshold import ForkThreshold
-from proxytune.methods.trees.checks import Where, refuse_extras, refuse_hidden_state, refuse_threshold
+from proxytune.methods.trees.checks import Where, refuse_extras, refuse_hidden_state, refuse_leaving, refuse_threshold
 from proxytune.methods.trees.frontier import Frontier, RowDraws
 from proxytune.methods.trees.output import TreeOutput, leaves_of, warn_of_shortage
 from proxytune.methods.trees.tree import Branch
@@ -113,6 +113,7 @@ class TreeLoop(ABC):
         )
         refuse_extras(name, generation_config, streamer, synced_gpus, model_kwargs)
         refuse_adapter_names(name, model, model_kwargs)
+        refuse_leaving(name, call)
         refuse_threshold(self.threshold, model)
         if self._why_sampling and not generation_config.do_sample:
             raise UnsupportedModeError.of(

@@ -18,6 +18,7 @@ from proxytune.errors import InputError, NumericalError, UnsupportedModeError, U
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
+from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
 
 __all__ = ["Member", "check_ids", "positions_of", "refuse_no_numbers"]
@@ -108,7 +109,7 @@ class Member:
         self.rows = embedding_rows(model)
         text_config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
-        self.switch = _switch_of(text_config)
+        self.switch = switch_of(model)
         self.token_forwards = 0
         self.step: CompiledStep | None = None
         self.verdict: Verdict = UNTESTED
@@ -203,27 +204,6 @@ class Member:
             remedy="Leave out cache_implementation, or pass no StaticCache.",
         )
 
-    def crosses(self, length: int, new: int, attention_mask: torch.Tensor | None = None) -> bool:
-        """Whether `new` of `length` tokens lead beyond the switch, so that a cache of the others is of no use.
-
-        Waits for the device if there is a mask, beyond the switch only.
-        """
-        if self.switch is None or length <= self.switch or length == new:
-            return False
-        longest = length if attention_mask is None else int(attention_mask.sum(-1).max())
-        return longest - new <= self.switch < longest
-
-    def refuse_crossing(self, length: int, new: int, attention_mask: torch.Tensor | None) -> None:
-        """Raise UnsupportedModeError if a cache would be continued beyond the switch."""
-        if self.crosses(length, new, attention_mask):
-            raise UnsupportedModeError.of(
-                f"length for the {self.role}",
-                expected=f"a text within {self.switch} tokens, or read again as a whole beyond them: a {self._name()} "
-                "has other frequencies for all positions of a longer text",
-                got=f"{length - new} cached tokens, continued to {length}",
-                remedy="Use generate() without speculation, which reads the text again, or pass the whole text.",
-            )
-
     def refuse_length(self, length: int) -> None:
         """Raise InputError if `length` tokens exceed the model's context."""
         if self.context is not None and length > self.context:
@@ -298,16 +278,6 @@ class Member:
             elif logits_to_keep:
                 logits = logits[:, -logits_to_keep:]
         return logits
-
-
-def _switch_of(config: Any) -> int | None:
-    """From how many tokens on a long-rope model uses its other frequencies; None for other models."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if one.get("rope_type") == "longrope":
-            found = one.get("original_max_position_embeddings")
-            return found or getattr(config, "original_max_position_embeddings", None)
-    return None
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
