@@ -17,7 +17,16 @@ from rich.text import Text
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, encode, load, named
+from proxytune.cli.models import (
+    check_chat,
+    check_end_tokens,
+    check_lengths,
+    check_members,
+    chosen_device,
+    encode,
+    load,
+    named,
+)
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -186,6 +195,7 @@ def generate(
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = merged_settings(model.generation_config, flags, model.config.vocab_size)
+        check_lengths(model, tokenizer, prompts, chat, system, config=config)
         if given(context, "seed") and not config.do_sample and mixture is None:
             terminal.show_note(f"--seed {seed} changes nothing: without do_sample=true, no token is drawn.")
         loop = partial(_loop, config, sampler, seed, speculate)

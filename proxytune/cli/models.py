@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from proxytune.cli.prompts import Prompt
 from proxytune.errors import InputError, MemberError, MemberNotFoundError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import EndTokens, MemberRef
@@ -21,6 +22,7 @@ __all__ = [
     "check_chat",
     "check_device",
     "check_end_tokens",
+    "check_lengths",
     "check_members",
     "chosen_device",
     "encode",
@@ -262,14 +264,14 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sy
             "tokenizer.chat_template, then tokenizer.save_pretrained(folder)), or write the prompts in its form "
             "and leave --chat away.",
         )
-    for number, prompt in enumerate(prompts, 1):
+    for prompt in prompts:
         turns = prompt.turns(system)
         roles = ", ".join(turn["role"] for turn in turns)
         try:
             written = _written(tokenizer, turns)
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError.of(
-                f"prompt {number}",
+                prompt.where,
                 expected="turns that the chat template takes",
                 got=roles,
                 remedy=f"It says: {str(error).rstrip('.')}. Change the turns, or use another template.",
@@ -277,7 +279,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sy
         for turn in turns:
             if turn["role"] in ("system", "user") and turn["content"].strip() not in written:
                 raise InputError.of(
-                    f"prompt {number}",
+                    prompt.where,
                     expected="a chat template that writes all turns",
                     got=f"one that leaves out or changes that of the {turn['role']}, {turn['content'][:60]!r}",
                     remedy="Put the text into a turn that it writes, or use another template.",
@@ -286,14 +288,66 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sy
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None = None) -> Any:
     """Tokenize a batch, padded on the left; with `chat`, each prompt as the turns of the chat template."""
-    if chat:
-        # The template has written the special tokens already.
-        rendered = [_written(tokenizer, prompt.turns(system)) for prompt in prompts]
-        batch = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
-    else:
-        batch = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
+    batch = _ids(tokenizer, prompts, chat, system, return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
     return batch
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None, **options: Any
+) -> Any:
+    texts = [_written(tokenizer, prompt.turns(system)) if chat else prompt.text for prompt in prompts]
+    # The template has written the special tokens already.
+    return tokenizer(texts, add_special_tokens=not chat, **options)
+
+
+def check_lengths(
+    model: ProxyTunedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat: bool,
+    system: str | None = None,
+    *,
+    config: GenerationConfig | None = None,
+    budget: int | None = None,
+) -> None:
+    """Refuse prompts without room for an answer, one of which would stop a run in the middle.
+
+    Those that leave less room than `config` asks for are noted; those that take all of a `budget` are let through.
+
+    Raises:
+        InputError: If a prompt is longer than a member's context, or not shorter than the `max_length` of `config`.
+    """
+    context: int | None = getattr(model.config, "max_position_embeddings", None)
+    new, longest = (None, None) if config is None else (config.max_new_tokens, config.max_length)
+    limits = [] if context is None else [(context, f"at most {context} tokens, the members' context")]
+    if new is None and longest is not None:
+        limits.append((longest - 1, f"fewer than {longest} tokens, max_length, which counts the prompt too"))
+    if not (limits and prompts):
+        return
+    room, expected = min(limits)
+    ids = _ids(tokenizer, prompts, chat, system)["input_ids"]
+    lengths = [(len(own), prompt.where) for own, prompt in zip(ids, prompts, strict=True)]
+    lengths = [(length, where) for length, where in lengths if budget is None or length < budget]
+    if long := [(length, where) for length, where in lengths if length > room]:
+        raise InputError.of(
+            long[0][1],
+            expected=expected,
+            got=f"{long[0][0]}" + (f"; also too long: {_listed([where for _, where in long[1:]])}" if long[1:] else ""),
+            remedy="Shorten or remove what is too long.",
+        )
+    if context is None or new is None:
+        return
+    if tight := [where for length, where in lengths if length + min(new, (budget or math.inf) - length) - 1 > context]:
+        terminal.show_note(
+            f"{_listed(tight)}: fewer than max_new_tokens={new} tokens are left of the members' context of {context}, "
+            "and a text that does not end before would stop the run."
+        )
+
+
+def _listed(places: Sequence[str], most: int = 3) -> str:
+    more = len(places) - most
+    return "; ".join(places[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]) -> str:

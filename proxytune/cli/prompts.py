@@ -18,7 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,9 +50,11 @@ class Prompt:
 
     Attributes:
         line: What its line says, or just `{"prompt": …}`: what the output repeats.
+        where: Where it stands, for messages: "prompt 1" of the arguments, or a line of a file.
     """
 
     line: Mapping[str, Any]
+    where: str = field(default="the prompt", compare=False)
 
     @property
     def is_chat(self) -> bool:
@@ -95,7 +97,7 @@ def read_prompts(
             not of the form that the module describes.
     """
     _look_at(given)
-    prompts = [Prompt({"prompt": str(prompt)}) for prompt in given]
+    prompts = [Prompt({"prompt": str(prompt)}, f"prompt {number}") for number, prompt in enumerate(given, 1)]
     taken = f", and {', '.join(map(repr, settings))} read as settings" if settings and file is None else ""
     elsewhere = f" {ELSEWHERE}" if taken else ""
     if file is None:
@@ -119,12 +121,14 @@ def read_prompts(
             remedy=f"Write one prompt per line.{elsewhere}",
         )
     lines = text.removesuffix("\n").split("\n")  # splitlines() would also break at U+2028 and others
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
     as_json = Path(file).suffix.lower() in _JSON_LINES
     if not as_json and _looks_like_json(lines[0]):
         terminal.show_note(f'{name} holds JSON lines: the "prompt" or "messages" of each line is read.')
         as_json = True
     if not as_json:
-        return prompts + [Prompt({"prompt": line}) for line in lines]
+        return prompts + [Prompt({"prompt": line}, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
     return prompts + [_prompt_of(line, f"{name}, line {number}", reserved) for number, line in enumerate(lines, 1)]
 
 
@@ -135,28 +139,28 @@ def check_prompts(prompts: Sequence[Prompt], *, chat: bool, system: str | None =
         InputError: If a prompt is empty or blank, of which most tokenizers make no token, or is not text; if a system
             prompt is given twice, or without `chat`; if some prompts only are conversations, without `chat`.
     """
-    for number, prompt in enumerate(prompts, 1):
+    for prompt in prompts:
         own = prompt.line.get("system", system)
         first = prompt.turns(None)[0]
         if not prompt.text.strip():
-            _refuse(number, "some text", repr(prompt.text), "Remove it, or give it some text.")
+            _refuse(prompt, "some text", repr(prompt.text), "Remove it, or give it some text.")
         if re.search("[\ud800-\udfff]", json.dumps(prompt.line, ensure_ascii=False)):
             remedy = "Write it in UTF-8; in JSON, the two \\u… of such a character stand together."
-            _refuse(number, "text", f"{prompt.text!r}, with half of a character", remedy)
+            _refuse(prompt, "text", f"{prompt.text!r}, with half of a character", remedy)
         if prompt.is_chat != prompts[0].is_chat and not chat:
             kinds = "a prompt" if prompts[0].is_chat else "a conversation"
             remedy = "Pass --chat, which makes each prompt a user turn; or run the two kinds apart."
-            _refuse(number, "lines of one kind", f"{kinds}, unlike prompt 1", remedy)
+            _refuse(prompt, "lines of one kind", f"{kinds}, unlike {prompts[0].where}", remedy)
         if own is not None and not (chat or prompt.is_chat):
             remedy = "Add --chat, or write the text before the prompt."
-            _refuse(number, "--chat with a system prompt, a turn of the chat template", f"{own!r} without it", remedy)
+            _refuse(prompt, "--chat with a system prompt, a turn of the chat template", f"{own!r} without it", remedy)
         if system is not None and first["role"] == "system":
-            _refuse(number, "one system prompt", f"--system {system!r} and {first!r}", "Remove one of them.")
+            _refuse(prompt, "one system prompt", f"--system {system!r} and {first!r}", "Remove one of them.")
     return chat or any(prompt.is_chat for prompt in prompts)
 
 
-def _refuse(number: int, expected: str, got: str, remedy: str) -> NoReturn:
-    raise InputError.of(f"prompt {number}", expected=expected, got=got, remedy=remedy)
+def _refuse(prompt: Prompt, expected: str, got: str, remedy: str) -> NoReturn:
+    raise InputError.of(prompt.where, expected=expected, got=got, remedy=remedy)
 
 
 def _look_at(given: Sequence[str]) -> None:
@@ -286,7 +290,7 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
         _check_messages(found["messages"], refuse)
         if "system" in found and found["messages"][0]["role"] == "system":
             raise refuse("one system prompt", 'a "system" and a system turn', "Remove one of them.")
-    return Prompt(found)
+    return Prompt(found, where)
 
 
 def _check_messages(messages: Any, refuse: Any) -> None:

@@ -11,7 +11,7 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, load, named
+from proxytune.cli.models import check_chat, check_end_tokens, check_lengths, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -247,6 +247,7 @@ def sample(
             check_chat(tokenizer, prompts, system)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = _settings(model, flags, forks=forks)
+        check_lengths(model, tokenizer, prompts, chat, system, config=config, budget=budget)
         if answers is not None:
             answers.begin(resolved(config), 1)
         done, failed = (0, False) if answers is None else (answers.done, answers.failed)

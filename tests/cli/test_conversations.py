@@ -41,7 +41,7 @@ def test_a_conversation_is_written_in_the_template_and_repeated_in_the_output(ru
 
 
 def test_system_prompts(tokenizer):
-    one, own = Prompt({"prompt": "Who?"}), Prompt({"prompt": "Who?", "system": "B"})
+    one, own = Prompt({"prompt": "Who?"}, "prompts.txt, line 3"), Prompt({"prompt": "Who?", "system": "B"})
     chat = Prompt({"messages": TURNS})
     texts = ["[system]A[user]Who?", "[system]B[user]Who?", "[system]A[user]Who?[assistant]I.[user]Where?"]
     found = encode(tokenizer, [one, own, chat], True, "A")
@@ -49,7 +49,7 @@ def test_system_prompts(tokenizer):
     assert found["input_ids"].tolist() == expected["input_ids"].tolist()
     check_chat(tokenizer, [one, own, chat], "A")
     tokenizer.chat_template = "{{ messages[-1].content }}"  # writes the last turn only
-    with pytest.raises(InputError, match=r"prompt 1: .* leaves out or changes that of the system, 'A'"):
+    with pytest.raises(InputError, match=r"prompts.txt, line 3: .* leaves out or changes that of the system, 'A'"):
         check_chat(tokenizer, [one], "A")
 
 

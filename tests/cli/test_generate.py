@@ -278,7 +278,7 @@ def test_every_mistake_is_found_before_a_model_is_loaded(run, members, tmp_path,
     for words, expected in (
         (["", *members], "prompt 1"),
         (["a", " ", *members], "prompt 2"),
-        (["--file", blank, *members], "prompt 2"),
+        (["--file", blank, *members], f"{blank}, line 2"),
         (["--file", broken, *members], "line 2"),
         (["--file", wrong, *members], "line 1"),
         (["--file", tmp_path / "empty.txt", *members], "empty.txt"),

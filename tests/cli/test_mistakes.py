@@ -35,6 +35,7 @@ PYTHON = re.compile(
 FILES: dict[str, str | bytes] = {
     "prompts.txt": "Question: Who\n",
     "empty.txt": "",
+    "tight.txt": 508 * "a " + "\n\n \n",
     "blank.txt": "a\n\nb\n",
     "latin.txt": "one\nGröße\n".encode("latin-1"),
     "wide.txt": "Größe\n".encode("utf-16"),
@@ -57,6 +58,7 @@ FILES: dict[str, str | bytes] = {
     "gold.jsonl": '{"prompt": "a", "answer": "b"}\n',
     "setting.jsonl": '{"prompt": "a", "temperature": 0.7}\n',
     "nan.jsonl": '{"prompt": "a", "score": NaN}\n',
+    "long.jsonl": json.dumps({"prompt": "a"}) + 2 * ("\n" + json.dumps({"prompt": "a " * 600})),
     "half.jsonl": '{"prompt": "a\\ud83d"}\n',
     "answered.jsonl": json.dumps({"messages": [USER, {"role": "assistant", "content": "I."}]}),
     "sharegpt.jsonl": json.dumps({"messages": [{"from": "human", "value": "Who?"}]}),
@@ -206,7 +208,7 @@ MISTAKES = {
         "--file: expected one file; got -f blank.txt and --file=",
     ),
     "an empty file": (f"{GENERATE} -f empty.txt", "prompts from empty.txt: expected at least one line; got nothing"),
-    "a blank line": (f"{GENERATE} -f blank.txt", "prompt 2: expected some text; got ''"),
+    "a blank line": (f"{GENERATE} a -f blank.txt", "blank.txt, line 2: expected some text; got ''"),
     "latin-1": (
         f"{GENERATE} -f latin.txt",
         "got byte 0xf6 at offset 6, in line 2. Convert it, e.g. with iconv -f ISO-8859-1",
@@ -237,7 +239,10 @@ MISTAKES = {
         f"{GENERATE} -f nan.jsonl",
         "nan.jsonl, line 1: expected JSON; got NaN, which is no number there",
     ),
-    "half a character": (f"{GENERATE} -f half.jsonl", "prompt 1: expected text; got 'a\\ud83d', with half of a char"),
+    "half a character": (
+        f"{GENERATE} -f half.jsonl",
+        "half.jsonl, line 1: expected text; got 'a\\ud83d', with half of a char",
+    ),
     # --- conversations ------------------------------------------------------------------------------------------------
     "an answered conversation": (
         f"{GENERATE} -f answered.jsonl",
@@ -248,7 +253,10 @@ MISTAKES = {
     "a misspelt role": (f"{GENERATE} -f role.jsonl", 'got {"role": "usr", "content": "Who?"}. Correct the turn.'),
     "a content of parts": (f"{GENERATE} -f parts.jsonl", 'expected turns of the form [{"role": "user", "content": '),
     "no turns": (f"{GENERATE} -f nobody.jsonl", 'expected turns under "messages", [{"role": "user", "content": '),
-    "lines of two kinds": (f"{GENERATE} -f mixed.jsonl", "prompt 2: expected lines of one kind; got a conversation"),
+    "lines of two kinds": (
+        f"{GENERATE} -f mixed.jsonl",
+        "mixed.jsonl, line 2: expected lines of one kind; got a conversation, unlike mixed.jsonl, line 1. Pass --chat",
+    ),
     "a system prompt without --chat": (f"{GENERATE} a --system 'Be brief.'", "got 'Be brief.' without it. Add --chat"),
     "a line's system prompt without --chat": (f"{GENERATE} -f system.jsonl", "got 'Be brief.' without it. Add --chat"),
     "two system prompts": (
@@ -489,7 +497,7 @@ MISTAKES = {
         f"{CALIBRATE} --texts prompts.txt --system 'Be brief.'",
         "--system: expected prompts with it, to draw samples from; got --texts alone, which are read as they are.",
     ),
-    "conversations as texts": (f"{CALIBRATE} --texts chat.jsonl", 'text 1 of --texts: expected a text under "prompt"'),
+    "conversations as texts": (f"{CALIBRATE} --texts chat.jsonl", 'chat.jsonl, line 1: expected a text under "prompt"'),
     "no such texts": (
         f"{CALIBRATE} --texts none.txt",
         "--texts: expected a file of prompts that can be read; got none.txt:",
@@ -606,6 +614,19 @@ LOADED = {
         f"{SAMPLE} a num_return_sequences=2",
         "num_return_sequences: expected --branches; got",
     ),
+    "prompts beyond the context": (
+        f"{GENERATE} -f long.jsonl max_new_tokens=2",
+        "long.jsonl, line 2: expected at most 512 tokens, the members' context; got 601; also too long: long",
+    ),
+    "a sample's prompt beyond the context": (
+        f"{SAMPLE} -f long.jsonl",
+        "long.jsonl, line 2: expected at most 512 tokens",
+    ),
+    "a text beyond the context": (f"{CALIBRATE} --texts long.jsonl", "long.jsonl, line 2: expected at most 512 tokens"),
+    "a prompt as long as everything": (
+        f"{GENERATE} 'Who is it?' max_length=2",
+        "prompt 1: expected fewer than 2 tokens, max_length, which counts the prompt too; got ",
+    ),
     "a budget that is too small": (f"{SAMPLE} 'Question: Who' --budget 1", "prompt 1: expected --budget of at least "),
     "too little to calibrate on": (
         f"{CALIBRATE} a max_new_tokens=3",
@@ -665,6 +686,10 @@ NOTED = {
     "JSON lines in a text file": (
         f"{GENERATE} -f lines.txt",
         'lines.txt holds JSON lines: the "prompt" or "messages" of',
+    ),
+    "more tokens than the context has": (
+        f"{GENERATE} -f tight.txt max_new_tokens=9 max_time=1e-9",
+        "tight.txt, line 1: fewer than max_new_tokens=9 tokens are left of the members' context of 512",
     ),
     "an eta as a share": (
         f"{SAMPLE} a --vote deepconf --eta 0.9",
