@@ -248,7 +248,7 @@ def load_tokenizer(references: Sequence[MemberRef], trusted: Sequence[str] = ())
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system: str | None) -> None:
-    """Refuse prompts that the chat template cannot write, or of which it leaves out a system or user turn.
+    """Refuse prompts that the chat template cannot write, or of which it leaves out a system or user turn or a call.
 
     Raises:
         InputError: If there is no template, it fails, or what it writes has not all of these turns in it.
@@ -277,11 +277,13 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sy
                 remedy=f"It says: {str(error).rstrip('.')}. Change the turns, or use another template.",
             ) from error
         for turn in turns:
-            if turn["role"] in ("system", "user") and turn["content"].strip() not in written:
+            said = [turn["content"]] if turn["role"] in ("system", "user") else []
+            said += [call["function"]["name"] for call in turn.get("tool_calls") or ()]
+            if missing := next((text for text in said if text.strip() not in written), None):
                 raise InputError.of(
                     prompt.where,
                     expected="a chat template that writes all turns",
-                    got=f"one that leaves out or changes that of the {turn['role']}, {turn['content'][:60]!r}",
+                    got=f"one that leaves out or changes that of the {turn['role']}, {missing[:60]!r}",
                     remedy="Put the text into a turn that it writes, or use another template.",
                 )
 

@@ -3,8 +3,8 @@
 A line of JSON lines is an object with one of
 
 - `"prompt"`: a text;
-- `"messages"`: a conversation, `[{"role": "user", "content": "…"}, …]`, whose last turn is the user's. It is always
-  written in the chat template;
+- `"messages"`: a conversation, `[{"role": "user", "content": "…"}, …]`, whose last turn is the user's, or a tool's. It
+  is always written in the chat template. A content may be a list of text parts, and null beside `"tool_calls"`;
 
 and, if it likes, `"system"`, a system prompt of its own, and other keys, such as `"id"`, which are repeated in the
 output. Keys that the output has itself, misspelt ones and settings are refused.
@@ -18,6 +18,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -64,11 +65,12 @@ class Prompt:
     @property
     def text(self) -> str:
         """The prompt, or the last turn of its conversation."""
-        return str(self.line["messages"][-1]["content"] if self.is_chat else self.line["prompt"])
+        return str(self.turns(None)[-1]["content"])
 
     def turns(self, system: str | None) -> list[dict[str, Any]]:
         """The prompt as a conversation, with the line's own system prompt, else the one given."""
-        turns = list(self.line["messages"]) if self.is_chat else [{"role": "user", "content": self.line["prompt"]}]
+        turns = self.line["messages"] if self.is_chat else [{"role": "user", "content": self.line["prompt"]}]
+        turns = list(map(_for_templates, turns))
         system = self.line.get("system", system)
         if system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
@@ -124,9 +126,12 @@ def read_prompts(
     while len(lines) > 1 and not lines[-1].strip():
         lines.pop()
     as_json = Path(file).suffix.lower() in _JSON_LINES
-    if not as_json and _looks_like_json(lines[0]):
-        terminal.show_note(f'{name} holds JSON lines: the "prompt" or "messages" of each line is read.')
-        as_json = True
+    if not as_json and (found := _object_in(lines[0])):
+        as_json = not {"prompt", "messages"}.isdisjoint(found)
+        read = 'the "prompt" or "messages" of each line is read.'
+        terminal.show_note(
+            f"{name} holds JSON lines: " + (read if as_json else 'without "prompt", they are read as text.')
+        )
     if not as_json:
         return prompts + [Prompt({"prompt": line}, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
     return prompts + [_prompt_of(line, f"{name}, line {number}", reserved) for number, line in enumerate(lines, 1)]
@@ -223,12 +228,12 @@ def _text_of(file: str, name: str, option: str) -> str:
     return text.removeprefix("\ufeff")  # which some editors put before UTF-8
 
 
-def _looks_like_json(line: str) -> bool:
+def _object_in(line: str) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and not {"prompt", "messages"}.isdisjoint(found)
+        return None
+    return found if isinstance(found, dict) else None
 
 
 # --- JSON lines -------------------------------------------------------------------------------------------------------
@@ -257,8 +262,9 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
         raise refuse("a JSON object", f"{got} ({what})", "Correct the line, or remove it.") from None
     if not isinstance(found, dict):
         raise refuse('an object with a string under "prompt"', _cut(line), 'Write {"prompt": "…"}.')
+    missing = _KEYS if {"prompt", "messages"}.isdisjoint(found) else ("system",)
     for key in found:
-        near = next((known for known in _KEYS if _means(key, known)), None)
+        near = next((known for known in missing if _means(key, known)), None)
         if near is not None:
             raise refuse(f'the key "{near}"', f'"{key}"', f'Rename it to "{near}"; to carry it along, to another name.')
         if key in reserved:
@@ -298,8 +304,7 @@ def _check_messages(messages: Any, refuse: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise refuse(f'turns under "messages", {form}', _cut(json.dumps(messages)), "Correct the line.")
     for turn in messages:
-        role, content = (turn.get(key) for key in ("role", "content")) if isinstance(turn, dict) else (None, None)
-        if role not in _ROLES or not isinstance(content, str):
+        if not isinstance(turn, dict) or turn.get("role") not in _ROLES or not _has_content(turn):
             sharegpt = (
                 ' ("from" is "role" here, "value" is "content".)' if isinstance(turn, dict) and "from" in turn else ""
             )
@@ -314,6 +319,35 @@ def _check_messages(messages: Any, refuse: Any) -> None:
             f"one that ends with {_cut(json.dumps(messages[-1], ensure_ascii=False))}",
             "Remove that turn: the answer is what the model writes.",
         )
+
+
+def _has_content(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn says something: text, text parts, or calls of functions."""
+    content, calls = turn.get("content"), turn.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(one, dict) and _function(one).get("name") for one in calls):
+        return False
+    if isinstance(content, list):
+        return bool(content) and all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in content)
+    return isinstance(content, str) or (content is None and bool(calls) and turn["role"] == "assistant")
+
+
+def _function(call: Mapping[str, Any]) -> dict[str, Any]:
+    found = call.get("function")
+    return found if isinstance(found, dict) else {}
+
+
+def _for_templates(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn with its text parts as one text, and the arguments of its calls as objects instead of JSON."""
+    if isinstance(turn.get("content"), list):
+        turn = turn | {"content": "\n".join(part["text"] for part in turn["content"])}
+    if not turn.get("tool_calls"):
+        return turn
+    functions = [_function(call) for call in turn["tool_calls"]]
+    for i, function in enumerate(functions):
+        with suppress(KeyError, TypeError, ValueError):
+            functions[i] = function | {"arguments": json.loads(function["arguments"])}
+    calls = [call | {"function": function} for call, function in zip(turn["tool_calls"], functions, strict=True)]
+    return {"content": None} | turn | {"tool_calls": calls}
 
 
 def _means(key: str, known: str) -> bool:

@@ -26,6 +26,7 @@ GENERATE = "generate --recipe kit"
 SAMPLE = "sample --recipe kit --no-forks --max-new-tokens 2 --branches 2"
 CALIBRATE = "calibrate --recipe kit"
 USER = {"role": "user", "content": "Who?"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "find", "arguments": "{}"}}]}
 
 # What a user of the command line cannot write: keywords and calls of Python.
 PYTHON = re.compile(
@@ -64,7 +65,9 @@ FILES: dict[str, str | bytes] = {
     "sharegpt.jsonl": json.dumps({"messages": [{"from": "human", "value": "Who?"}]}),
     "conversations.jsonl": json.dumps({"conversations": [USER]}),
     "role.jsonl": json.dumps({"messages": [{"role": "usr", "content": "Who?"}]}),
-    "parts.jsonl": json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}]}),
+    "parts.jsonl": json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]}),
+    "silent.jsonl": json.dumps({"messages": [{"role": "assistant", "content": None}, USER]}),
+    "called.jsonl": json.dumps({"messages": [USER, CALL, USER]}),
     "nobody.jsonl": '{"messages": []}\n',
     "mixed.jsonl": json.dumps({"prompt": "a"}) + "\n" + json.dumps({"messages": [USER]}),
     "system.jsonl": '{"prompt": "a", "system": "Be brief."}\n',
@@ -72,6 +75,7 @@ FILES: dict[str, str | bytes] = {
     "system-prompt.jsonl": '{"prompt": "a", "system_prompt": "Be brief."}\n',
     "chat.jsonl": json.dumps({"messages": [USER]}),
     "lines.txt": '{"prompt": "Question: Who"}\n{"prompt": "x"}\n',
+    "objects.txt": '{"question": "Who?"}\n',
     "foreign.txt": "my thesis\n",
     "broken/proxytune_config.json": '{"base": ',
     "model.gguf": b"GGUF",
@@ -252,6 +256,10 @@ MISTAKES = {
     "another name of messages": (f"{GENERATE} -f conversations.jsonl", 'got "conversations". Rename it to "messages"'),
     "a misspelt role": (f"{GENERATE} -f role.jsonl", 'got {"role": "usr", "content": "Who?"}. Correct the turn.'),
     "a content of parts": (f"{GENERATE} -f parts.jsonl", 'expected turns of the form [{"role": "user", "content": '),
+    "a turn without content": (
+        f"{GENERATE} -f silent.jsonl",
+        'got {"role": "assistant", "content": null}. Correct the turn.',
+    ),
     "no turns": (f"{GENERATE} -f nobody.jsonl", 'expected turns under "messages", [{"role": "user", "content": '),
     "lines of two kinds": (
         f"{GENERATE} -f mixed.jsonl",
@@ -369,6 +377,10 @@ MISTAKES = {
         f"{GENERATE} a --out done.jsonl",
         "done.jsonl, a finished run of 2 lines. Choose another file; or",
     ),
+    "a finished run with a budget": (
+        f"{SAMPLE} a b c --budget 40 --out spent.jsonl",
+        "spent.jsonl, a finished run of 2 lines. Choose another file; or pass --overwrite to replace it.",
+    ),
     "a run with other settings": (
         f"{GENERATE} a b --out done.jsonl --resume --seed 3",
         "--resume with seed: expected 0, with",
@@ -382,6 +394,10 @@ MISTAKES = {
         "--resume with batch_size: expected 8, with which",
     ),
     "resume without a file": (f"{GENERATE} a --resume", "--resume: expected --out with it; got none. Name the file"),
+    "stdout as a file": (
+        f"{GENERATE} a --out -",
+        "--out: expected the name of a file; got '-'. Leave it out: lines go to stdout",
+    ),
     "overwrite without a file": (
         f"{SAMPLE} a --overwrite",
         "--overwrite: expected --out with it; got none. Name the file",
@@ -592,6 +608,10 @@ LOADED = {
         "generate hello --base large-base --expert tiny-tuned --antiexpert half",
         "half', a checkpoint of LlamaForCausalLM, without model.norm.weight. transformers would draw these weights",
     ),
+    "a call that the template leaves out": (
+        f"{GENERATE} -f called.jsonl",
+        "called.jsonl, line 1: expected a chat template that writes all turns; got one that leaves out or changes t",
+    ),
     "a system prompt that the template refuses": (
         f"{GENERATE} a --chat --system 'Be brief.'",
         "prompt 1: expected turns that the chat template takes; got system, user. It says: expected the",
@@ -683,6 +703,10 @@ NOTED = {
         "generate a --base large-base --expert bare --antiexpert tiny-base",
         "no tokenizer was found for expert. If ids mean different tokens there, the output is noise. Save the tokenize",
     ),
+    "other JSON lines in a text file": (
+        f"{GENERATE} -f objects.txt",
+        'objects.txt holds JSON lines: without "prompt", they are read as text.',
+    ),
     "JSON lines in a text file": (
         f"{GENERATE} -f lines.txt",
         'lines.txt holds JSON lines: the "prompt" or "messages" of',
@@ -742,6 +766,9 @@ def place(family, tmp_path_factory):
         patch.chdir(folder)
         with pytest.raises(SystemExit, match="0"):
             main(shlex.split(f"{GENERATE} a b --out done.jsonl max_new_tokens=2"))
+    for name in ("done.jsonl", "done.jsonl.run.json"):
+        shutil.copy(folder / name, folder / name.replace("done", "spent"))
+    edit(folder / "spent.jsonl.run.json", settings={"budget": 40, "prompts": 2})
     return folder
 
 
