@@ -115,9 +115,9 @@ def calibrate(
     combined distribution at temperature 1 over the whole vocabulary, in nats, before any penalty or truncation.
     """
     plain = base is not None and not (expert or antiexpert or recipe)
-    if not plain:
-        check_members(base, expert, antiexpert, recipe)
     words, flags = split_arguments(arguments or [])
+    if not plain:
+        check_members(base, expert, antiexpert, recipe, words)
     flags = _check_flags(context, flags)
     max_new_tokens, temperature = (flags.get(n, context.params[n]) for n in ("max_new_tokens", "temperature"))
     _check_settings(share, temperature, alpha, end_tokens, recipe, plain=plain, write=write)

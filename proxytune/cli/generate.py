@@ -153,7 +153,7 @@ def generate(
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
-    check_members(base, expert, antiexpert, recipe)
+    check_members(base, expert, antiexpert, recipe, words)
     _check_folder(save_recipe)
     terminal.quiet()
     # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
@@ -198,6 +198,13 @@ def generate(
         check_lengths(model, tokenizer, prompts, chat, system, config=config)
         if given(context, "seed") and not config.do_sample and mixture is None:
             terminal.show_note(f"--seed {seed} changes nothing: without do_sample=true, no token is drawn.")
+        if config.prompt_lookup_num_tokens is not None and size > 1 and len(prompts) > 1:
+            raise InputError.of(
+                "prompt_lookup_num_tokens",
+                expected="one prompt per batch: transformers drafts for no more",
+                got=f"{min(size, len(prompts))}",
+                remedy="Pass --batch-size 1.",
+            )
         loop = partial(_loop, config, sampler, seed, speculate)
         per_prompt = config.num_return_sequences or 1
         if answers is not None:

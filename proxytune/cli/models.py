@@ -35,8 +35,10 @@ __all__ = [
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check_members(base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None) -> None:
-    """Refuse anything but all three members, or a recipe."""
+def check_members(
+    base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None, words: Sequence[str]
+) -> None:
+    """Refuse anything but all three members, or a recipe; `words` are the prompts, one of which may be meant for it."""
     given = {"--base": base, "--expert": expert, "--antiexpert": antiexpert}
     present = [name for name, value in given.items() if value is not None]
     if recipe is not None and present:
@@ -45,12 +47,24 @@ def check_members(base: str | None, expert: str | None, antiexpert: str | None, 
         )
     if recipe is None and len(present) < len(given):
         missing = ", ".join(name for name in given if name not in present)
+        meant = next((word for word in words if (Path(word[:255]) / "proxytune_config.json").exists()), None)
         raise InputError.of(
             "members",
             expected="--base, --expert and --antiexpert, or --recipe",
             got=f"no {missing}",
             remedy="The shift is expert minus antiexpert, so both are needed; the antiexpert is what the expert was "
-            "tuned from.",
+            "tuned from."
+            if meant is None
+            else f"Pass --recipe {meant}.",
+        )
+    if recipe is not None and recipe.name == "config.json":
+        raise InputError.of(
+            "--recipe",
+            expected="the folder of a recipe, or the proxytune_config.json in it",
+            got=str(recipe),
+            remedy=f"Pass --recipe {recipe.parent}."
+            if recipe.with_name("proxytune_config.json").exists()
+            else "It is that of a plain model.",
         )
 
 
@@ -214,7 +228,9 @@ def check_device(device: str) -> None:
         there.insert(0, "cuda")
     if torch.backends.mps.is_available():
         there.append("mps")
-    choice("--device", device, there, remedy="Use one that is there.")
+    without = device.startswith("cuda") and not (torch.version.cuda or torch.version.hip)
+    built = "This torch was built without CUDA: install another, or use" if without else "Use"
+    choice("--device", device, there, remedy=f"{built} one that is there.")
 
 
 def load_tokenizer(references: Sequence[MemberRef], trusted: Sequence[str] = ()) -> PreTrainedTokenizerBase:

@@ -188,6 +188,8 @@ def _look_at(given: Sequence[str]) -> None:
             terminal.show_note(f"{prompt!r} is taken as a prompt; a switch has no value: --do-sample, --no-do-sample.")
         elif "\n" not in prompt and len(prompt) < 256 and Path(prompt).is_file():
             terminal.show_note(f"{prompt!r} is taken as a prompt; for the prompts in that file, pass --file {prompt}.")
+        elif re.fullmatch(r"\S+", prompt) and Path(prompt).suffix.lower() in (".txt", *_JSON_LINES, *_OTHER_FORMS):
+            terminal.show_note(f"{prompt!r} is taken as a prompt; there is no file of that name.")
     one = all(re.fullmatch(r"\S+", prompt) and not isinstance(prompt, PlainText) for prompt in given)
     if one and sum(len(word) > 1 for word in given) > 1 and not any(word[-1] in ".?!" for word in given[:-1]):
         terminal.show_note(

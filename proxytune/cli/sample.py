@@ -167,7 +167,7 @@ def sample(
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
-    check_members(base, expert, antiexpert, recipe)
+    check_members(base, expert, antiexpert, recipe, words)
     extract = extractor(answer)
     if not 0 < eta <= 100:
         raise InputError.of("--eta", expected="a percentage in (0, 100]", got=f"{eta:g}", remedy="Pass e.g. 90.")

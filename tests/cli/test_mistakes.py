@@ -133,7 +133,16 @@ MISTAKES = {
     ),
     "a config as the recipe": (
         "generate hello --recipe kit/config.json",
-        "recipe: expected an object with the keys format_version, base, expert, antiexpert, formula, alpha; got 'model",
+        "--recipe: expected the folder of a recipe, or the proxytune_config.json in it; got kit/config.json. Pass",
+    ),
+    "a model's config as the recipe": (
+        "generate hello --recipe large-base/config.json",
+        "got large-base/config.json. It is that of a plain model.",
+    ),
+    "a recipe without its option": ("generate kit hello", "antiexpert. Pass --recipe kit."),
+    "a GPU for a torch without one": (
+        f"{GENERATE} hello --device cuda",
+        "got 'cuda'. This torch was built without CUDA: install another, or use one that is there.",
     ),
     "a member that moved": (
         "generate hello --recipe moved",
@@ -313,6 +322,20 @@ MISTAKES = {
         f"{GENERATE} a --stop-strings ''",
         "expected a text, or several as a JSON list; got ''. Leave it out: every text ends with an empty one.",
     ),
+    "drafts of no model": (
+        f"{GENERATE} a num_assistant_tokens=3",
+        "expected a setting of the answers; got num_assistant_tokens=3. Leave it out.",
+    ),
+    "a setting that transformers has lost": (
+        f"{GENERATE} a low_memory=true",
+        "expected a setting of the answers; got lo",
+    ),
+    "no end token": (
+        f"{GENERATE} a eos_token_id=-1",
+        "a JSON list; got -1. For texts that stop at no token, pass eos_token_id=none.",
+    ),
+    "a negative token": (f"{GENERATE} a suppress_tokens=[-3]", "expected a list of token ids as JSON; got [-3]."),
+    "a negative token of a list": (f"{GENERATE} a bad_words_ids=[[-3]]", "[[5, 6], …], as JSON; got [[-3]]. Correct"),
     "half a token": (f"{GENERATE} a max_new_tokens=4.5", "expected a whole number, at least 1; got 4.5."),
     "no tokens": (f"{GENERATE} a --max-new-tokens 0", "expected a whole number, at least 1; got 0."),
     "temperature 0": (
@@ -531,9 +554,10 @@ MISTAKES = {
         "--alpha: expected an expert and an antiexpert; got",
     ),
     "no problems": ("demo --problems 0", "'--problems': Input should be greater than or equal to 1; got '0'"),
-    "no family": (
-        "demo --family none",
-        "family folder none: expected a record family.json with the chosen alpha; got none.",
+    "no family": ("demo --family none", "'none' does not exist. (see proxytune demo --help)"),
+    "a recipe as a family": (
+        "demo --family kit",
+        "family folder kit: expected a record family.json with the chosen alpha; got none.",
     ),
     "a model as a family": ("bench --family large-base", "family folder large-base: expected one folder per member"),
     "a picture of no kind": ("bench --plot out.txt", "expected a file name that ends in one of eps, jpeg"),
@@ -571,7 +595,22 @@ LOADED = {
         f"{GENERATE} a length_penalty=2",
         "Without beams, length_penalty would be ignored. Add",
     ),
-    "several greedy answers": (f"{GENERATE} a num_return_sequences=2", "num_return_sequences=2. transformers says:"),
+    "several greedy answers": (
+        f"{GENERATE} a num_return_sequences=2",
+        "got num_return_sequences=2. Without draws there are no more answers than beams. Add do_sample=true.",
+    ),
+    "more answers than beams": (
+        f"{GENERATE} a num_beams=2 num_return_sequences=3",
+        "more answers than beams. Add do_sa",
+    ),
+    "more at least than the usual most": (
+        f"{GENERATE} a min_new_tokens=99",
+        "expected min_new_tokens of at most max_new_tokens, which is 64; got min_new_tokens=99. Raise max_new_tokens.",
+    ),
+    "prompt lookup in a batch": (
+        f"{GENERATE} a b prompt_lookup_num_tokens=3",
+        "prompt_lookup_num_tokens: expected one prompt per batch: transformers drafts for no more; got 2. Pass",
+    ),
     "a token id beyond the vocabulary": (
         f"{GENERATE} a eos_token_id=99999",
         "expected token ids below 564, the size of the",
@@ -658,6 +697,10 @@ NOTED = {
     "a file's name as a prompt": (
         f"{GENERATE} prompts.txt",
         "'prompts.txt' is taken as a prompt; for the prompts in that",
+    ),
+    "a file that is not there as a prompt": (
+        f"{GENERATE} promts.txt",
+        "'promts.txt' is taken as a prompt; there is no file of that name.",
     ),
     "a setting without its sign": (
         f"{GENERATE} max_new_tokens 2 --max-new-tokens 2",
@@ -797,6 +840,9 @@ def is_clear(ended, message):
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_told_before_a_model_is_loaded(run, monkeypatch, kind):
     words, message = MISTAKES[kind]
+    if kind == "a GPU for a torch without one":
+        for name, value in (("cuda.is_available", lambda: False), ("version.cuda", None), ("version.hip", None)):
+            monkeypatch.setattr(f"torch.{name}", value)
     monkeypatch.setattr(proxytune.models.checkpoints, "is_peft_available", lambda: "without peft" not in kind)
     monkeypatch.setattr(proxytune.models.loading, "open_member", None)  # it would be a TypeError, exit code 1
     is_clear(run(*shlex.split(words)), message)
