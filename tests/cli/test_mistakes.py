@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -30,7 +31,7 @@ CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name":
 
 # What a user of the command line cannot write: keywords and calls of Python.
 PYTHON = re.compile(
-    r"\b(members|tokenizers|end_tokens|check_vocabulary|self_test|is_decoder|trust_\w+)=|from_pretrained|Decoding\(\w+="
+    r"\b(members|tokenizers|end_tokens|check_vocabulary|self_test|is_decoder|trust_\w+|remove_\w+)=|from_pretrained|Decoding\(\w+="
 )
 
 FILES: dict[str, str | bytes] = {
@@ -635,6 +636,10 @@ LOADED = {
         "calibrate a --base bare",
         "the base's tokenizer: expected tokenizer files beside the base; got none that opens at 'bare'. Save it there",
     ),
+    "a model that is not a number": (
+        "generate hello --base large-base --expert tiny-tuned --antiexpert nan do_sample=true",
+        "in bfloat16 or float32 rather than float16, or pass --remove-invalid-values to go on with finite",
+    ),
     "an encoder that reads later tokens": (
         "generate hello --base large-base --expert bert --antiexpert tiny-base",
         "the expert: expected a causal LM, whose results do not depend on later tokens or on its cache; got a Bert",
@@ -793,7 +798,13 @@ def place(family, tmp_path_factory):
     shutil.copytree(family / "tiny-tuned", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
     shutil.copytree(folder / "bare", folder / "reward")
     shutil.copytree(folder / "bare", folder / "half")
+    shutil.copytree(folder / "copy", folder / "nan")
     weights = load_file(folder / "half" / "model.safetensors")
+    save_file(
+        {name: tensor * math.nan for name, tensor in weights.items()},
+        folder / "nan" / "model.safetensors",
+        {"format": "pt"},
+    )
     del weights["model.norm.weight"]
     save_file(weights, folder / "half" / "model.safetensors", {"format": "pt"})
     edit(folder / "reward" / "config.json", architectures=["LlamaForSequenceClassification"])
