@@ -640,6 +640,10 @@ LOADED = {
         "generate hello --base large-base --expert tiny-tuned --antiexpert nan do_sample=true",
         "in bfloat16 or float32 rather than float16, or pass --remove-invalid-values to go on with finite",
     ),
+    "a greedy model that is not a number": (
+        "generate hello --base large-base --expert tiny-tuned --antiexpert nan",
+        "in bfloat16 or float32 rather than float16. --remove-invalid-values goes on with finite values",
+    ),
     "an encoder that reads later tokens": (
         "generate hello --base large-base --expert bert --antiexpert tiny-base",
         "the expert: expected a causal LM, whose results do not depend on later tokens or on its cache; got a Bert",
