@@ -162,7 +162,8 @@ class AnswerFile:
                 remedy = "pass --resume to continue it, or --overwrite to start anew"
             else:
                 got = f"{self._path}, a finished run of {lines} lines"
-                remedy = "pass --resume to add answers to further prompts, or --overwrite to replace it"
+                further = "" if "prompts" in note["settings"] else "--resume to add answers to further prompts, or "
+                remedy = f"pass {further}--overwrite to replace it"
             raise InputError.of("--out", expected="a new file", got=got, remedy=f"Choose another file; or {remedy}.")
         for number, line in enumerate(self._lines()):
             if note is None:
@@ -251,7 +252,7 @@ def open_answers(
 
 
 def check_out(out: Path | None, file: str | None, *, resume: bool, overwrite: bool) -> None:
-    """Refuse `--resume` and `--overwrite` without `--out` or together, and `--out` that is the file of the prompts."""
+    """Refuse `--resume` and `--overwrite` without `--out` or together, and `--out` that is stdout or the prompts."""
     for option, given in (("--resume", resume), ("--overwrite", overwrite)):
         if given and out is None:
             raise InputError.of(
@@ -260,6 +261,13 @@ def check_out(out: Path | None, file: str | None, *, resume: bool, overwrite: bo
     if resume and overwrite:
         raise InputError.of(
             "--resume", expected="no --overwrite", got="both", remedy="Continue the run, or start it anew."
+        )
+    if str(out) == "-":
+        raise InputError.of(
+            "--out",
+            expected="the name of a file",
+            got="'-'",
+            remedy="Leave it out: lines go to stdout, on a terminal with --json.",
         )
     prompts = None if file in (None, "-") else Path(str(file))
     if out is not None and prompts is not None and prompts.exists() and out.exists() and out.samefile(prompts):

@@ -32,7 +32,12 @@ def bench(
         bool, typer.Option("--full", help="Longer texts and more rounds: most of an hour instead of five minutes.")
     ] = False,
     family: Annotated[
-        Path | None, typer.Option(help="A folder written by `python -m lab train` (default: the bundled family).")
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="The folder of your own family, see benches/README.md in the repository (default: the bundled one).",
+        ),
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
 ) -> None:

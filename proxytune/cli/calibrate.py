@@ -16,6 +16,7 @@ from proxytune.cli.models import (
     DTYPES,
     check_chat,
     check_device,
+    check_lengths,
     check_members,
     encode,
     load,
@@ -114,9 +115,9 @@ def calibrate(
     combined distribution at temperature 1 over the whole vocabulary, in nats, before any penalty or truncation.
     """
     plain = base is not None and not (expert or antiexpert or recipe)
-    if not plain:
-        check_members(base, expert, antiexpert, recipe)
     words, flags = split_arguments(arguments or [])
+    if not plain:
+        check_members(base, expert, antiexpert, recipe, words)
     flags = _check_flags(context, flags)
     max_new_tokens, temperature = (flags.get(n, context.params[n]) for n in ("max_new_tokens", "temperature"))
     _check_settings(share, temperature, alpha, end_tokens, recipe, plain=plain, write=write)
@@ -126,7 +127,7 @@ def calibrate(
     _check_texts(context, read, samples=bool(prompts))
     terminal.quiet()
 
-    from transformers import set_seed
+    from transformers import GenerationConfig, set_seed
 
     from proxytune.methods.forks.calibrate import forced_entropies, report, sampled_entropies
     from proxytune.recipe import ForkCalibration, write_fork_threshold
@@ -139,6 +140,10 @@ def calibrate(
         )
     if chat:
         check_chat(tokenizer, prompts, system)
+    if not plain:
+        asked = GenerationConfig(max_new_tokens=max_new_tokens)
+        check_lengths(model, tokenizer, prompts, chat, system, config=asked)
+        check_lengths(model, tokenizer, read, chat=False)
     set_seed(seed)
     found: list[Entropies] = []
     with terminal.Bar("texts") as bar:
@@ -191,10 +196,10 @@ def _check_flags(context: typer.Context, flags: dict[str, Any]) -> dict[str, Any
 
 def _check_texts(context: typer.Context, texts: list[Prompt], *, samples: bool) -> None:
     """Refuse conversations as texts, and options of samples where there are none."""
-    for number, text in enumerate(texts, 1):
+    for text in texts:
         if text.is_chat or "system" in text.line:
             raise InputError.of(
-                f"text {number} of --texts",
+                text.where,
                 expected='a text under "prompt": texts are read as they are',
                 got="a conversation",
                 remedy="Write the conversation as text, in the form of the model's template.",

@@ -49,7 +49,12 @@ def demo(
     problems: Annotated[int, typer.Option(min=1, help="Most problems per task.")] = 150,
     alpha: Annotated[float | None, typer.Option(help="Strength of the shift (default: the recorded one).")] = None,
     family: Annotated[
-        Path | None, typer.Option(help="A folder written by `python -m lab train` (default: the bundled family).")
+        Path | None,
+        typer.Option(
+            exists=True,
+            file_okay=False,
+            help="The folder of your own family, see benches/README.md in the repository (default: the bundled one).",
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
 ) -> None:

@@ -17,7 +17,16 @@ from rich.text import Text
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, encode, load, named
+from proxytune.cli.models import (
+    check_chat,
+    check_end_tokens,
+    check_lengths,
+    check_members,
+    chosen_device,
+    encode,
+    load,
+    named,
+)
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -144,7 +153,7 @@ def generate(
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
-    check_members(base, expert, antiexpert, recipe)
+    check_members(base, expert, antiexpert, recipe, words)
     _check_folder(save_recipe)
     terminal.quiet()
     # First: a prompt that was read as a setting leaves nothing but to wait for stdin.
@@ -186,8 +195,16 @@ def generate(
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = merged_settings(model.generation_config, flags, model.config.vocab_size)
+        check_lengths(model, tokenizer, prompts, chat, system, config=config)
         if given(context, "seed") and not config.do_sample and mixture is None:
             terminal.show_note(f"--seed {seed} changes nothing: without do_sample=true, no token is drawn.")
+        if config.prompt_lookup_num_tokens is not None and size > 1 and len(prompts) > 1:
+            raise InputError.of(
+                "prompt_lookup_num_tokens",
+                expected="one prompt per batch: transformers drafts for no more",
+                got=f"{min(size, len(prompts))}",
+                remedy="Pass --batch-size 1.",
+            )
         loop = partial(_loop, config, sampler, seed, speculate)
         per_prompt = config.num_return_sequences or 1
         if answers is not None:
@@ -271,16 +288,11 @@ def _complete(
         custom_generate=loop(range(first * each, (first + len(prompts)) * each)),
     )
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
-    new_ids = sequences[:, batch["input_ids"].shape[1] :].cpu()
-    per_prompt = len(new_ids) // len(prompts)
-    ends = set(_listed(config.eos_token_id))
-    stops = _listed(config.stop_strings)
+    per_prompt = len(sequences) // len(prompts)
     completions: list[Completion] = []
-    for index, row in enumerate(new_ids.tolist()):
-        row, ended = _until_end(row, ends, tokenizer.pad_token_id)
+    for index, (row, stopped) in enumerate(_cut(sequences.cpu(), batch["input_ids"].shape[1], config, tokenizer)):
         text = tokenizer.decode(row, skip_special_tokens=True)
         assert isinstance(text, str)
-        stopped = ended or any(stop in text for stop in stops)
         completions.append(Completion(prompts[index // per_prompt], text, len(row), "stop" if stopped else "length"))
     return completions
 
@@ -326,15 +338,24 @@ def _streamer(tokenizer: PreTrainedTokenizerBase) -> Any:
     return SafeStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
-def _until_end(row: list[int], ends: set[int], pad: int | None) -> tuple[list[int], bool]:
-    """Cut a row after its first end-of-text token; padding at its end also means that it had stopped."""
-    for position, token in enumerate(row):
-        if token in ends:
-            return row[: position + 1], True
-    length = len(row)
-    while length and row[length - 1] == pad:
-        length -= 1
-    return row[:length], length < len(row)
+def _cut(
+    sequences: torch.Tensor, start: int, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], bool]]:
+    """Each row's new ids up to its first end token or stop string, and whether there is one.
+
+    Padding does not tell: a text may have its token too, and for many models it is an end token.
+    """
+    import torch
+    from transformers import StopStringCriteria
+
+    new = sequences[:, start:]
+    done = torch.isin(new, torch.tensor(_listed(config.eos_token_id), dtype=new.dtype))  # [B * n, new]
+    if stops := _listed(config.stop_strings):
+        met = StopStringCriteria(tokenizer, stops)  # as in generate(), also where one begins in the prompt
+        for i in range(new.shape[1]):
+            done[:, i] |= met(sequences[:, : start + i + 1], None)
+    rows = zip(new.tolist(), done.tolist(), strict=True)
+    return [(row[: ends.index(True) + 1], True) if any(ends) else (row, False) for row, ends in rows]
 
 
 def _line(completion: Completion) -> str:

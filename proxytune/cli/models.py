@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from proxytune.cli.prompts import Prompt
 from proxytune.errors import InputError, MemberError, MemberNotFoundError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedTokenizerBase
 
     from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import EndTokens, MemberRef
@@ -21,6 +22,7 @@ __all__ = [
     "check_chat",
     "check_device",
     "check_end_tokens",
+    "check_lengths",
     "check_members",
     "chosen_device",
     "encode",
@@ -33,8 +35,10 @@ __all__ = [
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def check_members(base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None) -> None:
-    """Refuse anything but all three members, or a recipe."""
+def check_members(
+    base: str | None, expert: str | None, antiexpert: str | None, recipe: Path | None, words: Sequence[str]
+) -> None:
+    """Refuse anything but all three members, or a recipe; `words` are the prompts, one of which may be meant for it."""
     given = {"--base": base, "--expert": expert, "--antiexpert": antiexpert}
     present = [name for name, value in given.items() if value is not None]
     if recipe is not None and present:
@@ -43,12 +47,24 @@ def check_members(base: str | None, expert: str | None, antiexpert: str | None, 
         )
     if recipe is None and len(present) < len(given):
         missing = ", ".join(name for name in given if name not in present)
+        meant = next((word for word in words if (Path(word[:255]) / "proxytune_config.json").exists()), None)
         raise InputError.of(
             "members",
             expected="--base, --expert and --antiexpert, or --recipe",
             got=f"no {missing}",
             remedy="The shift is expert minus antiexpert, so both are needed; the antiexpert is what the expert was "
-            "tuned from.",
+            "tuned from."
+            if meant is None
+            else f"Pass --recipe {meant}.",
+        )
+    if recipe is not None and recipe.name == "config.json":
+        raise InputError.of(
+            "--recipe",
+            expected="the folder of a recipe, or the proxytune_config.json in it",
+            got=str(recipe),
+            remedy=f"Pass --recipe {recipe.parent}."
+            if recipe.with_name("proxytune_config.json").exists()
+            else "It is that of a plain model.",
         )
 
 
@@ -212,7 +228,9 @@ def check_device(device: str) -> None:
         there.insert(0, "cuda")
     if torch.backends.mps.is_available():
         there.append("mps")
-    choice("--device", device, there, remedy="Use one that is there.")
+    without = device.startswith("cuda") and not (torch.version.cuda or torch.version.hip)
+    built = "This torch was built without CUDA: install another, or use" if without else "Use"
+    choice("--device", device, there, remedy=f"{built} one that is there.")
 
 
 def load_tokenizer(references: Sequence[MemberRef], trusted: Sequence[str] = ()) -> PreTrainedTokenizerBase:
@@ -246,7 +264,7 @@ def load_tokenizer(references: Sequence[MemberRef], trusted: Sequence[str] = ())
 
 
 def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], system: str | None) -> None:
-    """Refuse prompts that the chat template cannot write, or of which it leaves out a system or user turn.
+    """Refuse prompts that the chat template cannot write, or of which it leaves out a system or user turn or a call.
 
     Raises:
         InputError: If there is no template, it fails, or what it writes has not all of these turns in it.
@@ -262,38 +280,92 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sy
             "tokenizer.chat_template, then tokenizer.save_pretrained(folder)), or write the prompts in its form "
             "and leave --chat away.",
         )
-    for number, prompt in enumerate(prompts, 1):
+    for prompt in prompts:
         turns = prompt.turns(system)
         roles = ", ".join(turn["role"] for turn in turns)
         try:
             written = _written(tokenizer, turns)
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError.of(
-                f"prompt {number}",
+                prompt.where,
                 expected="turns that the chat template takes",
                 got=roles,
                 remedy=f"It says: {str(error).rstrip('.')}. Change the turns, or use another template.",
             ) from error
         for turn in turns:
-            if turn["role"] in ("system", "user") and turn["content"].strip() not in written:
+            said = [turn["content"]] if turn["role"] in ("system", "user") else []
+            said += [call["function"]["name"] for call in turn.get("tool_calls") or ()]
+            if missing := next((text for text in said if text.strip() not in written), None):
                 raise InputError.of(
-                    f"prompt {number}",
+                    prompt.where,
                     expected="a chat template that writes all turns",
-                    got=f"one that leaves out or changes that of the {turn['role']}, {turn['content'][:60]!r}",
+                    got=f"one that leaves out or changes that of the {turn['role']}, {missing[:60]!r}",
                     remedy="Put the text into a turn that it writes, or use another template.",
                 )
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None = None) -> Any:
     """Tokenize a batch, padded on the left; with `chat`, each prompt as the turns of the chat template."""
-    if chat:
-        # The template has written the special tokens already.
-        rendered = [_written(tokenizer, prompt.turns(system)) for prompt in prompts]
-        batch = tokenizer(rendered, return_tensors="pt", padding=True, add_special_tokens=False)
-    else:
-        batch = tokenizer([prompt.text for prompt in prompts], return_tensors="pt", padding=True)
+    batch = _ids(tokenizer, prompts, chat, system, return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
     return batch
+
+
+def _ids(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None, **options: Any
+) -> Any:
+    texts = [_written(tokenizer, prompt.turns(system)) if chat else prompt.text for prompt in prompts]
+    # The template has written the special tokens already.
+    return tokenizer(texts, add_special_tokens=not chat, **options)
+
+
+def check_lengths(
+    model: ProxyTunedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat: bool,
+    system: str | None = None,
+    *,
+    config: GenerationConfig | None = None,
+    budget: int | None = None,
+) -> None:
+    """Refuse prompts without room for an answer, one of which would stop a run in the middle.
+
+    Those that leave less room than `config` asks for are noted; those that take all of a `budget` are let through.
+
+    Raises:
+        InputError: If a prompt is longer than a member's context, or not shorter than the `max_length` of `config`.
+    """
+    context: int | None = getattr(model.config, "max_position_embeddings", None)
+    new, longest = (None, None) if config is None else (config.max_new_tokens, config.max_length)
+    limits = [] if context is None else [(context, f"at most {context} tokens, the members' context")]
+    if new is None and longest is not None:
+        limits.append((longest - 1, f"fewer than {longest} tokens, max_length, which counts the prompt too"))
+    if not (limits and prompts):
+        return
+    room, expected = min(limits)
+    ids = _ids(tokenizer, prompts, chat, system)["input_ids"]
+    lengths = [(len(own), prompt.where) for own, prompt in zip(ids, prompts, strict=True)]
+    lengths = [(length, where) for length, where in lengths if budget is None or length < budget]
+    if long := [(length, where) for length, where in lengths if length > room]:
+        raise InputError.of(
+            long[0][1],
+            expected=expected,
+            got=f"{long[0][0]}" + (f"; also too long: {_listed([where for _, where in long[1:]])}" if long[1:] else ""),
+            remedy="Shorten or remove what is too long.",
+        )
+    if context is None or new is None:
+        return
+    if tight := [where for length, where in lengths if length + min(new, (budget or math.inf) - length) - 1 > context]:
+        terminal.show_note(
+            f"{_listed(tight)}: fewer than max_new_tokens={new} tokens are left of the members' context of {context}, "
+            "and a text that does not end before would stop the run."
+        )
+
+
+def _listed(places: Sequence[str], most: int = 3) -> str:
+    more = len(places) - most
+    return "; ".join(places[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]) -> str:

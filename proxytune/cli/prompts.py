@@ -3,8 +3,8 @@
 A line of JSON lines is an object with one of
 
 - `"prompt"`: a text;
-- `"messages"`: a conversation, `[{"role": "user", "content": "…"}, …]`, whose last turn is the user's. It is always
-  written in the chat template;
+- `"messages"`: a conversation, `[{"role": "user", "content": "…"}, …]`, whose last turn is the user's, or a tool's. It
+  is always written in the chat template. A content may be a list of text parts, and null beside `"tool_calls"`;
 
 and, if it likes, `"system"`, a system prompt of its own, and other keys, such as `"id"`, which are repeated in the
 output. Keys that the output has itself, misspelt ones and settings are refused.
@@ -18,7 +18,8 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,9 +51,11 @@ class Prompt:
 
     Attributes:
         line: What its line says, or just `{"prompt": …}`: what the output repeats.
+        where: Where it stands, for messages: "prompt 1" of the arguments, or a line of a file.
     """
 
     line: Mapping[str, Any]
+    where: str = field(default="the prompt", compare=False)
 
     @property
     def is_chat(self) -> bool:
@@ -62,11 +65,12 @@ class Prompt:
     @property
     def text(self) -> str:
         """The prompt, or the last turn of its conversation."""
-        return str(self.line["messages"][-1]["content"] if self.is_chat else self.line["prompt"])
+        return str(self.turns(None)[-1]["content"])
 
     def turns(self, system: str | None) -> list[dict[str, Any]]:
         """The prompt as a conversation, with the line's own system prompt, else the one given."""
-        turns = list(self.line["messages"]) if self.is_chat else [{"role": "user", "content": self.line["prompt"]}]
+        turns = self.line["messages"] if self.is_chat else [{"role": "user", "content": self.line["prompt"]}]
+        turns = list(map(_for_templates, turns))
         system = self.line.get("system", system)
         if system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
@@ -95,7 +99,7 @@ def read_prompts(
             not of the form that the module describes.
     """
     _look_at(given)
-    prompts = [Prompt({"prompt": str(prompt)}) for prompt in given]
+    prompts = [Prompt({"prompt": str(prompt)}, f"prompt {number}") for number, prompt in enumerate(given, 1)]
     taken = f", and {', '.join(map(repr, settings))} read as settings" if settings and file is None else ""
     elsewhere = f" {ELSEWHERE}" if taken else ""
     if file is None:
@@ -119,12 +123,17 @@ def read_prompts(
             remedy=f"Write one prompt per line.{elsewhere}",
         )
     lines = text.removesuffix("\n").split("\n")  # splitlines() would also break at U+2028 and others
+    while len(lines) > 1 and not lines[-1].strip():
+        lines.pop()
     as_json = Path(file).suffix.lower() in _JSON_LINES
-    if not as_json and _looks_like_json(lines[0]):
-        terminal.show_note(f'{name} holds JSON lines: the "prompt" or "messages" of each line is read.')
-        as_json = True
+    if not as_json and (found := _object_in(lines[0])):
+        as_json = not {"prompt", "messages"}.isdisjoint(found)
+        read = 'the "prompt" or "messages" of each line is read.'
+        terminal.show_note(
+            f"{name} holds JSON lines: " + (read if as_json else 'without "prompt", they are read as text.')
+        )
     if not as_json:
-        return prompts + [Prompt({"prompt": line}) for line in lines]
+        return prompts + [Prompt({"prompt": line}, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
     return prompts + [_prompt_of(line, f"{name}, line {number}", reserved) for number, line in enumerate(lines, 1)]
 
 
@@ -135,28 +144,28 @@ def check_prompts(prompts: Sequence[Prompt], *, chat: bool, system: str | None =
         InputError: If a prompt is empty or blank, of which most tokenizers make no token, or is not text; if a system
             prompt is given twice, or without `chat`; if some prompts only are conversations, without `chat`.
     """
-    for number, prompt in enumerate(prompts, 1):
+    for prompt in prompts:
         own = prompt.line.get("system", system)
         first = prompt.turns(None)[0]
         if not prompt.text.strip():
-            _refuse(number, "some text", repr(prompt.text), "Remove it, or give it some text.")
+            _refuse(prompt, "some text", repr(prompt.text), "Remove it, or give it some text.")
         if re.search("[\ud800-\udfff]", json.dumps(prompt.line, ensure_ascii=False)):
             remedy = "Write it in UTF-8; in JSON, the two \\u… of such a character stand together."
-            _refuse(number, "text", f"{prompt.text!r}, with half of a character", remedy)
+            _refuse(prompt, "text", f"{prompt.text!r}, with half of a character", remedy)
         if prompt.is_chat != prompts[0].is_chat and not chat:
             kinds = "a prompt" if prompts[0].is_chat else "a conversation"
             remedy = "Pass --chat, which makes each prompt a user turn; or run the two kinds apart."
-            _refuse(number, "lines of one kind", f"{kinds}, unlike prompt 1", remedy)
+            _refuse(prompt, "lines of one kind", f"{kinds}, unlike {prompts[0].where}", remedy)
         if own is not None and not (chat or prompt.is_chat):
             remedy = "Add --chat, or write the text before the prompt."
-            _refuse(number, "--chat with a system prompt, a turn of the chat template", f"{own!r} without it", remedy)
+            _refuse(prompt, "--chat with a system prompt, a turn of the chat template", f"{own!r} without it", remedy)
         if system is not None and first["role"] == "system":
-            _refuse(number, "one system prompt", f"--system {system!r} and {first!r}", "Remove one of them.")
+            _refuse(prompt, "one system prompt", f"--system {system!r} and {first!r}", "Remove one of them.")
     return chat or any(prompt.is_chat for prompt in prompts)
 
 
-def _refuse(number: int, expected: str, got: str, remedy: str) -> NoReturn:
-    raise InputError.of(f"prompt {number}", expected=expected, got=got, remedy=remedy)
+def _refuse(prompt: Prompt, expected: str, got: str, remedy: str) -> NoReturn:
+    raise InputError.of(prompt.where, expected=expected, got=got, remedy=remedy)
 
 
 def _look_at(given: Sequence[str]) -> None:
@@ -179,6 +188,8 @@ def _look_at(given: Sequence[str]) -> None:
             terminal.show_note(f"{prompt!r} is taken as a prompt; a switch has no value: --do-sample, --no-do-sample.")
         elif "\n" not in prompt and len(prompt) < 256 and Path(prompt).is_file():
             terminal.show_note(f"{prompt!r} is taken as a prompt; for the prompts in that file, pass --file {prompt}.")
+        elif re.fullmatch(r"\S+", prompt) and Path(prompt).suffix.lower() in (".txt", *_JSON_LINES, *_OTHER_FORMS):
+            terminal.show_note(f"{prompt!r} is taken as a prompt; there is no file of that name.")
     one = all(re.fullmatch(r"\S+", prompt) and not isinstance(prompt, PlainText) for prompt in given)
     if one and sum(len(word) > 1 for word in given) > 1 and not any(word[-1] in ".?!" for word in given[:-1]):
         terminal.show_note(
@@ -219,12 +230,12 @@ def _text_of(file: str, name: str, option: str) -> str:
     return text.removeprefix("\ufeff")  # which some editors put before UTF-8
 
 
-def _looks_like_json(line: str) -> bool:
+def _object_in(line: str) -> dict[str, Any] | None:
     try:
         found = json.loads(line)
     except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and not {"prompt", "messages"}.isdisjoint(found)
+        return None
+    return found if isinstance(found, dict) else None
 
 
 # --- JSON lines -------------------------------------------------------------------------------------------------------
@@ -253,8 +264,9 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
         raise refuse("a JSON object", f"{got} ({what})", "Correct the line, or remove it.") from None
     if not isinstance(found, dict):
         raise refuse('an object with a string under "prompt"', _cut(line), 'Write {"prompt": "…"}.')
+    missing = _KEYS if {"prompt", "messages"}.isdisjoint(found) else ("system",)
     for key in found:
-        near = next((known for known in _KEYS if _means(key, known)), None)
+        near = next((known for known in missing if _means(key, known)), None)
         if near is not None:
             raise refuse(f'the key "{near}"', f'"{key}"', f'Rename it to "{near}"; to carry it along, to another name.')
         if key in reserved:
@@ -286,7 +298,7 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
         _check_messages(found["messages"], refuse)
         if "system" in found and found["messages"][0]["role"] == "system":
             raise refuse("one system prompt", 'a "system" and a system turn', "Remove one of them.")
-    return Prompt(found)
+    return Prompt(found, where)
 
 
 def _check_messages(messages: Any, refuse: Any) -> None:
@@ -294,8 +306,7 @@ def _check_messages(messages: Any, refuse: Any) -> None:
     if not isinstance(messages, list) or not messages:
         raise refuse(f'turns under "messages", {form}', _cut(json.dumps(messages)), "Correct the line.")
     for turn in messages:
-        role, content = (turn.get(key) for key in ("role", "content")) if isinstance(turn, dict) else (None, None)
-        if role not in _ROLES or not isinstance(content, str):
+        if not isinstance(turn, dict) or turn.get("role") not in _ROLES or not _has_content(turn):
             sharegpt = (
                 ' ("from" is "role" here, "value" is "content".)' if isinstance(turn, dict) and "from" in turn else ""
             )
@@ -310,6 +321,35 @@ def _check_messages(messages: Any, refuse: Any) -> None:
             f"one that ends with {_cut(json.dumps(messages[-1], ensure_ascii=False))}",
             "Remove that turn: the answer is what the model writes.",
         )
+
+
+def _has_content(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn says something: text, text parts, or calls of functions."""
+    content, calls = turn.get("content"), turn.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(one, dict) and _function(one).get("name") for one in calls):
+        return False
+    if isinstance(content, list):
+        return bool(content) and all(isinstance(one, dict) and isinstance(one.get("text"), str) for one in content)
+    return isinstance(content, str) or (content is None and bool(calls) and turn["role"] == "assistant")
+
+
+def _function(call: Mapping[str, Any]) -> dict[str, Any]:
+    found = call.get("function")
+    return found if isinstance(found, dict) else {}
+
+
+def _for_templates(turn: dict[str, Any]) -> dict[str, Any]:
+    """A turn with its text parts as one text, and the arguments of its calls as objects instead of JSON."""
+    if isinstance(turn.get("content"), list):
+        turn = turn | {"content": "\n".join(part["text"] for part in turn["content"])}
+    if not turn.get("tool_calls"):
+        return turn
+    functions = [_function(call) for call in turn["tool_calls"]]
+    for i, function in enumerate(functions):
+        with suppress(KeyError, TypeError, ValueError):
+            functions[i] = function | {"arguments": json.loads(function["arguments"])}
+    calls = [call | {"function": function} for call, function in zip(turn["tool_calls"], functions, strict=True)]
+    return {"content": None} | turn | {"tool_calls": calls}
 
 
 def _means(key: str, known: str) -> bool:

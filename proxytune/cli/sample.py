@@ -11,7 +11,7 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import check_chat, check_end_tokens, check_members, chosen_device, load, named
+from proxytune.cli.models import check_chat, check_end_tokens, check_lengths, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -167,7 +167,7 @@ def sample(
     """
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
-    check_members(base, expert, antiexpert, recipe)
+    check_members(base, expert, antiexpert, recipe, words)
     extract = extractor(answer)
     if not 0 < eta <= 100:
         raise InputError.of("--eta", expected="a percentage in (0, 100]", got=f"{eta:g}", remedy="Pass e.g. 90.")
@@ -247,6 +247,7 @@ def sample(
             check_chat(tokenizer, prompts, system)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = _settings(model, flags, forks=forks)
+        check_lengths(model, tokenizer, prompts, chat, system, config=config, budget=budget)
         if answers is not None:
             answers.begin(resolved(config), 1)
         done, failed = (0, False) if answers is None else (answers.done, answers.failed)

@@ -134,14 +134,13 @@ class SampleRun:
     def __call__(self, prompts: Sequence[Prompt], first: int) -> Iterator[Result | BudgetError]:
         """Draw for a batch; noise streams are keyed by the prompts' numbers in the whole run."""
         budget = self.loop.max_total_tokens
-        encoded = encode(self.tokenizer, prompts, self.chat, self.system)
-        lengths = encoded["attention_mask"].sum(1).tolist()
+        lengths = encode(self.tokenizer, prompts, self.chat, self.system)["attention_mask"].sum(1).tolist()
         small = [i for i, length in enumerate(lengths) if budget is not None and length >= budget]
         kept = [i for i in range(len(prompts)) if i not in small]
         self.meter.begin(first, len(prompts))
         self.meter.spend(sum(lengths[i] for i in kept))
         found: dict[int, Result] = {}
-        trees = self._grow(encoded, kept, [first + i for i in kept]) if kept else []
+        trees = self._grow([prompts[i] for i in kept], [first + i for i in kept]) if kept else []
         for i, tree in zip(kept, trees, strict=True):
             found[i] = self._result(prompts[i], lengths[i], tree)
         for i, length in enumerate(lengths):
@@ -149,7 +148,7 @@ class SampleRun:
                 yield found[i]
                 continue
             error = BudgetError.of(
-                f"prompt {first + i + 1}",
+                prompts[i].where,
                 expected=f"--budget of at least {length + 1}: it has {length} tokens itself",
                 got=f"{budget}",
                 remedy="Raise the budget or shorten the prompt.",
@@ -157,20 +156,18 @@ class SampleRun:
             assert isinstance(error, BudgetError)
             yield error
 
-    def _grow(self, encoded: Any, rows: Sequence[int], streams: Sequence[int]) -> list[ForkTree]:
-        """Trees for rows of the batch, each from its own noise streams."""
-        import torch
-
+    def _grow(self, prompts: Sequence[Prompt], streams: Sequence[int]) -> list[ForkTree]:
+        """Trees for some prompts, each from its own noise streams."""
         from proxytune.methods.trees.rounds import grow_in_rounds
 
-        chosen = torch.tensor(list(rows))
+        encoded = encode(self.tokenizer, prompts, self.chat, self.system).to(self.model.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BudgetWarning)  # said of each prompt, see `Result.shortage`
             return grow_in_rounds(
                 self.model,
                 replace(self.loop, stream_ids=list(streams)),
-                encoded["input_ids"][chosen].to(self.model.device),
-                attention_mask=encoded["attention_mask"][chosen].to(self.model.device),
+                encoded["input_ids"],
+                attention_mask=encoded["attention_mask"],
                 streams=self.prompts,
                 generation_config=self.config,
                 tokenizer=self.tokenizer,

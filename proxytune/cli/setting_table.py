@@ -52,16 +52,24 @@ def _flag(text: str = "") -> Setting:
     return Setting("true or false", lambda value: type(value) is bool, None, text)
 
 
-def _several(kind: type, what: str, text: str = "") -> Setting:
+def _several(each: Callable[[Any], bool], what: str, metavar: str, text: str = "") -> Setting:
     def fits(value: Any) -> bool:
         many = value if isinstance(value, list) else [value]
-        return bool(many) and all(type(one) is kind and one != "" for one in many)  # every text ends with ""
+        return bool(many) and all(map(each, many))
 
-    return Setting(f"{what}, or several as a JSON list", fits, "<str>" if kind is str else "<int>", text)
+    return Setting(f"{what}, or several as a JSON list", fits, metavar, text)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value != ""  # every text ends with ""
+
+
+def _is_id(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_id, value))
 
 
 def _lists(expected: str, each: Callable[[Any], bool]) -> Setting:
@@ -80,7 +88,7 @@ SETTINGS = {
     "top_p": _number("(0, 1]", "Draw from the likeliest tokens that have this probability together."),
     "min_p": _number("[0, 1]", "Draw from tokens with at least this share of the likeliest one's probability."),
     "repetition_penalty": _number("(0, inf)", "Above 1: tokens that were there become less likely."),
-    "stop_strings": _several(str, "a text", "End at this text; several as a JSON list."),
+    "stop_strings": _several(_is_text, "a text", "<str>", "End at this text; several as a JSON list."),
     "num_beams": _whole(1, "Beams of beam search."),
     "num_return_sequences": _whole(1, "Answers per prompt."),
     "max_length": _whole(1),
@@ -94,22 +102,21 @@ SETTINGS = {
     "length_penalty": _number(),
     "guidance_scale": _number(),
     "no_repeat_ngram_size": _whole(0),
-    "eos_token_id": _several(int, "a token id"),
+    "eos_token_id": _several(_is_id, "a token id", "<int>"),
     "pad_token_id": _whole(0),
     "bos_token_id": _whole(0),
-    "num_assistant_tokens": _whole(1),
     "prompt_lookup_num_tokens": _whole(1),
     "max_matching_ngram_size": _whole(1),
     "prefill_chunk_size": _whole(1),
     "bad_words_ids": _lists("lists of token ids, [[5, 6], …],", _is_ids),
-    "suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
-    "begin_suppress_tokens": _lists("a list of token ids", lambda one: type(one) is int),
+    "suppress_tokens": _lists("a list of token ids", _is_id),
+    "begin_suppress_tokens": _lists("a list of token ids", _is_id),
     "sequence_bias": _lists(
         "pairs of token ids and nats, [[[5, 6], -2.0], …],",
         lambda pair: isinstance(pair, list) and len(pair) == 2 and _is_ids(pair[0]) and type(pair[1]) in (int, float),
     ),
     "forced_bos_token_id": _whole(0),
-    "forced_eos_token_id": _several(int, "a token id"),
+    "forced_eos_token_id": _several(_is_id, "a token id", "<int>"),
     "exponential_decay_length_penalty": Setting(
         "a position and a factor, [20, 1.05], as JSON",
         lambda pair: isinstance(pair, list) and [isinstance(one, int | float) for one in pair] == [True, True],

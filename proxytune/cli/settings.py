@@ -38,10 +38,17 @@ _FLAG = re.compile(r"([A-Za-z_][\w-]*)=(.*)", re.DOTALL)
 _BARE_FRACTION = re.compile(r"[+-]?\.\d+")
 _WORDS = {"true": True, "false": False, "none": None}
 _YES_NO = {"yes": True, "on": True, "1": True, "no": False, "off": False, "0": False}
-# Objects of Python, and what would change nothing here.
+# Objects of Python, and what would change nothing here: there is no assistant model, and no encoder.
 _NOT_SETTABLE = (
     *("transformers_version", "cache_config", "compile_config", "continuous_batching_config", "is_assistant"),
-    "assistant_confidence_threshold",
+    *(
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+    ),
+    *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "low_memory", "decoder_start_token_id"),
+    "encoder_no_repeat_ngram_size",
     *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
 )
 # Modes that transformers would load from the hub, as code.
@@ -220,6 +227,8 @@ def check_settings(flags: Mapping[str, Any], options: Sequence[str] = ()) -> dic
 def _remedy(name: str, value: Any) -> str:
     if name == "temperature" and value == 0:
         return "For the likeliest tokens, leave it out, and pass do_sample=false."
+    if name == "eos_token_id" and value == -1:
+        return "For texts that stop at no token, pass eos_token_id=none."
     if name == "stop_strings" and value in ("", []):
         return "Leave it out: every text ends with an empty one."
     if name == "stop_strings":
@@ -271,6 +280,10 @@ def merged_settings(
     for length, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         if flags.get(length) is not None:
             setattr(merged, new, None)  # the model's own would take precedence
+    draws, beams = flags.get("do_sample", merged.do_sample), flags.get("num_beams", merged.num_beams) or 1
+    if not draws and (flags.get("num_return_sequences") or 1) > beams:
+        expected = "do_sample=true with several num_return_sequences"
+        _refuse(flags, expected, "Without draws there are no more answers than beams. Add do_sample=true.")
     try:
         merged.update(**flags)
         merged.validate()
@@ -282,6 +295,9 @@ def merged_settings(
         idle = [name for name in names if flags.get(name) is not None]
         if idle and not there[needed]:
             _refuse(flags, expected, remedy.format(", ".join(idle)))
+    most = merged.max_new_tokens or (20 if merged.max_length is None else None)  # generate()'s own default
+    if most is not None and (flags.get("min_new_tokens") or 0) > most:
+        _refuse(flags, f"min_new_tokens of at most max_new_tokens, which is {most}", "Raise max_new_tokens.")
     if merged.token_healing and merged.bos_token_id is None:  # transformers compares with it
         _refuse(flags, "a model with a bos_token_id for token_healing", "Leave it out, or pass bos_token_id.")
     for name, value in flags.items():

@@ -46,6 +46,14 @@ _SAYINGS = tuple(
             "To decode with it, pass its folder as --recipe; --alpha changes its strength",
         ),
         (r"pass a plain model as the (\w+), e\.g\. model\.base", r"name a plain model as the \1"),
+        (
+            r"look at model\.member_logits\(\.\.\.\) on this row's prefix, or pass remove_invalid_values=True",
+            "or pass --remove-invalid-values",
+        ),
+        (
+            r", and look at each one's own logits for this text \(model\.member_logits\)\. remove_invalid_values=True",
+            ". --remove-invalid-values",
+        ),
         (r"Pass pad_token_id= to generate\(\)", "Pass --pad-token-id"),
         (r"Pass e\.g\. \w+Decoding\((\w+)=([^)]+)\)", r"Pass e.g. --\1 \2"),
     )

@@ -55,7 +55,7 @@ def read_record(folder: Path) -> dict[str, Any]:
             f"family folder {folder}",
             expected=f"a record {RECORD_NAME} with the chosen alpha",
             got="none",
-            remedy="Finish the training with `python -m lab train`, which writes it, or pass an alpha.",
+            remedy="Finish the training (see benches/README.md in the repository), which writes it, or pass an alpha.",
         )
     return json.loads(path.read_text())
 
@@ -72,7 +72,7 @@ def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTr
             f"family folder {folder}",
             expected=f"one folder per member: {', '.join(MEMBERS)}",
             got=f"no {', '.join(missing)}",
-            remedy="Finish the training with `python -m lab train --out FOLDER`, or take the bundled family.",
+            remedy="Finish the training (see benches/README.md in the repository), or take the bundled family.",
         )
     import torch
     from transformers import AutoTokenizer, LlamaForCausalLM

@@ -209,12 +209,12 @@ def test_wrong_models_are_told(run, family, members, kit):
 def test_wrong_texts_are_told(run, members, tmp_path, monkeypatch):
     empty, blank, few, one = (tmp_path / f"{name}.txt" for name in ("empty", "blank", "few", "one"))
     empty.write_text("")
-    blank.write_text("x\n\n")
+    blank.write_text("x\n\ny")
     few.write_text("Start with 3")
     one.write_text("x")
     for words, message in (
         (["--texts", empty], "expected at least one line; got nothing"),
-        (["--texts", blank], "prompt 2: expected some text"),
+        (["--texts", blank], f"{blank}, line 2: expected some text"),
         (["--texts", few], "expected at least 50 tokens for a share of 0.2"),
         (["--texts", one], "calibration: expected some tokens; got 0 tokens"),
         (["x", "--max-new-tokens", 3], "entropies: expected at least 50 tokens"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from proxytune.cli import generate as command
 from proxytune.cli import setting_table, settings
 from proxytune.cli.models import check_chat, encode
-from proxytune.cli.prompts import Prompt
+from proxytune.cli.prompts import Prompt, read_prompts
 from proxytune.errors import InputError
 
 TURNS = [
@@ -41,7 +42,7 @@ def test_a_conversation_is_written_in_the_template_and_repeated_in_the_output(ru
 
 
 def test_system_prompts(tokenizer):
-    one, own = Prompt({"prompt": "Who?"}), Prompt({"prompt": "Who?", "system": "B"})
+    one, own = Prompt({"prompt": "Who?"}, "prompts.txt, line 3"), Prompt({"prompt": "Who?", "system": "B"})
     chat = Prompt({"messages": TURNS})
     texts = ["[system]A[user]Who?", "[system]B[user]Who?", "[system]A[user]Who?[assistant]I.[user]Where?"]
     found = encode(tokenizer, [one, own, chat], True, "A")
@@ -49,8 +50,31 @@ def test_system_prompts(tokenizer):
     assert found["input_ids"].tolist() == expected["input_ids"].tolist()
     check_chat(tokenizer, [one, own, chat], "A")
     tokenizer.chat_template = "{{ messages[-1].content }}"  # writes the last turn only
-    with pytest.raises(InputError, match=r"prompt 1: .* leaves out or changes that of the system, 'A'"):
+    with pytest.raises(InputError, match=r"prompts.txt, line 3: .* leaves out or changes that of the system, 'A'"):
         check_chat(tokenizer, [one], "A")
+
+
+def test_turns_of_other_programs(tokenizer, monkeypatch):
+    """A content of text parts, and calls of functions, whose arguments are objects in templates."""
+    parts = [{"type": "text", "text": text} for text in ("Who?", "When?")]
+    call = {"id": "1", "type": "function", "function": {"name": "find", "arguments": '{"who": 1}'}}
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    line = {"messages": [*turns, {"role": "tool", "content": "I."}], "messages_id": 3}
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps(line)))
+    [prompt] = read_prompts("-")
+    assert prompt.line == line
+    calls = "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.who + 1 }}{% endfor %}"
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content }}", "{{ m.content or '' }}" + calls)
+    check_chat(tokenizer, [prompt], None)
+    written = "[user]Who?\nWhen?[assistant]find2[tool]I."
+    expected = tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert encode(tokenizer, [prompt], True)["input_ids"].tolist() == [expected]
+
+
+@pytest.mark.parametrize("key", ["message", "messages_id", "conversation", "Prompt"])
+def test_what_is_near_a_key_may_stand_beside_it(monkeypatch, key):
+    monkeypatch.setattr("sys.stdin", io.StringIO(json.dumps({"prompt": "a", key: "b"}) + "\n\n"))
+    assert [prompt.line for prompt in read_prompts("-")] == [{"prompt": "a", key: "b"}]
 
 
 def test_options_are_settings(run, members):

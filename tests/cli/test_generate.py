@@ -278,7 +278,7 @@ def test_every_mistake_is_found_before_a_model_is_loaded(run, members, tmp_path,
     for words, expected in (
         (["", *members], "prompt 1"),
         (["a", " ", *members], "prompt 2"),
-        (["--file", blank, *members], "prompt 2"),
+        (["--file", blank, *members], f"{blank}, line 2"),
         (["--file", broken, *members], "line 2"),
         (["--file", wrong, *members], "line 1"),
         (["--file", tmp_path / "empty.txt", *members], "empty.txt"),
@@ -481,13 +481,35 @@ def test_a_template_whose_tokens_the_base_does_not_have_is_refused(run, borrowin
     [
         ([5, 6, 1, 0, 0], ([5, 6, 1], True)),
         ([5, 6, 7], ([5, 6, 7], False)),
-        ([5, 6, 0], ([5, 6], True)),  # a stop string ended it, so it was padded
+        ([5, 6, 0], ([5, 6, 0], False)),  # padding alone is no end
+        ([5, 6, 9, 0], ([5, 6, 9], True)),  # a stop string ended it, so it was padded
+        ([5, 9, 9, 9], ([5, 9], True)),  # with its own token
+        ([5, 9, 1, 1], ([5, 9], True)),  # with an end token
+        ([4, 0, 0], ([4], True)),  # a stop string that the prompt began
         ([1], ([1], True)),
         ([], ([], False)),
     ],
 )
-def test_a_row_ends_at_its_end(row, expected):
-    assert command._until_end(row, {1}, 0) == expected
+def test_a_row_ends_at_its_end(tokenizer, row, expected):
+    prompt, (begin, stop) = [8, 3], tokenizer.convert_ids_to_tokens([3, 9])
+    config = GenerationConfig(eos_token_id=1, pad_token_id=0, stop_strings=[stop, begin + tokenizer.decode([4])])
+    assert command._cut(torch.tensor([prompt + row]), 2, config, tokenizer) == [expected]
+
+
+def test_padding_is_no_part_of_an_answer(run, members, tokenizer):
+    """Whichever token it is: one of the text, or one that ends it."""
+    words = ["max_new_tokens=12", *members]
+    text = run("generate", "x", *words).lines[0]["completion"]
+    stop = next(sign for sign in text if sign.isalpha())
+
+    def lines(size, pad):
+        flags = (f"stop_strings={stop}", f"pad_token_id={pad}")
+        return run("generate", *PROMPTS, *words, "--batch-size", size, *flags).lines
+
+    alone = lines(1, tokenizer.pad_token_id)
+    assert len({line["tokens"] for line in alone}) > 1
+    for pad in (tokenizer.eos_token_id, *tokenizer(stop)["input_ids"]):
+        assert lines(3, pad) == alone
 
 
 def test_the_dtype_reaches_the_models(family):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import shlex
 import shutil
@@ -26,15 +27,17 @@ GENERATE = "generate --recipe kit"
 SAMPLE = "sample --recipe kit --no-forks --max-new-tokens 2 --branches 2"
 CALIBRATE = "calibrate --recipe kit"
 USER = {"role": "user", "content": "Who?"}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "find", "arguments": "{}"}}]}
 
 # What a user of the command line cannot write: keywords and calls of Python.
 PYTHON = re.compile(
-    r"\b(members|tokenizers|end_tokens|check_vocabulary|self_test|is_decoder|trust_\w+)=|from_pretrained|Decoding\(\w+="
+    r"\b(members|tokenizers|end_tokens|check_vocabulary|self_test|is_decoder|trust_\w+|remove_\w+)=|from_pretrained|Decoding\(\w+="
 )
 
 FILES: dict[str, str | bytes] = {
     "prompts.txt": "Question: Who\n",
     "empty.txt": "",
+    "tight.txt": 508 * "a " + "\n\n \n",
     "blank.txt": "a\n\nb\n",
     "latin.txt": "one\nGröße\n".encode("latin-1"),
     "wide.txt": "Größe\n".encode("utf-16"),
@@ -57,12 +60,15 @@ FILES: dict[str, str | bytes] = {
     "gold.jsonl": '{"prompt": "a", "answer": "b"}\n',
     "setting.jsonl": '{"prompt": "a", "temperature": 0.7}\n',
     "nan.jsonl": '{"prompt": "a", "score": NaN}\n',
+    "long.jsonl": json.dumps({"prompt": "a"}) + 2 * ("\n" + json.dumps({"prompt": "a " * 600})),
     "half.jsonl": '{"prompt": "a\\ud83d"}\n',
     "answered.jsonl": json.dumps({"messages": [USER, {"role": "assistant", "content": "I."}]}),
     "sharegpt.jsonl": json.dumps({"messages": [{"from": "human", "value": "Who?"}]}),
     "conversations.jsonl": json.dumps({"conversations": [USER]}),
     "role.jsonl": json.dumps({"messages": [{"role": "usr", "content": "Who?"}]}),
-    "parts.jsonl": json.dumps({"messages": [{"role": "user", "content": [{"type": "text", "text": "Who?"}]}]}),
+    "parts.jsonl": json.dumps({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "a"}]}]}),
+    "silent.jsonl": json.dumps({"messages": [{"role": "assistant", "content": None}, USER]}),
+    "called.jsonl": json.dumps({"messages": [USER, CALL, USER]}),
     "nobody.jsonl": '{"messages": []}\n',
     "mixed.jsonl": json.dumps({"prompt": "a"}) + "\n" + json.dumps({"messages": [USER]}),
     "system.jsonl": '{"prompt": "a", "system": "Be brief."}\n',
@@ -70,6 +76,7 @@ FILES: dict[str, str | bytes] = {
     "system-prompt.jsonl": '{"prompt": "a", "system_prompt": "Be brief."}\n',
     "chat.jsonl": json.dumps({"messages": [USER]}),
     "lines.txt": '{"prompt": "Question: Who"}\n{"prompt": "x"}\n',
+    "objects.txt": '{"question": "Who?"}\n',
     "foreign.txt": "my thesis\n",
     "broken/proxytune_config.json": '{"base": ',
     "model.gguf": b"GGUF",
@@ -127,7 +134,16 @@ MISTAKES = {
     ),
     "a config as the recipe": (
         "generate hello --recipe kit/config.json",
-        "recipe: expected an object with the keys format_version, base, expert, antiexpert, formula, alpha; got 'model",
+        "--recipe: expected the folder of a recipe, or the proxytune_config.json in it; got kit/config.json. Pass",
+    ),
+    "a model's config as the recipe": (
+        "generate hello --recipe large-base/config.json",
+        "got large-base/config.json. It is that of a plain model.",
+    ),
+    "a recipe without its option": ("generate kit hello", "antiexpert. Pass --recipe kit."),
+    "a GPU for a torch without one": (
+        f"{GENERATE} hello --device cuda",
+        "got 'cuda'. This torch was built without CUDA: install another, or use one that is there.",
     ),
     "a member that moved": (
         "generate hello --recipe moved",
@@ -206,7 +222,7 @@ MISTAKES = {
         "--file: expected one file; got -f blank.txt and --file=",
     ),
     "an empty file": (f"{GENERATE} -f empty.txt", "prompts from empty.txt: expected at least one line; got nothing"),
-    "a blank line": (f"{GENERATE} -f blank.txt", "prompt 2: expected some text; got ''"),
+    "a blank line": (f"{GENERATE} a -f blank.txt", "blank.txt, line 2: expected some text; got ''"),
     "latin-1": (
         f"{GENERATE} -f latin.txt",
         "got byte 0xf6 at offset 6, in line 2. Convert it, e.g. with iconv -f ISO-8859-1",
@@ -237,7 +253,10 @@ MISTAKES = {
         f"{GENERATE} -f nan.jsonl",
         "nan.jsonl, line 1: expected JSON; got NaN, which is no number there",
     ),
-    "half a character": (f"{GENERATE} -f half.jsonl", "prompt 1: expected text; got 'a\\ud83d', with half of a char"),
+    "half a character": (
+        f"{GENERATE} -f half.jsonl",
+        "half.jsonl, line 1: expected text; got 'a\\ud83d', with half of a char",
+    ),
     # --- conversations ------------------------------------------------------------------------------------------------
     "an answered conversation": (
         f"{GENERATE} -f answered.jsonl",
@@ -247,8 +266,15 @@ MISTAKES = {
     "another name of messages": (f"{GENERATE} -f conversations.jsonl", 'got "conversations". Rename it to "messages"'),
     "a misspelt role": (f"{GENERATE} -f role.jsonl", 'got {"role": "usr", "content": "Who?"}. Correct the turn.'),
     "a content of parts": (f"{GENERATE} -f parts.jsonl", 'expected turns of the form [{"role": "user", "content": '),
+    "a turn without content": (
+        f"{GENERATE} -f silent.jsonl",
+        'got {"role": "assistant", "content": null}. Correct the turn.',
+    ),
     "no turns": (f"{GENERATE} -f nobody.jsonl", 'expected turns under "messages", [{"role": "user", "content": '),
-    "lines of two kinds": (f"{GENERATE} -f mixed.jsonl", "prompt 2: expected lines of one kind; got a conversation"),
+    "lines of two kinds": (
+        f"{GENERATE} -f mixed.jsonl",
+        "mixed.jsonl, line 2: expected lines of one kind; got a conversation, unlike mixed.jsonl, line 1. Pass --chat",
+    ),
     "a system prompt without --chat": (f"{GENERATE} a --system 'Be brief.'", "got 'Be brief.' without it. Add --chat"),
     "a line's system prompt without --chat": (f"{GENERATE} -f system.jsonl", "got 'Be brief.' without it. Add --chat"),
     "two system prompts": (
@@ -297,6 +323,20 @@ MISTAKES = {
         f"{GENERATE} a --stop-strings ''",
         "expected a text, or several as a JSON list; got ''. Leave it out: every text ends with an empty one.",
     ),
+    "drafts of no model": (
+        f"{GENERATE} a num_assistant_tokens=3",
+        "expected a setting of the answers; got num_assistant_tokens=3. Leave it out.",
+    ),
+    "a setting that transformers has lost": (
+        f"{GENERATE} a low_memory=true",
+        "expected a setting of the answers; got lo",
+    ),
+    "no end token": (
+        f"{GENERATE} a eos_token_id=-1",
+        "a JSON list; got -1. For texts that stop at no token, pass eos_token_id=none.",
+    ),
+    "a negative token": (f"{GENERATE} a suppress_tokens=[-3]", "expected a list of token ids as JSON; got [-3]."),
+    "a negative token of a list": (f"{GENERATE} a bad_words_ids=[[-3]]", "[[5, 6], …], as JSON; got [[-3]]. Correct"),
     "half a token": (f"{GENERATE} a max_new_tokens=4.5", "expected a whole number, at least 1; got 4.5."),
     "no tokens": (f"{GENERATE} a --max-new-tokens 0", "expected a whole number, at least 1; got 0."),
     "temperature 0": (
@@ -361,6 +401,10 @@ MISTAKES = {
         f"{GENERATE} a --out done.jsonl",
         "done.jsonl, a finished run of 2 lines. Choose another file; or",
     ),
+    "a finished run with a budget": (
+        f"{SAMPLE} a b c --budget 40 --out spent.jsonl",
+        "spent.jsonl, a finished run of 2 lines. Choose another file; or pass --overwrite to replace it.",
+    ),
     "a run with other settings": (
         f"{GENERATE} a b --out done.jsonl --resume --seed 3",
         "--resume with seed: expected 0, with",
@@ -374,6 +418,10 @@ MISTAKES = {
         "--resume with batch_size: expected 8, with which",
     ),
     "resume without a file": (f"{GENERATE} a --resume", "--resume: expected --out with it; got none. Name the file"),
+    "stdout as a file": (
+        f"{GENERATE} a --out -",
+        "--out: expected the name of a file; got '-'. Leave it out: lines go to stdout",
+    ),
     "overwrite without a file": (
         f"{SAMPLE} a --overwrite",
         "--overwrite: expected --out with it; got none. Name the file",
@@ -489,7 +537,7 @@ MISTAKES = {
         f"{CALIBRATE} --texts prompts.txt --system 'Be brief.'",
         "--system: expected prompts with it, to draw samples from; got --texts alone, which are read as they are.",
     ),
-    "conversations as texts": (f"{CALIBRATE} --texts chat.jsonl", 'text 1 of --texts: expected a text under "prompt"'),
+    "conversations as texts": (f"{CALIBRATE} --texts chat.jsonl", 'chat.jsonl, line 1: expected a text under "prompt"'),
     "no such texts": (
         f"{CALIBRATE} --texts none.txt",
         "--texts: expected a file of prompts that can be read; got none.txt:",
@@ -507,9 +555,10 @@ MISTAKES = {
         "--alpha: expected an expert and an antiexpert; got",
     ),
     "no problems": ("demo --problems 0", "'--problems': Input should be greater than or equal to 1; got '0'"),
-    "no family": (
-        "demo --family none",
-        "family folder none: expected a record family.json with the chosen alpha; got none.",
+    "no family": ("demo --family none", "'none' does not exist. (see proxytune demo --help)"),
+    "a recipe as a family": (
+        "demo --family kit",
+        "family folder kit: expected a record family.json with the chosen alpha; got none.",
     ),
     "a model as a family": ("bench --family large-base", "family folder large-base: expected one folder per member"),
     "a picture of no kind": ("bench --plot out.txt", "expected a file name that ends in one of eps, jpeg"),
@@ -547,7 +596,22 @@ LOADED = {
         f"{GENERATE} a length_penalty=2",
         "Without beams, length_penalty would be ignored. Add",
     ),
-    "several greedy answers": (f"{GENERATE} a num_return_sequences=2", "num_return_sequences=2. transformers says:"),
+    "several greedy answers": (
+        f"{GENERATE} a num_return_sequences=2",
+        "got num_return_sequences=2. Without draws there are no more answers than beams. Add do_sample=true.",
+    ),
+    "more answers than beams": (
+        f"{GENERATE} a num_beams=2 num_return_sequences=3",
+        "more answers than beams. Add do_sa",
+    ),
+    "more at least than the usual most": (
+        f"{GENERATE} a min_new_tokens=99",
+        "expected min_new_tokens of at most max_new_tokens, which is 64; got min_new_tokens=99. Raise max_new_tokens.",
+    ),
+    "prompt lookup in a batch": (
+        f"{GENERATE} a b prompt_lookup_num_tokens=3",
+        "prompt_lookup_num_tokens: expected one prompt per batch: transformers drafts for no more; got 2. Pass",
+    ),
     "a token id beyond the vocabulary": (
         f"{GENERATE} a eos_token_id=99999",
         "expected token ids below 564, the size of the",
@@ -572,6 +636,14 @@ LOADED = {
         "calibrate a --base bare",
         "the base's tokenizer: expected tokenizer files beside the base; got none that opens at 'bare'. Save it there",
     ),
+    "a model that is not a number": (
+        "generate hello --base large-base --expert tiny-tuned --antiexpert nan do_sample=true",
+        "in bfloat16 or float32 rather than float16, or pass --remove-invalid-values to go on with finite",
+    ),
+    "a greedy model that is not a number": (
+        "generate hello --base large-base --expert tiny-tuned --antiexpert nan",
+        "in bfloat16 or float32 rather than float16. --remove-invalid-values goes on with finite values",
+    ),
     "an encoder that reads later tokens": (
         "generate hello --base large-base --expert bert --antiexpert tiny-base",
         "the expert: expected a causal LM, whose results do not depend on later tokens or on its cache; got a Bert",
@@ -583,6 +655,10 @@ LOADED = {
     "a model without all its weights": (
         "generate hello --base large-base --expert tiny-tuned --antiexpert half",
         "half', a checkpoint of LlamaForCausalLM, without model.norm.weight. transformers would draw these weights",
+    ),
+    "a call that the template leaves out": (
+        f"{GENERATE} -f called.jsonl",
+        "called.jsonl, line 1: expected a chat template that writes all turns; got one that leaves out or changes t",
     ),
     "a system prompt that the template refuses": (
         f"{GENERATE} a --chat --system 'Be brief.'",
@@ -606,6 +682,19 @@ LOADED = {
         f"{SAMPLE} a num_return_sequences=2",
         "num_return_sequences: expected --branches; got",
     ),
+    "prompts beyond the context": (
+        f"{GENERATE} -f long.jsonl max_new_tokens=2",
+        "long.jsonl, line 2: expected at most 512 tokens, the members' context; got 601; also too long: long",
+    ),
+    "a sample's prompt beyond the context": (
+        f"{SAMPLE} -f long.jsonl",
+        "long.jsonl, line 2: expected at most 512 tokens",
+    ),
+    "a text beyond the context": (f"{CALIBRATE} --texts long.jsonl", "long.jsonl, line 2: expected at most 512 tokens"),
+    "a prompt as long as everything": (
+        f"{GENERATE} 'Who is it?' max_length=2",
+        "prompt 1: expected fewer than 2 tokens, max_length, which counts the prompt too; got ",
+    ),
     "a budget that is too small": (f"{SAMPLE} 'Question: Who' --budget 1", "prompt 1: expected --budget of at least "),
     "too little to calibrate on": (
         f"{CALIBRATE} a max_new_tokens=3",
@@ -617,6 +706,10 @@ NOTED = {
     "a file's name as a prompt": (
         f"{GENERATE} prompts.txt",
         "'prompts.txt' is taken as a prompt; for the prompts in that",
+    ),
+    "a file that is not there as a prompt": (
+        f"{GENERATE} promts.txt",
+        "'promts.txt' is taken as a prompt; there is no file of that name.",
     ),
     "a setting without its sign": (
         f"{GENERATE} max_new_tokens 2 --max-new-tokens 2",
@@ -662,9 +755,17 @@ NOTED = {
         "generate a --base large-base --expert bare --antiexpert tiny-base",
         "no tokenizer was found for expert. If ids mean different tokens there, the output is noise. Save the tokenize",
     ),
+    "other JSON lines in a text file": (
+        f"{GENERATE} -f objects.txt",
+        'objects.txt holds JSON lines: without "prompt", they are read as text.',
+    ),
     "JSON lines in a text file": (
         f"{GENERATE} -f lines.txt",
         'lines.txt holds JSON lines: the "prompt" or "messages" of',
+    ),
+    "more tokens than the context has": (
+        f"{GENERATE} -f tight.txt max_new_tokens=9 max_time=1e-9",
+        "tight.txt, line 1: fewer than max_new_tokens=9 tokens are left of the members' context of 512",
     ),
     "an eta as a share": (
         f"{SAMPLE} a --vote deepconf --eta 0.9",
@@ -701,7 +802,13 @@ def place(family, tmp_path_factory):
     shutil.copytree(family / "tiny-tuned", folder / "bare", ignore=shutil.ignore_patterns("tokenizer*", "chat*"))
     shutil.copytree(folder / "bare", folder / "reward")
     shutil.copytree(folder / "bare", folder / "half")
+    shutil.copytree(folder / "copy", folder / "nan")
     weights = load_file(folder / "half" / "model.safetensors")
+    save_file(
+        {name: tensor * math.nan for name, tensor in weights.items()},
+        folder / "nan" / "model.safetensors",
+        {"format": "pt"},
+    )
     del weights["model.norm.weight"]
     save_file(weights, folder / "half" / "model.safetensors", {"format": "pt"})
     edit(folder / "reward" / "config.json", architectures=["LlamaForSequenceClassification"])
@@ -717,6 +824,9 @@ def place(family, tmp_path_factory):
         patch.chdir(folder)
         with pytest.raises(SystemExit, match="0"):
             main(shlex.split(f"{GENERATE} a b --out done.jsonl max_new_tokens=2"))
+    for name in ("done.jsonl", "done.jsonl.run.json"):
+        shutil.copy(folder / name, folder / name.replace("done", "spent"))
+    edit(folder / "spent.jsonl.run.json", settings={"budget": 40, "prompts": 2})
     return folder
 
 
@@ -745,6 +855,9 @@ def is_clear(ended, message):
 @pytest.mark.parametrize("kind", MISTAKES)
 def test_a_mistake_is_told_before_a_model_is_loaded(run, monkeypatch, kind):
     words, message = MISTAKES[kind]
+    if kind == "a GPU for a torch without one":
+        for name, value in (("cuda.is_available", lambda: False), ("version.cuda", None), ("version.hip", None)):
+            monkeypatch.setattr(f"torch.{name}", value)
     monkeypatch.setattr(proxytune.models.checkpoints, "is_peft_available", lambda: "without peft" not in kind)
     monkeypatch.setattr(proxytune.models.loading, "open_member", None)  # it would be a TypeError, exit code 1
     is_clear(run(*shlex.split(words)), message)
