@@ -92,8 +92,12 @@ class EndWatch:
         self._length = length
         if not self.ends or length < self._start + 3:  # the prompt may hold earlier turns
             return None
-        # Padding repeats; a text does not for long.
-        rows = input_ids[:, -3][input_ids[:, -2] != input_ids[:, -1]].tolist()
+        text = input_ids[:, self._start :]
+        ended = torch.isin(text, torch.tensor(self.ends, device=text.device)).cumsum(-1)[:, :-2] > 0  # [B, N - 2]
+        # Padding repeats one token, and not in all rows: of one at least, the next token is asked for.
+        on = ended & (text[:, 1:-1] != text[:, 2:])
+        passed = ended[:, -1] if bool(ended[:, -1].all()) else on.any(-1)
+        rows = text[passed].flatten().tolist()
         return next((token for token in rows if token in self.ends), None)
 
 

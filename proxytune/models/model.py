@@ -297,6 +297,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             for member in self.members:
                 member.refuse_length(past + input_ids.shape[1])
                 member.refuse_crossing(past + input_ids.shape[1], input_ids.shape[1], attention_mask)
+        told = position_ids
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
@@ -305,6 +306,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if prompt and not torch.compiler.is_compiling():
             refuse_leftover(self.base)
             check_ids(input_ids, self.members)
+            if told is not None:
+                ones = input_ids.new_ones(1, int(past) + input_ids.shape[1])
+                for member in self.members:
+                    member.refuse_positions(told, ones if attention_mask is None else attention_mask)
             if isinstance(cache, StaticCache):
                 for member in self.members:
                     member.refuse_static_cache(max(layer.max_cache_len for layer in stored(cache)))

@@ -123,9 +123,9 @@ def _swapped(members: Mapping[str, Any]) -> str | None:
     tuned, plain = _words(names["antiexpert"]), _words(names["expert"])
     if tuned & _TUNED and not plain & _TUNED and tuned - _TUNED - _UNTUNED == plain - _UNTUNED:
         return f"the antiexpert is {names['antiexpert']!r}, the expert {names['expert']!r}"
-    others = {i for role, m in members.items() if role != "antiexpert" for i in ends_of(m)}
-    own = [i for i in ends_of(antiexpert) if i not in others]
-    if own and others and "base" in members:
+    ends = set(ends_of(expert))
+    own = [i for i in ends_of(antiexpert) if i not in ends]
+    if own and "base" in members and ends and ends <= (base := set(ends_of(members["base"]))) and not base & set(own):
         return f"the antiexpert has end tokens of its own (ids {', '.join(map(str, own))}), the expert has the base's"
     return None
 

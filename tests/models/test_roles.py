@@ -135,6 +135,12 @@ def test_an_antiexpert_with_end_tokens_of_its_own_is_said() -> None:
     antiexpert.generation_config.eos_token_id = [2, 7]
     with pytest.warns(SteeringWarning, match=r"look swapped: the antiexpert has end tokens of its own \(ids 7\)"):
         wrap(antiexpert=antiexpert)
+    # An expert that ends as neither of them has been tuned, too.
+    expert, base = copy.deepcopy(EXPERT), copy.deepcopy(BASE)
+    expert.generation_config.eos_token_id, base.generation_config.eos_token_id = 7, None
+    wrap(base, expert, end_tokens="union")
+    expert.generation_config.eos_token_id = None
+    wrap(base, expert, antiexpert, end_tokens="union")
 
 
 def test_a_companion_larger_than_the_base_is_said() -> None:

@@ -141,6 +141,23 @@ def test_what_holds_a_model_is_none() -> None:
             compose(expert=source)
 
 
+def test_a_compiled_wrapper_is_no_member() -> None:
+    for make, role in ((compose, "base"), (compose, "expert"), (processor, "antiexpert")):
+        compiled = torch.nn.Module()  # as torch.compile() makes it
+        compiled._orig_mod = shared("gpt2", 4)
+        with pytest.raises(UnsupportedModelError, match=rf"the {role}: expected the model itself; got torch.compile\("):
+            make(**{role: compiled})
+
+
+def test_a_config_without_a_cache_says_how_to_have_one() -> None:
+    base = build("llama", 1)
+    base.generation_config.use_cache = False  # as MPT's config does
+    loop = proxytune.SpeculativeDecoding(seed=0)
+    with pytest.raises(CacheError, match=r"; got none \(use_cache=False\). Pass use_cache=True to generate"):
+        compose(base=base).generate(prompt(), **GREEDY, custom_generate=loop)
+    compose(base=base).generate(prompt(), **GREEDY, use_cache=True, custom_generate=loop)
+
+
 def test_contradicting_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="wrap: expected alpha or formula; got both"):
         compose(alpha=0.5, formula=proxytune.formulas.ProxyTuning(alpha=0.5))
