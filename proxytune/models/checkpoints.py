@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,9 @@ _SCORERS = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
     *("RewardModel",),
 )
+_SCALE = re.compile(r"(.+\.weight)(?:_scale\w*|\.SCB)")
+_LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\b")
+_LAYER = re.compile(r"(.*\b(?:layers|layer|blocks|h)\.)(\d+)\.(.+)")
 
 
 # --- before a weight is read ---------------------------------------------------------------------------------------
@@ -209,16 +213,24 @@ def tokenizer_code(reference: MemberRef, **hub: Any) -> str | None:
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | None, role: str, place: str) -> None:
-    """Refuse a model some of whose weights were not in its checkpoint, or had another shape there.
+def refuse_incomplete(
+    model: nn.Module,
+    info: Mapping[str, Collection[Any]] | None,
+    role: str,
+    place: str,
+    given: Collection[str] = (),
+) -> None:
+    """Refuse a model some of whose weights were not in its checkpoint, or had another shape there, or were left over.
 
-    transformers draws such weights at random, and only logs it. Tied weights are not missing.
+    transformers draws such weights at random, and only logs it. Tied weights are not missing. Left over may be what
+    does no harm, such as heads and old buffers; what the text depends on is refused.
 
     Args:
         model: The loaded model.
         info: What `from_pretrained(output_loading_info=True)` told; None if it told nothing.
         role: Its role, for messages.
         place: The hub id or folder, as shown in messages.
+        given: The names of the arguments it was loaded with.
     """
     info = info or {}
     missing = set(map(str, info.get("missing_keys", ())))
@@ -249,6 +261,8 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | No
                 else "Name a causal LM; a reward model or an encoder is none."
             ),
         )
+    if not adapted and "gguf_file" not in given:
+        _refuse_left_over(model, sorted(map(str, info.get("unexpected_keys", ()))), role, place, given)
     if classes and all(name.endswith(_SCORERS) for name in classes):
         raise MemberError.of(
             f"the {role}",
@@ -256,6 +270,52 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | No
             got=f"{of} which scores texts",
             remedy="Name a causal LM.",
         )
+
+
+def _refuse_left_over(model: Any, names: Sequence[str], role: str, place: str, given: Collection[str]) -> None:
+    """Refuse a checkpoint with scales of its weights, LoRA matrices, or further layers that the model does not have.
+
+    `names` are those that transformers neither ignores nor renames.
+    """
+    own = {name for name, _ in model.named_parameters()} if names else set()
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # Heads were saved without the prefix at times.
+    own |= {name.removeprefix(prefix) for name in own}
+    scales = [name for name in names if (found := _SCALE.fullmatch(name)) and found[1] in own]
+    lora = [name for name in names if _LORA.search(name)]
+    if scales and getattr(model, "hf_quantizer", None) is None:
+        what, cure = scales, "Put its quantization_config back into config.json, or name the weights unquantised."
+    elif lora:
+        what, cure = lora, "They are an adapter's: merge it into the weights before saving, or save it by itself."
+    else:
+        what = [] if any("layer" in name or name == "config" for name in given) else _further_layers(model, names, own)
+        cure = (
+            "Correct the number of layers in its config.json. If fewer are meant, pass that number, e.g. "
+            f"members={{{role!r}: {{'num_hidden_layers': …}}}}."
+        )
+    if what:
+        raise MemberError.of(
+            f"the {role}",
+            expected=f"a checkpoint whose weights {type(model).__name__} takes",
+            got=f"{place} with {_some(what)}, which transformers would leave out",
+            remedy=cure,
+        )
+
+
+def _further_layers(model: Any, names: Sequence[str], own: Collection[str]) -> list[str]:
+    """The names of whole layers like the model's, beyond its last; layers that predict further tokens are none."""
+    config = getattr(model, "config", None)
+    layers: dict[tuple[str, int], dict[str, str]] = {}
+    for name in names:
+        if found := _LAYER.fullmatch(name):
+            layers.setdefault((found[1], int(found[2])), {})[found[3]] = name
+    held: dict[str, set[str]] = {}
+    for name in own if layers else ():
+        if found := _LAYER.fullmatch(name):
+            held.setdefault(found[1], set()).add(found[3])
+    if not layers or getattr(config, "num_nextn_predict_layers", None):
+        return []
+    return [n for (stack, _), parts in layers.items() if parts.keys() <= held.get(stack, set()) for n in parts.values()]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -251,7 +251,7 @@ def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrai
             remedy=f"transformers says: {_first_line(error)} ({type(error).__name__})",
         ) from error
     model, info = opened if isinstance(opened, tuple) else (opened, None)
-    refuse_incomplete(model, info, role, place)
+    refuse_incomplete(model, info, role, place, from_pretrained)
     loaded: nn.Module = model
     return loaded
 

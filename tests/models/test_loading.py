@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -148,6 +149,55 @@ def test_whole_checkpoints_are_opened(place: Path, name: str) -> None:
     )
     with pytest.raises(InputError, match="output_loading_info: expected no such argument; got True"):
         compose(place, base=place / name, output_loading_info=True)
+
+
+def with_more(place: Path, to: Path, layers: int = 1, **more: torch.Tensor) -> Path:
+    """A copy of the expert of `layers` layers, with further weights (`__` is a dot), and a config of one layer."""
+    torch.manual_seed(3)
+    LlamaForCausalLM(config(num_hidden_layers=layers)).save_pretrained(to)
+    edit(to / "config.json", num_hidden_layers=1)
+    held = load_file(to / "model.safetensors") | {name.replace("__", "."): weight for name, weight in more.items()}
+    save_file(held, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+PROJECTION = "model__layers__0__self_attn__q_proj"
+
+
+@pytest.mark.parametrize(
+    ("layers", "more", "message"),
+    [
+        (
+            2,
+            [],
+            r"with model\.layers\.1\..* and 5 more, which .* out. Correct the number of layers",
+        ),
+        (
+            1,
+            [f"{PROJECTION}__weight_scale"],
+            r"with model\..*\.weight_scale, .* Put its quantization_config back",
+        ),
+        (1, [f"{PROJECTION}__weight_scale_inv"], "Put its quantization_config back"),
+        (1, [f"{PROJECTION}__lora_A__weight"], "They are an adapter's: merge it into the weights"),
+    ],
+)
+def test_weights_that_would_be_left_out_are_named(
+    place: Path, tmp_path: Path, layers: int, more: list[str], message: str
+) -> None:
+    folder = with_more(place, tmp_path / "more", layers, **{name: torch.ones(1) for name in more})
+    with pytest.raises(MemberError, match=f"the expert: expected a checkpoint whose weights LlamaFor.*{message}"):
+        compose(place, expert=folder)
+
+
+def test_weights_that_change_nothing_may_be_left_out(place: Path, tmp_path: Path) -> None:
+    # A head for values, a cache's scale, a buffer of old, layers that guess further tokens; and fewer layers as meant.
+    names = ["v_head__summary__weight", "model__layers__0__self_attn__k_scale", "model__layers__1__eh_proj__weight"]
+    names += ["model__layers__1__input_layernorm__weight", "model__layers__0__self_attn__masked_bias"]
+    compose(place, expert=with_more(place, tmp_path / "more", **{name: torch.ones(1) for name in names}))
+    deep = with_more(place, tmp_path / "deep", 2)
+    compose(place, members={"expert": {"num_hidden_layers": 1}}, expert=deep)
+    edit(deep / "config.json", num_nextn_predict_layers=1)
+    compose(place, expert=deep)
 
 
 # PEFT calls transformers by names that the newest version has renamed.
