@@ -64,9 +64,9 @@ def stopping_ids(
         tokenizer = tokenizers.get("expert", tokenizers.get("base"))
         warnings.warn(
             f"the expert also ends its turn with {_named(more, tokenizer)}, at which the base, which stops at "
-            f"{_named(ours, tokenizer)}, would go on: texts stop at all of these. end_tokens='union' says so and is "
-            "silent; end_tokens='base' or 'expert' stops at the end tokens of that one alone; eos_token_id= of "
-            "generate() overrides it for a call.",
+            f"{_named(ours, tokenizer)}, would go on: texts stop at all of these. Nothing is wrong: pass "
+            "end_tokens='union' to keep that without this warning, or 'base' or 'expert' to stop at the end tokens of "
+            "that one alone; eos_token_id= of generate() overrides it for a call.",
             SteeringWarning,
             stacklevel=3,
         )

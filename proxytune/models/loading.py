@@ -48,6 +48,7 @@ __all__ = [
     "reference_of",
     "refuse_composed",
     "refuse_roles",
+    "refuse_tokenizers",
 ]
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -95,7 +96,7 @@ def open_members(
                 else "Pass the model itself; that of a pipeline is pipeline.model.",
             )
     refuse_roles("revisions", revisions)
-    refuse_roles("tokenizers", tokenizers)
+    refuse_tokenizers(tokenizers)
     _refuse_arguments_of_members(members, sources)
     revisions = revisions or {}
     if from_pretrained and all(isinstance(source, nn.Module) for source in given):
@@ -169,6 +170,22 @@ def refuse_roles(name: str, by_role: Any) -> None:
         raise InputError.of(
             name, expected=f"roles out of {', '.join(ROLES)}", got=", ".join(strange), remedy="Correct the role."
         )
+
+
+def refuse_tokenizers(by_role: Any) -> None:
+    """Refuse `tokenizers=` that is no mapping from roles, or holds something else than tokenizers."""
+    refuse_roles("tokenizers", by_role)
+    for role, tokenizer in (by_role or {}).items():
+        if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+            place = isinstance(tokenizer, str | os.PathLike)
+            raise InputError.of(
+                "tokenizers",
+                expected="a tokenizer for each role",
+                got=f"{shown(tokenizer, 80)} for the {role}",
+                remedy=f"Pass AutoTokenizer.from_pretrained({str(tokenizer)!r})."
+                if place
+                else "Pass what AutoTokenizer.from_pretrained(…) returns.",
+            )
 
 
 def refuse_composed(model: Any, role: str) -> None:

@@ -28,7 +28,7 @@ from proxytune.recipe import RECIPE_FILE, Recipe
 
 IDS = torch.arange(40, 48)[None]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
-SAID = "the expert also ends its turn with .*end_tokens='union' says so"
+SAID = "the expert also ends its turn with .*Nothing is wrong: pass end_tokens='union'"
 
 
 def trio(end: int | list[int]) -> dict[str, Any]:

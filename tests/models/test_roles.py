@@ -155,6 +155,19 @@ def test_a_companion_larger_than_the_base_is_said() -> None:
     proxytune.wrap(large, expert=large, antiexpert=model.base)
 
 
+def test_an_antiexpert_of_another_size_is_said() -> None:
+    other = build("llama", 3, hidden=16)
+    with pytest.warns(SteeringWarning, match="the antiexpert is another model .*: hidden_size is 16, the expert's 32"):
+        wrap(antiexpert=other)
+    with pytest.warns(SteeringWarning, match="the antiexpert is another model"), processor(EXPERT, other).attach(BASE):
+        pass
+    # One model as base and antiexpert checks exactness, also if it was loaded twice.
+    base, again = copy.deepcopy(BASE), build("llama", 3, hidden=16)
+    base.config.name_or_path = again.config.name_or_path = "org/large"
+    wrap(base, antiexpert=again)
+    wrap(antiexpert=other, formula=OnlyExpert(alpha=0.5))
+
+
 def test_an_alpha_far_out_is_said_at_every_door(tmp_path: Path) -> None:
     far = "alpha=1000 weighs the shift 1000 times"
     model = wrap()

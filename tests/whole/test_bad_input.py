@@ -12,6 +12,8 @@ from support.tiny import CONTEXT, EOS, PAD, build, shared, tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    LlamaForSequenceClassification,
+    LlamaModel,
     PreTrainedModel,
     StaticCache,
     SynthIDTextWatermarkingConfig,
@@ -147,6 +149,26 @@ def test_a_compiled_wrapper_is_no_member() -> None:
         compiled._orig_mod = shared("gpt2", 4)
         with pytest.raises(UnsupportedModelError, match=rf"the {role}: expected the model itself; got torch.compile\("):
             make(**{role: compiled})
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_without_a_head_is_refused(kind: Any) -> None:
+    bare = kind(shared("llama", 1).config)
+    match = rf"the {{}}: expected a causal LM; got a {kind.__name__} \(llama\), which has no LM head. Load it with Auto"
+    for role in ("base", "expert", "antiexpert"):
+        with pytest.raises(UnsupportedModelError, match=match.format(role)):
+            compose(**{role: bare})
+    with pytest.raises(UnsupportedModelError, match=match.format("expert")):
+        processor(expert=bare)
+
+
+def test_members_in_the_order_of_the_original_code() -> None:
+    base, expert, antiexpert = shared("llama", 1), shared("gpt2", 2), shared("gpt2", 3)
+    model = proxytune.wrap(base, expert, antiexpert, check_vocabulary=False)
+    assert (model.base, model.expert, model.antiexpert) == (base, expert, antiexpert)
+    for third in (antiexpert, "org/small-base", Path("tiny-base")):
+        with pytest.raises(InputError, match=r"^alpha: .* the base goes to attach\(\)"):
+            ProxyTuningLogitsProcessor(base, expert, third, check_vocabulary=False)
 
 
 def test_a_config_without_a_cache_says_how_to_have_one() -> None:
@@ -290,6 +312,12 @@ def test_roles_are_a_mapping() -> None:
     for make in (compose, processor):
         with pytest.raises(InputError, match=r"tokenizers: expected a mapping from roles, .*; got a \w+, .*'base': …"):
             make(tokenizers=tokenizer())
+    with pytest.raises(
+        InputError, match=r"tokenizers: expected a tokenizer .*; got 'a/b' for the expert. Pass Auto.*'a/b'"
+    ):
+        compose(tokenizers={"expert": "a/b"})
+    with pytest.raises(InputError, match="tokenizers: expected a tokenizer for each role; got 3 for the base"):
+        processor(tokenizers={"base": 3})
     with pytest.raises(InputError, match="revisions: expected a mapping from roles, .*; got a str, 'v1'"):
         compose(revisions="v1")
 
@@ -349,6 +377,16 @@ def test_ids_that_a_member_cannot_embed(bad: int) -> None:
         base = shared("llama", 1)
         with processor(antiexpert=narrow).attach(base), pytest.raises(InputError, match=match):
             base.generate(ids, **GREEDY)
+
+
+def test_what_a_tokenizer_returns_is_unpacked() -> None:
+    inputs = tokenizer()("abc", return_tensors="pt")
+    model = compose()
+    for call in (model, model.generate):
+        with pytest.raises(
+            InputError, match=r"input_ids: .*; got a BatchEncoding with input_ids, .*Unpack it: generate\("
+        ):
+            call(inputs)
 
 
 def test_inputs_embeds_only(door: Any) -> None:

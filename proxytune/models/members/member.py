@@ -52,6 +52,15 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got=f"{type(model).__name__} ({family}), an encoder-decoder",
             remedy="Encoder-decoders are not supported.",
         )
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    can_generate = getattr(inner, "can_generate", None)
+    if can_generate is not None and not can_generate() and inner.get_output_embeddings() is None:
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a causal LM",
+            got=f"a {type(inner).__name__} ({family}), which has no LM head",
+            remedy="Load it with AutoModelForCausalLM.from_pretrained.",
+        )
     adapters = dict(getattr(model, "peft_config", None) or {}).values()
     if hasattr(model, "get_base_model") and any(getattr(c, "alora_invocation_tokens", None) for c in adapters):
         raise UnsupportedModelError.of(
