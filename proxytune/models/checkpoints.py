@@ -15,11 +15,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, is_peft_available
 
-from proxytune.errors import MemberError, MemberNotFoundError, UnsupportedModelError
+from proxytune.errors import MemberError, MemberNotFoundError, ProxytuneError, UnsupportedModelError
 from proxytune.models.load_arguments import HUB_ARGUMENTS
 from proxytune.recipe import MemberRef
 
-__all__ = ["carrier_of", "is_custom_code", "refuse_checkpoint", "refuse_incomplete", "tokenizer_code"]
+__all__ = [
+    "carrier_of",
+    "first_line",
+    "is_custom_code",
+    "not_found",
+    "refuse_checkpoint",
+    "refuse_incomplete",
+    "tokenizer_code",
+]
 
 _ADAPTER_FILE = "adapter_config.json"
 _SHOWN = 4
@@ -58,10 +66,32 @@ def refuse_checkpoint(reference: MemberRef, role: str, arguments: Mapping[str, A
     try:
         reference = _below_adapter(reference, role, hub)
         config, _ = PreTrainedConfig.get_config_dict(reference.id, **hub)
-    except (OSError, ValueError):  # told where the member is loaded
-        return
+    except (OSError, ValueError) as error:
+        raise not_found(reference, role, error) from error
+    if not config:
+        raise not_found(reference, role, None)
     _refuse_code(config, reference, role, arguments, allow)
     _refuse_family(config, role, reference.id)
+
+
+def not_found(reference: MemberRef, role: str, error: Exception | None) -> ProxytuneError:
+    """The error about a member that transformers cannot open; None for a folder without a config."""
+    name = reference.id
+    place = f"{name!r}" + (f" at revision {reference.revision!r}" if reference.revision else "")
+    there = os.path.isabs(name) or os.path.exists(name)
+    return MemberNotFoundError.of(
+        f"the {role}",
+        expected="a hub id, or a folder with a config.json and weights",
+        got=place + ("" if there else f" (there is no folder {os.path.abspath(name)})"),
+        remedy="It has no config.json: name a model's folder."
+        if error is None
+        else f"transformers says: {first_line(error)}",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message."""
+    return str(error).strip().splitlines()[0]
 
 
 def _refuse_place(name: str, role: str, arguments: Mapping[str, Any]) -> None:
@@ -75,6 +105,11 @@ def _refuse_place(name: str, role: str, arguments: Mapping[str, Any]) -> None:
         files = sorted(file.name for file in folder.glob("*.gguf"))
         if files and not arguments.get("gguf_file") and not (folder / "config.json").exists():
             found, cure = f"{name!r}, which has GGUF files only", _gguf_cure(role, name, files[0])
+        own = any((folder / file).exists() for file in ("config.json", _ADAPTER_FILE))
+        saved = [int(part.name[11:]) for part in folder.glob("checkpoint-*") if part.name[11:].isdigit()]
+        if saved and not own:
+            last = f"checkpoint-{max(saved)}"
+            found, cure = f"{name!r}, which holds {last} and no model itself", f"Name {str(folder / last)!r}."
     elif os.path.isabs(name) or name.startswith(("./", "../")):  # no hub id
         found, cure = f"{name!r}, where there is no folder", "Correct the path."
     if found:
@@ -92,7 +127,10 @@ def _gguf_cure(role: str, folder: str, file: str) -> str:
 
 def carrier_of(reference: MemberRef, hub: Mapping[str, Any]) -> MemberRef | None:
     """The model that a PEFT adapter belongs to, for a reference to an adapter without one; else None."""
-    found = _adapter_file(reference, hub)
+    try:
+        found = _adapter_file(reference, hub)
+    except OSError:
+        return None
     name = None if found is None else _named_in(found)
     return None if name is None else MemberRef(name)
 
@@ -104,16 +142,12 @@ def _named_in(adapter: str) -> str | None:
 
 
 def _adapter_file(reference: MemberRef, hub: Mapping[str, Any]) -> str | None:
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-
-    def file(name: str) -> str | None:
-        try:
-            found: str | None = cached_file(reference.id, name, **hub, **quiet)
-        except OSError:  # such as a name that is no hub id; told where the member is loaded
-            return None
-        return found
-
-    return None if file("config.json") is not None else file(_ADAPTER_FILE)
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo")}
+    # Without a network, each look-up takes a while: the second one says so.
+    if cached_file(reference.id, "config.json", **hub, **quiet, _raise_exceptions_for_connection_errors=False):
+        return None
+    found: str | None = cached_file(reference.id, _ADAPTER_FILE, **hub, **quiet)
+    return found
 
 
 def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> MemberRef:

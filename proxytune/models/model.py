@@ -105,7 +105,6 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             refuse_composed(model, role)
         wrapped = [Member(model, role) for role, model in members.items()]
         refuse_no_shift(members["expert"], members["antiexpert"], formula)
-        warn_of_roles(members, formula)
         config.bind([model.config for model in members.values()])
         # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
         config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
@@ -117,6 +116,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             # The smallest first: the others share its verdict, if they are of its kind.
             for member in sorted(wrapped, key=lambda m: m.model.num_parameters()):
                 member.examine()
+        warn_of_roles(members, formula)
         self.formula = formula
         self.overlap = True
         self.split_threads = False

@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from support.tiny import tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,6 +29,7 @@ from proxytune.errors import (
     MemberNotFoundError,
     RecipeError,
     UnsupportedModelError,
+    VocabularyMismatchError,
     VocabularyWarning,
 )
 from proxytune.models.loading import check_vocabularies
@@ -551,7 +553,8 @@ def test_members_beside_a_recipe_move_with_it(place: Path, tmp_path: Path) -> No
     source = shutil.copytree(tmp_path / "moved" / "kit", tmp_path / "far" / "off")
     match = (
         "the base: expected a hub id, or a folder .*; got '../models/base', where there is no folder.*It is named in "
-        f"the recipe {source / RECIPE_FILE}: if the member was moved, write there where it is now; a relative folder"
+        f"the recipe {source / RECIPE_FILE}: if the member was moved, write there where it is now; a relative folder is looked for "
+        f"beside that file, in {source}."
     )
     for door in (source, source / RECIPE_FILE):
         with pytest.raises(MemberNotFoundError, match=match):
@@ -664,3 +667,54 @@ def test_a_dtype_that_is_none_at_every_door(place: Path, word: Any, remedy: str)
     ):
         with pytest.raises(InputError, match=match):
             door()
+
+
+# --- nothing is loaded in vain --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read."""
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a member was opened")
+
+    monkeypatch.setattr("proxytune.models.loading.open_member", opened)
+
+
+def test_a_place_without_a_config_is_refused_before_weights_are_read(unread: None, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-90").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-100").mkdir()
+    for name, message in {
+        "no-such/model": rf"got 'no-such/model' \(there is no folder {Path.cwd()}/no-such/model\). transformers says: ",
+        str(tmp_path): f"got '{tmp_path}'. It has no config.json",
+        str(tmp_path / "run"): "run', which holds checkpoint-100 and no model itself. Name '.*/run/checkpoint-100'",
+    }.items():
+        with pytest.raises(MemberNotFoundError, match=f"the expert: .*{message}"):
+            compose(place, expert=name)
+
+
+def test_tokens_are_compared_before_weights_are_read(unread: None, place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "expert", tmp_path / "expert")
+    tokenizer().save_pretrained(folder)
+    other = tokenizer()
+    other.add_tokens(["<tool>"])
+    file = shutil.copytree(folder, tmp_path / "base") / "tokenizer.json"
+    edit(file, model=json.loads(file.read_text())["model"] | {"vocab": {"b": 0, "a": 1}})
+    with pytest.raises(VocabularyMismatchError, match="vocabulary of the expert"):
+        compose(place, base=tmp_path / "base", expert=folder, check_vocabulary=True)
+
+
+def test_without_a_network_two_look_ups_are_enough(unread: None, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def unreachable(name: str, file: str, **how: Any) -> None:
+        asked.append(file)
+        if how.get("_raise_exceptions_for_connection_errors", True):
+            raise OSError("We couldn't connect")
+
+    monkeypatch.setattr("proxytune.models.checkpoints.cached_file", unreachable)
+    monkeypatch.setattr("transformers.configuration_utils.cached_file", unreachable)
+    with pytest.raises(MemberNotFoundError, match="the base: .*got 'no/such' .*transformers says: We couldn't connect"):
+        compose(place, base="no/such")
+    assert asked == ["config.json", "adapter_config.json"]

@@ -312,9 +312,7 @@ def test_roles_are_a_mapping() -> None:
     for make in (compose, processor):
         with pytest.raises(InputError, match=r"tokenizers: expected a mapping from roles, .*; got a \w+, .*'base': …"):
             make(tokenizers=tokenizer())
-    with pytest.raises(
-        InputError, match=r"tokenizers: expected a tokenizer .*; got 'a/b' for the expert. Pass Auto.*'a/b'"
-    ):
+    with pytest.raises(InputError, match=r"tokenizers: expected a tokenizer .*; got 'a/b' for the expert. Pass Auto"):
         compose(tokenizers={"expert": "a/b"})
     with pytest.raises(InputError, match="tokenizers: expected a tokenizer for each role; got 3 for the base"):
         processor(tokenizers={"base": 3})
@@ -383,9 +381,7 @@ def test_what_a_tokenizer_returns_is_unpacked() -> None:
     inputs = tokenizer()("abc", return_tensors="pt")
     model = compose()
     for call in (model, model.generate):
-        with pytest.raises(
-            InputError, match=r"input_ids: .*; got a BatchEncoding with input_ids, .*Unpack it: generate\("
-        ):
+        with pytest.raises(InputError, match=r"input_ids: .*; got a BatchEncoding with .*Unpack it: generate\("):
             call(inputs)
 
 
