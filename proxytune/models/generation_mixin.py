@@ -202,6 +202,16 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             **kwargs,
         }
 
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        if "alpha" in model_kwargs:
+            raise InputError.of(
+                "alpha",
+                expected="no such argument of generate()",
+                got=f"alpha={shown(model_kwargs['alpha'], 80)}",
+                remedy="Set model.alpha before the call.",
+            )
+        super()._validate_model_kwargs(model_kwargs)
+
     def _prepare_model_inputs(
         self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, str | None, dict[str, Any]]:

@@ -148,6 +148,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                 got=f"a {type(value).__name__}",
                 remedy="Caches and checks belong to the members: call proxytune.wrap again.",
             )
+        if sorted(name) == sorted("alpha") and name != "alpha":  # letters interchanged
+            raise InputError.of(
+                name, expected="an attribute of the model", got=f"{name}={value!r}", remedy="Did you mean model.alpha?"
+            )
         super().__setattr__(name, value)
 
     @property

@@ -553,8 +553,8 @@ def test_members_beside_a_recipe_move_with_it(place: Path, tmp_path: Path) -> No
     source = shutil.copytree(tmp_path / "moved" / "kit", tmp_path / "far" / "off")
     match = (
         "the base: expected a hub id, or a folder .*; got '../models/base', where there is no folder.*It is named in "
-        f"the recipe {source / RECIPE_FILE}: if the member was moved, write there where it is now; a relative folder is looked for "
-        f"beside that file, in {source}."
+        f"the recipe {source / RECIPE_FILE}: if the member was moved, write there where it is now; a relative folder "
+        f"is looked for beside that file, in {source}."
     )
     for door in (source, source / RECIPE_FILE):
         with pytest.raises(MemberNotFoundError, match=match):

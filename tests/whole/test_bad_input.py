@@ -262,6 +262,9 @@ def test_a_misspelt_role_is_not_only_missing() -> None:
             proxytune.wrap(base, expert=expert, **{name: antiexpert})
         with pytest.raises(InputError, match=f"^{name}: .*Did you mean antiexpert?"):
             ProxyTuningLogitsProcessor(expert, **{name: antiexpert})
+    for name, role in {"expert_name_or_path": "expert", "anti_expert_name_or_path": "antiexpert"}.items():
+        with pytest.raises(InputError, match=rf"^{name}: .*; got {name}='a/b'. Did you mean {role}\?"):
+            proxytune.wrap(base, **{name: "a/b"})
     with pytest.raises(InputError, match="^exprt: .*Did you mean expert?"):
         proxytune.wrap(base, exprt=expert, antiexpert=antiexpert)
     with pytest.raises(InputError, match="^alpa: .*; got alpa=0.5. Did you mean alpha?"):
@@ -643,6 +646,32 @@ def test_guidance_and_self_speculation() -> None:
 def test_what_is_no_loop_is_not_ignored(given: Any, message: str) -> None:
     with pytest.raises(InputError, match="custom_generate: expected a loop, .*; " + message):
         compose().generate(prompt(), custom_generate=given, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("loop", "name", "near"),
+    [
+        (proxytune.SpeculativeDecoding, "draft_token", "draft_tokens"),
+        (proxytune.SiblingDecoding, "sibling", "siblings"),
+        (proxytune.ForkDecoding, "branch", "branches"),
+        (FusedDecoding, "sed", "seed"),
+        (LatentMixture, "knd", "kind"),
+        (proxytune.LatentDecoding, "sede", "seed"),
+    ],
+)
+def test_a_misspelt_setting_of_a_loop(loop: Any, name: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: expected a setting of {loop.__name__} .*; .*{near}\\?"):
+        loop(**{name: 4})
+
+
+def test_alpha_goes_to_the_model() -> None:
+    model = compose()
+    with pytest.raises(
+        InputError, match=r"^alpha: expected no such argument .*; got alpha=1.0. Set model.alpha before"
+    ):
+        model.generate(prompt(), alpha=1.0, **GREEDY)
+    with pytest.raises(InputError, match=r"^alhpa: .*; got alhpa=2. Did you mean model.alpha\?"):
+        model.alhpa = 2
 
 
 def test_members_cannot_be_exchanged_behind_the_models_back() -> None:
