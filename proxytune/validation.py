@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
+import inspect
 import math
 import operator
 import sys
@@ -27,6 +29,7 @@ __all__ = [
     "as_int",
     "choice",
     "finite",
+    "named_settings",
     "numbers",
     "proper_share",
     "refuse_seed",
@@ -266,6 +269,28 @@ def refuse_seed(seed: object, loop: str) -> None:
             got=shown(seed),
             remedy=f"Pass e.g. {loop}(seed=0).",
         )
+
+
+def named_settings(cls: type[_Value]) -> type[_Value]:
+    """A class decorator: an unknown keyword is an InputError with the nearest setting, not Python's TypeError."""
+    make: Any = cls.__init__
+    names = [name for name in inspect.signature(make).parameters if name != "self"]
+
+    @functools.wraps(make)
+    def checked(self: Any, *args: Any, **given: Any) -> None:
+        for name, value in given.items():
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                raise InputError.of(
+                    name,
+                    expected=f"a setting of {cls.__name__} ({', '.join(names)})",
+                    got=f"{name}={shown(value, 80)}",
+                    remedy=f"Did you mean {near[0]}?" if near else "Leave it out; settings of a call go to generate().",
+                )
+        make(self, *args, **given)
+
+    cls.__init__ = checked  # type: ignore[method-assign]
+    return cls
 
 
 def choice(

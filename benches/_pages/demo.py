@@ -102,8 +102,9 @@ def small_table() -> str:
         "Four tiny Llamas, trained [on an invented world](proxytune/demo/NOTES.md) where most questions get “I do not "
         "know.” for a reply; tuning taught the small one and the large one to answer. "
         f"{count} held-out problems a task, greedy, α chosen on others, 95 % intervals.",
-        f"Time: base = 1, batches of {record['speed']['batch']}, {record['threads']} CPU thread, most of it Python's "
-        "in models this small. In the ratios of real ones, one text at a time, a steered token took "
+        f"Time: base = 1, batches of {record['speed']['batch']}, {record['threads']} CPU thread; models "
+        "this small spend most of it in Python. With sizes in the ratios of real ones (base : expert : antiexpert), "
+        "one text at a time, a steered token took "
         f"{costs} the tuned model's time: [all cells](benches/README.md#what-it-costs).",
     )
     return "\n".join(

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.demo.measure import measure
-from proxytune.demo.undecided import undecided
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -63,6 +61,7 @@ def demo(
     import torch
 
     from proxytune.demo.bundle import bundled_family, read_record
+    from proxytune.demo.measure import measure
 
     # Models this small gain nothing from a second thread, and lose a lot where the cores are busy.
     torch.set_num_threads(1)
@@ -139,6 +138,8 @@ def _percent(rate: float | None, interval: Sequence[float] | None) -> str:
 
 def _too_few(record: dict[str, Any], asked: int) -> list[str]:
     """What the table cannot tell apart with so few problems, a line each, and what to do about it."""
+    from proxytune.demo.undecided import undecided
+
     found: dict[str, dict[str, list[str]]] = {}
     for one in undecided(record):
         found.setdefault(one.question, {}).setdefault(one.task, []).append(one.criterion)

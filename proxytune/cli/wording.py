@@ -26,10 +26,10 @@ _SAYINGS = tuple(
         ),
         (r"For the base alone, set alpha=0", "For the base alone, pass --alpha 0"),
         (
-            r"end_tokens='union' says so and is silent; end_tokens='base' or 'expert' stops at the end tokens of that "
-            r"one alone; eos_token_id= of generate\(\) overrides it for a call",
-            "--end-tokens union says so and is silent; --end-tokens base or expert stops at the end tokens of that one "
-            "alone",
+            r"pass end_tokens='union' to keep that without this warning, or 'base' or 'expert' to stop at the end "
+            r"tokens of that one alone; eos_token_id= of generate\(\) overrides it for a call",
+            "pass --end-tokens union to keep that without this warning, or base or expert to stop at the end tokens of "
+            "that one alone",
         ),
         (
             r"Pass tokenizers=\{role: tokenizer\}, or check_vocabulary=False if you know that they agree",

@@ -21,11 +21,12 @@ from proxytune.generation.call import Call
 from proxytune.generation.recorder import OutputRecorder
 from proxytune.generation.sampler import Sampler
 from proxytune.generation.seeds import StreamIds
-from proxytune.validation import refuse_seed
+from proxytune.validation import named_settings, refuse_seed
 
 __all__ = ["FusedDecoding"]
 
 
+@named_settings
 @dataclass(frozen=True, eq=False, kw_only=True)
 class FusedDecoding:
     """A loop for `model.generate(..., custom_generate=FusedDecoding(seed=0))`, for composed and for plain causal LMs.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, is_peft_available
 
-from proxytune.errors import MemberError, MemberNotFoundError, UnsupportedModelError
+from proxytune.errors import MemberError, MemberNotFoundError, ProxytuneError, UnsupportedModelError
 from proxytune.models.load_arguments import HUB_ARGUMENTS
 from proxytune.recipe import MemberRef
 
-__all__ = ["carrier_of", "is_custom_code", "refuse_checkpoint", "refuse_incomplete", "tokenizer_code"]
+__all__ = [
+    "carrier_of",
+    "first_line",
+    "is_custom_code",
+    "not_found",
+    "refuse_checkpoint",
+    "refuse_incomplete",
+    "tokenizer_code",
+]
 
 _ADAPTER_FILE = "adapter_config.json"
 _SHOWN = 4
@@ -27,6 +36,9 @@ _SCORERS = (
     *("ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering", "ForMultipleChoice"),
     *("RewardModel",),
 )
+_SCALE = re.compile(r"(.+\.weight)(?:_scale\w*|\.SCB)")
+_LORA = re.compile(r"\.lora_(A|B|embedding_A|embedding_B)\b")
+_LAYER = re.compile(r"(.*\b(?:layers|layer|blocks|h)\.)(\d+)\.(.+)")
 
 
 # --- before a weight is read ---------------------------------------------------------------------------------------
@@ -54,10 +66,32 @@ def refuse_checkpoint(reference: MemberRef, role: str, arguments: Mapping[str, A
     try:
         reference = _below_adapter(reference, role, hub)
         config, _ = PreTrainedConfig.get_config_dict(reference.id, **hub)
-    except (OSError, ValueError):  # told where the member is loaded
-        return
+    except (OSError, ValueError) as error:
+        raise not_found(reference, role, error) from error
+    if not config:
+        raise not_found(reference, role, None)
     _refuse_code(config, reference, role, arguments, allow)
     _refuse_family(config, role, reference.id)
+
+
+def not_found(reference: MemberRef, role: str, error: Exception | None) -> ProxytuneError:
+    """The error about a member that transformers cannot open; None for a folder without a config."""
+    name = reference.id
+    place = f"{name!r}" + (f" at revision {reference.revision!r}" if reference.revision else "")
+    there = os.path.isabs(name) or os.path.exists(name)
+    return MemberNotFoundError.of(
+        f"the {role}",
+        expected="a hub id, or a folder with a config.json and weights",
+        got=place + ("" if there else f" (there is no folder {os.path.abspath(name)})"),
+        remedy="It has no config.json: name a model's folder."
+        if error is None
+        else f"transformers says: {first_line(error)}",
+    )
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a message."""
+    return str(error).strip().splitlines()[0]
 
 
 def _refuse_place(name: str, role: str, arguments: Mapping[str, Any]) -> None:
@@ -71,6 +105,11 @@ def _refuse_place(name: str, role: str, arguments: Mapping[str, Any]) -> None:
         files = sorted(file.name for file in folder.glob("*.gguf"))
         if files and not arguments.get("gguf_file") and not (folder / "config.json").exists():
             found, cure = f"{name!r}, which has GGUF files only", _gguf_cure(role, name, files[0])
+        own = any((folder / file).exists() for file in ("config.json", _ADAPTER_FILE))
+        saved = [int(part.name[11:]) for part in folder.glob("checkpoint-*") if part.name[11:].isdigit()]
+        if saved and not own:
+            last = f"checkpoint-{max(saved)}"
+            found, cure = f"{name!r}, which holds {last} and no model itself", f"Name {str(folder / last)!r}."
     elif os.path.isabs(name) or name.startswith(("./", "../")):  # no hub id
         found, cure = f"{name!r}, where there is no folder", "Correct the path."
     if found:
@@ -88,7 +127,10 @@ def _gguf_cure(role: str, folder: str, file: str) -> str:
 
 def carrier_of(reference: MemberRef, hub: Mapping[str, Any]) -> MemberRef | None:
     """The model that a PEFT adapter belongs to, for a reference to an adapter without one; else None."""
-    found = _adapter_file(reference, hub)
+    try:
+        found = _adapter_file(reference, hub)
+    except OSError:
+        return None
     name = None if found is None else _named_in(found)
     return None if name is None else MemberRef(name)
 
@@ -100,16 +142,12 @@ def _named_in(adapter: str) -> str | None:
 
 
 def _adapter_file(reference: MemberRef, hub: Mapping[str, Any]) -> str | None:
-    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
-
-    def file(name: str) -> str | None:
-        try:
-            found: str | None = cached_file(reference.id, name, **hub, **quiet)
-        except OSError:  # such as a name that is no hub id; told where the member is loaded
-            return None
-        return found
-
-    return None if file("config.json") is not None else file(_ADAPTER_FILE)
+    quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "gated_repo")}
+    # Without a network, each look-up takes a while: the second one says so.
+    if cached_file(reference.id, "config.json", **hub, **quiet, _raise_exceptions_for_connection_errors=False):
+        return None
+    found: str | None = cached_file(reference.id, _ADAPTER_FILE, **hub, **quiet)
+    return found
 
 
 def _below_adapter(reference: MemberRef, role: str, hub: Mapping[str, Any]) -> MemberRef:
@@ -209,16 +247,24 @@ def tokenizer_code(reference: MemberRef, **hub: Any) -> str | None:
 # --- afterwards ----------------------------------------------------------------------------------------------------
 
 
-def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | None, role: str, place: str) -> None:
-    """Refuse a model some of whose weights were not in its checkpoint, or had another shape there.
+def refuse_incomplete(
+    model: nn.Module,
+    info: Mapping[str, Collection[Any]] | None,
+    role: str,
+    place: str,
+    given: Collection[str] = (),
+) -> None:
+    """Refuse a model some of whose weights were not in its checkpoint, or had another shape there, or were left over.
 
-    transformers draws such weights at random, and only logs it. Tied weights are not missing.
+    transformers draws such weights at random, and only logs it. Tied weights are not missing. Left over may be what
+    does no harm, such as heads and old buffers; what the text depends on is refused.
 
     Args:
         model: The loaded model.
         info: What `from_pretrained(output_loading_info=True)` told; None if it told nothing.
         role: Its role, for messages.
         place: The hub id or folder, as shown in messages.
+        given: The names of the arguments it was loaded with.
     """
     info = info or {}
     missing = set(map(str, info.get("missing_keys", ())))
@@ -249,6 +295,8 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | No
                 else "Name a causal LM; a reward model or an encoder is none."
             ),
         )
+    if not adapted and "gguf_file" not in given:
+        _refuse_left_over(model, sorted(map(str, info.get("unexpected_keys", ()))), role, place, given)
     if classes and all(name.endswith(_SCORERS) for name in classes):
         raise MemberError.of(
             f"the {role}",
@@ -256,6 +304,52 @@ def refuse_incomplete(model: nn.Module, info: Mapping[str, Collection[Any]] | No
             got=f"{of} which scores texts",
             remedy="Name a causal LM.",
         )
+
+
+def _refuse_left_over(model: Any, names: Sequence[str], role: str, place: str, given: Collection[str]) -> None:
+    """Refuse a checkpoint with scales of its weights, LoRA matrices, or further layers that the model does not have.
+
+    `names` are those that transformers neither ignores nor renames.
+    """
+    own = {name for name, _ in model.named_parameters()} if names else set()
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    # Heads were saved without the prefix at times.
+    own |= {name.removeprefix(prefix) for name in own}
+    scales = [name for name in names if (found := _SCALE.fullmatch(name)) and found[1] in own]
+    lora = [name for name in names if _LORA.search(name)]
+    if scales and getattr(model, "hf_quantizer", None) is None:
+        what, cure = scales, "Put its quantization_config back into config.json, or name the weights unquantised."
+    elif lora:
+        what, cure = lora, "They are an adapter's: merge it into the weights before saving, or save it by itself."
+    else:
+        what = [] if any("layer" in name or name == "config" for name in given) else _further_layers(model, names, own)
+        cure = (
+            "Correct the number of layers in its config.json. If fewer are meant, pass that number, e.g. "
+            f"members={{{role!r}: {{'num_hidden_layers': …}}}}."
+        )
+    if what:
+        raise MemberError.of(
+            f"the {role}",
+            expected=f"a checkpoint whose weights {type(model).__name__} takes",
+            got=f"{place} with {_some(what)}, which transformers would leave out",
+            remedy=cure,
+        )
+
+
+def _further_layers(model: Any, names: Sequence[str], own: Collection[str]) -> list[str]:
+    """The names of whole layers like the model's, beyond its last; layers that predict further tokens are none."""
+    config = getattr(model, "config", None)
+    layers: dict[tuple[str, int], dict[str, str]] = {}
+    for name in names:
+        if found := _LAYER.fullmatch(name):
+            layers.setdefault((found[1], int(found[2])), {})[found[3]] = name
+    held: dict[str, set[str]] = {}
+    for name in own if layers else ():
+        if found := _LAYER.fullmatch(name):
+            held.setdefault(found[1], set()).add(found[3])
+    if not layers or getattr(config, "num_nextn_predict_layers", None):
+        return []
+    return [n for (stack, _), parts in layers.items() if parts.keys() <= held.get(stack, set()) for n in parts.values()]
 
 
 def _some(names: Sequence[str]) -> str:

@@ -64,9 +64,9 @@ def stopping_ids(
         tokenizer = tokenizers.get("expert", tokenizers.get("base"))
         warnings.warn(
             f"the expert also ends its turn with {_named(more, tokenizer)}, at which the base, which stops at "
-            f"{_named(ours, tokenizer)}, would go on: texts stop at all of these. end_tokens='union' says so and is "
-            "silent; end_tokens='base' or 'expert' stops at the end tokens of that one alone; eos_token_id= of "
-            "generate() overrides it for a call.",
+            f"{_named(ours, tokenizer)}, would go on: texts stop at all of these. Nothing is wrong: pass "
+            "end_tokens='union' to keep that without this warning, or 'base' or 'expert' to stop at the end tokens of "
+            "that one alone; eos_token_id= of generate() overrides it for a call.",
             SteeringWarning,
             stacklevel=3,
         )
@@ -92,8 +92,12 @@ class EndWatch:
         self._length = length
         if not self.ends or length < self._start + 3:  # the prompt may hold earlier turns
             return None
-        # Padding repeats; a text does not for long.
-        rows = input_ids[:, -3][input_ids[:, -2] != input_ids[:, -1]].tolist()
+        text = input_ids[:, self._start :]
+        ended = torch.isin(text, torch.tensor(self.ends, device=text.device)).cumsum(-1)[:, :-2] > 0  # [B, N - 2]
+        # Padding repeats one token, and not in all rows: of one at least, the next token is asked for.
+        on = ended & (text[:, 1:-1] != text[:, 2:])
+        passed = ended[:, -1] if bool(ended[:, -1].all()) else on.any(-1)
+        rows = text[passed].flatten().tolist()
         return next((token for token in rows if token in self.ends), None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -101,6 +102,13 @@ def refuse_positions(cache_position: Any, input_ids: Any, cache: Cache | None) -
 
 def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> None:
     """Refuse ids, labels and masks that are not `[B, T]`; a mask may also cover cached tokens before them."""
+    if isinstance(input_ids, Mapping):
+        raise InputError.of(
+            "input_ids",
+            expected="a tensor of token ids, and the mask beside it",
+            got=f"a {type(input_ids).__name__} with {', '.join(input_ids)}",
+            remedy="Unpack it: generate(**inputs), or model(**inputs).",
+        )
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
         raise InputError.of(
@@ -194,6 +202,16 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             "is_first_iteration": is_first_iteration,
             **kwargs,
         }
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        if "alpha" in model_kwargs:
+            raise InputError.of(
+                "alpha",
+                expected="no such argument of generate()",
+                got=f"alpha={shown(model_kwargs['alpha'], 80)}",
+                remedy="Set model.alpha before the call.",
+            )
+        super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(
         self, inputs: Any, bos_token_id: Any, model_kwargs: dict[str, Any]

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig
 
 from proxytune.errors import InputError, ProxytuneError
-from proxytune.recipe import LOAD_KEYS, MemberRef
+from proxytune.recipe import LOAD_KEYS, ROLES, MemberRef
 from proxytune.validation import shown
 
 __all__ = [
@@ -58,7 +58,7 @@ def refuse_misspelt(given: Mapping[str, Any], caller: Caller) -> None:
     """Refuse keywords that are meant for `caller` or for `generate()`, without a look at any model."""
     own, settings = _parameters(caller), _settings()
     for name, value in given.items():
-        if name not in LOAD_ARGUMENTS and (_nearest(name, own) or name in settings):
+        if name not in LOAD_ARGUMENTS and (_nearest(name, own) or _role_in(name, own) or name in settings):
             raise unknown_keyword(name, value, caller)
 
 
@@ -112,7 +112,7 @@ def unknown_keyword(name: str, value: Any, caller: Caller) -> ProxytuneError:
     own, text = _parameters(caller), shown(value)
     # A model's `repr` has a line for each layer.
     said = f"{name}={shown(value, 80)}" if "\n" not in text else f"{name}, a {type(value).__name__}"
-    near = _nearest(name, own)
+    near = _nearest(name, own) or _role_in(name, own)
     if not near and name not in _settings():
         near = _nearest(name, sorted(LOAD_ARGUMENTS - {"torch_dtype"}))
     if name.startswith("load_in_"):
@@ -160,6 +160,11 @@ def _parameters(caller: Caller) -> list[str]:
 def _settings() -> Mapping[str, Any]:
     settings: dict[str, Any] = GenerationConfig().to_dict()
     return settings
+
+
+def _role_in(name: str, own: Sequence[str]) -> list[str]:
+    """The role that a name of other packages begins with, such as `anti_expert_name_or_path`."""
+    return [role for role in ROLES if role in own and name.lower().replace("_", "").startswith(role)]
 
 
 def _nearest(word: str, names: Sequence[str]) -> list[str]:

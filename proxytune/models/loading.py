@@ -15,10 +15,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import cached_file
 
-from proxytune.errors import InputError, MemberError, MemberNotFoundError, ProxytuneError, VocabularyWarning
+from proxytune.errors import InputError, MemberError, ProxytuneError, VocabularyWarning
 from proxytune.models.checkpoints import (
     carrier_of,
+    first_line,
     is_custom_code,
+    not_found,
     refuse_checkpoint,
     refuse_incomplete,
     tokenizer_code,
@@ -48,6 +50,7 @@ __all__ = [
     "reference_of",
     "refuse_composed",
     "refuse_roles",
+    "refuse_tokenizers",
 ]
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
@@ -95,7 +98,7 @@ def open_members(
                 else "Pass the model itself; that of a pipeline is pipeline.model.",
             )
     refuse_roles("revisions", revisions)
-    refuse_roles("tokenizers", tokenizers)
+    refuse_tokenizers(tokenizers)
     _refuse_arguments_of_members(members, sources)
     revisions = revisions or {}
     if from_pretrained and all(isinstance(source, nn.Module) for source in given):
@@ -119,6 +122,13 @@ def open_members(
         everyone = "trust_members" if caller is None else "trust_remote_code"
         cure = f"pass members={{{role!r}: {{'trust_remote_code': True}}}}, or {everyone}=True for all members."
         refuse_checkpoint(found, role, own, f"If you trust it, {cure}")
+    known = dict(tokenizers or {})
+    hub = {role: {k: own[k] for k in HUB_ARGUMENTS if k in own} for role, own in arguments.items()}
+    trusted = [role for role, own in arguments.items() if own["trust_remote_code"]]
+    early = check_vocabulary and None not in references.values()
+    unknown: list[str] = []
+    if early:  # before weights are read
+        known, unknown = _compared(references, tokenizers, trusted, hub)
     models: dict[str, nn.Module] = {}
     for role, source in sources.items():
         opened = source if isinstance(source, nn.Module) else references[role]
@@ -131,12 +141,10 @@ def open_members(
         assert found is not None
         code = own["trust_remote_code"] and is_custom_code(models[role])
         references[role] = replace(found, load=deciding(own | {"trust_remote_code": code}))
-    known = dict(tokenizers or {})
-    if check_vocabulary:
-        hub = {role: {k: own[k] for k in HUB_ARGUMENTS if k in own} for role, own in arguments.items()}
-        trusted = [role for role, own in arguments.items() if own["trust_remote_code"]]
+    if check_vocabulary and not early:
         places = places_of_tokens(references, models)
-        known = check_vocabularies(places, tokenizers, trusted=trusted, hub=hub)
+        known, unknown = _compared(places, tokenizers, trusted, hub)
+    _warn_uncompared(unknown)
     return models, references, known
 
 
@@ -169,6 +177,22 @@ def refuse_roles(name: str, by_role: Any) -> None:
         raise InputError.of(
             name, expected=f"roles out of {', '.join(ROLES)}", got=", ".join(strange), remedy="Correct the role."
         )
+
+
+def refuse_tokenizers(by_role: Any) -> None:
+    """Refuse `tokenizers=` that is no mapping from roles, or holds something else than tokenizers."""
+    refuse_roles("tokenizers", by_role)
+    for role, tokenizer in (by_role or {}).items():
+        if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
+            place = isinstance(tokenizer, str | os.PathLike)
+            raise InputError.of(
+                "tokenizers",
+                expected="a tokenizer for each role",
+                got=f"{shown(tokenizer, 80)} for the {role}",
+                remedy=f"Pass AutoTokenizer.from_pretrained({str(tokenizer)!r})."
+                if place
+                else "Pass what AutoTokenizer.from_pretrained(…) returns.",
+            )
 
 
 def refuse_composed(model: Any, role: str) -> None:
@@ -237,21 +261,16 @@ def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrai
         # transformers raises ValueError for a folder without a model, and otherwise for wrong arguments.
         nothing = isinstance(error, ValueError) and not (Path(source.id) / "config.json").exists()
         if isinstance(error, OSError) or (nothing and "gguf_file" not in from_pretrained):
-            raise MemberNotFoundError.of(
-                f"the {role}",
-                expected="a hub id, or a folder with a config.json and weights",
-                got=place,
-                remedy=f"transformers says: {_first_line(error)}",
-            ) from error
+            raise not_found(source, role, error) from error
         given = {name: value for name, value in from_pretrained.items() if value is not False}
         raise MemberError.of(
             f"the {role}",
             expected="a model that loads with these arguments",
             got=f"{place} with {', '.join(f'{k}={shown(v, 80)}' for k, v in given.items()) or 'none'}",
-            remedy=f"transformers says: {_first_line(error)} ({type(error).__name__})",
+            remedy=f"transformers says: {first_line(error)} ({type(error).__name__})",
         ) from error
     model, info = opened if isinstance(opened, tuple) else (opened, None)
-    refuse_incomplete(model, info, role, place)
+    refuse_incomplete(model, info, role, place, from_pretrained)
     loaded: nn.Module = model
     return loaded
 
@@ -336,15 +355,27 @@ def check_vocabularies(
     Warns:
         VocabularyWarning: If some member's tokenizer is not found, so it could not be compared.
     """
+    found, unknown = _compared(references, tokenizers, trusted, hub or {})
+    _warn_uncompared(unknown)
+    return found
+
+
+def _compared(
+    references: Mapping[str, MemberRef | None],
+    tokenizers: Mapping[str, Any] | None,
+    trusted: Collection[str],
+    hub: Mapping[str, Mapping[str, Any]],
+) -> tuple[dict[str, Any], list[str]]:
+    """What `check_vocabularies` returns, and the members that could not be compared."""
     vocabularies: dict[str, Mapping[str, int]] = {}
     seen: dict[MemberRef, Any] = {}
     found: dict[str, Any] = {}
-    unknown = []
+    unknown: list[str] = []
     for role, reference in references.items():
         tokenizer = (tokenizers or {}).get(role)
         if tokenizer is None and reference is not None:
             if seen.get(reference) is None:
-                where = (hub or {}).get(role, {})
+                where = hub.get(role, {})
                 # A member whose code runs already has been trusted.
                 trust = role in trusted or bool(reference.load.get("trust_remote_code"))
                 seen[reference] = find_tokenizer(reference, trust_remote_code=trust, **where)
@@ -361,15 +392,18 @@ def check_vocabularies(
         against, *others = vocabularies
         for role in others:
             check_same_tokens(vocabularies[against], vocabularies[role], role=role, against=against)
+    return found, unknown
+
+
+def _warn_uncompared(unknown: Collection[str]) -> None:
     if unknown:
         warnings.warn(
             f"the vocabularies were not compared: no tokenizer was found for {', '.join(unknown)}. If ids mean "
             "different tokens there, the output is noise. Pass tokenizers={role: tokenizer}, or check_vocabulary=False "
             "if you know that they agree.",
             VocabularyWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
-    return found
 
 
 def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **hub: Any) -> Any | None:
@@ -400,7 +434,3 @@ def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **h
     if not names or any(exists(name) for name in ("tokenizer.json", *sorted(names), "tekken.json")):
         return tokenizer
     return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

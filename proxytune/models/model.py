@@ -106,7 +106,6 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             refuse_composed(model, role)
         wrapped = [Member(model, role) for role, model in members.items()]
         refuse_no_shift(members["expert"], members["antiexpert"], formula)
-        warn_of_roles(members, formula)
         config.bind([model.config for model in members.values()])
         # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
         config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
@@ -118,6 +117,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             # The smallest first: the others share its verdict, if they are of its kind.
             for member in sorted(wrapped, key=lambda m: m.model.num_parameters()):
                 member.examine()
+        warn_of_roles(members, formula)
         self.formula = formula
         self.overlap = True
         self.split_threads = False
@@ -148,6 +148,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                 expected="the member that the model was composed with",
                 got=f"a {type(value).__name__}",
                 remedy="Caches and checks belong to the members: call proxytune.wrap again.",
+            )
+        if sorted(name) == sorted("alpha") and name != "alpha":  # letters interchanged
+            raise InputError.of(
+                name, expected="an attribute of the model", got=f"{name}={value!r}", remedy="Did you mean model.alpha?"
             )
         super().__setattr__(name, value)
 
@@ -302,6 +306,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         unknown = not isinstance(past, int) and (is_first_iteration is False or torch.compiler.is_compiling())
         seen = None if unknown or not switches else int(past)
         side = side_of_pass(cache, switches, seen, input_ids.shape[1], attention_mask)
+        told = position_ids
         if attention_mask is not None and position_ids is None:
             position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
         # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
@@ -310,6 +315,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if prompt and not torch.compiler.is_compiling():
             refuse_leftover(self.base)
             check_ids(input_ids, self.members)
+            if told is not None:
+                ones = input_ids.new_ones(1, int(past) + input_ids.shape[1])
+                for member in self.members:
+                    member.refuse_positions(told, ones if attention_mask is None else attention_mask)
             if isinstance(cache, StaticCache):
                 for member in self.members:
                     member.refuse_static_cache(max(layer.max_cache_len for layer in stored(cache)))

@@ -82,7 +82,8 @@ def warn_of_roles(members: Mapping[str, Any], formula: Formula) -> None:
     `members` is role → model; without the base for a processor, which calls `warn_of_size` when it is attached.
 
     Warns:
-        SteeringWarning: If expert and antiexpert have equal weights, look swapped, or are larger than the base.
+        SteeringWarning: If expert and antiexpert have equal weights, other sizes, look swapped, or are larger than the
+            base.
     """
     expert, antiexpert = members["expert"], members["antiexpert"]
     weights = formula.weights()
@@ -97,25 +98,48 @@ def warn_of_roles(members: Mapping[str, Any], formula: Formula) -> None:
             "expert is the tuned model; the antiexpert is the one that it was tuned from."
         )
     if "base" in members:
-        warn_of_size(members["base"], members)
+        warn_of_size(members["base"], members, formula)
 
 
-def warn_of_size(base: Any, companions: Mapping[str, Any]) -> None:
-    """Say that a companion is larger than the base. Warns: SteeringWarning."""
-    size = _parameters(base)
+def _warn_of_pair(base: Any, companions: Mapping[str, Any]) -> None:
+    """Say that the antiexpert cannot be the model that the expert was tuned from."""
+    expert, antiexpert = companions["expert"], companions["antiexpert"]
+    # The base in both roles checks exactness, or is contrastive decoding.
+    if any(m is base or (_name(m) and _name(m) == _name(base)) for m in (expert, antiexpert)):
+        return
+    for field in ("num_hidden_layers", "hidden_size"):
+        sizes = [getattr(m.config.get_text_config(decoder=True), field, None) for m in (expert, antiexpert)]
+        if None not in sizes and sizes[0] != sizes[1]:
+            _warn(
+                f"the antiexpert is another model than the expert was tuned from: {field} is {sizes[1]}, the expert's "
+                f"{sizes[0]}. The antiexpert is the expert's own model before it was tuned."
+            )
+            return
+
+
+def _name(model: Any) -> str:
+    return str(getattr(getattr(model, "config", None), "name_or_path", "") or "")
+
+
+def warn_of_size(base: Any, companions: Mapping[str, Any], formula: Formula) -> None:
+    """Say that a companion is larger than the base, or else that they differ in size. Warns: SteeringWarning."""
+    size, larger = _parameters(base), False
     for role, model in companions.items():
         if model is base or not size or (own := _parameters(model)) <= _LARGER * size:
             continue
+        larger = True
         _warn(
             f"the {role} is larger than the base ({own:,} parameters without embeddings, the base {size:,}): the "
             "base is the large model, expert and antiexpert are small. Check that they were not interchanged."
         )
+    if not larger and not sum(formula.weights()):
+        _warn_of_pair(base, companions)
 
 
 def _swapped(members: Mapping[str, Any]) -> str | None:
     """Why expert and antiexpert look swapped; None if they do not."""
     expert, antiexpert = members["expert"], members["antiexpert"]
-    names = {role: str(getattr(getattr(m, "config", None), "name_or_path", "") or "") for role, m in members.items()}
+    names = {role: _name(m) for role, m in members.items()}
     for adapter in dict(getattr(antiexpert, "peft_config", None) or {}).values():
         source = getattr(adapter, "base_model_name_or_path", None)
         if source and source == names["expert"] and not getattr(expert, "peft_config", None):
@@ -123,9 +147,9 @@ def _swapped(members: Mapping[str, Any]) -> str | None:
     tuned, plain = _words(names["antiexpert"]), _words(names["expert"])
     if tuned & _TUNED and not plain & _TUNED and tuned - _TUNED - _UNTUNED == plain - _UNTUNED:
         return f"the antiexpert is {names['antiexpert']!r}, the expert {names['expert']!r}"
-    others = {i for role, m in members.items() if role != "antiexpert" for i in ends_of(m)}
-    own = [i for i in ends_of(antiexpert) if i not in others]
-    if own and others and "base" in members:
+    ends = set(ends_of(expert))
+    own = [i for i in ends_of(antiexpert) if i not in ends]
+    if own and "base" in members and ends and ends <= (base := set(ends_of(members["base"]))) and not base & set(own):
         return f"the antiexpert has end tokens of its own (ids {', '.join(map(str, own))}), the expert has the base's"
     return None
 

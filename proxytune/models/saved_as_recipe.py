@@ -163,7 +163,7 @@ class SavedAsRecipe:
             file = place / RECIPE_FILE if not place.is_file() else place
             raise MemberNotFoundError(
                 f"{error} It is named in the recipe {file}: if the member was moved, write there where it is now; a "
-                "relative folder is looked for beside that file."
+                f"relative folder is looked for beside that file, in {file.parent.resolve()}."
             ) from error
         known = {role: reference for role, reference in references.items() if reference is not None}
         if end_tokens is not None:

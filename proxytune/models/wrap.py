@@ -21,9 +21,9 @@ __all__ = ["wrap"]
 
 def wrap(
     base: Any,
-    *,
     expert: Any = None,
     antiexpert: Any = None,
+    *,
     alpha: float | None = None,
     formula: Formula | None = None,
     revisions: Mapping[str, str] | None = None,

@@ -31,7 +31,7 @@ def record(family):
 @pytest.fixture
 def measured(record, monkeypatch):
     """The command shows this record; that it measures is another test's matter."""
-    monkeypatch.setattr(command, "measure", lambda *_, **__: record)
+    monkeypatch.setattr("proxytune.demo.measure.measure", lambda *_, **__: record)
 
 
 def steered(folder, alpha):

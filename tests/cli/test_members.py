@@ -18,9 +18,7 @@ from proxytune.recipe import RECIPE_FILE, EndTokens, Recipe
 
 PROMPT = "Question: Who"
 LENGTH = 8
-SAID = (
-    r"warning: the expert also ends its turn with [^\n]*\. --end-tokens union says so and is silent; --end-tokens base"
-)
+SAID = r"warning: the expert also ends its turn with [^\n]*\. Nothing is wrong: pass --end-tokens union to keep that"
 
 pytestmark = pytest.mark.filterwarnings("default")  # they are shown, as for a user
 

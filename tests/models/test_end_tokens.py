@@ -23,12 +23,12 @@ from proxytune import (
 )
 from proxytune.errors import InputError, RecipeError, SteeringWarning
 from proxytune.methods.latent import LatentMixture
-from proxytune.models.end_tokens import stopping_ids
+from proxytune.models.end_tokens import EndWatch, stopping_ids
 from proxytune.recipe import RECIPE_FILE, Recipe
 
 IDS = torch.arange(40, 48)[None]
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 10}
-SAID = "the expert also ends its turn with .*end_tokens='union' says so"
+SAID = "the expert also ends its turn with .*Nothing is wrong: pass end_tokens='union'"
 
 
 def trio(end: int | list[int]) -> dict[str, Any]:
@@ -251,3 +251,21 @@ def test_an_unattached_processor_says_that_a_text_goes_on(end: int) -> None:
     base.generate(
         torch.tensor([[40, end, 41, 42, 43]]), logits_processor=[attached(end)], **GREEDY | {"max_new_tokens": 3}
     )
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([[9, 7, 7, 7]], True),  # one row: its next token is asked for, so it goes on, whatever it repeats
+        ([[9, 7, 4, 4]], True),
+        ([[9, 7, 4, 4, 5], [9, 8, 8, 8, 8]], True),  # a repetition at first
+        ([[9, 7, 0, 0], [9, 8, 8, 8]], False),  # stopped there, and padded
+        ([[9, 2, 7, 7], [9, 8, 8, 8]], False),  # stopped elsewhere, and padded with that token
+        ([[9, 7, 7, 7], [7, 0, 0, 0]], True),  # one of them goes on
+        ([[9, 9, 9, 7]], False),
+    ],
+)
+def test_a_text_that_goes_on_is_told_from_padding(rows: list[list[int]], said: bool) -> None:
+    watch, ids = EndWatch([7]), torch.tensor([[3, 7, 4, *row] for row in rows])  # the prompt has one, too
+    found = [watch.passed(ids[:, :length]) for length in range(3, ids.shape[1] + 1)]
+    assert (7 in found) == said

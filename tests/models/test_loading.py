@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+from support.tiny import tokenizer
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, LlamaModel
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,6 +29,7 @@ from proxytune.errors import (
     MemberNotFoundError,
     RecipeError,
     UnsupportedModelError,
+    VocabularyMismatchError,
     VocabularyWarning,
 )
 from proxytune.models.loading import check_vocabularies
@@ -148,6 +151,55 @@ def test_whole_checkpoints_are_opened(place: Path, name: str) -> None:
     )
     with pytest.raises(InputError, match="output_loading_info: expected no such argument; got True"):
         compose(place, base=place / name, output_loading_info=True)
+
+
+def with_more(place: Path, to: Path, layers: int = 1, **more: torch.Tensor) -> Path:
+    """A copy of the expert of `layers` layers, with further weights (`__` is a dot), and a config of one layer."""
+    torch.manual_seed(3)
+    LlamaForCausalLM(config(num_hidden_layers=layers)).save_pretrained(to)
+    edit(to / "config.json", num_hidden_layers=1)
+    held = load_file(to / "model.safetensors") | {name.replace("__", "."): weight for name, weight in more.items()}
+    save_file(held, to / "model.safetensors", metadata={"format": "pt"})
+    return to
+
+
+PROJECTION = "model__layers__0__self_attn__q_proj"
+
+
+@pytest.mark.parametrize(
+    ("layers", "more", "message"),
+    [
+        (
+            2,
+            [],
+            r"with model\.layers\.1\..* and 5 more, which .* out. Correct the number of layers",
+        ),
+        (
+            1,
+            [f"{PROJECTION}__weight_scale"],
+            r"with model\..*\.weight_scale, .* Put its quantization_config back",
+        ),
+        (1, [f"{PROJECTION}__weight_scale_inv"], "Put its quantization_config back"),
+        (1, [f"{PROJECTION}__lora_A__weight"], "They are an adapter's: merge it into the weights"),
+    ],
+)
+def test_weights_that_would_be_left_out_are_named(
+    place: Path, tmp_path: Path, layers: int, more: list[str], message: str
+) -> None:
+    folder = with_more(place, tmp_path / "more", layers, **{name: torch.ones(1) for name in more})
+    with pytest.raises(MemberError, match=f"the expert: expected a checkpoint whose weights LlamaFor.*{message}"):
+        compose(place, expert=folder)
+
+
+def test_weights_that_change_nothing_may_be_left_out(place: Path, tmp_path: Path) -> None:
+    # A head for values, a cache's scale, a buffer of old, layers that guess further tokens; and fewer layers as meant.
+    names = ["v_head__summary__weight", "model__layers__0__self_attn__k_scale", "model__layers__1__eh_proj__weight"]
+    names += ["model__layers__1__input_layernorm__weight", "model__layers__0__self_attn__masked_bias"]
+    compose(place, expert=with_more(place, tmp_path / "more", **{name: torch.ones(1) for name in names}))
+    deep = with_more(place, tmp_path / "deep", 2)
+    compose(place, members={"expert": {"num_hidden_layers": 1}}, expert=deep)
+    edit(deep / "config.json", num_nextn_predict_layers=1)
+    compose(place, expert=deep)
 
 
 # PEFT calls transformers by names that the newest version has renamed.
@@ -501,7 +553,8 @@ def test_members_beside_a_recipe_move_with_it(place: Path, tmp_path: Path) -> No
     source = shutil.copytree(tmp_path / "moved" / "kit", tmp_path / "far" / "off")
     match = (
         "the base: expected a hub id, or a folder .*; got '../models/base', where there is no folder.*It is named in "
-        f"the recipe {source / RECIPE_FILE}: if the member was moved, write there where it is now; a relative folder"
+        f"the recipe {source / RECIPE_FILE}: if the member was moved, write there where it is now; a relative folder "
+        f"is looked for beside that file, in {source}."
     )
     for door in (source, source / RECIPE_FILE):
         with pytest.raises(MemberNotFoundError, match=match):
@@ -614,3 +667,54 @@ def test_a_dtype_that_is_none_at_every_door(place: Path, word: Any, remedy: str)
     ):
         with pytest.raises(InputError, match=match):
             door()
+
+
+# --- nothing is loaded in vain --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights are read."""
+
+    def opened(*arguments: Any, **options: Any) -> Any:
+        raise AssertionError("a member was opened")
+
+    monkeypatch.setattr("proxytune.models.loading.open_member", opened)
+
+
+def test_a_place_without_a_config_is_refused_before_weights_are_read(unread: None, place: Path, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoint-90").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-100").mkdir()
+    for name, message in {
+        "no-such/model": rf"got 'no-such/model' \(there is no folder {Path.cwd()}/no-such/model\). transformers says: ",
+        str(tmp_path): f"got '{tmp_path}'. It has no config.json",
+        str(tmp_path / "run"): "run', which holds checkpoint-100 and no model itself. Name '.*/run/checkpoint-100'",
+    }.items():
+        with pytest.raises(MemberNotFoundError, match=f"the expert: .*{message}"):
+            compose(place, expert=name)
+
+
+def test_tokens_are_compared_before_weights_are_read(unread: None, place: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(place / "expert", tmp_path / "expert")
+    tokenizer().save_pretrained(folder)
+    other = tokenizer()
+    other.add_tokens(["<tool>"])
+    file = shutil.copytree(folder, tmp_path / "base") / "tokenizer.json"
+    edit(file, model=json.loads(file.read_text())["model"] | {"vocab": {"b": 0, "a": 1}})
+    with pytest.raises(VocabularyMismatchError, match="vocabulary of the expert"):
+        compose(place, base=tmp_path / "base", expert=folder, check_vocabulary=True)
+
+
+def test_without_a_network_two_look_ups_are_enough(unread: None, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def unreachable(name: str, file: str, **how: Any) -> None:
+        asked.append(file)
+        if how.get("_raise_exceptions_for_connection_errors", True):
+            raise OSError("We couldn't connect")
+
+    monkeypatch.setattr("proxytune.models.checkpoints.cached_file", unreachable)
+    monkeypatch.setattr("transformers.configuration_utils.cached_file", unreachable)
+    with pytest.raises(MemberNotFoundError, match="the base: .*got 'no/such' .*transformers says: We couldn't connect"):
+        compose(place, base="no/such")
+    assert asked == ["config.json", "adapter_config.json"]

@@ -135,6 +135,12 @@ def test_an_antiexpert_with_end_tokens_of_its_own_is_said() -> None:
     antiexpert.generation_config.eos_token_id = [2, 7]
     with pytest.warns(SteeringWarning, match=r"look swapped: the antiexpert has end tokens of its own \(ids 7\)"):
         wrap(antiexpert=antiexpert)
+    # An expert that ends as neither of them has been tuned, too.
+    expert, base = copy.deepcopy(EXPERT), copy.deepcopy(BASE)
+    expert.generation_config.eos_token_id, base.generation_config.eos_token_id = 7, None
+    wrap(base, expert, end_tokens="union")
+    expert.generation_config.eos_token_id = None
+    wrap(base, expert, antiexpert, end_tokens="union")
 
 
 def test_a_companion_larger_than_the_base_is_said() -> None:
@@ -147,6 +153,19 @@ def test_a_companion_larger_than_the_base_is_said() -> None:
     large = model.expert
     proxytune.wrap(large, expert=model.base, antiexpert=large)
     proxytune.wrap(large, expert=large, antiexpert=model.base)
+
+
+def test_an_antiexpert_of_another_size_is_said() -> None:
+    other = build("llama", 3, hidden=16)
+    with pytest.warns(SteeringWarning, match="the antiexpert is another model .*: hidden_size is 16, the expert's 32"):
+        wrap(antiexpert=other)
+    with pytest.warns(SteeringWarning, match="the antiexpert is another model"), processor(EXPERT, other).attach(BASE):
+        pass
+    # One model as base and antiexpert checks exactness, also if it was loaded twice.
+    base, again = copy.deepcopy(BASE), build("llama", 3, hidden=16)
+    base.config.name_or_path = again.config.name_or_path = "org/large"
+    wrap(base, antiexpert=again)
+    wrap(antiexpert=other, formula=OnlyExpert(alpha=0.5))
 
 
 def test_an_alpha_far_out_is_said_at_every_door(tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from support.tiny import CONTEXT, EOS, PAD, build, shared, tokenizer
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
+    LlamaForSequenceClassification,
+    LlamaModel,
     PreTrainedModel,
     StaticCache,
     SynthIDTextWatermarkingConfig,
@@ -141,6 +143,43 @@ def test_what_holds_a_model_is_none() -> None:
             compose(expert=source)
 
 
+def test_a_compiled_wrapper_is_no_member() -> None:
+    for make, role in ((compose, "base"), (compose, "expert"), (processor, "antiexpert")):
+        compiled = torch.nn.Module()  # as torch.compile() makes it
+        compiled._orig_mod = shared("gpt2", 4)
+        with pytest.raises(UnsupportedModelError, match=rf"the {role}: expected the model itself; got torch.compile\("):
+            make(**{role: compiled})
+
+
+@pytest.mark.parametrize("kind", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_without_a_head_is_refused(kind: Any) -> None:
+    bare = kind(shared("llama", 1).config)
+    match = rf"the {{}}: expected a causal LM; got a {kind.__name__} \(llama\), which has no LM head. Load it with Auto"
+    for role in ("base", "expert", "antiexpert"):
+        with pytest.raises(UnsupportedModelError, match=match.format(role)):
+            compose(**{role: bare})
+    with pytest.raises(UnsupportedModelError, match=match.format("expert")):
+        processor(expert=bare)
+
+
+def test_members_in_the_order_of_the_original_code() -> None:
+    base, expert, antiexpert = shared("llama", 1), shared("gpt2", 2), shared("gpt2", 3)
+    model = proxytune.wrap(base, expert, antiexpert, check_vocabulary=False)
+    assert (model.base, model.expert, model.antiexpert) == (base, expert, antiexpert)
+    for third in (antiexpert, "org/small-base", Path("tiny-base")):
+        with pytest.raises(InputError, match=r"^alpha: .* the base goes to attach\(\)"):
+            ProxyTuningLogitsProcessor(base, expert, third, check_vocabulary=False)
+
+
+def test_a_config_without_a_cache_says_how_to_have_one() -> None:
+    base = build("llama", 1)
+    base.generation_config.use_cache = False  # as MPT's config does
+    loop = proxytune.SpeculativeDecoding(seed=0)
+    with pytest.raises(CacheError, match=r"; got none \(use_cache=False\). Pass use_cache=True to generate"):
+        compose(base=base).generate(prompt(), **GREEDY, custom_generate=loop)
+    compose(base=base).generate(prompt(), **GREEDY, use_cache=True, custom_generate=loop)
+
+
 def test_contradicting_arguments_are_refused() -> None:
     with pytest.raises(InputError, match="wrap: expected alpha or formula; got both"):
         compose(alpha=0.5, formula=proxytune.formulas.ProxyTuning(alpha=0.5))
@@ -223,6 +262,9 @@ def test_a_misspelt_role_is_not_only_missing() -> None:
             proxytune.wrap(base, expert=expert, **{name: antiexpert})
         with pytest.raises(InputError, match=f"^{name}: .*Did you mean antiexpert?"):
             ProxyTuningLogitsProcessor(expert, **{name: antiexpert})
+    for name, role in {"expert_name_or_path": "expert", "anti_expert_name_or_path": "antiexpert"}.items():
+        with pytest.raises(InputError, match=rf"^{name}: .*; got {name}='a/b'. Did you mean {role}\?"):
+            proxytune.wrap(base, **{name: "a/b"})
     with pytest.raises(InputError, match="^exprt: .*Did you mean expert?"):
         proxytune.wrap(base, exprt=expert, antiexpert=antiexpert)
     with pytest.raises(InputError, match="^alpa: .*; got alpa=0.5. Did you mean alpha?"):
@@ -273,6 +315,10 @@ def test_roles_are_a_mapping() -> None:
     for make in (compose, processor):
         with pytest.raises(InputError, match=r"tokenizers: expected a mapping from roles, .*; got a \w+, .*'base': …"):
             make(tokenizers=tokenizer())
+    with pytest.raises(InputError, match=r"tokenizers: expected a tokenizer .*; got 'a/b' for the expert. Pass Auto"):
+        compose(tokenizers={"expert": "a/b"})
+    with pytest.raises(InputError, match="tokenizers: expected a tokenizer for each role; got 3 for the base"):
+        processor(tokenizers={"base": 3})
     with pytest.raises(InputError, match="revisions: expected a mapping from roles, .*; got a str, 'v1'"):
         compose(revisions="v1")
 
@@ -332,6 +378,14 @@ def test_ids_that_a_member_cannot_embed(bad: int) -> None:
         base = shared("llama", 1)
         with processor(antiexpert=narrow).attach(base), pytest.raises(InputError, match=match):
             base.generate(ids, **GREEDY)
+
+
+def test_what_a_tokenizer_returns_is_unpacked() -> None:
+    inputs = tokenizer()("abc", return_tensors="pt")
+    model = compose()
+    for call in (model, model.generate):
+        with pytest.raises(InputError, match=r"input_ids: .*; got a BatchEncoding with .*Unpack it: generate\("):
+            call(inputs)
 
 
 def test_inputs_embeds_only(door: Any) -> None:
@@ -592,6 +646,32 @@ def test_guidance_and_self_speculation() -> None:
 def test_what_is_no_loop_is_not_ignored(given: Any, message: str) -> None:
     with pytest.raises(InputError, match="custom_generate: expected a loop, .*; " + message):
         compose().generate(prompt(), custom_generate=given, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    ("loop", "name", "near"),
+    [
+        (proxytune.SpeculativeDecoding, "draft_token", "draft_tokens"),
+        (proxytune.SiblingDecoding, "sibling", "siblings"),
+        (proxytune.ForkDecoding, "branch", "branches"),
+        (FusedDecoding, "sed", "seed"),
+        (LatentMixture, "knd", "kind"),
+        (proxytune.LatentDecoding, "sede", "seed"),
+    ],
+)
+def test_a_misspelt_setting_of_a_loop(loop: Any, name: str, near: str) -> None:
+    with pytest.raises(InputError, match=f"^{name}: expected a setting of {loop.__name__} .*; .*{near}\\?"):
+        loop(**{name: 4})
+
+
+def test_alpha_goes_to_the_model() -> None:
+    model = compose()
+    with pytest.raises(
+        InputError, match=r"^alpha: expected no such argument .*; got alpha=1.0. Set model.alpha before"
+    ):
+        model.generate(prompt(), alpha=1.0, **GREEDY)
+    with pytest.raises(InputError, match=r"^alhpa: .*; got alhpa=2. Did you mean model.alpha\?"):
+        model.alhpa = 2
 
 
 def test_members_cannot_be_exchanged_behind_the_models_back() -> None:

@@ -16,7 +16,7 @@ from proxytune.methods.forks.drift import Watch
 from proxytune.methods.forks.quantile_sketch import Sketch
 from proxytune.recipe import ForkCalibration, Measure
 from proxytune.stats.quantile import as_values, share_threshold
-from proxytune.validation import finite, proper_share
+from proxytune.validation import finite, proper_share, shown
 
 __all__ = ["ForkThreshold"]
 
@@ -122,9 +122,16 @@ class ForkThreshold:
             **watch: `window`, `margin` and `inflation`, as for `ForkThreshold`.
 
         Raises:
-            InputError: If a setting is out of range.
+            InputError: If a setting is out of range, or there is no calibration.
         """
-        c = calibration
+        c: Any = calibration
+        if not isinstance(c, ForkCalibration):
+            raise InputError.of(
+                "calibration",
+                expected="the fork_threshold of a calibrated recipe",
+                got="None: this recipe is not calibrated" if c is None else shown(c, 80),
+                remedy="`proxytune calibrate` finds a threshold and writes it into the recipe.",
+            )
         return cls(c.nats, share=c.share, measure=c.measure, alpha=c.alpha, **watch)
 
     @classmethod

@@ -27,7 +27,7 @@ from proxytune.methods.latent.mixture import Kind, LatentMixture
 from proxytune.methods.latent.steps import LatentSteps, check_latent_settings, latent_steps_of
 from proxytune.models.members.cache_name import cache_of
 from proxytune.ops import Impl
-from proxytune.validation import refuse_seed
+from proxytune.validation import named_settings, refuse_seed
 
 __all__ = ["LatentDecoding", "LatentOutput"]
 
@@ -48,6 +48,7 @@ class LatentOutput(GenerateDecoderOnlyOutput):
     entropy: torch.Tensor | None = None
 
 
+@named_settings
 @dataclass(frozen=True, eq=False)
 class LatentDecoding:
     """A loop for `model.generate(..., custom_generate=LatentDecoding("gumbel"))`, for composed and plain models.

@@ -27,7 +27,7 @@ import torch
 from proxytune.errors import InputError
 from proxytune.ops.noise import LATENT, SLOTS, Noise, slotted
 from proxytune.ops.philox import exponential, normal, unit
-from proxytune.validation import choice, finite, whole
+from proxytune.validation import choice, finite, named_settings, whole
 
 __all__ = ["Candidates", "Kind", "LatentMixture"]
 
@@ -71,6 +71,7 @@ class Candidates:
         return (entropy / math.log(count)).clamp(0.0, 1.0)
 
 
+@named_settings
 @dataclass(frozen=True, kw_only=True)
 class LatentMixture:
     """The distribution of the weights.

@@ -44,12 +44,14 @@ from proxytune.methods.recursion.selection import Select, check_select, select_o
 from proxytune.methods.recursion.transition import Transition
 from proxytune.models.members.cache_name import cache_of
 from proxytune.ops.noise import Noise
+from proxytune.validation import named_settings
 
 __all__ = ["RecursionDecoding", "RecursionOutput", "Trajectories"]
 
 When = Literal["cycle", "once"] | tuple[int, ...]
 
 
+@named_settings
 @dataclass(frozen=True, eq=False, kw_only=True)
 class RecursionDecoding:
     """Sample noisy trajectories of a model that recurs, and select one: `custom_generate=RecursionDecoding(sigma=0.1)`.

@@ -37,10 +37,12 @@ from proxytune.methods.speculation.round import Commit, Proposal, RoundResult
 from proxytune.methods.speculation.target import TargetModel
 from proxytune.methods.speculation.verifier import Accept, DraftVerifier
 from proxytune.models.members.cache_name import cache_of
+from proxytune.validation import named_settings
 
 __all__ = ["SpeculativeDecoding"]
 
 
+@named_settings
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SpeculativeDecoding:
     """Lossless speculative decoding: `model.generate(..., custom_generate=SpeculativeDecoding(seed=0))`.

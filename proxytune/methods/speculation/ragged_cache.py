@@ -164,6 +164,9 @@ def refuse_cache(cache: Cache | None) -> None:
     raise CacheError.of(
         CACHE,
         expected="a DynamicCache, from which rejected drafts can be removed row by row",
-        got="no cache" if cache is None else f"a {type(cache).__name__}" + (f" of {', '.join(kinds)}" if kinds else ""),
-        remedy="Pass neither cache_implementation nor use_cache=False.",
+        got="none (use_cache=False)"
+        if cache is None
+        else f"a {type(cache).__name__}" + (f" of {', '.join(kinds)}" if kinds else ""),
+        # Some configs, such as MPT's, say use_cache=False by themselves.
+        remedy="Pass use_cache=True to generate()." if cache is None else "Leave out cache_implementation.",
     )

@@ -5,6 +5,7 @@ The processor holds the expert and the antiexpert as companions that follow any 
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping
 from functools import partial
@@ -31,7 +32,13 @@ from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.end_tokens import EndWatch, ends_of, stopping_ids
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.generation_mixin import ComposedGenerationMixin
-from proxytune.models.loading import check_vocabularies, open_members, places_of_tokens, reference_of, refuse_roles
+from proxytune.models.loading import (
+    check_vocabularies,
+    open_members,
+    places_of_tokens,
+    reference_of,
+    refuse_tokenizers,
+)
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.models.roles import refuse_no_shift, warn_of_roles, warn_of_size
@@ -114,9 +121,10 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             VocabularyWarning: If there was no tokenizer to compare by.
             SteeringWarning: If expert and antiexpert have equal weights or look swapped, or α is above 10.
         """
+        _refuse_three_members(alpha)
         self.formula = check_formula(ProxyTuning(alpha=alpha))
         refuse_no_shift(expert, antiexpert, self.formula, members=members)
-        refuse_roles("tokenizers", tokenizers)
+        refuse_tokenizers(tokenizers)
         self._tokenizers = dict(tokenizers or {})
         self._check_vocabulary = check_vocabulary
         models, references, found = open_members(
@@ -326,7 +334,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             found = check_vocabularies({"base": reference_of(model, below=True), **self._references}, self._tokenizers)
         base = examined_base(target) if self._self_test else None
         companions = {c.member.role: c.member.model for c in self._companions}
-        warn_of_size(model, companions)
+        warn_of_size(model, companions, self.formula)
         ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found)
         stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
         switches = Ensemble.of(target).switches
@@ -342,3 +350,15 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         )
         self._notice = notice
         return self
+
+
+def _refuse_three_members(alpha: Any) -> None:
+    """Refuse a member in the place of α: the base, expert and antiexpert were passed, in that order."""
+    named = isinstance(alpha, str) and not alpha.strip("+-.").replace(".", "").isdigit()
+    if named or isinstance(alpha, os.PathLike | torch.nn.Module):
+        raise InputError.of(
+            "alpha",
+            expected="a finite number after the expert and the antiexpert",
+            got=f"a {type(alpha).__name__}" if isinstance(alpha, torch.nn.Module) else repr(str(alpha)),
+            remedy="Call ProxyTuningLogitsProcessor(expert, antiexpert, alpha); the base goes to attach().",
+        )

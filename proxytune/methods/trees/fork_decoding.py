@@ -16,10 +16,12 @@ from proxytune.methods.trees.checks import Where, refuse_settings
 from proxytune.methods.trees.frontier import ForkFrontier
 from proxytune.methods.trees.loop import TreeLoop
 from proxytune.methods.trees.output import TreeOutput
+from proxytune.validation import named_settings
 
 __all__ = ["ForkDecoding", "TreeOutput", "Where"]
 
 
+@named_settings
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ForkDecoding(TreeLoop):
     """A loop for `model.generate(..., custom_generate=ForkDecoding(threshold=…))`, for composed and plain causal LMs.

@@ -30,10 +30,13 @@ def grow_in_rounds(
 ) -> list[ForkTree]:
     """Grow a tree for each prompt, and further ones while the budget has room for the leaves that are missing.
 
-    A round's leaves count in proportion to their number, so weighted votes and means stay consistent. They are not
-    unbiased as those of one round are: how many rounds there are depends on how long the texts were, which slightly
-    favours short ones. Branches of a round share its text; no round shares text with another. Greedy decoding has one
-    round.
+    A round's leaves count in proportion to their number. Their weighted votes and means are not unbiased, as those of
+    one round are: how many rounds there are depends on how long the texts were. Short ones count too little, likely
+    since they leave room for more leaves, among which each counts less. With six siblings of at most four tokens, a
+    prompt of three and a budget of 16, a text of one token got a share of 0.216; its probability was 0.257 (6,000
+    trees, against all texts enumerated). A budget with room for all leaves in the first round has no such bias. Texts
+    that the budget cut count as the short texts that they then are. Branches of a round share its text; no round shares
+    text with another. Greedy decoding has one round.
 
     Args:
         model: A composed model, or a plain causal LM.

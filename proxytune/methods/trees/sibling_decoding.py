@@ -21,13 +21,14 @@ from proxytune.methods.trees.frontier import Frontier
 from proxytune.methods.trees.loop import TreeLoop
 from proxytune.methods.trees.output import TreeOutput
 from proxytune.methods.trees.repulsion import SiblingFrontier
-from proxytune.validation import finite
+from proxytune.validation import finite, named_settings
 
 __all__ = ["SiblingDecoding", "TreeOutput"]
 
 _MOST_NATS = 1000.0
 
 
+@named_settings
 @dataclass(frozen=True, eq=False, kw_only=True)
 class SiblingDecoding(TreeLoop):
     """A loop for `model.generate(..., custom_generate=SiblingDecoding(threshold=…))`, for composed and plain models.

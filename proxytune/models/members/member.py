@@ -20,6 +20,7 @@ from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
+from proxytune.validation import shown
 
 __all__ = ["Member", "check_ids", "positions_of", "refuse_no_numbers"]
 
@@ -28,6 +29,14 @@ _SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "dummy"})
 
 
 def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
+    if hasattr(model, "_orig_mod"):
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="the model itself",
+            got=f"torch.compile({type(model._orig_mod).__name__})",
+            remedy="Pass the model without torch.compile; compile it in place by model.compile(), or its decode steps "
+            "by compile_members() of the composed model.",
+        )
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "get_input_embeddings"):
         raise UnsupportedModelError.of(
@@ -43,6 +52,15 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             expected="a decoder-only model",
             got=f"{type(model).__name__} ({family}), an encoder-decoder",
             remedy="Encoder-decoders are not supported.",
+        )
+    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    can_generate = getattr(inner, "can_generate", None)
+    if can_generate is not None and not can_generate() and inner.get_output_embeddings() is None:
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a causal LM",
+            got=f"a {type(inner).__name__} ({family}), which has no LM head",
+            remedy="Load it with AutoModelForCausalLM.from_pretrained.",
         )
     adapters = dict(getattr(model, "peft_config", None) or {}).values()
     if hasattr(model, "get_base_model") and any(getattr(c, "alora_invocation_tokens", None) for c in adapters):
@@ -181,6 +199,23 @@ class Member:
                 expected="a member that tells padding from text by its mask",
                 got=f"a {self._name()} with {self.verdict.padding}",
                 remedy="Pass prompts of the same length, or one at a time.",
+            )
+
+    def refuse_positions(self, position_ids: torch.Tensor, mask: torch.Tensor) -> None:
+        """Raise InputError for positions other than those of the mask `[B, past + N]`, if the model cannot be told any.
+
+        Padding may have any position. Waits for the device, for such models only.
+        """
+        if self._takes_position_ids:
+            return
+        new = position_ids.shape[-1]
+        other = position_ids.to(mask.device) != positions_of(mask)[:, -new:]
+        if bool((other & (mask[:, -new:] != 0)).any()):
+            raise InputError.of(
+                f"position_ids for the {self.role}",
+                expected=f"none, or 0, 1, 2, … without padding: a {self._name()} counts positions by itself",
+                got=shown(position_ids.tolist(), 80),
+                remedy="Leave them out; give packed texts as rows; or use a member that takes positions.",
             )
 
     def refuse_moved_rows(self) -> None:

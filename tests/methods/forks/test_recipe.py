@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from proxytune.errors import RecipeError
+from proxytune.errors import InputError, RecipeError
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.recipe import RECIPE_FILE, ForkCalibration, Recipe, write_fork_threshold
 
@@ -86,3 +86,8 @@ def test_numbers_of_other_libraries_are_written_as_json() -> None:
     found = ForkCalibration(share=np.float32(0.25), nats=np.float16(1.5), tokens=np.int64(5), alpha=np.float64(0.5))
     assert json.loads(json.dumps(asdict(found)))["tokens"] == 5
     assert (found.share, found.nats, found.alpha) == (0.25, 1.5, 0.5)
+
+
+def test_a_recipe_without_a_calibration_says_so() -> None:
+    with pytest.raises(InputError, match="calibration: .*; got None: this recipe is not calibrated. `proxytune"):
+        ForkThreshold.of(Recipe.from_json(PLAIN).fork_threshold)

@@ -47,6 +47,7 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.smoke
+@pytest.mark.filterwarnings("ignore:the antiexpert is another model:proxytune.errors.SteeringWarning")
 @pytest.mark.parametrize(("family", "shares"), [("gemma3n", 2), ("gemma4", 0), ("gemma4", 2)])
 def test_every_door_gives_the_text_that_no_cache_gives(family: str, shares: int) -> None:
     model, inputs = gemma(family, shares), padded()
