@@ -18,6 +18,7 @@ from transformers.generation.candidate_generator import (
     PromptLookupCandidateGenerator,
 )
 from transformers.generation.logits_process import (
+    LogitsProcessorList,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
@@ -186,6 +187,9 @@ class AssistedMixin:
     def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> CandidateGenerator:
         parent: Any = super()
         refuse_rewinding(switches_of(self.members), *args, **kwargs)  # type: ignore[attr-defined]
+        if "logits_processor" in kwargs:  # a draft gets them, and may propose anything
+            masks = [TailMask(p.width) if type(p) is TailMask else p for p in kwargs["logits_processor"]]
+            kwargs["logits_processor"] = LogitsProcessorList(masks)
         if "model_kwargs" in kwargs:  # a draft gets them all
             kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "adapter_names"}
         inner: CandidateGenerator = parent._get_candidate_generator(*args, **kwargs)

@@ -277,6 +277,10 @@ def refuse_incomplete(
             for name, weight in model.named_parameters()
             if not getattr(weight, "_is_hf_initialized", False) and ".original_module." not in name
         }
+    if missing:  # a tied weight is one with what was found
+        named = dict(model.named_parameters(remove_duplicate=False))
+        found = {id(weight) for name, weight in named.items() if name not in missing}
+        missing = {name for name in missing if id(named.get(name)) not in found}
     lost = sorted(missing)
     shapes = sorted((str(name), list(held), list(wanted)) for name, held, wanted in info.get("mismatched_keys", ()))
     said = [f"{name} ({held} there, {wanted} in the model)" for name, held, wanted in shapes]
@@ -344,12 +348,19 @@ def _further_layers(model: Any, names: Sequence[str], own: Collection[str]) -> l
         if found := _LAYER.fullmatch(name):
             layers.setdefault((found[1], int(found[2])), {})[found[3]] = name
     held: dict[str, set[str]] = {}
+    last: dict[str, int] = {}
     for name in own if layers else ():
         if found := _LAYER.fullmatch(name):
             held.setdefault(found[1], set()).add(found[3])
+            last[found[1]] = max(last.get(found[1], 0), int(found[2]))
     if not layers or getattr(config, "num_nextn_predict_layers", None):
         return []
-    return [n for (stack, _), parts in layers.items() if parts.keys() <= held.get(stack, set()) for n in parts.values()]
+    return [
+        name
+        for (stack, index), parts in layers.items()
+        if index > last.get(stack, index) and parts.keys() <= held[stack]
+        for name in parts.values()
+    ]
 
 
 def _some(names: Sequence[str]) -> str:

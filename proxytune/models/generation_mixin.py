@@ -253,9 +253,8 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         read_whole(switches, generation_config, given, width)
         refuse_missing_ids(switches, generation_config, given, width)
         tail = TailMask(self.usable_ids)
-        processors = LogitsProcessorList(
-            [TailMask(self.usable_ids, finite=not generation_config.remove_invalid_values)]
-        )
+        mended = generation_config.remove_invalid_values or generation_config.is_assistant
+        processors = LogitsProcessorList([TailMask(self.usable_ids, finite=not mended)])
         found = super()._get_logits_processor(generation_config, input_ids_seq_length, *args, **kwargs)
         for processor in found:
             # A draft gets the target's processors. It may be steered on top, since drafts only propose.

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from proxytune.cli import demo, terminal
+from proxytune.cli import terminal
 from proxytune.demo import measure as measuring
 from proxytune.throughput import run as throughput
 
@@ -162,7 +162,7 @@ def test_demo_and_bench_show_what_they_are_told(run, family, on_terminal, monkey
         seen.append(report.__self__)
         raise RuntimeError("enough")
 
-    monkeypatch.setattr(demo, "measure", told)
+    monkeypatch.setattr("proxytune.demo.measure.measure", told)
     monkeypatch.setattr(throughput, "measure", told)
     for command, unit in (("demo", "answers"), ("bench", "rounds")):
         ended = run(command, "--family", family)

@@ -8,6 +8,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from proxytune.errors import (
     VocabularyMismatchError,
     VocabularyWarning,
 )
+from proxytune.models import checkpoints
 from proxytune.models.loading import check_vocabularies
 from proxytune.recipe import RECIPE_FILE, MemberRef, Recipe
 
@@ -200,6 +202,20 @@ def test_weights_that_change_nothing_may_be_left_out(place: Path, tmp_path: Path
     compose(place, members={"expert": {"num_hidden_layers": 1}}, expert=deep)
     edit(deep / "config.json", num_nextn_predict_layers=1)
     compose(place, expert=deep)
+
+
+def test_a_weight_of_one_layer_alone_makes_no_further_layer() -> None:
+    own = ["model.layers.0.mlp.up.weight", "model.layers.1.mlp.gate.weight"]  # layers of two kinds
+    names = ["model.layers.0.mlp.gate.weight", "model.layers.2.mlp.gate.weight"]
+    assert checkpoints._further_layers(None, names, own) == names[1:]
+
+
+def test_a_tied_weight_is_not_missing() -> None:
+    for tied in (True, False):
+        model = LlamaForCausalLM(config(tie_word_embeddings=tied))
+        told = {"missing_keys": {"lm_head.weight"}}
+        with nullcontext() if tied else pytest.raises(MemberError, match=r"without lm_head\.weight"):
+            checkpoints.refuse_incomplete(model, told, "expert", "'here'")
 
 
 # PEFT calls transformers by names that the newest version has renamed.

@@ -53,6 +53,15 @@ def test_nan_in_the_middle_of_a_text_is_found() -> None:
 
 def test_remove_invalid_values_goes_on() -> None:
     assert composed(broken()).generate(IDS, do_sample=False, remove_invalid_values=True, **RUN).shape == (2, 8)
+    base = shared("llama", 1)
+    with ProxyTuningLogitsProcessor(shared("llama", 2), broken(), check_vocabulary=False).attach(base):
+        assert base.generate(IDS, do_sample=False, remove_invalid_values=True, **RUN).shape == (2, 8)
+
+
+def test_a_draft_may_propose_anything() -> None:
+    model = composed(shared("llama", 3))
+    want = model.generate(IDS[:1], do_sample=False, **RUN)
+    assert torch.equal(model.generate(IDS[:1], do_sample=False, assistant_model=broken(), **RUN), want)
 
 
 @pytest.mark.parametrize("attached", [True, False])

@@ -40,7 +40,7 @@ class _Steering(Protocol):
 
     def begin_generation(self, *, handed_on: bool) -> None: ...
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None: ...
-    def read_in_chunks(self, size: int | None) -> None: ...
+    def read_prompts(self, chunk: int | None, *, finite: bool) -> None: ...
     def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None: ...
     def shifted(
         self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None
@@ -161,7 +161,9 @@ class SteeredProcessors:
             refuse_unread("an attached processor", self.model, self.switches, longest, seen, most_new)
         read_whole(self.switches, generation_config, model_kwargs, seen)
         self.processor.begin_generation(handed_on=past is not None and held != 0)
-        self.processor.read_in_chunks(generation_config.prefill_chunk_size)
+        self.processor.read_prompts(
+            generation_config.prefill_chunk_size, finite=not generation_config.remove_invalid_values
+        )
         return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1)
 
 

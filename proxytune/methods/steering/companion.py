@@ -39,6 +39,7 @@ class PrefixCachedMember:
 
     Attributes:
         member: The model, with its role and the number of tokens it was run on.
+        finite: Whether NaN among the logits of a prompt is an error.
         prefill_chunk_size: Tokens per forward pass over a long text; None for all at once. Changes rounding only.
     """
 
@@ -63,6 +64,7 @@ class PrefixCachedMember:
             self.member.examine()
         self._memo = memo
         self.prefill_chunk_size: int | None = None
+        self.finite = True
         # Sliding-window layers drop what left the window, and then cannot be rolled back. They are used while nothing
         # is rolled back (sampling, beams); the first rollback that fails switches to full layers.
         self._keep_all = False
@@ -207,7 +209,7 @@ class PrefixCachedMember:
                 cache=self._cache,
                 logits_to_keep=new if end == n else 1,
             )  # [B, K, V]
-        if keep == 0:  # the host has waited for the ids
+        if keep == 0 and self.finite:  # the host has waited for the ids
             refuse_no_numbers(logits[:, -1], f"the {self.member.role}'s logits")
         # Only now: a model may set itself up in its first pass.
         if self._filled_by is None:

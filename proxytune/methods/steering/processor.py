@@ -229,10 +229,13 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             else:
                 companion.begin(input_ids, attention_mask)
 
-    def read_in_chunks(self, size: int | None) -> None:
-        """Let the companions prefill in chunks of `size` tokens, as an attached base does; None for all at once."""
+    def read_prompts(self, chunk: int | None, *, finite: bool) -> None:
+        """Let the companions prefill in chunks of tokens, as an attached base does (None: all at once).
+
+        `finite` says whether NaN among their logits is an error.
+        """
         for companion in self._companions:
-            companion.prefill_chunk_size = size
+            companion.prefill_chunk_size, companion.finite = chunk, finite
 
     def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """The mask `[B, ≤ T]` given to the processor, expanded to these rows; None without one.

@@ -354,5 +354,6 @@ def refuse_no_numbers(logits: torch.Tensor, whose: str) -> None:
             expected="logits of which a token can be drawn",
             got=f"NaN or +inf among {whose}, or −inf for every token",
             remedy="Run the members in bfloat16 or float32 rather than float16, and look at each one's own logits for "
-            "this text (model.member_logits). remove_invalid_values=True goes on with finite values in their place.",
+            "this text (model.member_logits). remove_invalid_values=True goes on with finite values, unless a "
+            "processor was handed over.",
         )

@@ -76,5 +76,5 @@ def test_table_as_json_at_a_chosen_alpha() -> None:
 
 
 def test_table_without_a_family_says_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(LabError, match="python -m lab train"):
+    with pytest.raises(LabError, match=r"Finish the training \(see benches/README\.md"):
         CliRunner().invoke(app, ["table", "--family", str(tmp_path)], catch_exceptions=False)

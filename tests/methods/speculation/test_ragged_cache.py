@@ -124,7 +124,10 @@ def test_prompts_in_chunks() -> None:
 @pytest.mark.smoke
 @pytest.mark.parametrize(
     ("settings", "got"),
-    [({"cache_implementation": "static"}, "a StaticCache of StaticLayer"), ({"use_cache": False}, "no cache")],
+    [
+        ({"cache_implementation": "static"}, "a StaticCache of StaticLayer"),
+        ({"use_cache": False}, r"none \(use_cache=False\)"),
+    ],
 )
 def test_caches_that_nothing_can_be_taken_out_of(settings: dict[str, Any], got: str) -> None:
     for model in (composed("llama"), composed("llama").base):
