@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from proxytune.errors import InputError
 from proxytune.models.generation_mixin import refuse_continuous_batching
+from proxytune.models.members.innermost import innermost
 from proxytune.validation import shown
 
 __all__ = ["Attachable", "MethodHook", "batching_refused", "hooks_on", "target_of"]
@@ -85,8 +86,7 @@ def target_of(model: Any) -> Any:
     Raises:
         InputError: If it is no model that generates.
     """
-    inner = getattr(model, "_orig_mod", model)
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = innermost(model)
     if not callable(getattr(inner, "generate", None)):
         raise InputError.of(
             "attach",

@@ -14,6 +14,7 @@ from proxytune.errors import MemberError, SteeringWarning
 from proxytune.formulas.base import Formula
 from proxytune.models.end_tokens import ends_of
 from proxytune.models.loading import reference_of
+from proxytune.models.members.innermost import innermost
 from proxytune.recipe import MemberRef
 
 __all__ = ["refuse_no_shift", "warn_of_roles", "warn_of_size"]
@@ -52,7 +53,7 @@ def refuse_no_shift(
         alike = reference == reference_of(antiexpert, revisions.get("antiexpert"))
         if reference is not None and alike and own.get("expert") == own.get("antiexpert"):
             same = f"{reference.id!r} for both" + (f", revision {reference.revision!r}" if reference.revision else "")
-    elif (inner := _innermost(expert)) is not None and inner is _innermost(antiexpert) and _alike(expert, antiexpert):
+    elif (inner := innermost(expert)) is not None and inner is innermost(antiexpert) and _alike(expert, antiexpert):
         same = f"one {type(expert).__name__} for both" + (
             "" if expert is antiexpert else ", whose modules carry the adapters of both"
         )
@@ -63,12 +64,6 @@ def refuse_no_shift(
             got=f"{same}: expert - antiexpert is 0, so only the base is left",
             remedy="Pass the model that the expert was tuned from. For the base alone, set alpha=0.",
         )
-
-
-def _innermost(model: Any) -> Any:
-    """The module itself: without torch.compile's wrapper, and without PEFT's."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _alike(expert: Any, antiexpert: Any) -> bool:
@@ -160,7 +155,7 @@ def _words(name: str) -> set[str]:
 
 def _parameters(model: Any) -> int:
     """How many parameters a model has without its embeddings; 0 where that is not known (packed weights)."""
-    model = _innermost(model)
+    model = innermost(model)
     count = None if getattr(model, "hf_quantizer", None) else getattr(model, "num_parameters", None)
     return int(count(exclude_embeddings=True)) if callable(count) else 0
 

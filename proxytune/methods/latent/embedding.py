@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from proxytune.errors import UnsupportedModelError
 from proxytune.models.members.embedding_table import device_of, matrix_of, rows_of
+from proxytune.models.members.innermost import innermost
 from proxytune.ops import Impl
 from proxytune.ops.mix import mix
 from proxytune.ops.noise import Noise
@@ -45,7 +46,7 @@ class Embedding:
             UnsupportedModelError: If the model takes no embeddings, has none, or uses its ids in other ways too.
         """
         self.role, self.model = role, model
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = innermost(model)
         module = inner.get_input_embeddings() if hasattr(inner, "get_input_embeddings") else None
         takes = "inputs_embeds" in inspect.signature(inner.forward).parameters
         if not isinstance(module, nn.Module) or not takes:

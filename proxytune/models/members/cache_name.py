@@ -14,6 +14,7 @@ import transformers
 from transformers import GenerationMixin
 
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.models.members.innermost import innermost
 
 __all__ = ["CACHE", "argument_of", "cache_of", "one_cache", "renamed", "tokens_in"]
 
@@ -46,8 +47,7 @@ _HELD = (CACHE,) if CACHE == "cache" else (CACHE, "cache_params")
 def argument_of(model: Any) -> str | None:
     """The name of the cache in a causal LM's forward; None if it takes none that transformers' caches fit."""
     # A PEFT model passes everything on: the signature of the model inside counts.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    parameters = _parameters(inner.forward)
+    parameters = _parameters(innermost(model).forward)
     for name in _NAMES:
         # xlm has had a `cache` of another kind since before the renaming.
         if name in parameters and "dict[" not in str(parameters[name].annotation):

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from proxytune.errors import CacheError, UnsupportedModeError
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.innermost import innermost
 
 __all__ = [
     "is_beyond",
@@ -140,8 +141,7 @@ def refuse_unread(
 
 
 def _reads_again(model: Any) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    method = inspect.unwrap(type(inner).prepare_inputs_for_generation)
+    method = inspect.unwrap(type(innermost(model)).prepare_inputs_for_generation)
     own = method is not inspect.unwrap(GenerationMixin.prepare_inputs_for_generation)
     return own and "next_sequence_length" in method.__code__.co_consts  # which it sets, to pass all ids
 

@@ -18,6 +18,7 @@ from proxytune.errors import InputError, NumericalError, UnsupportedModeError, U
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
 from proxytune.validation import shown
@@ -53,7 +54,7 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got=f"{type(model).__name__} ({family}), an encoder-decoder",
             remedy="Encoder-decoders are not supported.",
         )
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = innermost(model)
     can_generate = getattr(inner, "can_generate", None)
     if can_generate is not None and not can_generate() and inner.get_output_embeddings() is None:
         raise UnsupportedModelError.of(
@@ -141,8 +142,7 @@ class Member:
                 remedy="Use an attention-only causal LM of transformers.",
             )
         self._cache_name = cache_name
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        parameters = inspect.signature(inner.forward).parameters
+        parameters = inspect.signature(innermost(model).forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
 

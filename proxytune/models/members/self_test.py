@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.embedding_table import device_of, embedding_rows
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.shadow import shadow_of
 
 __all__ = ["UNTESTED", "Verdict", "static_fault", "verdict_of"]
@@ -96,14 +97,9 @@ def _attempt(model: Any, takes_position_ids: bool) -> Verdict | None:
     return None
 
 
-def _inner(model: Any) -> Any:
-    """The model itself, not a compiled one around it."""
-    return getattr(model, "_orig_mod", model)
-
-
 def _kind(model: Any) -> object:
     """What models that behave alike have in common: code and settings, but no sizes."""
-    inside = model.get_base_model() if hasattr(model, "get_base_model") else _inner(model)
+    inside = innermost(model)
     attention = getattr(inside.config, "_attn_implementation", None)
     quantized = type(getattr(inside, "hf_quantizer", None)).__name__
     settings = _without_sizes({k: v for k, v in inside.config.to_dict().items() if k not in _NAMES})
@@ -146,7 +142,7 @@ class _Test:
     """The passes over one model, and what is seen in them."""
 
     def __init__(self, model: Any, told: bool) -> None:
-        self.model = shadow_of(_inner(model))
+        self.model = shadow_of(model)
         self.config = model.config.get_text_config(decoder=True)
         self.told = told
         rows, self.device = embedding_rows(model), device_of(model)
