@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StaticCache
 from transformers.generation.candidate_generator import (
     AssistedCandidateGenerator,
     CandidateGenerator,
@@ -25,9 +25,11 @@ from transformers.generation.logits_process import (
 
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.models.members.cache_name import cache_of
 from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, switches_of
 from proxytune.models.members.member import refuse_no_numbers
+from proxytune.models.members.rewind import rewindable_layers
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_rewinding", "refuse_self_speculation"]
 
@@ -204,6 +206,14 @@ class AssistedMixin:
         _refuse_counting(
             logits_processor, "drafts are evaluated more than once", "assistant_model and prompt_lookup_num_tokens"
         )
+        cache = cache_of(kwargs)
+        if isinstance(cache, StaticCache) and not all(layer.is_croppable for layer in rewindable_layers(cache)):
+            raise UnsupportedModeError.of(
+                "a static cache",
+                expected="a dynamic one with drafts, for members with recurrent layers",
+                got=f"a {type(cache).__name__}",
+                remedy="Leave out cache_implementation.",
+            )
         parent: Any = super()
         expert: Any = getattr(self, "expert", None)
         if expert is None or assistant_model is not expert:

@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.rewind import length_of
 
 __all__ = ["PART", "forward_in_parts", "part_length"]
 
@@ -35,7 +36,7 @@ def part_length(input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor, cac
         return None
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if cache is not None and not isinstance(cache.get_seq_length(), int):
+    if cache is not None and not isinstance(length_of(cache), int):
         return None
     part = max(1, PART // rows)
     return part if part < length else None
@@ -56,7 +57,7 @@ def forward_in_parts(
     Returns:
         Logits `[B, N, V]`, float32; the mean next-token loss in nats over labels `[B, N]` other than −100; the cache.
     """
-    past, end = int(cache.get_seq_length()), input_ids.shape[1]
+    past, end = int(length_of(cache)), input_ids.shape[1]
     whole: torch.Tensor | None = None
     loss: torch.Tensor | None = None
     counted: torch.Tensor | int = 0

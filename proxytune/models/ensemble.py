@@ -40,8 +40,13 @@ class Ensemble:
 
     @property
     def members(self) -> list[Member]:
-        """The members; UnsupportedModelError if a plain model has other than attention layers."""
-        return list(self.model.members) if self.composed else [Member(self.model, "base")]
+        """The members; UnsupportedModelError if a plain model cannot be one."""
+        if self.composed:
+            return list(self.model.members)
+        member = Member(self.model, "base")
+        if member.stateful:  # whether it takes several tokens at once
+            member.examine()
+        return [member]
 
     @property
     def switches(self) -> dict[str, int]:

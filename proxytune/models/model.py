@@ -34,12 +34,13 @@ from proxytune.models.generation_mixin import (
 )
 from proxytune.models.loading import adapters_of, refuse_composed
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated, stored
+from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pass, switches_of
 from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.members.rewind import length_of
 from proxytune.models.roles import refuse_no_shift, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
 from proxytune.recipe import ROLES
@@ -297,7 +298,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
         for member in self.members:
             member.refuse_padding(attention_mask)
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else length_of(cache)
         if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
             for member in self.members:
                 member.refuse_length(past + input_ids.shape[1])
@@ -321,7 +322,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                     member.refuse_positions(told, ones if attention_mask is None else attention_mask)
             if isinstance(cache, StaticCache):
                 for member in self.members:
-                    member.refuse_static_cache(max(layer.max_cache_len for layer in stored(cache)))
+                    member.refuse_static_cache(cache.get_max_length())
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
         if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
             out = forward_in_parts(
@@ -371,7 +372,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         cache: Cache | None,
     ) -> bool:
         """Whether parts of a text would not be what the text is: a member looks at its length, or it is packed."""
-        past, length = (0 if cache is None else int(cache.get_seq_length())), input_ids.shape[1]
+        past, length = (0 if cache is None else int(length_of(cache))), input_ids.shape[1]
         before = None if attention_mask is None else attention_mask[:, :past]
         for member in self.members:
             if is_beyond(member.switch, past + length, attention_mask) and not is_beyond(member.switch, past, before):
@@ -382,7 +383,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
 
     @staticmethod
     def _refuse_mask_of_other_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> None:
-        past = cache.get_seq_length()
+        past = length_of(cache)
         if mask is not None and isinstance(past, int) and mask.shape[1] != past + ids.shape[1]:
             raise InputError.of(
                 "attention_mask",

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PreTrainedModel, StoppingCriteria
 
 from proxytune.models.members.cache_name import argument_of
+from proxytune.models.members.rewind import length_of
 
 __all__ = ["FirstToken", "LiveBytes", "Passes", "Reads", "counting", "now"]
 
@@ -97,7 +98,7 @@ def counting(models: Mapping[str, PreTrainedModel]) -> Iterator[Passes]:
             reads = counted.of[role]
             reads.passes += 1
             reads.positions += rows * length
-            reads.context += rows * (length + (0 if cache is None else int(cache.get_seq_length())))
+            reads.context += rows * (length + (0 if cache is None else int(length_of(cache))))
 
         handles.append(model.register_forward_pre_hook(hook, with_kwargs=True))
     try:

@@ -21,6 +21,8 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3NextConfig,
@@ -86,6 +88,17 @@ def build(kind: str, seed: int, vocab: int = 256, *, context: int = CONTEXT, hid
                 decoder_sparse_step=1,
             )
             model = Qwen3NextForCausalLM(config)
+        case "qwen3_5":
+            config = Qwen3_5TextConfig(
+                **common,
+                head_dim=8,
+                layer_types=["linear_attention", "full_attention"],
+                linear_num_value_heads=4,
+                linear_num_key_heads=2,
+                linear_key_head_dim=8,
+                linear_value_head_dim=8,
+            )
+            model = Qwen3_5ForCausalLM(config)
         case "jamba":
             config = JambaConfig(
                 **common,

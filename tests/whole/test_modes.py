@@ -23,9 +23,9 @@ NEW = 14  # with prompts of 12: past the sliding window of 8, in the prompt and 
 # Base and companions never of one family, and companions both narrower (250) and wider (262) than the base (256).
 FAMILIES = {
     "llama": ("llama", "gpt2", 250),
-    "qwen3": ("qwen3", "mistral", 262),
+    "qwen3_5": ("qwen3_5", "mistral", 262),  # recurrent layers in the base
     "gpt2": ("gpt2", "gemma3", 250),
-    "mistral": ("mistral", "llama", 262),
+    "mistral": ("mistral", "jamba", 262),  # and in the companions
     "gemma3": ("gemma3", "qwen3", 250),
 }
 SMOKE = [pytest.param(f, marks=pytest.mark.smoke) if f in ("llama", "gemma3") else f for f in FAMILIES]
@@ -171,6 +171,13 @@ def test_assisted_decoding(setup: Setup, draft: str, do_sample: bool) -> None:
         return
     want = expected(setup, ids, mask, {"do_sample": False})
     assert torch.equal(out.sequences, want)
+    if setup.base._is_stateful:
+        with (
+            setup.processor().attach(setup.base),
+            pytest.raises(ValueError, match="assisted generation is not supported with stateful models"),
+        ):
+            run(setup.base, ids, mask, do_sample=False, **assist)
+        return
     if draft == "wider-draft-proposals":
         assist["assistant_model"] = build(setup.base.config.model_type.removesuffix("_text"), 1)
     with setup.processor().attach(setup.base):

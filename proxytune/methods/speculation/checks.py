@@ -13,6 +13,7 @@ from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
 from proxytune.models.learned_prompts import learned_prompt_of
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.layer_kinds import refuse_lacking
 from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.models.members.member import Member
 from proxytune.validation import refuse_seed, whole
@@ -58,7 +59,7 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     Raises:
         UnsupportedModeError: For an unsupported output or model input, or a learned prompt; for a batch, if a member
             cannot be told where its rows are; if texts may cross the switch of a long-rope member.
-        UnsupportedModelError: For a plain model with recurrent layers.
+        UnsupportedModelError: For a plain model that is no member, see `Member`.
         InputError: For an assistant, unless it is the composed model's own expert with `draft="expert"`.
         CacheError: With `use_cache=False`.
     """
@@ -102,6 +103,8 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     instead = "decode without speculation"
     refuse_crossing(_LOOP, call.ensemble.switches, call.lengths, call.most_new, instead=instead, rows_leave=True)
     members = call.ensemble.members if call.ensemble.composed else [Member(call.model, "model")]
+    expected = "layers that can drop the tokens of rejected drafts"
+    refuse_lacking(members, "crop", _LOOP, expected=expected, remedy="Decode without speculation.")
     if len(call.input_ids) > 1:  # rows accept different numbers of tokens, and are moved
         for member in members:
             if not call.ensemble.composed:

@@ -37,6 +37,7 @@ from proxytune.methods.speculation.round import Commit, Proposal, RoundResult
 from proxytune.methods.speculation.target import TargetModel
 from proxytune.methods.speculation.verifier import Accept, DraftVerifier
 from proxytune.models.members.cache_name import cache_of
+from proxytune.models.members.rewind import make_rewindable
 from proxytune.validation import named_settings
 
 __all__ = ["SpeculativeDecoding"]
@@ -162,6 +163,7 @@ class SpeculativeDecoding:
         outputs = call.prefill()
         cache = cache_of(outputs)
         refuse_cache(cache)
+        make_rewindable(cache.layers, input_ids.shape[1])  # a plain model's; a composed one has such layers
         logits = [z[:, None] for z in call.ensemble.last_logits(outputs)]  # [B, 1, V_i]
         del outputs  # it may hold the logits of the whole prompt
 
@@ -257,3 +259,5 @@ class _Rounds:
             self.call.streamer.end()
         if len(self.rows.going) > 1:
             forget(cache)
+        elif not self.call.ensemble.composed:  # whose own passes cannot tell that its layers are behind
+            self.call.ensemble.members[0].catch_up(cache, self.rows.columns.mask(0))

@@ -20,6 +20,7 @@ from proxytune.methods.speculation.round import Proposal
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.members.rewind import length_of, make_rewindable
 
 __all__ = ["ExpertDraft", "ModelDraft"]
 
@@ -123,16 +124,19 @@ class _OtherModel(_ModelDrafter):
 
     def __init__(self, member: Member, start: DraftContext) -> None:
         ids, mask = start.input_ids, start.attention_mask
-        if start.cache.get_seq_length() != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
+        if length_of(start.cache) != ids.shape[1] or (mask is not None and mask.shape != ids.shape):
             raise InputError.of(
                 "input_ids",
                 expected="the ids of the whole text, for a draft with a cache of its own",
-                got=f"{ids.shape[1]} ids, beside a cache that holds {start.cache.get_seq_length()} tokens",
+                got=f"{ids.shape[1]} ids, beside a cache that holds {length_of(start.cache)} tokens",
                 remedy=f"Pass the ids of the whole text together with {CACHE}.",
             )
         check_ids(ids.clamp(max=member.rows - 1), [member])
+        if len(ids) > 1:
+            member.refuse_moved_rows()
         self._context = member.context
         cache = DynamicCache(config=member.model.config.get_text_config(decoder=True))
+        make_rewindable(cache.layers)
         positions = None if mask is None else positions_of(mask)
         # Only the cache is needed of the prompt's pass.
         known = ids.clamp(max=member.rows - 1)

@@ -9,6 +9,7 @@ from proxytune.generation.call import Call
 from proxytune.methods.speculation.ragged_cache import RaggedCache
 from proxytune.methods.speculation.ragged_text import RaggedText
 from proxytune.methods.speculation.round import Commit, Proposal, RoundResult, Verification
+from proxytune.models.members.rewind import length_of
 
 __all__ = ["RowProgress"]
 
@@ -26,7 +27,7 @@ class RowProgress:
         rows, positions = len(call.input_ids), call.kwargs.get("position_ids")
         following = call.lengths if positions is None else (positions[:, -1] + 1).expand(rows)
         self.texts = RaggedText(call.input_ids, call.most_new, 0 if pads is None else int(pads))
-        self.columns = RaggedCache(following, int(cache.get_seq_length()), call.kwargs.get("attention_mask"))
+        self.columns = RaggedCache(following, int(length_of(cache)), call.kwargs.get("attention_mask"))
         self.going = [True] * rows
         self._criteria = call.criteria
         self._most = call.most_new

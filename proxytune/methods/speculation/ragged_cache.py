@@ -13,11 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+    StaticLayer,
+)
 
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import stored
+from proxytune.models.members.rewind import RewindableLayer, rewindable_layers
 
 __all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
 
@@ -114,13 +121,27 @@ def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> Non
         setattr(layer, name, moved.view(rows, heads, keep, states.shape[3]))
 
 
-def record(cache: Cache) -> list[tuple[DynamicSlidingWindowLayer, bool]]:
-    """Let sliding layers keep states that drafts push out of their window; returns them with their earlier setting."""
-    layers = [(x, x.record_past) for x in cache.layers if isinstance(x, DynamicSlidingWindowLayer)]
-    for layer, _ in layers:
+def record(cache: Cache) -> Callable[[], None]:
+    """Let layers keep what drafts push out of a window, or overwrite in a state; returns what ends it."""
+    windows = [(x, x.record_past) for x in cache.layers if _has_window(x)]
+    for window, _ in windows:
+        window.activate_past_recording()
+        window.update = _of_window(window, window.update)
+    for layer in rewindable_layers(cache):
         layer.activate_past_recording()
-        layer.update = _of_window(layer, layer.update)
-    return layers
+
+    def end() -> None:
+        for window, before in windows:
+            window.record_past = before
+            vars(window).pop("update", None)
+        for layer in rewindable_layers(cache):
+            layer.stop_recording()
+
+    return end
+
+
+def _has_window(layer: Any) -> bool:
+    return isinstance(layer, DynamicSlidingWindowLayer) and not isinstance(layer, RewindableLayer)
 
 
 def _of_window(layer: DynamicSlidingWindowLayer, update: Update) -> Update:
@@ -136,16 +157,14 @@ def _of_window(layer: DynamicSlidingWindowLayer, update: Update) -> Update:
 @contextmanager
 def ahead(cache: Cache) -> Iterator[None]:
     """Allow uncommitted drafts in a cache. On an error it is emptied: nobody could tell which drafts were rejected."""
-    recorded = record(cache)
+    end = record(cache)
     try:
         yield
     except BaseException:
         forget(cache)
         raise
     finally:
-        for layer, before in recorded:
-            layer.record_past = before
-            vars(layer).pop("update", None)
+        end()
 
 
 def forget(cache: Cache) -> None:
@@ -155,9 +174,9 @@ def forget(cache: Cache) -> None:
 
 
 def refuse_cache(cache: Cache | None) -> None:
-    """Raise CacheError unless rejected drafts can be removed row by row: a DynamicCache of attention layers only."""
+    """Raise CacheError unless rejected drafts can be removed: a DynamicCache of attention and recurrent layers."""
     layers = None if cache is None or not hasattr(cache, "layers") else stored(cache)
-    plain = layers is not None and all(type(x) in (DynamicLayer, DynamicSlidingWindowLayer) for x in layers)
+    plain = layers is not None and all(_can_drop(x) for x in layers)
     if plain and not getattr(cache, "offloading", False):  # offloaded layers move between devices meanwhile
         return
     kinds = ["offloaded layers"] if plain else sorted({type(x).__name__ for x in layers or ()})
@@ -170,3 +189,8 @@ def refuse_cache(cache: Cache | None) -> None:
         # Some configs, such as MPT's, say use_cache=False by themselves.
         remedy="Pass use_cache=True to generate()." if cache is None else "Leave out cache_implementation.",
     )
+
+
+def _can_drop(layer: Any) -> bool:
+    state = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, StaticLayer)
+    return state or isinstance(layer, RewindableLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)

@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from proxytune.errors import InputError
 from proxytune.models.members.cuda_streams import StreamOrder, tensors_of
 from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.long_rope import is_beyond
 from proxytune.models.members.member import Member, check_ids, refuse_no_numbers
+from proxytune.models.members.rewind import make_rewindable, rewindable_layers
 
 __all__ = ["PrefixCachedMember"]
 
@@ -49,15 +50,14 @@ class PrefixCachedMember:
         """Wrap a model.
 
         Args:
-            model: A decoder-only causal LM with attention layers. It is put in evaluation mode.
+            model: A decoder-only causal LM. It is put in evaluation mode.
             role: Its name in messages.
             memo: For how many of the last positions of a single row to keep logits, so that a draft's step and its
                 verification cost one forward. Batches keep one position.
             self_test: Whether to test that the model is right by itself.
 
         Raises:
-            UnsupportedModelError: If the model's cache cannot be rolled back (recurrent layers), see `Member`; or if it
-                fails the self-test.
+            UnsupportedModelError: If it cannot be a member, see `Member`; or if it fails the self-test.
         """
         self.member = Member(model.eval(), role)
         if self_test:
@@ -65,8 +65,9 @@ class PrefixCachedMember:
         self._memo = memo
         self.prefill_chunk_size: int | None = None
         self.finite = True
-        # Sliding-window layers drop what left the window, and then cannot be rolled back. They are used while nothing
-        # is rolled back (sampling, beams); the first rollback that fails switches to full layers.
+        # Sliding-window layers drop what left the window, and recurrent ones keep one state: neither can be rolled
+        # back. They are used while nothing is (sampling, beams); the first rollback that fails switches to full layers
+        # and kept states.
         self._keep_all = False
         self._turn = threading.RLock()
         self._turns = StreamOrder()
@@ -191,7 +192,7 @@ class PrefixCachedMember:
         if self._cache is None or n - keep > 1:
             check_ids(ids[:, keep:], [self.member])
         if self._cache is None:
-            self._cache = DynamicCache() if self._keep_all else DynamicCache(config=self.member.model.config)
+            self._cache = self._new_cache()
         # An interrupted forward leaves some layers longer than others. Without its ids the cache is not used again.
         self._ids = None
         new = min(last, n - keep)
@@ -217,6 +218,16 @@ class PrefixCachedMember:
         self._ids, self._beyond = key, beyond
         self._logits += logits.unbind(1)
         return _stacked(self._logits[-last:])
+
+    def _new_cache(self) -> DynamicCache:
+        cache = DynamicCache(config=self.member.model.config.get_text_config(decoder=True))
+        if self._keep_all:
+            cache.layers = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in cache.layers]
+        make_rewindable(cache.layers)
+        if self._keep_all:
+            for layer in rewindable_layers(cache):
+                layer.activate_past_recording()
+        return cache
 
     def _is_current(self) -> bool:
         """Whether the model is the one that filled the cache."""
@@ -260,7 +271,7 @@ class PrefixCachedMember:
             return 0
         try:
             self._cache.crop(-surplus)
-        except RuntimeError:  # from a sliding layer, if the positions have left its window
+        except RuntimeError:  # from a sliding or recurrent layer, if the positions have left its window or states
             self._keep_all = True
             first = self._first
             self.reset()

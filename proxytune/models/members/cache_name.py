@@ -15,10 +15,12 @@ from transformers import GenerationMixin
 
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.members.innermost import innermost
+from proxytune.models.members.rewind import length_of, rewindable_layers
 
 __all__ = ["CACHE", "argument_of", "cache_of", "one_cache", "renamed", "tokens_in"]
 
 _NAMES = ("past_key_values", "cache")
+_OF_STATES = "cache_params"  # what recurrent models called it before 5.24
 
 
 def _name_of_generate() -> str:
@@ -40,15 +42,14 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
 CACHE = _name_of_generate()
 """The cache's name in the installed transformers: in `generate()`, its model kwargs, and outputs."""
 
-# Before 5.24, recurrent models had a name of their own.
-_HELD = (CACHE,) if CACHE == "cache" else (CACHE, "cache_params")
+_HELD = (CACHE,) if CACHE == "cache" else (CACHE, _OF_STATES)
 
 
 def argument_of(model: Any) -> str | None:
     """The name of the cache in a causal LM's forward; None if it takes none that transformers' caches fit."""
     # A PEFT model passes everything on: the signature of the model inside counts.
     parameters = _parameters(innermost(model).forward)
-    for name in _NAMES:
+    for name in (*_NAMES, _OF_STATES):
         # xlm has had a `cache` of another kind since before the renaming.
         if name in parameters and "dict[" not in str(parameters[name].annotation):
             return name
@@ -86,6 +87,8 @@ def tokens_in(cache: Any) -> int | None:
     A static cache has its length on the device: the host waits for it.
     """
     layers = getattr(cache, "layers", None)
+    if layers and rewindable_layers(cache):
+        return int(length_of(cache))
     if layers is None or not layers or any(hasattr(layer, "get_seq_length") for layer in layers):
         count = getattr(cache, "get_seq_length", None)
         return None if count is None else int(count())

@@ -16,6 +16,7 @@ from transformers import CompileConfig
 from transformers.cache_utils import Cache
 
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.rewind import length_of
 
 __all__ = ["CompiledStep"]
 
@@ -65,7 +66,7 @@ class CompiledStep:
         """
         given = {name: x for name, x in inputs.items() if x is not None or name != "position_ids"}
         if "position_ids" in inputs and inputs["position_ids"] is None:
-            past = cache.get_seq_length()
+            past = length_of(cache)
             ids = inputs["input_ids"]
             assert ids is not None
             # A length on the device is not read by the host.

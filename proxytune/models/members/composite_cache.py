@@ -9,16 +9,24 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, cache_utils
-from transformers.cache_utils import Cache, DynamicCache, StaticCache, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    LinearAttentionCacheLayerMixin,
+    StaticCache,
+    get_layer_types_and_kwargs,
+)
 
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.fingerprint import Fingerprint
+from proxytune.models.members.layer_kinds import STATES, kinds_of
+from proxytune.models.members.rewind import make_rewindable, rewindable_layers
 
 __all__ = ["adopt", "cached_layers", "note_members", "refuse_outdated", "refuse_short_cache", "stored", "view"]
 
@@ -30,6 +38,11 @@ _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it
 def stored(cache: Cache) -> list[Any]:
     """The layers that hold keys and values; those that attend to another layer's hold none."""
     return [layer for layer in cache.layers if not isinstance(layer, _WITHOUT)]
+
+
+def _sized(cache: Cache) -> list[Any]:
+    """The layers of a static cache that have a length: recurrent ones have none."""
+    return [layer for layer in stored(cache) if hasattr(layer, "max_cache_len")]
 
 
 def cached_layers(config: PreTrainedConfig) -> int:
@@ -79,11 +92,11 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
     layers = sum(map(cached_layers, configs))
     # From each member's own config: transformers before 5.20 gives all layers of one config the same window.
     if type(cache) is DynamicCache:
-        cache.layers = [layer for c in configs for layer in DynamicCache(config=c).layers]
+        _fill(cache, (DynamicCache(config=c) for c in configs))
         cache.layer_class_to_replicate = None
     elif type(cache) is StaticCache:
         length = _static_length(cache, configs)
-        cache.layers = [layer for c in configs for layer in StaticCache(config=c, max_cache_len=length).layers]
+        _fill(cache, (StaticCache(config=c, max_cache_len=length) for c in configs))
     elif len(cache.layers) != layers:
         raise CacheError.of(
             CACHE,
@@ -91,8 +104,22 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
             got=f"{len(cache.layers)} layers",
             remedy=f"Build it as {type(cache).__name__}(config=model.config, …).",
         )
+    elif states := sorted({kind for c in configs for kind in kinds_of(c) & STATES}):
+        raise CacheError.of(
+            CACHE,
+            expected="a DynamicCache or StaticCache for members with recurrent layers",
+            got=f"a {type(cache).__name__}, and {', '.join(states)} layers",
+            remedy="Leave out cache_implementation.",
+        )
     setattr(cache, _OWNER, owner)
     vars(cache).pop(_FILLED_BY, None)
+
+
+def _fill(cache: Cache, parts: Iterable[Cache]) -> None:
+    cache.layers = []
+    for part in parts:
+        make_rewindable(part.layers)
+        cache.layers += part.layers
 
 
 def note_members(cache: Cache, members: Mapping[str, nn.Module], adapter_names: list[str] | None = None) -> None:
@@ -128,7 +155,7 @@ def refuse_outdated(
 
 def refuse_short_cache(cache: StaticCache, length: int) -> None:
     """Raise CacheError if a static cache holds fewer than `length` tokens; sliding layers need only their window."""
-    held = max((layer.max_cache_len for layer in stored(cache) if not layer.is_sliding), default=length)
+    held = max((layer.max_cache_len for layer in _sized(cache) if not layer.is_sliding), default=length)
     if held < length:
         raise CacheError.of(
             CACHE,
@@ -139,16 +166,22 @@ def refuse_short_cache(cache: StaticCache, length: int) -> None:
 
 
 def _filled(cache: Cache) -> bool:
-    return any(getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0 for layer in stored(cache))
+    return any(_holds_tokens(layer) for layer in stored(cache))
+
+
+def _holds_tokens(layer: Any) -> bool:
+    if isinstance(layer, LinearAttentionCacheLayerMixin) and any(layer.has_previous_state.values()):
+        return True
+    return getattr(layer, "is_initialized", False) and int(layer.get_seq_length()) > 0
 
 
 def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> int:
     """The length a static cache was made for; sliding layers end at their window and may not tell."""
-    length = max(layer.max_cache_len for layer in stored(cache))
+    length = max((layer.max_cache_len for layer in _sized(cache)), default=0)
     unbounded = [StaticCache(config=c, max_cache_len=sys.maxsize) for c in configs]
-    wanted = [layer.max_cache_len for one in unbounded for layer in stored(one)]  # the window, or unbounded
+    wanted = [layer.max_cache_len for one in unbounded for layer in _sized(one)]  # the window, or unbounded
     # If shorter than every window, it is the length itself; if as long as the longest, the length does not matter.
-    if all(layer.is_sliding for layer in stored(cache)) and min(wanted) <= length < max(wanted):
+    if wanted and all(layer.is_sliding for layer in _sized(cache)) and min(wanted) <= length < max(wanted):
         raise CacheError.of(
             CACHE,
             expected="a StaticCache that shows its length: some member needs more than these sliding windows",
@@ -160,8 +193,9 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
 
 def _refuse_torn(cache: Cache) -> None:
     # Static layers have their length on the device; reading it would make the host wait in every step.
-    lengths = {n for layer in stored(cache) if isinstance(n := layer.get_seq_length(), int)}
-    if len(lengths) > 1:
+    counts = [layer.get_seq_length() for layer in stored(cache) if hasattr(layer, "get_seq_length")]
+    lengths = {n for n in counts if isinstance(n, int)}
+    if len(lengths) > 1 or any(layer.torn for layer in rewindable_layers(cache)):
         raise CacheError.of(
             CACHE,
             expected="layers that have all seen the same tokens",

@@ -12,21 +12,23 @@ from typing import Any
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
-from transformers.cache_utils import Cache, StaticCache, get_layer_types_and_kwargs
+from transformers.cache_utils import Cache, StaticCache
 
+from proxytune.costs.devices import Work, machine_of
+from proxytune.costs.model_size import pass_work
 from proxytune.errors import InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.innermost import innermost
+from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, refuse_lacking
 from proxytune.models.members.long_rope import switch_of
-from proxytune.models.members.self_test import UNTESTED, Verdict, static_fault, static_inputs, verdict_of
+from proxytune.models.members.rewind import length_of, rewindable_layers
+from proxytune.models.members.self_test import UNTESTED, Verdict, prepared_inputs, static_fault, verdict_of
+from proxytune.models.members.stateful_pass import StatefulPass, kept_logits
 from proxytune.validation import shown
 
 __all__ = ["Member", "check_ids", "positions_of", "refuse_no_numbers"]
-
-# "dummy" is what transformers calls a layer without a cache of its own, such as one that attends to another's.
-_SUPPORTED_LAYERS = frozenset({"full_attention", "sliding_attention", "dummy"})
 
 
 def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
@@ -87,14 +89,20 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got=f"{type(model).__name__} ({family}) with {layers}, and num_hidden_layers={counted}, its encoder's",
             remedy="Set model.config.num_hidden_layers = model.config.decoder_layers, and pass the model.",
         )
-    kinds = set(get_layer_types_and_kwargs(text_config)[0])
-    strange = sorted(kinds - _SUPPORTED_LAYERS)
-    if strange or getattr(model, "_is_stateful", False):
+    kinds = kinds_of(text_config)
+    if strange := sorted(kinds - ABLE.keys()):
         raise UnsupportedModelError.of(
             f"the {role}",
-            expected="attention layers only (full or sliding), whose cache can be rolled back",
-            got=f"{type(model).__name__} ({family}) with {', '.join(strange) or 'recurrent'} layers",
-            remedy="Recurrent and hybrid families are not supported yet; use an attention-only model.",
+            expected=f"layers of a kind whose cache is known: {', '.join(sorted(ABLE))}",
+            got=f"{type(model).__name__} ({family}) with {', '.join(strange)} layers",
+            remedy="Use another model in this role.",
+        )
+    if getattr(model, "_is_stateful", False) and not kinds & STATES:
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a model whose state is in the cache, where rows can be copied and moved",
+            got=f"{type(model).__name__} ({family}), which keeps a state in its own modules, or in a cache of its own",
+            remedy="Use another model in this role.",
         )
 
 
@@ -109,6 +117,7 @@ class Member:
         switch: Beyond how many tokens a long-rope model has other frequencies; None for other models.
         token_forwards: Rows × tokens that it has run over so far.
         step: Its compiled decode step; None if all passes run uncompiled.
+        stateful: Whether some of its layers keep a state of all tokens (recurrent and hybrid models).
         verdict: What the self-test found; nothing before `examine`.
     """
 
@@ -120,7 +129,7 @@ class Member:
             role: Its role, for messages.
 
         Raises:
-            UnsupportedModelError: If it is an encoder-decoder, has recurrent layers, or takes no cache.
+            UnsupportedModelError: If it is an encoder-decoder, keeps a state outside its cache, or takes no cache.
         """
         _refuse_unsupported(model, role)
         self.role = role
@@ -129,8 +138,10 @@ class Member:
         text_config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.switch = switch_of(model)
+        self.stateful = bool(kinds_of(text_config) & STATES)
         self.token_forwards = 0
         self.step: CompiledStep | None = None
+        self._work: Work | None = None
         self.verdict: Verdict = UNTESTED
         self._examined = False
         cache_name = argument_of(model)
@@ -139,7 +150,7 @@ class Member:
                 f"the {role}",
                 expected=f"a model whose forward takes {CACHE}",
                 got=type(model).__name__,
-                remedy="Use an attention-only causal LM of transformers.",
+                remedy="Use another model in this role.",
             )
         self._cache_name = cache_name
         parameters = inspect.signature(innermost(model).forward).parameters
@@ -219,7 +230,14 @@ class Member:
             )
 
     def refuse_moved_rows(self) -> None:
-        """Raise UnsupportedModeError if the self-test saw that rows of the model's cache cannot be moved."""
+        """Raise UnsupportedModeError if rows of the model's cache cannot be moved, by its layers or the self-test."""
+        refuse_lacking(
+            [self],
+            "move",
+            "speculation in a batch",
+            expected="layers with something for each token, in which rows that accept fewer tokens can be moved",
+            remedy="Pass one prompt at a time, or decode without speculation.",
+        )
         if self.verdict.moved is not None:
             raise UnsupportedModeError.of(
                 f"speculation in a batch for the {self.role}",
@@ -277,7 +295,7 @@ class Member:
             InputError: If the sequence is longer than the model's context.
         """
         n = input_ids.shape[1]
-        past = cache.get_seq_length() if cache is not None else 0
+        past = length_of(cache) if cache is not None else 0
         # A static cache has its length on the device; reading it would make the host wait in every step.
         self.refuse_length(n + (past if isinstance(past, int) else 0))
         device = self.device
@@ -286,33 +304,57 @@ class Member:
             # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
             return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
+        given = {"input_ids": here(input_ids), "attention_mask": here(attention_mask)}
+        if position_ids is not None and self._takes_position_ids:
+            given["position_ids"] = here(position_ids)
+        fed = None if latent is None else {name: here(x) for name, x in latent.items()}
+        if not (layers := rewindable_layers(cache)):
+            return self._pass(given, cache, logits_to_keep, fed)
+        assert cache is not None
+        return self._with_states(cache, layers)(given, logits_to_keep, fed)
+
+    def catch_up(self, cache: Cache, attention_mask: torch.Tensor | None) -> None:
+        """Read what the states of a cache still lack after a crop; the mask `[B, length]` covers all its tokens."""
+        if layers := rewindable_layers(cache):
+            device = self.device
+            self._with_states(cache, layers).catch_up(None if attention_mask is None else attention_mask.to(device))
+
+    def _with_states(self, cache: Cache, layers: list[Any]) -> StatefulPass:
+        one_by_one = self.verdict.several or self.verdict is UNTESTED
+        return StatefulPass(self._pass, cache, layers, one_by_one=one_by_one, seconds=self._seconds)
+
+    def _seconds(self, rows: int, positions: int) -> float:
+        if self._work is None:
+            self._work = pass_work(self.model)
+        return machine_of(self.device.type).seconds(self._work, rows, positions)
+
+    def _pass(
+        self,
+        given: dict[str, Any],
+        cache: Cache | None,
+        logits_to_keep: int | torch.Tensor,
+        latent: Mapping[str, torch.Tensor | None] | None,
+    ) -> torch.Tensor:
+        """One pass over `given`, ids, mask and perhaps positions on the model's device; arguments as in `forward`."""
+        rows, n = given["input_ids"].shape
         if not torch.compiler.is_compiling():
-            self.token_forwards += input_ids.shape[0] * n
+            self.token_forwards += rows * n
         if self.step is not None and CompiledStep.serves(n, cache, logits_to_keep, latent):
             assert cache is not None
-            inputs = {"input_ids": here(input_ids), "attention_mask": here(attention_mask)}
-            if self._takes_position_ids:
-                inputs["position_ids"] = here(position_ids)
-            return self.step(inputs, cache)
+            return self.step({"position_ids": None, **given} if self._takes_position_ids else given, cache)
 
-        kwargs: dict[str, Any] = {"attention_mask": here(attention_mask), "use_cache": cache is not None}
-        if position_ids is not None and self._takes_position_ids:
-            kwargs["position_ids"] = here(position_ids)
-        if self._takes_logits_to_keep:
-            kwargs["logits_to_keep"] = logits_to_keep
-        if isinstance(cache, StaticCache):
-            kwargs = static_inputs(self.model, {"input_ids": here(input_ids), **kwargs}, cache)
-            del kwargs["input_ids"]
+        kwargs: dict[str, Any] = {**given, "use_cache": cache is not None}
         if cache is not None:
             kwargs[self._cache_name] = cache
-        given = {"input_ids": here(input_ids)} if latent is None else {k: here(x) for k, x in latent.items()}
-        logits: torch.Tensor = self.model(**given, **kwargs, return_dict=True).logits  # [B, K, V]
-        if not self._takes_logits_to_keep:
-            if isinstance(logits_to_keep, torch.Tensor):
-                logits = logits[:, logits_to_keep]
-            elif logits_to_keep:
-                logits = logits[:, -logits_to_keep:]
-        return logits
+            if self.stateful or isinstance(cache, StaticCache):
+                kwargs = prepared_inputs(self.model, kwargs, cache)
+        if self._takes_logits_to_keep:
+            kwargs["logits_to_keep"] = logits_to_keep
+        if latent is not None:
+            del kwargs["input_ids"]
+            kwargs |= latent
+        logits: torch.Tensor = self.model(**kwargs, return_dict=True).logits  # [B, K, V]
+        return logits if self._takes_logits_to_keep else kept_logits(logits, logits_to_keep)
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCa
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.innermost import innermost
+from proxytune.models.members.layer_kinds import STATES, kinds_of
+from proxytune.models.members.rewind import make_rewindable, rewindable_layers
 from proxytune.models.members.shadow import shadow_of
 
-__all__ = ["UNTESTED", "Verdict", "static_fault", "verdict_of"]
+__all__ = ["UNTESTED", "Verdict", "prepared_inputs", "static_fault", "verdict_of"]
 
 # Right families stay below 5e-7 in float32 and 1e-2 in bfloat16; wrong ones differ by .07, or .002 with weak weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -39,12 +41,14 @@ class Verdict:
         padding: Left padding changes its results.
         moved: Rows of its cache cannot be moved by some columns, as rejected drafts ask for.
         counts: Whether positions that it is given count from 0, as transformers counts them.
+        several: Whether it continues its cache differently with several tokens at once, and rightly by single ones.
     """
 
     cache: str | None = None
     padding: str | None = None
     moved: str | None = None
     counts: bool = True
+    several: bool = False
 
 
 UNTESTED = Verdict()
@@ -72,11 +76,12 @@ def static_fault(model: Any, takes_position_ids: bool, length: int) -> str | Non
     """What a model does wrong on a static cache of `length`, in words; None if nothing, or if it could not be tested.
 
     Some mask from the end of what a cache has room for, which only a long one shows: who is right there is tested once.
+    A cache of recurrent layers alone has no length, and says −1.
     """
     known = _of_static.setdefault(model, {})
     config, kind = model.config.get_text_config(decoder=True), _kind(model)
     fault = None
-    for room in (min(getattr(config, "max_position_embeddings", None) or 512, 2048), length):
+    for room in (min(getattr(config, "max_position_embeddings", None) or 512, 2048), *([length] if length > 0 else [])):
         if (kind, room) not in known:
             known[kind, room] = None
             with suppress(Exception), torch.no_grad():  # what cannot run here will say so where it is used
@@ -162,23 +167,39 @@ class _Test:
         _end_early(self.model)
         # Two texts that begin alike: a pass of one shape, which rounds alike, tells whether a token looks ahead.
         alone, other = self._pass([[a, b, c, d, e, f], [a, b, c, d, x, y]])
+        # Not the first token, whose state can be so large that nothing shows in it.
+        causal = max(self._differ(other[[i]], alone[[i]]) for i in (1, 2, 3))
+        tight = self.tolerance if self.tolerance == _QUANTIZED else self.tolerance / 5
+        ahead = self._said(causal, "the same four tokens before two endings", tight)
+        cached, padded, moved = self._continued(alone)
+        several = False
+        if kinds_of(self.config) & STATES and not ahead and (cached or padded):
+            singly = self._continued(alone, one_by_one=True)
+            several = singly[:2] != (cached, padded)
+            cached, padded, _ = singly
+        return Verdict(cache=ahead or cached, padding=padded, moved=moved, several=several)
+
+    def _continued(self, alone: torch.Tensor, *, one_by_one: bool = False) -> tuple[str | None, str | None, str | None]:
+        """What differs from a text `alone` `[6, H]` over a cache, left-padded, and moved in the cache."""
+        a, b, c, d, e, f, x, y = self.ids
         cache = DynamicCache(config=self.config)
+        make_rewindable(cache.layers)
         # All of it; padded by two; two tokens and two drafts.
         rows, mask = [[a, b, c, d], [self.pad, self.pad, a, b], [a, b, x, y]], [[1] * 4, [0, 0, 1, 1], [1] * 4]
         first = self._pass(rows, mask, cache)
         movable = self._move(cache)
-        second = self._pass([[e, f], [c, d], [c, d]], [[1] * 6, [0, 0] + [1] * 4, [0, 0] + [1] * 4], cache)
-        # Not the first token, whose state can be so large that nothing shows in it.
-        causal = max(self._differ(other[[i]], alone[[i]]) for i in (1, 2, 3))
+        rows, mask = [[e, f], [c, d], [c, d]], [[1] * 6, [0, 0] + [1] * 4, [0, 0] + [1] * 4]
+        ends = (1, 2) if one_by_one else (2,)
+        second = torch.cat(
+            [self._pass([r[n - 2 // len(ends) : n] for r in rows], [m[: 4 + n] for m in mask], cache) for n in ends], 1
+        )
         cached = max(self._differ(first[0, 1:], alone[1:4]), self._differ(second[0], alone[4:]))
         padded = max(self._differ(first[1, 3:], alone[1:2]), self._differ(second[1], alone[2:4]))
         moved = self._differ(second[2], alone[2:4]) if movable else 0.0
-        tight = self.tolerance if self.tolerance == _QUANTIZED else self.tolerance / 5
-        return Verdict(
-            cache=self._said(causal, "the same four tokens before two endings", tight)
-            or self._said(cached, "six tokens in one pass, and in two passes over a cache"),
-            padding=self._said(padded, "a text alone and the same text left-padded by two"),
-            moved=self._said(moved, "a text in one pass, and after its cached tokens were moved by two columns"),
+        return (
+            self._said(cached, "six tokens in one pass, and in two passes over a cache"),
+            self._said(padded, "a text alone and the same text left-padded by two"),
+            self._said(moved, "a text in one pass, and after its cached tokens were moved by two columns"),
         )
 
     def static(self, room: int) -> str | None:
@@ -186,6 +207,7 @@ class _Test:
         _end_early(self.model, least=2)  # two layers: kinds of attention that only the code knows alternate
         alone = self._pass([[a, b, c, d, e, f]])[0]
         cache = StaticCache(config=self.config, max_cache_len=room)
+        make_rewindable(cache.layers)
         first = self._pass([[a, b, c, d, e]], [[1] * 5], cache)[0]
         second = self._pass([[f]], [[1] * 6], cache)[0]
         seen = max(self._differ(first[1:], alone[1:5]), self._differ(second, alone[5:]))
@@ -201,19 +223,22 @@ class _Test:
             given["attention_mask"] = torch.tensor(mask, device=self.device)
             if self.told:
                 given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        if isinstance(cache, StaticCache):
-            given = static_inputs(self.model, given, cache)
+        layers = rewindable_layers(cache)
         if cache is not None:
             given[argument_of(self.model) or CACHE] = cache
+            if layers or isinstance(cache, StaticCache):
+                given = prepared_inputs(self.model, given, cache)
         try:
             states: torch.Tensor = self.model(**given, return_dict=True).logits
         except _Stop as stop:
             states = stop.args[0]
+        for layer in layers:
+            layer.read += ids.shape[1]
         return states.to(torch.promote_types(states.dtype, torch.float32))
 
     def _move(self, cache: DynamicCache) -> bool:
         """Drop the last two columns of the third row and move it right; False where windows are too narrow for it."""
-        layers = [layer for layer in cache.layers if layer.is_initialized]
+        layers = [layer for layer in cache.layers if getattr(layer, "is_initialized", True)]
         if not all(isinstance(layer, DynamicLayer) and layer.keys.shape[-2] == 4 for layer in layers):
             return False
         order = torch.tensor([0, 0, 0, 1])
@@ -239,7 +264,11 @@ class _Test:
         return f"hidden states that differ by {seen:.2%} between {between} (allowed: {allowed:.3%})"
 
 
-def static_inputs(model: Any, given: dict[str, Any], cache: Cache) -> dict[str, Any]:
-    """A pass over a static cache with the masks that the model makes for one, as `generate()` asks it to; no cache."""
-    prepared = model.prepare_inputs_for_generation(**given, **{CACHE: cache})
-    return {name: value for name, value in prepared.items() if name != CACHE}
+def prepared_inputs(model: Any, given: dict[str, Any], cache: Cache) -> dict[str, Any]:
+    """The inputs of a pass as `generate()` prepares them for the model: with masks for static caches and for states."""
+    layers = rewindable_layers(cache)
+    first = bool(layers) and layers[0].read == 0
+    prepared: dict[str, Any] = model.prepare_inputs_for_generation(**given, is_first_iteration=first)
+    return {
+        name: value for name, value in prepared.items() if name not in ("is_first_iteration", "next_sequence_length")
+    }

@@ -13,7 +13,7 @@ from transformers import DynamicCache, StoppingCriteria
 import proxytune
 from proxytune import SpeculativeDecoding, ops
 from proxytune.costs.speculation import DraftCosts
-from proxytune.errors import CacheError, InputError, UnsupportedModelError
+from proxytune.errors import CacheError, InputError, UnsupportedModeError
 from proxytune.methods.speculation import BigramDraft, ModelDraft, PromptLookupDraft
 from proxytune.methods.speculation.draft_length import DraftLength
 from proxytune.methods.speculation.progress import RowProgress
@@ -142,8 +142,13 @@ def test_offloaded_and_recurrent_caches() -> None:
     cache.offloading = True
     with pytest.raises(CacheError, match="got a DynamicCache of offloaded layers"):
         refuse_cache(cache)
-    with pytest.raises(UnsupportedModelError, match="the model: .* conv layers"):
+    with pytest.raises(
+        UnsupportedModeError, match="for the model: .* conv layers. Pass one prompt at a time"
+    ):
         run(build("lfm2", 1), *prompts(), SpeculativeDecoding(draft=PromptLookupDraft()))
+    draft = SpeculativeDecoding(draft=ModelDraft(build("mamba", 1)))
+    with pytest.raises(UnsupportedModeError, match="in a batch for the draft: .* linear_attention layers"):
+        run(build("llama", 1), *prompts(), draft)
 
 
 # --- positions ------------------------------------------------------------------------------------------------------
