@@ -26,7 +26,6 @@ from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache
 from proxytune.models.members.embedding_table import device_of
-from proxytune.models.members.layer_kinds import STATES, kinds_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.members.rewind import length_of
 from proxytune.models.padding import refuse_ambiguous_padding
@@ -253,8 +252,6 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         given = kwargs.get("model_kwargs") or {}
         switches, width = switches_of(self.members), input_ids_seq_length or 0
         read_whole(switches, generation_config, given, width)
-        if all(kinds_of(config) <= STATES for config in self.config.member_configs):
-            generation_config.prefill_chunk_size = None  # transformers asks layers for their length, which have none
         refuse_missing_ids(switches, generation_config, given, width)
         tail = TailMask(self.usable_ids)
         mended = generation_config.remove_invalid_values or generation_config.is_assistant

@@ -23,6 +23,7 @@ from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, refuse_lacking
 from proxytune.models.members.long_rope import switch_of
+from proxytune.models.members.own_cache import in_own_class, own_class_of
 from proxytune.models.members.rewind import length_of, rewindable_layers
 from proxytune.models.members.self_test import UNTESTED, Verdict, prepared_inputs, static_fault, verdict_of
 from proxytune.models.members.stateful_pass import StatefulPass, kept_logits
@@ -153,6 +154,7 @@ class Member:
                 remedy="Use another model in this role.",
             )
         self._cache_name = cache_name
+        self._own_cache = own_class_of(model)
         parameters = inspect.signature(innermost(model).forward).parameters
         self._takes_position_ids = "position_ids" in parameters
         self._takes_logits_to_keep = "logits_to_keep" in parameters
@@ -339,12 +341,13 @@ class Member:
         rows, n = given["input_ids"].shape
         if not torch.compiler.is_compiling():
             self.token_forwards += rows * n
-        if self.step is not None and CompiledStep.serves(n, cache, logits_to_keep, latent):
+        if self.step is not None and not self._own_cache and CompiledStep.serves(n, cache, logits_to_keep, latent):
             assert cache is not None
             return self.step({"position_ids": None, **given} if self._takes_position_ids else given, cache)
 
         kwargs: dict[str, Any] = {**given, "use_cache": cache is not None}
         if cache is not None:
+            cache = cache if self._own_cache is None else in_own_class(cache, self._own_cache)
             kwargs[self._cache_name] = cache
             if self.stateful or isinstance(cache, StaticCache):
                 kwargs = prepared_inputs(self.model, kwargs, cache)

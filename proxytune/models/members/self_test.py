@@ -21,6 +21,7 @@ from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.layer_kinds import STATES, kinds_of
+from proxytune.models.members.own_cache import in_own_class, own_class_of
 from proxytune.models.members.rewind import make_rewindable, rewindable_layers
 from proxytune.models.members.shadow import shadow_of
 
@@ -225,6 +226,8 @@ class _Test:
                 given["position_ids"] = (given["attention_mask"].cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         layers = rewindable_layers(cache)
         if cache is not None:
+            own = own_class_of(self.model)
+            cache = cache if own is None else in_own_class(cache, own)
             given[argument_of(self.model) or CACHE] = cache
             if layers or isinstance(cache, StaticCache):
                 given = prepared_inputs(self.model, given, cache)

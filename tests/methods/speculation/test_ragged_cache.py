@@ -142,9 +142,7 @@ def test_offloaded_and_recurrent_caches() -> None:
     cache.offloading = True
     with pytest.raises(CacheError, match="got a DynamicCache of offloaded layers"):
         refuse_cache(cache)
-    with pytest.raises(
-        UnsupportedModeError, match="for the model: .* conv layers. Pass one prompt at a time"
-    ):
+    with pytest.raises(UnsupportedModeError, match="for the model: .* conv layers. Pass one prompt at a time"):
         run(build("lfm2", 1), *prompts(), SpeculativeDecoding(draft=PromptLookupDraft()))
     draft = SpeculativeDecoding(draft=ModelDraft(build("mamba", 1)))
     with pytest.raises(UnsupportedModeError, match="in a batch for the draft: .* linear_attention layers"):

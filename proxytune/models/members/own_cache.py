@@ -1,0 +1,54 @@
+"""Models that take a cache of a class of their own only: they get one whose states are those of the layers here."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import typing
+from contextlib import suppress
+from typing import Any
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from proxytune.models.members.innermost import innermost
+
+__all__ = ["in_own_class", "own_class_of"]
+
+
+def own_class_of(model: Any) -> type | None:
+    """The class with `get_linear_cache` and `set_linear_cache` (MiniMax) that a causal LM wants its cache in, or None."""
+    decoder = getattr(innermost(model), "base_model", model)
+    with suppress(NameError, TypeError, SyntaxError, AttributeError):  # annotations that cannot be read
+        for parameter in inspect.signature(decoder.forward, eval_str=True).parameters.values():
+            for kind in (parameter.annotation, *typing.get_args(parameter.annotation)):
+                if isinstance(kind, type) and issubclass(kind, DynamicCache) and hasattr(kind, "set_linear_cache"):
+                    return kind
+    return None
+
+
+def in_own_class(cache: Cache, kind: type) -> Cache:
+    """A cache of a model's own class over the layers of `cache`, which are shared."""
+    part: Cache = object.__new__(_shared(kind))
+    vars(part).update(vars(cache))
+    return part
+
+
+@functools.cache
+def _shared(kind: Any) -> Any:
+    return type(f"Shared{kind.__name__}", (_SharedStates, kind), {})
+
+
+class _SharedStates:
+    layers: list[Any]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def get_linear_cache(self, layer_idx: int) -> torch.Tensor | None:
+        layer = self.layers[layer_idx]
+        return layer.recurrent_states[0] if layer.has_previous_state[0] else None
+
+    def set_linear_cache(self, layer_idx: int, linear_cache: torch.Tensor) -> None:
+        self.layers[layer_idx].update_recurrent_state(linear_cache)
+        self.layers[layer_idx].has_previous_state[0] = True
