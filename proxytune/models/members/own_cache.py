@@ -17,7 +17,7 @@ __all__ = ["in_own_class", "own_class_of"]
 
 
 def own_class_of(model: Any) -> type | None:
-    """The class with `get_linear_cache` and `set_linear_cache` (MiniMax) that a causal LM wants its cache in, or None."""
+    """The class with `get_linear_cache` and `set_linear_cache` (MiniMax) that a model wants its cache in, or None."""
     decoder = getattr(innermost(model), "base_model", model)
     with suppress(NameError, TypeError, SyntaxError, AttributeError):  # annotations that cannot be read
         for parameter in inspect.signature(decoder.forward, eval_str=True).parameters.values():
