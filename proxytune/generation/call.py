@@ -96,6 +96,9 @@ class Call:
         batch, width = input_ids.shape
         ensemble = Ensemble.of(model)
         read_whole(ensemble.switches, generation_config, model_kwargs, width)
+        if generation_config.prefill_chunk_size is not None and not ensemble.composed:
+            for member in ensemble.members:
+                member.read_rightly(generation_config)
         processors = processors_of_call(logits_processor, generation_config, width, DRAFTS if drafts else None)
         keys = keys_of(stream_ids, branch_ids, batch)
         lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)

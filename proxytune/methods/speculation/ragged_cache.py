@@ -24,7 +24,7 @@ from transformers.cache_utils import (
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import stored
-from proxytune.models.members.rewind import RewindableLayer, rewindable_layers
+from proxytune.models.members.rewind import CountingLayer, RewindableLayer, rewindable_layers
 
 __all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
 
@@ -193,4 +193,8 @@ def refuse_cache(cache: Cache | None) -> None:
 
 def _can_drop(layer: Any) -> bool:
     state = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, StaticLayer)
-    return state or isinstance(layer, RewindableLayer) or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    return (
+        state
+        or isinstance(layer, RewindableLayer | CountingLayer)
+        or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    )

@@ -160,6 +160,8 @@ class SteeredProcessors:
             most_new = generation_config.max_length - seen
             refuse_unread("an attached processor", self.model, self.switches, longest, seen, most_new)
         read_whole(self.switches, generation_config, model_kwargs, seen)
+        if self.base is not None:
+            self.base.read_rightly(generation_config)
         self.processor.begin_generation(handed_on=past is not None and held != 0)
         self.processor.read_prompts(
             generation_config.prefill_chunk_size, finite=not generation_config.remove_invalid_values

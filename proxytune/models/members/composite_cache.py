@@ -8,7 +8,6 @@ same class over its slice of the *shared* layer objects.
 from __future__ import annotations
 
 import copy
-import functools
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -28,7 +27,7 @@ from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.layer_kinds import STATES, kinds_of
-from proxytune.models.members.rewind import length_of, make_rewindable, rewindable_layers
+from proxytune.models.members.rewind import CountingLayer, make_rewindable, rewindable_layers
 
 __all__ = ["adopt", "cached_layers", "note_members", "refuse_outdated", "refuse_short_cache", "stored", "view"]
 
@@ -55,7 +54,6 @@ def cached_layers(config: PreTrainedConfig) -> int:
 def view(cache: Cache, start: int, stop: int) -> Cache:
     """A cache of the same class over the layers `start` to `stop`; the layers are shared, so updates reach `cache`."""
     part = copy.copy(cache)
-    vars(part).pop("get_seq_length", None)
     part.layers = cache.layers[start:stop]
     return part
 
@@ -124,8 +122,7 @@ def _fill(cache: Cache, parts: Iterable[Cache]) -> None:
         make_rewindable(part.layers)
         cache.layers += part.layers
     if not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        # transformers' cache finds no length among recurrent layers, and generate() asks for it.
-        vars(cache)["get_seq_length"] = functools.partial(length_of, cache)
+        cache.layers.append(CountingLayer(cache.layers[0]))  # generate() asks a cache for its length
 
 
 def note_members(cache: Cache, members: Mapping[str, nn.Module], adapter_names: list[str] | None = None) -> None:

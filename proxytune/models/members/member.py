@@ -201,6 +201,11 @@ class Member:
     def _name(self) -> str:
         return f"{type(self.model).__name__} ({getattr(self.model.config, 'model_type', '')})"
 
+    def read_rightly(self, generation_config: Any) -> None:
+        """Have a `generate()` of the model itself read a prompt at once, if it cannot go on with several tokens."""
+        if self.verdict.several:
+            generation_config.prefill_chunk_size = None
+
     def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Raise UnsupportedModeError for padding before tokens, if the self-test saw that the model is wrong there."""
         # Waits for the device, for such models only.

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-__all__ = ["REACH", "RewindableLayer", "Tape", "length_of", "make_rewindable", "rewindable_layers"]
+__all__ = ["REACH", "CountingLayer", "RewindableLayer", "Tape", "length_of", "make_rewindable", "rewindable_layers"]
 
 REACH = 64
 """How far from the end of the text a crop can go back, in tokens; what was kept before is dropped."""
@@ -169,6 +169,42 @@ class RewindableLayer:
                 setattr(self, name, dict.fromkeys(getattr(self, name), False))
         if isinstance(self, DynamicSlidingWindowLayer) and self.is_initialized:
             self.keys, self.values, self.cumulative_length = self.keys[:, :, :0], self.values[:, :, :0], 0
+
+
+class CountingLayer(CacheLayerMixin):
+    """A layer that no model writes to; it tells the length of a cache that has recurrent layers only."""
+
+    is_croppable = is_compileable = True
+    is_sliding = supports_early_init = False
+
+    def __init__(self, counted: RewindableLayer) -> None:
+        """Tell the length of `counted`, a layer of the same cache."""
+        super().__init__()
+        self.counted = counted
+
+    def get_seq_length(self) -> int:
+        """Tokens in the cache."""
+        return self.counted.length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many columns a mask has, and which is the first."""
+        return self.counted.length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum, as transformers writes it."""
+        return -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Not called."""
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Refuse keys and values: a model has more layers than its config says."""
+        raise RuntimeError("a model wrote to a layer that its config does not have")
+
+    def _nothing(self, *args: Any) -> None:
+        """Nothing is held here."""
+
+    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = offload = prefetch = _nothing
 
 
 class Tape:

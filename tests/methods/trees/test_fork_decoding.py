@@ -127,7 +127,8 @@ def test_a_model_with_a_state_in_its_layers_needs_to_go_without(loop: Any) -> No
     out = grow(model, loop, ids, pad_token_id=PAD, use_cache=False, max_new_tokens=4)
     check_branches(model, out, ids, torch.ones_like(ids))
     with pytest.raises(
-        UnsupportedModelError, match="the model: expected attention layers only.*RecurrentGemmaForCausalLM"
+        UnsupportedModelError,
+        match="the model: expected a model whose state is in the cache.*RecurrentGemmaForCausalLM",
     ):
         grow(model, SpeculativeDecoding(draft=PromptLookupDraft()), ids, pad_token_id=PAD)
 
