@@ -132,3 +132,17 @@ def alone(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
             return model(text[None], use_cache=False).logits[0, -1].float()
 
     return logits
+
+
+def p_value(counts: torch.Tensor, p: torch.Tensor) -> float:
+    """Of χ²; cells that expect fewer than 5 are pooled; 0 if a text was drawn that is impossible."""
+    counts, p = counts.flatten().double(), p.flatten()
+    if counts[p == 0].any():
+        return 0.0
+    expected = p * counts.sum()
+    rare = expected < 5
+    seen = torch.cat([counts[~rare], counts[rare].sum()[None]])
+    want = torch.cat([expected[~rare], expected[rare].sum()[None]])
+    seen, want = seen[want > 0], want[want > 0]
+    statistic = ((seen - want) ** 2 / want).sum()
+    return float(torch.special.gammaincc(torch.tensor((len(want) - 1) / 2).double(), statistic / 2))

@@ -1,12 +1,13 @@
 """Speculation and assisted decoding with recurrent and hybrid members, one prompt at a time."""
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from support.reference import next_logits
-from support.speculation import SAMPLE, SEED, WARPERS, near, slow_row
+from support.speculation import SAMPLE, SEED, WARPERS, alone, near, p_value, slow_row
 from support.tiny import PAD, build
 
 import proxytune
@@ -15,7 +16,7 @@ from proxytune.costs.speculation import DraftCosts
 from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
 from proxytune.models.members.cache_name import CACHE
 
-ALPHA, NEW = 0.7, 14
+ALPHA, NEW, DRAWS = 0.7, 14, 250
 # The kind of base and of companions: recurrent layers in all, in the base, in the companions; single tokens only.
 MEMBERS = [("qwen3_5", "qwen3_5"), ("lfm2", "llama"), ("llama", "mamba"), ("jamba", "qwen3_5")]
 CHEAP = DraftCosts(round=1.0, draft=0.05)
@@ -85,3 +86,27 @@ def test_assisted_decoding(kinds: tuple[str, str]) -> None:
     for assist in ({"assistant_model": third}, {"prompt_lookup_num_tokens": 3}, {"assistant_model": model.expert}):
         got = run(model, **assist).sequences[0, IDS.shape[1] :]
         assert torch.equal(got, wanted(*kinds, False)), assist
+
+
+@functools.cache
+def small(kind: str, seed: int) -> Any:
+    model = build(kind, seed, 6)
+    model.lm_head.weight.data.mul_(0.5)  # flat enough for many outcomes
+    return model
+
+
+def test_the_law_of_the_first_tokens() -> None:
+    """χ² of two tokens: the prompt's, and a draft that was accepted, or the one after a rejection."""
+    model, text = small("qwen3_5", 41), torch.tensor([3, 5, 4, 3])
+    loop = SpeculativeDecoding(draft=ModelDraft(small("llama", 42)), draft_tokens=1)
+    law, logits = torch.zeros(6, 6, dtype=torch.float64), alone(model)
+    for a in range(6):
+        first = logits(text).double().softmax(-1)[a]
+        law[a] = first * logits(torch.tensor([*text.tolist(), a])).double().softmax(-1)
+    counts, rejected = torch.zeros_like(law), 0
+    for seed in range(DRAWS):
+        out = run(model, replace(loop, seed=seed), text[None], do_sample=True, top_k=0, max_new_tokens=3)
+        counts[tuple(out.sequences[0, 4:6].tolist())] += 1
+        rejected += int(out.rejected.sum())
+    assert rejected > DRAWS / 5, "states were gone back to"
+    assert p_value(counts, law) > 1e-4

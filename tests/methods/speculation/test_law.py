@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.reference import next_logits
-from support.speculation import alone
+from support.speculation import alone, p_value
 from support.tiny import build
 from transformers import (
     LogitsProcessorList,
@@ -104,20 +104,6 @@ def counted(model: Any, loop: Any, tokens: int, new: int, settings: dict[str, An
     first = out.sequences[:, len(TEXT) : len(TEXT) + tokens]
     flat = (first * VOCAB ** torch.arange(tokens - 1, -1, -1)).sum(1)
     return torch.bincount(flat, minlength=VOCAB**tokens).view((VOCAB,) * tokens), out
-
-
-def p_value(counts: torch.Tensor, p: torch.Tensor) -> float:
-    """Of χ²; cells that expect fewer than 5 are pooled; 0 if a text was drawn that is impossible."""
-    counts, p = counts.flatten().double(), p.flatten()
-    if counts[p == 0].any():
-        return 0.0
-    expected = p * counts.sum()
-    rare = expected < 5
-    seen = torch.cat([counts[~rare], counts[rare].sum()[None]])
-    want = torch.cat([expected[~rare], expected[rare].sum()[None]])
-    seen, want = seen[want > 0], want[want > 0]
-    statistic = ((seen - want) ** 2 / want).sum()
-    return float(torch.special.gammaincc(torch.tensor((len(want) - 1) / 2).double(), statistic / 2))
 
 
 def distance(counts: torch.Tensor, p: torch.Tensor) -> float:
