@@ -25,7 +25,7 @@ from typing import Any
 
 from _forks import report as forks
 from _latent import report as latent
-from _pages import demo
+from _pages import demo, layers
 from _pages.code import pages, with_outputs
 from _pages.picture import drawn
 from _pages.records import RESULTS, ROOT, keep, load, weights, wrapped
@@ -51,6 +51,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "memory": of("memory.json", "bench_memory:memory_block"),
     "throughput": of("throughput.json", "bench_throughput:throughput_table"),
     "speculation": of("throughput.json", "bench_throughput:speculation_table"),
+    "layers": lambda: wrapped(layers.layers_block()),
+    "hybrids": of("hybrids.json", "bench_hybrids:hybrids_table"),
     "overlap": of("overlap.json", "bench_overlap:overlap_table"),
     # bench_forks.py
     "forks": of("forks.json", forks.forks_block),

@@ -20,6 +20,7 @@ from proxytune.models.ensemble import Ensemble
 from proxytune.models.foreign_processors import DRAFTS, processors_of_call
 from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.long_rope import read_whole, refuse_unread
+from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.ops.noise import Noise
 
 __all__ = ["Call"]
@@ -96,6 +97,8 @@ class Call:
         batch, width = input_ids.shape
         ensemble = Ensemble.of(model)
         read_whole(ensemble.switches, generation_config, model_kwargs, width)
+        if (generation_config.num_beams or 1) > 1 and not ensemble.composed:
+            refuse_reordering("beams", model, model_kwargs.get("use_cache"))
         if generation_config.prefill_chunk_size is not None and not ensemble.composed:
             for member in ensemble.members:
                 member.read_rightly(generation_config)

@@ -19,6 +19,7 @@ from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.models.members.long_rope import longest_prompt, read_whole, refuse_unread
 from proxytune.models.members.member import Member
+from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.ops import normalise_
 
 __all__ = [
@@ -162,6 +163,8 @@ class SteeredProcessors:
         read_whole(self.switches, generation_config, model_kwargs, seen)
         if self.base is not None:
             self.base.read_rightly(generation_config)
+        if (generation_config.num_beams or 1) > 1:
+            refuse_reordering("beams", self.model, generation_config.use_cache)
         self.processor.begin_generation(handed_on=past is not None and held != 0)
         self.processor.read_prompts(
             generation_config.prefill_chunk_size, finite=not generation_config.remove_invalid_values

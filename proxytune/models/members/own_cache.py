@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, DynamicCache
 
+from proxytune.errors import UnsupportedModeError
 from proxytune.models.members.innermost import innermost
 
-__all__ = ["in_own_class", "own_class_of"]
+__all__ = ["in_own_class", "own_class_of", "refuse_reordering"]
 
 
 def own_class_of(model: Any) -> type | None:
@@ -25,6 +26,17 @@ def own_class_of(model: Any) -> type | None:
                 if isinstance(kind, type) and issubclass(kind, DynamicCache) and hasattr(kind, "set_linear_cache"):
                     return kind
     return None
+
+
+def refuse_reordering(mode: str, model: Any, use_cache: bool | None) -> None:
+    """Raise UnsupportedModeError for a plain model whose own cache class keeps states where rows are not moved."""
+    if use_cache and (kind := own_class_of(model)) is not None:
+        raise UnsupportedModeError.of(
+            f"{mode} for the base",
+            expected="a cache whose rows can take each other's content",
+            got=f"a {type(innermost(model)).__name__}, whose {kind.__name__} leaves its states where they are",
+            remedy="Pass use_cache=False, or compose it with proxytune.wrap.",
+        )
 
 
 def in_own_class(cache: Cache, kind: type) -> Cache:
