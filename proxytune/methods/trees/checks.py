@@ -14,7 +14,6 @@ from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import cache_of
 from proxytune.models.members.long_rope import refuse_crossing
-from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.ops import Impl
 from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
 
@@ -162,9 +161,7 @@ def refuse_leaving(loop: str, call: Call) -> None:
 
 
 def refuse_hidden_state(loop: str, model: Any, outputs: Any, use_cache: Any) -> None:
-    """Raise UnsupportedModeError if a model does not return the state that it goes on from, or cannot move its rows."""
-    if not Ensemble.of(model).composed:
-        refuse_reordering(loop, model, use_cache)
+    """Raise UnsupportedModeError if a model, after its first pass, does not return the state that it goes on from."""
     if use_cache and cache_of(outputs) is None:
         raise UnsupportedModeError.of(
             "use_cache",
