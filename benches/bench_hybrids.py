@@ -72,7 +72,8 @@ def models() -> dict[str, PreTrainedModel]:
     linear = {"linear_num_value_heads": 8, "linear_num_key_heads": 8}
     linear |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
     conv = {"layer_types": (["conv"] * 3 + ["full_attention"]) * (LAYERS // 4), "block_auto_adjust_ff_dim": False}
-    mamba = {"mamba_d_ssm": HIDDEN, "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_d_state": 64, "mamba_chunk_size": 16}
+    mamba = {"mamba_d_ssm": HIDDEN, "mamba_n_heads": 8, "mamba_d_head": HIDDEN // 8, "mamba_d_state": 64}
+    mamba["mamba_chunk_size"] = 16
     makers = {
         "attention (Qwen 3)": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
         "gated delta rule in 3 of 4 layers (Qwen 3.5)": lambda: Qwen3_5ForCausalLM(
