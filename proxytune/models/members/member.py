@@ -217,7 +217,7 @@ class Member:
             raise UnsupportedModeError.of(
                 f"left padding for the {self.role}",
                 expected="a member that tells padding from text by its mask",
-                got=f"a {self._name()} with {self.verdict.padding or _grouping(strange)}",
+                got=f"a {self._name()} with {_grouping(strange) if strange else self.verdict.padding}",
                 remedy="Pass prompts of the same length, or one at a time.",
             )
 

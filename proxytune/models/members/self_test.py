@@ -25,7 +25,7 @@ from proxytune.models.members.layer_kinds import STATES, kinds_of
 from proxytune.models.members.own_cache import in_own_class, own_class_of
 from proxytune.models.members.rewind import make_rewindable, rewindable_layers
 from proxytune.models.members.shadow import shadow_of
-from proxytune.models.members.whole_text import reads_whole_text
+from proxytune.models.members.whole_text import logits_of_text, reads_whole_text
 
 __all__ = ["UNTESTED", "Verdict", "prepared_inputs", "static_fault", "verdict_of"]
 
@@ -55,6 +55,7 @@ class Verdict:
 
 
 UNTESTED = Verdict()
+_LONG = 130  # tokens: reformer hashes from 65 on
 
 _of_kind: dict[object, Verdict] = {}
 _of_static: weakref.WeakKeyDictionary[nn.Module, dict[object, str | None]] = weakref.WeakKeyDictionary()
@@ -186,8 +187,10 @@ class _Test:
 
     def _drawn(self) -> str | None:
         """What tells that a pass draws random numbers, as reformer's hashing does, or sets their seed."""
+        length = min(_LONG, getattr(self.config, "max_position_embeddings", None) or _LONG)
         before = torch.get_rng_state()
-        self._pass([self.ids[:6]])
+        ids = torch.tensor([(self.ids * _LONG)[:length]], device=self.device)
+        logits_of_text(shadow_of(self.model), ids, None, None)  # a shadow's shadow does not end early
         return None if torch.equal(before, torch.get_rng_state()) else "a pass that draws or seeds random numbers"
 
     def _continued(self, alone: torch.Tensor, *, one_by_one: bool = False) -> tuple[str | None, str | None, str | None]:
