@@ -260,10 +260,11 @@ class _Test:
             return False
         order = torch.tensor([0, 0, 0, 1])
         for layer in layers:
-            for name in ("keys", "values"):
-                states = getattr(layer, name).clone()
-                states[2] = states[2][:, order.to(states.device)]
-                setattr(layer, name, states)
+            for name in ("keys", "values", "indexer_keys"):
+                if (states := getattr(layer, name, None)) is not None:
+                    states = states.clone()
+                    states[2] = states[2][..., order.to(states.device), :]
+                    setattr(layer, name, states)
         return True
 
     @staticmethod

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import proxytune
-from proxytune import ProxyTuningLogitsProcessor, SpeculativeDecoding
+from proxytune import LatentDecoding, ProxyTuningLogitsProcessor, SpeculativeDecoding
 from proxytune.errors import SteeringWarning, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.member import Member
 from proxytune.models.members.whole_text import reads_whole_text
@@ -118,6 +118,9 @@ def test_they_are_right_in_every_mode(kind: str) -> None:
     assert torch.equal(model.generate(ids, custom_generate=loop, **given), reference.generate(ids, **given))
     with pytest.raises(UnsupportedModeError, match="a static cache for the expert"):
         model.generate(ids, cache_implementation="static", **given)
+    if kind != "xlstm":  # which would try
+        with pytest.raises(UnsupportedModelError, match="holds what latent steps put in"):
+            model.generate(ids, custom_generate=LatentDecoding(), **given)
 
 
 @pytest.mark.filterwarnings("ignore::proxytune.errors.SteeringWarning")
