@@ -295,6 +295,9 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         cache = cache_of(model_kwargs)
         if cache is None:
             return
+        if isinstance(cache, StaticCache):
+            for member in self.members:
+                member.refuse_static_layers()
         # Adopted first: assisted decoding then asks the cache's layers to record their past.
         adopt(cache, self.config.member_configs, self.cache_owner)
         if generation_config.is_assistant:

@@ -107,7 +107,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             refuse_composed(model, role)
         wrapped = [Member(model, role) for role, model in members.items()]
         refuse_no_shift(members["expert"], members["antiexpert"], formula)
-        config.bind([model.config for model in members.values()])
+        config.bind([member.config for member in wrapped])
         # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
         config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
         config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)
@@ -289,6 +289,9 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         # As in transformers, a given cache is always used: it holds a part of the prefix.
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
+        if isinstance(cache, StaticCache) and is_first_iteration is not False and not torch.compiler.is_compiling():
+            for member in self.members:
+                member.refuse_static_layers()
         if cache is not None:
             adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
             # Not in the later steps of a generate(), which says False: nobody changes a member meanwhile.

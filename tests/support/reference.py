@@ -30,6 +30,10 @@ class Reference(PreTrainedModel, GenerationMixin):
     _supports_sdpa = True  # not used: the members compute, each with what it was loaded with
     main_input_name = "input_ids"
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return True  # likewise
+
     def __init__(self, members: list[PreTrainedModel], alpha: float) -> None:
         super().__init__(members[0].config)
         self.__dict__["members"] = members

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from proxytune.errors import UnsupportedModelError
 from proxytune.models.members.embedding_table import device_of, matrix_of, rows_of
 from proxytune.models.members.innermost import innermost
+from proxytune.models.members.whole_text import reads_whole_text
 from proxytune.ops import Impl
 from proxytune.ops.mix import mix
 from proxytune.ops.noise import Noise
@@ -55,6 +56,9 @@ class Embedding:
                 "an input embedding, and a forward pass that takes inputs_embeds",
                 f"{type(inner).__name__} without {lacks}",
             )
+        if role != "model" and (why := reads_whole_text(model)):
+            expected = "a model with a cache of transformers, which holds what latent steps put in"
+            raise self._refusal(expected, f"{type(inner).__name__}, which {why}")
         self._module: nn.Module = module
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else inner
         sized = getattr(decoder.config.get_text_config(decoder=True), "hidden_size_per_layer_input", None)

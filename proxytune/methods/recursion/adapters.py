@@ -1,4 +1,4 @@
-"""Where a model keeps its high-level state: `LatentRecursion`, its registry, and the adapter of HRM-Text.
+"""Where a model keeps its high-level state: `LatentRecursion`, its registry, and the adapters of HRM-Text and loops.
 
 The noise (`Transition`) is the same for all models: `h' = u + σ · rms(u) · n` after a cycle, at each position, where u
 is the high-level module's output in that cycle, rms goes over the hidden size, and n is standard normal. It is keyed by
@@ -17,9 +17,10 @@ import torch
 from proxytune.errors import InputError, UnsupportedModelError
 from proxytune.methods.recursion.transition import Transition
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.members.looped import Loop, loop_of
 from proxytune.validation import shown
 
-__all__ = ["HrmTextRecursion", "LatentRecursion", "ValueHead", "recursion_of", "register_recursion"]
+__all__ = ["HrmTextRecursion", "LatentRecursion", "LoopedRecursion", "ValueHead", "recursion_of", "register_recursion"]
 
 ValueHead = Callable[[torch.Tensor], torch.Tensor]
 """High-level states `[R, D]`, after the last cycle, to a value for each, `[R]`; larger is better."""
@@ -90,6 +91,69 @@ class HrmTextRecursion:
         return None
 
 
+class LoopedRecursion:
+    """The recursion of transformers' `Inkling2LoopForCausalLM` and `DoryForCausalLM`, a cycle of which is a pass.
+
+    They run over some of their layers several times, with one set of weights. Each pass begins with the same input and
+    what the pass before ended with: Dory adds it, Inkling 2 Loop takes messages from it. The state is that end, the
+    output of the last looped layer. Inkling 2's messages also come from states within a pass, which get no noise.
+    """
+
+    def cycles(self, model: Any) -> int:
+        """The number of passes in the configuration."""
+        return self._loop(model).passes
+
+    def state_size(self, model: Any) -> int:
+        """`hidden_size` of the configuration."""
+        return int(model.config.hidden_size)
+
+    @contextmanager
+    def perturbed(self, model: Any, transition: Transition) -> Iterator[None]:
+        """A forward hook on the last looped layer, and one before the model, which is told the positions."""
+        loop, config = self._loop(model), model.config
+        positions: list[torch.Tensor] = []
+
+        def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+            positions[:] = [kwargs["position_ids"]]
+
+        def hook(module: Any, args: Any, kwargs: dict[str, Any], output: torch.Tensor) -> torch.Tensor:
+            # The cache layers of later passes stand behind those of the model's layers.
+            behind = kwargs.get("cache_offset", 0) + loop.first - config.num_hidden_layers
+            cycle = 0 if behind < 0 else behind // (loop.end - loop.first) + 1
+            return transition(output, cycle=cycle, positions=positions[0])
+
+        handles = (
+            model.model.register_forward_pre_hook(note, with_kwargs=True),
+            model.model.layers[loop.end - 1].register_forward_hook(hook, with_kwargs=True),
+        )
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def value_head(self, model: Any) -> ValueHead | None:
+        """None: the models have only their language-model heads."""
+        return None
+
+    @staticmethod
+    def _loop(model: Any) -> Loop:
+        if (loop := loop_of(model.config)) is not None:
+            return loop
+        raise UnsupportedModelError.of(
+            "a model's recursion",
+            expected='passes that can be told apart: recurrent_kv_cache_mode="per_loop"',
+            got=f"a {type(model).__name__} with {getattr(model.config, 'recurrent_kv_cache_mode', None)!r}",
+            remedy='Set recurrent_kv_cache_mode="per_loop" in its config; the weights are the same.',
+        )
+
+
+# By name, to avoid importing their modules.
+_OF_TRANSFORMERS: dict[str, type[LatentRecursion]] = {
+    "HrmTextForCausalLM": HrmTextRecursion,
+    "Inkling2LoopForCausalLM": LoopedRecursion,
+    "DoryForCausalLM": LoopedRecursion,
+}
 _METHODS = ("cycles", "state_size", "perturbed", "value_head")
 _adapters: dict[type, LatentRecursion] = {}
 
@@ -135,11 +199,11 @@ def recursion_of(model: Any) -> LatentRecursion:
     for kind in type(model).__mro__:
         if kind in _adapters:
             return _adapters[kind]
-        if kind.__name__ == "HrmTextForCausalLM" and kind.__module__.startswith("transformers."):
-            return HrmTextRecursion()  # by name, to avoid importing its module
+        if kind.__name__ in _OF_TRANSFORMERS and kind.__module__.startswith("transformers."):
+            return _OF_TRANSFORMERS[kind.__name__]()
     raise UnsupportedModelError.of(
         "a model's recursion",
-        expected="HrmTextForCausalLM, or a class given to register_recursion",
+        expected=f"{', '.join(_OF_TRANSFORMERS)}, or a class given to register_recursion",
         got=type(model).__name__,
         remedy="If it recurs in latent space, register its class: register_recursion(MyForCausalLM, MyRecursion()). A "
         "transformer that does not recur has no such state: use LatentDecoding, or sample.",

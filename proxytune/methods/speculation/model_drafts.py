@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicCache
 
 from proxytune.costs.devices import draft_costs, machine_of
 from proxytune.costs.model_size import pass_work
@@ -19,8 +18,9 @@ from proxytune.methods.speculation.ragged_cache import record
 from proxytune.methods.speculation.round import Proposal
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.composite_cache import empty_cache
 from proxytune.models.members.member import Member, check_ids, positions_of
-from proxytune.models.members.rewind import length_of, make_rewindable
+from proxytune.models.members.rewind import length_of
 
 __all__ = ["ExpertDraft", "ModelDraft"]
 
@@ -135,8 +135,7 @@ class _OtherModel(_ModelDrafter):
         if len(ids) > 1:
             member.refuse_moved_rows()
         self._context = member.context
-        cache = DynamicCache(config=member.model.config.get_text_config(decoder=True))
-        make_rewindable(cache.layers)
+        cache = empty_cache(member.config)
         positions = None if mask is None else positions_of(mask)
         # Only the cache is needed of the prompt's pass.
         known = ids.clamp(max=member.rows - 1)

@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
+    DynamicIndexedLayer,
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
@@ -24,6 +26,7 @@ from transformers.cache_utils import (
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import stored
+from proxytune.models.members.layer_kinds import ABLE
 from proxytune.models.members.rewind import CountingLayer, RewindableLayer, rewindable_layers
 
 __all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
@@ -119,6 +122,18 @@ def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> Non
         numbers = (first + index[:, None]).flatten()
         moved = states.flatten(0, 2).index_select(0, numbers)
         setattr(layer, name, moved.view(rows, heads, keep, states.shape[3]))
+    if isinstance(layer, DynamicIndexedLayer):
+        _move_index(layer, index)
+
+
+def _move_index(layer: DynamicIndexedLayer, index: torch.Tensor) -> None:
+    """Take the columns `index` `[B, keep]` of what a layer keeps beside its keys; repeated ones are padding."""
+    if layer.indexer_keys is not None:  # [B, stored, D]; zeros also where it says which columns are padding
+        padding = torch.nn.functional.pad(index.diff(dim=1) == 0, (0, 1))
+        moved = layer.indexer_keys.take_along_dim(index[..., None], 1)
+        layer.indexer_keys = moved.masked_fill(padding[..., None], 0)
+    if layer.indexer_position_ids is not None:  # [3, B, stored]
+        layer.indexer_position_ids = layer.indexer_position_ids.take_along_dim(index[None], 2)
 
 
 def record(cache: Cache) -> Callable[[], None]:
@@ -193,8 +208,5 @@ def refuse_cache(cache: Cache | None) -> None:
 
 def _can_drop(layer: Any) -> bool:
     state = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, StaticLayer)
-    return (
-        state
-        or isinstance(layer, RewindableLayer | CountingLayer)
-        or type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
-    )
+    kinds = [DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind, able in ABLE.items() if "crop" in able]
+    return state or isinstance(layer, RewindableLayer | CountingLayer) or type(layer) in kinds

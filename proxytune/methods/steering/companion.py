@@ -21,14 +21,15 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
 from proxytune.errors import InputError
+from proxytune.models.members.composite_cache import empty_cache
 from proxytune.models.members.cuda_streams import StreamOrder, tensors_of
 from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.long_rope import is_beyond
 from proxytune.models.members.member import Member, check_ids, refuse_no_numbers
-from proxytune.models.members.rewind import make_rewindable, rewindable_layers
+from proxytune.models.members.rewind import rewindable_layers
 
 __all__ = ["PrefixCachedMember"]
 
@@ -220,10 +221,7 @@ class PrefixCachedMember:
         return _stacked(self._logits[-last:])
 
     def _new_cache(self) -> DynamicCache:
-        cache = DynamicCache(config=self.member.model.config.get_text_config(decoder=True))
-        if self._keep_all:
-            cache.layers = [DynamicLayer() if isinstance(x, DynamicSlidingWindowLayer) else x for x in cache.layers]
-        make_rewindable(cache.layers)
+        cache = empty_cache(self.member.config, windows=not self._keep_all)
         if self._keep_all:
             for layer in rewindable_layers(cache):
                 layer.activate_past_recording()

@@ -18,6 +18,8 @@ from transformers.cache_utils import (
     Cache,
     CacheLayerMixin,
     DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
     LinearAttentionCacheLayerMixin,
     StaticCache,
     get_layer_types_and_kwargs,
@@ -27,9 +29,19 @@ from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.layer_kinds import STATES, kinds_of
-from proxytune.models.members.rewind import CountingLayer, make_rewindable, rewindable_layers
+from proxytune.models.members.looped import loop_of, with_passes
+from proxytune.models.members.rewind import CountingLayer, compresses, make_rewindable, rewindable_layers
 
-__all__ = ["adopt", "cached_layers", "note_members", "refuse_outdated", "refuse_short_cache", "stored", "view"]
+__all__ = [
+    "adopt",
+    "cached_layers",
+    "empty_cache",
+    "note_members",
+    "refuse_outdated",
+    "refuse_short_cache",
+    "stored",
+    "view",
+]
 
 _OWNER = "_proxytune_owner"
 _FILLED_BY = "_proxytune_filled_by"
@@ -48,7 +60,17 @@ def _sized(cache: Cache) -> list[Any]:
 
 def cached_layers(config: PreTrainedConfig) -> int:
     """How many layers a member has in a cache: fewer than in its config where transformers before 5.20 skips some."""
-    return len(get_layer_types_and_kwargs(config)[0])
+    loop = loop_of(config)
+    return len(get_layer_types_and_kwargs(config)[0]) + (0 if loop is None else loop.copies)
+
+
+def empty_cache(config: PreTrainedConfig, *, windows: bool = True) -> DynamicCache:
+    """An empty cache of one member alone; with `windows=False`, sliding layers keep all tokens where they can."""
+    cache = DynamicCache(config=config)
+    if not windows and not any(map(compresses, cache.layers)):
+        cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
+    cache.layers = _layers(cache, config)
+    return cache
 
 
 def view(cache: Cache, start: int, stop: int) -> Cache:
@@ -93,11 +115,11 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
     layers = sum(map(cached_layers, configs))
     # From each member's own config: transformers before 5.20 gives all layers of one config the same window.
     if type(cache) is DynamicCache:
-        _fill(cache, (DynamicCache(config=c) for c in configs))
+        _fill(cache, [(DynamicCache(config=c), c) for c in configs])
         cache.layer_class_to_replicate = None
     elif type(cache) is StaticCache:
         length = _static_length(cache, configs)
-        _fill(cache, (StaticCache(config=c, max_cache_len=length) for c in configs))
+        _fill(cache, [(StaticCache(config=c, max_cache_len=length), c) for c in configs])
     elif len(cache.layers) != layers:
         raise CacheError.of(
             CACHE,
@@ -116,13 +138,18 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
     vars(cache).pop(_FILLED_BY, None)
 
 
-def _fill(cache: Cache, parts: Iterable[Cache]) -> None:
-    cache.layers = []
-    for part in parts:
-        make_rewindable(part.layers)
-        cache.layers += part.layers
+def _fill(cache: Cache, parts: Iterable[tuple[Cache, PreTrainedConfig]]) -> None:
+    """Give a cache the layers of members' empty caches, made by their configs."""
+    cache.layers = [layer for part, config in parts for layer in _layers(part, config)]
     if not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
         cache.layers.append(CountingLayer(cache.layers[0]))  # generate() asks a cache for its length
+
+
+def _layers(empty: Cache, config: PreTrainedConfig) -> list[Any]:
+    """A member's layers, from a cache made by its config."""
+    layers = with_passes(empty.layers, config)
+    make_rewindable(layers)
+    return layers
 
 
 def note_members(cache: Cache, members: Mapping[str, nn.Module], adapter_names: list[str] | None = None) -> None:

@@ -17,10 +17,11 @@ from proxytune.errors import UnsupportedModeError
 
 __all__ = ["ABLE", "NEEDS", "STATES", "Ability", "kinds_of", "lacking", "refuse_lacking"]
 
-Ability = Literal["append", "reorder", "repeat", "crop", "move", "static"]
+Ability = Literal["append", "pad", "reorder", "repeat", "crop", "move", "static"]
 """What a cache layer may be asked for.
 
 - append: go on after its tokens;
+- pad: tell padding at the left from text;
 - reorder: give each row another row's content;
 - repeat: hold another number of rows than before;
 - crop: drop the last tokens of all rows;
@@ -41,6 +42,7 @@ NEEDS: dict[str, tuple[Ability, ...]] = {
 
 _ALL: frozenset[Ability] = frozenset(get_args(Ability))
 _NO_ROWS_APART: frozenset[Ability] = _ALL - {"move"}  # a state says nothing of single tokens
+_IN_PLACE: frozenset[Ability] = _ALL - {"pad", "move"}  # tokens are grouped by their column in the cache
 
 ABLE: dict[str, frozenset[Ability]] = {
     "full_attention": _ALL,
@@ -50,6 +52,11 @@ ABLE: dict[str, frozenset[Ability]] = {
     "conv": _NO_ROWS_APART,
     "hybrid": _NO_ROWS_APART,
     "hybrid_sliding": _NO_ROWS_APART,
+    "indexed_attention": _ALL,  # an index chooses the keys; it is kept beside them
+    "deepseek_sparse_attention": _ALL,  # the same before 5.20
+    "minimax_m3_sparse": _IN_PLACE,
+    "compressed_sparse_attention": _IN_PLACE - {"static"},
+    "heavily_compressed_attention": _IN_PLACE - {"static"},
     "dummy": _ALL,  # transformers' name for a layer without a cache of its own
     "moe": _ALL,  # the same before 5.20
     "mlp": _ALL,
@@ -73,11 +80,11 @@ def lacking(config: PreTrainedConfig, ability: Ability) -> list[str]:
 def refuse_lacking(members: Iterable[Any], ability: Ability, mode: str, *, expected: str, remedy: str) -> None:
     """Raise UnsupportedModeError for a mode that asks for what some member's (`Member`) layers cannot do."""
     for member in members:
-        config = member.model.config.get_text_config(decoder=True)
-        if strange := lacking(config, ability):
+        if strange := lacking(member.config, ability):
+            name = f"{type(member.model).__name__} ({member.model.config.model_type})"
             raise UnsupportedModeError.of(
                 f"{mode} for the {member.role}",
                 expected=expected,
-                got=f"a {type(member.model).__name__} ({config.model_type}) with {', '.join(strange)} layers",
+                got=f"a {name} with {', '.join(strange)} layers",
                 remedy=remedy,
             )

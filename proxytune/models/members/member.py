@@ -21,12 +21,13 @@ from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.innermost import innermost
-from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, refuse_lacking
+from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, lacking, refuse_lacking
 from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.own_cache import in_own_class, own_class_of
 from proxytune.models.members.rewind import length_of, rewindable_layers
 from proxytune.models.members.self_test import UNTESTED, Verdict, prepared_inputs, static_fault, verdict_of
 from proxytune.models.members.stateful_pass import StatefulPass, kept_logits
+from proxytune.models.members.whole_text import config_of_text, logits_of_text, reads_whole_text, warn_of_cost
 from proxytune.validation import shown
 
 __all__ = ["Member", "check_ids", "positions_of", "refuse_no_numbers"]
@@ -90,19 +91,11 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             got=f"{type(model).__name__} ({family}) with {layers}, and num_hidden_layers={counted}, its encoder's",
             remedy="Set model.config.num_hidden_layers = model.config.decoder_layers, and pass the model.",
         )
-    kinds = kinds_of(text_config)
-    if strange := sorted(kinds - ABLE.keys()):
+    if reads_whole_text(model) is None and (strange := sorted(kinds_of(text_config) - ABLE.keys())):
         raise UnsupportedModelError.of(
             f"the {role}",
             expected=f"layers of a kind whose cache is known: {', '.join(sorted(ABLE))}",
             got=f"{type(model).__name__} ({family}) with {', '.join(strange)} layers",
-            remedy="Use another model in this role.",
-        )
-    if getattr(model, "_is_stateful", False) and not kinds & STATES:
-        raise UnsupportedModelError.of(
-            f"the {role}",
-            expected="a model whose state is in the cache, where rows can be copied and moved",
-            got=f"{type(model).__name__} ({family}), which keeps a state in its own modules, or in a cache of its own",
             remedy="Use another model in this role.",
         )
 
@@ -119,6 +112,8 @@ class Member:
         token_forwards: Rows × tokens that it has run over so far.
         step: Its compiled decode step; None if all passes run uncompiled.
         stateful: Whether some of its layers keep a state of all tokens (recurrent and hybrid models).
+        config: What its caches are made by: the model's text config, or one for its ids (`whole_text`).
+        whole_text: Why each pass reads the whole text (`proxytune.models.members.whole_text`); None if a cache serves.
         verdict: What the self-test found; nothing before `examine`.
     """
 
@@ -130,7 +125,10 @@ class Member:
             role: Its role, for messages.
 
         Raises:
-            UnsupportedModelError: If it is an encoder-decoder, keeps a state outside its cache, or takes no cache.
+            UnsupportedModelError: If it is an encoder-decoder, or has layers of a kind that is not known.
+
+        Warns:
+            SteeringWarning: If no cache serves it, so that each pass reads the whole text.
         """
         _refuse_unsupported(model, role)
         self.role = role
@@ -139,24 +137,20 @@ class Member:
         text_config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
         self.switch = switch_of(model)
-        self.stateful = bool(kinds_of(text_config) & STATES)
+        self.whole_text = reads_whole_text(model)
+        self.config = text_config if self.whole_text is None else config_of_text(text_config)
+        if self.whole_text is not None:
+            warn_of_cost(model, role, self.whole_text)
+        self.stateful = bool(kinds_of(self.config) & STATES)
         self.token_forwards = 0
         self.step: CompiledStep | None = None
         self._work: Work | None = None
         self.verdict: Verdict = UNTESTED
         self._examined = False
-        cache_name = argument_of(model)
-        if cache_name is None:
-            raise UnsupportedModelError.of(
-                f"the {role}",
-                expected=f"a model whose forward takes {CACHE}",
-                got=type(model).__name__,
-                remedy="Use another model in this role.",
-            )
-        self._cache_name = cache_name
+        self._cache_name = argument_of(model) or CACHE
         self._own_cache = own_class_of(model)
         parameters = inspect.signature(innermost(model).forward).parameters
-        self._takes_position_ids = "position_ids" in parameters
+        self._takes_position_ids = "position_ids" in parameters and self.whole_text is None
         self._takes_logits_to_keep = "logits_to_keep" in parameters
 
     @property
@@ -189,6 +183,13 @@ class Member:
             UnsupportedModelError: If it depends on later tokens, or continues its cache differently.
         """
         self.verdict, self._examined = verdict_of(self.model, self._takes_position_ids), True
+        if self.whole_text is not None and self.verdict is UNTESTED and self.device.type != "meta":
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="a model that takes a cache of transformers, or can be run on ids alone",
+                got=f"a {self._name()} that {self.whole_text}, and cannot",
+                remedy="Use another model in this role.",
+            )
         self._takes_position_ids = self._takes_position_ids and self.verdict.counts
         if self.verdict.cache is not None:
             raise UnsupportedModelError.of(
@@ -209,13 +210,14 @@ class Member:
     def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Raise UnsupportedModeError for padding before tokens, if the self-test saw that the model is wrong there."""
         # Waits for the device, for such models only.
-        if self.verdict.padding is None or attention_mask is None:
+        strange = lacking(self.config, "pad")
+        if attention_mask is None or (self.verdict.padding is None and not strange):
             return
         if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
             raise UnsupportedModeError.of(
                 f"left padding for the {self.role}",
                 expected="a member that tells padding from text by its mask",
-                got=f"a {self._name()} with {self.verdict.padding}",
+                got=f"a {self._name()} with {_grouping(strange) if strange else self.verdict.padding}",
                 remedy="Pass prompts of the same length, or one at a time.",
             )
 
@@ -251,6 +253,18 @@ class Member:
                 expected="a member that can be told the positions of rows that accept different numbers of tokens",
                 got=f"a {self._name()} with {self.verdict.moved}",
                 remedy="Pass one prompt at a time, or decode without speculation.",
+            )
+
+    def refuse_static_layers(self) -> None:
+        """Raise UnsupportedModeError if the model can have no static cache."""
+        expected, remedy = "layers that keep their size from the start", "Leave out cache_implementation."
+        refuse_lacking([self], "static", "a static cache", expected=expected, remedy=remedy)
+        if self.whole_text is not None:
+            raise UnsupportedModeError.of(
+                f"a static cache for the {self.role}",
+                expected=expected,
+                got=f"a {self._name()} that {self.whole_text}",
+                remedy=remedy,
             )
 
     def refuse_static_cache(self, length: int) -> None:
@@ -315,6 +329,10 @@ class Member:
         if position_ids is not None and self._takes_position_ids:
             given["position_ids"] = here(position_ids)
         fed = None if latent is None else {name: here(x) for name, x in latent.items()}
+        if self.whole_text is not None:
+            logits, read = logits_of_text(self.model, input_ids.to(device), given["attention_mask"], cache)
+            self.token_forwards += read
+            return kept_logits(logits, logits_to_keep)
         if not (layers := rewindable_layers(cache)):
             return self._pass(given, cache, logits_to_keep, fed)
         assert cache is not None
@@ -327,7 +345,7 @@ class Member:
             self._with_states(cache, layers).catch_up(None if attention_mask is None else attention_mask.to(device))
 
     def _with_states(self, cache: Cache, layers: list[Any]) -> StatefulPass:
-        one_by_one = self.verdict.several or self.verdict is UNTESTED
+        one_by_one = self.stateful and (self.verdict.several or self.verdict is UNTESTED)
         return StatefulPass(self._pass, cache, layers, one_by_one=one_by_one, seconds=self._seconds)
 
     def _seconds(self, rows: int, positions: int) -> float:
@@ -363,6 +381,10 @@ class Member:
             kwargs |= latent
         logits: torch.Tensor = self.model(**kwargs, return_dict=True).logits  # [B, K, V]
         return logits if self._takes_logits_to_keep else kept_logits(logits, logits_to_keep)
+
+
+def _grouping(kinds: list[str]) -> str:
+    return f"{', '.join(kinds)} layers, which group tokens by their column in the cache"
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,16 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
-__all__ = ["REACH", "CountingLayer", "RewindableLayer", "Tape", "length_of", "make_rewindable", "rewindable_layers"]
+__all__ = [
+    "REACH",
+    "CountingLayer",
+    "RewindableLayer",
+    "Tape",
+    "compresses",
+    "length_of",
+    "make_rewindable",
+    "rewindable_layers",
+]
 
 REACH = 64
 """How far from the end of the text a crop can go back, in tokens; what was kept before is dropped."""
@@ -34,6 +43,8 @@ _OF_STATE = (
     *("is_conv_states_initialized", "is_recurrent_states_initialized"),
 )
 _OF_WINDOW = ("keys", "values", "cumulative_length", "is_initialized")
+# DeepSeek V4's layers keep, beside a window, entries that stand for several tokens each, and what is not yet in one.
+_OF_ENTRIES = ("buffer_kv", "buffer_gate", "compressed_kv", "entry_count", "overlap_kv", "overlap_gate")
 
 
 class RewindableLayer:
@@ -140,6 +151,9 @@ class RewindableLayer:
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Give each row the content of row `beam_idx` `[B']`; B' may differ from the number of rows."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
+        if compresses(self) and not any("reorder_cache" in vars(kind) for kind in _compressing(type(self))):
+            # as in transformers before 5.20
+            vars(self).update({name: _reordered(getattr(self, name), beam_idx) for name in _entries_of(self)})
         for _, state in self.kept:
             state.update({name: _reordered(value, beam_idx) for name, value in state.items()})
         if self.lead:
@@ -157,7 +171,7 @@ class RewindableLayer:
 
     def _names(self) -> tuple[str, ...]:
         window = _OF_WINDOW if isinstance(self, DynamicSlidingWindowLayer) else ()
-        return (_OF_STATE if isinstance(self, LinearAttentionCacheLayerMixin) else ()) + window
+        return (_OF_STATE if isinstance(self, LinearAttentionCacheLayerMixin) else ()) + window + _entries_of(self)
 
     def _grows(self) -> bool:
         return isinstance(self, DynamicLayer) and not isinstance(self, DynamicSlidingWindowLayer)
@@ -167,6 +181,8 @@ class RewindableLayer:
         if isinstance(self, LinearAttentionCacheLayerMixin):
             for name in ("has_previous_state", "is_conv_states_initialized", "is_recurrent_states_initialized"):
                 setattr(self, name, dict.fromkeys(getattr(self, name), False))
+        for name in _entries_of(self):
+            setattr(self, name, dict.fromkeys(getattr(self, name), 0 if name == "entry_count" else None))
         if isinstance(self, DynamicSlidingWindowLayer) and self.is_initialized:
             self.keys, self.values, self.cumulative_length = self.keys[:, :, :0], self.values[:, :, :0], 0
 
@@ -249,11 +265,11 @@ class Tape:
 
 
 def make_rewindable(layers: list[Any], read: int = 0) -> None:
-    """Replace a model's recurrent layers, in place, by ones that can go back, and sliding ones beside them.
+    """Replace a model's recurrent or compressing layers by ones that can go back, and sliding ones beside them.
 
-    `read` is how many tokens they hold. Layers of a model without recurrent ones stay as they are.
+    `read` is how many tokens they hold. The list is changed; that of a model without such layers stays as it is.
     """
-    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers):
+    if not any(isinstance(layer, LinearAttentionCacheLayerMixin) or compresses(layer) for layer in layers):
         return
     chosen = [i for i, x in enumerate(layers) if isinstance(x, LinearAttentionLayer | DynamicSlidingWindowLayer)]
     if all(isinstance(layers[i], RewindableLayer) for i in chosen):
@@ -271,8 +287,24 @@ _kinds: dict[type, Any] = {}
 
 def _rewindable(kind: type) -> Any:
     if kind not in _kinds:
-        _kinds[kind] = type(f"Rewindable{kind.__name__}", (RewindableLayer, kind), {})
+        # With a `_layer_type`, transformers would make all caches with it.
+        _kinds[kind] = type(f"Rewindable{kind.__name__}", (RewindableLayer, kind), {"_layer_type": None})
     return _kinds[kind]
+
+
+def compresses(layer: Any) -> bool:
+    """Whether a layer keeps entries that stand for several tokens each, as DeepSeek V4's do."""
+    return hasattr(layer, "compressed_kv")
+
+
+def _entries_of(layer: Any) -> tuple[str, ...]:
+    return tuple(name for name in _OF_ENTRIES if hasattr(layer, name))
+
+
+def _compressing(kind: type) -> list[type]:
+    """A layer's classes that know of its entries."""
+    mine = (RewindableLayer, *RewindableLayer.__mro__, *DynamicSlidingWindowLayer.__mro__)
+    return [base for base in kind.__mro__ if base not in mine]
 
 
 def rewindable_layers(cache: Cache | None) -> list[Any]:
