@@ -191,7 +191,7 @@ def forget(cache: Cache) -> None:
 def refuse_cache(cache: Cache | None) -> None:
     """Raise CacheError unless rejected drafts can be removed: a DynamicCache of attention and recurrent layers."""
     layers = None if cache is None or not hasattr(cache, "layers") else stored(cache)
-    plain = layers is not None and all(_can_drop(x) for x in layers)
+    plain = layers is not None and all(_can_drop(x) for x in layers) and not hasattr(cache, "set_linear_cache")
     if plain and not getattr(cache, "offloading", False):  # offloaded layers move between devices meanwhile
         return
     kinds = ["offloaded layers"] if plain else sorted({type(x).__name__ for x in layers or ()})

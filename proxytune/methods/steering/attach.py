@@ -17,9 +17,12 @@ from proxytune.models.ensemble import Ensemble
 from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.cache_name import cache_of, tokens_in
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import longest_prompt, read_whole, refuse_unread
 from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import refuse_reordering
+from proxytune.models.members.self_test import padding_fault
+from proxytune.models.members.whole_text import reads_whole_text
 from proxytune.ops import normalise_
 
 __all__ = [
@@ -60,12 +63,14 @@ def refuse_no_ids(length: int | None) -> None:
 
 
 def examined_base(model: Any) -> Member | None:
-    """A base after its self-test; None for one that is no `Member` (recurrent layers), as a base may be.
+    """A base after its self-test; None for one that is no `Member`, or that no cache serves, as a base may be.
 
     Raises:
         UnsupportedModelError: If it depends on later tokens, continues its cache differently, or counts positions in
             another way than `generate()`, which tells it them.
     """
+    if reads_whole_text(model) is not None:
+        return None
     try:
         base = Member(model, "base")
     except UnsupportedModelError:
@@ -79,6 +84,33 @@ def examined_base(model: Any) -> Member | None:
             remedy="Compose it with proxytune.wrap, which gives it none. self_test=False skips this check.",
         )
     return base
+
+
+def refuse_unserved(model: Any, generation_config: GenerationConfig, mask: torch.Tensor | None) -> None:
+    """Raise UnsupportedModeError where `generate()` is wrong on a base with a state that is in no cache.
+
+    Takes the call's mask `[B, T]`. Waits for the device, for such bases only.
+    """
+    if (why := reads_whole_text(model)) is None:
+        return
+    generation_config.prefill_chunk_size = None
+    name, remedy = type(innermost(model)).__name__, "compose it with proxytune.wrap, which reads the whole text anew"
+    moved = getattr(innermost(model), "_is_stateful", False) and generation_config.use_cache
+    if (generation_config.num_beams or 1) > 1 and moved:
+        raise UnsupportedModeError.of(
+            "beams for the base",
+            expected="a cache whose rows can take each other's content",
+            got=f"a {name}, which {why}",
+            remedy=f"Pass use_cache=False, or {remedy}.",
+        )
+    padded = mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any())
+    if padded and (fault := padding_fault(model)) is not None:
+        raise UnsupportedModeError.of(
+            "left padding for the base",
+            expected="a model that tells padding from text by its mask",
+            got=f"a {name} with {fault}",
+            remedy=f"Pass prompts of the same length, or one at a time, or {remedy}.",
+        )
 
 
 class SteeredProcessors:
@@ -163,6 +195,8 @@ class SteeredProcessors:
         read_whole(self.switches, generation_config, model_kwargs, seen)
         if self.base is not None:
             self.base.read_rightly(generation_config)
+        else:
+            refuse_unserved(self.model, generation_config, mask)
         if (generation_config.num_beams or 1) > 1:
             refuse_reordering("beams", self.model, generation_config.use_cache)
         self.processor.begin_generation(handed_on=past is not None and held != 0)

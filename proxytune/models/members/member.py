@@ -142,6 +142,7 @@ class Member:
         if self.whole_text is not None:
             warn_of_cost(model, role, self.whole_text)
         self.stateful = bool(kinds_of(self.config) & STATES)
+        self._cannot_pad = lacking(self.config, "pad")
         self.token_forwards = 0
         self.step: CompiledStep | None = None
         self._work: Work | None = None
@@ -210,7 +211,7 @@ class Member:
     def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Raise UnsupportedModeError for padding before tokens, if the self-test saw that the model is wrong there."""
         # Waits for the device, for such models only.
-        strange = lacking(self.config, "pad")
+        strange = self._cannot_pad
         if attention_mask is None or (self.verdict.padding is None and not strange):
             return
         if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
@@ -320,6 +321,9 @@ class Member:
         # A static cache has its length on the device; reading it would make the host wait in every step.
         self.refuse_length(n + (past if isinstance(past, int) else 0))
         device = self.device
+        if position_ids is None and self.stateful and cache is not None:
+            # Bamba counts from 0 in each pass, since it asks a layer for its length that has none.
+            position_ids = torch.arange(int(past), int(past) + n, device=device)[None]
 
         def here(t: torch.Tensor | None) -> torch.Tensor | None:
             # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.

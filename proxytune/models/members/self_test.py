@@ -7,6 +7,7 @@ after the first layers, in three passes over six tokens; models that differ in s
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, get_layer_types_and_kwargs
 
 from proxytune.models.members.cache_name import CACHE, argument_of
-from proxytune.models.members.composite_cache import empty_cache
+from proxytune.models.members.composite_cache import empty_cache, stored
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.layer_kinds import STATES, kinds_of
@@ -27,7 +28,7 @@ from proxytune.models.members.rewind import make_rewindable, rewindable_layers
 from proxytune.models.members.shadow import shadow_of
 from proxytune.models.members.whole_text import logits_of_text, reads_whole_text
 
-__all__ = ["UNTESTED", "Verdict", "prepared_inputs", "static_fault", "verdict_of"]
+__all__ = ["UNTESTED", "Verdict", "padding_fault", "prepared_inputs", "static_fault", "verdict_of"]
 
 # Right families stay below 5e-7 in float32 and 1e-2 in bfloat16; wrong ones differ by .07, or .002 with weak weights.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 5e-2}
@@ -95,6 +96,13 @@ def static_fault(model: Any, takes_position_ids: bool, length: int) -> str | Non
     return fault
 
 
+def padding_fault(model: Any) -> str | None:
+    """What left padding changes for a model by itself and without a cache, in words; None if nothing, or untested."""
+    with suppress(Exception), torch.no_grad():
+        return _Test(model, "position_ids" in inspect.signature(innermost(model).forward).parameters).padded_alone()
+    return None
+
+
 def _attempt(model: Any, takes_position_ids: bool) -> Verdict | None:
     with suppress(Exception), torch.no_grad():  # what cannot run here will say so where it is used
         found = _Test(model, takes_position_ids).verdict()
@@ -121,6 +129,11 @@ def _without_sizes(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return sorted({repr(_without_sizes(v)) for v in value})
     return value if isinstance(value, str | bool | None) else type(value).__name__
+
+
+def _columns(layer: Any) -> int:
+    count = getattr(layer, "get_seq_length", None)
+    return 0 if count is None or not getattr(layer, "is_initialized", True) else int(count())
 
 
 class _Stop(Exception):
@@ -185,6 +198,13 @@ class _Test:
             cached, padded, _ = singly
         return Verdict(cache=ahead or cached, padding=padded, moved=moved, several=several)
 
+    def padded_alone(self) -> str | None:
+        a, b, c, d, *_ = self.ids
+        _end_early(self.model)
+        alone = self._pass([[a, b, c, d]], [[1] * 4])[0]
+        padded = self._pass([[self.pad, self.pad, a, b, c, d]], [[0, 0, 1, 1, 1, 1]])[0]
+        return self._said(self._differ(padded[3:], alone[1:]), "a text alone and the same text left-padded by two")
+
     def _drawn(self) -> str | None:
         """What tells that a pass draws random numbers, as reformer's hashing does, or sets their seed."""
         length = min(_LONG, getattr(self.config, "max_position_embeddings", None) or _LONG)
@@ -200,6 +220,9 @@ class _Test:
         # All of it; padded by two; two tokens and two drafts.
         rows, mask = [[a, b, c, d], [self.pad, self.pad, a, b], [a, b, x, y]], [[1] * 4, [0, 0, 1, 1], [1] * 4]
         first = self._pass(rows, mask, cache)
+        held = {n for layer in stored(cache) if (n := _columns(layer)) not in (0, 4)}
+        if held:
+            return f"a cache of {max(held)} columns after four tokens", None, None
         movable = self._move(cache)
         rows, mask = [[e, f], [c, d], [c, d]], [[1] * 6, [0, 0] + [1] * 4, [0, 0] + [1] * 4]
         ends = (1, 2) if one_by_one else (2,)
