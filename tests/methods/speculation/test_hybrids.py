@@ -110,3 +110,12 @@ def test_the_law_of_the_first_tokens() -> None:
         rejected += int(out.rejected.sum())
     assert rejected > DRAWS / 5, "states were gone back to"
     assert p_value(counts, law) > 1e-4
+
+
+@pytest.mark.parametrize("kinds", MEMBERS, ids="-".join)
+def test_a_step_costs_one_token_forward_of_each_member(kinds: tuple[str, str]) -> None:
+    model = trio(*kinds)
+    before = model.token_forwards
+    run(model, ids=IDS.repeat(2, 1), max_new_tokens=4)
+    counts = {role: n - before[role] for role, n in model.token_forwards.items()}
+    assert counts == dict.fromkeys(("base", "expert", "antiexpert"), 2 * (IDS.shape[1] + 3))
