@@ -69,14 +69,14 @@ def empty_cache(config: PreTrainedConfig, *, windows: bool = True) -> DynamicCac
     cache = DynamicCache(config=config)
     if not windows and not any(map(compresses, cache.layers)):
         cache.layers = [DynamicLayer() if type(x) is DynamicSlidingWindowLayer else x for x in cache.layers]
-    cache.layers = _layers(cache, config)
+    cache.layers = _with_length(_layers(cache, config))
     return cache
 
 
 def view(cache: Cache, start: int, stop: int) -> Cache:
     """A cache of the same class over the layers `start` to `stop`; the layers are shared, so updates reach `cache`."""
     part = copy.copy(cache)
-    part.layers = cache.layers[start:stop]
+    part.layers = _with_length(cache.layers[start:stop])
     return part
 
 
@@ -140,9 +140,14 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
 
 def _fill(cache: Cache, parts: Iterable[tuple[Cache, PreTrainedConfig]]) -> None:
     """Give a cache the layers of members' empty caches, made by their configs."""
-    cache.layers = [layer for part, config in parts for layer in _layers(part, config)]
-    if not any(isinstance(layer, CacheLayerMixin) for layer in cache.layers):
-        cache.layers.append(CountingLayer(cache.layers[0]))  # generate() asks a cache for its length
+    cache.layers = _with_length([layer for part, config in parts for layer in _layers(part, config)])
+
+
+def _with_length(layers: list[Any]) -> list[Any]:
+    """Layers of which one can tell how many tokens they hold, as `generate()` and some recurrent models ask."""
+    if layers and not any(isinstance(layer, CacheLayerMixin) for layer in layers):
+        return [*layers, CountingLayer(layers[0])]
+    return layers
 
 
 def _layers(empty: Cache, config: PreTrainedConfig) -> list[Any]:

@@ -190,8 +190,8 @@ class RewindableLayer:
 class CountingLayer(CacheLayerMixin):
     """A layer that no model writes to; it tells the length of a cache that has recurrent layers only."""
 
-    is_croppable = is_compileable = True
-    is_sliding = supports_early_init = False
+    is_croppable = True
+    is_sliding = is_compileable = supports_early_init = False
 
     def __init__(self, counted: RewindableLayer) -> None:
         """Tell the length of `counted`, a layer of the same cache."""
