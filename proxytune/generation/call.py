@@ -21,6 +21,7 @@ from proxytune.models.foreign_processors import DRAFTS, processors_of_call
 from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.long_rope import read_whole, refuse_unread
 from proxytune.models.members.own_cache import refuse_reordering
+from proxytune.models.members.whole_text import reads_whole_text
 from proxytune.ops.noise import Noise
 
 __all__ = ["Call"]
@@ -99,7 +100,8 @@ class Call:
         read_whole(ensemble.switches, generation_config, model_kwargs, width)
         if (generation_config.num_beams or 1) > 1 and not ensemble.composed:
             refuse_reordering("beams", model, model_kwargs.get("use_cache"))
-        if generation_config.prefill_chunk_size is not None and not ensemble.composed:
+        plain = not ensemble.composed and reads_whole_text(model) is None
+        if generation_config.prefill_chunk_size is not None and plain:
             for member in ensemble.members:
                 member.read_rightly(generation_config)
         processors = processors_of_call(logits_processor, generation_config, width, DRAFTS if drafts else None)

@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from proxytune import ops
 from proxytune.costs.speculation import DraftCosts
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.generation.call import Call
 from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
@@ -16,6 +16,7 @@ from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.layer_kinds import refuse_lacking
 from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.models.members.member import Member
+from proxytune.models.members.whole_text import reads_whole_text
 from proxytune.validation import refuse_seed, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
@@ -102,6 +103,13 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
         )
     instead = "decode without speculation"
     refuse_crossing(_LOOP, call.ensemble.switches, call.lengths, call.most_new, instead=instead, rows_leave=True)
+    if not call.ensemble.composed and (why := reads_whole_text(call.model)) is not None:
+        raise UnsupportedModelError.of(
+            "the model",
+            expected="a model whose state is in a cache that drafts can be taken out of",
+            got=f"a {type(call.model).__name__}, which {why}",
+            remedy="Decode without speculation.",
+        )
     members = call.ensemble.members if call.ensemble.composed else [Member(call.model, "model")]
     expected = "layers that can drop the tokens of rejected drafts"
     refuse_lacking(members, "crop", _LOOP, expected=expected, remedy="Decode without speculation.")
