@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import get_args
 
-from proxytune.models.members.layer_kinds import ABLE, NEEDS, STATES, Ability
+from proxytune.models.members.layer_kinds import ABLE, NEEDS, REWOUND, Ability
 
 __all__ = ["layers_block"]
 
@@ -15,7 +15,7 @@ def layers_block() -> str:
     alike: dict[tuple[str, ...], list[str]] = {}
     for kind, able in ABLE.items():
         shown = tuple(
-            "no" if a not in able else "by kept states" if a == "crop" and kind in STATES else "yes" for a in abilities
+            "no" if a not in able else "by kept states" if a == "crop" and kind in REWOUND else "yes" for a in abilities
         )
         alike.setdefault(shown, []).append(f"`{kind}`")
     lines = ["| layers | " + " | ".join(abilities) + " |", "|---|" + "---|" * len(abilities)]

@@ -15,7 +15,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from proxytune.errors import UnsupportedModeError
 
-__all__ = ["ABLE", "NEEDS", "STATES", "Ability", "kinds_of", "lacking", "refuse_lacking"]
+__all__ = ["ABLE", "NEEDS", "REWOUND", "STATES", "Ability", "kinds_of", "lacking", "refuse_lacking"]
 
 Ability = Literal["append", "pad", "reorder", "repeat", "crop", "move", "static"]
 """What a cache layer may be asked for.
@@ -31,6 +31,7 @@ Ability = Literal["append", "pad", "reorder", "repeat", "crop", "move", "static"
 
 NEEDS: dict[str, tuple[Ability, ...]] = {
     "greedy decoding, sampling, `FusedDecoding`, latent steps": ("append",),
+    "prompts of different lengths in a batch": ("append", "pad"),
     "beams, `num_return_sequences`": ("append", "reorder"),
     "`ForkDecoding`, `SiblingDecoding`": ("append", "reorder", "repeat"),
     "assisted decoding, `SpeculativeDecoding` of one prompt": ("append", "crop"),
@@ -61,10 +62,13 @@ ABLE: dict[str, frozenset[Ability]] = {
     "moe": _ALL,  # the same before 5.20
     "mlp": _ALL,
 }
-"""Kind of layer → what it can do here. Layers with a state crop by going back to one that was kept (`rewind`)."""
+"""Kind of layer → what it can do here."""
 
 STATES = frozenset({"linear_attention", "conv", "hybrid", "hybrid_sliding"})
 """The kinds that keep a state of all tokens instead of something for each."""
+
+REWOUND = STATES | {"compressed_sparse_attention", "heavily_compressed_attention"}
+"""The kinds that crop by going back to what was kept (`rewind`)."""
 
 
 def kinds_of(config: PreTrainedConfig) -> set[str]:

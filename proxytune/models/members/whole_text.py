@@ -34,10 +34,10 @@ def reads_whole_text(model: Any) -> str | None:
         annotation = parameters[name].annotation if name in parameters else None
         for kind in (annotation, *get_args(annotation)):
             if isinstance(kind, type) and kind.__name__.endswith("Cache") and not issubclass(kind, Cache):
-                return f"takes a {kind.__name__}, which is no cache of transformers"
+                return f"takes its cache as {kind.__name__}, which is no cache of transformers"
     if argument_of(model) is None:
         taken = [name for name in _OTHERS if name in parameters]
-        return f"takes {taken[0]}, which is no cache of transformers" if taken else "takes no cache"
+        return f"takes `{taken[0]}`, which is no cache of transformers" if taken else "takes no cache"
     if not getattr(inner, "_is_stateful", False):
         return None
     for module in inner.modules():

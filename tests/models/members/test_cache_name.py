@@ -69,7 +69,7 @@ def test_a_member_with_a_forward_of_its_own_is_asked_for_its_own_name(kind: Any,
 def test_the_cache_of_xlm_is_another_thing() -> None:
     model = XLMWithLMHeadModel(XLMConfig(vocab_size=64, emb_dim=16, n_layers=1, n_heads=2)).eval()
     assert argument_of(model) is None
-    with pytest.warns(SteeringWarning, match="the base: XLMWithLMHeadModel takes cache, which is no cache of transf"):
+    with pytest.warns(SteeringWarning, match="the base: XLMWithLMHeadModel takes `cache`, which is no cache of transf"):
         member = Member(model, "base")
     with pytest.raises(UnsupportedModelError, match="the same four tokens before two endings"):
         member.examine()  # it was not made a causal one

@@ -32,8 +32,8 @@ from proxytune.models.members.whole_text import reads_whole_text
 
 VOCAB, SIZE, NEW, ALPHA = 64, 16, 5, 0.7
 WHY = {
-    "rwkv": "takes state, which is no cache of transformers",
-    "xlstm": "takes a xLSTMCache, which is no cache of transformers",
+    "rwkv": "takes `state`, which is no cache of transformers",
+    "xlstm": "takes its cache as xLSTMCache, which is no cache of transformers",
     "recurrent_gemma": "keeps its state in its own modules (RecurrentGemmaRecurrentBlock.conv1d_state)",
     "gpt": "takes no cache",
 }
