@@ -45,6 +45,7 @@ __all__ = [
 
 _OWNER = "_proxytune_owner"
 _FILLED_BY = "_proxytune_filled_by"
+_IMAGES = "_proxytune_images"
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
 
@@ -157,8 +158,19 @@ def _layers(empty: Cache, config: PreTrainedConfig) -> list[Any]:
     return layers
 
 
-def note_members(cache: Cache, members: Mapping[str, nn.Module], adapter_names: list[str] | None = None) -> None:
-    """Write on a cache which models, role → model, have filled it, and the base's adapters of its rows, once."""
+def note_members(
+    cache: Cache,
+    members: Mapping[str, nn.Module],
+    adapter_names: list[str] | None = None,
+    *,
+    images: bool = False,
+) -> None:
+    """Write on a cache which models, role → model, have filled it, and the base's adapters of its rows, once.
+
+    `images` says that the base has seen images in it, so that its columns are not those of the others.
+    """
+    if images:
+        setattr(cache, _IMAGES, True)
     if not hasattr(cache, _FILLED_BY):
         setattr(cache, _FILLED_BY, ({role: Fingerprint(model) for role, model in members.items()}, adapter_names))
 
@@ -227,6 +239,15 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
 
 
 def _refuse_torn(cache: Cache) -> None:
+    if hasattr(cache, _IMAGES):
+        if _filled(cache):
+            raise CacheError.of(
+                CACHE,
+                expected="one that was filled without images",
+                got="one whose images the base has seen, while the companions have seen the text alone",
+                remedy="Start without it, and pass the images again.",
+            )
+        delattr(cache, _IMAGES)  # it was reset
     # Static layers have their length on the device; reading it would make the host wait in every step.
     counts = [layer.get_seq_length() for layer in stored(cache) if hasattr(layer, "get_seq_length")]
     lengths = {n for n in counts if isinstance(n, int)}
