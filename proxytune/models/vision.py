@@ -31,6 +31,7 @@ __all__ = [
     "BaseInputs",
     "StepInputs",
     "pixels_in",
+    "refuse_cached_images",
     "refuse_images",
     "refuse_settings",
     "sees",
@@ -134,6 +135,19 @@ def refuse_settings(
         raise _refusal("images", f"a long-rope {role}, of other frequencies beyond {switch} tokens")
 
 
+def placeholders(base: Any) -> list[int]:
+    """The ids that stand for a base's images and videos, sorted; empty if its config tells none."""
+    config = innermost(base).config
+    return sorted({found for name in _PLACEHOLDERS if isinstance(found := getattr(config, name, None), int)})
+
+
+def refuse_cached_images(base: Any, input_ids: torch.Tensor | None, images: bool) -> None:
+    """Raise UnsupportedModeError for images in a `generate()` of prompts `[B, T]` that goes on from a filled cache."""
+    ids = placeholders(base) if sees(base) and input_ids is not None else []
+    if images or (ids and bool(torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).any())):
+        raise _refusal(CACHE, "a filled one", f"Start without {CACHE}, and pass the images again.")
+
+
 def text_mask(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     """Which tokens of prompts `[B, T]` companions read: no padding, and no placeholder of an image or video.
 
@@ -144,16 +158,14 @@ def text_mask(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor |
         UnsupportedModeError: If the base's config does not tell its placeholders.
         InputError: If a row holds nothing else.
     """
-    config = innermost(base).config
-    ids = {found for name in _PLACEHOLDERS if isinstance(found := getattr(config, name, None), int)}
-    if not ids:
+    if not (ids := placeholders(base)):
         raise UnsupportedModeError.of(
             "images",
             expected=f"a base whose config names its placeholder tokens, as {_PLACEHOLDERS[0]} does",
             got=f"a {type(innermost(base)).__name__}",
             remedy="Pass the text alone, or use the base alone.",
         )
-    mask = ~torch.isin(input_ids, torch.tensor(sorted(ids), device=input_ids.device))
+    mask = ~torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
     if attention_mask is not None:
         mask &= attention_mask.to(mask.device) != 0
     empty = ~mask.any(-1)
@@ -170,9 +182,12 @@ def text_mask(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor |
 def text_of(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows `[B, T]` without the tokens of mask 0, padded at the left to the longest that is left.
 
+    The mask may be shorter, `[B, ≤ T]`: tokens beyond it are kept.
+
     Returns:
         `[B, L]`, int64, 0 on padding; and its mask `[B, L]`, int64, None if nothing is padded.
     """
+    mask = nn.functional.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1)
     length = int(mask.sum(-1).max())
     order = mask.argsort(dim=-1, stable=True)[:, mask.shape[1] - length :]  # the text is last, in its order
     kept = mask.gather(1, order)
