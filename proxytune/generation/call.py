@@ -88,8 +88,8 @@ class Call:
 
         Takes what `generate()` passes to a loop and the loop's own settings; `loop` is its name, for messages.
         `own_streamer` is used where `generate()` passes none, as on a plain model; `synced_gpus=None` means to find
-        out; `beams` says that the loop supports beam search, `drafts` that processors see texts that are not final, `images`
-        that it runs the model on the prompts' rows alone, so that these may hold images.
+        out; `beams` says that the loop supports beam search, `drafts` that processors see texts that are not final,
+        `images` that every pass is over the prompts' own rows, as where they hold images it has to be.
 
         Raises:
             UnsupportedModeError: For modes that the loop does not support.

@@ -29,7 +29,7 @@ from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.members.rewind import length_of
 from proxytune.models.padding import refuse_ambiguous_padding
-from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_settings, take_base_inputs
+from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_images, refuse_settings, take_base_inputs
 from proxytune.validation import shown
 
 __all__ = [
@@ -79,6 +79,7 @@ def refuse_arguments(**given: Any) -> None:
                 got=f"a {type(value).__name__}",
                 remedy="Pass the token ids.",
             )
+        refuse_images("forward()", {name: value})
         raise InputError.of(
             name,
             expected="no such argument: logits are combined, hidden states and attentions are not",
@@ -245,11 +246,12 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        seen, prompts = kwargs.pop(BASE_INPUTS, None), (kwargs.get("input_ids"), kwargs.get("attention_mask"))
+        seen, prompts, mask = (kwargs.get(name) for name in (BASE_INPUTS, "input_ids", "attention_mask"))
         # transformers repeats tensors alone.
         ids, expanded = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if seen is not None:  # made once the mode is known
-            expanded[BASE_INPUTS] = functools.partial(BaseInputs.of, self.base, seen, *prompts, expand_size)
+            assert prompts is not None
+            expanded[BASE_INPUTS] = functools.partial(BaseInputs.of, self.base, seen, prompts, mask, expand_size)
         if adapter_names is not None:
             expanded["adapter_names"] = [name for name in adapter_names for _ in range(expand_size)]
         return ids, expanded

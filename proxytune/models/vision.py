@@ -1,4 +1,4 @@
-"""A vision-language base with text-only companions: the base sees the images, the companions read the text without them.
+"""A vision-language base with text-only companions: the base sees the images, the companions read the text alone.
 
 An image stands in `input_ids` as placeholder tokens, often thousands. They mean nothing to a text-only model, which may
 not even embed them, so the companions' rows leave them out; rows of different lengths are padded at the left, as usual.
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
 
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError, ProxytuneError, UnsupportedModeError
 from proxytune.models.members.cache_name import CACHE, tokens_in
 from proxytune.models.members.forward import Text
 from proxytune.models.members.innermost import innermost
@@ -109,10 +109,11 @@ def refuse_images(loop: str, model_kwargs: Mapping[str, Any]) -> None:
         raise _refusal(loop, f"{loop} with images")
 
 
-def _refusal(name: str, got: str, remedy: str = "Leave it out, or pass the text alone.") -> UnsupportedModeError:
+def _refusal(name: str, got: str, remedy: str = "Leave it out, or pass the text alone.") -> ProxytuneError:
     return UnsupportedModeError.of(
         name,
-        expected="with images greedy decoding, sampling (FusedDecoding too) or beam search, on a new dynamic cache",
+        expected="greedy decoding, sampling (FusedDecoding too) or beam search by generate(), on a new dynamic cache, "
+        "where there are images",
         got=got,
         remedy=remedy,
     )
@@ -143,8 +144,9 @@ def placeholders(base: Any) -> list[int]:
 
 def refuse_cached_images(base: Any, input_ids: torch.Tensor | None, images: bool) -> None:
     """Raise UnsupportedModeError for images in a `generate()` of prompts `[B, T]` that goes on from a filled cache."""
-    ids = placeholders(base) if sees(base) and input_ids is not None else []
-    if images or (ids and bool(torch.isin(input_ids, torch.tensor(ids, device=input_ids.device)).any())):
+    if not images and input_ids is not None and sees(base):
+        images = bool(torch.isin(input_ids, torch.tensor(placeholders(base), device=input_ids.device)).any())
+    if images:
         raise _refusal(CACHE, "a filled one", f"Start without {CACHE}, and pass the images again.")
 
 

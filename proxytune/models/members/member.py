@@ -153,6 +153,8 @@ class Member:
         parameters = inspect.signature(innermost(model).forward).parameters
         self._takes_position_ids = "position_ids" in parameters and self.whole_text is None
         self._takes_logits_to_keep = "logits_to_keep" in parameters
+        # Some count positions after a cache as in their last text with images, unless they are told.
+        self._keeps_offsets = any(hasattr(module, "rope_deltas") for module in innermost(model).modules())
 
     @property
     def device(self) -> torch.device:
@@ -329,6 +331,8 @@ class Member:
             # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
             return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
+        if position_ids is None and self._keeps_offsets:
+            position_ids = torch.arange(n, device=input_ids.device)[None] + past
         given = {"input_ids": here(input_ids), "attention_mask": here(attention_mask)}
         if position_ids is not None and self._takes_position_ids:
             given["position_ids"] = here(position_ids)
