@@ -83,3 +83,148 @@ def test_both_doors_are_the_slow_reference(kind: str, rows: Any, text: str, mode
 
 def text_of(given: dict[str, Any]) -> dict[str, Any]:
     return {name: given[name] for name in ("input_ids", "attention_mask")}
+
+
+def test_placeholders_cost_companions_nothing_and_need_no_embedding() -> None:
+    given, model = prompts("llava", *RAGGED), composed("llava", vocab=PICTURE)
+    # The ids around an image are text, which all members have to embed.
+    given["input_ids"] = given["input_ids"].where(given["input_ids"] <= PICTURE, 11)
+    slow = SeeingReference([m.model for m in model.members], 0.7, "llava", given)
+    out = generate(model, given, {})
+    torch.testing.assert_close(out.sequences, generate(slow, text_of(given), {}).sequences, rtol=0, atol=0)
+    (_, width), text = given["input_ids"].shape, 7
+    assert model.token_forwards == {"base": 2 * (width + NEW - 1)} | dict.fromkeys(
+        ("expert", "antiexpert"), 2 * (text + NEW - 1)
+    )
+    with attached(model) as processor:
+        generate(model.base, given, {})
+    assert processor.token_forwards["expert"] == 2 * (text + NEW - 1)
+
+
+@FAMILIES
+def test_fused_decoding_sees(kind: str) -> None:
+    given, model = prompts(kind, *RAGGED), composed(kind)
+    out, fused = generate(model, given, {}), {"custom_generate": FusedDecoding()}
+    torch.testing.assert_close(generate(model, given, fused).sequences, out.sequences, rtol=0, atol=0)
+    with attached(model):
+        torch.testing.assert_close(generate(model.base, given, fused).sequences, out.sequences, rtol=0, atol=0)
+        alone = prompts(kind, RAGGED[0])
+        drafted = generate(model.base, alone, {"prompt_lookup_num_tokens": 2}).sequences
+    torch.testing.assert_close(drafted, generate(model, alone, {}).sequences, rtol=0, atol=0)
+
+
+def test_text_after_images_has_its_own_positions() -> None:
+    """The base keeps the offsets of its last images, which a text in a loop of one's own must not get."""
+    model, ids = composed("qwen2_5_vl"), torch.tensor([[1, 5, 6, 7, 8, 9]])
+    model.generate(**prompts("qwen2_5_vl", RAGGED[0]), **PLAIN)
+    assert model.base.model.rope_deltas.any()
+    with torch.no_grad():
+        first = model(ids[:, :4], use_cache=True)
+        parts = torch.cat([first.logits, model(ids[:, 4:], **{CACHE: cache_of(first)}).logits], 1)
+        torch.testing.assert_close(parts, model(ids).logits)
+    as_companion = proxytune.wrap(
+        model.expert, expert=model.base, antiexpert=model.antiexpert, alpha=0.7, check_vocabulary=False
+    )
+    with torch.no_grad():
+        first = as_companion(ids[:, :4], use_cache=True)
+        parts = torch.cat([first.logits, as_companion(ids[:, 4:], **{CACHE: cache_of(first)}).logits], 1)
+        torch.testing.assert_close(parts, as_companion(ids).logits)
+
+
+def test_a_companion_that_could_see_reads_the_text() -> None:
+    base, blind = seeing("llava"), shared("llama", 12, VOCAB)
+    model = proxytune.wrap(base, expert=seeing("qwen2_5_vl"), antiexpert=blind, alpha=0.7, check_vocabulary=False)
+    given = prompts("llava", *RAGGED)
+    slow = SeeingReference([m.model for m in model.members], 0.7, "llava", given)
+    out = generate(model, given, {})
+    torch.testing.assert_close(out.sequences, generate(slow, text_of(given), {}).sequences, rtol=0, atol=0)
+
+
+def test_a_text_beside_images_is_the_text() -> None:
+    """A processor returns types of tokens without images, too."""
+    model, ids = composed("qwen2_5_vl"), torch.tensor([[1, 5, 6, 7]])
+    typed = {"input_ids": ids, "mm_token_type_ids": torch.zeros_like(ids)}
+    out = generate(model, {"input_ids": ids}, BEAMS)
+    torch.testing.assert_close(generate(model, typed, BEAMS).sequences, out.sequences, rtol=0, atol=0)
+
+
+LOOPS = [
+    SpeculativeDecoding(),
+    ForkDecoding(threshold=1.0),
+    SiblingDecoding(threshold=1.0),
+    LatentDecoding(LatentMixture(kind="gumbel")),
+]
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        *(({"custom_generate": loop}, type(loop).__name__) for loop in LOOPS),
+        ({"prompt_lookup_num_tokens": 2}, "assisted generation"),
+        ({"guidance_scale": 2.0}, "guidance_scale"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+        ({"cache_implementation": "static"}, "StaticCache"),
+        ({"position_ids": torch.arange(12)[None]}, "position_ids"),
+    ],
+)
+def test_other_modes_are_refused_before_anything_runs(more: dict[str, Any], named: str) -> None:
+    model, given = composed("llava"), prompts("llava", RAGGED[0])
+    with pytest.raises(UnsupportedModeError, match=named):
+        model.generate(**given, **(PLAIN | more))
+    assert set(model.token_forwards.values()) == {0}
+
+
+def test_the_expert_as_draft_is_refused() -> None:
+    model = composed("llava")
+    with pytest.raises(UnsupportedModeError, match="assisted generation"):
+        model.generate(**prompts("llava", RAGGED[0]), **PLAIN, assistant_model=model.expert)
+
+
+def test_loops_on_a_base_alone_refuse_images() -> None:
+    base, given = seeing("llava"), prompts("llava", RAGGED[0])
+    with pytest.raises(UnsupportedModeError, match="SiblingDecoding"):
+        base.generate(**given, **PLAIN, custom_generate=SiblingDecoding(threshold=1.0))
+    latent = LatentLogitsProcessor(LatentMixture(kind="gumbel"))
+    with latent.attach(base), pytest.raises(UnsupportedModeError, match="images"):
+        base.generate(**given, **PLAIN)
+
+
+def test_a_cache_with_images_is_not_continued() -> None:
+    model, given = composed("llava"), prompts("llava", RAGGED[0])
+    out = generate(model, given, {})
+    for more in ({}, {"pixel_values": given["pixel_values"]}):
+        with pytest.raises((CacheError, UnsupportedModeError), match="images"):
+            model.generate(out.sequences, **PLAIN, **{CACHE: cache_of(out)}, **more)
+    with pytest.raises(CacheError, match="images"):
+        model(out.sequences[:, -1:], **{CACHE: cache_of(out)})
+    with attached(model):
+        first = generate(model.base, given, {})
+        with pytest.raises(UnsupportedModeError, match="images"):
+            model.base.generate(first.sequences, **PLAIN, **{CACHE: cache_of(first)})
+    generate(model, given, {CACHE: DynamicCache()})
+    with pytest.raises(UnsupportedModeError, match="StaticCache"):
+        generate(model, given, {CACHE: StaticCache(config=model.config, max_cache_len=32)})
+
+
+def test_images_in_wrong_places() -> None:
+    model, given = composed("llava"), prompts("llava", RAGGED[0])
+    blind = proxytune.wrap(
+        shared("llama", 13, VOCAB), expert=model.expert, antiexpert=model.antiexpert, check_vocabulary=False
+    )
+    with pytest.raises(InputError, match="pixel_values: expected text only.*AutoModelForImageTextToText"):
+        blind.generate(**given, **PLAIN)
+    with pytest.raises(UnsupportedModeError, match="forward"):
+        model(**given)
+    with pytest.raises(ValueError, match="tokens.*features"):  # the base's own error
+        model.generate(**(given | {"pixel_values": given["pixel_values"].repeat(2, 1, 1, 1)}), **PLAIN)
+    with pytest.raises(ValueError, match="pixel_value"):  # a misspelt name is none of the base's
+        model.generate(**text_of(given), pixel_value=given["pixel_values"], **PLAIN)
+    only = {**given, "input_ids": torch.full((1, 4), PICTURE), "attention_mask": torch.ones(1, 4).long()}
+    masked = ProxyTuningLogitsProcessor(
+        model.expert, model.antiexpert, check_vocabulary=False, attention_mask=given["attention_mask"]
+    )
+    for generating in (model, model.base):
+        with attached(model), pytest.raises(InputError, match="some text in each row"):
+            generating.generate(**only, **PLAIN)
+    with masked.attach(model.base), pytest.raises(InputError, match="Pass it to generate"):
+        model.base.generate(**given, **PLAIN)

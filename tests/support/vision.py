@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import torch
+from support.reference import Reference
 from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -12,8 +13,6 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
-
-from support.reference import Reference
 
 VOCAB = 128
 PICTURE, START, END = 120, 122, 123  # the placeholder, and ordinary tokens around an image
