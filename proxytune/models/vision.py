@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
@@ -33,6 +33,7 @@ __all__ = [
     "pixels_in",
     "refuse_cached_images",
     "refuse_images",
+    "refuse_regrouped",
     "refuse_settings",
     "sees",
     "take_base_inputs",
@@ -145,9 +146,35 @@ def placeholders(base: Any) -> list[int]:
 def refuse_cached_images(base: Any, input_ids: torch.Tensor | None, images: bool) -> None:
     """Raise UnsupportedModeError for images in a `generate()` of prompts `[B, T]` that goes on from a filled cache."""
     if not images and input_ids is not None and sees(base):
-        images = bool(torch.isin(input_ids, torch.tensor(placeholders(base), device=input_ids.device)).any())
+        images = bool(_shown(base, input_ids).any())
     if images:
         raise _refusal(CACHE, "a filled one", f"Start without {CACHE}, and pass the images again.")
+
+
+def refuse_regrouped(base: Any, input_ids: torch.Tensor, given: Mapping[str, Any], times: int, held: int = 1) -> None:
+    """Raise UnsupportedModeError where transformers gives the images of prompts `[B, T]` to the wrong rows.
+
+    Images that it has not encoded before, as 5.17 never does, it repeats one by one for the `times` rows of a prompt,
+    unless the family knows better: of two images of a prompt, its first row then gets the first one twice. Those in
+    `given` have been repeated `held` times already.
+    """
+    known = type(innermost(base))._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation
+    if times == 1 or known:
+        return
+    seeing = int(_shown(base, input_ids).any(-1).sum())
+    for name in pixels_in(given):
+        if isinstance(given[name], torch.Tensor) and len(given[name]) != seeing * held:
+            raise UnsupportedModeError.of(
+                "images",
+                expected="one in each prompt that has any, where beams or num_return_sequences repeat its row",
+                got=f"{len(given[name]) // held} {name} for {seeing} of {len(input_ids)} prompts",
+                remedy="Leave out num_beams and num_return_sequences; pass a prompt as often as you want sequences.",
+            )
+
+
+def _shown(base: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """Where ids `[B, T]` stand for an image or video."""
+    return torch.isin(input_ids, torch.tensor(placeholders(base), device=input_ids.device))
 
 
 def text_mask(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
@@ -160,14 +187,14 @@ def text_mask(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor |
         UnsupportedModeError: If the base's config does not tell its placeholders.
         InputError: If a row holds nothing else.
     """
-    if not (ids := placeholders(base)):
+    if not placeholders(base):
         raise UnsupportedModeError.of(
             "images",
             expected=f"a base whose config names its placeholder tokens, as {_PLACEHOLDERS[0]} does",
             got=f"a {type(innermost(base)).__name__}",
             remedy="Pass the text alone, or use the base alone.",
         )
-    mask = ~torch.isin(input_ids, torch.tensor(ids, device=input_ids.device))
+    mask = ~_shown(base, input_ids)
     if attention_mask is not None:
         mask &= attention_mask.to(mask.device) != 0
     empty = ~mask.any(-1)
@@ -230,9 +257,10 @@ class BaseInputs:
             told = {**held, "attention_mask": torch.ones_like(ids) if mask is None else mask}
             held["position_ids"] = model._prepare_position_ids_for_generation(ids, told)
         held["attention_mask"] = mask
-        # transformers since 5.23 encodes images once, before rows are repeated.
+        # transformers since 5.18 encodes images once, before rows are repeated.
         if encode := getattr(model, "_maybe_prepare_encoder_kwargs_for_generation", None):
             held = encode(ids, held, "input_ids", model.generation_config)
+        refuse_regrouped(model, ids, held, times)
         _, held = model._expand_inputs_for_generation(expand_size=times, input_ids=ids, **held)
         rows = [None if x is None else x.repeat_interleave(times, 0) for x in (text, left)]
         assert rows[0] is not None

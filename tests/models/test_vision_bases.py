@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.tiny import shared
 from support.vision import PICTURE, VOCAB, SeeingReference, prompts, seeing
-from transformers import DynamicCache, StaticCache
+from transformers import DynamicCache, GenerationMixin, StaticCache
 
 import proxytune
 from proxytune import FusedDecoding, LatentDecoding, ProxyTuningLogitsProcessor, SpeculativeDecoding
@@ -228,3 +228,13 @@ def test_images_in_wrong_places() -> None:
             generating.generate(**only, **PLAIN)
     with masked.attach(model.base), pytest.raises(InputError, match="Pass it to generate"):
         model.base.generate(**given, **PLAIN)
+
+
+@pytest.mark.skipif(hasattr(GenerationMixin, "_maybe_prepare_encoder_kwargs_for_generation"), reason="encoded before")
+def test_images_that_would_go_to_the_wrong_rows() -> None:
+    """transformers 5.17 repeats each of several images by itself."""
+    model, given = composed("llava"), prompts("llava", *MANY)
+    for generating in (model, model.base):
+        with attached(model), pytest.raises(UnsupportedModeError, match="3 pixel_values for 2 of 2 prompts"):
+            generate(generating, given, BEAMS)
+    generate(model, given, {})

@@ -23,7 +23,7 @@ from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.models.members.self_test import padding_fault
 from proxytune.models.members.whole_text import reads_whole_text
-from proxytune.models.vision import pixels_in, refuse_cached_images, text_mask, text_of
+from proxytune.models.vision import pixels_in, refuse_cached_images, refuse_regrouped, text_mask, text_of
 from proxytune.ops import normalise_
 
 __all__ = [
@@ -205,6 +205,8 @@ class SteeredProcessors:
         if held:
             refuse_cached_images(self.model, prompts, images)
         if images:
+            times = max(generation_config.num_beams, generation_config.num_return_sequences)
+            refuse_regrouped(self.model, prompts, model_kwargs, times, held=times)
             mask = self._without_images(prompts, mask)
         self.processor.begin_generation(handed_on=past is not None and held != 0)
         self.processor.read_prompts(
