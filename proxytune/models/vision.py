@@ -49,6 +49,7 @@ _COMMON = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labe
 _COMMON |= {"past_key_values", "cache", "cache_params", "cache_position", "use_cache", "kwargs", "model_kwargs"}
 _COMMON |= {"next_sequence_length", "is_first_iteration"}
 _PIXELS = {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "mm_encoder_outputs", "image_grid_thw", "video_grid_thw"}
+_RAW = {"pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches"}
 _SOUND = ("audio", "input_features", "input_values", "feature_attention_mask")
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 # Settings that run the model on other rows than the prompts', or on parts of them.
@@ -58,8 +59,9 @@ _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BE
 
 def sees(model: Any) -> bool:
     """Whether a model takes images or videos beside the text."""
-    kinds = getattr(innermost(model), "input_modalities", ())
-    return not {"image", "video"}.isdisjoint([kinds] if isinstance(kinds, str) else kinds)
+    # `input_modalities` is not set in every family.
+    forward = getattr(innermost(model), "forward", None)
+    return forward is not None and not _RAW.isdisjoint(inspect.signature(forward).parameters)
 
 
 def pixels_in(given: Mapping[str, Any]) -> list[str]:

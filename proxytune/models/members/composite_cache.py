@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -103,7 +103,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
         )
     if getattr(cache, _OWNER, None) == owner:
         if not ahead:
-            _refuse_torn(cache)
+            _refuse_torn(cache, configs)
         return
     if _filled(cache):
         raise CacheError.of(
@@ -238,7 +238,7 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
     return length
 
 
-def _refuse_torn(cache: Cache) -> None:
+def _refuse_torn(cache: Cache, configs: Sequence[PreTrainedConfig]) -> None:
     if hasattr(cache, _IMAGES):
         if _filled(cache):
             raise CacheError.of(
@@ -249,7 +249,9 @@ def _refuse_torn(cache: Cache) -> None:
             )
         delattr(cache, _IMAGES)  # it was reset
     # Static layers have their length on the device; reading it would make the host wait in every step.
-    counts = [layer.get_seq_length() for layer in stored(cache) if hasattr(layer, "get_seq_length")]
+    apart = {id(cache.layers[i]) for i in _cross_attention(configs)}
+    layers = [layer for layer in stored(cache) if id(layer) not in apart]
+    counts = [layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")]
     lengths = {n for n in counts if isinstance(n, int)}
     if len(lengths) > 1 or any(layer.torn for layer in rewindable_layers(cache)):
         raise CacheError.of(
@@ -259,3 +261,11 @@ def _refuse_torn(cache: Cache) -> None:
             "after reset() in older versions of transformers",
             remedy="Start without the cache, or from a copy that was made before.",
         )
+
+
+def _cross_attention(configs: Sequence[PreTrainedConfig]) -> Iterator[int]:
+    """The layers that attend to images, and hold nothing of a text (Mllama)."""
+    start = 0
+    for config in configs:
+        yield from (start + i for i in getattr(config, "cross_attention_layers", None) or ())
+        start += cached_layers(config)
