@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 from support.tiny import shared
-from support.vision import PICTURE, VOCAB, SeeingReference, prompts, seeing
-from transformers import DynamicCache, GenerationMixin, StaticCache
+from support.vision import PICTURE, TEXT, VOCAB, SeeingReference, prompts, seeing
+from transformers import DynamicCache, GenerationMixin, MllamaConfig, MllamaForConditionalGeneration, StaticCache
 
 import proxytune
 from proxytune import FusedDecoding, LatentDecoding, ProxyTuningLogitsProcessor, SpeculativeDecoding
@@ -63,7 +63,7 @@ def test_off_is_the_base_alone_to_the_bit(kind: str, mode: dict[str, Any]) -> No
     [
         ("llava", RAGGED, "gemma3"),  # windows of eight tokens, of which the placeholders take none
         ("qwen2_5_vl", RAGGED, "gpt2"),
-        ("qwen2_5_vl", MANY, "llama"),
+        ("qwen2_5_vl", MANY, "qwen3_next"),  # a state of all tokens, which cannot skip any later on
     ],
 )
 @MODES
@@ -238,3 +238,24 @@ def test_images_that_would_go_to_the_wrong_rows() -> None:
         with attached(model), pytest.raises(UnsupportedModeError, match="3 pixel_values for 2 of 2 prompts"):
             generate(generating, given, BEAMS)
     generate(model, given, {})
+
+
+def test_layers_that_attend_to_images_hold_no_text() -> None:
+    """Mllama leaves them out of a text's passes, so their cache stays empty."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_global_layers": 1}
+    vision |= {"attention_heads": 2, "image_size": 16, "patch_size": 8, "vision_output_dim": 32, "max_num_tiles": 1}
+    vision |= {"supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0]}
+    text = {"cross_attention_layers": [1], "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    config = MllamaConfig(vision_config=vision, text_config={**TEXT, **text}, image_token_index=PICTURE)
+    base = MllamaForConditionalGeneration(config).eval()
+    model = proxytune.wrap(
+        base,
+        expert=shared("llama", 11, VOCAB),
+        antiexpert=shared("llama", 12, VOCAB),
+        alpha=0.0,
+        check_vocabulary=False,
+    )
+    given = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
+    out, alone = generate(model, given, BEAMS), generate(base, given, BEAMS)
+    torch.testing.assert_close(out.sequences, alone.sequences, rtol=0, atol=0)

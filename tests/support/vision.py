@@ -18,7 +18,7 @@ VOCAB = 128
 PICTURE, START, END = 120, 122, 123  # the placeholder, and ordinary tokens around an image
 PATCHES = 4  # placeholders of one image
 
-_TEXT: dict[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -40,14 +40,14 @@ def seeing(kind: str) -> PreTrainedModel:
     if kind == "llava":
         sizes = {"intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
         vision = {"model_type": "clip_vision_model", "hidden_size": 16, "projection_dim": 16, "patch_size": 8, **sizes}
-        text = {**_TEXT, "model_type": "llama"}
+        text = {**TEXT, "model_type": "llama"}
         config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=PICTURE, image_token_index=PICTURE)
         return LlavaForConditionalGeneration(config).eval()
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}
     vision |= {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1], "in_channels": 3}
     config = Qwen2_5_VLConfig(
-        text_config={**_TEXT, "rope_parameters": rope},
+        text_config={**TEXT, "rope_parameters": rope},
         vision_config=vision,
         image_token_id=PICTURE,
         video_token_id=121,
