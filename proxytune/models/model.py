@@ -246,10 +246,11 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
         loop_options = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
         past_key_values = one_cache(past_key_values, cache)
-        if (step := kwargs.pop(BASE_INPUTS, None)) is not None:
-            return self._forward_with_images(step, past_key_values, logits_to_keep, **loop_options)
+        step = kwargs.pop(BASE_INPUTS, None)
         refuse_positions(kwargs.pop("cache_position", None), input_ids, past_key_values)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
+        if step is not None:
+            return self._forward_with_images(step, past_key_values, logits_to_keep, **loop_options)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
         return self._forward_members(

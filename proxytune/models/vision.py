@@ -213,12 +213,9 @@ def text_mask(base: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor |
 def text_of(input_ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows `[B, T]` without the tokens of mask 0, padded at the left to the longest that is left.
 
-    The mask may be shorter, `[B, ≤ T]`: tokens beyond it are kept.
-
     Returns:
         `[B, L]`, int64, 0 on padding; and its mask `[B, L]`, int64, None if nothing is padded.
     """
-    mask = nn.functional.pad(mask, (0, input_ids.shape[1] - mask.shape[1]), value=1)
     length = int(mask.sum(-1).max())
     order = mask.argsort(dim=-1, stable=True)[:, mask.shape[1] - length :]  # the text is last, in its order
     kept = mask.gather(1, order)

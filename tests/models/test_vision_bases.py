@@ -215,6 +215,8 @@ def test_images_in_wrong_places() -> None:
         blind.generate(**given, **PLAIN)
     with pytest.raises(UnsupportedModeError, match="forward"):
         model(**given)
+    with pytest.raises(InputError, match="output_attentions"):
+        model.generate(**given, **PLAIN, output_attentions=True, return_dict_in_generate=True)
     with pytest.raises(ValueError, match="tokens.*features"):  # the base's own error
         model.generate(**(given | {"pixel_values": given["pixel_values"].repeat(2, 1, 1, 1)}), **PLAIN)
     with pytest.raises(ValueError, match="pixel_value"):  # a misspelt name is none of the base's

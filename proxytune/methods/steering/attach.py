@@ -345,6 +345,7 @@ class AttachedProcessor(LogitsProcessor):
         self.processor = processor
         self.attention_mask = attention_mask
         self.images = images  # companions read the prompt without what the mask leaves out
+        self.text: tuple[torch.Tensor, torch.Tensor | None] | None = None  # which is the same in all steps
         self.normalise = normalise  # beam search passes and expects log-probabilities
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -354,6 +355,10 @@ class AttachedProcessor(LogitsProcessor):
             mask = expand_mask(self.attention_mask, input_ids)
         if self.images:
             assert mask is not None
-            input_ids, mask = text_of(input_ids, mask)
+            width = mask.shape[1]
+            if self.text is None or len(self.text[0]) != len(input_ids):
+                self.text = text_of(input_ids[:, :width], mask)
+            text, mask = self.text
+            input_ids = torch.cat([text, input_ids[:, width:]], 1)
         combined = self.processor.shifted(input_ids, scores, mask)
         return normalise_(combined) if self.normalise else combined
