@@ -52,6 +52,7 @@ _PIXELS = {*MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL, "mm_encoder_outputs", "im
 _RAW = {"pixel_values", "pixel_values_images", "pixel_values_videos", "image_patches"}
 _SOUND = ("audio", "input_features", "input_values", "feature_attention_mask")
 _PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_ENCODES = "_maybe_prepare_encoder_kwargs_for_generation"
 # Settings that run the model on other rows than the prompts', or on parts of them.
 _OFF = {"guidance_scale": (None, 1), "token_healing": (None, False), "prefill_chunk_size": (None,)}
 _MODES = {GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE, GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE}
@@ -156,12 +157,12 @@ def refuse_cached_images(base: Any, input_ids: torch.Tensor | None, images: bool
 def refuse_regrouped(base: Any, input_ids: torch.Tensor, given: Mapping[str, Any], times: int, held: int = 1) -> None:
     """Raise UnsupportedModeError where transformers gives the images of prompts `[B, T]` to the wrong rows.
 
-    Images that it has not encoded before, as 5.17 never does, it repeats one by one for the `times` rows of a prompt,
-    unless the family knows better: of two images of a prompt, its first row then gets the first one twice. Those in
-    `given` have been repeated `held` times already.
+    Before 5.18 it repeats images one by one for the `times` rows of a prompt, unless the family knows better: of two
+    images of a prompt, its first row then gets the first one twice. Those in `given` have been repeated `held` times.
     """
-    known = type(innermost(base))._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation
-    if times == 1 or known:
+    model = innermost(base)
+    known = type(model)._expand_inputs_for_generation is not GenerationMixin._expand_inputs_for_generation
+    if times == 1 or known or hasattr(model, _ENCODES):
         return
     seeing = int(_shown(base, input_ids).any(-1).sum())
     for name in pixels_in(given):
@@ -170,7 +171,7 @@ def refuse_regrouped(base: Any, input_ids: torch.Tensor, given: Mapping[str, Any
                 "images",
                 expected="one in each prompt that has any, where beams or num_return_sequences repeat its row",
                 got=f"{len(given[name]) // held} {name} for {seeing} of {len(input_ids)} prompts",
-                remedy="Leave out num_beams and num_return_sequences; pass a prompt as often as you want sequences.",
+                remedy="Install transformers 5.18 or later, or leave out num_beams and num_return_sequences.",
             )
 
 
@@ -257,7 +258,7 @@ class BaseInputs:
             held["position_ids"] = model._prepare_position_ids_for_generation(ids, told)
         held["attention_mask"] = mask
         # transformers since 5.18 encodes images once, before rows are repeated.
-        if encode := getattr(model, "_maybe_prepare_encoder_kwargs_for_generation", None):
+        if encode := getattr(model, _ENCODES, None):
             held = encode(ids, held, "input_ids", model.generation_config)
         refuse_regrouped(model, ids, held, times)
         _, held = model._expand_inputs_for_generation(expand_size=times, input_ids=ids, **held)
