@@ -76,7 +76,7 @@ def take_base_inputs(base: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         InputError: If there are images, and the base is a text-only model.
-        UnsupportedModeError: If there are sounds.
+        UnsupportedModeError: If there are sounds, images for an encoder-decoder, or arguments that do not go with them.
     """
     if not sees(base):
         if names := pixels_in(given):
@@ -88,6 +88,9 @@ def take_base_inputs(base: Any, given: dict[str, Any]) -> dict[str, Any]:
             )
         return {}
     model = innermost(base)
+    if model.config.is_encoder_decoder:
+        refuse_images(f"a {type(model).__name__}, an encoder-decoder,", given)
+        return {}
     known = {*inspect.signature(model.forward).parameters}
     known |= {*inspect.signature(model.prepare_inputs_for_generation).parameters}
     names = [k for k in given if k in known - _COMMON and given[k] is not None and not k.startswith("output_")]
