@@ -38,7 +38,7 @@ _SAYINGS = tuple(
         ),
         (
             r"Load it yourself with AutoModelForImageTextToText\.from_pretrained, and pass the model; it is used for "
-            r"text alone",
+            r"text, and as the base for images too",
             "The command line opens causal LMs alone; in Python, pass the loaded model to proxytune.wrap",
         ),
         (

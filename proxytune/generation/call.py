@@ -22,6 +22,7 @@ from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.long_rope import read_whole, refuse_unread
 from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.models.members.whole_text import reads_whole_text
+from proxytune.models.vision import refuse_images
 from proxytune.ops.noise import Noise
 
 __all__ = ["Call"]
@@ -81,18 +82,22 @@ class Call:
         assistant_model: Any = None,
         beams: bool = False,
         drafts: bool = False,
+        images: bool = False,
     ) -> Call:
         """Prepare a call, and refuse what the loop cannot do.
 
         Takes what `generate()` passes to a loop and the loop's own settings; `loop` is its name, for messages.
         `own_streamer` is used where `generate()` passes none, as on a plain model; `synced_gpus=None` means to find
-        out; `beams` says that the loop supports beam search, `drafts` that processors see texts that are not final.
+        out; `beams` says that the loop supports beam search, `drafts` that processors see texts that are not final,
+        `images` that every pass is over the prompts' own rows, as where they hold images it has to be.
 
         Raises:
             UnsupportedModeError: For modes that the loop does not support.
             InputError: If stream or branch ids do not fit the batch.
         """
         refuse_modes(loop, model, generation_config, assistant_model, beams=beams)
+        if not images:
+            refuse_images(loop, model_kwargs)
         if not drafts:  # those refuse every learned prompt
             refuse_unfound_cache(model, model_kwargs.get("use_cache"))
         batch, width = input_ids.shape

@@ -113,6 +113,7 @@ class FusedDecoding:
             own_streamer=self.streamer,
             synced_gpus=synced_gpus,
             assistant_model=assistant_model,
+            images=True,
         )
         pads, record = call.pads, OutputRecorder(generation_config)
         forward = (

@@ -224,7 +224,7 @@ def _refuse_family(config: Mapping[str, Any], role: str, name: str) -> None:
         got=f"{name!r}, {', '.join(classes) or 'a model'} ({family})"
         + (", which takes more than text" if seeing else ""),
         remedy="Load it yourself with AutoModelForImageTextToText.from_pretrained, and pass the model; it is used for "
-        "text alone."
+        "text, and as the base for images too."
         if seeing
         else "Name a model that generates text.",
     )

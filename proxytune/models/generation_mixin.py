@@ -24,11 +24,12 @@ from proxytune.models.adapter_names import checked_names
 from proxytune.models.assisted import AssistedMixin, TailMask
 from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
-from proxytune.models.members.composite_cache import adopt, refuse_short_cache
+from proxytune.models.members.composite_cache import adopt, refuse_short_cache, view
 from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.members.rewind import length_of
 from proxytune.models.padding import refuse_ambiguous_padding
+from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_images, refuse_settings, take_base_inputs
 from proxytune.validation import shown
 
 __all__ = [
@@ -78,6 +79,7 @@ def refuse_arguments(**given: Any) -> None:
                 got=f"a {type(value).__name__}",
                 remedy="Pass the token ids.",
             )
+        refuse_images("forward()", {name: value})
         raise InputError.of(
             name,
             expected="no such argument: logits are combined, hidden states and attentions are not",
@@ -178,7 +180,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         The 2-D mask is passed on unchanged, since the members build their own; `inputs_embeds` raises an InputError.
         """
         refuse_arguments(inputs_embeds=inputs_embeds)
-        held = one_cache(past_key_values, cache)
+        held, whole = one_cache(past_key_values, cache), input_ids
         if next_sequence_length is not None:
             length = input_ids.shape[1]
             if must_read_again(held, switches_of(self.members), length, next_sequence_length, attention_mask):
@@ -190,6 +192,10 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                     kwargs["position_ids"] = None
             else:
                 input_ids = input_ids[:, -next_sequence_length:]
+        if (seen := kwargs.get(BASE_INPUTS)) is not None:
+            view_of_base = None if held is None else view(held, *self.config.spans[0])
+            new, cached = next_sequence_length, kwargs.get("use_cache", True)
+            kwargs[BASE_INPUTS] = seen.step(whole, new, view_of_base, bool(is_first_iteration), cached)
         # Only for stop strings, but generate() passes it on with the model's arguments.
         kwargs.pop("tokenizer", None)
         position_ids = kwargs.pop("position_ids", None)
@@ -204,6 +210,16 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             **kwargs,
         }
 
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
+    ) -> dict[str, Any]:
+        updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
+        )
+        if (seen := updated.get(BASE_INPUTS)) is not None:
+            updated[BASE_INPUTS] = seen.extended(num_new_tokens)
+        return updated
+
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         if "alpha" in model_kwargs:
             raise InputError.of(
@@ -212,6 +228,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                 got=f"alpha={shown(model_kwargs['alpha'], 80)}",
                 remedy="Set model.alpha before the call.",
             )
+        take_base_inputs(self.base, model_kwargs)  # from a copy
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(
@@ -222,13 +239,19 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             refuse_shapes(given, model_kwargs.get("attention_mask"))
             if (names := model_kwargs.get("adapter_names")) is not None:
                 model_kwargs["adapter_names"] = checked_names(names, self.members, len(given))
+            if seen := take_base_inputs(self.base, model_kwargs):
+                model_kwargs[BASE_INPUTS] = seen
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
+        seen, prompts, mask = (kwargs.get(name) for name in (BASE_INPUTS, "input_ids", "attention_mask"))
         # transformers repeats tensors alone.
         ids, expanded = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
+        if seen is not None:  # made once the mode is known
+            assert prompts is not None
+            expanded[BASE_INPUTS] = functools.partial(BaseInputs.of, self.base, seen, prompts, mask, expand_size)
         if adapter_names is not None:
             expanded["adapter_names"] = [name for name in adapter_names for _ in range(expand_size)]
         return ids, expanded
@@ -293,6 +316,9 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
         cache = cache_of(model_kwargs)
+        if (prepare := model_kwargs.get(BASE_INPUTS)) is not None:
+            refuse_settings(generation_config, generation_mode, cache, self.members)
+            model_kwargs[BASE_INPUTS] = prepare()
         if cache is None:
             return
         if isinstance(cache, StaticCache):

@@ -43,6 +43,7 @@ from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
 from proxytune.models.roles import refuse_no_shift, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
+from proxytune.models.vision import BASE_INPUTS, StepInputs
 from proxytune.recipe import ROLES
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
@@ -245,8 +246,11 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
         loop_options = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
         past_key_values = one_cache(past_key_values, cache)
+        step = kwargs.pop(BASE_INPUTS, None)
         refuse_positions(kwargs.pop("cache_position", None), input_ids, past_key_values)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
+        if step is not None:
+            return self._forward_with_images(step, past_key_values, logits_to_keep, **loop_options)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
         return self._forward_members(
@@ -358,14 +362,51 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             note_side(cache, side)
         if not combine and labels is None:  # a loss needs combined logits
             return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
-        logits = ops.combine(members, self.formula.weights())  # [B, K, V]
-        logits[..., self.usable_ids :] = -torch.inf
-
+        logits = self._combined(members)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(logits.device).flatten()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+    def _combined(self, members: Sequence[torch.Tensor]) -> torch.Tensor:
+        logits: torch.Tensor = ops.combine(members, self.formula.weights())  # [B, K, V]
+        logits[..., self.usable_ids :] = -torch.inf
+        return logits
+
+    def _forward_with_images(
+        self,
+        step: StepInputs,
+        cache: Cache | None,
+        logits_to_keep: int | torch.Tensor,
+        *,
+        return_member_logits: bool = False,
+    ) -> CausalLMOutputWithPast:
+        """One pass of `generate()` with images: the base by its own inputs, the companions over the text."""
+        if cache is not None:
+            adopt(cache, self.config.member_configs, self.cache_owner, ahead=True)
+        if step.first:
+            refuse_leftover(self.base)
+        step.check(self.members)
+        members = run_members(
+            self.members,
+            self.config.spans,
+            step.base["input_ids"],
+            cache=cache,
+            attention_mask=None,
+            position_ids=None,
+            logits_to_keep=logits_to_keep,
+            latent=[step.base, *([None] * (len(self.members) - 1))],
+            precomputed={},
+            text=step.text,
+            sides=self._sides if self.overlap else None,
+            thread=self._thread if self.split_threads else None,
+        )  # [B, K, V_i] each
+        if cache is not None:
+            note_members(cache, self._models, images=True)
+        if return_member_logits:
+            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
+        return CausalLMOutputWithPast(logits=self._combined(members), **{CACHE: cache})
 
     def _needs_whole(
         self,

@@ -37,7 +37,9 @@ def wrap(
     """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
 
     Args:
-        base: The large model: a model object, a hub id or a folder. Its weights are not changed.
+        base: The large model: a model object, a hub id or a folder. Its weights are not changed. A vision-language
+            model, as an object, sees images that `generate()` is given; the companions read the text without the
+            placeholder tokens that stand for them.
         expert: The small tuned model, likewise. Needed.
         antiexpert: The small model that the expert was tuned from, likewise. Needed.
         alpha: Strength α of the shift [1.0].

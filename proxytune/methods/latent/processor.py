@@ -23,6 +23,7 @@ from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.input_hook import ARGUMENT, put_hook
 from proxytune.methods.latent.mixture import Kind, LatentMixture
 from proxytune.methods.latent.steps import check_latent_settings, embeddings_of, latent_steps_of
+from proxytune.models.vision import refuse_images
 from proxytune.ops import Impl
 from proxytune.validation import refuse_seed
 
@@ -164,6 +165,7 @@ class _Processors:
             )
         refuse_modes(_NAME, self.model, generation_config, None, beams=True)
         refuse_adapter_names(_NAME, self.model, model_kwargs)
+        refuse_images(_NAME, model_kwargs)
         refuse_processors(processors)
         steps = latent_steps_of(
             self.model,

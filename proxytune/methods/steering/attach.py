@@ -23,6 +23,7 @@ from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.models.members.self_test import padding_fault
 from proxytune.models.members.whole_text import reads_whole_text
+from proxytune.models.vision import pixels_in, refuse_cached_images, refuse_regrouped, text_mask, text_of
 from proxytune.ops import normalise_
 
 __all__ = [
@@ -156,11 +157,12 @@ class SteeredProcessors:
                 p.for_call(generation_config, processors) if hasattr(p, "for_call") else p for p in processors
             )
             processors = processors_of_call(processors, generation_config, input_ids_seq_length)
-        processors.insert(0, self._steering(generation_config, input_ids_seq_length, model_kwargs or {}))
+        prompts = kwargs.get("encoder_input_ids")
+        processors.insert(0, self._steering(generation_config, input_ids_seq_length, model_kwargs or {}, prompts))
         return processors
 
     def _steering(
-        self, generation_config: GenerationConfig, length: int | None, model_kwargs: dict[str, Any]
+        self, generation_config: GenerationConfig, length: int | None, model_kwargs: dict[str, Any], prompts: Any
     ) -> AttachedProcessor:
         """Read mask and settings of a `generate()`, which its steps do not show, and refuse unsupported ones."""
         refuse_no_ids(length)
@@ -199,11 +201,29 @@ class SteeredProcessors:
             refuse_unserved(self.model, generation_config, mask)
         if (generation_config.num_beams or 1) > 1:
             refuse_reordering("beams", self.model, generation_config.use_cache)
+        images = bool(pixels_in(model_kwargs))
+        if held:
+            refuse_cached_images(self.model, prompts, images)
+        if images:
+            times = max(generation_config.num_beams, generation_config.num_return_sequences)
+            refuse_regrouped(self.model, prompts, model_kwargs, times, held=times)
+            mask = self._without_images(prompts, mask)
         self.processor.begin_generation(handed_on=past is not None and held != 0)
         self.processor.read_prompts(
             generation_config.prefill_chunk_size, finite=not generation_config.remove_invalid_values
         )
-        return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1)
+        return AttachedProcessor(self.processor, mask, normalise=generation_config.num_beams > 1, images=images)
+
+    def _without_images(self, prompts: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The mask of what companions read of the prompts `[B, T]`; `mask` may be expanded for beams."""
+        if self.processor.explicit_mask(prompts) is not None:
+            raise InputError.of(
+                "attention_mask",
+                expected="generate()'s own alone, with images: the processor finds their placeholders by itself",
+                got="another, given to the processor",
+                remedy="Pass it to generate().",
+            )
+        return text_mask(self.model, prompts if mask is None else expand_mask(prompts, mask), mask)
 
 
 def drafts_refused(switches: Mapping[str, int], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -305,7 +325,9 @@ class CompanionPrefetch:
         self.notice.generating = True
         mask = kwargs.get("attention_mask")
         # Not for prompts, which may come in chunks, nor for drafts, which the companions have read already.
+        # Nor with images, of whose placeholders only the processor of this generate() knows.
         step = kwargs.get("next_sequence_length") == 1 and not kwargs.get("is_first_iteration")
+        step = step and not pixels_in(kwargs)
         if step and self.processor.overlap and (mask is None or mask.shape == input_ids.shape):
             self.processor.begin(input_ids, mask)
         return inputs
@@ -317,9 +339,13 @@ class AttachedProcessor(LogitsProcessor):
     supports_continuous_batching = False
     shifts_logits = True
 
-    def __init__(self, processor: _Steering, attention_mask: torch.Tensor | None, *, normalise: bool) -> None:
+    def __init__(
+        self, processor: _Steering, attention_mask: torch.Tensor | None, *, normalise: bool, images: bool = False
+    ) -> None:
         self.processor = processor
         self.attention_mask = attention_mask
+        self.images = images  # companions read the prompt without what the mask leaves out
+        self.text: tuple[torch.Tensor, torch.Tensor | None] | None = None  # which is the same in all steps
         self.normalise = normalise  # beam search passes and expects log-probabilities
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -327,5 +353,12 @@ class AttachedProcessor(LogitsProcessor):
         mask = self.processor.explicit_mask(input_ids)
         if mask is None and self.attention_mask is not None:
             mask = expand_mask(self.attention_mask, input_ids)
+        if self.images:
+            assert mask is not None
+            width = mask.shape[1]
+            if self.text is None or len(self.text[0]) != len(input_ids):
+                self.text = text_of(input_ids[:, :width], mask)
+            text, mask = self.text
+            input_ids = torch.cat([text, input_ids[:, width:]], 1)
         combined = self.processor.shifted(input_ids, scores, mask)
         return normalise_(combined) if self.normalise else combined

@@ -65,9 +65,12 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
       run of padding tokens at the left, if the experts' padding token is no EOS; else an error where padding cannot be
       told from text.
 
-    Unattached, it cannot detect, and so not refuse, a second processor beside it, new ids only on a filled cache (its
-    companions then read only those), `generate_batch` and paged caches (which drop processors silently). Attached, all
-    of these are errors. Assisted decoding calls the processor for the draft as well, which only makes the draft better.
+    Attached to a vision-language model, the companions read the prompt without the placeholder tokens of its images.
+
+    Unattached, it cannot tell those from text. Nor can it detect, and so not refuse, a second processor beside it, new
+    ids only on a filled cache (its companions then read only those), `generate_batch` and paged caches (which drop
+    processors silently). Attached, all of these are errors. Assisted decoding calls the processor for the draft as
+    well, which only makes the draft better.
 
     One processor may serve several threads and several `generate()` calls; they take turns at its companions.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -45,6 +45,7 @@ __all__ = [
 
 _OWNER = "_proxytune_owner"
 _FILLED_BY = "_proxytune_filled_by"
+_IMAGES = "_proxytune_images"
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
 
@@ -102,7 +103,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
         )
     if getattr(cache, _OWNER, None) == owner:
         if not ahead:
-            _refuse_torn(cache)
+            _refuse_torn(cache, configs)
         return
     if _filled(cache):
         raise CacheError.of(
@@ -157,8 +158,19 @@ def _layers(empty: Cache, config: PreTrainedConfig) -> list[Any]:
     return layers
 
 
-def note_members(cache: Cache, members: Mapping[str, nn.Module], adapter_names: list[str] | None = None) -> None:
-    """Write on a cache which models, role → model, have filled it, and the base's adapters of its rows, once."""
+def note_members(
+    cache: Cache,
+    members: Mapping[str, nn.Module],
+    adapter_names: list[str] | None = None,
+    *,
+    images: bool = False,
+) -> None:
+    """Write on a cache which models, role → model, have filled it, and the base's adapters of its rows, once.
+
+    `images` says that the base has seen images in it, so that its columns are not those of the others.
+    """
+    if images:
+        setattr(cache, _IMAGES, True)
     if not hasattr(cache, _FILLED_BY):
         setattr(cache, _FILLED_BY, ({role: Fingerprint(model) for role, model in members.items()}, adapter_names))
 
@@ -226,9 +238,20 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
     return length
 
 
-def _refuse_torn(cache: Cache) -> None:
+def _refuse_torn(cache: Cache, configs: Sequence[PreTrainedConfig]) -> None:
+    if hasattr(cache, _IMAGES):
+        if _filled(cache):
+            raise CacheError.of(
+                CACHE,
+                expected="one that was filled without images",
+                got="one whose images the base has seen, while the companions have seen the text alone",
+                remedy="Start without it, and pass the images again.",
+            )
+        delattr(cache, _IMAGES)  # it was reset
     # Static layers have their length on the device; reading it would make the host wait in every step.
-    counts = [layer.get_seq_length() for layer in stored(cache) if hasattr(layer, "get_seq_length")]
+    apart = {id(cache.layers[i]) for i in _cross_attention(configs)}
+    layers = [layer for layer in stored(cache) if id(layer) not in apart]
+    counts = [layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")]
     lengths = {n for n in counts if isinstance(n, int)}
     if len(lengths) > 1 or any(layer.torn for layer in rewindable_layers(cache)):
         raise CacheError.of(
@@ -238,3 +261,11 @@ def _refuse_torn(cache: Cache) -> None:
             "after reset() in older versions of transformers",
             remedy="Start without the cache, or from a copy that was made before.",
         )
+
+
+def _cross_attention(configs: Sequence[PreTrainedConfig]) -> Iterator[int]:
+    """The layers that attend to images, and hold nothing of a text (Mllama)."""
+    start = 0
+    for config in configs:
+        yield from (start + i for i in getattr(config, "cross_attention_layers", None) or ())
+        start += cached_layers(config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -18,10 +19,18 @@ from proxytune.models.members.cpu_threads import SideThread, may_split
 from proxytune.models.members.cuda_streams import CompanionStreams, ForkJoin, tensors_of
 from proxytune.models.members.member import Member
 
-__all__ = ["LatentInputs", "run_members"]
+__all__ = ["LatentInputs", "Text", "run_members"]
 
-LatentInputs = Sequence[Mapping[str, torch.Tensor] | None]
+LatentInputs = Sequence[Mapping[str, Any] | None]
 """What each member takes in place of the ids; None for the ids."""
+
+
+class Text(NamedTuple):
+    """Tokens of one pass, `[B, N]`, with the mask and positions that `Member.forward` takes."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor | None
 
 
 def run_members(
@@ -35,29 +44,30 @@ def run_members(
     logits_to_keep: int | torch.Tensor,
     latent: LatentInputs,
     precomputed: Mapping[str, torch.Tensor],
+    text: Text | None = None,
     sides: CompanionStreams | None = None,
     thread: SideThread | None = None,
 ) -> list[torch.Tensor]:
     """Run every member over the tokens that follow the composite cache, with arguments as in `Member.forward`.
 
     `spans` is each member's first layer in the cache and one past its last. `precomputed` maps a role to `[B, J, V_i]`,
-    logits of the first J ≤ N tokens, which that member's layers already hold; it does not run. `sides` are side streams
-    for companions on a GPU and `thread` a side thread on a CPU; None runs the members in order.
+    logits of the first J ≤ N tokens, which that member's layers already hold; it does not run. `text` is what the
+    companions read, if it is not what the base reads. `sides` are side streams for companions on a GPU and `thread` a
+    side thread on a CPU; None runs the members in order.
 
     Returns:
         Raw logits of each member, `[B, K, V_i]`, in its dtype and on its device.
     """
     running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in precomputed]
     works, parts = [], []
+    of_base = Text(input_ids, attention_mask, position_ids)
     for member, span, fed in running:
         part = None if cache is None else view(cache, *span)
         parts.append(part)
         works.append(
             partial(
                 member.forward,
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
+                **(of_base if text is None or member is members[0] else text)._asdict(),
                 cache=part,
                 logits_to_keep=logits_to_keep,
                 latent=fed,
@@ -77,7 +87,7 @@ def run_members(
                 if i == 0 or member.step is not None:
                     computed.append(work())
                 else:
-                    reads = chain((input_ids, attention_mask, position_ids), (fed or {}).values(), tensors_of(part))
+                    reads = chain(text or of_base, (fed or {}).values(), tensors_of(part))
                     computed.append(fork.run(member.role, member.device, work, reads))
     by_role = dict(precomputed) | {
         member.role: logits for (member, _, _), logits in zip(running, computed, strict=True)

@@ -153,6 +153,8 @@ class Member:
         parameters = inspect.signature(innermost(model).forward).parameters
         self._takes_position_ids = "position_ids" in parameters and self.whole_text is None
         self._takes_logits_to_keep = "logits_to_keep" in parameters
+        # Some count positions after a cache as in their last text with images, unless they are told.
+        self._keeps_offsets = any(hasattr(module, "rope_deltas") for module in innermost(model).modules())
 
     @property
     def device(self) -> torch.device:
@@ -297,7 +299,7 @@ class Member:
         position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        latent: Mapping[str, torch.Tensor] | None = None,
+        latent: Mapping[str, Any] | None = None,
     ) -> torch.Tensor:
         """Run the model over the tokens that follow its cache.
 
@@ -307,8 +309,8 @@ class Member:
             position_ids: `[B, N]` or `[1, N]`; None for the model's default, 0, 1, 2, … after the cache.
             cache: The model's own cache (or view), extended in place; None to run without.
             logits_to_keep: The number of last positions to keep (0: all), or a tensor of positions.
-            latent: Inputs in place of the ids, `[B, N, …]` each (see `proxytune.methods.latent.embedding`); None for
-                the ids.
+            latent: Inputs in place of the ids, `[B, N, …]` each (see `proxytune.methods.latent.embedding`), or the
+                model's own arguments, which come before those given here; None for the ids.
 
         Returns:
             Raw logits `[B, K, V]` in the model's dtype, on the model's device.
@@ -329,10 +331,12 @@ class Member:
             # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
             return None if t is None else t.to(device, non_blocking=device.type != "cpu")
 
+        if position_ids is None and self._keeps_offsets:
+            position_ids = torch.arange(n, device=input_ids.device)[None] + past
         given = {"input_ids": here(input_ids), "attention_mask": here(attention_mask)}
         if position_ids is not None and self._takes_position_ids:
             given["position_ids"] = here(position_ids)
-        fed = None if latent is None else {name: here(x) for name, x in latent.items()}
+        fed = None if latent is None else {k: here(x) if isinstance(x, torch.Tensor) else x for k, x in latent.items()}
         if self.whole_text is not None:
             logits, read = logits_of_text(self.model, input_ids.to(device), given["attention_mask"], cache)
             self.token_forwards += read
@@ -362,7 +366,7 @@ class Member:
         given: dict[str, Any],
         cache: Cache | None,
         logits_to_keep: int | torch.Tensor,
-        latent: Mapping[str, torch.Tensor | None] | None,
+        latent: Mapping[str, Any] | None,
     ) -> torch.Tensor:
         """One pass over `given`, ids, mask and perhaps positions on the model's device; arguments as in `forward`."""
         rows, n = given["input_ids"].shape
