@@ -17,6 +17,7 @@ from transformers.generation.candidate_generator import (
     CandidateGenerator,
     PromptLookupCandidateGenerator,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.logits_process import (
     LogitsProcessorList,
     SynthIDTextWatermarkLogitsProcessor,
@@ -27,6 +28,7 @@ import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.members.cache_name import cache_of
 from proxytune.models.members.embedding_table import embedding_rows
+from proxytune.models.members.layer_kinds import Ability, refuse_lacking
 from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, switches_of
 from proxytune.models.members.member import refuse_no_numbers
 from proxytune.models.members.rewind import rewindable_layers
@@ -165,6 +167,13 @@ def _refuse_counting(processors: Iterable[Any], but: str, without: str) -> None:
                 )
 
 
+_NEEDED: dict[GenerationMode, Ability] = {
+    GenerationMode.BEAM_SEARCH: "reorder",
+    GenerationMode.BEAM_SAMPLE: "reorder",
+    GenerationMode.ASSISTED_GENERATION: "crop",
+}
+
+
 class AssistedMixin:
     """`generate(assistant_model=…)` on a composed model; must come before `GenerationMixin` among the bases.
 
@@ -180,6 +189,13 @@ class AssistedMixin:
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]
     ) -> None:
         refuse_self_speculation(generation_config)
+        if (need := _NEEDED.get(generation_mode)) and generation_config.use_cache is not False:
+            mode = generation_mode.value.replace("_", " ")
+            expected, remedy = (
+                f"layers of a cache that can {need} what they hold",
+                "Pass use_cache=False, or leave it out.",
+            )
+            refuse_lacking(self.members, need, mode, expected=expected, remedy=remedy)  # type: ignore[attr-defined]
         if not generation_mode_kwargs.get("assistant_tokenizer"):
             # transformers takes a different head width for a different tokenizer; here rows are fitted instead.
             generation_mode_kwargs = {k: v for k, v in generation_mode_kwargs.items() if k != "assistant_model"}

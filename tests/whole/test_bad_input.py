@@ -35,6 +35,7 @@ from proxytune.errors import (
 )
 from proxytune.methods.latent import LatentMixture
 from proxytune.models.load_arguments import LOAD_ARGUMENTS
+from proxytune.models.members import layer_kinds
 from proxytune.models.members.cache_name import CACHE
 
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -113,16 +114,45 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"),
-    [("mamba", "MambaForCausalLM"), ("jamba", "JambaForCausalLM"), ("qwen3_next", "Qwen3Next"), ("lfm2", "Lfm2")],
+    ("kind", "name", "layers"),
+    [
+        ("mamba", "MambaForCausalLM", "linear_attention"),
+        ("jamba", "JambaForCausalLM", "linear_attention"),
+        ("lfm2", "Lfm2ForCausalLM", "conv"),
+    ],
 )
-def test_recurrent_and_hybrid_families_are_refused_by_name(kind: str, name: str) -> None:
+def test_layers_of_an_unknown_kind_are_refused_by_name(
+    kind: str, name: str, layers: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build(kind, 5)
+    monkeypatch.delitem(layer_kinds.ABLE, layers)
     for role in ("base", "expert", "antiexpert"):
-        with pytest.raises(UnsupportedModelError, match=f"the {role}: expected attention layers .*; got {name}"):
+        with pytest.raises(
+            UnsupportedModelError, match=f"the {role}: expected layers of a kind .*; got {name}.*{layers}"
+        ):
             compose(**{role: model})
-    with pytest.raises(UnsupportedModelError, match=f"the expert: .*; got {name}.*not supported yet"):
+    with pytest.raises(UnsupportedModelError, match=f"the expert: .*; got {name}.* with {layers} layers"):
         processor(expert=model)
+
+
+@pytest.mark.parametrize(
+    ("ability", "settings"),
+    [
+        ("reorder", {"num_beams": 2}),
+        ("repeat", {"custom_generate": proxytune.ForkDecoding(threshold=1.0)}),
+        ("crop", {"prompt_lookup_num_tokens": 2}),
+        ("crop", {"custom_generate": proxytune.SpeculativeDecoding()}),
+        ("static", {"cache_implementation": "static"}),
+    ],
+    ids=str,
+)
+def test_a_mode_is_refused_where_layers_lack_what_it_needs(
+    ability: Any, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = compose(base=build("lfm2", 5)), torch.randint(3, 200, (1, 4))
+    monkeypatch.setitem(layer_kinds.ABLE, "conv", layer_kinds.ABLE["conv"] - {ability})
+    with pytest.raises(UnsupportedModeError, match="for the base: expected .*; got a Lfm2ForCausalLM .* conv layers"):
+        model.generate(ids, max_new_tokens=2, pad_token_id=PAD, **settings)
 
 
 def test_an_encoder_decoder_is_refused() -> None:

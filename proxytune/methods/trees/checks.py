@@ -13,6 +13,7 @@ from proxytune.generation.call import Call
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import cache_of
+from proxytune.models.members.layer_kinds import refuse_lacking
 from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.ops import Impl
 from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
@@ -152,7 +153,10 @@ def refuse_extras(
 
 
 def refuse_leaving(loop: str, call: Call) -> None:
-    """Raise UnsupportedModeError if the longest text may leave, and those left fall back below a long-rope switch."""
+    """Raise UnsupportedModeError if rows cannot leave a cache, or may leave others below a long-rope switch."""
+    if call.config.use_cache and call.ensemble.composed:
+        expected = "layers of a cache whose rows can come and go"
+        refuse_lacking(call.ensemble.members, "repeat", loop, expected=expected, remedy="Pass use_cache=False.")
     switches = call.ensemble.switches if call.config.use_cache else {}
     # Texts of one length stay of one length, and cross together.
     if switches and int(call.lengths.min()) < int(call.lengths.max()):

@@ -39,7 +39,7 @@ def base(name: str) -> Any:
     [
         ("rwkv", {}, None),
         ("rwkv", {"attention_mask": PADDED}, "left padding for the base: .*RwkvForCausalLM .*the same length"),
-        ("rwkv", {"num_beams": 2}, "beams for the base: .*takes state, which is no cache .*use_cache=False"),
+        ("rwkv", {"num_beams": 2}, "beams for the base: .*takes `state`, which is no cache .*use_cache=False"),
         ("recurrent_gemma", {"num_beams": 2}, "beams for the base: .*state in its own modules .*use_cache=False"),
         ("recurrent_gemma", {"num_beams": 2, "use_cache": False}, None),
         ("recurrent_gemma", {"prefill_chunk_size": 3}, None),
