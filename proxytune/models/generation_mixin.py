@@ -325,7 +325,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             for member in self.members:
                 member.refuse_static_layers()
         # Adopted first: assisted decoding then asks the cache's layers to record their past.
-        adopt(cache, self.config.member_configs, self.cache_owner)
+        self._adopt(cache)
         if generation_config.is_assistant:
             cache.activate_past_recording()
         if isinstance(cache, StaticCache):
@@ -333,6 +333,9 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             for member in self.members:
                 member.refuse_length(max_cache_length)
             refuse_short_cache(cache, max_cache_length)
+
+    def _adopt(self, cache: Any) -> None:
+        adopt(cache, self.config.member_configs, self.cache_owner)
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.

@@ -9,11 +9,18 @@ from __future__ import annotations
 import functools
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    CompileConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
@@ -25,6 +32,7 @@ from proxytune.formulas.checks import check_formula
 from proxytune.models.adapter_names import adapters_of_rows, checked_names, refuse_leftover
 from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig
+from proxytune.models.encoder_decoder import EncoderDecoderMixin
 from proxytune.models.generation_mixin import (
     ComposedGenerationMixin,
     MemberOutput,
@@ -37,6 +45,7 @@ from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
+from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pass, switches_of
 from proxytune.models.members.member import Member, check_ids, positions_of
@@ -81,6 +90,15 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
     # Keeps generate() from compiling this forward on static caches; `compile_members` compiles the members instead.
     _can_compile_fullgraph = False
 
+    _member_class: type[Member] = Member
+
+    def __new__(cls, config: Any = None, members: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> Self:
+        """A model of the class that composes such members: encoder-decoders have one of their own."""
+        configs = (getattr(model, "config", None) for model in (members or {}).values())
+        if cls is ProxyTunedModel and any(getattr(c, "is_encoder_decoder", False) for c in configs):
+            return super().__new__(ProxyTunedEncoderDecoder)
+        return super().__new__(cls)
+
     def __init__(
         self,
         config: ProxyTunedConfig,
@@ -106,7 +124,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         """
         for role, model in members.items():
             refuse_composed(model, role)
-        wrapped = [Member(model, role) for role, model in members.items()]
+        wrapped = [self._member_class(model, role) for role, model in members.items()]
         refuse_no_shift(members["expert"], members["antiexpert"], formula)
         config.bind([member.config for member in wrapped])
         # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
@@ -463,4 +481,18 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
 
 
 AutoConfig.register(ProxyTunedConfig.model_type, ProxyTunedConfig, exist_ok=True)
-AutoModelForCausalLM.register(ProxyTunedConfig, ProxyTunedModel, exist_ok=True)
+
+
+class ProxyTunedEncoderDecoder(EncoderDecoderMixin, ProxyTunedModel):
+    """Base, expert and antiexpert as one encoder-decoder: `generate()` takes the source, as with a plain T5 or BART."""
+
+    members: list[EncoderDecoderMember]  # type: ignore[assignment]
+    _member_class = EncoderDecoderMember
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.refuse_other_starts()
+
+
+for _auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):
+    _auto.register(ProxyTunedConfig, ProxyTunedModel, exist_ok=True)

@@ -20,6 +20,7 @@ from transformers.cache_utils import (
     DynamicCache,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    EncoderDecoderCache,
     LinearAttentionCacheLayerMixin,
     StaticCache,
     get_layer_types_and_kwargs,
@@ -36,6 +37,8 @@ __all__ = [
     "adopt",
     "cached_layers",
     "empty_cache",
+    "decoder_config",
+    "is_owned",
     "note_members",
     "refuse_outdated",
     "refuse_short_cache",
@@ -74,11 +77,33 @@ def empty_cache(config: PreTrainedConfig, *, windows: bool = True) -> DynamicCac
     return cache
 
 
+def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A model's text config; of an encoder-decoder that of its decoder, with the decoder's number of layers."""
+    text: PreTrainedConfig = config.get_text_config(decoder=True)
+    if not config.is_encoder_decoder:
+        return text
+    text = copy.deepcopy(text)
+    text.is_encoder_decoder = False  # or it would be looked for again
+    layers = getattr(config, "num_decoder_layers", None)  # T5 and its kin; transformers looks for `decoder_layers` only
+    if layers is not None:
+        text.num_hidden_layers = layers
+    return text
+
+
 def view(cache: Cache, start: int, stop: int) -> Cache:
     """A cache of the same class over the layers `start` to `stop`; the layers are shared, so updates reach `cache`."""
+    if isinstance(cache, EncoderDecoderCache):  # made anew, it finds out which sources have been read
+        return EncoderDecoderCache(
+            view(cache.self_attention_cache, start, stop), view(cache.cross_attention_cache, start, stop)
+        )
     part = copy.copy(cache)
     part.layers = _with_length(cache.layers[start:stop])
     return part
+
+
+def is_owned(cache: Cache, owner: str) -> bool:
+    """Whether a cache is that of a composed model already."""
+    return getattr(cache, _OWNER, None) == owner
 
 
 def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahead: bool = False) -> None:
@@ -101,7 +126,7 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
             got=f"a {type(cache).__name__}",
             remedy=f"Pass the {CACHE} that this model returned, or none.",
         )
-    if getattr(cache, _OWNER, None) == owner:
+    if is_owned(cache, owner):
         if not ahead:
             _refuse_torn(cache, configs)
         return

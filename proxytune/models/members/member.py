@@ -7,7 +7,7 @@ formulas.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from proxytune.validation import shown
 __all__ = ["Member", "check_ids", "positions_of", "refuse_no_numbers"]
 
 
-def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
+def _refuse_unsupported(model: PreTrainedModel, role: str, encoder_decoder: bool) -> None:
     if hasattr(model, "_orig_mod"):
         raise UnsupportedModelError.of(
             f"the {role}",
@@ -51,12 +51,13 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
             remedy="Load it with AutoModelForCausalLM.from_pretrained.",
         )
     family = getattr(config, "model_type", type(model).__name__)
-    if getattr(config, "is_encoder_decoder", False):
+    if bool(getattr(config, "is_encoder_decoder", False)) != encoder_decoder:
+        wanted, other = ("a decoder-only model", "an encoder-decoder")[:: -1 if encoder_decoder else 1]
         raise UnsupportedModelError.of(
             f"the {role}",
-            expected="a decoder-only model",
-            got=f"{type(model).__name__} ({family}), an encoder-decoder",
-            remedy="Encoder-decoders are not supported.",
+            expected=wanted,
+            got=f"{type(model).__name__} ({family}), {other}",
+            remedy="Encoder-decoders are composed by proxytune.wrap, all three members or none.",
         )
     inner = innermost(model)
     can_generate = getattr(inner, "can_generate", None)
@@ -84,7 +85,7 @@ def _refuse_unsupported(model: PreTrainedModel, role: str) -> None:
         )
     text_config = config.get_text_config(decoder=True)
     counted = text_config.num_hidden_layers
-    if (layers := getattr(text_config, "decoder_layers", counted)) != counted:
+    if not encoder_decoder and (layers := getattr(text_config, "decoder_layers", counted)) != counted:
         raise UnsupportedModelError.of(
             f"the {role}",
             expected="a config whose num_hidden_layers are those of the decoder: a cache gets as many",
@@ -117,6 +118,8 @@ class Member:
         verdict: What the self-test found; nothing before `examine`.
     """
 
+    encoder_decoder = False
+
     def __init__(self, model: PreTrainedModel, role: str) -> None:
         """Check that the model can take part.
 
@@ -130,7 +133,7 @@ class Member:
         Warns:
             SteeringWarning: If no cache serves it, so that each pass reads the whole text.
         """
-        _refuse_unsupported(model, role)
+        _refuse_unsupported(model, role, self.encoder_decoder)
         self.role = role
         self.model = model
         self.rows = embedding_rows(model)
@@ -400,10 +403,10 @@ def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:
+def check_ids(input_ids: torch.Tensor, members: Sequence[Member], rows: Sequence[int] | None = None) -> None:
     """Raise InputError if a prompt `[B, T]` is empty or has ids that some member cannot embed.
 
-    Waits for the device: call it for prompts, not in every step.
+    `rows` is how many ids each can embed [its `rows`]. Waits for the device: call it for prompts, not in every step.
     """
     if input_ids.numel() == 0:
         raise InputError.of(
@@ -412,14 +415,14 @@ def check_ids(input_ids: torch.Tensor, members: list[Member]) -> None:
             got=f"shape {list(input_ids.shape)}",
             remedy="Start from the BOS token, or any text.",
         )
-    least = min(members, key=lambda m: m.rows)
+    most, least = min(zip(rows or [m.rows for m in members], members, strict=True), key=lambda pair: pair[0])
     low, high = (int(x) for x in torch.aminmax(input_ids))
-    if low < 0 or high >= least.rows:
+    if low < 0 or high >= most:
         bad = low if low < 0 else high
         raise InputError.of(
             "input_ids",
-            expected=f"ids from 0 to {least.rows - 1}, which every member can embed",
-            got=f"id {bad}, which the {least.role} ({least.rows} embedding rows) has no embedding for",
+            expected=f"ids from 0 to {most - 1}, which every member can embed",
+            got=f"id {bad}, which the {least.role} ({most} embedding rows) has no embedding for",
             remedy="Use the tokenizer that all members share, without tokens added for one of them.",
         )
 

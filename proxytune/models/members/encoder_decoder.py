@@ -1,0 +1,164 @@
+"""An encoder-decoder (T5, BART, Marian, …) as a member: its encoder runs once, its decoder over what follows a cache.
+
+The pair of caches that transformers keeps for such a model, self-attention and cross-attention, is composite like that
+of decoder-only members: one pair holds all members' layers, and each member sees a view of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from proxytune.errors import CacheError, InputError, UnsupportedModelError
+from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.composite_cache import adopt, cached_layers, is_owned
+from proxytune.models.members.embedding_table import rows_of
+from proxytune.models.members.innermost import innermost
+from proxytune.models.members.member import Member
+
+__all__ = ["EncoderDecoderMember", "adopt_pair", "start_of"]
+
+
+def start_of(model: Any) -> int | None:
+    """The token that a model's decoder starts with; None if neither its generation config nor its config tells."""
+    places = (getattr(model, "generation_config", None), model.config)
+    found = (getattr(place, name, None) for name in ("decoder_start_token_id", "bos_token_id") for place in places)
+    return next((int(token) for token in found if isinstance(token, int)), None)
+
+
+class EncoderDecoderMember(Member):
+    """An encoder-decoder with a role in the composition.
+
+    Attributes:
+        encoder_rows: How many ids its encoder can embed; `rows` are its decoder's.
+        encoder_context: The maximum number of tokens of a source; None if its config names none.
+    """
+
+    encoder_decoder = True
+
+    def __init__(self, model: PreTrainedModel, role: str) -> None:
+        """Check that the model can take part.
+
+        Raises:
+            UnsupportedModelError: If it is decoder-only, or takes no cache.
+        """
+        super().__init__(model, role)
+        inner = innermost(model)
+        self._takes_position_ids = False
+        tables = [part.get_input_embeddings() for part in (inner.get_encoder(), inner.get_decoder())]
+        self.encoder_rows, self.rows = (self.rows if (n := rows_of(table)) is None else n for table in tables)
+        config = inner.config
+        own = getattr(config, "encoder", config)
+        names = ("max_encoder_position_embeddings", "max_source_positions", "max_position_embeddings")
+        self.encoder_context: int | None = next((n for k in names if (n := getattr(own, k, None)) is not None), None)
+
+    def compile_step(self, config: CompileConfig | None) -> None:
+        """Raise UnsupportedModelError, unless it is to be undone: there are no static caches of encoder-decoders."""
+        if config is not None:
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="a decoder-only model: compiled steps run over a static cache",
+                got=f"a {self._name()}, an encoder-decoder",
+                remedy="Leave out compile_members().",
+            )
+
+    def examine(self) -> None:
+        """Nothing is tested yet."""
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """Run the encoder over sources `[B, S]`: its states `[B, S, H]`, on its device.
+
+        Raises:
+            InputError: If the sources are longer than its context.
+        """
+        length = input_ids.shape[1]
+        if self.encoder_context is not None and length > self.encoder_context:
+            raise InputError.of(
+                f"length for the encoder of the {self.role}",
+                expected=f"at most {self.encoder_context} tokens, the context of its {type(self.model).__name__}",
+                got=f"{length}",
+                remedy="Shorten the source, or use a member with a longer context.",
+            )
+        self.token_forwards += input_ids.numel()
+        mask = None if attention_mask is None else attention_mask.to(self.device)
+        encoder: Any = self.model.get_encoder()
+        states: torch.Tensor = encoder(input_ids=input_ids.to(self.device), attention_mask=mask, return_dict=True)[0]
+        return states
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        latent: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Run the decoder over the tokens that follow its cache.
+
+        Args:
+            input_ids: `[B, N]`, int64: the decoder's tokens that the cache does not hold yet.
+            attention_mask: `[B, past + N]` of the decoder's tokens; None if there is no padding.
+            position_ids: None.
+            cache: The member's own pair of caches, extended in place; None to run without.
+            logits_to_keep: The number of last positions to keep (0: all), or a tensor of positions.
+            latent: "states", the encoder's states `[B, S, H]`, and "mask", that of the source `[B, S]`, if it has one.
+
+        Returns:
+            Raw logits `[B, K, V]` in the model's dtype, on the model's device.
+
+        Raises:
+            InputError: If the text is longer than the decoder's context.
+        """
+        assert latent is not None
+        assert position_ids is None
+        self.refuse_length(input_ids.shape[1] + (0 if cache is None else int(cache.get_seq_length())))
+        device = self.device
+        self.token_forwards += input_ids.numel()
+        # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
+        quick = device.type != "cpu"
+        given = {"decoder_input_ids": input_ids, "decoder_attention_mask": attention_mask}
+        given |= {"attention_mask": latent.get("mask")}
+        kwargs: dict[str, Any] = {k: x if x is None else x.to(device, non_blocking=quick) for k, x in given.items()}
+        kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=latent["states"].to(device, non_blocking=quick))
+        if cache is not None:
+            kwargs[self._cache_name] = cache
+        logits: torch.Tensor = self.model(**kwargs, use_cache=cache is not None, return_dict=True).logits  # [B, N, V]
+        if isinstance(logits_to_keep, torch.Tensor):
+            return logits[:, logits_to_keep]
+        return logits[:, -logits_to_keep:] if logits_to_keep else logits
+
+
+def adopt_pair(cache: Any, configs: Sequence[PreTrainedConfig], owner: str) -> None:
+    """Make an encoder-decoder's pair of caches this model's, or refuse it, as `adopt` does for one cache.
+
+    Args:
+        cache: A pair that `generate()` or the caller made. While it is empty it gets the members' layers, in place.
+        configs: The members' decoder configs, in the order of their layers.
+        owner: An id of the composed model.
+
+    Raises:
+        CacheError: If it is no pair of dynamic caches, or holds tokens from another model.
+    """
+    parts: list[Any] = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    if not isinstance(cache, EncoderDecoderCache) or any(type(part) is not DynamicCache for part in parts):
+        kinds = " and a ".join(type(part).__name__ for part in parts if part is not None)
+        raise CacheError.of(
+            CACHE,
+            expected="EncoderDecoderCache(DynamicCache(), DynamicCache())",
+            got=f"a {type(cache).__name__}" + (f" of a {kinds}" if kinds else ""),
+            remedy=f"Pass the {CACHE} that this model returned, or none.",
+        )
+    own, cross = parts
+    new = not is_owned(own, owner)
+    adopt(own, configs, owner)
+    if new:
+        # Not from the configs: no window slides over a source.
+        cross.layers = [DynamicLayer() for config in configs for _ in range(cached_layers(config))]
+        cross.layer_class_to_replicate = None
