@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.cli import terminal
 from proxytune.cli.prompts import Prompt
-from proxytune.errors import InputError, MemberError, MemberNotFoundError
+from proxytune.errors import InputError, MemberError, MemberNotFoundError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -107,6 +107,7 @@ def load(
         assert base is not None
         with terminal.Bar("models"):
             model = wrap(base, expert=expert, antiexpert=antiexpert, alpha=1.0 if alpha is None else alpha, **settings)
+        _refuse_encoder_decoders(model)
         tokenizer = load_tokenizer([MemberRef(base)], trusted)
         if chat:
             _borrow_template(tokenizer, [("expert", MemberRef(str(expert)))], trusted)
@@ -115,6 +116,7 @@ def load(
     folder = recipe if recipe.is_dir() else recipe.parent
     with terminal.Bar("models"):
         model = ProxyTunedModel.from_pretrained(recipe, **settings)
+    _refuse_encoder_decoders(model)
     if alpha is not None:
         model.alpha = alpha
     # A tokenizer saved beside the recipe comes first, then the base's.
@@ -123,6 +125,17 @@ def load(
     if chat:
         _borrow_template(tokenizer, [("base", read.base)] * len(beside) + [("expert", read.expert)], trusted)
     return model, tokenizer
+
+
+def _refuse_encoder_decoders(model: ProxyTunedModel) -> None:
+    """Refuse a composition of encoder-decoders: the commands' loops go on from a prompt, which they do not."""
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError.of(
+            "members",
+            expected="decoder-only models",
+            got=f"encoder-decoders, such as a {type(model.base).__name__}",
+            remedy="Compose them in Python, with proxytune.wrap, and call generate() of the result.",
+        )
 
 
 def trusted_roles(trust: Sequence[str] | None) -> tuple[str, ...]:

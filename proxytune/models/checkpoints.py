@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file, is_peft_available
 
 from proxytune.errors import MemberError, MemberNotFoundError, ProxytuneError, UnsupportedModelError
@@ -21,14 +21,15 @@ from proxytune.recipe import MemberRef
 
 __all__ = [
     "carrier_of",
+    "check_checkpoint",
     "first_line",
     "is_custom_code",
     "not_found",
-    "refuse_checkpoint",
     "refuse_incomplete",
     "tokenizer_code",
 ]
 
+_AUTO = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 _ADAPTER_FILE = "adapter_config.json"
 _SHOWN = 4
 # Checkpoints that score a text. Where the head for tokens is tied to the embeddings, none of their weights is missing.
@@ -44,25 +45,28 @@ _LAYER = re.compile(r"(.*\b(?:layers|layer|blocks|h)\.)(\d+)\.(.+)")
 # --- before a weight is read ---------------------------------------------------------------------------------------
 
 
-def refuse_checkpoint(reference: MemberRef, role: str, arguments: Mapping[str, Any], allow: str) -> None:
-    """Refuse what cannot be opened as a member, as far as the small files beside the weights tell.
+def check_checkpoint(
+    reference: MemberRef, role: str, arguments: Mapping[str, Any], allow: str, encoder_decoder: bool | None
+) -> bool:
+    """Whether a member is an encoder-decoder; refuse what its small files tell cannot be opened as a member.
 
     Args:
         reference: Where the member is.
         role: Its role, for messages.
         arguments: What it is loaded with.
         allow: How to allow its own code to run, as a sentence.
+        encoder_decoder: Whether it has to be one; None if either will do.
 
     Raises:
         MemberNotFoundError: If there is no such folder, or none with a model.
         MemberError: If it would run code of its own, which `trust_remote_code` does not allow, or PEFT is missing.
-        UnsupportedModelError: If it is an encoder-decoder, or no causal LM.
+        UnsupportedModelError: If it is of the other kind, or generates no text.
     """
     hub = {name: arguments[name] for name in HUB_ARGUMENTS if name in arguments}
     hub["revision"] = reference.revision or "main"
     _refuse_place(reference.id, role, arguments)
     if arguments.get("gguf_file") or arguments.get("config") is not None:  # these tell what the model is
-        return
+        return bool(getattr(arguments.get("config"), "is_encoder_decoder", False))
     try:
         reference = _below_adapter(reference, role, hub)
         config, _ = PreTrainedConfig.get_config_dict(reference.id, **hub)
@@ -71,7 +75,7 @@ def refuse_checkpoint(reference: MemberRef, role: str, arguments: Mapping[str, A
     if not config:
         raise not_found(reference, role, None)
     _refuse_code(config, reference, role, arguments, allow)
-    _refuse_family(config, role, reference.id)
+    return _check_family(config, role, reference.id, encoder_decoder)
 
 
 def not_found(reference: MemberRef, role: str, error: Exception | None) -> ProxytuneError:
@@ -177,8 +181,10 @@ def _refuse_code(
 ) -> None:
     """Refuse a model whose class is neither transformers' nor trusted."""
     code = config.get("auto_map") or {}
-    wanted = [code[name] for name in ("AutoModelForCausalLM", "AutoConfig") if name in code]
-    if arguments.get("trust_remote_code") or not wanted or _family(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    wanted = [code[name] for name in (*_AUTO, "AutoConfig") if name in code]
+    family = _family(config)
+    known = family in MODEL_FOR_CAUSAL_LM_MAPPING or family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+    if arguments.get("trust_remote_code") or not wanted or known:
         return
     raise MemberError.of(
         f"the {role}",
@@ -199,28 +205,26 @@ def _family(config: Mapping[str, Any]) -> type[PreTrainedConfig] | None:
     return CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401 - it has no get() that imports
 
 
-def _refuse_family(config: Mapping[str, Any], role: str, name: str) -> None:
-    family = config.get("model_type")
+def _check_family(config: Mapping[str, Any], role: str, name: str, wanted: bool | None) -> bool:
+    """Whether a model is an encoder-decoder; refuses other than the `wanted` kind, and what generates no text."""
+    family, known = config.get("model_type"), _family(config)
     classes = [str(found) for found in config.get("architectures") or []]
-    text = any(found.endswith("ForCausalLM") for found in classes)
-    if config.get("is_encoder_decoder") and not text:
+    pair = bool(config.get("is_encoder_decoder")) and not any(found.endswith("ForCausalLM") for found in classes)
+    kinds = ("a decoder-only model", "an encoder-decoder")
+    if wanted is not None and pair != wanted:
         raise UnsupportedModelError.of(
             f"the {role}",
-            expected="a decoder-only model",
-            got=f"{name!r}, {', '.join(classes) or 'a model'} ({family}), an encoder-decoder",
-            remedy="Encoder-decoders are not supported.",
+            expected=kinds[wanted],
+            got=f"{name!r}, {', '.join(classes) or 'a model'} ({family}), {kinds[pair]}",
+            remedy="Encoder-decoders are composed by proxytune.wrap, all three members or none.",
         )
-    known = _family(config)
-    if (
-        known is None
-        or known in MODEL_FOR_CAUSAL_LM_MAPPING
-        or "AutoModelForCausalLM" in (config.get("auto_map") or {})
-    ):
-        return
+    mapping = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING if pair else MODEL_FOR_CAUSAL_LM_MAPPING
+    if known is None or known in mapping or _AUTO[pair] in (config.get("auto_map") or {}):
+        return pair
     seeing = any(key in config for key in ("vision_config", "audio_config"))
     raise UnsupportedModelError.of(
         f"the {role}",
-        expected="a causal LM (AutoModelForCausalLM)",
+        expected=f"{('a causal LM', kinds[1])[pair]} ({_AUTO[pair]})",
         got=f"{name!r}, {', '.join(classes) or 'a model'} ({family})"
         + (", which takes more than text" if seeing else ""),
         remedy="Load it yourself with AutoModelForImageTextToText.from_pretrained, and pass the model; it is used for "

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
 from proxytune import ops
-from proxytune.errors import InputError, MemberError, UnsupportedModeError
+from proxytune.errors import CacheError, InputError, MemberError, UnsupportedModeError
 from proxytune.formulas.base import Formula
 from proxytune.models.generation_mixin import refuse_arguments, refuse_shapes
 from proxytune.models.members.cache_name import CACHE, one_cache
@@ -308,6 +308,14 @@ class EncoderDecoderMixin:
         parent._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
     def _adopt(self, cache: Any) -> None:
+        if isinstance(cache, EncoderDecoderCache) and (past := int(cache.get_seq_length())):
+            # transformers hands the decoder its whole text again, unless a mask of it was given.
+            raise CacheError.of(
+                CACHE,
+                expected="an empty cache in generate() of encoder-decoders",
+                got=f"one that holds {past} tokens",
+                remedy="Leave it out: generate(…, decoder_input_ids=…) reads the text so far anew.",
+            )
         adopt_pair(cache, self.config.member_configs, self.cache_owner)
 
 

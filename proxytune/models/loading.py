@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.utils import cached_file
 
 from proxytune.errors import InputError, MemberError, ProxytuneError, VocabularyWarning
 from proxytune.models.checkpoints import (
     carrier_of,
+    check_checkpoint,
     first_line,
     is_custom_code,
     not_found,
-    refuse_checkpoint,
     refuse_incomplete,
     tokenizer_code,
 )
@@ -65,12 +65,14 @@ def open_members(
     tokenizers: Mapping[str, Any] | None = None,
     check_vocabulary: bool = True,
     members: Mapping[str, Mapping[str, Any]] | None = None,
+    encoder_decoders: bool = False,
     **from_pretrained: Any,
 ) -> tuple[dict[str, nn.Module], dict[str, MemberRef | None], dict[str, Any]]:
     """Open all members of a composition: `sources` is role → model object, hub id, folder or reference, the base first.
 
-    `caller` is what the user called, for messages about keywords (None for `from_pretrained`); the other arguments are
-    those of `proxytune.wrap`. What a reference has in `load` counts as given for that member, `trust_remote_code` too.
+    `caller` is what the user called, for messages about keywords (None for `from_pretrained`); `encoder_decoders` says
+    whether all of them may be encoder-decoders; the other arguments are those of `proxytune.wrap`. What a reference has
+    in `load` counts as given for that member, `trust_remote_code` too.
 
     Returns:
         Role → model; role → reference to load it again (None for one that exists only in memory), whose `load` has the
@@ -110,8 +112,12 @@ def open_members(
         )
     references = {role: reference_of(source, revisions.get(role)) for role, source in sources.items()}
     arguments: dict[str, dict[str, Any]] = {}
+    kind = None if encoder_decoders else False  # whether all are encoder-decoders, as soon as one member tells
+    pairs: dict[str, bool] = {}
     for role, found in references.items():
-        if found is None or isinstance(sources[role], nn.Module):
+        if isinstance(model := sources[role], nn.Module) and kind is None:
+            kind = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+        if found is None or isinstance(model, nn.Module):
             continue
         own = {**found.load, **from_pretrained, **(members or {}).get(role, {})}
         # Never None, or transformers asks on the terminal.
@@ -121,7 +127,8 @@ def open_members(
         refuse_unknown(found, own, caller)
         everyone = "trust_members" if caller is None else "trust_remote_code"
         cure = f"pass members={{{role!r}: {{'trust_remote_code': True}}}}, or {everyone}=True for all members."
-        refuse_checkpoint(found, role, own, f"If you trust it, {cure}")
+        pairs[role] = check_checkpoint(found, role, own, f"If you trust it, {cure}", kind)
+        kind = pairs[role] if kind is None else kind
     known = dict(tokenizers or {})
     hub = {role: {k: own[k] for k in HUB_ARGUMENTS if k in own} for role, own in arguments.items()}
     trusted = [role for role, own in arguments.items() if own["trust_remote_code"]]
@@ -132,7 +139,7 @@ def open_members(
     models: dict[str, nn.Module] = {}
     for role, source in sources.items():
         opened = source if isinstance(source, nn.Module) else references[role]
-        models[role] = open_member(opened, role, caller, **arguments.get(role, {}))
+        models[role] = open_member(opened, role, caller, pairs.get(role, False), **arguments.get(role, {}))
         if len(sources) > 1:
             refuse_composed(models[role], role)
     _refuse_injected(models)
@@ -225,8 +232,10 @@ def _refuse_injected(members: Mapping[str, Any]) -> None:
                 )
 
 
-def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrained: Any) -> nn.Module:
-    """Load a `MemberRef` with `AutoModelForCausalLM`; a model is returned unchanged.
+def open_member(
+    source: Any, role: str, caller: Caller = None, encoder_decoder: bool = False, /, **from_pretrained: Any
+) -> nn.Module:
+    """Load a `MemberRef` with `AutoModelForCausalLM`, or `AutoModelForSeq2SeqLM`; a model is returned unchanged.
 
     Raises:
         InputError: If the source is neither a model nor a reference, or the model does not know an argument.
@@ -247,7 +256,8 @@ def open_member(source: Any, role: str, caller: Caller = None, /, **from_pretrai
     told = {"output_loading_info": True, "ignore_mismatched_sizes": True}
     where = {"revision": source.revision or "main"}
     try:
-        opened = AutoModelForCausalLM.from_pretrained(source.id, **where, **(from_pretrained | told))
+        auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        opened = auto.from_pretrained(source.id, **where, **(from_pretrained | told))
     except ProxytuneError:  # a recipe opened as a member
         raise
     except TypeError as error:

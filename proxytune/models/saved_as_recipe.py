@@ -111,6 +111,8 @@ class SavedAsRecipe:
         carried = {name: getattr(self.config, name) for name in CARRIED if hasattr(self.config, name)}
         if self.generation_config is not None:
             carried["eos_token_id"] = self.generation_config.eos_token_id
+        if self.config.is_encoder_decoder:
+            carried["is_encoder_decoder"] = True
         save_adapter(save_directory, recipe, self.generation_config, carried)
 
     @classmethod
@@ -156,7 +158,9 @@ class SavedAsRecipe:
         refuse_no_shift(recipe.expert, recipe.antiexpert, formula, members=kwargs.get("members"))
         try:
             members, references, tokenizers = open_members(
-                {role: ref.trusted(bool(trust_recipe)) for role, ref in recipe.members.items()}, **kwargs
+                {role: ref.trusted(bool(trust_recipe)) for role, ref in recipe.members.items()},
+                encoder_decoders=True,
+                **kwargs,
             )
         except MemberNotFoundError as error:
             place = Path(pretrained_model_name_or_path) / (hub.get("subfolder") or "")

@@ -1,6 +1,6 @@
 """Writing an adapter folder completely or not at all.
 
-The folder holds the recipe and what `AutoModelForCausalLM.from_pretrained(folder)` needs to open it; no weights.
+The folder holds the recipe and what `from_pretrained(folder)` of transformers' Auto class needs to open it; no weights.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ def save_adapter(
                 got=f"{target}, the {role}'s, whose config.json would be overwritten",
                 remedy="Name another folder.",
             )
+    auto = "AutoModelForSeq2SeqLM" if (carried or {}).get("is_encoder_decoder") else "AutoModelForCausalLM"
     config = {
         "model_type": "proxytune",
         # Not one of our classes: programs that look the name up in transformers can then open the folder.
-        "architectures": ["AutoModelForCausalLM"],
+        "architectures": [auto],
         "auto_map": {
             "AutoConfig": f"{Path(_CODE_FILE).stem}.ProxyTunedConfig",
-            "AutoModelForCausalLM": f"{Path(_CODE_FILE).stem}.ProxyTunedModel",
+            auto: f"{Path(_CODE_FILE).stem}.ProxyTunedModel",
         },
         **(carried or {}),
         "transformers_version": transformers.__version__,

@@ -89,6 +89,7 @@ def wrap(
         tokenizers=tokenizers,
         check_vocabulary=check_vocabulary,
         members=members,
+        encoder_decoders=True,
         **from_pretrained,
     )
     known = {role: reference for role, reference in references.items() if reference is not None}
