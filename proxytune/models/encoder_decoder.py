@@ -209,9 +209,14 @@ class EncoderDecoderMixin:
         return _Encoders(self.members)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """The decoder's tokens `[B, N]` for labels `[B, N]`, as the base makes them."""
-        ids: torch.Tensor = self.base.prepare_decoder_input_ids_from_labels(labels=labels)
-        return ids
+        """The decoder's tokens `[B, N]` for labels `[B, N]`, as the base makes them of those."""
+        make = getattr(self.base, "prepare_decoder_input_ids_from_labels", None)
+        if make is not None:
+            ids: torch.Tensor = make(labels=labels)
+            return ids
+        start, pad = start_of(self), self.config.pad_token_id
+        moved = torch.cat([labels.new_full((len(labels), 1), 0 if start is None else start), labels[:, :-1]], 1)
+        return moved.masked_fill(moved == -100, 0 if pad is None else pad)
 
     @torch.no_grad()
     def member_logits(

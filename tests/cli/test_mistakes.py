@@ -175,7 +175,7 @@ MISTAKES = {
     "an encoder-decoder": ("calibrate a --base t5", "the base: expected a decoder-only model; got '"),
     "an encoder-decoder as the expert": (
         "generate hello --base large-base --expert t5 --antiexpert tiny-base",
-        "t5', T5ForConditionalGeneration (t5), an encoder-decoder. Encoder-decoders are composed by proxytune.wrap, all three",
+        "t5', T5ForConditionalGeneration (t5), an encoder-decoder. Encoder-decoders are composed by proxytune.wrap,",
     ),
     "an encoder": (
         "generate hello --base large-base --expert tiny-tuned --antiexpert vit",

@@ -80,13 +80,13 @@ def empty_cache(config: PreTrainedConfig, *, windows: bool = True) -> DynamicCac
 def decoder_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """A model's text config; of an encoder-decoder that of its decoder, with the decoder's number of layers."""
     text: PreTrainedConfig = config.get_text_config(decoder=True)
-    if not config.is_encoder_decoder:
+    if not getattr(config, "is_encoder_decoder", False):
         return text
     text = copy.deepcopy(text)
     text.is_encoder_decoder = False  # or it would be looked for again
-    layers = getattr(config, "num_decoder_layers", None)  # T5 and its kin; transformers looks for `decoder_layers` only
-    if layers is not None:
-        text.num_hidden_layers = layers
+    # transformers itself looks for `decoder_layers` alone; T5 and ProphetNet have another name.
+    if (layers := getattr(config, "num_decoder_layers", None)) is not None:
+        setattr(text, "num_encoder_layers" if hasattr(text, "num_encoder_layers") else "num_hidden_layers", layers)
     return text
 
 

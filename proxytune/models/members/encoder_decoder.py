@@ -50,12 +50,11 @@ class EncoderDecoderMember(Member):
         super().__init__(model, role)
         inner = innermost(model)
         self._takes_position_ids = False
-        tables = [part.get_input_embeddings() for part in (inner.get_encoder(), inner.get_decoder())]
-        self.encoder_rows, self.rows = (self.rows if (n := rows_of(table)) is None else n for table in tables)
+        self._output: type[BaseModelOutput] = BaseModelOutput
+        self.encoder_rows, self.rows = (_rows(part, self.rows) for part in (inner.get_encoder(), inner.get_decoder()))
         config = inner.config
-        own = getattr(config, "encoder", config)
-        names = ("max_encoder_position_embeddings", "max_source_positions", "max_position_embeddings")
-        self.encoder_context: int | None = next((n for k in names if (n := getattr(own, k, None)) is not None), None)
+        sides = (getattr(config, side, config) for side in ("encoder", "decoder"))
+        self.encoder_context, self.context = map(_context, sides, ("encoder", "decoder"))
 
     def compile_step(self, config: CompileConfig | None) -> None:
         """Raise UnsupportedModelError, unless it is to be undone: there are no static caches of encoder-decoders."""
@@ -87,7 +86,9 @@ class EncoderDecoderMember(Member):
         self.token_forwards += input_ids.numel()
         mask = None if attention_mask is None else attention_mask.to(self.device)
         encoder: Any = self.model.get_encoder()
-        states: torch.Tensor = encoder(input_ids=input_ids.to(self.device), attention_mask=mask, return_dict=True)[0]
+        found = encoder(input_ids=input_ids.to(self.device), attention_mask=mask, return_dict=True)
+        self._output = type(found)  # decoders of mixtures of experts look for their own
+        states: torch.Tensor = found[0]
         return states
 
     def forward(
@@ -126,13 +127,28 @@ class EncoderDecoderMember(Member):
         given = {"decoder_input_ids": input_ids, "decoder_attention_mask": attention_mask}
         given |= {"attention_mask": latent.get("mask")}
         kwargs: dict[str, Any] = {k: x if x is None else x.to(device, non_blocking=quick) for k, x in given.items()}
-        kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=latent["states"].to(device, non_blocking=quick))
+        kwargs["encoder_outputs"] = self._output(last_hidden_state=latent["states"].to(device, non_blocking=quick))
         if cache is not None:
             kwargs[self._cache_name] = cache
         logits: torch.Tensor = self.model(**kwargs, use_cache=cache is not None, return_dict=True).logits  # [B, N, V]
         if isinstance(logits_to_keep, torch.Tensor):
             return logits[:, logits_to_keep]
         return logits[:, -logits_to_keep:] if logits_to_keep else logits
+
+
+def _rows(part: Any, otherwise: int) -> int:
+    """How many ids an encoder or decoder can embed."""
+    found = (
+        part.get_input_embeddings() if hasattr(part, "get_input_embeddings") else getattr(part, "embed_tokens", None)
+    )
+    rows = None if found is None else rows_of(found)
+    return otherwise if rows is None else rows
+
+
+def _context(config: Any, side: str) -> int | None:
+    """The maximum number of positions of an encoder or decoder; None if its config names none."""
+    names = (f"max_{side}_position_embeddings", "max_position_embeddings")
+    return next((int(n) for name in names if (n := getattr(config, name, None)) is not None), None)
 
 
 def adopt_pair(cache: Any, configs: Sequence[PreTrainedConfig], owner: str) -> None:
