@@ -36,7 +36,12 @@ _MODES = (
     *(GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE),
 )
 # Settings of generate() that would be wrong, and what is off.
-_OFF = {"cache_implementation": (None, "dynamic"), "prefill_chunk_size": (None,), "guidance_scale": (None, 1)}
+_OFF: dict[str, tuple[Any, ...]] = {
+    "cache_implementation": (None, "dynamic"),
+    "prefill_chunk_size": (None,),
+    "guidance_scale": (None, 1),
+    "token_healing": (None, False),
+}
 
 
 class _Encoders:
@@ -273,6 +278,7 @@ class EncoderDecoderMixin:
         }
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        refuse_arguments(inputs_embeds=model_kwargs.get("inputs_embeds"))
         mask = model_kwargs.get("decoder_attention_mask")
         if mask is not None and not bool(mask.bool().all()):
             raise InputError.of(

@@ -378,6 +378,7 @@ def _compared(
 ) -> tuple[dict[str, Any], list[str]]:
     """What `check_vocabularies` returns, and the members that could not be compared."""
     vocabularies: dict[str, Mapping[str, int]] = {}
+    targets: dict[str, Mapping[str, int]] = {}
     seen: dict[MemberRef, Any] = {}
     found: dict[str, Any] = {}
     unknown: list[str] = []
@@ -397,11 +398,15 @@ def _compared(
             unknown.append(role)
         else:
             found[role], vocabularies[role] = tokenizer, tokenizer.get_vocab()
+            # Some encoder-decoders have another vocabulary for what they write (Marian).
+            targets[role] = getattr(tokenizer, "target_encoder", vocabularies[role])
     if vocabularies:
         # Without the base's tokenizer, companions are compared with each other.
         against, *others = vocabularies
         for role in others:
             check_same_tokens(vocabularies[against], vocabularies[role], role=role, against=against)
+            if any(targets[each] is not vocabularies[each] for each in (against, role)):
+                check_same_tokens(targets[against], targets[role], role=role, against=against)
     return found, unknown
 
 

@@ -14,7 +14,7 @@ from typing import Any, Self, get_args
 import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
-from proxytune.errors import InputError, SteeringWarning
+from proxytune.errors import InputError, SteeringWarning, UnsupportedModelError
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
@@ -314,7 +314,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         Raises:
             InputError: If the processor is attached already, or the model is steered already.
             VocabularyMismatchError: If the model's ids stand for other tokens than the companions'.
-            UnsupportedModelError: If the model fails the self-test.
+            UnsupportedModelError: If the model fails the self-test, or is an encoder-decoder.
 
         Warns:
             VocabularyWarning: If there was no tokenizer to compare by.
@@ -324,6 +324,13 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         """
         self._refuse_attached()
         target = target_of(model)
+        if getattr(target.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError.of(
+                "attach",
+                expected="a decoder-only model, whose whole text is in the ids that companions read",
+                got=f"a {type(target).__name__}, an encoder-decoder: the source is not among them",
+                remedy="Compose three encoder-decoders with proxytune.wrap.",
+            )
         composed = isinstance(target, ComposedGenerationMixin)
         attached = any(
             getattr(hook.replacement, "changes_logits", False) for hook in hooks_on(target, "_get_logits_processor")

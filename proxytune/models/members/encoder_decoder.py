@@ -14,12 +14,13 @@ from transformers import CompileConfig, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-from proxytune.errors import CacheError, InputError, UnsupportedModelError
+from proxytune.errors import CacheError, InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import adopt, cached_layers, is_owned
 from proxytune.models.members.embedding_table import rows_of
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
+from proxytune.models.members.self_test import verdict_of
 
 __all__ = ["EncoderDecoderMember", "adopt_pair", "start_of"]
 
@@ -67,7 +68,25 @@ class EncoderDecoderMember(Member):
             )
 
     def examine(self) -> None:
-        """Nothing is tested yet."""
+        """Test whether the model is right by itself, once per process; UnsupportedModelError if it is not, cached."""
+        self.verdict = verdict_of(self.model, False)
+        if self.verdict.cache is not None:
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="an encoder-decoder whose results do not depend on its cache",
+                got=f"a {self._name()} with {self.verdict.cache}",
+                remedy="Use a model of another family. self_test=False skips this check.",
+            )
+
+    def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
+        """Raise UnsupportedModeError for a padded source, if the self-test saw that the model is wrong there."""
+        if self.verdict.padding is not None and attention_mask is not None and not bool(attention_mask.bool().all()):
+            raise UnsupportedModeError.of(
+                f"padding for the {self.role}",
+                expected="a member that tells padding from text by its mask",
+                got=f"a {self._name()} with {self.verdict.padding}",
+                remedy="Pass sources of the same length, or one at a time.",
+            )
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Run the encoder over sources `[B, S]`: its states `[B, S, H]`, on its device.
@@ -75,6 +94,7 @@ class EncoderDecoderMember(Member):
         Raises:
             InputError: If the sources are longer than its context.
         """
+        self.refuse_padding(attention_mask)
         length = input_ids.shape[1]
         if self.encoder_context is not None and length > self.encoder_context:
             raise InputError.of(

@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, get_layer_types_and_kwargs
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    EncoderDecoderCache,
+    StaticCache,
+    get_layer_types_and_kwargs,
+)
 
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.composite_cache import empty_cache, stored
@@ -105,6 +112,8 @@ def padding_fault(model: Any) -> str | None:
 
 def _attempt(model: Any, takes_position_ids: bool) -> Verdict | None:
     with suppress(Exception), torch.no_grad():  # what cannot run here will say so where it is used
+        if getattr(model.config, "is_encoder_decoder", False):
+            return _PairTest(model, False).verdict()
         found = _Test(model, takes_position_ids).verdict()
         if found.cache is None or not takes_position_ids:
             return found
@@ -162,6 +171,8 @@ def _end_early(model: Any, least: int = 1) -> None:
 
 class _Test:
     """The passes over one model, and what is seen in them."""
+
+    seen = "hidden states"
 
     def __init__(self, model: Any, told: bool) -> None:
         self.model = shadow_of(model)
@@ -302,7 +313,51 @@ class _Test:
         allowed = self.tolerance if tolerance is None else tolerance
         if seen <= allowed:
             return None
-        return f"hidden states that differ by {seen:.2%} between {between} (allowed: {allowed:.3%})"
+        return f"{self.seen} that differ by {seen:.2%} between {between} (allowed: {allowed:.3%})"
+
+
+class _PairTest(_Test):
+    """The same over an encoder-decoder: two sources, one padded at the right, and a target of four tokens for each."""
+
+    seen = "logits"
+
+    def verdict(self) -> Verdict:
+        a, b, c, d, e, f, x, y = self.ids
+        start = next((i for k in ("decoder_start_token_id", "pad_token_id") if isinstance(i := self._named(k), int)), y)
+        mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2], device=self.device)
+        sources = torch.tensor([[a, b, c, d, e], [f, x, y, self.pad, self.pad]], device=self.device)
+        targets = torch.tensor([[start, b, d, f], [start, x, a, c]], device=self.device)
+        states = self._encode(sources, mask)
+        whole = self._decode(targets, states, mask)
+        alone = self._decode(targets[1:], self._encode(sources[1:, :3], None), None)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        steps = [self._decode(part, states, mask, cache) for part in targets.split([2, 1, 1], 1)]
+        return Verdict(
+            cache=self._said(
+                self._most(torch.cat(steps, 1), whole), "four tokens in one pass, and in three over a cache"
+            ),
+            padding=self._said(self._most(whole[1:], alone), "a source alone and the same source padded by two"),
+        )
+
+    def _named(self, name: str) -> Any:
+        places = (getattr(self.model, "generation_config", None), self.model.config)
+        return next((i for place in places if (i := getattr(place, name, None)) is not None), None)
+
+    def _encode(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
+        return self.model.get_encoder()(input_ids=ids, attention_mask=mask, return_dict=True)
+
+    def _decode(
+        self, ids: torch.Tensor, states: Any, mask: torch.Tensor | None, cache: Cache | None = None
+    ) -> torch.Tensor:
+        given = {} if cache is None else {argument_of(self.model) or CACHE: cache}
+        given |= {"decoder_input_ids": ids, "encoder_outputs": states, "attention_mask": mask}
+        logits: torch.Tensor = self.model(**given, use_cache=cache is not None, return_dict=True).logits
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def _most(self, states: torch.Tensor, wanted: torch.Tensor) -> float:
+        """The largest relative difference of any token of `[B, N, V]`."""
+        pairs = zip(states.flatten(0, 1).split(1), wanted.flatten(0, 1).split(1), strict=True)
+        return max(self._differ(one, other) for one, other in pairs)
 
 
 def prepared_inputs(model: Any, given: dict[str, Any], cache: Cache) -> dict[str, Any]:
