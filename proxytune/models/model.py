@@ -94,8 +94,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
 
     def __new__(cls, config: Any = None, members: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> Self:
         """A model of the class that composes such members: encoder-decoders have one of their own."""
-        configs = (getattr(model, "config", None) for model in (members or {}).values())
-        if cls is ProxyTunedModel and any(getattr(c, "is_encoder_decoder", False) for c in configs):
+        base = next(iter((members or {}).values()), None)
+        if cls is ProxyTunedModel and getattr(getattr(base, "config", None), "is_encoder_decoder", False):
             return super().__new__(ProxyTunedEncoderDecoder)
         return super().__new__(cls)
 

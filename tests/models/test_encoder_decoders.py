@@ -36,7 +36,7 @@ from proxytune.models.members.cache_name import CACHE, cache_of
 PAD, START, EOS, V = 0, 0, 2, 48
 SOURCES = torch.tensor([[5, 9, 23, 41, 7, EOS], [11, 17, EOS, PAD, PAD, PAD]])
 MASK = (SOURCES != PAD).long()
-NEW = 6
+NEW = 4
 FAMILIES = ["t5", "bart"]
 GREEDY = {"do_sample": False}
 SAMPLE = {"do_sample": True, "num_return_sequences": 2}
@@ -305,7 +305,7 @@ def test_all_members_are_of_one_kind() -> None:
     plain = build("llama", 0, V)
     for members, message in (
         ((base, plain, antiexpert), r"the expert: expected an encoder-decoder; got Llama.*, a decoder-only model"),
-        ((plain, expert, antiexpert), r"the base: expected an encoder-decoder; got Llama"),
+        ((plain, expert, antiexpert), r"the expert: expected a decoder-only model; got T5.*, an encoder-decoder"),
     ):
         with pytest.raises(UnsupportedModelError, match=message):
             proxytune.wrap(*members, check_vocabulary=False)
