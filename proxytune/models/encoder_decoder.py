@@ -162,7 +162,8 @@ class EncoderDecoderMixin:
         if held is not None:
             adopt_pair(held, self.config.member_configs, self.cache_owner)
             if is_first_iteration is not False:
-                refuse_outdated(held.self_attention_cache, self._models, None, values=True)
+                waits = bool(is_first_iteration) or decoder_input_ids.shape[1] > 1  # for the device
+                refuse_outdated(held.self_attention_cache, self._models, None, values=waits)
         past = 0 if held is None else int(held.get_seq_length())
         for member in self.members:
             member.refuse_length(past + decoder_input_ids.shape[1])

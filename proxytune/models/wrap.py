@@ -57,7 +57,8 @@ def wrap(
             here trusts all of them.
 
     Returns:
-        A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied.
+        A model for `generate()`, in evaluation mode. Members given as objects are shared with it, not copied. Three
+        encoder-decoders make an encoder-decoder, whose `generate()` takes the source.
 
     Raises:
         InputError: If α is not finite, the formula is none, a member is missing, an argument is unknown, or arguments

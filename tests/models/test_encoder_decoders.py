@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.tiny import build
+from support.tiny import build, tokenizer
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -18,10 +18,13 @@ from transformers import (
     ProphetNetConfig,
     SwitchTransformersConfig,
     T5Config,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import proxytune
 from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor
+from proxytune.cli.models import load
 from proxytune.errors import (
     CacheError,
     InputError,
@@ -73,9 +76,9 @@ def made(kind: str, seed: int, size: int = 1) -> Any:
     return model.eval()
 
 
-def composed(kind: str, *, alpha: float = 0.7, **kwargs: Any) -> ProxyTunedModel:
+def composed(kind: str) -> ProxyTunedModel:
     members = {"expert": made(kind, 2), "antiexpert": made(kind, 3)}
-    return proxytune.wrap(made(kind, 1, 2), **members, alpha=alpha, check_vocabulary=False, **kwargs)
+    return proxytune.wrap(made(kind, 1, 2), **members, alpha=0.7, check_vocabulary=False)
 
 
 @functools.cache
@@ -109,37 +112,39 @@ def reference(model: ProxyTunedModel, source: torch.Tensor, target: torch.Tensor
     return sum(weights[role] * out.logits[:, -1].float() for role, out in passes.items())  # type: ignore[return-value]
 
 
-def assert_logits(model: ProxyTunedModel, out: Any, rows_each: int = 1) -> None:
-    """Each step's logits are those of the reference after the text so far, until the text ends."""
-    for i, text in enumerate(out.sequences):
-        for step, logits in enumerate(out.logits):
-            if step and bool((text[1 : step + 1] == EOS).any()):
+def close(logits: torch.Tensor, wanted: torch.Tensor) -> None:
+    torch.testing.assert_close(logits, wanted, atol=2e-5, rtol=1e-5)
+
+
+def assert_greedy(model: ProxyTunedModel) -> None:
+    """Each step's logits and token are the reference's, until the text ends."""
+    out = run(model, **GREEDY)
+    for i in range(2):
+        target = torch.full((1, 1), START)
+        for logits in out.logits:
+            wanted = reference(model, row(i), target)
+            close(logits[i : i + 1], wanted)
+            target = torch.cat([target, wanted.argmax(-1, keepdim=True)], 1)
+            if int(target[0, -1]) == EOS:
                 break
-            wanted = reference(model, row(i // rows_each), text[None, : step + 1])
-            torch.testing.assert_close(logits[i : i + 1], wanted, atol=2e-5, rtol=1e-5)
+        assert out.sequences[i, : target.shape[1]].tolist() == target[0].tolist()
 
 
 # --- what comes out --------------------------------------------------------------------------------------------------
 
 
 def test_greedy_is_the_reference(model: ProxyTunedModel) -> None:
-    out = run(model, **GREEDY)
-    assert_logits(model, out)
-    for i in range(2):
-        target = torch.full((1, 1), START)
-        while target.shape[1] <= NEW and int(target[0, -1]) != EOS:
-            target = torch.cat([target, reference(model, row(i), target).argmax(-1, keepdim=True)], 1)
-        assert out.sequences[i, : target.shape[1]].tolist() == target[0].tolist()
+    assert_greedy(model)
 
 
 def test_sampling_is_the_reference(model: ProxyTunedModel) -> None:
     out = run(model, **SAMPLE)
-    assert_logits(model, out, 2)
     torch.manual_seed(0)
     target, ended = torch.full((4, 1), START), torch.zeros(4, dtype=torch.bool)
-    for _ in range(out.sequences.shape[1] - 1):
-        logits = torch.cat([reference(model, row(i // 2), target[i : i + 1]) for i in range(4)])
-        drawn = torch.multinomial(logits.softmax(-1), 1).squeeze(1).masked_fill(ended, PAD)
+    for logits in out.logits:
+        wanted = torch.cat([reference(model, row(i), target[2 * i : 2 * i + 2]) for i in range(2)])
+        close(logits[~ended], wanted[~ended])
+        drawn = torch.multinomial(wanted.softmax(-1), 1).squeeze(1).masked_fill(ended, PAD)
         target, ended = torch.cat([target, drawn[:, None]], 1), ended | (drawn == EOS)
     assert out.sequences.tolist() == target.tolist()
     assert len({tuple(text) for text in target.tolist()}) == 4
@@ -155,7 +160,7 @@ def test_beams_are_the_reference(model: ProxyTunedModel) -> None:
             scores, best = (scores[:, None] + steps).flatten().topk(3)
             beams = torch.cat([beams[best // V], (best % V)[:, None]], 1)
         assert out.sequences[2 * i : 2 * i + 2].tolist() == beams[:2].tolist()
-        torch.testing.assert_close(out.sequences_scores[2 * i : 2 * i + 2], scores[:2] / NEW, atol=1e-5, rtol=1e-5)
+        close(out.sequences_scores[2 * i : 2 * i + 2], scores[:2] / NEW)
 
 
 @pytest.mark.parametrize("mode", [GREEDY, SAMPLE, BEAMS, {"do_sample": True, "num_beams": 2}], ids=str)
@@ -179,15 +184,14 @@ def test_ragged_rows_are_each_row_alone_also_without_a_cache(model: ProxyTunedMo
 
 
 def test_each_source_is_read_once_and_each_token_once() -> None:
-    model = composed("t5", self_test=False)
+    model = shared("t5")
     before = dict(model.token_forwards)
     steps = run(model, **BEAMS, suppress_tokens=[EOS]).sequences.shape[1] - 1
     assert all(n - before[role] == SOURCES.numel() + 2 * 3 * steps for role, n in model.token_forwards.items())
 
 
 def test_a_mixture_of_experts_is_a_member_too() -> None:
-    model = composed("switch")
-    assert_logits(model, run(model, **GREEDY))
+    assert_greedy(composed("switch"))
 
 
 def test_encoder_outputs_and_a_target_that_is_begun(model: ProxyTunedModel) -> None:
@@ -213,7 +217,7 @@ def test_labels_give_the_log_likelihood_of_a_target(kind: str) -> None:
     for i, n in enumerate((4, 2)):
         target = torch.cat([torch.tensor([START]), LABELS[i, :n]])[None]
         rows = torch.cat([reference(model, row(i), target[:, : k + 1]) for k in range(n)])
-        torch.testing.assert_close(out.logits[i, :n], rows, atol=2e-5, rtol=1e-5)
+        close(out.logits[i, :n], rows)
         losses += torch.nn.functional.cross_entropy(rows, LABELS[i, :n], reduction="none").tolist()
     assert float(out.loss) == pytest.approx(sum(losses) / 6, abs=1e-5)
     assert cache_of(out) is None
@@ -227,10 +231,10 @@ def test_a_loop_of_ones_own_goes_on_from_a_cache(model: ProxyTunedModel) -> None
     whole = model(**given, decoder_input_ids=text, use_cache=False).logits
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     steps = [model(**given, decoder_input_ids=part, **{CACHE: cache}).logits for part in text.split([2, 1, 1], 1)]
-    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=2e-5, rtol=1e-5)
+    close(torch.cat(steps, 1), whole)
     own = model.member_logits(SOURCES, MASK, decoder_input_ids=text)
     combined = own["base"] + model.alpha * (own["expert"] - own["antiexpert"])
-    torch.testing.assert_close(combined, whole, atol=2e-5, rtol=1e-5)
+    close(combined, whole)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
@@ -319,6 +323,15 @@ def test_decoders_that_start_with_another_token_are_refused() -> None:
         proxytune.wrap(base, other, antiexpert, check_vocabulary=False)
 
 
+def test_encoders_of_sound_are_refused() -> None:
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8, "vocab_size": V}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 0}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    hears = WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **ids))
+    with pytest.raises(UnsupportedModelError, match="the base: .* got a Whisper.* that reads input_features"):
+        proxytune.wrap(hears, shared("t5").expert, shared("t5").antiexpert, check_vocabulary=False)
+
+
 def test_a_model_that_a_cache_changes_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="ProphetNet.* with logits that differ by .* over a cache"):
         composed("prophetnet")
@@ -356,13 +369,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("members")
     for role in ("base", "expert", "antiexpert"):
         getattr(shared("bart"), role).save_pretrained(place / role)
+        tokenizer().save_pretrained(place / role)
     build("llama", 0, V).save_pretrained(place / "llama")
     return place
 
 
 def test_a_recipe_opens_again(folder: Path) -> None:
     members = {role: folder / role for role in ("expert", "antiexpert")}
-    first = proxytune.wrap(folder / "base", **members, alpha=0.7, check_vocabulary=False)
+    first = proxytune.wrap(folder / "base", **members, alpha=0.7)
     wanted = run(shared("bart"), **GREEDY).sequences
     assert torch.equal(run(first, **GREEDY).sequences, wanted)
     first.save_pretrained(folder / "recipe")
@@ -370,8 +384,10 @@ def test_a_recipe_opens_again(folder: Path) -> None:
     assert written["is_encoder_decoder"]
     assert written["architectures"] == ["AutoModelForSeq2SeqLM"]
     for door in (AutoModelForSeq2SeqLM, AutoModelForCausalLM, ProxyTunedModel):
-        again = door.from_pretrained(folder / "recipe", check_vocabulary=False)
+        again = door.from_pretrained(folder / "recipe")
         assert torch.equal(run(again, **GREEDY).sequences, wanted)
+    with pytest.raises(UnsupportedModelError, match="members: expected decoder-only models; got encoder-decoders"):
+        load(None, None, None, None, folder / "recipe", "cpu", "float32")
 
 
 @pytest.mark.parametrize(("kind", "other"), [("base", "llama"), ("llama", "base")])

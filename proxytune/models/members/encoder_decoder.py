@@ -46,10 +46,18 @@ class EncoderDecoderMember(Member):
         """Check that the model can take part.
 
         Raises:
-            UnsupportedModelError: If it is decoder-only, or takes no cache.
+            UnsupportedModelError: If it is decoder-only, takes no cache, or reads other than text.
         """
         super().__init__(model, role)
         inner = innermost(model)
+        reads = getattr(inner.get_encoder(), "main_input_name", "input_ids")
+        if reads != "input_ids":
+            raise UnsupportedModelError.of(
+                f"the {role}",
+                expected="an encoder-decoder that reads the token ids of a source",
+                got=f"a {self._name()} that reads {reads}",
+                remedy="Use a text-to-text model.",
+            )
         self._takes_position_ids = False
         self._output: type[BaseModelOutput] = BaseModelOutput
         self.encoder_rows, self.rows = (_rows(part, self.rows) for part in (inner.get_encoder(), inner.get_decoder()))
