@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.fake_streams import streams
 from support.tiny import build, tokenizer
 from transformers import (
     AutoModelForCausalLM,
@@ -201,6 +202,15 @@ def test_encoder_outputs_and_a_target_that_is_begun(model: ProxyTunedModel) -> N
     assert torch.equal(again, whole)
     begun = run(model, **GREEDY, decoder_input_ids=whole[:, :3], max_new_tokens=NEW - 2).sequences
     assert torch.equal(begun, whole)
+
+
+@pytest.mark.parametrize("mode", [GREEDY, BEAMS], ids=str)
+def test_companions_on_side_streams(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, wanted = composed("t5"), run(shared("t5"), **mode).sequences
+    with streams(monkeypatch) as books:
+        assert torch.equal(run(model, **mode).sequences, wanted)
+    assert len(books.streams) == 3, "one side stream per companion"
+    assert books.crossings > 0
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------

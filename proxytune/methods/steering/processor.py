@@ -324,13 +324,6 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         """
         self._refuse_attached()
         target = target_of(model)
-        if getattr(target.config, "is_encoder_decoder", False):
-            raise UnsupportedModelError.of(
-                "attach",
-                expected="a decoder-only model, whose whole text is in the ids that companions read",
-                got=f"a {type(target).__name__}, an encoder-decoder: the source is not among them",
-                remedy="Compose three encoder-decoders with proxytune.wrap.",
-            )
         composed = isinstance(target, ComposedGenerationMixin)
         attached = any(
             getattr(hook.replacement, "changes_logits", False) for hook in hooks_on(target, "_get_logits_processor")
@@ -341,6 +334,13 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
                 expected="a model that is not steered yet",
                 got="a composed model" if composed else "a model with another processor attached",
                 remedy="Shifts would add up. Detach the other one, or attach to the base.",
+            )
+        if getattr(target.config, "is_encoder_decoder", False):
+            raise UnsupportedModelError.of(
+                "attach",
+                expected="a decoder-only model, whose whole text is in the ids that companions read",
+                got=f"a {type(target).__name__}, an encoder-decoder: the source is not among them",
+                remedy="Compose three encoder-decoders with proxytune.wrap.",
             )
         found = self._found_tokenizers
         if self._check_vocabulary:

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 __all__ = ["CompanionStreams", "ForkJoin", "StreamOrder", "may_overlap", "tensors_of"]
 
@@ -31,7 +31,11 @@ def may_overlap(device: torch.device) -> bool:
 
 
 def tensors_of(cache: Cache | None) -> Iterator[torch.Tensor]:
-    """All tensors that the layers of a cache (or a view of one) hold."""
+    """All tensors that the layers of a cache (a pair, or a view of one) hold."""
+    if isinstance(cache, EncoderDecoderCache):
+        yield from tensors_of(cache.self_attention_cache)
+        yield from tensors_of(cache.cross_attention_cache)
+        return
     for layer in [] if cache is None else cache.layers:
         yield from (x for x in vars(layer).values() if isinstance(x, torch.Tensor))
 
