@@ -36,8 +36,8 @@ from proxytune.models.members.rewind import CountingLayer, compresses, make_rewi
 __all__ = [
     "adopt",
     "cached_layers",
-    "empty_cache",
     "decoder_config",
+    "empty_cache",
     "is_owned",
     "note_members",
     "refuse_outdated",
