@@ -11,7 +11,7 @@ from transformers.utils import cached_file
 
 from proxytune.errors import RecipeError
 from proxytune.models.load_arguments import refuse_dtype
-from proxytune.models.members.composite_cache import cached_layers, decoder_config
+from proxytune.models.members.composite_cache import cached_layers
 from proxytune.recipe import RECIPE_FILE, Recipe, read_json
 
 __all__ = ["CARRIED", "ProxyTunedConfig"]
@@ -50,7 +50,7 @@ class ProxyTunedConfig(PreTrainedConfig):
 
     def bind(self, member_configs: Sequence[PreTrainedConfig]) -> ProxyTunedConfig:
         """Copy what `generate()` reads from the members' configs (the base's first), and return self."""
-        texts = [decoder_config(c) for c in member_configs]
+        texts = [c.get_text_config(decoder=True) for c in member_configs]
         self.__dict__["_member_configs"] = texts
         for name in ("vocab_size", "hidden_size", "bos_token_id", "eos_token_id", "pad_token_id"):
             if hasattr(texts[0], name):
@@ -59,7 +59,6 @@ class ProxyTunedConfig(PreTrainedConfig):
         if contexts:
             self.max_position_embeddings = min(contexts)
         self.num_hidden_layers = sum(map(cached_layers, texts))
-        self.is_encoder_decoder = bool(getattr(member_configs[0], "is_encoder_decoder", False))
         return self
 
     @property

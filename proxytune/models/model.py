@@ -127,6 +127,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         wrapped = [self._member_class(model, role) for role, model in members.items()]
         refuse_no_shift(members["expert"], members["antiexpert"], formula)
         config.bind([member.config for member in wrapped])
+        config.is_encoder_decoder = self._member_class.encoder_decoder
         # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
         config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
         config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from proxytune.errors import CacheError, InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.cache_name import CACHE
-from proxytune.models.members.composite_cache import adopt, cached_layers, is_owned
+from proxytune.models.members.composite_cache import adopt, cached_layers, decoder_config, is_owned
 from proxytune.models.members.embedding_table import rows_of
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
@@ -50,6 +50,13 @@ class EncoderDecoderMember(Member):
         """
         super().__init__(model, role)
         inner = innermost(model)
+        if self.whole_text is not None:
+            raise UnsupportedModelError.of(
+                f"the {role}",
+                expected="an encoder-decoder that a cache serves",
+                got=f"a {self._name()} that {self.whole_text}",
+                remedy="Use a model of another family.",
+            )
         reads = getattr(inner.get_encoder(), "main_input_name", "input_ids")
         if reads != "input_ids":
             raise UnsupportedModelError.of(
@@ -59,6 +66,7 @@ class EncoderDecoderMember(Member):
                 remedy="Use a text-to-text model.",
             )
         self._takes_position_ids = False
+        self.config = decoder_config(model.config)
         self._output: type[BaseModelOutput] = BaseModelOutput
         self.encoder_rows, self.rows = (_rows(part, self.rows) for part in (inner.get_encoder(), inner.get_decoder()))
         config = inner.config
