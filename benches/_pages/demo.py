@@ -130,8 +130,8 @@ def losses() -> str:
         "**A few solved examples in the prompt are enough.** The base with 3 shots gets, in any form, "
         f"{rate(shots, 'chain')} of the chains and {rate(shots, 'qa')} of the questions right, without a second model.",
         "**You can tune the large model and serve the result.** Compare *proxy* and *tuned directly* above.",
-        "**There is no small model with the same vocabulary**, a member is recurrent, a hybrid or an encoder-decoder, "
-        "or you need continuous batching: refused with an error, because the result would be wrong.",
+        "**There is no small model with the same vocabulary**, or you need continuous batching: refused with an error, "
+        "because the result would be wrong.",
     )
     return "\n".join(
         textwrap.fill(point, WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
