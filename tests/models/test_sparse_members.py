@@ -130,6 +130,12 @@ def test_compressed_layers_have_no_static_cache() -> None:
         model(prompts("DeepseekV4")["input_ids"], **{CACHE: cache})
 
 
+def test_a_static_cache_on_which_a_model_fails() -> None:
+    model, _ = composed("inkling")
+    with pytest.raises(UnsupportedModeError, match=r"a static cache for the expert: .* fails there \(RuntimeError"):
+        model.generate(**prompts("inkling"), **GIVEN, cache_implementation="static")
+
+
 def test_a_loop_that_reads_what_its_last_pass_wrote() -> None:
     one = looped("dory", 1, recurrent_kv_cache_mode="last_loop")
     base = large(one.config.vocab_size)

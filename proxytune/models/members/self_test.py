@@ -97,7 +97,12 @@ def static_fault(model: Any, takes_position_ids: bool, length: int) -> str | Non
         if (kind, room) not in known:
             known[kind, room] = None
             with suppress(Exception), torch.no_grad():  # what cannot run here will say so where it is used
-                known[kind, room] = _Test(model, takes_position_ids).static(room)
+                try:
+                    known[kind, room] = _Test(model, takes_position_ids).static(room)
+                except RuntimeError as error:  # of sizes that do not fit, say, where other caches work
+                    if kind in _of_kind and not isinstance(error, torch.OutOfMemoryError):
+                        said = str(error).split("\n")[0]
+                        known[kind, room] = f"a pass that fails there ({type(error).__name__}: {said})"
         if (fault := known[kind, room]) is None:
             break
     return fault
