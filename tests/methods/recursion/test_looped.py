@@ -21,7 +21,7 @@ def test_every_trajectory_is_that_of_the_reference(kind: str, mode: str) -> None
     out = run(model, loop, ids, mask, **MODES[mode])
     greedy = run(model, RecursionDecoding(sigma=0.0, trajectories=1, seed=SEED), ids, mask)
     assert not torch.equal(out.trajectories.sequences[:, 0], greedy.sequences)  # the noise matters
-    for b, number in ((0, 5), (1, 0)):
+    for b, number in ((0, 5), (1, 0))[kind == "inkling" :]:  # it is slow
         i, text, total = [0, 5].index(number), ids[b][mask[b].bool()].tolist(), 0.0
         for token in out.trajectories.sequences[b, i, ids.shape[1] :].tolist():
             logits = thought(model, text, How(at=(0, 2), row=b, trajectory=number))
