@@ -17,8 +17,10 @@ from transformers import DynamicCache, StaticCache
 import proxytune
 from proxytune import ProxyTuningLogitsProcessor, SpeculativeDecoding
 from proxytune.errors import UnsupportedModeError, UnsupportedModelError
+from proxytune.methods.speculation.ragged_cache import RaggedCache, record
 from proxytune.models.members.cache_name import CACHE, cache_of
-from proxytune.models.members.composite_cache import cached_layers
+from proxytune.models.members.composite_cache import cached_layers, empty_cache
+from proxytune.models.members.member import Member
 
 ALPHA, NEW, LENGTH = 0.7, 4, 12
 PADDED = ["GlmMoeDsa", "Qwen4Exp"]
@@ -72,6 +74,35 @@ def test_companions_are_right(kind: str) -> None:
     processor = ProxyTuningLogitsProcessor(**weights, check_vocabulary=False)
     drafts = {**given, "prompt_lookup_num_tokens": 3, "logits_processor": [processor]}
     assert torch.equal(model.base.generate(**one, **drafts), greedy[:1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["DeepseekV32", "MiniMaxM3VL", "DeepseekV4"])
+def test_a_cache_goes_back_and_on(kind: str) -> None:
+    member, ids = Member(made(kind), "base"), prompts("DeepseekV4")["input_ids"]
+    cache = empty_cache(member.config)
+    record(cache)
+    member.forward(ids[:, :6], cache=cache)
+    for rejected in (5, 1, 4):  # more and fewer than stand for one compressed entry
+        member.forward(ids[:, -rejected:], cache=cache)
+        cache.crop(-rejected)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    went_on = torch.cat([member.forward(ids.flip(0)[:, n : n + 2], cache=cache) for n in (6, 8)], 1)
+    torch.testing.assert_close(went_on, member.forward(ids.flip(0))[:, 6:10], rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["DeepseekV32", "GlmMoeDsa"])
+def test_an_index_moves_with_its_keys(kind: str) -> None:
+    member, ids = Member(made(kind), "base"), prompts("DeepseekV4")["input_ids"]
+    cache, columns = empty_cache(member.config), RaggedCache(torch.tensor([6, 6]), 6, None)
+    member.forward(ids[:, :6], cache=cache)
+    member.forward(ids[:, 6:10], cache=cache)
+    columns.settle([(cache, 4)], kept=[4, 1], going=[True, True])  # the second row goes back by three
+    new = torch.stack([ids[0, 10:], ids[1, 7:9]])
+    logits = member.forward(new, attention_mask=columns.mask(2), position_ids=columns.positions(2), cache=cache)
+    for row, text in ((0, ids[:1]), (1, ids[1:, :9])):
+        torch.testing.assert_close(logits[row], member.forward(text)[0, -2:], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["DeepseekV32", "dory"])
