@@ -132,8 +132,8 @@ def _move_index(layer: DynamicIndexedLayer, index: torch.Tensor) -> None:
         padding = torch.nn.functional.pad(index.diff(dim=1) == 0, (0, 1))
         moved = layer.indexer_keys.take_along_dim(index[..., None], 1)
         layer.indexer_keys = moved.masked_fill(padding[..., None], 0)
-    if layer.indexer_position_ids is not None:  # [3, B, stored]
-        layer.indexer_position_ids = layer.indexer_position_ids.take_along_dim(index[None], 2)
+    if (positions := getattr(layer, "indexer_position_ids", None)) is not None:  # [3, B, stored]; since 5.20
+        layer.indexer_position_ids = positions.take_along_dim(index[None], 2)
 
 
 def record(cache: Cache) -> Callable[[], None]:
