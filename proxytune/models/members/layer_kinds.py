@@ -54,7 +54,7 @@ ABLE: dict[str, frozenset[Ability]] = {
     "hybrid": _NO_ROWS_APART,
     "hybrid_sliding": _NO_ROWS_APART,
     "indexed_attention": _ALL,  # an index chooses the keys; it is kept beside them
-    "deepseek_sparse_attention": _ALL,  # the same before 5.20
+    "deepseek_sparse_attention": _ALL,  # the same in transformers 5.17
     "minimax_m3_sparse": _IN_PLACE,
     "compressed_sparse_attention": _IN_PLACE - {"static"},
     "heavily_compressed_attention": _IN_PLACE - {"static"},

@@ -152,7 +152,7 @@ class RewindableLayer:
         """Give each row the content of row `beam_idx` `[B']`; B' may differ from the number of rows."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
         if compresses(self) and not any("reorder_cache" in vars(kind) for kind in _compressing(type(self))):
-            # as in transformers before 5.20
+            # as in transformers 5.17
             vars(self).update({name: _reordered(getattr(self, name), beam_idx) for name in _entries_of(self)})
         for _, state in self.kept:
             state.update({name: _reordered(value, beam_idx) for name, value in state.items()})
