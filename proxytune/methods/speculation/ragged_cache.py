@@ -132,7 +132,7 @@ def _move_index(layer: DynamicIndexedLayer, index: torch.Tensor) -> None:
         padding = torch.nn.functional.pad(index.diff(dim=1) == 0, (0, 1))
         moved = layer.indexer_keys.take_along_dim(index[..., None], 1)
         layer.indexer_keys = moved.masked_fill(padding[..., None], 0)
-    if (positions := getattr(layer, "indexer_position_ids", None)) is not None:  # [3, B, stored]; none in transformers 5.17
+    if (positions := getattr(layer, "indexer_position_ids", None)) is not None:  # [3, B, stored]; 5.17 has none
         layer.indexer_position_ids = positions.take_along_dim(index[None], 2)
 
 
