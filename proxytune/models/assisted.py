@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, StaticCache
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache
 from transformers.generation.candidate_generator import (
     AssistedCandidateGenerator,
     CandidateGenerator,
@@ -26,12 +26,13 @@ from transformers.generation.logits_process import (
 
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
-from proxytune.models.members.cache_name import cache_of
+from proxytune.models.members.cache_name import CACHE, cache_of
+from proxytune.models.members.composite_cache import adopt
 from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.members.layer_kinds import Ability, refuse_lacking
 from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, switches_of
 from proxytune.models.members.member import refuse_no_numbers
-from proxytune.models.members.rewind import rewindable_layers
+from proxytune.models.members.rewind import length_of, rewindable_layers
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_rewinding", "refuse_self_speculation"]
 
@@ -222,7 +223,15 @@ class AssistedMixin:
         _refuse_counting(
             logits_processor, "drafts are evaluated more than once", "assistant_model and prompt_lookup_num_tokens"
         )
-        cache = cache_of(kwargs)
+        cache, mask = cache_of(kwargs), kwargs.get("attention_mask")
+        width = input_ids.shape[1]
+        covered = (
+            (getattr(kwargs["generation_config"], "_mask_length", None) or width) if mask is None else mask.shape[1]
+        )
+        if cache is not None and not isinstance(cache, StaticCache) and covered == width and length_of(cache):
+            # transformers would read the whole text after what a cache holds of it; it is read anew.
+            kwargs[CACHE] = DynamicCache(config=self.config)  # type: ignore[attr-defined]
+            adopt(kwargs[CACHE], self.config.member_configs, self.cache_owner)  # type: ignore[attr-defined]
         if isinstance(cache, StaticCache) and not all(layer.is_croppable for layer in rewindable_layers(cache)):
             raise UnsupportedModeError.of(
                 "a static cache",

@@ -227,7 +227,15 @@ class SteeredProcessors:
 
 
 def drafts_refused(switches: Mapping[str, int], original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Replaces a long-rope base's `_get_candidate_generator`: no drafts across its switch."""
+    """Replaces a base's `_get_candidate_generator`: no drafts across a long-rope switch, or after a filled cache."""
+    cache = cache_of(kwargs.get("model_kwargs") or {})
+    if cache is not None and (held := tokens_in(cache)) != 0:
+        raise UnsupportedModeError.of(
+            "drafts after a filled cache",
+            expected="none: assisted decoding of transformers reads the whole text again, after what the cache holds",
+            got=f"{held} cached tokens",
+            remedy="Leave the cache out, or use proxytune.wrap.",
+        )
     refuse_rewinding(switches, *args, **kwargs)
     return original(*args, **kwargs)
 

@@ -350,14 +350,12 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         warn_of_size(model, companions, self.formula)
         ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found)
         stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
-        switches = Ensemble.of(target).switches
-        drafts = partial(drafts_refused, switches)
-        rewinding = (MethodHook(target, "_get_candidate_generator", drafts),) if switches else ()
+        drafts = partial(drafts_refused, Ensemble.of(target).switches)
         notice = ScoringNotice(model, target)
         self._hooks = (
             *stops,
             MethodHook(target, "_get_logits_processor", SteeredProcessors(self, target, base)),
-            *rewinding,
+            MethodHook(target, "_get_candidate_generator", drafts),
             *batching_refused(target),
             MethodHook(target, "prepare_inputs_for_generation", CompanionPrefetch(self, notice)),
         )

@@ -119,3 +119,18 @@ def test_a_step_costs_one_token_forward_of_each_member(kinds: tuple[str, str]) -
     run(model, ids=IDS.repeat(2, 1), max_new_tokens=4)
     counts = {role: n - before[role] for role, n in model.token_forwards.items()}
     assert counts == dict.fromkeys(("base", "expert", "antiexpert"), 2 * (IDS.shape[1] + 3))
+
+
+@pytest.mark.parametrize("kinds", [*MEMBERS, ("llama", "gpt2"), ("mistral", "llama")], ids="-".join)
+@pytest.mark.parametrize("filled_by", ["greedy", "speculation"])
+def test_assisted_decoding_goes_on_from_a_cache(kinds: tuple[str, str], filled_by: str) -> None:
+    """transformers reads the whole text again after the cached one (also of a plain model)."""
+    model = trio(*kinds)
+    loop = SpeculativeDecoding(draft=PromptLookupDraft(1, 1), draft_tokens=3) if filled_by == "speculation" else None
+    first = run(model, loop, max_new_tokens=5)
+    ids = torch.cat([first.sequences, torch.tensor([[9, 33]])], 1)
+    want = run(model, ids=ids, use_cache=False, max_new_tokens=6).sequences
+    got = run(model, ids=ids, prompt_lookup_num_tokens=3, max_new_tokens=6, **{CACHE: first[CACHE]})
+    assert torch.equal(got.sequences, want)
+    more = run(model, ids=got.sequences, max_new_tokens=3, **{CACHE: got[CACHE]}).sequences
+    assert torch.equal(more, run(model, ids=want, use_cache=False, max_new_tokens=3).sequences)

@@ -16,6 +16,7 @@ from transformers import (
 
 from proxytune import ProxyTuningLogitsProcessor
 from proxytune.errors import UnsupportedModeError
+from proxytune.models.members.cache_name import CACHE
 
 IDS = torch.randint(3, 96, (2, 6), generator=torch.Generator().manual_seed(1))
 PADDED = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -59,3 +60,14 @@ def test_what_is_refused(name: str, settings: dict[str, Any], refused: str | Non
             return
         with pytest.raises(UnsupportedModeError, match=refused):
             model.generate(IDS, **asked, **settings)
+
+
+def test_drafts_after_a_filled_cache_are_refused() -> None:
+    model = build("llama", 1, 96)
+    processor = ProxyTuningLogitsProcessor(build("llama", 2, 96), build("llama", 3, 96), 0.7, check_vocabulary=False)
+    asked: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    with processor.attach(model):
+        out = model.generate(IDS[:1], **asked, return_dict_in_generate=True)
+        model.generate(out.sequences, **asked, prompt_lookup_num_tokens=2)
+        with pytest.raises(UnsupportedModeError, match="drafts after a filled cache: .*; got 8 cached tokens"):
+            model.generate(out.sequences, **asked, prompt_lookup_num_tokens=2, **{CACHE: out[CACHE]})
