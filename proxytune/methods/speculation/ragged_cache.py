@@ -26,8 +26,9 @@ from transformers.cache_utils import (
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import stored
+from proxytune.models.members.counting_layer import CountingLayer
 from proxytune.models.members.layer_kinds import ABLE
-from proxytune.models.members.rewind import CountingLayer, RewindableLayer, rewindable_layers
+from proxytune.models.members.rewind import RewindableLayer, rewindable_layers
 
 __all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
 

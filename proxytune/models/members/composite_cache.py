@@ -28,10 +28,11 @@ from transformers.cache_utils import (
 
 from proxytune.errors import CacheError
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.counting_layer import CountingLayer
 from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.layer_kinds import STATES, kinds_of
 from proxytune.models.members.looped import loop_of, with_passes
-from proxytune.models.members.rewind import CountingLayer, compresses, make_rewindable, rewindable_layers
+from proxytune.models.members.rewind import compresses, make_rewindable, rewindable_layers
 
 __all__ = [
     "adopt",

@@ -22,11 +22,11 @@ from transformers.cache_utils import (
     StaticLayer,
 )
 
+from proxytune.models.members.tape import Tape
+
 __all__ = [
     "REACH",
-    "CountingLayer",
     "RewindableLayer",
-    "Tape",
     "compresses",
     "length_of",
     "make_rewindable",
@@ -185,83 +185,6 @@ class RewindableLayer:
             setattr(self, name, dict.fromkeys(getattr(self, name), 0 if name == "entry_count" else None))
         if isinstance(self, DynamicSlidingWindowLayer) and self.is_initialized:
             self.keys, self.values, self.cumulative_length = self.keys[:, :, :0], self.values[:, :, :0], 0
-
-
-class CountingLayer(CacheLayerMixin):
-    """A layer that no model writes to; it tells the length of a cache that has recurrent layers only."""
-
-    is_croppable = True
-    is_sliding = is_compileable = supports_early_init = False
-
-    def __init__(self, counted: RewindableLayer) -> None:
-        """Tell the length of `counted`, a layer of the same cache."""
-        super().__init__()
-        self.counted = counted
-
-    def get_seq_length(self) -> int:
-        """Tokens in the cache."""
-        return self.counted.length
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many columns a mask has, and which is the first."""
-        return self.counted.length + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum, as transformers writes it."""
-        return -1
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Not called."""
-
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Refuse keys and values: a model has more layers than its config says."""
-        raise RuntimeError("a model wrote to a layer that its config does not have")
-
-    def _nothing(self, *args: Any) -> None:
-        """Nothing is held here."""
-
-    crop = reorder_cache = batch_repeat_interleave = batch_select_indices = reset = offload = prefetch = _nothing
-
-
-class Tape:
-    """The last tokens of a text, for layers that have to read some of them again; it starts at a kept state."""
-
-    def __init__(self) -> None:
-        self.spent = 0.0  # seconds that passes took longer for tokens read again, since the last state kept
-        self._parts: list[tuple[int, torch.Tensor, torch.Tensor | None]] = []  # start, ids and positions [B, n]
-
-    def append(self, start: int, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> None:
-        """Note tokens `[B, n]` after `start` others, and their positions `[B, n]` or `[1, n]`."""
-        self._parts.append((start, input_ids, position_ids))
-
-    def last(self, count: int, before: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The `count` tokens `[B, count]` before a place, and their positions."""
-        first = before - count
-        parts = [part for part in self._parts if first < part[0] + part[1].shape[1] and part[0] < before]
-        here = slice(first - parts[0][0], before - parts[0][0])
-        ids = torch.cat([ids for _, ids, _ in parts], 1)
-        told = [positions.expand(ids.shape[0], -1) for _, _, positions in parts if positions is not None]
-        return ids[:, here], torch.cat(told, 1)[:, here] if len(told) == len(parts) else None
-
-    def cut(self, start: int) -> None:
-        """Forget the parts that end before `start`."""
-        self._parts = [part for part in self._parts if part[0] + part[1].shape[1] > start]
-
-    def crop(self, end: int) -> None:
-        """Forget the tokens from `end` on."""
-        kept = [(start, ids[:, : end - start], positions) for start, ids, positions in self._parts if start < end]
-        self._parts = [(start, ids, None if p is None else p[:, : ids.shape[1]]) for start, ids, p in kept]
-
-    def reorder(self, beam_idx: torch.Tensor) -> None:
-        """Reselect the rows by `beam_idx` `[B']`."""
-        self._parts = [
-            (
-                start,
-                _reordered(ids, beam_idx),
-                p if p is None or p.shape[0] != ids.shape[0] else _reordered(p, beam_idx),
-            )
-            for start, ids, p in self._parts
-        ]
 
 
 def make_rewindable(layers: list[Any], read: int = 0) -> None:
