@@ -108,7 +108,7 @@ class Call:
         plain = not ensemble.composed and reads_whole_text(model) is None
         if generation_config.prefill_chunk_size is not None and plain:
             for member in ensemble.members:
-                member.read_rightly(generation_config)
+                member.read_rightly(generation_config, model_kwargs.get("attention_mask"))
         processors = processors_of_call(logits_processor, generation_config, width, DRAFTS if drafts else None)
         keys = keys_of(stream_ids, branch_ids, batch)
         lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)

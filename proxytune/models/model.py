@@ -342,6 +342,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if prompt and not torch.compiler.is_compiling():
             refuse_leftover(self.base)
             check_ids(input_ids, self.members)
+            for member in self.members:
+                member.refuse_gaps(attention_mask)
             if told is not None:
                 ones = input_ids.new_ones(1, int(past) + input_ids.shape[1])
                 for member in self.members:

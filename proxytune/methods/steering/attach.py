@@ -196,7 +196,7 @@ class SteeredProcessors:
             refuse_unread("an attached processor", self.model, self.switches, longest, seen, most_new)
         read_whole(self.switches, generation_config, model_kwargs, seen)
         if self.base is not None:
-            self.base.read_rightly(generation_config)
+            self.base.read_rightly(generation_config, mask)
         else:
             refuse_unserved(self.model, generation_config, mask)
         if (generation_config.num_beams or 1) > 1:

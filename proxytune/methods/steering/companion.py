@@ -192,6 +192,7 @@ class PrefixCachedMember:
         keep = self._rollback(keep)
         if self._cache is None or n - keep > 1:
             check_ids(ids[:, keep:], [self.member])
+            self.member.refuse_gaps(mask)
         if self._cache is None:
             self._cache = self._new_cache()
         # An interrupted forward leaves some layers longer than others. Without its ids the cache is not used again.

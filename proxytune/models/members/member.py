@@ -208,10 +208,31 @@ class Member:
     def _name(self) -> str:
         return f"{type(self.model).__name__} ({getattr(self.model.config, 'model_type', '')})"
 
-    def read_rightly(self, generation_config: Any) -> None:
-        """Have a `generate()` of the model itself read a prompt at once, if it cannot go on with several tokens."""
-        if self.verdict.several:
+    def read_rightly(self, generation_config: Any, attention_mask: torch.Tensor | None) -> None:
+        """Have a `generate()` of the model itself read a prompt at once, if it goes on wrongly in chunks.
+
+        So do models that continue a cache wrongly with several tokens, and recurrent ones in padding `[B, T]`.
+        """
+        padded = self.stateful and attention_mask is not None and not bool((attention_mask != 0).all())
+        if self.verdict.several or padded:
             generation_config.prefill_chunk_size = None
+
+    def refuse_gaps(self, attention_mask: torch.Tensor | None) -> None:
+        """Raise UnsupportedModeError for padding inside a text `[B, T]`, if the model has a state that it changes.
+
+        Waits for the device, for such models only.
+        """
+        if not self.stateful or attention_mask is None:
+            return
+        there = attention_mask != 0
+        inside = ~there & (there.long().cumsum(1) > 0) & (there.flip(1).long().cumsum(1).flip(1) > 0)
+        if bool(inside.any()):
+            raise UnsupportedModeError.of(
+                f"padding inside a text for the {self.role}",
+                expected="padding before a text: a recurrent layer forgets a little with each token, also of padding",
+                got=f"a {self._name()}, and padding between tokens in row {int(inside.any(1).int().argmax())}",
+                remedy="Pad the whole text at the left, or pass one at a time.",
+            )
 
     def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
         """Raise UnsupportedModeError for padding before tokens, if the self-test saw that the model is wrong there."""

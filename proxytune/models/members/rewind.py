@@ -59,6 +59,7 @@ class RewindableLayer:
         share: The layer's part of the memory for kept states.
         kept: After how many tokens each kept state was, and the state.
         torn: Whether a pass has begun and not ended: nobody can tell what the state has read.
+        settled: Whether every row has read a token that is no padding.
     """
 
     read: int
@@ -69,6 +70,7 @@ class RewindableLayer:
     share: float
     kept: list[tuple[int, dict[str, Any]]]
     torn: bool
+    settled: bool
 
     @property
     def is_croppable(self) -> bool:
@@ -105,6 +107,7 @@ class RewindableLayer:
     def start(self, read: int, tape: Tape, *, lead: bool, share: float) -> None:
         """Begin to count, after `read` tokens."""
         self.read, self.behind, self.recording, self.torn = read, 0, False, False
+        self.settled = read > 0
         self.tape, self.lead, self.share = tape, lead, share
         self.kept = []
 
@@ -115,6 +118,13 @@ class RewindableLayer:
     def stop_recording(self) -> None:
         """Keep no more states; those kept stay until the next pass."""
         self.recording = False
+
+    def forget_rows(self, rows: torch.Tensor) -> None:
+        """Take the states of some rows, a mask `[B]`, back to before any token."""
+        for name in ("conv_states", "recurrent_states"):
+            for state in getattr(self, name, {}).values():
+                if state is not None:
+                    state.masked_fill_(rows.to(state.device).view(-1, *[1] * (state.ndim - 1)), 0)
 
     def fall_back(self) -> None:
         """Drop the keys and values of the tokens that the state has to read again, which come next."""
@@ -177,7 +187,7 @@ class RewindableLayer:
         return isinstance(self, DynamicLayer) and not isinstance(self, DynamicSlidingWindowLayer)
 
     def _empty(self) -> None:
-        self.read, self.behind, self.kept, self.torn = 0, 0, [], False
+        self.read, self.behind, self.kept, self.torn, self.settled = 0, 0, [], False, False
         if isinstance(self, LinearAttentionCacheLayerMixin):
             for name in ("has_previous_state", "is_conv_states_initialized", "is_recurrent_states_initialized"):
                 setattr(self, name, dict.fromkeys(getattr(self, name), False))

@@ -115,7 +115,22 @@ class StatefulPass:
         for layer in self.layers:
             layer.read += given["input_ids"].shape[1]
             layer.torn = False
+        self._forget_padding(given["attention_mask"])
         return logits
+
+    def _forget_padding(self, mask: torch.Tensor | None) -> None:
+        """Models ignore the mask `[B, read]` in passes over one token: undo what rows of padding alone have read.
+
+        Waits for the device, until every row has read text.
+        """
+        if mask is None or self.layers[0].settled:
+            return
+        blank = mask.sum(1) == 0
+        settled = not bool(blank.any())
+        for layer in self.layers:
+            layer.settled = settled
+            if not settled:
+                layer.forget_rows(blank)
 
 
 def kept_logits(logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:

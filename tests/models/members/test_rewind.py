@@ -8,6 +8,7 @@ import torch
 from support.tiny import build, shared
 from transformers import DynamicCache, PreTrainedModel
 
+from proxytune.errors import UnsupportedModeError
 from proxytune.models.members import rewind, stateful_pass
 from proxytune.models.members.member import Member
 from proxytune.models.members.rewind import length_of, make_rewindable, rewindable_layers
@@ -178,3 +179,33 @@ def test_an_untested_model_reads_one_token_at_a_time(monkeypatch: pytest.MonkeyP
     text.member.examine()
     text.read(3)
     assert lengths == [5, 1, 1, 1, 3]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_padding_in_passes_over_few_tokens_leaves_no_trace(family: str, chunk: int) -> None:
+    model = shared(family, 1, VOCABULARY)
+    member, cache = Member(model, "base"), DynamicCache(config=model.config)
+    member.examine()
+    make_rewindable(cache.layers)
+    ids, mask = torch.randint(3, VOCABULARY, (3, 9)), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :5], mask[1, :8] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        for start in range(0, 9, chunk):
+            here = slice(start, start + chunk)
+            seen = {"attention_mask": mask[:, : start + chunk], "position_ids": positions[:, here]}
+            got = member.forward(ids[:, here], cache=cache, **seen)
+        for row in range(3):
+            want = model(ids[row : row + 1, mask[row].bool()], use_cache=False).logits[0, -1]
+            torch.testing.assert_close(got[row, -1], want, atol=2e-4, rtol=1e-4)
+
+
+def test_padding_inside_a_text_is_refused() -> None:
+    member = Member(shared("qwen3_5", 1, VOCABULARY), "expert")
+    right, left, inside = torch.tensor([[1, 1, 1, 0]]), torch.tensor([[0, 1, 1, 1]]), torch.tensor([[0, 1, 0, 1]])
+    for mask in (right, left, None):
+        member.refuse_gaps(mask)
+    with pytest.raises(UnsupportedModeError, match="padding inside a text for the expert: .* in row 1"):
+        member.refuse_gaps(torch.cat([left, inside]))
+    Member(shared("llama", 1, VOCABULARY), "expert").refuse_gaps(inside)
