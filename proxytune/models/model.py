@@ -52,7 +52,7 @@ from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
 from proxytune.models.roles import refuse_no_shift, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
-from proxytune.models.vision import BASE_INPUTS, StepInputs
+from proxytune.models.vision import BASE_INPUTS, StepInputs, says_text, sees
 from proxytune.recipe import ROLES
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
@@ -267,6 +267,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         past_key_values = one_cache(past_key_values, cache)
         step = kwargs.pop(BASE_INPUTS, None)
         refuse_positions(kwargs.pop("cache_position", None), input_ids, past_key_values)
+        # A processor tells the types of tokens of a text alone, too.
+        kwargs = {k: v for k, v in kwargs.items() if not (says_text(k, v) and sees(self.base))}
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         if step is not None:
             return self._forward_with_images(step, past_key_values, logits_to_keep, **loop_options)

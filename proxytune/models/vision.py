@@ -35,6 +35,7 @@ __all__ = [
     "refuse_images",
     "refuse_regrouped",
     "refuse_settings",
+    "says_text",
     "sees",
     "take_base_inputs",
     "text_mask",
@@ -102,11 +103,18 @@ def take_base_inputs(base: Any, given: dict[str, Any]) -> dict[str, Any]:
             remedy="Use the base alone, model.base.generate(…).",
         )
     taken = {name: given.pop(name) for name in names}
+    if all(says_text(name, value) for name, value in taken.items()):
+        return {}
     if taken:
         for name in ("position_ids", "adapter_names"):
             if given.get(name) is not None:
                 raise _refusal(name, f"{name} beside {', '.join(taken)}")
     return taken
+
+
+def says_text(name: str, value: Any) -> bool:
+    """Whether a processor's argument says of every token that it is text, as without images; waits for the device."""
+    return name.endswith("token_type_ids") and isinstance(value, torch.Tensor) and not bool(value.any())
 
 
 def refuse_images(loop: str, model_kwargs: Mapping[str, Any]) -> None:

@@ -12,6 +12,7 @@ import proxytune
 from proxytune import FusedDecoding, LatentDecoding, ProxyTuningLogitsProcessor, SpeculativeDecoding
 from proxytune.errors import CacheError, InputError, UnsupportedModeError
 from proxytune.methods.latent import LatentLogitsProcessor, LatentMixture
+from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.methods.trees import ForkDecoding, SiblingDecoding
 from proxytune.models.members.cache_name import CACHE, cache_of
 
@@ -261,3 +262,24 @@ def test_layers_that_attend_to_images_hold_no_text() -> None:
     given = {"input_ids": torch.tensor([[1, 5, 6, 7]])}
     out, alone = generate(model, given, BEAMS), generate(base, given, BEAMS)
     torch.testing.assert_close(out.sequences, alone.sequences, rtol=0, atol=0)
+
+
+def test_the_types_of_a_text_alone_are_no_images() -> None:
+    """A processor gives `mm_token_type_ids` with every text."""
+    model = proxytune.wrap(
+        seeing("qwen2_5_vl"), expert=shared("llama", 11, VOCAB), antiexpert=shared("llama", 12, VOCAB),
+        check_vocabulary=False,
+    )  # fmt: skip
+    ids = torch.tensor([[1, 5, 6, 7, 5, 6]])
+    types = {"mm_token_type_ids": torch.zeros_like(ids)}
+    asked: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    for more in ({}, {"prompt_lookup_num_tokens": 2}, {"cache_implementation": "static"}, {"prefill_chunk_size": 2}):
+        assert torch.equal(model.generate(ids, **asked, **more, **types), model.generate(ids, **asked, **more))
+    assert torch.equal(model(ids, **types).logits, model(ids).logits)
+
+
+def test_speculation_on_the_text_of_a_model_that_could_see() -> None:
+    model, ids = seeing("llava"), torch.tensor([[1, 5, 6, 7, 5, 6]])
+    asked: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    loop = SpeculativeDecoding(draft=PromptLookupDraft(1, 1))
+    assert torch.equal(model.generate(ids, **asked, custom_generate=loop), model.generate(ids, **asked))

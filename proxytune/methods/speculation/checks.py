@@ -87,7 +87,8 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     requested = {name: value for name, value in flags.items() if value}
     requested |= {name: value for name, value in call.kwargs.items() if name not in _ALLOWED}
     for name, value in requested.items():
-        if value is not None:
+        # transformers gives a model that could see an empty dict of what it sees.
+        if value is not None and not (isinstance(value, dict) and not value):
             raise UnsupportedModeError.of(
                 name,
                 expected="none with SpeculativeDecoding: passes verify several tokens, and rows differ in length",
