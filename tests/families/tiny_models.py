@@ -51,7 +51,7 @@ SIZES: dict[str, Any] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 8),
     **dict.fromkeys(("linear_num_value_heads", "linear_num_heads"), 4),
     **dict.fromkeys(("linear_num_key_heads",), 2),
-    **dict.fromkeys(("index_n_heads",), 2),
+    "index_n_heads": 16,  # an indexer's scores are sums of relu over heads: of few heads many are 0, and tie
     "qk_head_dim": 16,
     "index_topk": 6,  # fewer than the tokens of a text: what the indexer chooses matters
     "q_lora_rank": 16,
@@ -84,13 +84,14 @@ SIZES: dict[str, Any] = {
     "forced_bos_token_id": None,
     **dict.fromkeys(("initializer_range", "init_std", "embed_init_std"), 0.3),
     # Towers that no text passes through.
-    **dict.fromkeys(("encoder_layers", "num_encoder_layers", "depth", "num_blocks"), 1),
+    **dict.fromkeys(("depth", "num_blocks"), 1),
     **dict.fromkeys(("image_size", "crop_size"), 32),
     "patch_size": 16,
     "max_source_positions": 32,
     "num_mel_bins": 8,
 }
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+ENCODER_LAYERS = ("encoder_layers", "num_encoder_layers")  # a config counts these as num_hidden_layers
 
 # What the sizes leave wrong, by the name of the family: more of a config, also of one inside (`text_config.…`).
 _GEMMA4 = {"global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
@@ -98,10 +99,9 @@ _LLAMA4 = {
     "layer_types": ["chunked_attention", "full_attention"],
     "no_rope_layers": [1, 0],
     "moe_layers": [1],
-    "floor_scale": 4,
 }
 _QSA = {
-    "indexer_n_heads": 2,
+    "indexer_n_heads": 16,
     "indexer_kv_heads": 1,
     "indexer_head_dim": 8,
     "indexer_budget": 8,
@@ -111,7 +111,7 @@ _QSA = {
 }
 _SWA = {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16}
 _DOTS = {**_SWA, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS}
-_INKLING = {"unpadded_vocab_size": VOCABULARY, "d_rel": 4, "rel_extent": 8, "log_scaling_n_floor": 4}
+_INKLING = {"unpadded_vocab_size": VOCABULARY, "d_rel": 4, "rel_extent": 8}
 _ASSISTANT = {
     "model_type": "gemma4_text",
     "hidden_size": HIDDEN,
@@ -130,7 +130,6 @@ _ASSISTANT = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
-    "bart": {"encoder_layers": 2},
     "blt": {
         "encoder_hash_byte_group_size": [2, 3],
         "encoder_hash_byte_group_vocab": 100,
@@ -257,7 +256,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "rwkv": {"attention_hidden_size": HIDDEN},
     "xlm": {"causal": True},
-    "xlstm": {"num_heads": 2, "qk_dim_factor": 0.5, "ffn_round_up_to_multiple_of": 8, "chunk_size": 8},
+    # Some of its sizes are rounded up to multiples of 64, and those of its cache are not.
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2, "qk_dim_factor": 0.5, "ffn_round_up_to_multiple_of": 8, "chunk_size": 8},
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -312,6 +312,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "llama/yarn": {"rope_parameters": {**_ROPE, "rope_type": "yarn", "factor": 4.0}},
+    "inkling2_text/scaled": {"log_scaling_n_floor": 4},
+    "llama4_text/scaled": {"floor_scale": 4},
     "llama4_text/full": {"layer_types": [_FULL] * 2},
     "minimax/attention": {"layer_types": [_FULL] * 2},
     "minimax/linear": {"layer_types": [_LINEAR] * 2},
@@ -420,6 +422,7 @@ def _layers(config: PreTrainedConfig, names: set[str]) -> dict[str, Any]:
         if i not in kept:
             kept.append(i)
     kept.sort()
+    sizes |= {name: 0 for name in ENCODER_LAYERS if name in names}
     return dict.fromkeys(sizes, len(kept)) | {name: [value[i] for i in kept] for name, value in lists.items()}
 
 
