@@ -1,0 +1,445 @@
+"""Which families are right, in which role and mode, against a reference without cache, batch or padding.
+
+::
+
+    python tests/families/matrix.py -j 2                           all names, as lines
+    python tests/families/matrix.py --names jamba zamba2 --table   some names, one letter a mode
+    python tests/families/matrix.py -j 2 --out FILE.json           as a record
+
+A family takes each of four roles beside plain Llamas of its vocabulary. A cell is `right`; `unpadded` (right for prompts
+of one length, and refused for left-padded ones); `refused` by an error of proxytune's; `wrong`; or `crashed`, with any
+other error. What a name gets wrong without proxytune stands beside it (`alone.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import torch
+import transformers
+from alone import apart, check, settled
+from support.reference import Reference
+from tiny_models import BOS, PAD, VOCABULARY, build, names
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import get_layer_types_and_kwargs
+
+import proxytune
+from proxytune import FusedDecoding, ProxyTuningLogitsProcessor, SpeculativeDecoding
+from proxytune.errors import ProxytuneError, UnsupportedModeError
+from proxytune.methods.speculation import PromptLookupDraft
+from proxytune.methods.speculation.round import Proposal
+from proxytune.models.members.cache_name import CACHE
+from proxytune.methods.trees import ForkDecoding, SiblingDecoding
+
+ALPHA = 0.7
+NEW = 8
+LENGTH = 12
+PADDED = (0, 5, 7)  # how many columns of each row's prompt are padding
+TOLERANCE = 5e-3  # of logits whose spread is 1; see `alone.TOLERANCE`
+SECONDS = 240  # a family that takes longer is stuck
+
+Outcome = dict[str, str]
+
+
+class Wrong(Exception):
+    """What differs."""
+
+
+class Role:
+    """A family in one role.
+
+    Attributes:
+        models: Base, expert and antiexpert.
+        steered: The model that is asked to generate.
+        reference: The same, slow.
+    """
+
+    def __init__(self, models: list[PreTrainedModel], reference: Reference, door: str) -> None:
+        self.models, self.reference, self.door = models, reference, door
+        self.hook: Any = None
+        base, expert, antiexpert = models
+        if door == "composed":
+            self.steered = proxytune.wrap(
+                base, expert=expert, antiexpert=antiexpert, alpha=ALPHA, check_vocabulary=False
+            )
+        else:
+            self.hook = ProxyTuningLogitsProcessor(expert, antiexpert, ALPHA, check_vocabulary=False)
+            self.hook.attach(base)
+            self.steered = base
+
+    def close(self) -> None:
+        if self.hook is not None:
+            self.hook.detach()
+
+    @cached_property
+    def greedy_text(self) -> dict[bool, torch.Tensor]:
+        return {}
+
+
+class Call:
+    """One way to generate: prompts, left-padded or not, and what `generate()` is asked for."""
+
+    def __init__(self, role: Role, padded: bool, rows: int = 3) -> None:
+        self.role = role
+        self.ids = torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(3))
+        self.mask = torch.ones_like(self.ids)
+        if padded:
+            for row, n in enumerate(PADDED[:rows]):
+                self.ids[row, :n], self.mask[row, :n] = PAD, 0
+
+    def run(self, model: Any, **settings: Any) -> Any:
+        torch.manual_seed(7)
+        settings = {"max_new_tokens": NEW, "pad_token_id": PAD, **settings}
+        return model.generate(self.ids, attention_mask=self.mask, **settings)
+
+    def equal(self, reference: dict[str, Any] | None = None, **settings: Any) -> None:
+        """The same tokens as the reference's loop, by the same settings (or others, for what only we know)."""
+        want = self.run(self.role.reference, **(settings if reference is None else reference))
+        got = self.run(self.role.steered, **settings)
+        if torch.equal(got, want):
+            return
+        rows = int((got != want).any(1).sum()) if got.shape == want.shape else len(got)
+        first = int((got != want).any(0).int().argmax()) - LENGTH if got.shape == want.shape else -1
+        raise Wrong(f"{rows} of {len(got)} texts differ, from new token {first} on")
+
+    def exact(self, **settings: Any) -> None:
+        """The scores of every step are those of the reference after that very text."""
+        show = {"output_scores": True, "return_dict_in_generate": True}
+        out = self.run(self.role.steered, **settings, **show)
+        start = self.ids.shape[1]
+        if out.sequences.shape[1] != start + NEW or len(out.scores) != NEW:
+            raise Wrong(f"{out.sequences.shape[1] - start} tokens, {len(out.scores)} scores")
+        for step, scores in enumerate(out.scores):
+            for row, text in enumerate(out.sequences[:, : start + step]):
+                self.compare(scores[row], text, self.mask[row * len(self.mask) // len(scores)], step)
+                if not settings.get("do_sample") and scores[row].argmax() != out.sequences[row, start + step]:
+                    raise Wrong(f"new token {step} is not the best")
+
+    def compare(self, scores: torch.Tensor, text: torch.Tensor, mask: torch.Tensor, step: int) -> None:
+        start = self.ids.shape[1]
+        want = self.role.reference.after(torch.cat([text[:start][mask.bool()], text[start:]]))
+        if (off := apart(scores[: len(want)], want)) > TOLERANCE:
+            raise Wrong(f"logits off by {off:.1g} at new token {step}")
+
+    def tree(self, loop: Any) -> None:
+        """Every branch has the log-probabilities of the reference after its very text."""
+        out = self.run(self.role.steered, custom_generate=loop, do_sample=True, top_k=0, return_dict_in_generate=True)
+        for tree, prompt, kept in zip(out.trees, self.ids, self.mask.bool(), strict=True):
+            for branch in tree:
+                text = prompt[kept]
+                for step, (token, logp) in enumerate(
+                    zip(branch.along("tokens"), branch.along("logprobs"), strict=True)
+                ):
+                    want = float(self.role.reference.after(text).log_softmax(-1)[int(token)])
+                    if not abs(want - logp) <= TOLERANCE * max(1.0, abs(want)):
+                        raise Wrong(f"log-probability off by {abs(want - logp):.1g} at new token {step} of a branch")
+                    text = torch.cat([text, torch.tensor([int(token)])])
+
+
+def reference_of(models: list[PreTrainedModel], kind: type[Reference] = Reference) -> Reference:
+    """The slow reference of any models. transformers' loops see the config of a plain model."""
+    slow = kind([build("llama")], ALPHA)
+    slow.__dict__["members"] = models
+    slow.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
+    return slow
+
+
+class Known(Reference):
+    """A draft that is right two times out of three, so that rounds end at different tokens."""
+
+    def after(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = super().after(ids)
+        return logits.roll(1) if len(ids) % 3 == 0 else logits
+
+    def get_input_embeddings(self) -> Any:
+        return self.__dict__["members"][0].get_input_embeddings()
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        given = {k: v for k, v in kwargs.items() if k not in (CACHE, "past_key_values", "use_cache")}
+        return super().generate(*args, **given)
+
+
+class ByHeart(PromptLookupDraft):
+    """The same, for our own speculation: proposes a known text."""
+
+    def __init__(self, text: torch.Tensor) -> None:
+        super().__init__()
+        object.__setattr__(self, "text", text)
+
+    def begin(self, start: Any) -> Any:
+        drafter = super().begin(start)
+
+        def propose(count: int, rows: Any, draw: Any) -> Proposal:
+            at = LENGTH + torch.tensor(rows.texts.counts)[:, None] + torch.arange(count)
+            right = self.text.gather(1, at.clamp(max=self.text.shape[1] - 1))
+            return Proposal(torch.where(at % 3 == 0, (right + 1) % 100, right))
+
+        drafter.propose = propose
+        return drafter
+
+
+def _assisted(role: Role, padded: bool) -> None:
+    call = Call(role, False, rows=1)
+    draft = reference_of(role.models, Known)
+    draft.generation_config.num_assistant_tokens = 4
+    draft.__dict__["memo"] = role.reference.__dict__["memo"]
+    call.equal(do_sample=False, reference={"do_sample": False}, assistant_model=draft)
+
+
+def _lookup(role: Role, padded: bool) -> None:
+    call = Call(role, False, rows=1)
+    call.ids = call.ids[:, :4].repeat(1, 3)
+    call.equal(do_sample=False, reference={"do_sample": False}, prompt_lookup_num_tokens=3)
+
+
+def _speculation(role: Role, padded: bool) -> None:
+    call = Call(role, False, rows=1)
+    text = call.run(role.reference, do_sample=False)
+    loop = SpeculativeDecoding(draft=ByHeart(text), draft_tokens=4)
+    call.equal(do_sample=False, reference={"do_sample": False}, custom_generate=loop)
+
+
+def _expert_drafts(role: Role, padded: bool) -> None:
+    loop = SpeculativeDecoding(draft_tokens=3)
+    Call(role, False, rows=1).equal(do_sample=False, reference={"do_sample": False}, custom_generate=loop)
+
+
+Mode = Callable[[Role, bool], None]
+
+
+def _equal(**settings: Any) -> Mode:
+    cache_only = ("cache_implementation", "prefill_chunk_size")
+    reference = {k: v for k, v in settings.items() if k not in cache_only}
+    return lambda role, padded: Call(role, padded).equal(reference=reference, **settings)
+
+
+def _exact(**settings: Any) -> Mode:
+    return lambda role, padded: Call(role, padded).exact(**settings)
+
+
+# Mode → what it asks of a cache, whether its prompts are left-padded, and how it is run.
+MODES: dict[str, tuple[str, bool, Mode]] = {
+    "greedy": ("append", True, _exact(do_sample=False)),
+    "sampling": ("append", True, _exact(do_sample=True, top_k=0)),
+    "fused": ("append", True, _equal(do_sample=True, top_k=0, custom_generate=FusedDecoding(seed=5))),
+    "chunked": ("append", True, _exact(do_sample=False, prefill_chunk_size=5)),
+    "beams": ("reorder", True, _equal(do_sample=False, num_beams=3)),
+    "beams-return-2": ("reorder", True, _equal(do_sample=False, num_beams=3, num_return_sequences=2)),
+    "forks": ("reorder", True, lambda role, padded: Call(role, padded, 2).tree(ForkDecoding(threshold=2.0, branches=4, seed=5))),
+    "siblings": ("reorder", True, lambda role, padded: Call(role, padded, 2).tree(SiblingDecoding(threshold=2.0, siblings=3, seed=5))),
+    "repeat": ("repeat", True, _equal(do_sample=True, top_k=0, num_return_sequences=2)),
+    "assisted": ("crop", False, _assisted),
+    "lookup": ("crop", False, _lookup),
+    "speculation": ("crop", False, _speculation),
+    "expert-drafts": ("crop", False, _expert_drafts),
+    "static": ("static", True, _exact(do_sample=False, cache_implementation="static")),
+}
+# Role → the door, and at which place of (base, expert, antiexpert) the family stands.
+ROLES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "base": ("composed", (0,)),
+    "companion": ("composed", (1, 2)),
+    "attached base": ("attached", (0,)),
+    "attached companion": ("attached", (1, 2)),
+}
+
+
+def kinds_of(model: Any) -> list[str]:
+    """The kinds of layers that a cache of this model has."""
+    try:
+        return sorted(set(get_layer_types_and_kwargs(model.config.get_text_config(decoder=True))[0]))
+    except Exception as error:
+        return [f"none: {type(error).__name__}"]
+
+
+class Passes:
+    """Counts the passes of models over a cache."""
+
+    def __init__(self, models: Iterable[PreTrainedModel]) -> None:
+        self.count = 0
+        for model in models:
+            model.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _see(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        self.count += kwargs.get("use_cache") is not False
+
+
+def attempt(action: Callable[[], Any], passes: Passes | None = None) -> Outcome:
+    """What becomes of an action."""
+    before = passes.count if passes else 0
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            action()
+    except ProxytuneError as error:
+        late = {"late": "after a pass"} if passes and passes.count > before else {}
+        return {"is": "refused", "why": " ".join(str(error).split()), "kind": type(error).__name__, **late}
+    except _THEIRS as error:
+        said = " ".join(str(error).split())
+        if not (passes and passes.count > before) and any(words in said for words in _SAID):
+            return {"is": "refused", "why": said[:200], "kind": "transformers"}
+        return _crash(error)
+    except Wrong as error:
+        return {"is": "wrong", "why": str(error)}
+    except Exception as error:
+        return _crash(error)
+    return {"is": "right"}
+
+
+# How transformers refuses a mode before the first pass, also for the plain model.
+_THEIRS = (ValueError, NotImplementedError)
+_SAID = ("is not supported with stateful models", "cannot use beam search with a cache", "does not support static cache")
+
+
+def _crash(error: Exception) -> Outcome:
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f"{Path(frames[-1].filename).name}:{frames[-1].name}"
+    ours = [f"{Path(f.filename).name}:{f.name}" for f in frames if "/proxytune/" in f.filename]
+    said = " ".join(str(error).split())[:200]
+    return {"is": "crashed", "why": f"{type(error).__name__}: {said} (in {where}, from {ours[-1] if ours else '?'})"}
+
+
+@torch.no_grad()
+def family(name: str, *, modes: Iterable[str] = tuple(MODES), roles: Iterable[str] = tuple(ROLES), alone: bool = True) -> dict[str, Any]:
+    """Every role and mode of one name."""
+    try:
+        own = [settled(build(name, seed)) for seed in (1, 2, 3)]
+    except Exception as error:
+        return {"built": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+    plain = [settled(build("llama", seed)) for seed in (4, 5, 6)]
+    out: dict[str, Any] = {"kinds": kinds_of(own[0])}
+    if alone:
+        out["alone"] = check(own[0])
+    out["roles"] = {}
+    passes = Passes(own)
+    references: dict[tuple[int, ...], Reference] = {}
+    for role_name in roles:
+        door, places = ROLES[role_name]
+        models = [own[i] if i in places else plain[i] for i in range(3)]
+        if places not in references:
+            references[places] = reference_of(models)
+        made: list[Role] = []
+        composed = attempt(lambda: made.append(Role(models, references[places], door)))
+        if not made:
+            out["roles"][role_name] = {"composing": composed}
+            continue
+        cells = out["roles"][role_name] = {}
+        for mode in modes:
+            if mode == "expert-drafts" and door != "composed":
+                continue
+            _, padded, run = MODES[mode]
+            cell = attempt(lambda: run(made[0], padded), passes)
+            if cell["is"] == "refused" and cell["why"].startswith("left padding"):
+                again = attempt(lambda: run(made[0], False), passes)
+                cell = {"is": "unpadded", "why": cell["why"]} if again["is"] == "right" else again
+            cells[mode] = cell
+        made[0].close()
+    return out
+
+
+# --- many names, a process each ---------------------------------------------------------------------------------------
+
+
+def _work(name: str, file: str, wanted: dict[str, Any], prepare: Callable[[], None] | None) -> None:
+    if prepare:
+        prepare()
+    signal.alarm(SECONDS)
+    Path(file).write_text(json.dumps(family(name, **wanted)), encoding="utf-8")
+
+
+def run(todo: list[str], jobs: int, prepare: Callable[[], None] | None = None, **wanted: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each name with its results, in the order in which they are done."""
+    import tempfile
+
+    context = multiprocessing.get_context("fork")
+    left, running = list(todo), {}
+    with tempfile.TemporaryDirectory() as folder:
+        while left or running:
+            while left and len(running) < jobs:
+                name = left.pop(0)
+                file = f"{folder}/{len(left)}.json"
+                process = context.Process(target=_work, args=(name, file, wanted, prepare))
+                process.start()
+                running[name] = process, file
+            multiprocessing.connection.wait([p.sentinel for p, _ in running.values()])
+            for name, (process, file) in list(running.items()):
+                if process.is_alive():
+                    continue
+                process.join()
+                del running[name]
+                done = Path(file)
+                if done.exists() and process.exitcode == 0:
+                    yield name, json.loads(done.read_text(encoding="utf-8"))
+                else:
+                    stuck = process.exitcode == -signal.SIGALRM
+                    yield name, {"built": f"no result in {SECONDS} s" if stuck else f"the process ended with {process.exitcode}"}
+
+
+LETTERS = {"right": "+", "unpadded": "u", "refused": "-", "wrong": "W", "crashed": "C"}
+
+
+def line(name: str, result: dict[str, Any]) -> str:
+    """One letter for each mode of each role."""
+    if "built" in result:
+        return f"{name:28} {result['built']}"
+    parts = []
+    for cells in result["roles"].values():
+        if "composing" in cells:
+            parts.append(LETTERS[cells["composing"]["is"]] * 2 + " " * (len(MODES) - 2))
+        else:
+            parts.append("".join(LETTERS[cells[m]["is"]] if m in cells else " " for m in MODES))
+    return f"{name:28} " + " | ".join(parts) + f" | {' '.join(result['kinds'])}"
+
+
+def grouped(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, list[str]]]:
+    """What is not right: (outcome, why) → role → modes."""
+    out: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for role, cells in result.get("roles", {}).items():
+        for mode, cell in cells.items():
+            if cell["is"] not in ("right", "unpadded"):
+                late = f" ({cell['late']})" if "late" in cell else ""
+                out.setdefault((cell["is"], cell["why"] + late), {}).setdefault(role, []).append(mode)
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", nargs="+", default=names())
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--table", action="store_true")
+    parser.add_argument("-j", type=int, default=1)
+    wanted = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    print(" " * 29 + " | ".join(f"{role:{len(MODES)}}" for role in ROLES))
+    results, start = {}, time.time()
+    for name, result in run(wanted.names, wanted.j):
+        results[name] = result
+        print(line(name, result), flush=True)
+        if wanted.table:
+            continue
+        for cell, where in grouped(result).items():
+            print(f"    {cell[0]}: {'; '.join(f'{role}: {", ".join(modes)}' for role, modes in where.items())}: {cell[1]}")
+    print(f"{len(results)} names in {time.time() - start:.0f} s")
+    if wanted.out:
+        wanted.out.write_text(json.dumps(results, indent=1, sort_keys=True), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
