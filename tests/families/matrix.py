@@ -356,9 +356,7 @@ def family(name: str, *, modes: Iterable[str] = tuple(MODES), roles: Iterable[st
 # --- many names, a process each ---------------------------------------------------------------------------------------
 
 
-def _work(name: str, file: str, wanted: dict[str, Any], prepare: Callable[[], None] | None) -> None:
-    if prepare:
-        prepare()
+def _work(name: str, file: str, wanted: dict[str, Any]) -> None:
     signal.alarm(SECONDS)
     Path(file).write_text(json.dumps(family(name, **wanted)), encoding="utf-8")
 
@@ -367,6 +365,10 @@ def run(todo: list[str], jobs: int, prepare: Callable[[], None] | None = None, *
     """Each name with its results, in the order in which they are done."""
     import tempfile
 
+    # What is imported and set up by a first family here is not in every process.
+    if prepare:
+        prepare()
+    family("llama")
     context = multiprocessing.get_context("fork")
     left, running = list(todo), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -374,7 +376,7 @@ def run(todo: list[str], jobs: int, prepare: Callable[[], None] | None = None, *
             while left and len(running) < jobs:
                 name = left.pop(0)
                 file = f"{folder}/{len(left)}.json"
-                process = context.Process(target=_work, args=(name, file, wanted, prepare))
+                process = context.Process(target=_work, args=(name, file, wanted))
                 process.start()
                 running[name] = process, file
             multiprocessing.connection.wait([p.sentinel for p, _ in running.values()])
@@ -435,7 +437,8 @@ def main() -> None:
         if wanted.table:
             continue
         for cell, where in grouped(result).items():
-            print(f"    {cell[0]}: {'; '.join(f'{role}: {", ".join(modes)}' for role, modes in where.items())}: {cell[1]}")
+            places = "; ".join(f"{role}: {' '.join(modes)}" for role, modes in where.items())
+            print(f"    {cell[0]}: {places}: {cell[1]}")
     print(f"{len(results)} names in {time.time() - start:.0f} s")
     if wanted.out:
         wanted.out.write_text(json.dumps(results, indent=1, sort_keys=True), encoding="utf-8")

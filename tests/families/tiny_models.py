@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -266,7 +267,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "zamba2": {
         "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],
+        "time_step_min": 1e-30,  # only a pass over several tokens keeps to it, one over a single token does not
     },
+    "nemotron_h": {"time_step_min": 1e-30},
     "zaya": {
         "num_experts_per_tok": 1,
         "layer_types": ["hybrid", "hybrid_sliding"],
@@ -338,6 +341,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "starcoder2/window": {"sliding_window": WINDOW},
     "xlm/encoder": {"causal": False},
+    "zamba2/clamped": {"time_step_min": 0.001},
     "zaya/hybrid": {"layer_types": ["hybrid"] * 2, "sliding_window": None},
 }
 # Names whose whole model is no causal LM of text: the part that is.
@@ -437,6 +441,10 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
             model = kind(getattr(config, PARTS[name]))
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for module in model.modules():
+        # A padding row of zeros would tie whatever looks at it, and any token may be generated here.
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.normal_(module.weight.data[module.padding_idx], std=0.3)
     return model.float().eval()
 
 
