@@ -5,7 +5,7 @@ What a model gets wrong here, it gets wrong in transformers without us.
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -166,8 +166,6 @@ class Alone:
         return ids, mask
 
     def _positions(self, mask: torch.Tensor) -> dict[str, torch.Tensor]:
-        import inspect
-
         takes = "position_ids" in inspect.signature(self.model.forward).parameters
         return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if takes else {}
 

@@ -6,52 +6,52 @@
     python tests/families/matrix.py --names jamba zamba2 --table   some names, one letter a mode
     python tests/families/matrix.py -j 2 --out FILE.json           as a record
 
-A family takes each of four roles beside plain Llamas of its vocabulary. A cell is `right`; `unpadded` (right for prompts
-of one length, and refused for left-padded ones); `refused` by an error of proxytune's; `wrong`; or `crashed`, with any
-other error. What a name gets wrong without proxytune stands beside it (`alone.py`).
+A family takes each of four roles beside plain Llamas of its vocabulary. A cell is `right`; `unpadded` (right for
+prompts of one length, and refused for left-padded ones); `refused` by an error of proxytune's; `wrong`; or `crashed`,
+with any other error. What a name gets wrong without proxytune stands beside it (`alone.py`).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from alone import apart, check, settled
+from families.alone import apart, check, settled
+from families.record import write
+from families.tiny_models import BOS, PAD, build, names
 from support.reference import Reference
-from tiny_models import BOS, PAD, VOCABULARY, build, names
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.cache_utils import get_layer_types_and_kwargs
+from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, get_layer_types_and_kwargs
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTuningLogitsProcessor, SpeculativeDecoding
-from proxytune.errors import ProxytuneError, UnsupportedModeError
+from proxytune.errors import ProxytuneError
 from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.methods.speculation.round import Proposal
-from proxytune.models.members.cache_name import CACHE
 from proxytune.methods.trees import ForkDecoding, SiblingDecoding
+from proxytune.models.members.cache_name import CACHE
 
 ALPHA = 0.7
-NEW = 8
+NEW = 6
 LENGTH = 12
-PADDED = (0, 5, 7)  # how many columns of each row's prompt are padding
+PADDED = (0, 5)  # how many columns of each row's prompt are padding
 TOLERANCE = 5e-3  # of logits whose spread is 1; see `alone.TOLERANCE`
 SECONDS = 240  # a family that takes longer is stuck
 
@@ -74,8 +74,11 @@ class Role:
     def __init__(self, models: list[PreTrainedModel], reference: Reference, door: str) -> None:
         self.models, self.reference, self.door = models, reference, door
         self.hook: Any = None
-        base, expert, antiexpert = models
-        if door == "composed":
+        self.steered: Any = None
+
+    def open(self) -> None:
+        base, expert, antiexpert = self.models
+        if self.door == "composed":
             self.steered = proxytune.wrap(
                 base, expert=expert, antiexpert=antiexpert, alpha=ALPHA, check_vocabulary=False
             )
@@ -88,15 +91,11 @@ class Role:
         if self.hook is not None:
             self.hook.detach()
 
-    @cached_property
-    def greedy_text(self) -> dict[bool, torch.Tensor]:
-        return {}
-
 
 class Call:
     """One way to generate: prompts, left-padded or not, and what `generate()` is asked for."""
 
-    def __init__(self, role: Role, padded: bool, rows: int = 3) -> None:
+    def __init__(self, role: Role, padded: bool, rows: int = 2) -> None:
         self.role = role
         self.ids = torch.randint(3, 100, (rows, LENGTH), generator=torch.Generator().manual_seed(3))
         self.mask = torch.ones_like(self.ids)
@@ -234,6 +233,10 @@ def _exact(**settings: Any) -> Mode:
     return lambda role, padded: Call(role, padded).exact(**settings)
 
 
+def _tree(loop: Any) -> Mode:
+    return lambda role, padded: Call(role, padded).tree(loop)
+
+
 # Mode → what it asks of a cache, whether its prompts are left-padded, and how it is run.
 MODES: dict[str, tuple[str, bool, Mode]] = {
     "greedy": ("append", True, _exact(do_sample=False)),
@@ -242,8 +245,8 @@ MODES: dict[str, tuple[str, bool, Mode]] = {
     "chunked": ("append", True, _exact(do_sample=False, prefill_chunk_size=5)),
     "beams": ("reorder", True, _equal(do_sample=False, num_beams=3)),
     "beams-return-2": ("reorder", True, _equal(do_sample=False, num_beams=3, num_return_sequences=2)),
-    "forks": ("reorder", True, lambda role, padded: Call(role, padded, 2).tree(ForkDecoding(threshold=2.0, branches=4, seed=5))),
-    "siblings": ("reorder", True, lambda role, padded: Call(role, padded, 2).tree(SiblingDecoding(threshold=2.0, siblings=3, seed=5))),
+    "forks": ("reorder", True, _tree(ForkDecoding(threshold=2.0, branches=3, seed=5))),
+    "siblings": ("reorder", True, _tree(SiblingDecoding(threshold=2.0, siblings=3, seed=5))),
     "repeat": ("repeat", True, _equal(do_sample=True, top_k=0, num_return_sequences=2)),
     "assisted": ("crop", False, _assisted),
     "lookup": ("crop", False, _lookup),
@@ -280,13 +283,13 @@ class Passes:
         self.count += kwargs.get("use_cache") is not False
 
 
-def attempt(action: Callable[[], Any], passes: Passes | None = None) -> Outcome:
+def attempt(action: Callable[..., Any], *args: Any, passes: Passes | None = None) -> Outcome:
     """What becomes of an action."""
     before = passes.count if passes else 0
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            action()
+            action(*args)
     except ProxytuneError as error:
         late = {"late": "after a pass"} if passes and passes.count > before else {}
         return {"is": "refused", "why": " ".join(str(error).split()), "kind": type(error).__name__, **late}
@@ -304,7 +307,11 @@ def attempt(action: Callable[[], Any], passes: Passes | None = None) -> Outcome:
 
 # How transformers refuses a mode before the first pass, also for the plain model.
 _THEIRS = (ValueError, NotImplementedError)
-_SAID = ("is not supported with stateful models", "cannot use beam search with a cache", "does not support static cache")
+_SAID = (
+    "is not supported with stateful models",
+    "cannot use beam search with a cache",
+    "does not support static cache",
+)
 
 
 def _crash(error: Exception) -> Outcome:
@@ -315,8 +322,24 @@ def _crash(error: Exception) -> Outcome:
     return {"is": "crashed", "why": f"{type(error).__name__}: {said} (in {where}, from {ours[-1] if ours else '?'})"}
 
 
+RECURRENT = {"conv", "hybrid", "hybrid_sliding", "linear_attention"}
+
+
+def untrue(cell: Outcome, kinds: Iterable[str]) -> str | None:
+    """A kind of layer that a refusal names, and that the model does not have."""
+    if cell["is"] != "refused" or "; got " not in cell["why"]:
+        return None
+    got = cell["why"].split("; got ", 1)[1].split(". ", 1)[0]
+    named = {kind for kind in DYNAMIC_LAYER_TYPE_MAPPING if re.search(rf"\b{kind}\b", got)}
+    if "recurrent" in got and not RECURRENT & set(kinds):
+        return "recurrent"
+    return next(iter(sorted(named - set(kinds) - {"full_attention"})), None)
+
+
 @torch.no_grad()
-def family(name: str, *, modes: Iterable[str] = tuple(MODES), roles: Iterable[str] = tuple(ROLES), alone: bool = True) -> dict[str, Any]:
+def family(
+    name: str, *, modes: Iterable[str] = tuple(MODES), roles: Iterable[str] = tuple(ROLES), alone: bool = True
+) -> dict[str, Any]:
     """Every role and mode of one name."""
     try:
         own = [settled(build(name, seed)) for seed in (1, 2, 3)]
@@ -334,9 +357,11 @@ def family(name: str, *, modes: Iterable[str] = tuple(MODES), roles: Iterable[st
         models = [own[i] if i in places else plain[i] for i in range(3)]
         if places not in references:
             references[places] = reference_of(models)
-        made: list[Role] = []
-        composed = attempt(lambda: made.append(Role(models, references[places], door)))
-        if not made:
+        role = Role(models, references[places], door)
+        composed = attempt(role.open)
+        if composed["is"] != "right":
+            if kind := untrue(composed, out["kinds"]):
+                composed["untrue"] = kind
             out["roles"][role_name] = {"composing": composed}
             continue
         cells = out["roles"][role_name] = {}
@@ -344,12 +369,14 @@ def family(name: str, *, modes: Iterable[str] = tuple(MODES), roles: Iterable[st
             if mode == "expert-drafts" and door != "composed":
                 continue
             _, padded, run = MODES[mode]
-            cell = attempt(lambda: run(made[0], padded), passes)
+            cell = attempt(run, role, padded, passes=passes)
             if cell["is"] == "refused" and cell["why"].startswith("left padding"):
-                again = attempt(lambda: run(made[0], False), passes)
+                again = attempt(run, role, False, passes=passes)
                 cell = {"is": "unpadded", "why": cell["why"]} if again["is"] == "right" else again
+            if kind := untrue(cell, out["kinds"]):
+                cell["untrue"] = kind
             cells[mode] = cell
-        made[0].close()
+        role.close()
     return out
 
 
@@ -361,14 +388,9 @@ def _work(name: str, file: str, wanted: dict[str, Any]) -> None:
     Path(file).write_text(json.dumps(family(name, **wanted)), encoding="utf-8")
 
 
-def run(todo: list[str], jobs: int, prepare: Callable[[], None] | None = None, **wanted: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def run(todo: list[str], jobs: int, **wanted: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Each name with its results, in the order in which they are done."""
-    import tempfile
-
-    # What is imported and set up by a first family here is not in every process.
-    if prepare:
-        prepare()
-    family("llama")
+    family("llama")  # what a first family imports and sets up, the processes need not
     context = multiprocessing.get_context("fork")
     left, running = list(todo), {}
     with tempfile.TemporaryDirectory() as folder:
@@ -390,7 +412,8 @@ def run(todo: list[str], jobs: int, prepare: Callable[[], None] | None = None, *
                     yield name, json.loads(done.read_text(encoding="utf-8"))
                 else:
                     stuck = process.exitcode == -signal.SIGALRM
-                    yield name, {"built": f"no result in {SECONDS} s" if stuck else f"the process ended with {process.exitcode}"}
+                    said = f"no result in {SECONDS} s" if stuck else f"its process ended with {process.exitcode}"
+                    yield name, {"built": said}
 
 
 LETTERS = {"right": "+", "unpadded": "u", "refused": "-", "wrong": "W", "crashed": "C"}
@@ -416,6 +439,7 @@ def grouped(result: dict[str, Any]) -> dict[tuple[str, str], dict[str, list[str]
         for mode, cell in cells.items():
             if cell["is"] not in ("right", "unpadded"):
                 late = f" ({cell['late']})" if "late" in cell else ""
+                late += f" (UNTRUE: {cell['untrue']})" if "untrue" in cell else ""
                 out.setdefault((cell["is"], cell["why"] + late), {}).setdefault(role, []).append(mode)
     return out
 
@@ -424,6 +448,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", default=names())
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--modes", nargs="+", default=list(MODES))
     parser.add_argument("--table", action="store_true")
     parser.add_argument("-j", type=int, default=1)
     wanted = parser.parse_args()
@@ -431,7 +456,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     print(" " * 29 + " | ".join(f"{role:{len(MODES)}}" for role in ROLES))
     results, start = {}, time.time()
-    for name, result in run(wanted.names, wanted.j):
+    for name, result in run(wanted.names, wanted.j, modes=wanted.modes):
         results[name] = result
         print(line(name, result), flush=True)
         if wanted.table:
@@ -439,9 +464,12 @@ def main() -> None:
         for cell, where in grouped(result).items():
             places = "; ".join(f"{role}: {' '.join(modes)}" for role, modes in where.items())
             print(f"    {cell[0]}: {places}: {cell[1]}")
-    print(f"{len(results)} names in {time.time() - start:.0f} s")
+    cells = [cell for r in results.values() for role in r.get("roles", {}).values() for cell in role.values()]
+    counts = {outcome: sum(cell["is"] == outcome for cell in cells) for outcome in LETTERS}
+    lies = sum("untrue" in cell for cell in cells)
+    print(f"{len(results)} names in {time.time() - start:.0f} s: {counts}, {lies} refusals with an untrue reason")
     if wanted.out:
-        wanted.out.write_text(json.dumps(results, indent=1, sort_keys=True), encoding="utf-8")
+        write(results, wanted.out)
 
 
 if __name__ == "__main__":

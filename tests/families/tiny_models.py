@@ -13,11 +13,8 @@ default (a window, chunks, shared keys and values, long rope, …), in `SETTINGS
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -110,7 +107,13 @@ _QSA = {
     "hc_lowrank": 8,
     "hc_count": 2,
 }
-_SWA = {"swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16}
+_SWA = {
+    "swa_head_dim": 16,
+    "swa_qk_nope_head_dim": 8,
+    "swa_v_head_dim": 8,
+    "swa_q_lora_rank": 16,
+    "swa_kv_lora_rank": 16,
+}
 _DOTS = {**_SWA, "swa_num_attention_heads": HEADS, "swa_num_key_value_heads": HEADS}
 _INKLING = {"unpadded_vocab_size": VOCABULARY, "d_rel": 4, "rel_extent": 8}
 _ASSISTANT = {
@@ -258,7 +261,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "rwkv": {"attention_hidden_size": HIDDEN},
     "xlm": {"causal": True},
     # Some of its sizes are rounded up to multiples of 64, and those of its cache are not.
-    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_heads": 2, "qk_dim_factor": 0.5, "ffn_round_up_to_multiple_of": 8, "chunk_size": 8},
+    "xlstm": {
+        "hidden_size": 128,
+        "embedding_dim": 128,
+        "num_heads": 2,
+        "qk_dim_factor": 0.5,
+        "ffn_round_up_to_multiple_of": 8,
+        "chunk_size": 8,
+    },
     "xmod": {"default_language": "en_XX"},
     "zamba": {
         "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "linear_attention", "hybrid"],
@@ -470,7 +480,10 @@ def main() -> None:
                     other = ids.clone()
                     other[0, -i] = 101
                     moved.append(float((model(other, use_cache=False).logits[0, -1] - z[-1]).abs().max()))
-            print(f"{name}: {size/1e3:.0f}k std {z.std(-1).mean():.3f} reach {sorted(moved)[3]:.3g} {max(moved):.3g}", flush=True)
+            print(
+                f"{name}: {size / 1e3:.0f}k std {z.std(-1).mean():.3f} reach {sorted(moved)[3]:.3g} {max(moved):.3g}",
+                flush=True,
+            )
         except Exception as error:
             bad += 1
             print(f"{name}: FORWARD {type(error).__name__}: {' '.join(str(error).split())[:300]}", flush=True)
