@@ -27,6 +27,7 @@ from _forks import report as forks
 from _latent import report as latent
 from _pages import demo, layers
 from _pages.code import pages, with_outputs
+from _pages.families import families_block
 from _pages.picture import drawn
 from _pages.records import RESULTS, ROOT, keep, load, weights, wrapped
 
@@ -40,6 +41,7 @@ def of(record: str, block: Callable[..., str] | str, **settings: Any) -> Callabl
 
 
 BLOCKS: dict[str, Callable[[], str]] = {
+    "families": lambda: wrapped(families_block()),
     "quickstart": demo.quickstart,
     "small-table": demo.small_table,
     "table": demo.table,

@@ -72,21 +72,24 @@ def counted(record: Any) -> str:
 
 def modes(result: Any, role: str, *outcomes: str) -> set[str]:
     """The modes of a role with one of these outcomes."""
-    cells = result["roles"][role]
-    return {mode for outcome in outcomes for group in cells.get(outcome, []) for mode in group["modes"]}
+    found = set()
+    for outcome in outcomes:
+        for named in result["roles"][role].get(outcome, {}).values():
+            found |= asked_of(role) if named == "all" else set(named.split())
+    return found
+
+
+def asked_of(role: str, needs: tuple[str, ...] = tuple(NEEDS)) -> set[str]:
+    """The modes that a role is asked for."""
+    return {m for need in needs for m in NEEDS[need] if m != "expert-drafts" or not role.startswith("attached")}
 
 
 def right_in(result: Any, role: str) -> list[str]:
     """What of a cache a family is right with, in a role; what transformers refuses by itself does not count."""
     cells = result["roles"][role]
     right = modes(result, role, "right", "unpadded")
-    theirs = {m for group in cells.get("refused", []) if group["why"].startswith(OWN) for m in group["modes"]}
-    out = []
-    for need, named in NEEDS.items():
-        asked = {m for m in named if m != "expert-drafts" or not role.startswith("attached")}
-        if right & asked and asked <= right | theirs:
-            out.append(need)
-    return out
+    theirs = {m for why, named in cells.get("refused", {}).items() if why.startswith(OWN) for m in named.split()}
+    return [need for need in NEEDS if right & (asked := asked_of(role, (need,))) and asked <= right | theirs]
 
 
 def is_unpadded(result: Any) -> bool:
@@ -99,7 +102,7 @@ def summary(result: Any) -> str:
         return "cannot be built alone: " + ("another package is needed" if "Import" in result["built"] else "fails")
     rights = {role: right_in(result, role) for role in ROLES}
     if not any(rights.values()):
-        whys = {group["why"] for role in ROLES for group in result["roles"][role].get("refused", [])}
+        whys = {why for role in ROLES for why in result["roles"][role].get("refused", {})}
         return "refused: " + reason(whys)
     missing: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for role, right in rights.items():

@@ -9,7 +9,7 @@ from typing import Any
 
 import transformers
 
-__all__ = ["FOLDER", "compact", "read", "write"]
+__all__ = ["FOLDER", "compact", "modes_of", "read", "write"]
 
 FOLDER = Path(__file__).parent / "results"
 
@@ -20,14 +20,24 @@ def compact(result: dict[str, Any]) -> dict[str, Any]:
         return {"built": result["built"]}
     roles = {}
     for role, cells in result["roles"].items():
+        # Outcome → reason → modes.
         grouped: dict[str, dict[str, list[str]]] = {}
         for mode, cell in cells.items():
             grouped.setdefault(cell["is"], {}).setdefault(reason(cell), []).append(mode)
         roles[role] = {
-            outcome: [{"why": why, "modes": modes} if why else {"modes": modes} for why, modes in groups.items()]
+            outcome: {why: "all" if len(modes) == len(cells) else " ".join(modes) for why, modes in groups.items()}
             for outcome, groups in grouped.items()
         }
     return {"kinds": result["kinds"], "alone": sorted(result.get("alone", {})), "roles": roles}
+
+
+def modes_of(cells: dict[str, dict[str, str]], mode: str) -> tuple[str, str]:
+    """The outcome of one mode of a role, and why; "" for a mode that was not run."""
+    for outcome, groups in cells.items():
+        for why, modes in groups.items():
+            if modes == "all" or mode in modes.split():
+                return outcome, why
+    return "", ""
 
 
 def reason(cell: dict[str, str]) -> str:
