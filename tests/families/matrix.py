@@ -295,7 +295,7 @@ def attempt(action: Callable[..., Any], *args: Any, passes: Passes | None = None
         return {"is": "refused", "why": " ".join(str(error).split()), "kind": type(error).__name__, **late}
     except _THEIRS as error:
         said = " ".join(str(error).split())
-        if not (passes and passes.count > before) and any(words in said for words in _SAID):
+        if any(words in said for words in _SAID):
             return {"is": "refused", "why": said[:200], "kind": "transformers"}
         return _crash(error)
     except Wrong as error:
@@ -305,7 +305,7 @@ def attempt(action: Callable[..., Any], *args: Any, passes: Passes | None = None
     return {"is": "right"}
 
 
-# How transformers refuses a mode before the first pass, also for the plain model.
+# How transformers refuses a mode of a model by itself.
 _THEIRS = (ValueError, NotImplementedError)
 _SAID = (
     "is not supported with stateful models",

@@ -355,7 +355,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "zaya/hybrid": {"layer_types": ["hybrid"] * 2, "sliding_window": None},
 }
 # Names whose whole model is no causal LM of text: the part that is.
-PARTS = {"musicgen": "decoder", "musicgen_melody": "decoder"}
+PARTS = {"musicgen": "MusicgenDecoderConfig", "musicgen_melody": "MusicgenMelodyDecoderConfig"}
 
 
 def names() -> list[str]:
@@ -367,7 +367,8 @@ def names() -> list[str]:
 def tiny_config(name: str) -> PreTrainedConfig:
     """The config of a name, with tiny sizes."""
     family = name.split("/")[0]
-    return _shrunk(CONFIG_MAPPING[family], FAMILIES.get(family, {}) | SETTINGS.get(name, {}))
+    kind = getattr(transformers, PARTS[family]) if family in PARTS else CONFIG_MAPPING[family]
+    return _shrunk(kind, FAMILIES.get(family, {}) | SETTINGS.get(name, {}))
 
 
 def _shrunk(kind: type[PreTrainedConfig], changes: dict[str, Any]) -> PreTrainedConfig:
@@ -447,8 +448,7 @@ def build(name: str, seed: int = 0) -> PreTrainedModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if name in PARTS:
-            kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])
-            model = kind(getattr(config, PARTS[name]))
+            model = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name])(config)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for module in model.modules():
