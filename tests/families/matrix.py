@@ -46,7 +46,7 @@ from proxytune.errors import ProxytuneError
 from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.methods.speculation.round import Proposal
 from proxytune.methods.trees import ForkDecoding, SiblingDecoding
-from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.cache_name import CACHE, cache_of
 
 ALPHA = 0.7
 NEW = 6
@@ -325,12 +325,25 @@ def _crash(error: Exception) -> Outcome:
 RECURRENT = {"conv", "hybrid", "hybrid_sliding", "linear_attention"}
 
 
-def untrue(cell: Outcome, kinds: Iterable[str]) -> str | None:
-    """A kind of layer that a refusal names, and that the model does not have."""
+def cache_class(model: Any) -> str | None:
+    """The class of the cache that a model makes, where it is none of transformers' own; "none" for a model without."""
+    try:
+        cache = cache_of(model(torch.tensor([[3, 4, 5]]), use_cache=True))
+    except Exception as error:
+        return type(error).__name__
+    if cache is None:
+        return "none"
+    return None if type(cache).__module__.endswith("cache_utils") else type(cache).__name__
+
+
+def untrue(cell: Outcome, kinds: Iterable[str], own_cache: str | None) -> str | None:
+    """What a refusal says the model has, and it has not: a kind of layer, or a state outside of its cache."""
     if cell["is"] != "refused" or "; got " not in cell["why"]:
         return None
     got = cell["why"].split("; got ", 1)[1].split(". ", 1)[0]
     named = {kind for kind in DYNAMIC_LAYER_TYPE_MAPPING if re.search(rf"\b{kind}\b", got)}
+    if "in its own modules" in got and own_cache is None:
+        return "a state of its own"
     if "recurrent" in got and not RECURRENT & set(kinds):
         return "recurrent"
     return next(iter(sorted(named - set(kinds) - {"full_attention"})), None)
@@ -349,6 +362,8 @@ def family(
     out: dict[str, Any] = {"kinds": kinds_of(own[0])}
     if alone:
         out["alone"] = check(own[0])
+    if own_cache := cache_class(own[0]):
+        out["cache"] = own_cache
     out["roles"] = {}
     passes = Passes(own)
     references: dict[tuple[int, ...], Reference] = {}
@@ -360,7 +375,7 @@ def family(
         role = Role(models, references[places], door)
         composed = attempt(role.open)
         if composed["is"] != "right":
-            if kind := untrue(composed, out["kinds"]):
+            if kind := untrue(composed, out["kinds"], own_cache):
                 composed["untrue"] = kind
             out["roles"][role_name] = {"composing": composed}
             continue
@@ -373,7 +388,7 @@ def family(
             if cell["is"] == "refused" and cell["why"].startswith("left padding"):
                 again = attempt(run, role, False, passes=passes)
                 cell = {"is": "unpadded", "why": cell["why"]} if again["is"] == "right" else again
-            if kind := untrue(cell, out["kinds"]):
+            if kind := untrue(cell, out["kinds"], own_cache):
                 cell["untrue"] = kind
             cells[mode] = cell
         role.close()
