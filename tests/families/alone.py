@@ -25,8 +25,9 @@ def settled(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def apart(got: torch.Tensor, want: torch.Tensor) -> float:
-    """The largest difference of logits, in units of their size; NaN counts as 9."""
-    difference = float(((got - want).abs() / want.abs().clamp(min=1)).max())
+    """The largest difference of logits `[…, V]`, in units of their size or spread; NaN counts as 9."""
+    size = torch.maximum(want.abs(), want.std(-1, keepdim=True))
+    difference = float(((got - want).abs() / size).max())
     return difference if difference == difference else 9.0
 
 

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import transformers
-from families.alone import apart, check, settled
+from families.alone import TOLERANCE, apart, check, settled
 from families.record import write
 from families.tiny_models import BOS, PAD, build, names
 from support.reference import Reference
@@ -52,7 +52,6 @@ ALPHA = 0.7
 NEW = 6
 LENGTH = 12
 PADDED = (0, 5)  # how many columns of each row's prompt are padding
-TOLERANCE = 5e-3  # of logits whose spread is 1; see `alone.TOLERANCE`
 SECONDS = 240  # a family that takes longer is stuck
 
 Outcome = dict[str, str]

@@ -163,6 +163,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "hc_mult": 2,
     },
     "dory": {
+        "ngpt_alpha_init": 0.5,  # at its default .05 attention says next to nothing
         "n_input_layers": 1,
         "n_recurrent_layers": 1,
         "n_output_layers": 1,
