@@ -14,8 +14,8 @@ FOLDER = ROOT / "tests" / "families" / "results"
 ROLES = ("base", "companion", "attached base", "attached companion")
 # What a mode asks of a cache, in the order of the table.
 NEEDS: dict[str, tuple[str, ...]] = {
-    "append": ("greedy", "sampling", "fused", "chunked"),
-    "reorder": ("beams", "beams-return-2", "forks", "siblings"),
+    "append": ("greedy", "fused", "chunked"),
+    "reorder": ("beams", "forks", "siblings"),
     "repeat": ("repeat",),
     "crop": ("assisted", "lookup", "speculation", "expert-drafts"),
     "static": ("static",),

@@ -239,11 +239,9 @@ def _tree(loop: Any) -> Mode:
 # Mode → what it asks of a cache, whether its prompts are left-padded, and how it is run.
 MODES: dict[str, tuple[str, bool, Mode]] = {
     "greedy": ("append", True, _exact(do_sample=False)),
-    "sampling": ("append", True, _exact(do_sample=True, top_k=0)),
     "fused": ("append", True, _equal(do_sample=True, top_k=0, custom_generate=FusedDecoding(seed=5))),
     "chunked": ("append", True, _exact(do_sample=False, prefill_chunk_size=5)),
-    "beams": ("reorder", True, _equal(do_sample=False, num_beams=3)),
-    "beams-return-2": ("reorder", True, _equal(do_sample=False, num_beams=3, num_return_sequences=2)),
+    "beams": ("reorder", True, _equal(do_sample=False, num_beams=3, num_return_sequences=2)),
     "forks": ("reorder", True, _tree(ForkDecoding(threshold=2.0, branches=3, seed=5))),
     "siblings": ("reorder", True, _tree(SiblingDecoding(threshold=2.0, siblings=3, seed=5))),
     "repeat": ("repeat", True, _equal(do_sample=True, top_k=0, num_return_sequences=2)),
@@ -472,6 +470,8 @@ def main() -> None:
     results, start = {}, time.time()
     for name, result in run(wanted.names, wanted.j, modes=wanted.modes):
         results[name] = result
+        if wanted.out:
+            write({name: result}, wanted.out)
         print(line(name, result), flush=True)
         if wanted.table:
             continue
@@ -482,8 +482,6 @@ def main() -> None:
     counts = {outcome: sum(cell["is"] == outcome for cell in cells) for outcome in LETTERS}
     lies = sum("untrue" in cell for cell in cells)
     print(f"{len(results)} names in {time.time() - start:.0f} s: {counts}, {lies} refusals with an untrue reason")
-    if wanted.out:
-        write(results, wanted.out)
 
 
 if __name__ == "__main__":
