@@ -303,11 +303,12 @@ def attempt(action: Callable[..., Any], *args: Any, passes: Passes | None = None
 
 
 # How transformers refuses a mode of a model by itself.
-_THEIRS = (ValueError, NotImplementedError)
+_THEIRS = (ValueError, RuntimeError)
 _SAID = (
     "is not supported with stateful models",
     "cannot use beam search with a cache",
-    "does not support static cache",
+    "Cannot use prefill chunking without a cache",
+    "Assisted decoding requires a cache",
 )
 
 
