@@ -7,8 +7,8 @@
     python tests/families/matrix.py -j 2 --out FILE.json           as a record
 
 A family takes each of four roles beside plain Llamas of its vocabulary. A cell is `right`; `unpadded` (right for
-prompts of one length, and refused for left-padded ones); `refused` by an error of proxytune's; `wrong`; or `crashed`,
-with any other error. What a name gets wrong without proxytune stands beside it (`alone.py`).
+prompts of one length, and refused for left-padded ones); `refused` by an error of proxytune's; `wrong`; `crashed`,
+with any other error; `wrong alone` or `crashed alone` where an attached base does the same without proxytune. What a name gets wrong without proxytune stands beside it (`alone.py`).
 """
 
 from __future__ import annotations
@@ -66,14 +66,15 @@ class Role:
 
     Attributes:
         models: Base, expert and antiexpert.
+        reference: What is right.
+        door: "composed", "attached", or "alone" for the base by itself.
         steered: The model that is asked to generate.
-        reference: The same, slow.
     """
 
     def __init__(self, models: list[PreTrainedModel], reference: Reference, door: str) -> None:
         self.models, self.reference, self.door = models, reference, door
         self.hook: Any = None
-        self.steered: Any = None
+        self.steered: Any = models[0]
 
     def open(self) -> None:
         base, expert, antiexpert = self.models
@@ -81,14 +82,17 @@ class Role:
             self.steered = proxytune.wrap(
                 base, expert=expert, antiexpert=antiexpert, alpha=ALPHA, check_vocabulary=False
             )
-        else:
+        elif self.door == "attached":
             self.hook = ProxyTuningLogitsProcessor(expert, antiexpert, ALPHA, check_vocabulary=False)
             self.hook.attach(base)
-            self.steered = base
 
     def close(self) -> None:
         if self.hook is not None:
             self.hook.detach()
+
+    def alone(self) -> Role:
+        """The base by itself; this role's processor must be detached."""
+        return Role(self.models, reference_of(self.models, alpha=0.0), "alone")
 
 
 class Call:
@@ -151,9 +155,9 @@ class Call:
                     text = torch.cat([text, torch.tensor([int(token)])])
 
 
-def reference_of(models: list[PreTrainedModel], kind: type[Reference] = Reference) -> Reference:
+def reference_of(models: list[PreTrainedModel], kind: type[Reference] = Reference, alpha: float = ALPHA) -> Reference:
     """The slow reference of any models. transformers' loops see the config of a plain model."""
-    slow = kind([build("llama")], ALPHA)
+    slow = kind([build("llama")], alpha)
     slow.__dict__["members"] = models
     slow.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
     return slow
@@ -195,7 +199,7 @@ class ByHeart(PromptLookupDraft):
 
 def _assisted(role: Role, padded: bool) -> None:
     call = Call(role, False, rows=1)
-    draft = reference_of(role.models, Known)
+    draft = reference_of(role.models, Known, role.reference.alpha)
     draft.generation_config.num_assistant_tokens = 4
     draft.__dict__["memo"] = role.reference.__dict__["memo"]
     call.equal(do_sample=False, reference={"do_sample": False}, assistant_model=draft)
@@ -390,6 +394,11 @@ def family(
                 cell["untrue"] = kind
             cells[mode] = cell
         role.close()
+        if role_name == "attached base":
+            for mode, cell in cells.items():
+                _, padded, run = MODES[mode]
+                if cell["is"] in ("wrong", "crashed") and attempt(run, role.alone(), padded)["is"] == cell["is"]:
+                    cell["is"] += " alone"
     return out
 
 
@@ -429,7 +438,15 @@ def run(todo: list[str], jobs: int, **wanted: Any) -> Iterator[tuple[str, dict[s
                     yield name, {"built": said}
 
 
-LETTERS = {"right": "+", "unpadded": "u", "refused": "-", "wrong": "W", "crashed": "C"}
+LETTERS = {
+    "right": "+",
+    "unpadded": "u",
+    "refused": "-",
+    "wrong": "W",
+    "crashed": "C",
+    "wrong alone": "w",
+    "crashed alone": "c",
+}
 
 
 def line(name: str, result: dict[str, Any]) -> str:
