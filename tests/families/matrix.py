@@ -7,8 +7,9 @@
     python tests/families/matrix.py -j 2 --out FILE.json           as a record
 
 A family takes each of four roles beside plain Llamas of its vocabulary. A cell is `right`; `unpadded` (right for
-prompts of one length, and refused for left-padded ones); `refused` by an error of proxytune's; `wrong`; `crashed`,
-with any other error; `wrong alone` or `crashed alone` where an attached base does the same without proxytune. What a name gets wrong without proxytune stands beside it (`alone.py`).
+prompts of one length, and refused for left-padded ones); `refused` by an error of proxytune's; `wrong`; `crashed`, with
+any other error; `wrong alone` or `crashed alone`, where an attached base does the same without proxytune. What a name
+gets wrong by itself stands beside it (`alone.py`).
 """
 
 from __future__ import annotations
