@@ -398,7 +398,7 @@ def family(
         if role_name == "attached base":
             for mode, cell in cells.items():
                 _, padded, run = MODES[mode]
-                if cell["is"] in ("wrong", "crashed") and attempt(run, role.alone(), padded)["is"] == cell["is"]:
+                if cell["is"] in ("wrong", "crashed") and attempt(run, role.alone(), padded)["is"] != "right":
                     cell["is"] += " alone"
     return out
 
