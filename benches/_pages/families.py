@@ -102,6 +102,8 @@ def summary(result: Any) -> str:
         return "cannot be built alone: " + ("another package is needed" if "Import" in result["built"] else "fails")
     rights = {role: right_in(result, role) for role in ROLES}
     if not any(rights.values()):
+        if any(result["roles"][role].keys() & {"wrong", "crashed"} for role in ROLES):
+            return "nothing: wrong or failing by itself"
         whys = {why for role in ROLES for why in result["roles"][role].get("refused", {})}
         return "refused: " + reason(whys)
     missing: dict[tuple[str, ...], list[str]] = defaultdict(list)
