@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from families.tiny_models import BOS, PAD
 from transformers import GenerationConfig, PreTrainedModel
 
 from proxytune.models.members.cache_name import CACHE, argument_of, cache_of
@@ -19,9 +20,14 @@ TOLERANCE = 1e-3  # of logits whose spread is about 1; right models stay below 1
 
 
 def settled(model: PreTrainedModel) -> PreTrainedModel:
-    """A model whose texts end by their length alone."""
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1)
+    """A model whose texts end by their length alone, and have no padding token inside, which some do not count."""
+    model.generation_config = GenerationConfig(pad_token_id=PAD, bos_token_id=BOS)
+    model.register_forward_hook(_without_padding)
     return model
+
+
+def _without_padding(model: Any, args: Any, output: Any) -> None:
+    output.logits[..., PAD] = -30.0
 
 
 def apart(got: torch.Tensor, want: torch.Tensor) -> float:

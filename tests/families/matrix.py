@@ -153,8 +153,6 @@ class Call:
                     want = float(self.role.reference.after(text).log_softmax(-1)[int(token)])
                     if not abs(want - logp) <= TOLERANCE * max(1.0, abs(want)):
                         raise Wrong(f"log-probability off by {abs(want - logp):.1g} at new token {step} of a branch")
-                    if int(token) == PAD:
-                        break  # RoBERTa counts positions by the ids, and padding among them counts for none
                     text = torch.cat([text, torch.tensor([int(token)])])
 
 
