@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -104,8 +105,7 @@ def summary(result: Any) -> str:
     if not any(rights.values()):
         if any(result["roles"][role].keys() & {"wrong", "crashed"} for role in ROLES):
             return "nothing: wrong or failing by itself"
-        whys = {why for role in ROLES for why in result["roles"][role].get("refused", {})}
-        return "refused: " + reason(whys)
+        return f"refused: {reason(next(iter(result['roles']['base']['refused'])))}"
     missing: dict[tuple[str, ...], list[str]] = defaultdict(list)
     for role, right in rights.items():
         missing[tuple(need for need in NEEDS if need not in right)].append(role)
@@ -119,6 +119,8 @@ def summary(result: Any) -> str:
     return "everything but: " + "; ".join(parts)
 
 
-def reason(whys: set[str]) -> str:
-    """The first of the reasons, without the name of the class."""
-    return sorted(why.split(": ", 1)[-1].split(") ", 1)[-1] for why in whys)[0]
+def reason(why: str) -> str:
+    """What was refused and why, without the model's class and figures."""
+    what, _, got = why.partition(": ")
+    got = re.sub(r" by …%| \(allowed.*", "", re.sub(r", in a \S+$", "", got))
+    return re.sub(r"^an? \w+ (\([\w-]+\) )?", "", got) if what == "the base" else f"{what}, {got}"
