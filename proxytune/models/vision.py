@@ -30,6 +30,7 @@ __all__ = [
     "BASE_INPUTS",
     "BaseInputs",
     "StepInputs",
+    "holds_nothing",
     "pixels_in",
     "refuse_cached_images",
     "refuse_images",
@@ -69,7 +70,14 @@ def sees(model: Any) -> bool:
 def pixels_in(given: Mapping[str, Any]) -> list[str]:
     """The names of the images, videos and sounds among keyword arguments, raw or encoded, sorted."""
     found = {name: given[name] for name in _PIXELS & given.keys()}
-    return sorted(k for k, value in found.items() if value is not None and not (isinstance(value, dict) and not value))
+    return sorted(name for name, value in found.items() if not holds_nothing(value))
+
+
+def holds_nothing(value: Any) -> bool:
+    """Whether an argument is None, or a dict of nothing, as `generate()` makes for models that could see."""
+    if isinstance(value, Mapping):
+        return all(holds_nothing(part) for part in value.values())
+    return value is None or (isinstance(value, Sequence) and not value)
 
 
 def take_base_inputs(base: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -177,7 +185,10 @@ def refuse_regrouped(base: Any, input_ids: torch.Tensor, given: Mapping[str, Any
         return
     seeing = int(_shown(base, input_ids).any(-1).sum())
     for name in pixels_in(given):
-        if isinstance(given[name], torch.Tensor) and len(given[name]) != seeing * held:
+        value = given[name]
+        # Some families pad the images of each prompt: [B, images, …].
+        by_prompt = isinstance(value, torch.Tensor) and value.ndim > 4 and len(value) == len(input_ids) * held
+        if isinstance(value, torch.Tensor) and len(value) != seeing * held and not by_prompt:
             raise UnsupportedModeError.of(
                 "images",
                 expected="one in each prompt that has any, where beams or num_return_sequences repeat its row",

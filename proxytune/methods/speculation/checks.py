@@ -16,7 +16,9 @@ from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.layer_kinds import refuse_lacking
 from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.models.members.member import Member
+from proxytune.models.members.own_cache import own_class_of
 from proxytune.models.members.whole_text import reads_whole_text
+from proxytune.models.vision import holds_nothing
 from proxytune.validation import refuse_seed, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
@@ -87,8 +89,7 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     requested = {name: value for name, value in flags.items() if value}
     requested |= {name: value for name, value in call.kwargs.items() if name not in _ALLOWED}
     for name, value in requested.items():
-        # transformers gives a model that could see an empty dict of what it sees.
-        if value is not None and not (isinstance(value, dict) and not value):
+        if not holds_nothing(value):
             raise UnsupportedModeError.of(
                 name,
                 expected="none with SpeculativeDecoding: passes verify several tokens, and rows differ in length",
@@ -110,6 +111,13 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
             expected="a model whose state is in a cache that drafts can be taken out of",
             got=f"a {type(call.model).__name__}, which {why}",
             remedy="Decode without speculation.",
+        )
+    if not call.ensemble.composed and (kind := own_class_of(call.model)) is not None:
+        raise UnsupportedModelError.of(
+            "the model",
+            expected="a cache that drafts can be taken out of",
+            got=f"a {type(call.model).__name__}, whose {kind.__name__} keeps its states to itself",
+            remedy="Compose it with proxytune.wrap, or decode without speculation.",
         )
     members = call.ensemble.members if call.ensemble.composed else [Member(call.model, "model")]
     expected = "layers that can drop the tokens of rejected drafts"

@@ -37,7 +37,7 @@ from proxytune.methods.speculation.round import Commit, Proposal, RoundResult
 from proxytune.methods.speculation.target import TargetModel
 from proxytune.methods.speculation.verifier import Accept, DraftVerifier
 from proxytune.models.members.cache_name import cache_of
-from proxytune.models.members.rewind import make_rewindable
+from proxytune.models.members.rewind import made_rewindable
 from proxytune.validation import named_settings
 
 __all__ = ["SpeculativeDecoding"]
@@ -163,14 +163,14 @@ class SpeculativeDecoding:
         outputs = call.prefill()
         cache = cache_of(outputs)
         refuse_cache(cache)
-        make_rewindable(cache.layers, input_ids.shape[1])  # a plain model's; a composed one has such layers
         logits = [z[:, None] for z in call.ensemble.last_logits(outputs)]  # [B, 1, V_i]
         del outputs  # it may hold the logits of the whole prompt
 
         settings = call.draw_settings(logits[0], self.impl)
         recorder = SpeculativeRecorder(generation_config, len(input_ids))
-        rows = RowProgress(call, cache, pads)
-        with ahead(cache):
+        # A plain model's layers; a composed one's can go back.
+        with made_rewindable(cache.layers, input_ids.shape[1]), ahead(cache):
+            rows = RowProgress(call, cache, pads)
             mask = call.kwargs.get("attention_mask")
             run = _Rounds(
                 call=call,

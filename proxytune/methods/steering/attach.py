@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from proxytune.errors import InputError, SteeringWarning, UnsupportedModeError, UnsupportedModelError
 from proxytune.generation.prompt_rows import expand_mask
@@ -21,7 +21,7 @@ from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import longest_prompt, read_whole, refuse_unread
 from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import refuse_reordering
-from proxytune.models.members.self_test import padding_fault
+from proxytune.models.members.self_test import generation_fault, padding_fault
 from proxytune.models.members.whole_text import reads_whole_text
 from proxytune.models.vision import pixels_in, refuse_cached_images, refuse_regrouped, text_mask, text_of
 from proxytune.ops import normalise_
@@ -71,6 +71,13 @@ def examined_base(model: Any) -> Member | None:
             another way than `generate()`, which tells it them.
     """
     if reads_whole_text(model) is not None:
+        if (fault := generation_fault(model, rows=1)) is not None:
+            raise UnsupportedModelError.of(
+                "the base",
+                expected="a causal LM whose generate() gives what one pass over the text gives",
+                got=f"a {type(innermost(model)).__name__} with {fault}",
+                remedy="Compose it with proxytune.wrap. self_test=False skips this check.",
+            )
         return None
     try:
         base = Member(model, "base")
@@ -87,10 +94,10 @@ def examined_base(model: Any) -> Member | None:
     return base
 
 
-def refuse_unserved(model: Any, generation_config: GenerationConfig, mask: torch.Tensor | None) -> None:
+def refuse_unserved(model: Any, generation_config: GenerationConfig, mask: torch.Tensor | None, rows: int) -> None:
     """Raise UnsupportedModeError where `generate()` is wrong on a base with a state that is in no cache.
 
-    Takes the call's mask `[B, T]`. Waits for the device, for such bases only.
+    Takes the call's mask `[B, T]` and its number of rows. Waits for the device, for such bases only.
     """
     if (why := reads_whole_text(model)) is None:
         return
@@ -103,6 +110,13 @@ def refuse_unserved(model: Any, generation_config: GenerationConfig, mask: torch
             expected="a cache whose rows can take each other's content",
             got=f"a {name}, which {why}",
             remedy=f"Pass use_cache=False, or {remedy}.",
+        )
+    if rows > 1 and generation_config.use_cache and (fault := generation_fault(model, rows=2)) is not None:
+        raise UnsupportedModeError.of(
+            "a batch for the base",
+            expected="a model that carries the states of several rows",
+            got=f"a {name} with {fault}",
+            remedy=f"Pass one prompt at a time, or use_cache=False, or {remedy}.",
         )
     padded = mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any())
     if padded and (fault := padding_fault(model)) is not None:
@@ -197,8 +211,13 @@ class SteeredProcessors:
         read_whole(self.switches, generation_config, model_kwargs, seen)
         if self.base is not None:
             self.base.read_rightly(generation_config, mask)
+            if generation_config.cache_implementation in ("static", "offloaded_static") or isinstance(
+                past, StaticCache
+            ):
+                self.base.refuse_static_layers()
+                self.base.refuse_static_cache(int(generation_config.max_length))
         else:
-            refuse_unserved(self.model, generation_config, mask)
+            refuse_unserved(self.model, generation_config, mask, 1 if prompts is None else len(prompts))
         if (generation_config.num_beams or 1) > 1:
             refuse_reordering("beams", self.model, generation_config.use_cache)
         images = bool(pixels_in(model_kwargs))

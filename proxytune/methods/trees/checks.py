@@ -15,6 +15,7 @@ from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import cache_of
 from proxytune.models.members.layer_kinds import refuse_lacking
 from proxytune.models.members.long_rope import refuse_crossing
+from proxytune.models.members.whole_text import reads_whole_text
 from proxytune.ops import Impl
 from proxytune.validation import choice, finite, proper_share, refuse_seed, whole
 
@@ -154,6 +155,13 @@ def refuse_extras(
 
 def refuse_leaving(loop: str, call: Call) -> None:
     """Raise UnsupportedModeError if rows cannot leave a cache, or may leave others below a long-rope switch."""
+    if call.config.use_cache and not call.ensemble.composed and (why := reads_whole_text(call.model)) is not None:
+        raise UnsupportedModeError.of(
+            "use_cache",
+            expected=f"a model that returns its cache, for {loop}: branches copy rows of it",
+            got=f"a {type(call.model).__name__}, which {why}",
+            remedy="Pass use_cache=False.",
+        )
     if call.config.use_cache and call.ensemble.composed:
         expected = "layers of a cache whose rows can come and go"
         refuse_lacking(call.ensemble.members, "repeat", loop, expected=expected, remedy="Pass use_cache=False.")

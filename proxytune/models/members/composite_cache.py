@@ -283,8 +283,8 @@ def _refuse_torn(cache: Cache, configs: Sequence[PreTrainedConfig]) -> None:
         raise CacheError.of(
             CACHE,
             expected="layers that have all seen the same tokens",
-            got=f"layers of {min(lengths)} to {max(lengths)} tokens, as after an interrupted forward, or "
-            "after reset() in older versions of transformers",
+            got=(f"layers of {min(lengths)} to {max(lengths)} tokens" if len(lengths) > 1 else "states of half a pass")
+            + ", as after an interrupted forward, or after reset() in older versions of transformers",
             remedy="Start without the cache, or from a copy that was made before.",
         )
 

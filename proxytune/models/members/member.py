@@ -214,7 +214,8 @@ class Member:
         So do models that continue a cache wrongly with several tokens, and recurrent ones in padding `[B, T]`.
         """
         padded = self.stateful and attention_mask is not None and not bool((attention_mask != 0).all())
-        if self.verdict.several or padded:
+        lengthless = kinds_of(self.config) <= {"linear_attention", "conv"}  # generate() asks the cache for its length
+        if self.verdict.several or padded or lengthless:
             generation_config.prefill_chunk_size = None
 
     def refuse_gaps(self, attention_mask: torch.Tensor | None) -> None:

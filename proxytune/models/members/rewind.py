@@ -9,6 +9,7 @@ go back in the same way, since all layers of a model must be at one place.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ __all__ = [
     "RewindableLayer",
     "compresses",
     "length_of",
+    "made_rewindable",
     "make_rewindable",
     "rewindable_layers",
 ]
@@ -169,6 +171,9 @@ class RewindableLayer:
         if self.lead:
             self.tape.reorder(beam_idx)
 
+    def __reduce__(self) -> Any:
+        return _remade, (type(self).__bases__[1],), dict(vars(self))  # its class has no place in a module
+
     # transformers has neither for recurrent layers, and in hybrid ones moves only the keys and values.
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Hold each row `repeats` times."""
@@ -215,6 +220,24 @@ def make_rewindable(layers: list[Any], read: int = 0) -> None:
         layers[i] = layer
 
 
+@contextmanager
+def made_rewindable(layers: list[Any], read: int = 0) -> Iterator[None]:
+    """`make_rewindable` for a while: afterwards the layers are transformers' own again, as a plain model needs them.
+
+    Whoever goes back by them catches up before.
+    """
+    before = {id(layer) for layer in layers if isinstance(layer, RewindableLayer)}
+    make_rewindable(layers, read)
+    try:
+        yield
+    finally:
+        for i, layer in enumerate(layers):
+            if isinstance(layer, RewindableLayer) and id(layer) not in before:
+                plain: Any = object.__new__(type(layer).__bases__[1])
+                vars(plain).update({k: v for k, v in vars(layer).items() if k not in RewindableLayer.__annotations__})
+                layers[i] = plain
+
+
 _kinds: dict[type, Any] = {}
 
 
@@ -223,6 +246,10 @@ def _rewindable(kind: type) -> Any:
         # With a `_layer_type`, transformers would make all caches with it.
         _kinds[kind] = type(f"Rewindable{kind.__name__}", (RewindableLayer, kind), {"_layer_type": None})
     return _kinds[kind]
+
+
+def _remade(kind: type) -> Any:
+    return object.__new__(_rewindable(kind))
 
 
 def compresses(layer: Any) -> bool:

@@ -15,6 +15,7 @@ from proxytune import SpeculativeDecoding
 from proxytune.costs.speculation import DraftCosts
 from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.rewind import rewindable_layers
 
 ALPHA, NEW, DRAWS = 0.7, 14, 250
 # The kind of base and of companions: recurrent layers in all, in the base, in the companions; single tokens only.
@@ -76,6 +77,7 @@ def test_the_returned_cache_goes_on(kind: str, composed: bool) -> None:
         assert torch.equal(out.sequences, long[:, : IDS.shape[1] + new])
         again = run(model, ids=out.sequences, max_new_tokens=5, **{CACHE: out[CACHE]})
         assert torch.equal(again.sequences, long[:, : IDS.shape[1] + new + 5])
+        assert composed or not rewindable_layers(out[CACHE])
 
 
 @pytest.mark.parametrize("kinds", MEMBERS, ids="-".join)

@@ -38,8 +38,13 @@ def base(name: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "settings", "refused"),
     [
-        ("rwkv", {}, None),
-        ("rwkv", {"attention_mask": PADDED}, "left padding for the base: .*RwkvForCausalLM .*the same length"),
+        ("rwkv", {}, "a batch for the base: .*RwkvForCausalLM .*one prompt at a time"),
+        ("rwkv", {"use_cache": False}, None),
+        (
+            "rwkv",
+            {"attention_mask": PADDED, "use_cache": False},
+            "left padding for the base: .*RwkvForCausalLM .*the same length",
+        ),
         ("rwkv", {"num_beams": 2}, "beams for the base: .*takes `state`, which is no cache .*use_cache=False"),
         ("recurrent_gemma", {"num_beams": 2}, "beams for the base: .*state in its own modules .*use_cache=False"),
         ("recurrent_gemma", {"num_beams": 2, "use_cache": False}, None),
