@@ -17,9 +17,11 @@ from proxytune.formulas.registry import FORMULAS
 from proxytune.models.config import CARRIED, ProxyTunedConfig, load_recipe
 from proxytune.models.end_tokens import stop_composed
 from proxytune.models.loading import adapters_of, open_members
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
 from proxytune.models.roles import refuse_no_shift
 from proxytune.models.saving import save_adapter
+from proxytune.models.vision import reopened_as
 from proxytune.recipe import LOAD_KEYS, RECIPE_FILE, Recipe
 from proxytune.validation import shown
 
@@ -84,6 +86,15 @@ class SavedAsRecipe:
                 expected=f"members loaded with no other lasting arguments than {', '.join(LOAD_KEYS)}",
                 got=found,
                 remedy="A recipe cannot keep it. Save that member with its own save_pretrained, and wrap the folder.",
+            )
+        base = self.members[0].model
+        if other := reopened_as(base):
+            raise RecipeError.of(
+                "save_pretrained",
+                expected="a base that AutoModelForCausalLM opens as it is",
+                got=f"a {type(innermost(base)).__name__}, which it "
+                + (f"opens as a {other}, for text alone" if other != "nothing" else "does not open"),
+                remedy="A recipe cannot keep it: load the base with AutoModelForImageTextToText, and wrap it.",
             )
         if recipe is None:
             raise RecipeError.of(

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, GenerationMixin
+from transformers import AutoModelForCausalLM, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.utils import MULTIMODAL_INPUTS_TO_DROP_OUTSIDE_PREFILL
@@ -36,6 +36,7 @@ __all__ = [
     "refuse_images",
     "refuse_regrouped",
     "refuse_settings",
+    "reopened_as",
     "says_text",
     "sees",
     "take_base_inputs",
@@ -65,6 +66,16 @@ def sees(model: Any) -> bool:
     # `input_modalities` is not set in every family.
     forward = getattr(innermost(model), "forward", None)
     return forward is not None and not _RAW.isdisjoint(inspect.signature(forward).parameters)
+
+
+def reopened_as(base: Any) -> str | None:
+    """What a recipe would open in place of a base that sees: a class, or "nothing"; None if the same."""
+    model = innermost(base)
+    if not sees(model) or model.config.is_encoder_decoder:
+        return None
+    found = AutoModelForCausalLM._model_mapping.get(type(model.config), None)
+    opened = "nothing" if found is None else found.__name__
+    return None if opened == type(model).__name__ else opened
 
 
 def pixels_in(given: Mapping[str, Any]) -> list[str]:

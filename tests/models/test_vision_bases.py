@@ -1,16 +1,24 @@
 """Vision-language bases with text-only companions: the base sees the images, the companions read the text alone."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from support.tiny import shared
 from support.vision import PICTURE, TEXT, VOCAB, SeeingReference, prompts, seeing
-from transformers import DynamicCache, GenerationMixin, MllamaConfig, MllamaForConditionalGeneration, StaticCache
+from transformers import (
+    DynamicCache,
+    GenerationMixin,
+    LlavaForConditionalGeneration,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
+    StaticCache,
+)
 
 import proxytune
 from proxytune import FusedDecoding, LatentDecoding, ProxyTuningLogitsProcessor, SpeculativeDecoding
-from proxytune.errors import CacheError, InputError, UnsupportedModeError
+from proxytune.errors import CacheError, InputError, RecipeError, UnsupportedModeError
 from proxytune.methods.latent import LatentLogitsProcessor, LatentMixture
 from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.methods.trees import ForkDecoding, SiblingDecoding
@@ -283,3 +291,14 @@ def test_speculation_on_the_text_of_a_model_that_could_see() -> None:
     asked: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
     loop = SpeculativeDecoding(draft=PromptLookupDraft(1, 1))
     assert torch.equal(model.generate(ids, **asked, custom_generate=loop), model.generate(ids, **asked))
+
+
+def test_a_recipe_keeps_no_base_that_it_would_open_as_another(tmp_path: Path) -> None:
+    folders = {}
+    for role, member in {"base": seeing("llava"), "expert": shared("llama", 11, VOCAB)}.items():
+        folders[role] = str(tmp_path / role)
+        member.save_pretrained(folders[role])
+    base = LlavaForConditionalGeneration.from_pretrained(folders["base"])
+    model = proxytune.wrap(base, expert=folders["expert"], antiexpert=base, alpha=0.5, check_vocabulary=False)
+    with pytest.raises(RecipeError, match="a LlavaForConditionalGeneration, which it does not open"):
+        model.save_pretrained(tmp_path / "recipe")

@@ -197,7 +197,17 @@ class SteeredProcessors:
         seen = length or 0
         # generate() drops a mask of ones, but keeps its length.
         covered = getattr(generation_config, "_mask_length", seen) if mask is None else mask.shape[1]
-        if covered != seen or (past is not None and (held is None or seen <= held)):
+        several = self.base is not None and self.base.verdict.several and held is not None and seen - held > 1
+        if past is not None and (held is None or (held and several)):
+            again = "whose cache has no length, so that the whole text is read again"
+            singly = "which goes on by single tokens only"
+            raise UnsupportedModeError.of(
+                "a filled cache for the base",
+                expected="a model that generate() continues rightly",
+                got=f"a {type(innermost(self.model)).__name__}, {again if held is None else singly}",
+                remedy="Leave the cache out, or compose the model with proxytune.wrap.",
+            )
+        if covered != seen or (past is not None and seen <= (held or 0)):
             raise InputError.of(
                 "input_ids",
                 expected="the whole prefix, with a cache too: the companions read it from the ids",

@@ -76,3 +76,16 @@ def test_drafts_after_a_filled_cache_are_refused() -> None:
         model.generate(out.sequences, **asked, prompt_lookup_num_tokens=2)
         with pytest.raises(UnsupportedModeError, match="drafts after a filled cache: .*; got 8 cached tokens"):
             model.generate(out.sequences, **asked, prompt_lookup_num_tokens=2, **{CACHE: out[CACHE]})
+
+
+def test_a_filled_cache_of_a_model_that_reads_one_token_at_a_time_is_refused() -> None:
+    model = build("jamba", 1, 96)
+    processor = ProxyTuningLogitsProcessor(build("llama", 2, 96), build("llama", 3, 96), 0.7, check_vocabulary=False)
+    asked: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": PAD, "eos_token_id": None}
+    with processor.attach(model):
+        out = model.generate(IDS[:1], **asked, return_dict_in_generate=True)
+        model.generate(out.sequences, **asked, **{CACHE: out[CACHE]})  # one new token
+        out = model.generate(IDS[:1], **asked, return_dict_in_generate=True)
+        more = torch.cat([out.sequences, IDS[1:, :2]], 1)
+        with pytest.raises(UnsupportedModeError, match="a filled cache for the base: .*by single tokens only"):
+            model.generate(more, **asked, **{CACHE: out[CACHE]})

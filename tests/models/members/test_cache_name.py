@@ -140,7 +140,10 @@ def test_new_ids_beside_a_cache_are_refused_without_a_mask(kind: str) -> None:
     with processor().attach(model):
         first = model.generate(tokens(6), return_dict_in_generate=True, **GREEDY)
         # The mask could tell as well, so there is none.
-        with pytest.raises(InputError, match="input_ids: expected the whole prefix.*only the 3 new ids"):
+        match = "input_ids: expected the whole prefix.*only the 3 new ids"
+        if kind == "mamba":  # on whole texts generate() is wrong by itself
+            match = "a filled cache for the base: .*whose cache has no length, so that the whole text is read again"
+        with pytest.raises(UnsupportedModeError if kind == "mamba" else InputError, match=match):
             model.generate(tokens(3), **{name: cache_of(first)}, **GREEDY)
 
 
