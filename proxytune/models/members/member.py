@@ -254,14 +254,19 @@ class Member:
 
         Padding may have any position. Waits for the device, for such models only.
         """
-        if self._takes_position_ids:
+        if self._takes_position_ids and (not self.stateful or position_ids.ndim != 2):
             return
         new = position_ids.shape[-1]
-        other = position_ids.to(mask.device) != positions_of(mask)[:, -new:]
-        if bool((other & (mask[:, -new:] != 0)).any()):
+        there, given = mask[:, -new:] != 0, position_ids.to(mask.device)
+        if self._takes_position_ids:  # from any place on, but not for another text, which would begin at the old state
+            wrong = (given.diff(dim=-1) != 1) & there[:, 1:] & there[:, :-1]
+        else:
+            wrong = (given != positions_of(mask)[:, -new:]) & there
+        if bool(wrong.any()):
+            stands = "keeps one state of all tokens" if self._takes_position_ids else "counts positions by itself"
             raise InputError.of(
                 f"position_ids for the {self.role}",
-                expected=f"none, or 0, 1, 2, … without padding: a {self._name()} counts positions by itself",
+                expected=f"none, or 0, 1, 2, … without padding: a {self._name()} {stands}",
                 got=shown(position_ids.tolist(), 80),
                 remedy="Leave them out; give packed texts as rows; or use a member that takes positions.",
             )

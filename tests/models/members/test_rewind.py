@@ -9,7 +9,7 @@ import torch
 from support.tiny import build, shared
 from transformers import DynamicCache, PreTrainedModel
 
-from proxytune.errors import UnsupportedModeError
+from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.members import rewind, stateful_pass
 from proxytune.models.members.member import Member
 from proxytune.models.members.rewind import length_of, make_rewindable, rewindable_layers
@@ -211,3 +211,15 @@ def test_padding_inside_a_text_is_refused() -> None:
     with pytest.raises(UnsupportedModeError, match="padding inside a text for the expert: .* in row 1"):
         member.refuse_gaps(torch.cat([left, inside]))
     Member(shared("llama", 1, VOCABULARY), "expert").refuse_gaps(inside)
+
+
+def test_packed_texts_are_refused() -> None:
+    """The second text would begin at the state of the first."""
+    member, ones = Member(shared("qwen3_5", 1, VOCABULARY), "expert"), torch.ones(1, 6, dtype=torch.long)
+    member.refuse_positions(torch.arange(6)[None] + 5, ones)
+    member.refuse_positions(torch.tensor([[0, 0, 0, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1, 1]]))
+    with pytest.raises(
+        InputError, match="position_ids for the expert: .*one state of all tokens.*packed texts as rows"
+    ):
+        member.refuse_positions(torch.tensor([[0, 1, 2, 0, 1, 2]]), ones)
+    Member(shared("llama", 1, VOCABULARY), "expert").refuse_positions(torch.tensor([[0, 1, 2, 0, 1, 2]]), ones)
