@@ -175,7 +175,8 @@ class Known(Reference):
         return self.__dict__["members"][0].get_input_embeddings()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        given = {k: v for k, v in kwargs.items() if k not in (CACHE, "past_key_values", "use_cache")}
+        dropped = (CACHE, "past_key_values", "use_cache", "attention_mask")
+        given = {k: v for k, v in kwargs.items() if k not in dropped}
         return super().generate(*args, **given)
 
 
