@@ -162,6 +162,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     @functools.wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers has it; takes the cache as `past_key_values` or as `cache`; InputError for two caches."""
+        kwargs.pop("labels", None)  # trainers pass a batch whole, and a plain model makes nothing of them here
         return super().generate(*args, **renamed(kwargs))
 
     def prepare_inputs_for_generation(

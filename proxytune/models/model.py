@@ -176,6 +176,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             )
         super().__setattr__(name, value)
 
+    accepts_loss_kwargs = False  # a trainer then passes no `num_items_in_batch`
+
     @property
     def usable_ids(self) -> int:
         """How many ids every member can embed; the logits of higher ids are −inf."""

@@ -135,6 +135,13 @@ def test_layers_of_an_unknown_kind_are_refused_by_name(
         processor(expert=model)
 
 
+def test_a_trainer_s_batch_is_taken_whole() -> None:
+    model, ids = compose(), torch.randint(3, 200, (1, 4))
+    asked: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": PAD}
+    assert torch.equal(model.generate(input_ids=ids, labels=ids, **asked), model.generate(ids, **asked))
+    assert not model.accepts_loss_kwargs
+
+
 @pytest.mark.parametrize(
     ("ability", "settings"),
     [

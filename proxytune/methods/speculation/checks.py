@@ -18,7 +18,7 @@ from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import own_class_of
 from proxytune.models.members.whole_text import reads_whole_text
-from proxytune.models.vision import holds_nothing
+from proxytune.models.vision import holds_nothing, says_text
 from proxytune.validation import refuse_seed, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
@@ -89,7 +89,7 @@ def refuse_call(call: Call, draft: Any, assistant_model: Any) -> None:
     requested = {name: value for name, value in flags.items() if value}
     requested |= {name: value for name, value in call.kwargs.items() if name not in _ALLOWED}
     for name, value in requested.items():
-        if not holds_nothing(value):
+        if not holds_nothing(value) and not says_text(name, value):
             raise UnsupportedModeError.of(
                 name,
                 expected="none with SpeculativeDecoding: passes verify several tokens, and rows differ in length",
