@@ -92,6 +92,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
 
     _member_class: type[Member] = Member
 
+    accepts_loss_kwargs = False  # a trainer then passes no `num_items_in_batch`
+
     def __new__(cls, config: Any = None, members: Mapping[str, Any] | None = None, *args: Any, **kwargs: Any) -> Self:
         """A model of the class that composes such members: encoder-decoders have one of their own."""
         base = next(iter((members or {}).values()), None)
@@ -175,8 +177,6 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                 name, expected="an attribute of the model", got=f"{name}={value!r}", remedy="Did you mean model.alpha?"
             )
         super().__setattr__(name, value)
-
-    accepts_loss_kwargs = False  # a trainer then passes no `num_items_in_batch`
 
     @property
     def usable_ids(self) -> int:
