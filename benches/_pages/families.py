@@ -103,7 +103,7 @@ def summary(result: Any) -> str:
         return "cannot be built alone: " + ("another package is needed" if "Import" in result["built"] else "fails")
     rights = {role: right_in(result, role) for role in ROLES}
     if not any(rights.values()):
-        if any(result["roles"][role].keys() & {"wrong", "crashed"} for role in ROLES):
+        if result["roles"]["base"].keys() & {"wrong", "crashed"}:
             return "nothing: wrong or failing by itself"
         return f"refused: {reason(next(iter(result['roles']['base']['refused'])))}"
     missing: dict[tuple[str, ...], list[str]] = defaultdict(list)
