@@ -182,6 +182,13 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         """
         refuse_arguments(inputs_embeds=inputs_embeds)
         held, whole = one_cache(past_key_values, cache), input_ids
+        if next_sequence_length is not None and next_sequence_length < 1:
+            raise InputError.of(
+                "input_ids",
+                expected=f"more tokens than the {input_ids.shape[1] - next_sequence_length} that the cache holds",
+                got=f"{input_ids.shape[1]}",
+                remedy="Pass the ids of the whole text, its new tokens included, or leave out the cache.",
+            )
         if next_sequence_length is not None:
             length = input_ids.shape[1]
             if must_read_again(held, switches_of(self.members), length, next_sequence_length, attention_mask):

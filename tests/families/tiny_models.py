@@ -162,6 +162,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "o_groups": 2,
         "hc_mult": 2,
     },
+    # A pass over the whole text has no window, and the default one, 3,000, is as long as its context.
+    "moshi": {"sliding_window": CONTEXT},
     "dory": {
         "ngpt_alpha_init": 0.5,  # at its default .05 attention says next to nothing
         "n_input_layers": 1,

@@ -15,6 +15,8 @@ from transformers import (
     Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    Mamba2Config,
+    Mamba2ForCausalLM,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -88,6 +90,16 @@ def build(kind: str, seed: int, vocab: int = 256, *, context: int = CONTEXT, hid
                 decoder_sparse_step=1,
             )
             model = Qwen3NextForCausalLM(config)
+        case "mamba2":
+            sizes = {
+                "num_heads": 8,
+                "head_dim": 8,
+                "state_size": 8,
+                "n_groups": 2,
+                "chunk_size": 8,
+                "num_hidden_layers": 2,
+            }
+            model = Mamba2ForCausalLM(Mamba2Config(vocab_size=vocab, hidden_size=hidden, expand=2, **sizes, **ids))
         case "qwen3_5":
             config = Qwen3_5TextConfig(
                 **common,

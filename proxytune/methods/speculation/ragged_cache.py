@@ -208,6 +208,7 @@ def refuse_cache(cache: Cache | None) -> None:
 
 
 def _can_drop(layer: Any) -> bool:
-    state = isinstance(layer, LinearAttentionLayer) and not isinstance(layer, StaticLayer)
+    if isinstance(layer, StaticLayer):
+        return False
     kinds = [DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind, able in ABLE.items() if "crop" in able]
-    return state or isinstance(layer, RewindableLayer | CountingLayer) or type(layer) in kinds
+    return isinstance(layer, LinearAttentionLayer | RewindableLayer | CountingLayer) or type(layer) in kinds

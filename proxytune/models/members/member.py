@@ -84,7 +84,14 @@ def _refuse_unsupported(model: PreTrainedModel, role: str, encoder_decoder: bool
             remedy="Use another kind of adapter, or a merged model.",
         )
     text_config = config.get_text_config(decoder=True)
-    counted = text_config.num_hidden_layers
+    counted = getattr(text_config, "num_hidden_layers", None)
+    if counted is None and not encoder_decoder:
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="a config with num_hidden_layers: a cache gets as many layers",
+            got=f"{type(model).__name__} ({family}), whose {type(text_config).__name__} has none",
+            remedy="Use another model in this role.",
+        )
     if not encoder_decoder and (layers := getattr(text_config, "decoder_layers", counted)) != counted:
         raise UnsupportedModelError.of(
             f"the {role}",

@@ -36,7 +36,9 @@ __all__ = [
 ]
 
 REACH = 64
-"""How far from the end of the text a crop can go back, in tokens; what was kept before is dropped."""
+"""How many states of a layer are kept at most, and how far before a crop the oldest may be, in tokens."""
+_FAR = 512
+"""The most tokens that a crop can drop: the longest draft."""
 _MOST_BYTES = 1 << 28
 """What the kept states of a model's layers may take together, in bytes; two of each are always kept."""
 
@@ -91,16 +93,12 @@ class RewindableLayer:
     def keep(self) -> None:
         """Keep the state as it is, if recording; forget what is out of reach, or too much."""
         if not self.recording:
-            if self.kept:
-                self.kept = []
-                self.tape.cut(self.read)
             return
         if not self.kept or self.kept[-1][0] != self.read:
             self.kept.append((self.read, {name: _copied(getattr(self, name)) for name in self._names()}))
-        while len(self.kept) > 1 and self.kept[1][0] <= self.read - REACH:
-            del self.kept[0]
+        self._forget_before(self.read - _FAR)
         size = sum(x.numel() * x.element_size() for x in _tensors(self.kept[-1][1]))
-        most = max(2, int(_MOST_BYTES * self.share / max(size, 1)))
+        most = min(REACH, max(2, int(_MOST_BYTES * self.share / max(size, 1))))
         if len(self.kept) > most:
             del self.kept[1 : len(self.kept) - most + 1]  # a crop can always go back to the oldest
         if self.lead:
@@ -118,8 +116,15 @@ class RewindableLayer:
         self.recording = True
 
     def stop_recording(self) -> None:
-        """Keep no more states; those kept stay until the next pass."""
-        self.recording = False
+        """Keep no more states, and forget those kept; what has to be read again stays."""
+        self.recording, self.kept = False, []
+        if self.lead:
+            self.tape.cut(self.read)
+
+    def _forget_before(self, place: int) -> None:
+        """Forget kept states that are older than the newest one of `place` or before."""
+        while len(self.kept) > 1 and self.kept[1][0] <= place:
+            del self.kept[0]
 
     def forget_rows(self, rows: torch.Tensor) -> None:
         """Take the states of some rows, a mask `[B]`, back to before any token."""
@@ -147,6 +152,7 @@ class RewindableLayer:
             else:
                 raise RuntimeError(f"no state of the first {target} tokens was kept")
         self.behind = target - self.read
+        self._forget_before(target - REACH)
         if self._grows():
             DynamicLayer.crop(self, -abs(tokens_to_remove))
         if self.lead:

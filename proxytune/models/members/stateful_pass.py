@@ -96,9 +96,12 @@ class StatefulPass:
 
     def _read(self, given: dict[str, Any], logits_to_keep: int | torch.Tensor, latent: Any) -> torch.Tensor:
         new = given["input_ids"].shape[1]
-        if not (self.one_by_one and new > 1 and self.layers[0].read > 0):
+        # Where a row's text begins in a later pass, some models take the padding before it for text.
+        lead, mask = self.layers[0], given["attention_mask"]
+        singly = self.one_by_one or not (lead.settled or mask is None)
+        if not (singly and new > 1 and lead.read > 0):
             return self._pass(given, logits_to_keep, latent)
-        mask, parts = given["attention_mask"], []
+        parts = []
         for i in range(new):
             one = {n: x[:, i : i + 1] if n != "attention_mask" else x for n, x in given.items()}
             if mask is not None:

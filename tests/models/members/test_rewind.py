@@ -132,19 +132,39 @@ def test_what_is_read_again_is_read_in_the_next_pass_until_a_pass_of_its_own_is_
 def test_kept_states_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     text = Text(shared("qwen3_5", 1, VOCABULARY))
     monkeypatch.setattr(rewind, "REACH", 8)
+    monkeypatch.setattr(rewind, "_FAR", 40)
+    (layer,) = rewindable_layers(text.cache)
+
+    def kept() -> list[int]:
+        return [read for read, _ in layer.kept]
+
     for _ in range(20):
         text.read(1)
-    (layer,) = rewindable_layers(text.cache)
-    assert [read for read, _ in layer.kept] == list(range(11, 20))
-    text.crop(8)
+    assert kept() == [0, *range(13, 20)], "the oldest and the newest, as a draft of 20 may be rejected as a whole"
+    text.crop(3)
+    assert text.read(1) == 1
+    text.crop(12)
+    assert text.read(1) == 7, "from the oldest, by six tokens read again"
+    for _ in range(12):
+        text.read(1)
+    assert kept()[0] == 0
     text.read(1)
-    size = sum(x.numel() * x.element_size() for x in rewind._tensors(layer.kept[0][1]))
+    size = sum(x.numel() * x.element_size() for x in rewind._tensors(layer.kept[-1][1]))
     monkeypatch.setattr(rewind, "_MOST_BYTES", 3 * size)
     for _ in range(6):
         text.read(1)
-    assert [read for read, _ in layer.kept] == [11, 17, 18], "the oldest and the newest"
-    text.crop(4)
-    assert text.read(1) == 5, "from the oldest, by four tokens read again"
+    assert len(kept()) == 3
+    text.crop(2)
+    text.read(1)
+
+
+def test_a_long_draft_is_taken_back_as_a_whole() -> None:
+    text = Text(shared("lfm2", 1, VOCABULARY))
+    text.read(5)
+    for _ in range(90):
+        text.read(1)
+    text.crop(89)
+    assert text.read(2) == 8, "six tokens after the oldest state are read again"
 
 
 def test_without_a_kept_state_a_crop_is_refused() -> None:
@@ -183,7 +203,7 @@ def test_an_untested_model_reads_one_token_at_a_time(monkeypatch: pytest.MonkeyP
     assert lengths == [5, 1, 1, 1, 3]
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_next", "mamba2"])
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_padding_in_passes_over_few_tokens_leaves_no_trace(family: str, chunk: int) -> None:
     model = shared(family, 1, VOCABULARY)
