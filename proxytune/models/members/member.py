@@ -284,8 +284,9 @@ class Member:
             [self],
             "move",
             "speculation in a batch",
-            expected="layers with something for each token, in which rows that accept fewer tokens can be moved",
-            remedy="Pass one prompt at a time, or decode without speculation.",
+            expected="members that keep something for each token, so that rows may accept different numbers of drafts",
+            remedy="Pass one prompt at a time (num_return_sequences=1; --batch-size 1 on the command line), or decode "
+            "without speculation.",
         )
         if self.verdict.moved is not None:
             raise UnsupportedModeError.of(
