@@ -64,6 +64,8 @@ class _Encoders:
         refuse_arguments(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         refuse_shapes(input_ids, attention_mask)
         check_ids(input_ids, self.members, [m.encoder_rows for m in self.members])
+        for member in self.members:
+            member.refuse_padding(attention_mask)
         base, *companions = [m.encode(input_ids, attention_mask) for m in self.members]
         states = BaseModelOutput(last_hidden_state=base)
         for member, own in zip(self.members[1:], companions, strict=True):

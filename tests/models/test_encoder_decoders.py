@@ -17,6 +17,7 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     FSMTConfig,
+    LongT5Config,
     ProphetNetConfig,
     SwitchTransformersConfig,
     T5Config,
@@ -63,6 +64,9 @@ def made(kind: str, seed: int, size: int = 1) -> Any:
             config = T5Config(**t5, vocab_size=V, num_decoder_layers=2, **ids)
         case "switch":
             config = SwitchTransformersConfig(**t5, vocab_size=V, num_decoder_layers=size, num_experts=2, **ids)
+        case "longt5" | "longt5 in blocks":
+            attention = "local" if kind == "longt5" else "transient-global"
+            config = LongT5Config(**t5, vocab_size=V, encoder_attention_type=attention, global_block_size=2, **ids)
         case "bart":
             config = BartConfig(**bart, vocab_size=V, **ids)
         case "blenderbot":  # makes no decoder_input_ids of labels by itself
@@ -351,6 +355,37 @@ def test_encoders_of_sound_are_refused() -> None:
     hears = WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **ids))
     with pytest.raises(UnsupportedModelError, match="the base: .* got a Whisper.* that reads input_features"):
         proxytune.wrap(hears, shared("t5").expert, shared("t5").antiexpert, check_vocabulary=False)
+
+
+LEFT = MASK.flip(1)
+
+
+@pytest.mark.parametrize("kind", ["bart", "longt5 in blocks"])
+def test_left_padded_sources_are_refused_before_any_encoder_runs(kind: str) -> None:
+    model = shared(kind)
+    before = model.token_forwards
+    sources = SOURCES.flip(1)
+    for call in (
+        lambda: run(model, sources, LEFT),
+        lambda: run(model, sources, LEFT.bool()),
+        lambda: model(sources, LEFT, decoder_input_ids=START_TWICE),
+        lambda: model.member_logits(sources, LEFT),
+        lambda: model.get_encoder()(sources, LEFT),
+    ):
+        with pytest.raises(UnsupportedModeError, match=r"left padding for the base: .*Pad sources at the right"):
+            call()
+    assert model.token_forwards == before
+    assert model.members[0].verdict.right is None
+    run(model, **GREEDY)  # padding at the right changes nothing
+
+
+@pytest.mark.parametrize("kind", ["t5", "longt5"])
+def test_left_padded_sources_of_others_are_each_row_alone(kind: str) -> None:
+    model, ends = shared(kind), MASK.sum(1).tolist()
+    sources = torch.stack([r.roll(len(r) - n) for r, n in zip(SOURCES, ends, strict=True)])
+    out = model(sources, LEFT, decoder_input_ids=START_TWICE, use_cache=False).logits
+    for i in range(2):
+        close(out[i : i + 1, -1], reference(model, row(i), START_TWICE[:1]))
 
 
 @pytest.mark.parametrize("kind", ["prophetnet", "fsmt"])
