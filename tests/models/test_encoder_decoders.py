@@ -219,6 +219,14 @@ def test_encoder_outputs_and_a_target_that_is_begun(model: ProxyTunedModel) -> N
     assert torch.equal(begun, whole)
 
 
+def test_states_of_experts_that_another_composition_read() -> None:
+    first = composed("switch")
+    second = proxytune.wrap(first.base, first.expert, first.antiexpert, alpha=0.7, check_vocabulary=False)
+    states = first.get_encoder()(SOURCES, MASK)
+    out = second.generate(encoder_outputs=states, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
+    assert torch.equal(out, run(first, **GREEDY).sequences)
+
+
 @pytest.mark.parametrize("mode", [GREEDY, BEAMS], ids=str)
 def test_companions_on_side_streams(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = composed("t5"), run(shared("t5"), **mode).sequences
