@@ -449,8 +449,8 @@ def check_ids(
 ) -> None:
     """Raise InputError if a prompt `[B, T]` is empty or has ids that some member cannot embed.
 
-    `rows` is how many ids each can embed [its `rows`], `name` what the ids are called. Waits for the device: call it for
-    prompts, not in every step.
+    `rows` is how many ids each can embed [its `rows`], `name` what the ids are called. Waits for the device: call it
+    for prompts, not in every step.
     """
     if input_ids.numel() == 0:
         raise InputError.of(
