@@ -6,6 +6,7 @@ beam search.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember, adopt_pair, start_of
 from proxytune.models.members.forward import run_members
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import check_ids
 from proxytune.validation import shown
 
@@ -64,6 +66,8 @@ class _Encoders:
         refuse_arguments(output_attentions=output_attentions, output_hidden_states=output_hidden_states)
         refuse_shapes(input_ids, attention_mask)
         check_ids(input_ids, self.members, [m.encoder_rows for m in self.members])
+        for member in self.members:
+            member.refuse_padding(attention_mask)
         base, *companions = [m.encode(input_ids, attention_mask) for m in self.members]
         states = BaseModelOutput(last_hidden_state=base)
         for member, own in zip(self.members[1:], companions, strict=True):
@@ -145,8 +149,12 @@ class EncoderDecoderMixin:
                 if the decoder's tokens are left-padded; or an argument is not supported.
             CacheError: If the cache was filled by another model, or is no `EncoderDecoderCache`.
         """
+        self._refuse_inputs(kwargs)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         held: Any = one_cache(past_key_values, cache)
+        if labels is not None:
+            refuse_shapes(labels, None, name="labels")
+            check_ids(labels.masked_fill(labels == -100, 0), self.members, name="labels")
         if decoder_input_ids is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         if decoder_input_ids is None or (input_ids is None and encoder_outputs is None):
@@ -168,10 +176,18 @@ class EncoderDecoderMixin:
         for member in self.members:
             member.refuse_length(past + decoder_input_ids.shape[1])
         if past == 0 or is_first_iteration or decoder_input_ids.shape[1] != 1:
-            check_ids(decoder_input_ids, self.members)
+            check_ids(decoder_input_ids, self.members, name="decoder_input_ids")
         if encoder_outputs is None:
             assert input_ids is not None
             encoder_outputs = self.get_encoder()(input_ids, attention_mask)
+        sources = self._sources(encoder_outputs, attention_mask)
+        if (rows := len(sources[0]["states"])) not in (1, len(decoder_input_ids)):
+            raise InputError.of(
+                "decoder_input_ids" if labels is None else "labels",
+                expected=f"one row for each of the {rows} sources",
+                got=f"{len(decoder_input_ids)}",
+                remedy="Pass as many targets as sources; repeat a source that has several.",
+            )
         members = run_members(
             self.members,
             self.config.spans,
@@ -180,7 +196,7 @@ class EncoderDecoderMixin:
             attention_mask=decoder_attention_mask,
             position_ids=None,
             logits_to_keep=logits_to_keep,
-            latent=self._sources(encoder_outputs, attention_mask),
+            latent=sources,
             precomputed={},
             sides=self._sides if self.overlap else None,
             thread=self._thread if self.split_threads else None,
@@ -196,6 +212,22 @@ class EncoderDecoderMixin:
         return Seq2SeqLMOutput(
             loss=loss, logits=logits, encoder_last_hidden_state=encoder_outputs.last_hidden_state, **{CACHE: held}
         )
+
+    def _refuse_inputs(self, given: dict[str, Any]) -> None:
+        """Refuse by name what the base takes beside ids and masks; it knows no other names."""
+        inner = innermost(self.base)
+        takes = {name for f in (inner.forward, inner.generate) for name in inspect.signature(f).parameters}
+        ours = inspect.signature(EncoderDecoderMixin.forward).parameters
+        for name in sorted(takes & given.keys() - ours.keys()):
+            if given[name] is not None and given[name] is not False and not name.startswith(("output_", "return_")):
+                raise InputError.of(
+                    name,
+                    expected="the source as input_ids and attention_mask, and the target as decoder_input_ids",
+                    got=shown(given[name], 80)
+                    if isinstance(given[name], str | int)
+                    else f"a {type(given[name]).__name__}",
+                    remedy="Leave it out, or use the base alone, model.base.generate(…).",
+                )
 
     def _sources(self, found: Any, mask: torch.Tensor | None) -> list[dict[str, torch.Tensor]]:
         """What each member's decoder attends to: its encoder's states, and the mask of the source."""
@@ -247,7 +279,7 @@ class EncoderDecoderMixin:
         """
         if decoder_input_ids is None:
             decoder_input_ids = input_ids.new_full((len(input_ids), 1), start_of(self) or 0)
-        check_ids(decoder_input_ids, self.members)
+        check_ids(decoder_input_ids, self.members, name="decoder_input_ids")
         sources = self._sources(self.get_encoder()(input_ids, attention_mask), attention_mask)
         return {
             m.role: m.forward(decoder_input_ids, latent=source).float()
@@ -280,6 +312,7 @@ class EncoderDecoderMixin:
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         refuse_arguments(inputs_embeds=model_kwargs.get("inputs_embeds"))
+        self._refuse_inputs(model_kwargs)
         mask = model_kwargs.get("decoder_attention_mask")
         if mask is not None and not bool(mask.bool().all()):
             raise InputError.of(
@@ -333,7 +366,7 @@ class EncoderDecoderMixin:
 
 def _refuse_decoder_shapes(ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None) -> None:
     """Refuse decoder ids, masks and labels that do not fit each other, and padding before tokens."""
-    refuse_shapes(ids, mask)
+    refuse_shapes(ids, mask, name="decoder_input_ids")
     if labels is not None and labels.shape != ids.shape:
         raise InputError.of(
             "labels",

@@ -103,11 +103,11 @@ def refuse_positions(cache_position: Any, input_ids: Any, cache: Cache | None) -
         )
 
 
-def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> None:
-    """Refuse ids, labels and masks that are not `[B, T]`; a mask may also cover cached tokens before them."""
+def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None, name: str = "input_ids") -> None:
+    """Refuse ids (called `name`), labels and masks other than `[B, T]`; a mask may cover cached tokens before them."""
     if isinstance(input_ids, Mapping):
         raise InputError.of(
-            "input_ids",
+            name,
             expected="a tensor of token ids, and the mask beside it",
             got=f"a {type(input_ids).__name__} with {', '.join(input_ids)}",
             remedy="Unpack it: generate(**inputs), or model(**inputs).",
@@ -115,7 +115,7 @@ def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None) -> No
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
         shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
         raise InputError.of(
-            "input_ids",
+            name,
             expected="a tensor of token ids with two dimensions [B, T]",
             got=f"a {type(input_ids).__name__}" if shape is None else f"shape {shape}, {input_ids.dtype}",
             remedy='Pass what tokenizer(prompts, return_tensors="pt", padding=True) returns.',

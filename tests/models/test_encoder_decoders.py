@@ -1,5 +1,6 @@
 """Three encoder-decoders as one model, against a slow reference: each row alone, the whole target anew, no cache."""
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -13,14 +14,20 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    BartModel,
     BlenderbotConfig,
     DynamicCache,
     EncoderDecoderCache,
     FSMTConfig,
+    LEDConfig,
+    LEDForConditionalGeneration,
+    LongT5Config,
     ProphetNetConfig,
     SwitchTransformersConfig,
     T5Config,
+    T5EncoderModel,
     T5GemmaConfig,
+    T5Model,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -63,6 +70,9 @@ def made(kind: str, seed: int, size: int = 1) -> Any:
             config = T5Config(**t5, vocab_size=V, num_decoder_layers=2, **ids)
         case "switch":
             config = SwitchTransformersConfig(**t5, vocab_size=V, num_decoder_layers=size, num_experts=2, **ids)
+        case "longt5" | "longt5 in blocks":
+            attention = "local" if kind == "longt5" else "transient-global"
+            config = LongT5Config(**t5, vocab_size=V, encoder_attention_type=attention, global_block_size=2, **ids)
         case "bart":
             config = BartConfig(**bart, vocab_size=V, **ids)
         case "blenderbot":  # makes no decoder_input_ids of labels by itself
@@ -215,6 +225,14 @@ def test_encoder_outputs_and_a_target_that_is_begun(model: ProxyTunedModel) -> N
     assert torch.equal(begun, whole)
 
 
+def test_states_of_experts_that_another_composition_read() -> None:
+    first = composed("switch")
+    second = proxytune.wrap(first.base, first.expert, first.antiexpert, alpha=0.7, check_vocabulary=False)
+    states = first.get_encoder()(SOURCES, MASK)
+    out = second.generate(encoder_outputs=states, attention_mask=MASK, max_new_tokens=NEW, **GREEDY)
+    assert torch.equal(out, run(first, **GREEDY).sequences)
+
+
 @pytest.mark.parametrize("mode", [GREEDY, BEAMS], ids=str)
 def test_companions_on_side_streams(mode: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     model, wanted = composed("t5"), run(shared("t5"), **mode).sequences
@@ -323,6 +341,63 @@ def test_what_is_refused_in_forward() -> None:
         model(SOURCES, decoder_input_ids=START_TWICE, decoder_attention_mask=torch.tensor([[0, 1], [1, 1]]))
     with pytest.raises(InputError, match=r"the shape of decoder_input_ids, \[2, 2\]; got \[2, 4\]"):
         model(SOURCES, decoder_input_ids=START_TWICE, labels=LABELS)
+    for given, message in (
+        ({"decoder_input_ids": START_TWICE + V}, f"^decoder_input_ids: .* id {V}, which the base"),
+        ({"decoder_input_ids": START_TWICE[0]}, r"^decoder_input_ids: .*two dimensions .*; got shape \[2\]"),
+        ({"decoder_input_ids": START_TWICE[:1].expand(3, 2)}, "^decoder_input_ids: expected .* the 2 sources; got 3"),
+        ({"labels": START_TWICE, "decoder_inputs_embeds": torch.zeros(2, 2, 16)}, "^decoder_inputs_embeds: .*a Tensor"),
+    ):
+        with pytest.raises(InputError, match=message):
+            model(SOURCES, **given)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (torch.tensor([[3, 4], [3, V]]), f"id {V}, which the base"),  # no decoder reads the last one
+        (torch.tensor([[3, -5], [3, 4]]), "id -5, which the base"),
+        (torch.tensor([3, 4]), r"two dimensions .*; got shape \[2\]"),
+        ([[3, 4], [3, 4]], "two dimensions .*; got a list"),
+        (torch.tensor([[3, 4]] * 3), "one row for each of the 2 sources; got 3"),
+    ],
+    ids=str,
+)
+def test_labels_that_are_none_are_refused_by_their_name(model: ProxyTunedModel, labels: Any, message: str) -> None:
+    with pytest.raises(InputError, match=f"^labels: .*{message}"):
+        model(SOURCES, labels=labels)
+
+
+@torch.no_grad()
+def test_one_source_serves_several_targets(model: ProxyTunedModel) -> None:
+    targets = torch.cat([torch.full((2, 1), START), LABELS[:, :1]], 1)
+    close(model(row(0), decoder_input_ids=targets).logits[:, -1], reference(model, row(0), targets))
+
+
+@pytest.mark.parametrize("kind", [T5Model, T5EncoderModel, BartModel], ids=str)
+def test_models_without_a_head_are_sent_to_the_right_door(kind: Any) -> None:
+    members = shared("bart" if kind is BartModel else "t5")
+    headless = kind(copy.deepcopy(members.base.config))
+    for roles in ((headless, members.expert, members.antiexpert), (members.base, headless, members.antiexpert)):
+        with pytest.raises(
+            UnsupportedModelError, match="got a .*Model .*no LM head. Load it with AutoModelForSeq2SeqLM"
+        ):
+            proxytune.wrap(*roles, check_vocabulary=False)
+
+
+def test_arguments_of_single_families_are_refused_by_name() -> None:
+    t5 = shared("t5")
+    with pytest.raises(InputError, match=r"^decoder_inputs_embeds: .*decoder_input_ids; got a Tensor"):
+        run(t5, decoder_inputs_embeds=torch.zeros(2, 1, 16))
+    with pytest.raises(ValueError, match=r"not used by the model: \['global_attention_mask'\]"):  # as by a plain T5
+        run(t5, global_attention_mask=MASK)
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": V, "attention_window": 2}
+    ends = {"pad_token_id": PAD, "eos_token_id": EOS, "decoder_start_token_id": START}
+    base, expert, antiexpert = (LEDForConditionalGeneration(LEDConfig(**sizes, **ends)).eval() for _ in range(3))
+    led = proxytune.wrap(base, expert, antiexpert, check_vocabulary=False)
+    for call in (run, lambda model, **given: model(SOURCES, MASK, labels=LABELS, **given)):
+        with pytest.raises(InputError, match=r"^global_attention_mask: .*model.base.generate"):
+            call(led, global_attention_mask=MASK)
 
 
 def test_all_members_are_of_one_kind() -> None:
@@ -351,6 +426,37 @@ def test_encoders_of_sound_are_refused() -> None:
     hears = WhisperForConditionalGeneration(WhisperConfig(**sizes, **heads, **ids))
     with pytest.raises(UnsupportedModelError, match="the base: .* got a Whisper.* that reads input_features"):
         proxytune.wrap(hears, shared("t5").expert, shared("t5").antiexpert, check_vocabulary=False)
+
+
+LEFT = MASK.flip(1)
+
+
+@pytest.mark.parametrize("kind", ["bart", "longt5 in blocks"])
+def test_left_padded_sources_are_refused_before_any_encoder_runs(kind: str) -> None:
+    model = shared(kind)
+    before = model.token_forwards
+    sources = SOURCES.flip(1)
+    for call in (
+        lambda: run(model, sources, LEFT),
+        lambda: run(model, sources, LEFT.bool()),
+        lambda: model(sources, LEFT, decoder_input_ids=START_TWICE),
+        lambda: model.member_logits(sources, LEFT),
+        lambda: model.get_encoder()(sources, LEFT),
+    ):
+        with pytest.raises(UnsupportedModeError, match=r"left padding for the base: .*Pad sources at the right"):
+            call()
+    assert model.token_forwards == before
+    assert model.members[0].verdict.right is None
+    run(model, **GREEDY)  # padding at the right changes nothing
+
+
+@pytest.mark.parametrize("kind", ["t5", "longt5"])
+def test_left_padded_sources_of_others_are_each_row_alone(kind: str) -> None:
+    model, ends = shared(kind), MASK.sum(1).tolist()
+    sources = torch.stack([r.roll(len(r) - n) for r, n in zip(SOURCES, ends, strict=True)])
+    out = model(sources, LEFT, decoder_input_ids=START_TWICE, use_cache=False).logits
+    for i in range(2):
+        close(out[i : i + 1, -1], reference(model, row(i), START_TWICE[:1]))
 
 
 @pytest.mark.parametrize("kind", ["prophetnet", "fsmt"])

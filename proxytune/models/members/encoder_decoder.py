@@ -7,6 +7,7 @@ of decoder-only members: one pair holds all members' layers, and each member see
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,13 @@ from proxytune.models.members.member import Member
 from proxytune.models.members.self_test import verdict_of
 
 __all__ = ["EncoderDecoderMember", "adopt_pair", "start_of"]
+
+
+@dataclass
+class _States(BaseModelOutput):
+    """An encoder's states, for any decoder: those of mixtures of experts look for the routers' logits beside them."""
+
+    router_logits: tuple[torch.Tensor, ...] | None = None
 
 
 def start_of(model: Any) -> int | None:
@@ -67,9 +75,11 @@ class EncoderDecoderMember(Member):
             )
         self._takes_position_ids = False
         self.config = decoder_config(model.config)
-        self._output: type[BaseModelOutput] = BaseModelOutput
         self.encoder_rows, self.rows = (_rows(part, self.rows) for part in (inner.get_encoder(), inner.get_decoder()))
         config = inner.config
+        # LongT5 sums up blocks of its columns; a self-test would need a source of several blocks.
+        blocks = getattr(config, "encoder_attention_type", None) == "transient-global"
+        self._grouping = "transient-global attention, which groups tokens by their column" if blocks else None
         sides = (getattr(config, side, config) for side in ("encoder", "decoder"))
         self.encoder_context, self.context = map(_context, sides, ("encoder", "decoder"))
 
@@ -95,14 +105,28 @@ class EncoderDecoderMember(Member):
             )
 
     def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
-        """Raise UnsupportedModeError for a padded source, if the self-test saw that the model is wrong there."""
-        if self.verdict.padding is not None and attention_mask is not None and not bool(attention_mask.bool().all()):
-            raise UnsupportedModeError.of(
-                f"padding for the {self.role}",
-                expected="a member that tells padding from text by its mask",
-                got=f"a {self._name()} with {self.verdict.padding}",
-                remedy="Pass sources of the same length, or one at a time.",
-            )
+        """Raise UnsupportedModeError for a padded source `[B, S]`, if the self-test saw that the model is wrong there.
+
+        Waits for the device, for such models only.
+        """
+        always, left = self.verdict.right, self._grouping or self.verdict.padding
+        if attention_mask is None or not (always or left):
+            return
+        there = attention_mask != 0
+        if always and not bool(there.all()):
+            left = None
+        elif left and bool((there[:, 1:] > there[:, :-1]).any()):
+            always = None
+        else:
+            return
+        raise UnsupportedModeError.of(
+            f"{'left ' if left else ''}padding for the {self.role}",
+            expected="a member that tells padding from text by its mask",
+            got=f"a {self._name()} with {left or always}",
+            remedy='Pad sources at the right (tokenizer.padding_side = "right"), or pass one at a time.'
+            if left
+            else "Pass sources of the same length, or one at a time.",
+        )
 
     def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Run the encoder over sources `[B, S]`: its states `[B, S, H]`, on its device.
@@ -110,7 +134,6 @@ class EncoderDecoderMember(Member):
         Raises:
             InputError: If the sources are longer than its context.
         """
-        self.refuse_padding(attention_mask)
         length = input_ids.shape[1]
         if self.encoder_context is not None and length > self.encoder_context:
             raise InputError.of(
@@ -122,9 +145,7 @@ class EncoderDecoderMember(Member):
         self.token_forwards += input_ids.numel()
         mask = None if attention_mask is None else attention_mask.to(self.device)
         encoder: Any = self.model.get_encoder()
-        found = encoder(input_ids=input_ids.to(self.device), attention_mask=mask, return_dict=True)
-        self._output = type(found)  # decoders of mixtures of experts look for their own
-        states: torch.Tensor = found[0]
+        states: torch.Tensor = encoder(input_ids=input_ids.to(self.device), attention_mask=mask, return_dict=True)[0]
         return states
 
     def forward(
@@ -163,7 +184,7 @@ class EncoderDecoderMember(Member):
         given = {"decoder_input_ids": input_ids, "decoder_attention_mask": attention_mask}
         given |= {"attention_mask": latent.get("mask")}
         kwargs: dict[str, Any] = {k: x if x is None else x.to(device, non_blocking=quick) for k, x in given.items()}
-        kwargs["encoder_outputs"] = self._output(last_hidden_state=latent["states"].to(device, non_blocking=quick))
+        kwargs["encoder_outputs"] = _States(last_hidden_state=latent["states"].to(device, non_blocking=quick))
         if cache is not None:
             kwargs[self._cache_name] = cache
         logits: torch.Tensor = self.model(**kwargs, use_cache=cache is not None, return_dict=True).logits  # [B, N, V]

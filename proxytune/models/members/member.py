@@ -13,6 +13,10 @@ from typing import Any
 import torch
 from transformers import CompileConfig, PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from proxytune.costs.devices import Work, machine_of
 from proxytune.costs.model_size import pass_work
@@ -51,6 +55,18 @@ def _refuse_unsupported(model: PreTrainedModel, role: str, encoder_decoder: bool
             remedy="Load it with AutoModelForCausalLM.from_pretrained.",
         )
     family = getattr(config, "model_type", type(model).__name__)
+    inner = innermost(model)
+    can_generate = getattr(inner, "can_generate", None)
+    if can_generate is not None and not can_generate() and inner.get_output_embeddings() is None:
+        # An encoder alone says in its config that it is no encoder-decoder.
+        pairs = encoder_decoder or family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        pairs &= family in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        raise UnsupportedModelError.of(
+            f"the {role}",
+            expected="an encoder-decoder with an LM head" if pairs else "a causal LM",
+            got=f"a {type(inner).__name__} ({family}), which has no LM head",
+            remedy=f"Load it with AutoModelFor{'Seq2SeqLM' if pairs else 'CausalLM'}.from_pretrained.",
+        )
     if bool(getattr(config, "is_encoder_decoder", False)) != encoder_decoder:
         wanted, other = ("a decoder-only model", "an encoder-decoder")[:: -1 if encoder_decoder else 1]
         raise UnsupportedModelError.of(
@@ -58,15 +74,6 @@ def _refuse_unsupported(model: PreTrainedModel, role: str, encoder_decoder: bool
             expected=wanted,
             got=f"{type(model).__name__} ({family}), {other}",
             remedy="Encoder-decoders are composed by proxytune.wrap, all three members or none.",
-        )
-    inner = innermost(model)
-    can_generate = getattr(inner, "can_generate", None)
-    if can_generate is not None and not can_generate() and inner.get_output_embeddings() is None:
-        raise UnsupportedModelError.of(
-            f"the {role}",
-            expected="a causal LM",
-            got=f"a {type(inner).__name__} ({family}), which has no LM head",
-            remedy="Load it with AutoModelForCausalLM.from_pretrained.",
         )
     adapters = dict(getattr(model, "peft_config", None) or {}).values()
     if hasattr(model, "get_base_model") and any(getattr(c, "alora_invocation_tokens", None) for c in adapters):
@@ -438,14 +445,17 @@ def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def check_ids(input_ids: torch.Tensor, members: Sequence[Member], rows: Sequence[int] | None = None) -> None:
+def check_ids(
+    input_ids: torch.Tensor, members: Sequence[Member], rows: Sequence[int] | None = None, name: str = "input_ids"
+) -> None:
     """Raise InputError if a prompt `[B, T]` is empty or has ids that some member cannot embed.
 
-    `rows` is how many ids each can embed [its `rows`]. Waits for the device: call it for prompts, not in every step.
+    `rows` is how many ids each can embed [its `rows`], `name` what the ids are called. Waits for the device: call it
+    for prompts, not in every step.
     """
     if input_ids.numel() == 0:
         raise InputError.of(
-            "input_ids",
+            name,
             expected="a prompt of at least one token",
             got=f"shape {list(input_ids.shape)}",
             remedy="Start from the BOS token, or any text.",
@@ -455,7 +465,7 @@ def check_ids(input_ids: torch.Tensor, members: Sequence[Member], rows: Sequence
     if low < 0 or high >= most:
         bad = low if low < 0 else high
         raise InputError.of(
-            "input_ids",
+            name,
             expected=f"ids from 0 to {most - 1}, which every member can embed",
             got=f"id {bad}, which the {least.role} ({most} embedding rows) has no embedding for",
             remedy="Use the tokenizer that all members share, without tokens added for one of them.",

@@ -50,6 +50,7 @@ class Verdict:
     Attributes:
         cache: It depends on later tokens, or continues its cache differently.
         padding: Left padding changes its results.
+        right: Padding at the right of a source changes its results (encoder-decoders).
         moved: Rows of its cache cannot be moved by some columns, as rejected drafts ask for.
         counts: Whether positions that it is given count from 0, as transformers counts them.
         several: Whether it continues its cache differently with several tokens at once, and rightly by single ones.
@@ -60,6 +61,7 @@ class Verdict:
     moved: str | None = None
     counts: bool = True
     several: bool = False
+    right: str | None = None
 
 
 UNTESTED = Verdict()
@@ -357,26 +359,29 @@ class _Test:
 
 
 class _PairTest(_Test):
-    """The same over an encoder-decoder: two sources, one padded at the right, and a target of four tokens for each."""
+    """The same over an encoder-decoder: two sources, one of them padded at either side, and a target for each row."""
 
     seen = "logits"
 
     def verdict(self) -> Verdict:
         a, b, c, d, e, f, x, y = self.ids
         start = next((i for k in ("decoder_start_token_id", "pad_token_id") if isinstance(i := self._named(k), int)), y)
-        mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2], device=self.device)
-        sources = torch.tensor([[a, b, c, d, e], [f, x, y, self.pad, self.pad]], device=self.device)
-        targets = torch.tensor([[start, b, d, f], [start, x, a, c]], device=self.device)
-        states = self._encode(sources, mask)
-        whole = self._decode(targets, states, mask)
-        alone = self._decode(targets[1:], self._encode(sources[1:, :3], None), None)
+        pad, device = self.pad, self.device
+        mask = torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 2 + [1] * 3], device=device)
+        sources = torch.tensor([[a, b, c, d, e], [f, x, y, pad, pad], [pad, pad, f, x, y]], device=device)
+        targets = torch.tensor([[start, b, d, f], *[[start, x, a, c]] * 2], device=device)
+        states, short = self._encode(sources, mask), self._encode(sources[1:2, :3], None)
+        whole, alone = self._decode(targets, states, mask), self._decode(targets[1:2], short, None)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         steps = torch.cat([self._decode(part, states, mask, cache) for part in targets.split([2, 1, 1], 1)], 1)
         if steps.shape != whole.shape:
             return Verdict(cache=f"logits of {steps.shape[1]} positions for four tokens in three passes over a cache")
+        # The encoder's states show another position of a token by more than the logits.
+        left = max(self._most(whole[2:], alone), self._most(states[0][2:, 2:], short[0]))
         return Verdict(
             cache=self._said(self._most(steps, whole), "four tokens in one pass, and in three over a cache"),
-            padding=self._said(self._most(whole[1:], alone), "a source alone and the same source padded by two"),
+            padding=self._said(left, "a source alone and the same source left-padded by two"),
+            right=self._said(self._most(whole[1:2], alone), "a source alone and the same source padded by two"),
         )
 
     def _named(self, name: str) -> Any:
