@@ -29,7 +29,8 @@ from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, lacking
 from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.own_cache import in_own_class, own_class_of
 from proxytune.models.members.rewind import length_of, rewindable_layers
-from proxytune.models.members.self_test import UNTESTED, Verdict, prepared_inputs, static_fault, verdict_of
+from proxytune.models.members.self_test import UNTESTED, static_fault, verdict_of
+from proxytune.models.members.self_test_passes import Verdict, prepared_inputs
 from proxytune.models.members.stateful_pass import StatefulPass, kept_logits
 from proxytune.models.members.whole_text import config_of_text, logits_of_text, reads_whole_text, warn_of_cost
 from proxytune.validation import shown

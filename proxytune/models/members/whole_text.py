@@ -50,8 +50,8 @@ def reads_whole_text(model: Any) -> str | None:
 def warn_of_cost(model: Any, role: str, why: str) -> None:
     """Say that a member reads the whole text for each token. Warns: SteeringWarning."""
     warnings.warn(
-        f"the {role}: {type(innermost(model)).__name__} {why}, so it reads the whole text anew for every token: slow for "
-        "long texts, and without static caches and latent steps. Use a member with a cache if that is too slow.",
+        f"the {role}: {type(innermost(model)).__name__} {why}, so it reads the whole text anew for every token: slow "
+        "for long texts, and without static caches and latent steps. Use a member with a cache if that is too slow.",
         SteeringWarning,
         stacklevel=4,
     )

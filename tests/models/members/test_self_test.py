@@ -38,7 +38,7 @@ import proxytune
 from proxytune import ProxyTuningLogitsProcessor, SpeculativeDecoding
 from proxytune.errors import UnsupportedModeError, UnsupportedModelError
 from proxytune.methods.speculation import PromptLookupDraft
-from proxytune.models.members import self_test
+from proxytune.models.members import self_test, self_test_passes
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.member import Member
 from proxytune.models.members.self_test import UNTESTED, Verdict, verdict_of
@@ -259,8 +259,8 @@ def test_a_static_cache_is_refused_where_a_member_is_wrong_on_it() -> None:
 
 def test_the_test_runs_once_for_models_that_differ_in_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[Any] = []
-    original = self_test._Test._pass
-    monkeypatch.setattr(self_test._Test, "_pass", lambda *args: passes.append(args) or original(*args))
+    original = self_test_passes.ModelPasses._pass
+    monkeypatch.setattr(self_test_passes.ModelPasses, "_pass", lambda *args: passes.append(args) or original(*args))
     self_test._of_kind.clear()
     large, small, other = build("llama", 0, 128), build("llama", 1, 128, hidden=16), build("llama", 2, 128, hidden=16)
     for _ in range(2):
@@ -343,14 +343,14 @@ def test_the_model_can_be_used_while_it_is_tested(monkeypatch: pytest.MonkeyPatc
     model.train()
     compiled: list[Any] = []
     model.forward = torch.compile(model.forward, backend=lambda graph, _: compiled.append(graph) or graph)
-    original = self_test._Test._pass
+    original = self_test_passes.ModelPasses._pass
 
     def between(*args: Any) -> Any:
         assert model.training
         torch.testing.assert_close(LlamaForCausalLM.forward(model, IDS).logits, want)
         return original(*args)
 
-    monkeypatch.setattr(self_test._Test, "_pass", between)
+    monkeypatch.setattr(self_test_passes.ModelPasses, "_pass", between)
     self_test._of_kind.clear()
     assert verdict_of(model, True) == Verdict()
     assert len(seen) == 3  # by the passes of the model itself alone
