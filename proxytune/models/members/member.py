@@ -247,7 +247,7 @@ class Member:
                 f"padding inside a text for the {self.role}",
                 expected="padding before a text: a recurrent layer forgets a little with each token, also of padding",
                 got=f"a {self._name()}, and padding between tokens in row {int(inside.any(1).int().argmax())}",
-                remedy="Pad the whole text at the left, or pass one at a time.",
+                remedy="Pad the whole text at the left; if the padding token is text here, pass attention_mask.",
             )
 
     def refuse_padding(self, attention_mask: torch.Tensor | None) -> None:
