@@ -50,7 +50,7 @@ from proxytune.models.members.rewind import make_rewindable
 
 RESULTS = Path(__file__).parent / "results" / "hybrids.json"
 LAYERS, HIDDEN, VOCABULARY = 8, 512, 8192
-DRAFTED, ACCEPTED, NEW, PROMPT, ROUNDS = 4, (0.6, 0.8), 96, 32, 9
+DRAFTED, ACCEPTED, NEW, PROMPT, ROUNDS = 4, (0.6, 0.8), 96, 32, 5
 SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": HIDDEN,

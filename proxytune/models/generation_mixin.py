@@ -182,7 +182,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         """
         refuse_arguments(inputs_embeds=inputs_embeds)
         held, whole = one_cache(past_key_values, cache), input_ids
-        if next_sequence_length is not None and next_sequence_length < 1:
+        if next_sequence_length is not None and next_sequence_length < 1 and next_sequence_length < input_ids.shape[1]:
             raise InputError.of(
                 "input_ids",
                 expected=f"more tokens than the {input_ids.shape[1] - next_sequence_length} that the cache holds",

@@ -18,7 +18,7 @@ GATE = (
     *("deepseek_v32", "falcon_h1", "gemma3n_text", "granitemoehybrid", "jamba", "lfm2", "llama4_text", "mamba"),
     *("mamba2", "minimax", "nemotron_h", "qwen3_next", "zamba2"),
 )
-MODES = ("greedy", "forks", "lookup", "speculation")
+MODES = ("greedy", "forks", "speculation")
 RECORD = FOLDER / f"transformers-{transformers.__version__}.json"
 
 

@@ -17,7 +17,7 @@ from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.rewind import rewindable_layers
 
-ALPHA, NEW, DRAWS = 0.7, 14, 250
+ALPHA, NEW, DRAWS = 0.7, 14, 150
 # The kind of base and of companions: recurrent layers in all, in the base, in the companions; single tokens only.
 MEMBERS = [("qwen3_5", "qwen3_5"), ("lfm2", "llama"), ("llama", "mamba"), ("jamba", "qwen3_5")]
 CHEAP = DraftCosts(round=1.0, draft=0.05)
