@@ -130,7 +130,7 @@ class RewindableLayer:
         """Take the states of some rows, a mask `[B]`, back to before any token."""
         for name in ("conv_states", "recurrent_states"):
             for state in getattr(self, name, {}).values():
-                if state is not None:
+                if state is not None and state.is_floating_point():  # Qwen 4 keeps ids of the last tokens beside
                     state.masked_fill_(rows.to(state.device).view(-1, *[1] * (state.ndim - 1)), 0)
 
     def fall_back(self) -> None:
