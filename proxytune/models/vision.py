@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
@@ -321,7 +321,8 @@ class BaseInputs:
         return StepInputs(base, Text(ids[:, start:], mask, positions[:, start:]), length, first)
 
 
-class StepInputs(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StepInputs:
     """What the members take in one forward pass.
 
     Attributes:
