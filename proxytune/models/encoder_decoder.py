@@ -28,7 +28,7 @@ from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember, adopt_pair, start_of
 from proxytune.models.members.forward import run_members
 from proxytune.models.members.innermost import innermost
-from proxytune.models.members.member import check_ids
+from proxytune.models.members.member import check_ids, is_left_padded
 from proxytune.validation import shown
 
 __all__ = ["EncoderDecoderMixin"]
@@ -374,7 +374,7 @@ def _refuse_decoder_shapes(ids: torch.Tensor, mask: torch.Tensor | None, labels:
             got=f"{list(labels.shape)}",
             remedy="Leave decoder_input_ids out: they are made of the labels.",
         )
-    if mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any()):
+    if mask is not None and is_left_padded(mask):
         raise InputError.of(
             "decoder_attention_mask",
             expected="padding at the right",

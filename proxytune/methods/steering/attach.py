@@ -19,7 +19,7 @@ from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import longest_prompt, read_whole, refuse_unread
-from proxytune.models.members.member import Member
+from proxytune.models.members.member import Member, is_left_padded
 from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.models.members.self_test import generation_fault, padding_fault
 from proxytune.models.members.whole_text import reads_whole_text
@@ -118,8 +118,7 @@ def refuse_unserved(model: Any, generation_config: GenerationConfig, mask: torch
             got=f"a {name} with {fault}",
             remedy=f"Pass one prompt at a time, or use_cache=False, or {remedy}.",
         )
-    padded = mask is not None and bool((mask[:, 1:] > mask[:, :-1]).any())
-    if padded and (fault := padding_fault(model)) is not None:
+    if mask is not None and is_left_padded(mask) and (fault := padding_fault(model)) is not None:
         raise UnsupportedModeError.of(
             "left padding for the base",
             expected="a model that tells padding from text by its mask",

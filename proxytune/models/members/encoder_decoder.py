@@ -20,7 +20,7 @@ from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import adopt, cached_layers, decoder_config, is_owned
 from proxytune.models.members.embedding_table import rows_of
 from proxytune.models.members.innermost import innermost
-from proxytune.models.members.member import Member
+from proxytune.models.members.member import Member, is_left_padded
 from proxytune.models.members.self_test import verdict_of
 
 __all__ = ["EncoderDecoderMember", "adopt_pair", "start_of"]
@@ -115,7 +115,7 @@ class EncoderDecoderMember(Member):
         there = attention_mask != 0
         if always and not bool(there.all()):
             left = None
-        elif left and bool((there[:, 1:] > there[:, :-1]).any()):
+        elif left and is_left_padded(attention_mask):
             always = None
         else:
             return

@@ -35,7 +35,7 @@ from proxytune.models.members.stateful_pass import StatefulPass, kept_logits
 from proxytune.models.members.whole_text import config_of_text, logits_of_text, reads_whole_text, warn_of_cost
 from proxytune.validation import shown
 
-__all__ = ["Member", "check_ids", "positions_of", "refuse_no_numbers"]
+__all__ = ["Member", "check_ids", "is_left_padded", "positions_of", "refuse_no_numbers"]
 
 
 def _refuse_unsupported(model: PreTrainedModel, role: str, encoder_decoder: bool) -> None:
@@ -256,7 +256,7 @@ class Member:
         strange = self._cannot_pad
         if attention_mask is None or (self.verdict.padding is None and not strange):
             return
-        if bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+        if is_left_padded(attention_mask):
             raise UnsupportedModeError.of(
                 f"left padding for the {self.role}",
                 expected="a member that tells padding from text by its mask",
@@ -439,6 +439,12 @@ class Member:
 
 def _grouping(kinds: list[str]) -> str:
     return f"{', '.join(kinds)} layers, which group tokens by their column in the cache"
+
+
+def is_left_padded(attention_mask: torch.Tensor) -> bool:
+    """Whether some row of a mask `[B, T]` has padding before a token. Waits for the device."""
+    there = attention_mask != 0
+    return bool((there[:, 1:] > there[:, :-1]).any())
 
 
 def positions_of(attention_mask: torch.Tensor) -> torch.Tensor:
