@@ -2,7 +2,7 @@
 
 ```json
 {
-  "format_version": 1,
+  "format_version": 2,
   "base": {"id": "org/large", "revision": null},
   "expert": {"id": "org/small-tuned", "revision": "v2"},
   "antiexpert": {"id": "org/small", "revision": null},
@@ -16,11 +16,28 @@
 and base end their texts with different tokens, `end_tokens` says whose stop the composition: "union", "base" or
 "expert".
 
+`formula` is a name out of `proxytune.formulas.FORMULAS`, with its further `settings`, or a sum that is written down.
+Members of other names stand in `members`; one that is another's model once more is a view of it (`View`):
+
+```json
+{
+  "format_version": 2,
+  "base": {"id": "org/large", "revision": null},
+  "formula": "1.5*base - 0.5*no_context",
+  "alpha": 1.0,
+  "members": {"no_context": {"of": "base", "prompt": {"without": ["<context>", "</context>"]}}},
+  "settings": {"gate": {"entropy": 0.1}}
+}
+```
+
+A strength that changes while a text is written is a text, such as `"linear(1, 0, 64)"`. Recipes of version 1, which
+know proxy-tuning's three roles alone, are read as well.
+
 An `id` is a hub id or a folder. A relative folder is first looked for next to the recipe, so that a folder with a
 recipe and its models can be moved; `save_pretrained` writes folders in or beside the recipe's as relative ones. Unknown
 keys are refused, so that a misspelt one is not ignored.
 
-A member may have a `load`: the arguments of `from_pretrained` that decide which model it is (`LOAD_KEYS`), e.g.
+A member that carries an adapter names its folder or hub id as `adapter`. A member may have a `load`: the arguments of `from_pretrained` that decide which model it is (`LOAD_KEYS`), e.g.
 `{"id": "models", "revision": null, "load": {"gguf_file": "large.Q4_K_M.gguf"}}`. Its `trust_remote_code` says that the
 member has code of its own; that code runs only as `ProxyTunedModel.from_pretrained` tells.
 """
@@ -36,6 +53,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from proxytune.errors import InputError, RecipeError
+from proxytune.formulas.view import View
 from proxytune.json_files import check_form, exchange, read, refuse_unknown
 from proxytune.validation import choice, finite, proper_share, whole
 
@@ -54,11 +72,12 @@ __all__ = [
     "write_fork_threshold",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 RECIPE_FILE = "proxytune_config.json"
 ROLES = ("base", "expert", "antiexpert")
-_KEYS = ("format_version", *ROLES, "formula", "alpha")
-_OPTIONAL = ("fork_threshold", "end_tokens")
+_KEYS = ("format_version", "base", "formula")
+_OF_THREE = ("expert", "antiexpert", "alpha")
+_OPTIONAL = ("members", "settings", "fork_threshold", "end_tokens", "evidence")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 LOAD_KEYS: Mapping[str, type] = {
@@ -80,11 +99,13 @@ class MemberRef:
         id: A hub id or a folder.
         revision: A branch, tag or commit on the hub; None for the default one, and for folders.
         load: What else decides which model it is: arguments of `from_pretrained`. A recipe keeps `LOAD_KEYS` only.
+        adapter: A folder or hub id of a PEFT adapter that it carries; None for none.
     """
 
     id: str
     revision: str | None = None
     load: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    adapter: str | None = None
 
     @classmethod
     def from_json(cls, value: Any, role: str) -> MemberRef:
@@ -102,13 +123,14 @@ class MemberRef:
                 got=type(value).__name__,
                 remedy='Write e.g. {"id": "org/model", "revision": null}.',
             )
-        refuse_unknown(value, ("id", "revision", "load"), f"recipe key {role!r}", error=RecipeError)
-        name, revision = value.get("id"), value.get("revision")
-        if not isinstance(name, str) or not name or not (revision is None or isinstance(revision, str)):
+        refuse_unknown(value, ("id", "revision", "load", "adapter"), f"recipe key {role!r}", error=RecipeError)
+        name, revision, adapter = value.get("id"), value.get("revision"), value.get("adapter")
+        others = all(x is None or isinstance(x, str) for x in (revision, adapter))
+        if not isinstance(name, str) or not name or not others:
             raise RecipeError.of(
                 f"recipe key {role!r}",
                 expected="a non-empty string as id, and a string or null as revision",
-                got=f"id={name!r}, revision={revision!r}",
+                got=f"id={name!r}, revision={revision!r}" + (f", adapter={adapter!r}" if adapter else ""),
                 remedy="Name a hub id or a folder.",
             )
         load, where = value.get("load") or {}, f"recipe key 'load' of {role!r}"
@@ -123,11 +145,13 @@ class MemberRef:
                 raise RecipeError.of(
                     f"{key!r} in {where}", expected=kind, got=repr(given), remedy="Correct it, or remove the key."
                 )
-        return cls(name, revision, dict(load))
+        return cls(name, revision, dict(load), adapter)
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads."""
-        return {"id": self.id, "revision": self.revision, **({"load": dict(self.load)} if self.load else {})}
+        load = {"load": dict(self.load)} if self.load else {}
+        adapter = {} if self.adapter is None else {"adapter": self.adapter}
+        return {"id": self.id, "revision": self.revision, **load, **adapter}
 
     def not_kept(self) -> str | None:
         """An argument in `load` that a recipe cannot keep; None if it can keep all."""
@@ -178,34 +202,85 @@ class Recipe:
 
     Attributes:
         base: The frozen large model.
-        expert: The small tuned model.
-        antiexpert: The small model that the expert was tuned from.
-        formula: The name of the formula (`proxytune.formulas.registry.FORMULAS`).
-        alpha: Strength of the shift; finite.
+        expert: The small tuned model, for formulas that have one.
+        antiexpert: The small model that the expert was tuned from, for formulas that have one.
+        formula: The name of the formula (`proxytune.formulas.registry.FORMULAS`), or a sum as a text.
+        alpha: Strength of the shift; finite, or a schedule as a text.
+        others: The formula's other members, by role.
+        settings: The formula's other settings, as JSON: its gate, its mask.
         fork_threshold: The calibrated entropy above which a token of this adapter is a fork; None if not calibrated.
         end_tokens: Whose end tokens stop a text; None where that makes no difference.
+        evidence: What was measured to choose α; None if nothing was.
     """
 
     base: MemberRef
-    expert: MemberRef
-    antiexpert: MemberRef
+    expert: MemberRef | View | None = None
+    antiexpert: MemberRef | View | None = None
     formula: str = "proxy-tuning"
-    alpha: float = 1.0
+    alpha: float | str = 1.0
+    others: Mapping[str, MemberRef | View] = field(default_factory=dict, hash=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     fork_threshold: ForkCalibration | None = None
     end_tokens: EndTokens | None = None
+    evidence: Mapping[str, Any] | None = field(default=None, hash=False)
+
+    @classmethod
+    def of(cls, members: Mapping[str, MemberRef | View], **settings: Any) -> Recipe:
+        """A recipe of members by role, the base among them."""
+        own = {role: ref for role, ref in members.items() if role in ROLES}
+        others = {role: ref for role, ref in members.items() if role not in ROLES}
+        return cls(**own, others=others, **settings)  # type: ignore[arg-type]
+
+    def at(self, places: Mapping[str, MemberRef]) -> Recipe:
+        """The same with members, by role, that lie in other places."""
+        own = {role: ref for role, ref in places.items() if role in ROLES}
+        others = {role: ref for role, ref in places.items() if role not in ROLES}
+        return replace(self, **own, others={**self.others, **others})  # type: ignore[arg-type]
+
+    @property
+    def everyone(self) -> dict[str, MemberRef | View]:
+        """Members and views by role, base first."""
+        own = {role: getattr(self, role) for role in ROLES}
+        return {role: ref for role, ref in own.items() if ref is not None} | dict(self.others)
 
     @property
     def members(self) -> dict[str, MemberRef]:
-        """The members by role, base first."""
-        return {role: getattr(self, role) for role in ROLES}
+        """The members that are loaded, by role, base first."""
+        return {role: ref for role, ref in self.everyone.items() if isinstance(ref, MemberRef)}
+
+    @property
+    def views(self) -> dict[str, View]:
+        """The members that are another member's model once more, by role."""
+        return {role: ref for role, ref in self.everyone.items() if isinstance(ref, View)}
+
+    def made_formula(self) -> Any:
+        """The formula; RecipeError if its name or settings are wrong."""
+        from proxytune.formulas.registry import made
+
+        try:
+            return made(self.formula, self.alpha, self.settings)
+        except InputError as error:
+            raise RecipeError(f"recipe: {error}") from None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads, with the format version."""
-        members = {role: ref.to_json() for role, ref in self.members.items()}
-        threshold = {} if self.fork_threshold is None else {"fork_threshold": asdict(self.fork_threshold)}
-        ends = {} if self.end_tokens is None else {"end_tokens": self.end_tokens}
-        formula = {"formula": self.formula, "alpha": self.alpha}
-        return {"format_version": FORMAT_VERSION, **members, **formula, **threshold, **ends}
+        members = {role: ref.to_json() for role, ref in self.everyone.items() if role in ROLES}
+        others = {role: ref.to_json() for role, ref in self.others.items()}
+        threshold = None if self.fork_threshold is None else asdict(self.fork_threshold)
+        optional = {
+            "members": others or None,
+            "settings": dict(self.settings) or None,
+            "fork_threshold": threshold,
+            "end_tokens": self.end_tokens,
+            "evidence": None if self.evidence is None else dict(self.evidence),
+        }
+        return {
+            "format_version": FORMAT_VERSION,
+            **members,
+            "formula": self.formula,
+            "alpha": self.alpha,
+            **{key: value for key, value in optional.items() if value is not None},
+        }
 
     @classmethod
     def from_json(cls, data: Any, *, folder: Path | None = None) -> Recipe:
@@ -219,51 +294,56 @@ class Recipe:
             RecipeError: If keys are missing or unknown, the format is newer than this version reads, or a value has the
                 wrong form.
         """
-        from proxytune.formulas.registry import FORMULAS
-        from proxytune.validation import validate_alpha
-
+        of_three = isinstance(data, Mapping) and data.get("format_version") == 1
         data = check_form(
             data,
             "recipe",
             version=FORMAT_VERSION,
-            keys=_KEYS,
-            optional=_OPTIONAL,
+            keys=("format_version", *ROLES, "formula", "alpha") if of_three else _KEYS,
+            optional=("fork_threshold", "end_tokens") if of_three else (*_OF_THREE, *_OPTIONAL),
             error=RecipeError,
             see="proxytune.recipe",
         )
-        if not isinstance(data["formula"], str) or data["formula"] not in FORMULAS:
-            raise RecipeError.of(
-                "recipe key 'formula'",
-                expected=f"one of {', '.join(FORMULAS)}",
-                got=repr(data["formula"]),
-                remedy="Correct the name; or, for a formula of your own, first import the module that adds it to "
-                "proxytune.formulas.FORMULAS.",
-            )
-        try:
-            alpha = validate_alpha(data["alpha"])
-        except InputError as error:
-            raise RecipeError(f"recipe key 'alpha': {error}") from None
-        refs = {role: MemberRef.from_json(data[role], role).beside(folder) for role in ROLES}
+        refs: dict[str, MemberRef | View] = {"base": MemberRef.from_json(data["base"], "base").beside(folder)}
+        for role, value in {**{r: data[r] for r in ROLES[1:] if r in data}, **_others(data)}.items():
+            refs[role] = _member(value, role, folder)
         for role, ref in refs.items():
-            if folder is not None and ref.id == str(folder.resolve()):
+            if folder is not None and isinstance(ref, MemberRef) and ref.id == str(folder.resolve()):
                 raise RecipeError.of(
                     f"recipe key {role!r}",
                     expected="the folder of a model",
                     got=f"the folder of the recipe itself, {ref.id}",
                     remedy="Loading it would recurse forever: name the model's folder.",
                 )
-        ends = data.get("end_tokens")
+        ends, settings, evidence = data.get("end_tokens"), data.get("settings") or {}, data.get("evidence")
+        for key, value in (("settings", settings), ("evidence", evidence)):
+            if not isinstance(value, Mapping | None):
+                raise RecipeError.of(
+                    f"recipe key {key!r}", expected="an object", got=repr(value), remedy="Correct it, or remove it."
+                )
         try:
             ends = None if ends is None else choice("recipe key 'end_tokens'", ends, get_args(EndTokens))
         except InputError as error:
             raise RecipeError(str(error)) from None
-        return cls(
-            **refs,
+        recipe = cls.of(
+            refs,
             formula=data["formula"],
-            alpha=alpha,
+            alpha=data.get("alpha", 1.0),
+            settings=dict(settings),
             fork_threshold=_fork_threshold(data.get("fork_threshold")),
             end_tokens=ends,
+            evidence=evidence,
         )
+        recipe = replace(recipe, alpha=_alpha(recipe))
+        missing = [role for role in recipe.made_formula().roles if role not in {**refs, **_implied(recipe)}]
+        if missing:
+            raise RecipeError.of(
+                "recipe",
+                expected=f"a member for each role of the formula {recipe.formula!r}",
+                got=f"no {', '.join(missing)}",
+                remedy='Add them under "members", or correct the formula.',
+            )
+        return recipe
 
     @classmethod
     def load(cls, path: str | Path) -> Recipe:
@@ -276,6 +356,55 @@ class Recipe:
     def dumps(self) -> str:
         """The file's text: indented JSON with a final newline."""
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _others(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The members of other names in a recipe."""
+    others = data.get("members") or {}
+    strange = [role for role in others if role in ROLES] if isinstance(others, Mapping) else others
+    if strange or not isinstance(others, Mapping):
+        raise RecipeError.of(
+            "recipe key 'members'",
+            expected=f"an object of members by role, other than {', '.join(ROLES)}, which are keys of the recipe",
+            got=repr(strange),
+            remedy='Write e.g. {"math": {"id": "org/small-math"}}.',
+        )
+    return others
+
+
+def _member(value: Any, role: str, folder: Path | None) -> MemberRef | View:
+    if not (isinstance(value, Mapping) and "of" in value):
+        return MemberRef.from_json(value, role).beside(folder)
+    refuse_unknown(value, ("of", "prompt", "adapter"), f"recipe key {role!r}", error=RecipeError)
+    try:
+        return View.from_json(value)
+    except InputError as error:
+        raise RecipeError(f"recipe key {role!r}: {error}") from None
+
+
+def _alpha(recipe: Recipe) -> float | str:
+    """The recipe's α as its formula has it; RecipeError if formula or α are wrong."""
+    from proxytune.formulas.registry import FORMULAS, is_expression
+
+    if not isinstance(recipe.formula, str) or not (recipe.formula in FORMULAS or is_expression(recipe.formula)):
+        raise RecipeError.of(
+            "recipe key 'formula'",
+            expected=f"one of {', '.join(FORMULAS)}, or a sum such as 'base + 0.5*(math - small)'",
+            got=repr(recipe.formula),
+            remedy="Correct the name; or, for a formula of your own, first import the module that adds it to "
+            "proxytune.formulas.FORMULAS.",
+        )
+    try:
+        alpha = recipe.made_formula().alpha
+    except RecipeError as error:
+        raise RecipeError(f"recipe key 'alpha': {error}" if "alpha" in str(error) else str(error)) from None
+    return alpha if isinstance(alpha, float) else str(alpha)
+
+
+def _implied(recipe: Recipe) -> Mapping[str, View]:
+    """The views that a formula has by itself."""
+    views: Mapping[str, View] = getattr(recipe.made_formula(), "views", {})
+    return views
 
 
 def _fork_threshold(value: Any) -> ForkCalibration | None:

@@ -7,46 +7,62 @@ import warnings
 from typing import Any
 
 from proxytune.errors import InputError, SteeringWarning
-from proxytune.formulas.base import Formula
+from proxytune.formulas.base import Term, terms_of
+from proxytune.formulas.schedules import Schedule
 from proxytune.validation import as_float, shown
 
-__all__ = ["COMPANIONS", "check_formula"]
+__all__ = ["COMPANIONS", "MOST_MEMBERS", "check_formula"]
 
 COMPANIONS = ("expert", "antiexpert")
-"""The companions that a composed model has, in the order of a formula's weights."""
+"""The companions of proxy-tuning, in the order of its weights."""
 
+MOST_MEMBERS = 8
+"""Members that a formula may have, the base among them: what one launch of the kernels reads."""
 
 _LARGE = 10.0
 """The weight above which a shift is more likely a slip: 0.5 to 2 are usual, and about 3 the most that papers report."""
 
 
-def check_formula(formula: Any) -> Formula:
-    """Return a formula for the companions `COMPANIONS`; InputError if it is none, or its weights are not finite.
+def check_formula(formula: Any) -> Any:
+    """Return a formula; InputError if it is none, has more than `MOST_MEMBERS`, or its weights are not finite.
 
     Warns:
         SteeringWarning: If a weight is above 10 in size, where the shift alone decides.
     """
-    wanted = "a formula with a name, a finite α, the roles " + " and ".join(map(repr, COMPANIONS))
+    wanted = "a formula with a name, a finite α, roles such as 'expert' and 'antiexpert'"
     remedy = "Pass e.g. ProxyTuning(alpha=0.5); proxytune.formulas.Formula says what a formula of one's own has."
     wrong = [name for name in ("weights", "with_alpha") if not callable(getattr(formula, name, None))]
     wrong += [name for name in ("name", "roles", "alpha") if not hasattr(formula, name)]
     if isinstance(formula, type) or wrong:
         got = f"the class {formula.__name__}" if isinstance(formula, type) else shown(formula, 80)
         raise InputError.of("formula", expected=f"{wanted} and a finite weight for each", got=got, remedy=remedy)
-    weights = formula.weights()
-    fits = tuple(formula.roles) == COMPANIONS and len(weights) == len(COMPANIONS)
-    if not fits or not all(math.isfinite(as_float(x)) for x in (formula.alpha, *weights)):
+    roles, weights = tuple(formula.roles), tuple(formula.weights())
+    named = all(isinstance(r, str) and r.isidentifier() and r != "base" for r in roles) and len({*roles}) == len(roles)
+    numbers = [w.largest if isinstance(w, Schedule) else w for w in (formula.alpha, *weights)]
+    if not named or len(weights) != len(roles) or not all(math.isfinite(as_float(x)) for x in numbers):
         raise InputError.of(
             f"formula {formula.name!r}",
             expected=f"{wanted} and a finite weight for each",
-            got=f"alpha={shown(formula.alpha)}, roles {tuple(formula.roles)!r} and weights {tuple(weights)!r}",
+            got=f"alpha={shown(formula.alpha)}, roles {roles!r} and weights {weights!r}",
             remedy=remedy,
         )
-    if (largest := max(weights, key=abs)) and abs(largest) > _LARGE:
+    if not 1 <= len(roles) < MOST_MEMBERS:
+        raise InputError.of(
+            f"formula {formula.name!r}",
+            expected=f"1 to {MOST_MEMBERS - 1} members beside the base",
+            got=f"{len(roles)}: {', '.join(roles)}",
+            remedy="Leave some out." if roles else "Name a companion; without one, use the model itself.",
+        )
+    largest = max((term for term in terms_of(formula) if term.member != "base"), key=_size, default=None)
+    if largest is not None and _size(largest) > _LARGE:
         warnings.warn(
-            f"alpha={formula.alpha:g} weighs the shift {abs(largest):g} times: the base hardly counts, and texts are "
+            f"alpha={formula.alpha:g} weighs the shift {_size(largest):g} times: the base hardly counts, and texts are "
             "mostly noise. 0.5 to 2 are usual.",
             SteeringWarning,
             stacklevel=3,
         )
     return formula
+
+
+def _size(term: Term) -> float:
+    return term.weight.largest if isinstance(term.weight, Schedule) else abs(term.weight)

@@ -152,10 +152,10 @@ class Call:
         if self.owns_streamer and self.streamer is not None:
             self.streamer.put(self.input_ids.cpu())
 
-    def prefill(self, *, first: bool = True) -> Any:
-        """The prompt's forward pass; from here on every pass returns the members' own logits."""
+    def prefill(self, *, first: bool = True, everyone: bool = False) -> Any:
+        """The prompt's forward pass; from here on every pass returns the members' own logits (`Ensemble.request`)."""
         self.start_stream()
-        self.kwargs |= self.ensemble.request()
+        self.kwargs |= self.ensemble.request(everyone=everyone)
         return self.model._prefill(self.input_ids, self.config, self.kwargs, is_first_iteration=first)
 
     def draw_settings(

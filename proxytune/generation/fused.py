@@ -137,7 +137,7 @@ class FusedDecoding:
                 if call.synced and finished:
                     outputs = None
                     continue
-                members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights  # [B, V_i] each
+                members, weights = call.ensemble.last_rows(outputs)  # [B, V_i] each
                 record.add(outputs)
                 outputs = None  # may hold the logits of a whole prompt
 

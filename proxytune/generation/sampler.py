@@ -15,13 +15,15 @@ from proxytune import ops
 from proxytune.errors import NumericalError
 from proxytune.generation.processor_plan import ProcessorPlan
 from proxytune.generation.recorder import OutputRecorder
+from proxytune.models.weighing import weights_on
+from proxytune.ops.combination import Weights
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
 
 __all__ = ["DrawSettings", "MembersAndWeights", "Sampler", "combined", "failure", "row_on"]
 
-MembersAndWeights = tuple[list[torch.Tensor], Sequence[float]]
-"""Members' rows, `[B, V_i]` each, on one device, and their weights."""
+MembersAndWeights = tuple[list[torch.Tensor], Weights]
+"""Members' rows, `[B, V_i]` each, on one device, and their weights, as `ops.step` takes them."""
 
 _TAKEN = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -63,7 +65,7 @@ class Sampler:
     def __call__(
         self,
         members: Sequence[torch.Tensor],
-        weights: Sequence[float],
+        weights: Weights,
         input_ids: torch.Tensor,
         record: OutputRecorder | None = None,
         *,
@@ -74,7 +76,7 @@ class Sampler:
 
         Args:
             members: Raw logits of the base and its companions, `[B, V_i]`; companions may be on other devices.
-            weights: One per member, the base's first.
+            weights: As in `ops.step`.
             input_ids: `[B, T]`, for the processors.
             record: Gets this step's scores and logits if they were requested; tokens do not depend on it.
             draws: How many tokens to draw without replacement.
@@ -87,6 +89,7 @@ class Sampler:
         s = self.settings
         rows = [row_on(s.place, x) for x in members]
         rows[0] = rows[0][:, : s.usable]  # a view: higher ids are absent, not masked
+        weights = weights_on(s.place, weights)
         logits = scores = rows[0]
         if s.plan.before or (record is not None and record.asked):
             logits = combined((rows, weights), s.width, s.impl).to(input_ids.device)  # [B, V]

@@ -17,7 +17,6 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
-from proxytune import ops
 from proxytune.errors import CacheError, InputError, MemberError, UnsupportedModeError
 from proxytune.formulas.base import Formula
 from proxytune.models.generation_mixin import refuse_arguments, refuse_shapes
@@ -203,8 +202,7 @@ class EncoderDecoderMixin:
         )  # [B, K, V_i] each
         if held is not None:
             note_members(held.self_attention_cache, self._models)
-        logits = ops.combine(members, self.formula.weights())  # [B, K, V]
-        logits[..., self.usable_ids :] = -torch.inf
+        logits = self._combined(members)  # [B, K, V]
         loss = None
         if labels is not None:
             targets = labels.to(logits.device).flatten()

@@ -110,12 +110,25 @@ def stop_composed(model: Any, wanted: EndTokens | None, tokenizers: Mapping[str,
     Warns:
         SteeringWarning: With `wanted=None`, if the expert has end tokens that the base lacks.
     """
-    ids = stopping_ids(model.generation_config.eos_token_id, model.expert, wanted, tokenizers)
+    ids, now = None, model.generation_config.eos_token_id
+    for tuned in _tuned(model):
+        found = stopping_ids(now, tuned, wanted, tokenizers)
+        ids, now = (ids, now) if found is None else (found, found)
+        if wanted == "expert":
+            break
     if ids is not None:
         model.generation_config.eos_token_id = model.config.eos_token_id = ids[0] if len(ids) == 1 else ids or None
         if model.config.recipe is not None:
             # Said in the recipe, so that its generation_config.json is known to hold the choice.
             model.config.recipe = replace(model.config.recipe, end_tokens=wanted or "union")
+
+
+def _tuned(model: Any) -> list[Any]:
+    """The companions whose weight is positive, other than the base itself: what texts move towards."""
+    weights = dict(zip(model.formula.roles, model.formula.weights(), strict=True))
+    roles = ["expert"] if "expert" in weights else [role for role, weight in weights.items() if weight > 0]
+    found = [getattr(model, role) for role in roles]
+    return [companion for companion in found if companion is not model.base or roles == ["expert"]]
 
 
 def _named(ids: list[int], tokenizer: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +13,15 @@ from proxytune.models.members.composite_cache import view
 from proxytune.models.members.long_rope import switch_of, switches_of
 from proxytune.models.members.member import Member
 from proxytune.models.model import ProxyTunedModel
+from proxytune.models.weighing import Weighing
+from proxytune.ops.combination import Weights
 
 __all__ = ["Ensemble"]
 
 
 @dataclass(frozen=True, eq=False)
 class Ensemble:
-    """A model's members and their weights; a plain model is its own only member.
+    """A model's members and what their formula makes of them; a plain model is its own only member.
 
     Attributes:
         model: The model.
@@ -57,31 +60,50 @@ class Ensemble:
         return {} if switch is None else {"base": switch}
 
     @property
-    def weights(self) -> tuple[float, ...]:
-        """One weight per member; the base's is 1."""
-        return (1.0, *self.model.formula.weights()) if self.composed else (1.0,)
+    def weighing(self) -> Weighing | None:
+        """What the formula makes of the members' rows; None for a plain model."""
+        return self.model.weighing if self.composed else None
 
     @property
-    def alpha(self) -> float | None:
-        """Strength α of the shift; None for a plain model."""
-        return float(self.model.alpha) if self.composed else None
+    def alpha(self) -> Any:
+        """Strength α of the shift, a number or a schedule; None for a plain model."""
+        return self.model.alpha if self.composed else None
 
     def usable(self, width: int) -> int:
         """How many of the base's `width` ids can be drawn: those that all members can embed."""
         return min(width, int(self.model.usable_ids)) if self.composed else width
 
-    def request(self) -> dict[str, Any]:
-        """Keyword arguments for `forward` to return the members' own logits."""
-        return {"return_member_logits": True} if self.composed else {}
+    def request(self, *, everyone: bool = False) -> dict[str, Any]:
+        """Keyword arguments for `forward` to return the members' own logits.
 
-    def logits(self, outputs: Any) -> list[torch.Tensor]:
-        """Each member's raw logits, `[B, K, V_i]`, from a forward pass called with `request()`."""
+        `everyone` says that companions run although their weight is 0, or a gate is shut: one of them drafts.
+        """
+        return {"return_member_logits": True, "every_member": everyone or None} if self.composed else {}
+
+    def logits(self, outputs: Any) -> list[torch.Tensor | None]:
+        """Each member's raw logits, `[B, K, V_i]`, from a forward pass called with `request()`; None if it did not run."""
         return list(outputs.member_logits) if self.composed else [outputs.logits]
 
-    def last_logits(self, outputs: Any) -> list[torch.Tensor]:
+    def last_logits(self, outputs: Any) -> list[torch.Tensor | None]:
         """Each member's raw logits at the last position, `[B, V_i]`."""
         # A view of one position, but a copy from a whole prompt's logits, so that these can be freed.
-        return [z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in self.logits(outputs)]
+        return [z if z is None else z[:, -1] if z.shape[1] == 1 else z[:, -1].clone() for z in self.logits(outputs)]
+
+    def last_rows(self, outputs: Any) -> tuple[list[torch.Tensor], Weights]:
+        """The rows `[B, V_i]` at the last position of the members that ran, and their weights for `ops.step`."""
+        rows = self.last_logits(outputs)
+        generated = getattr(outputs, "generated", None)
+        return self.weigh(rows, None if generated is None else generated[:, -1])
+
+    def weigh(
+        self, rows: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], Weights]:
+        """Members' whole rows `[N, V_i]` and their weights; `generated` is `[N]`, tokens generated before each row's."""
+        if self.weighing is None:
+            return [x for x in rows if x is not None], (1.0,)
+        if generated is not None and rows[0] is not None:
+            generated = generated.expand(len(rows[0]))
+        return self.weighing(rows, generated)
 
     def views(self, cache: Cache) -> list[tuple[str, Cache]]:
         """Role and part of the cache of each member."""

@@ -28,11 +28,16 @@ from proxytune.models.members.composite_cache import adopt, refuse_short_cache, 
 from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.members.rewind import length_of
+from proxytune.models.own_prompts import PROMPTS, generate_with_prompts
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_images, refuse_settings, take_base_inputs
 from proxytune.validation import shown
 
+PROMPT_WIDTH = "prompt_width"
+"""The keyword under which `generate()` tells `forward` how many columns are the prompt, for schedules."""
+
 __all__ = [
+    "PROMPT_WIDTH",
     "ComposedGenerationMixin",
     "MemberOutput",
     "refuse_arguments",
@@ -47,10 +52,13 @@ class MemberOutput(CausalLMOutputWithPast):
     """What `forward(return_member_logits=True)` returns: each member's own logits, for loops that combine them.
 
     Attributes:
-        member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first.
+        member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first. None for a
+            member that did not run.
+        generated: `[1, K]`, int64: how many tokens were generated before each position; None where no weight asks.
     """
 
-    member_logits: tuple[torch.Tensor, ...] | None = None
+    member_logits: tuple[torch.Tensor | None, ...] | None = None
+    generated: torch.Tensor | None = None
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
@@ -160,10 +168,14 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     """
 
     @functools.wraps(GenerationMixin.generate, assigned=())
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers has it; takes the cache as `past_key_values` or as `cache`; InputError for two caches."""
+    def generate(self, *args: Any, prompts: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+        """As transformers has it; takes the cache as `past_key_values` or as `cache`; InputError for two caches.
+
+        `prompts` is role → ids of the members that read a prompt of their own: what a tokenizer returns, `[B, T]`, or
+        one row for all.
+        """
         kwargs.pop("labels", None)  # trainers pass a batch whole, and a plain model makes nothing of them here
-        return super().generate(*args, **renamed(kwargs))
+        return generate_with_prompts(super().generate, self, prompts, args, renamed(kwargs))
 
     def prepare_inputs_for_generation(
         self,
@@ -237,6 +249,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                 remedy="Set model.alpha before the call.",
             )
         take_base_inputs(self.base, model_kwargs)  # from a copy
+        model_kwargs = {k: v for k, v in model_kwargs.items() if k != PROMPTS}
         super()._validate_model_kwargs(model_kwargs)
 
     def _prepare_model_inputs(
@@ -249,17 +262,22 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                 model_kwargs["adapter_names"] = checked_names(names, self.members, len(given))
             if seen := take_base_inputs(self.base, model_kwargs):
                 model_kwargs[BASE_INPUTS] = seen
+            if self.weighing.scheduled:
+                model_kwargs[PROMPT_WIDTH] = given.shape[1]
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _expand_inputs_for_generation(
         self, expand_size: int = 1, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         seen, prompts, mask = (kwargs.get(name) for name in (BASE_INPUTS, "input_ids", "attention_mask"))
+        own = kwargs.pop(PROMPTS, None)
         # transformers repeats tensors alone.
         ids, expanded = super()._expand_inputs_for_generation(expand_size, *args, **kwargs)
         if seen is not None:  # made once the mode is known
             assert prompts is not None
             expanded[BASE_INPUTS] = functools.partial(BaseInputs.of, self.base, seen, prompts, mask, expand_size)
+        if own is not None:
+            expanded[PROMPTS] = own.repeated(expand_size)
         if adapter_names is not None:
             expanded["adapter_names"] = [name for name in adapter_names for _ in range(expand_size)]
         return ids, expanded

@@ -99,8 +99,8 @@ def open_members(
                 if source is None
                 else "Pass the model itself; that of a pipeline is pipeline.model.",
             )
-    refuse_roles("revisions", revisions)
-    refuse_tokenizers(tokenizers)
+    refuse_roles("revisions", revisions, sources)
+    refuse_tokenizers(tokenizers, sources)
     _refuse_arguments_of_members(members, sources)
     revisions = revisions or {}
     if from_pretrained and all(isinstance(source, nn.Module) for source in given):
@@ -157,7 +157,7 @@ def open_members(
 
 def _refuse_arguments_of_members(members: Any, sources: Mapping[str, Any]) -> None:
     """Refuse `members=` that is no mapping role → mapping, or names a member that is not loaded here."""
-    refuse_roles("members", members)
+    refuse_roles("members", members, sources)
     for role, arguments in (members or {}).items():
         source = sources.get(role)
         if isinstance(arguments, Mapping) and role in sources and not isinstance(source, nn.Module):
@@ -171,24 +171,25 @@ def _refuse_arguments_of_members(members: Any, sources: Mapping[str, Any]) -> No
         )
 
 
-def refuse_roles(name: str, by_role: Any) -> None:
+def refuse_roles(name: str, by_role: Any, roles: Collection[str] = ROLES) -> None:
     """Refuse an argument that is no mapping from roles, or names a role that there is not."""
+    roles = tuple(dict.fromkeys((*ROLES, *roles)))
     if not isinstance(by_role, Mapping | None):
         raise InputError.of(
             name,
-            expected=f"a mapping from roles, {', '.join(ROLES)}",
+            expected=f"a mapping from roles, {', '.join(roles)}",
             got=f"a {type(by_role).__name__}, {shown(by_role, 80)}",
             remedy=f"Pass e.g. {name}={{'base': …}}.",
         )
-    if strange := sorted(map(str, set(by_role or {}) - set(ROLES))):
+    if strange := sorted(map(str, set(by_role or {}) - set(roles))):
         raise InputError.of(
-            name, expected=f"roles out of {', '.join(ROLES)}", got=", ".join(strange), remedy="Correct the role."
+            name, expected=f"roles out of {', '.join(roles)}", got=", ".join(strange), remedy="Correct the role."
         )
 
 
-def refuse_tokenizers(by_role: Any) -> None:
+def refuse_tokenizers(by_role: Any, roles: Collection[str] = ROLES) -> None:
     """Refuse `tokenizers=` that is no mapping from roles, or holds something else than tokenizers."""
-    refuse_roles("tokenizers", by_role)
+    refuse_roles("tokenizers", by_role, roles)
     for role, tokenizer in (by_role or {}).items():
         if tokenizer is not None and not hasattr(tokenizer, "get_vocab"):
             place = isinstance(tokenizer, str | os.PathLike)

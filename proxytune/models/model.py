@@ -25,15 +25,17 @@ from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from proxytune import ops
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
+from proxytune.formulas.view import View
 from proxytune.models.adapter_names import adapters_of_rows, checked_names, refuse_leftover
+from proxytune.models.cast import cast
 from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.encoder_decoder import EncoderDecoderMixin
 from proxytune.models.generation_mixin import (
+    PROMPT_WIDTH,
     ComposedGenerationMixin,
     MemberOutput,
     refuse_arguments,
@@ -42,7 +44,7 @@ from proxytune.models.generation_mixin import (
 )
 from proxytune.models.loading import adapters_of, refuse_composed
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import adopt, note_members, refuse_outdated
+from proxytune.models.members.composite_cache import adopt, idle_in, note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
@@ -50,14 +52,20 @@ from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pass, switches_of
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
-from proxytune.models.roles import refuse_no_shift, warn_of_roles
+from proxytune.models.members.stateful_pass import kept_logits
+from proxytune.models.own_prompts import PROMPTS, OwnPrompts, roles_with_prompts, texts_of_pass
+from proxytune.models.roles import refuse_folded, refuse_no_shift, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
 from proxytune.models.vision import BASE_INPUTS, StepInputs, says_text, sees
+from proxytune.models.weighing import Weighing
 from proxytune.recipe import ROLES
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 
-_OF_OUR_LOOPS = ("return_member_logits", "precomputed_logits", "latent_inputs")
+_OF_OUR_LOOPS = (
+    *("return_member_logits", "precomputed_logits", "latent_inputs"),
+    *("every_member", PROMPT_WIDTH, PROMPTS),
+)
 
 
 class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
@@ -81,6 +89,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
     expert: PreTrainedModel
     antiexpert: PreTrainedModel
     formula: Formula
+    _index: dict[str, int]
+    weighing: Weighing
 
     config_class = ProxyTunedConfig
     base_model_prefix = ""
@@ -107,14 +117,16 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         members: Mapping[str, PreTrainedModel],
         formula: Formula,
         *,
+        views: Mapping[str, View] | None = None,
         self_test: bool = True,
     ) -> None:
         """Compose the members. Use `wrap` or `from_pretrained` instead of calling this.
 
         Args:
             config: A config; it is bound to the members here.
-            members: Role → model, the base first, then `formula.roles` in order. They are put in evaluation mode.
+            members: Role → model, the base first. They are put in evaluation mode.
             formula: The formula.
+            views: Role → view, of the roles that are another's model once more.
             self_test: Whether to test that each member is right by itself (see `wrap`).
 
         Raises:
@@ -126,21 +138,27 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         """
         for role, model in members.items():
             refuse_composed(model, role)
-        wrapped = [self._member_class(model, role) for role, model in members.items()]
-        refuse_no_shift(members["expert"], members["antiexpert"], formula)
+        parts, index = cast(members, views or {}, ("base", *formula.roles))
+        wrapped = [self._member_class(p.model, p.role, adapter=p.adapter, own_prompt=p.own_prompt) for p in parts]
+        roles = {role: parts[i].model for role, i in index.items()}
+        if not views and roles.keys() >= {"expert", "antiexpert"}:
+            refuse_no_shift(roles["expert"], roles["antiexpert"], formula)
+        refuse_folded(roles, index, formula)
         config.bind([member.config for member in wrapped])
         config.is_encoder_decoder = self._member_class.encoder_decoder
         # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.
         config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
         config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)
         super().__init__(config)
-        for role, model in members.items():
+        for role, model in roles.items():
             setattr(self, role, model.eval())
         if self_test:
             # The smallest first: the others share its verdict, if they are of its kind.
             for member in sorted(wrapped, key=lambda m: m.model.num_parameters()):
                 member.examine()
-        warn_of_roles(members, formula)
+        if not views:
+            warn_of_roles(roles, formula)
+        self._index = index
         self.formula = formula
         self.overlap = True
         self.split_threads = False
@@ -165,7 +183,9 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         self.formula = check_formula(self.formula.with_alpha(value))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ROLES and "members" in self.__dict__:
+        if name == "formula":
+            self.weighing = Weighing(value, self._index)
+        if name in {*ROLES, *self.__dict__.get("_index", ())} and "members" in self.__dict__:
             raise InputError.of(
                 name,
                 expected="the member that the model was composed with",
@@ -273,7 +293,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         kwargs = {k: v for k, v in kwargs.items() if not (says_text(k, v) and sees(self.base))}
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         if step is not None:
-            return self._forward_with_images(step, past_key_values, logits_to_keep, **loop_options)
+            wanted = bool(loop_options.get("return_member_logits"))
+            return self._forward_with_images(step, past_key_values, logits_to_keep, return_member_logits=wanted)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
         return self._forward_members(
@@ -304,12 +325,16 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         return_member_logits: bool = False,
         precomputed_logits: Mapping[str, torch.Tensor] | None = None,
         latent_inputs: LatentInputs | None = None,
+        every_member: bool | None = None,
+        prompt_width: int | None = None,
+        own_prompts: OwnPrompts | None = None,
     ) -> CausalLMOutputWithPast:
         """`forward` with the options of the package's own loops.
 
         `return_member_logits` returns a `MemberOutput`; `precomputed_logits` holds, by role, the logits of the first of
         these tokens for members that have already run over them; `latent_inputs` is what each member takes in place of
-        ids.
+        ids; `every_member` lets those of weight 0 run as well; `prompt_width` says how many columns are the prompt;
+        `own_prompts` are the prompts of members that read their own.
         """
         combine, known = not return_member_logits, precomputed_logits
         latent = latent_inputs or [None] * len(self.members)
@@ -320,7 +345,9 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             for member in self.members:
                 member.refuse_static_layers()
         if cache is not None:
-            adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None)
+            idle = () if every_member else [i for i, needed in enumerate(self.weighing.needed) if not needed]
+            texts = bool(roles_with_prompts(self.members))
+            adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None, texts=texts, idle=idle)
             # Not in the later steps of a generate(), which says False: nobody changes a member meanwhile.
             if is_first_iteration is not False and not torch.compiler.is_compiling():
                 waits = bool(is_first_iteration) or input_ids.shape[1] > 1  # for the device, as `check_ids` does
@@ -358,7 +385,9 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
         if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
             out = forward_in_parts(
-                functools.partial(self.forward, adapter_names=adapter_names),
+                functools.partial(
+                    self.forward, adapter_names=adapter_names, **{PROMPT_WIDTH: prompt_width, PROMPTS: own_prompts}
+                ),
                 input_ids,
                 length=part,
                 cache=DynamicCache(config=self.config) if cache is None else cache,
@@ -368,6 +397,13 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             )
             return out if cache is not None else CausalLMOutputWithPast(loss=out.loss, logits=out.logits)
 
+        texts_of = None
+        if roles_with_prompts(self.members):
+            texts_of = texts_of_pass(self.members, own_prompts, input_ids, attention_mask, int(past), cache)
+            for member in self.members:
+                if member.role in texts_of:
+                    member.refuse_padding(texts_of[member.role].attention_mask)
+        asleep = [i for i, needed in enumerate(self.weighing.needed) if not needed] if cache is None else idle_in(cache)
         with adapters_of_rows(self.base, adapter_names):
             members = run_members(
                 self.members,
@@ -379,23 +415,33 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                 logits_to_keep=logits_to_keep,
                 latent=latent,
                 precomputed=known or {},
+                texts=texts_of,
+                idle=() if cache is None and every_member else [self.members[i].role for i in asleep],
                 sides=self._sides if self.overlap else None,
                 thread=self._thread if self.split_threads else None,
             )  # [B, K, V_i] each
         if cache is not None and not torch.compiler.is_compiling():
             note_members(cache, self._models, adapter_names)
             note_side(cache, side)
+        generated = None
+        if self.weighing.scheduled:
+            width = (past + input_ids.shape[1]) if prompt_width is None else prompt_width
+            column = past + torch.arange(input_ids.shape[1], device=input_ids.device)
+            generated = kept_logits((column - (width - 1)).clamp(min=0)[None], logits_to_keep)  # [1, K]
         if not combine and labels is None:  # a loss needs combined logits
-            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
-        logits = self._combined(members)
+            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated)
+        logits = self._combined(members, generated)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(logits.device).flatten()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
-    def _combined(self, members: Sequence[torch.Tensor]) -> torch.Tensor:
-        logits: torch.Tensor = ops.combine(members, self.formula.weights())  # [B, K, V]
+    def _combined(self, members: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None) -> torch.Tensor:
+        """The combined logits `[B, K, V]`, float32; −inf for ids that some member cannot embed."""
+        if generated is not None and members[0] is not None:
+            generated = generated.expand(len(members[0]), -1)
+        logits = self.weighing.combined(members, generated)
         logits[..., self.usable_ids :] = -torch.inf
         return logits
 
@@ -423,7 +469,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             logits_to_keep=logits_to_keep,
             latent=[step.base, *([None] * (len(self.members) - 1))],
             precomputed={},
-            text=step.text,
+            texts={m.role: step.text for m in self.members[1:]},
             sides=self._sides if self.overlap else None,
             thread=self._thread if self.split_threads else None,
         )  # [B, K, V_i] each

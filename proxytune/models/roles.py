@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from proxytune.errors import MemberError, SteeringWarning
-from proxytune.formulas.base import Formula
+from proxytune.formulas.base import Formula, terms_of
+from proxytune.formulas.schedules import Schedule
 from proxytune.models.end_tokens import ends_of
 from proxytune.models.loading import reference_of
 from proxytune.models.members.innermost import innermost
 from proxytune.recipe import MemberRef
 
-__all__ = ["refuse_no_shift", "warn_of_roles", "warn_of_size"]
+__all__ = ["refuse_folded", "refuse_no_shift", "warn_of_roles", "warn_of_size"]
 
 _TUNED = frozenset(
     ("aligned", "chat", "dpo", "finetuned", "ft", "instruct", "instruction", "it", "rlhf", "sft", "tuned")
@@ -66,6 +67,33 @@ def refuse_no_shift(
         )
 
 
+def refuse_folded(models: Mapping[str, Any], index: Mapping[str, int], formula: Any) -> None:
+    """Refuse a shift of which nothing is left, since its roles are one member; role → model, and role → member.
+
+    Raises:
+        MemberError: If all companions' weights cancel.
+    """
+    left: dict[int, float] = {}
+    wanted = [term for term in terms_of(formula) if term.weight != 0.0]
+    for term in wanted:
+        if isinstance(term.weight, Schedule):
+            return
+        left[index[term.member]] = left.get(index[term.member], 0.0) + term.weight
+    companions = [term.member for term in wanted if term.member != "base"]
+    if not companions or any(weight for i, weight in left.items() if i) or left.get(0, 0.0) != 1.0:
+        return
+    model = models[companions[0]]
+    alike = " and ".join(("the base", *companions)) if index[companions[0]] == 0 else " and ".join(companions)
+    raise MemberError.of(
+        "the antiexpert" if {*companions} == {"expert", "antiexpert"} else "the companions",
+        expected="another model than the expert" if "expert" in companions else "other models than each other",
+        got=f"one {type(model).__name__} for {alike}: their weights add up to 0, so only the base is left",
+        remedy="Pass the model that the expert was tuned from. For the base alone, set alpha=0."
+        if "expert" in companions
+        else "Pass another model, or a View of it with another prompt or adapter state.",
+    )
+
+
 def _alike(expert: Any, antiexpert: Any) -> bool:
     """Whether two wrappers of one module run the same: not a PEFT model beside its inside, which has its own error."""
     return hasattr(expert, "get_base_model") == hasattr(antiexpert, "get_base_model")
@@ -80,6 +108,8 @@ def warn_of_roles(members: Mapping[str, Any], formula: Formula) -> None:
         SteeringWarning: If expert and antiexpert have equal weights, other sizes, look swapped, or are larger than the
             base.
     """
+    if not members.keys() >= {"expert", "antiexpert"}:
+        return
     expert, antiexpert = members["expert"], members["antiexpert"]
     weights = formula.weights()
     if antiexpert is not expert and not sum(weights) and _equal_weights(expert, antiexpert):

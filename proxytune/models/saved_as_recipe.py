@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from proxytune.errors import MemberNotFoundError, RecipeError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
-from proxytune.formulas.registry import FORMULAS
+from proxytune.formulas.registry import FORMULAS, is_kept, recipe_of
 from proxytune.models.config import CARRIED, ProxyTunedConfig, load_recipe
 from proxytune.models.end_tokens import stop_composed
 from proxytune.models.loading import adapters_of, open_members
@@ -51,7 +51,7 @@ class SavedAsRecipe:
         recipe: Recipe | None = self.config.recipe
         if any(adapters_of(m.model) != self._adapters[m.role] for m in self.members) or self._not_kept():
             return None
-        return None if recipe is None else replace(recipe, formula=self.formula.name, alpha=self.alpha)
+        return None if recipe is None else replace(recipe, **recipe_of(self.formula))
 
     def _not_kept(self) -> str:
         """A load argument of a member that a recipe cannot keep, as `role: name=value`; empty if it can keep all."""
@@ -103,16 +103,16 @@ class SavedAsRecipe:
                 got="a member that exists only in memory, or carries a PEFT adapter",
                 remedy="Save that member with its own save_pretrained, and wrap the folder.",
             )
-        if recipe.expert == recipe.antiexpert and self.expert is not self.antiexpert:
+        if recipe.expert is not None and recipe.expert == recipe.antiexpert and self.expert is not self.antiexpert:
             raise RecipeError.of(
                 "save_pretrained",
                 expected="an expert and an antiexpert from different places",
-                got=f"{recipe.expert.id!r} for both, though they are two models; one was probably tuned in memory",
+                got=f"{getattr(recipe.expert, 'id', recipe.expert)!r} for both, though they are two models; one was probably tuned in memory",
                 remedy="Save the tuned one with its own save_pretrained, and wrap the folder.",
             )
-        made = FORMULAS.get(recipe.formula)
-        if made is None or made(alpha=recipe.alpha).weights() != self.formula.weights():
-            known = "is not in proxytune.formulas.FORMULAS" if made is None else "has other weights at that α there"
+        if not is_kept(self.formula):
+            unknown = recipe.formula not in FORMULAS
+            known = "is not in proxytune.formulas.FORMULAS" if unknown else "has other weights at that α there"
             raise RecipeError.of(
                 "save_pretrained",
                 expected="a formula that its name and α give back, which is all that a recipe keeps of it",
@@ -165,8 +165,9 @@ class SavedAsRecipe:
             if (value := getattr(config, f"_{key}", None)) is not None:
                 kwargs.setdefault(key, value)
         recipe = getattr(config, "recipe", None) or load_recipe(pretrained_model_name_or_path, **hub, **for_all)
-        formula = check_formula(FORMULAS[recipe.formula](alpha=recipe.alpha))
-        refuse_no_shift(recipe.expert, recipe.antiexpert, formula, members=kwargs.get("members"))
+        formula = check_formula(recipe.made_formula())
+        if recipe.members.keys() >= {"expert", "antiexpert"}:
+            refuse_no_shift(recipe.expert, recipe.antiexpert, formula, members=kwargs.get("members"))
         try:
             members, references, tokenizers = open_members(
                 {role: ref.trusted(bool(trust_recipe)) for role, ref in recipe.members.items()},
@@ -181,10 +182,12 @@ class SavedAsRecipe:
                 f"relative folder is looked for beside that file, in {file.parent.resolve()}."
             ) from error
         known = {role: reference for role, reference in references.items() if reference is not None}
+        views = {**{r: v for r, v in getattr(formula, "views", {}).items() if r not in recipe.everyone}, **recipe.views}
         if end_tokens is not None:
             recipe = replace(recipe, end_tokens=None)
         make: Any = cls
-        model: Self = make(ProxyTunedConfig(recipe=replace(recipe, **known)), members, formula, self_test=self_test)
+        opened = ProxyTunedConfig(recipe=recipe.at(known))
+        model: Self = make(opened, members, formula, views=views, self_test=self_test)
         model.config.name_or_path = model.name_or_path = str(pretrained_model_name_or_path)
         own = model.generation_config.eos_token_id  # the base's
         decided = False  # whether the generation config beside the recipe says where to stop

@@ -11,7 +11,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,8 @@ def save_adapter(
             staged = Path(staging) / "new"
             staged.mkdir()
             # Folders in or beside the target are written as relative ones: all can be moved together then.
-            near: dict[str, Any] = {role: ref.seen_from(target) for role, ref in recipe.members.items()}
-            (staged / RECIPE_FILE).write_text(replace(recipe, **near).dumps(), encoding="utf-8")
+            near = {role: ref.seen_from(target) for role, ref in recipe.members.items()}
+            (staged / RECIPE_FILE).write_text(recipe.at(near).dumps(), encoding="utf-8")
             (staged / _CODE_FILE).write_text(_CODE, encoding="utf-8")
             if generation_config is not None:
                 generation_config.save_pretrained(staged)

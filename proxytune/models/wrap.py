@@ -1,22 +1,28 @@
-"""`proxytune.wrap`: from three models, hub ids or folders to one model for `generate()`."""
+"""`proxytune.wrap`: from models, hub ids or folders to one model for `generate()`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
+from proxytune.formulas.gates import Gate
 from proxytune.formulas.proxy_tuning import ProxyTuning
+from proxytune.formulas.registry import FORMULAS, recipe_of
+from proxytune.formulas.schedules import Strength
+from proxytune.formulas.view import View
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.end_tokens import stop_composed
 from proxytune.models.loading import open_members
 from proxytune.models.model import ProxyTunedModel
 from proxytune.models.roles import refuse_no_shift
 from proxytune.recipe import EndTokens, Recipe
+from proxytune.validation import shown
 
-__all__ = ["wrap"]
+__all__ = ["sources_of", "wrap"]
 
 
 def wrap(
@@ -24,30 +30,34 @@ def wrap(
     expert: Any = None,
     antiexpert: Any = None,
     *,
-    alpha: float | None = None,
-    formula: Formula | None = None,
+    alpha: Strength | None = None,
+    formula: Formula | str | None = None,
+    gate: Gate | None = None,
     revisions: Mapping[str, str] | None = None,
     tokenizers: Mapping[str, Any] | None = None,
     check_vocabulary: bool = True,
-    members: Mapping[str, Mapping[str, Any]] | None = None,
+    members: Mapping[str, Any] | None = None,
     end_tokens: EndTokens | None = None,
     self_test: bool = True,
     **from_pretrained: Any,
 ) -> ProxyTunedModel:
-    """Compose a large frozen model with two small ones: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565).
+    """Compose a large frozen model with others: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565), or a formula.
 
     Args:
         base: The large model: a model object, a hub id or a folder. Its weights are not changed. A vision-language
             model, as an object, sees images that `generate()` is given; the companions read the text without the
             placeholder tokens that stand for them.
-        expert: The small tuned model, likewise. Needed.
-        antiexpert: The small model that the expert was tuned from, likewise. Needed.
-        alpha: Strength α of the shift [1.0].
-        formula: A formula instead of α (`proxytune.formulas.Formula`).
+        expert: The small tuned model, likewise, or a `View`. Needed, unless a formula has no such role.
+        antiexpert: The small model that the expert was tuned from, likewise. Needed, unless a formula has no such role.
+            `antiexpert=base` is the line from the base to the expert; the base does not run twice then.
+        alpha: Strength α of the shift [1.0, or the formula's own]; a `Schedule` for one that changes with the tokens.
+        formula: A formula of `proxytune.formulas`, or a sum as a text, `"base + 0.5*(math - small)"`.
+        gate: Where the shift applies, e.g. `Gate(entropy=0.1)`; companions run only there.
         revisions: Role → branch, tag or commit, for hub ids.
         tokenizers: Role → tokenizer, for members saved without one.
         check_vocabulary: Whether to check that all members use the same token ids.
-        members: Role → arguments of `from_pretrained` for that member alone, before the common ones.
+        members: Role → model, hub id, folder or `View`, for the formula's other roles. A mapping in place of a model
+            are arguments of `from_pretrained` for that member alone, before the common ones.
         end_tokens: Whose end tokens stop a text: "union" of base and expert, "base" or "expert" [union, with a warning
             where they differ]. Kept in the recipe; the ids are `generation_config.eos_token_id` of the result.
         self_test: Whether to test that each member is right by itself, in three passes of its first layers over six
@@ -72,7 +82,86 @@ def wrap(
         SteeringWarning: If the expert ends its texts with tokens that the base does not end at; if expert and
             antiexpert have equal weights, look swapped, or are larger than the base; or if a weight is above 10.
     """
-    if formula is None:
+    chosen = check_formula(_formula(formula, alpha, gate))
+    given = members if isinstance(members, Mapping) else {}
+    arguments = {role: value for role, value in given.items() if isinstance(value, Mapping)}
+    named = {role: value for role, value in given.items() if not isinstance(value, Mapping)}
+    sources = sources_of(chosen, base, {"expert": expert, "antiexpert": antiexpert}, named)
+    views = {role: source for role, source in sources.items() if isinstance(source, View)}
+    loaded = {role: source for role, source in sources.items() if role not in views}
+    if loaded.keys() >= {"expert", "antiexpert"}:
+        refuse_no_shift(loaded["expert"], loaded["antiexpert"], chosen, revisions=revisions, members=arguments)
+    models, references, found = open_members(
+        loaded,
+        wrap,
+        revisions=revisions,
+        tokenizers=tokenizers,
+        check_vocabulary=check_vocabulary,
+        members=members if not isinstance(members, Mapping | None) else arguments,
+        encoder_decoders=True,
+        **from_pretrained,
+    )
+    known = {role: reference for role, reference in references.items() if reference is not None}
+    recipe = Recipe.of({**known, **views}, **recipe_of(chosen)) if len(known) == len(references) else None
+    model = ProxyTunedModel(ProxyTunedConfig(recipe=recipe), models, chosen, views=views, self_test=self_test)
+    stop_composed(model, end_tokens, found)
+    return model
+
+
+def sources_of(
+    formula: Any,
+    base: Any,
+    usual: Mapping[str, Any],
+    named: Mapping[str, Any],
+    *,
+    remedy: str = "Pass members={{{0!r}: …}}.",
+) -> dict[str, Any]:
+    """Role → model, id, folder or view, of the roles that a formula has; the base first.
+
+    `usual` are the roles that have arguments of their own, None where they were not given; `named` all others.
+
+    Raises:
+        InputError: If a role has no member, or a member no role.
+    """
+    twice = sorted(role for role, source in usual.items() if source is not None and role in named)
+    strange = sorted({role for role, source in usual.items() if source is not None} - {*formula.roles})
+    strange += sorted(
+        {*named} - {*formula.roles} - {source.of for source in named.values() if isinstance(source, View)}
+    )
+    if twice or strange:
+        role = (twice or strange)[0]
+        raise InputError.of(
+            f"the {role}",
+            expected="one member for each role" if twice else f"a role of the formula: {', '.join(formula.roles)}",
+            got="two members" if twice else f"{shown(named.get(role, usual.get(role)), 80)}",
+            remedy="Leave one out." if twice else "Leave it out, or name it in the formula.",
+        )
+    sources: dict[str, Any] = {"base": base}
+    for role in dict.fromkeys((*(r for r in usual if r in formula.roles), *formula.roles, *named)):
+        source = usual.get(role) if role in usual else named.get(role)
+        if source is None and role not in usual:
+            source = getattr(formula, "views", {}).get(role)
+        if source is None and role not in usual:
+            raise InputError.of(
+                f"the {role}",
+                expected=f"a member for each role of the formula: {', '.join(formula.roles)}",
+                got="None",
+                remedy=remedy.format(role),
+            )
+        sources[role] = source
+    return sources
+
+
+def _formula(formula: Any, alpha: Any, gate: Any) -> Any:
+    """The formula that the arguments name."""
+    if gate is not None and not isinstance(gate, Gate):
+        raise InputError.of("gate", expected="a Gate", got=shown(gate, 80), remedy="Pass e.g. Gate(entropy=0.1).")
+    if isinstance(formula, str):
+        name = formula
+        formula = FORMULAS[name]() if name in FORMULAS else Formula.parse(name)
+        if alpha is not None:
+            formula = formula.with_alpha(alpha)
+    elif formula is None:
         formula = ProxyTuning(alpha=1.0 if alpha is None else alpha)
     elif alpha is not None:
         raise InputError.of(
@@ -81,28 +170,13 @@ def wrap(
             got=f"both, alpha={alpha!r} and formula={formula!r}",
             remedy="Give α in the formula: ProxyTuning(alpha=0.5).",
         )
-    check_formula(formula)
-    refuse_no_shift(expert, antiexpert, formula, revisions=revisions, members=members)
-    models, references, found = open_members(
-        {"base": base, "expert": expert, "antiexpert": antiexpert},
-        wrap,
-        revisions=revisions,
-        tokenizers=tokenizers,
-        check_vocabulary=check_vocabulary,
-        members=members,
-        encoder_decoders=True,
-        **from_pretrained,
-    )
-    known = {role: reference for role, reference in references.items() if reference is not None}
-    recipe = None
-    if len(known) == len(references):
-        recipe = Recipe(
-            base=known["base"],
-            expert=known["expert"],
-            antiexpert=known["antiexpert"],
-            formula=formula.name,
-            alpha=formula.alpha,
+    if gate is None:
+        return formula
+    if not isinstance(formula, Formula):
+        raise InputError.of(
+            "gate",
+            expected="a formula of proxytune.formulas, or one that derives from Formula",
+            got=shown(formula, 80),
+            remedy="Derive it from Formula.",
         )
-    model = ProxyTunedModel(ProxyTunedConfig(recipe=recipe), models, formula, self_test=self_test)
-    stop_composed(model, end_tokens, found)
-    return model
+    return replace(formula, gate=gate)

@@ -160,10 +160,10 @@ class SpeculativeDecoding:
         draft = ExpertDraft() if isinstance(self.draft, str) else self.draft
         costs = draft.costs(model, len(input_ids)) if self.costs is None else self.costs
         length = DraftLength(costs, None if isinstance(self.draft_tokens, str) else self.draft_tokens, len(input_ids))
-        outputs = call.prefill()
+        outputs = call.prefill(everyone=True)
         cache = cache_of(outputs)
         refuse_cache(cache)
-        logits = [z[:, None] for z in call.ensemble.last_logits(outputs)]  # [B, 1, V_i]
+        logits = [z[:, None] for z in call.ensemble.last_logits(outputs) if z is not None]  # [B, 1, V_i]
         del outputs  # it may hold the logits of the whole prompt
 
         settings = call.draw_settings(logits[0], self.impl)
@@ -221,16 +221,16 @@ class _Rounds:
 
     def verify(self, proposal: Proposal, logits: list[torch.Tensor]) -> RoundResult:
         """Accept or reject the draft tokens, and draw the token after them. Waits for the device."""
-        weights = self.call.ensemble.weights
+        weigh = self.call.ensemble.weigh
         # A drafting member has not read its own last draft token, so the bonus token drawn now is provisional.
         placeholder = self.drafter.role is not None and proposal.length > 0
-        verification = self.verifier.verify(logits, weights, proposal, self.rows)
+        verification = self.verifier.verify(logits, weigh, proposal, self.rows)
         result = self.rows.inspect(verification, proposal, bonus=not placeholder)
         if self.rows.accepted_whole(result):
             last = self.drafter.read_last(self.rows)  # only now: after a rejection these logits are not needed
             if placeholder and last is not None:
                 logits = self.target.with_last(logits, self.drafter, last)
-                verification = self.verifier.verify(logits, weights, proposal, self.rows)
+                verification = self.verifier.verify(logits, weigh, proposal, self.rows)
                 result = self.rows.inspect(verification, proposal, earlier=result)
         return result
 

@@ -29,6 +29,7 @@ from proxytune.models.members.composite_cache import stored
 from proxytune.models.members.counting_layer import CountingLayer
 from proxytune.models.members.layer_kinds import ABLE
 from proxytune.models.members.rewind import RewindableLayer, rewindable_layers
+from proxytune.models.members.text_layer import TextLayer
 
 __all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
 
@@ -125,16 +126,22 @@ def _move(layer: DynamicLayer, shift: torch.Tensor, width: int, cut: int) -> Non
         setattr(layer, name, moved.view(rows, heads, keep, states.shape[3]))
     if isinstance(layer, DynamicIndexedLayer):
         _move_index(layer, index)
+    if isinstance(layer, TextLayer):  # its masks say which columns are padding
+        layer.values = layer.values.masked_fill(_repeated(index)[:, None, :, None], 0)
 
 
 def _move_index(layer: DynamicIndexedLayer, index: torch.Tensor) -> None:
     """Take the columns `index` `[B, keep]` of what a layer keeps beside its keys; repeated ones are padding."""
     if layer.indexer_keys is not None:  # [B, stored, D]; zeros also where it says which columns are padding
-        padding = torch.nn.functional.pad(index.diff(dim=1) == 0, (0, 1))
         moved = layer.indexer_keys.take_along_dim(index[..., None], 1)
-        layer.indexer_keys = moved.masked_fill(padding[..., None], 0)
+        layer.indexer_keys = moved.masked_fill(_repeated(index)[..., None], 0)
     if (positions := getattr(layer, "indexer_position_ids", None)) is not None:  # [3, B, stored]; 5.17 has none
         layer.indexer_position_ids = positions.take_along_dim(index[None], 2)
+
+
+def _repeated(index: torch.Tensor) -> torch.Tensor:
+    """Which of the columns `index` `[B, keep]` stand for padding: those whose source is taken once more."""
+    return torch.nn.functional.pad(index.diff(dim=1) == 0, (0, 1))
 
 
 def record(cache: Cache) -> Callable[[], None]:
@@ -211,4 +218,5 @@ def _can_drop(layer: Any) -> bool:
     if isinstance(layer, StaticLayer):
         return False
     kinds = [DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind, able in ABLE.items() if "crop" in able]
-    return isinstance(layer, LinearAttentionLayer | RewindableLayer | CountingLayer) or type(layer) in kinds
+    ours = LinearAttentionLayer | RewindableLayer | CountingLayer | TextLayer
+    return isinstance(layer, ours) or type(layer) in kinds

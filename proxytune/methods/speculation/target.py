@@ -64,11 +64,11 @@ class TargetModel:
             attention_mask=mask,
             position_ids=positions,
             adapter_names=self._adapter_names,
-            **self._ensemble.request(),
+            **self._ensemble.request(everyone=True),
         )
         logits = self._ensemble.logits(outputs)
         # The drafting member has logits for K positions: a placeholder fills the last one.
-        return [z if z.shape[1] == new else torch.cat([z, z[:, -1:]], 1) for z in logits]
+        return [z if z.shape[1] == new else torch.cat([z, z[:, -1:]], 1) for z in logits if z is not None]
 
     def with_last(self, logits: list[torch.Tensor], drafter: Drafter, last: torch.Tensor) -> list[torch.Tensor]:
         """Set the drafting member's last position to `last` `[B, 1, V_i]`, the logits after the last draft token."""

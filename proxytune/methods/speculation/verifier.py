@@ -8,7 +8,7 @@ draft tokens before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -19,10 +19,14 @@ from proxytune.generation.sampler import DrawSettings, combined, failure, row_on
 from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.ragged_text import RaggedText
 from proxytune.methods.speculation.round import Proposal, Verification
+from proxytune.models.weighing import picked, weights_on
+from proxytune.ops.combination import Weights
 
 __all__ = ["Accept", "DraftVerifier"]
 
 Accept = Literal["rejection", "coupled"]
+
+Weigh = Callable[[Sequence[torch.Tensor], torch.Tensor], tuple[list[torch.Tensor], Weights]]
 
 
 class DraftVerifier:
@@ -57,19 +61,22 @@ class DraftVerifier:
         return step.tokens[:, 0].to(drafted.device), row
 
     def verify(
-        self, members: Sequence[torch.Tensor], weights: Sequence[float], proposal: Proposal, rows: RowProgress
+        self, members: Sequence[torch.Tensor], weigh: Weigh, proposal: Proposal, rows: RowProgress
     ) -> Verification:
         """Accept or reject the draft tokens, and draw the token after the accepted ones.
 
         Args:
             members: Raw logits of the base and its companions, `[B, K + 1, V_i]`.
-            weights: One per member, the base's first.
+            weigh: From the members' rows `[B · (K + 1), V_i]`, and how many tokens were generated before each, to what
+                `ops.verify` takes.
             proposal: The draft tokens.
             rows: The rows, without the draft tokens.
         """
         s, drafted = self._settings, proposal.tokens
         batch, columns = drafted.shape[0], drafted.shape[1] + 1
-        flat = [row_on(s.place, x.flatten(0, 1)) for x in members]  # [B · (K + 1), V_i]
+        flat, weights = weigh([x.flatten(0, 1) for x in members], self._generated(rows, columns))
+        flat = [row_on(s.place, x) for x in flat]  # [B · (K + 1), V_i]
+        weights = weights_on(s.place, weights)
         flat[0] = flat[0][:, : s.usable]  # a view: ids from `usable` on are cut off, not masked
         logits = scores = None
         if s.plan.before or any(self._wanted):
@@ -94,7 +101,8 @@ class DraftVerifier:
             tokens, accepted = self._matching(flat, weights, drafted, rows)
 
         def why(row: int, column: int, step: int) -> NumericalError:
-            here = ([x.unflatten(0, (batch, columns))[:, column] for x in flat], weights)
+            at = torch.arange(batch) * columns + column
+            here = ([x.unflatten(0, (batch, columns))[:, column] for x in flat], picked(weights, at))
             return failure(here, row, batch, step, bool(s.plan.before), s.impl)
 
         if self._wanted[0]:
@@ -105,7 +113,7 @@ class DraftVerifier:
         )
 
     def _matching(
-        self, flat: list[torch.Tensor], weights: Sequence[float], drafted: torch.Tensor, rows: RowProgress
+        self, flat: list[torch.Tensor], weights: Weights, drafted: torch.Tensor, rows: RowProgress
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Accept draft tokens that equal the undrafted draw; returns tokens `[B, K + 1]` and accepted counts `[B]`."""
         s, (batch, length) = self._settings, drafted.shape
@@ -124,6 +132,12 @@ class DraftVerifier:
         accepted = agree.long().cumprod(1).sum(1)
         after = torch.arange(columns, device=drafted.device) > accepted[:, None]
         return tokens.masked_fill(after, -1), accepted
+
+    @staticmethod
+    def _generated(rows: RowProgress, columns: int) -> torch.Tensor:
+        """`[B · columns]`: tokens that each row has generated before each of its next `columns` ones."""
+        own = rows.texts.lengths  # [B]
+        return (own[:, None] + torch.arange(columns, device=own.device)).flatten()
 
     def _positions(self, rows: RowProgress) -> torch.Tensor:
         """`[B]`, int64: how many tokens each row has, without padding."""

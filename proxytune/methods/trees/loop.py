@@ -30,6 +30,8 @@ from proxytune.methods.trees.checks import Where, refuse_extras, refuse_hidden_s
 from proxytune.methods.trees.frontier import Frontier, RowDraws
 from proxytune.methods.trees.output import TreeOutput, leaves_of, warn_of_shortage
 from proxytune.methods.trees.tree import Branch
+from proxytune.models.weighing import picked
+from proxytune.ops.combination import Weights
 from proxytune.ops.noise import DECISIONS, Noise
 
 __all__ = ["TreeLoop"]
@@ -134,7 +136,7 @@ class TreeLoop(ABC):
         step = 0
         while True:
             model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
-            members, weights = call.ensemble.last_logits(outputs), call.ensemble.weights
+            members, weights = call.ensemble.last_rows(outputs)
             del outputs  # may hold the logits of a whole prompt
             roots = [prompt for prompt, _ in frontier.rows]
             if step == 0 and roots != list(
@@ -143,6 +145,7 @@ class TreeLoop(ABC):
                 input_ids = input_ids.index_select(0, torch.tensor(roots, device=input_ids.device))
                 model_kwargs = selected_rows(model_kwargs, roots, prompts)
                 members = [z.index_select(0, torch.tensor(roots, device=z.device)) for z in members]
+                weights = picked(weights, torch.tensor(roots))
             if sampler is None or chances is None:
                 chances = _noise(frontier, call)
                 sampler = self._sampler(call, members[0], chances.at(chances.position + step))
@@ -186,7 +189,7 @@ class TreeLoop(ABC):
         self,
         sampler: Sampler,
         members: Sequence[torch.Tensor],
-        weights: Sequence[float],
+        weights: Weights,
         input_ids: torch.Tensor,
         frontier: Frontier,
         uniforms: torch.Tensor | None,

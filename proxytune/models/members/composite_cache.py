@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,12 +33,14 @@ from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.layer_kinds import STATES, kinds_of
 from proxytune.models.members.looped import loop_of, with_passes
 from proxytune.models.members.rewind import compresses, make_rewindable, rewindable_layers
+from proxytune.models.members.text_layer import TextLayer
 
 __all__ = [
     "adopt",
     "cached_layers",
     "decoder_config",
     "empty_cache",
+    "idle_in",
     "is_owned",
     "note_members",
     "refuse_outdated",
@@ -50,6 +52,7 @@ __all__ = [
 _OWNER = "_proxytune_owner"
 _FILLED_BY = "_proxytune_filled_by"
 _IMAGES = "_proxytune_images"
+_IDLE = "_proxytune_idle"
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
 
@@ -107,7 +110,15 @@ def is_owned(cache: Cache, owner: str) -> bool:
     return getattr(cache, _OWNER, None) == owner
 
 
-def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahead: bool = False) -> None:
+def adopt(
+    cache: Cache,
+    configs: Sequence[PreTrainedConfig],
+    owner: str,
+    *,
+    ahead: bool = False,
+    texts: bool = False,
+    idle: Collection[int] = (),
+) -> None:
     """Make a cache this model's, or refuse it.
 
     Args:
@@ -115,6 +126,8 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
         configs: The members' text configs, in the order of their layers.
         owner: An id of the composed model; it is written on the cache and kept by copies of it.
         ahead: Whether some members have run ahead of the others, as drafts do.
+        texts: Whether an empty cache gets a text layer as well (`proxytune.models.members.text_layer`).
+        idle: The members that do not run now, since their weight is 0. Their layers stay empty for the cache's life.
 
     Raises:
         CacheError: If the cache holds tokens from another model, or tokens that only some members have seen; or if its
@@ -128,6 +141,16 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
             remedy=f"Pass the {CACHE} that this model returned, or none.",
         )
     if is_owned(cache, owner):
+        if not _filled(cache):
+            setattr(cache, _IDLE, frozenset(idle))
+        asleep = idle_in(cache)
+        if not asleep <= {*idle}:
+            raise CacheError.of(
+                CACHE,
+                expected="a cache that all members with a weight have read",
+                got=f"one that was filled while {len(asleep - {*idle})} of them had the weight 0, and did not run",
+                remedy="Start without it.",
+            )
         if not ahead:
             _refuse_torn(cache, configs)
         return
@@ -161,8 +184,24 @@ def adopt(cache: Cache, configs: Sequence[PreTrainedConfig], owner: str, *, ahea
             got=f"a {type(cache).__name__}, and {', '.join(states)} layers",
             remedy="Leave out cache_implementation.",
         )
+    if texts:
+        if type(cache) is not DynamicCache:
+            raise CacheError.of(
+                CACHE,
+                expected="a DynamicCache, for members with a prompt of their own",
+                got=f"a {type(cache).__name__}",
+                remedy="Leave out cache_implementation.",
+            )
+        cache.layers.append(TextLayer())
     setattr(cache, _OWNER, owner)
+    setattr(cache, _IDLE, frozenset(idle))
     vars(cache).pop(_FILLED_BY, None)
+
+
+def idle_in(cache: Cache) -> frozenset[int]:
+    """The members that a cache holds nothing of, since they had no weight when it was filled."""
+    found: frozenset[int] = getattr(cache, _IDLE, frozenset())
+    return found
 
 
 def _fill(cache: Cache, parts: Iterable[tuple[Cache, PreTrainedConfig]]) -> None:
@@ -276,6 +315,11 @@ def _refuse_torn(cache: Cache, configs: Sequence[PreTrainedConfig]) -> None:
         delattr(cache, _IMAGES)  # it was reset
     # Static layers have their length on the device; reading it would make the host wait in every step.
     apart = {id(cache.layers[i]) for i in _cross_attention(configs)}
+    asleep, start = idle_in(cache), 0
+    for i, config in enumerate(configs):
+        stop = start + cached_layers(config)
+        apart |= {id(layer) for layer in cache.layers[start:stop]} if i in asleep else set()
+        start = stop
     layers = [layer for layer in stored(cache) if id(layer) not in apart]
     counts = [layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")]
     lengths = {n for n in counts if isinstance(n, int)}

@@ -50,13 +50,13 @@ class EncoderDecoderMember(Member):
 
     encoder_decoder = True
 
-    def __init__(self, model: PreTrainedModel, role: str) -> None:
-        """Check that the model can take part.
+    def __init__(self, model: PreTrainedModel, role: str, **state: Any) -> None:
+        """Check that the model can take part; arguments as for `Member`.
 
         Raises:
             UnsupportedModelError: If it is decoder-only, takes no cache, or reads other than text.
         """
-        super().__init__(model, role)
+        super().__init__(model, role, **state)
         inner = innermost(model)
         if self.whole_text is not None:
             raise UnsupportedModelError.of(

@@ -6,7 +6,7 @@ host work happens while the device is busy with the base. Members on different d
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -44,30 +44,32 @@ def run_members(
     logits_to_keep: int | torch.Tensor,
     latent: LatentInputs,
     precomputed: Mapping[str, torch.Tensor],
-    text: Text | None = None,
+    texts: Mapping[str, Text] | None = None,
+    idle: Collection[str] = (),
     sides: CompanionStreams | None = None,
     thread: SideThread | None = None,
-) -> list[torch.Tensor]:
+) -> list[torch.Tensor | None]:
     """Run every member over the tokens that follow the composite cache, with arguments as in `Member.forward`.
 
     `spans` is each member's first layer in the cache and one past its last. `precomputed` maps a role to `[B, J, V_i]`,
-    logits of the first J ≤ N tokens, which that member's layers already hold; it does not run. `text` is what the
-    companions read, if it is not what the base reads. `sides` are side streams for companions on a GPU and `thread` a
+    logits of the first J ≤ N tokens, which that member's layers already hold; it does not run. `texts` maps a role to what
+    that member reads, if it is not what the base reads; `idle` are the roles that do not run. `sides` are side streams for companions on a GPU and `thread` a
     side thread on a CPU; None runs the members in order.
 
     Returns:
-        Raw logits of each member, `[B, K, V_i]`, in its dtype and on its device.
+        Raw logits of each member, `[B, K, V_i]`, in its dtype and on its device; None for one that is idle.
     """
-    running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in precomputed]
+    still = {*precomputed, *idle}
+    running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in still]
     works, parts = [], []
-    of_base = Text(input_ids, attention_mask, position_ids)
+    of_base, own = Text(input_ids, attention_mask, position_ids), texts or {}
     for member, span, fed in running:
         part = None if cache is None else view(cache, *span)
         parts.append(part)
         works.append(
             partial(
                 member.forward,
-                **(of_base if text is None or member is members[0] else text)._asdict(),
+                **own.get(member.role, of_base)._asdict(),
                 cache=part,
                 logits_to_keep=logits_to_keep,
                 latent=fed,
@@ -87,9 +89,9 @@ def run_members(
                 if i == 0 or member.step is not None:
                     computed.append(work())
                 else:
-                    reads = chain(text or of_base, (fed or {}).values(), tensors_of(part))
+                    reads = chain(own.get(member.role, of_base), (fed or {}).values(), tensors_of(part))
                     computed.append(fork.run(member.role, member.device, work, reads))
     by_role = dict(precomputed) | {
         member.role: logits for (member, _, _), logits in zip(running, computed, strict=True)
     }
-    return [by_role[member.role] for member in members]
+    return [by_role.get(member.role) for member in members]

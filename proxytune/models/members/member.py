@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
@@ -120,8 +120,10 @@ class Member:
     """A causal LM with a role in the composition.
 
     Attributes:
-        role: `"base"`, `"expert"` or `"antiexpert"`.
+        role: `"base"`, or a companion's, such as `"expert"`.
         model: The causal LM.
+        adapter: The state of its adapters: None as it is, False all off, or a name.
+        own_prompt: Whether it reads a prompt of its own.
         rows: How many ids it can embed.
         context: The maximum number of positions; None if its config names none.
         switch: Beyond how many tokens a long-rope model has other frequencies; None for other models.
@@ -135,12 +137,21 @@ class Member:
 
     encoder_decoder = False
 
-    def __init__(self, model: PreTrainedModel, role: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        role: str,
+        *,
+        adapter: str | Literal[False] | None = None,
+        own_prompt: bool = False,
+    ) -> None:
         """Check that the model can take part.
 
         Args:
             model: A decoder-only causal LM of transformers, or a PEFT model around one.
             role: Its role, for messages.
+            adapter: The state of its adapters: None as it is, False all off, or a name.
+            own_prompt: Whether it reads a prompt of its own.
 
         Raises:
             UnsupportedModelError: If it is an encoder-decoder, or has layers of a kind that is not known.
@@ -151,6 +162,8 @@ class Member:
         _refuse_unsupported(model, role, self.encoder_decoder)
         self.role = role
         self.model = model
+        self.adapter = adapter
+        self.own_prompt = own_prompt
         self.rows = embedding_rows(model)
         text_config = model.config.get_text_config(decoder=True)
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)

@@ -1,0 +1,155 @@
+"""A formula over a model's members: from their rows of logits to the weights of `ops.step`.
+
+Roles that are the same member (model, prompt and adapter alike) are one here, with their weights added. A plain shift
+gives plain numbers. Schedules, gates, log-probabilities and masks give tensors, measured on the members' full rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from proxytune import ops
+from proxytune.errors import InputError
+from proxytune.formulas.base import Term, terms_of
+from proxytune.formulas.schedules import Schedule, Strength, strength_at
+from proxytune.ops.combination import Combination, Weights
+
+__all__ = ["Weighing", "picked", "weights_on"]
+
+
+class Weighing:
+    """What a formula makes of the members' rows.
+
+    Attributes:
+        numbers: One weight per member, the base's first; of schedules, at the first generated token.
+        scheduled: Whether weights depend on how many tokens were generated.
+        gate: Where the shift applies; None for everywhere.
+        needed: For each member, whether it has to run: a term of weight 0 does not, unless a mask looks at it.
+        plain: Whether the numbers are all there is to it.
+    """
+
+    def __init__(self, formula: Any, index: Mapping[str, int]) -> None:
+        """Bind a formula to members; `index` is role → member.
+
+        Raises:
+            InputError: If one member's logits and log-probabilities are both in the sum.
+        """
+        count = max(index.values()) + 1
+        self._weights: list[Strength] = [0.0] * count
+        logs: dict[int, bool] = {}
+        for term in terms_of(formula):
+            i = index[term.member]
+            self._weights[i] = self._weights[i] + term.weight
+            if logs.setdefault(i, term.log) != term.log:
+                raise _mixed(term)
+        self.numbers = tuple(w.first if isinstance(w, Schedule) else w for w in self._weights)
+        self.scheduled = any(isinstance(w, Schedule) for w in self._weights)
+        self._logs = [i for i, log in sorted(logs.items()) if log]
+        self.gate = getattr(formula, "gate", None)
+        mask = getattr(formula, "mask", None)
+        self._mask = mask
+        self._masked_by = None if mask is None else index[mask.of]
+        self.needed = tuple(
+            i == 0 or i == self._masked_by or isinstance(w, Schedule) or w != 0.0 for i, w in enumerate(self._weights)
+        )
+        self.plain = not (self.scheduled or self._logs or self.gate or mask)
+
+    def __call__(
+        self, rows: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], Weights]:
+        """The rows of the members that ran, and their weights.
+
+        Args:
+            rows: Raw logits `[N, V_i]` of each member, whole rows; None for one that did not run.
+            generated: `[N]`, int64: how many tokens were generated before each row's; needed by schedules.
+        """
+        here = [i for i, x in enumerate(rows) if x is not None]
+        found = [x for x in rows if x is not None]
+        if self.plain:
+            return found, tuple(self.numbers[i] for i in here)
+        base, count, device = found[0], len(found[0]), found[0].device
+        weights: Sequence[float] | torch.Tensor = [self.numbers[i] for i in here]
+        if self.scheduled:
+            at = torch.zeros(count, dtype=torch.int64, device=device) if generated is None else generated.to(device)
+            weights = torch.stack([strength_at(self._weights[i], at) for i in here], -1)  # [N, M]
+        offsets = floors = None
+        if logs := [n for n, i in enumerate(here) if i in self._logs]:
+            columns = [ops.log_normalisers(x).to(device) if n in logs else None for n, x in enumerate(found)]
+            zero = torch.zeros(count, device=device)
+            offsets = torch.stack([zero if x is None else x for x in columns], -1)  # [N, M]
+        if self._masked_by is not None and self._masked_by in here:
+            x = found[here.index(self._masked_by)]
+            of = (
+                ops.floor_of_top(x, self._mask.share) if self._mask.share else ops.floor_of_nucleus(x, self._mask.top_p)
+            )
+            floors = of.to(device)  # [N]
+        if self.gate is not None:
+            shut = ~self.open(base)[:, None]  # [N, 1]
+            if not isinstance(weights, torch.Tensor):
+                weights = torch.tensor([weights], dtype=torch.float32, device=device)
+            alone = torch.tensor([1.0] + [0.0] * (len(found) - 1), device=device)
+            weights = torch.where(shut, alone, weights).contiguous()
+            floors = None if floors is None else floors.masked_fill(shut[:, 0], -torch.inf)
+        by = here.index(self._masked_by) if floors is not None and self._masked_by is not None else 0
+        return found, Combination(weights, offsets, floors, by)
+
+    def combined(self, members: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None) -> torch.Tensor:
+        """The combined logits `[B, K, V]`, float32, of members' `[B, K, V_i]`; `generated` is `[B, K]`."""
+        if self.plain and self.numbers[0] == 1.0:
+            ran = [i for i, x in enumerate(members) if x is not None]
+            found = [x for x in members if x is not None]
+            return ops.combine(found, [self.numbers[i] for i in ran[1:]])
+        flat = [None if x is None else x.flatten(0, 1) for x in members]
+        rows, weights = self(flat, None if generated is None else generated.flatten())
+        if not isinstance(weights, Combination):
+            weights = Combination(weights)
+        base = members[0]
+        assert base is not None
+        return ops.combine(rows, weights).view(*base.shape[:2], -1)
+
+    def open(self, base: torch.Tensor) -> torch.Tensor:
+        """`[N]`, bool: where the gate is open, from the base's raw logits `[N, V]`; everywhere without a gate."""
+        if self.gate is None:
+            return torch.ones(len(base), dtype=torch.bool, device=base.device)
+        if self.gate.entropy is not None:
+            entropy = ops.step([base], want=("entropy",)).entropy
+            assert entropy is not None
+            return entropy > self.gate.entropy
+        raised = base.amax(-1).float() - ops.log_normalisers(base)
+        return raised.exp() < self.gate.top1
+
+
+def weights_on(place: torch.device, weights: Weights) -> Weights:
+    """Weights for rows on a device."""
+    if isinstance(weights, torch.Tensor):
+        return weights.to(place)
+    if not isinstance(weights, Combination):
+        return weights
+    moved = [
+        x.to(place) if isinstance(x, torch.Tensor) else x for x in (weights.weights, weights.offsets, weights.floors)
+    ]
+    return Combination(*moved, weights.floored_by)  # type: ignore[arg-type]
+
+
+def picked(weights: Weights, index: torch.Tensor) -> Weights:
+    """Weights of the rows `index`, int64 `[N]`."""
+    if isinstance(weights, torch.Tensor):
+        return weights.index_select(0, index.to(weights.device))
+    if not isinstance(weights, Combination):
+        return weights
+    tensor = next((x for x in (weights.weights, weights.offsets, weights.floors) if isinstance(x, torch.Tensor)), index)
+    return weights.pick(index.to(tensor.device))
+
+
+def _mixed(term: Term) -> InputError:
+    error = InputError.of(
+        "formula",
+        expected="logits or log-probabilities of a member",
+        got=f"both of the member that is the {term.member}: two roles are the same model, prompt and adapter",
+        remedy="Use log-probabilities, or logits, in all of the formula.",
+    )
+    assert isinstance(error, InputError)
+    return error
