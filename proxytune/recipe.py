@@ -37,7 +37,8 @@ An `id` is a hub id or a folder. A relative folder is first looked for next to t
 recipe and its models can be moved; `save_pretrained` writes folders in or beside the recipe's as relative ones. Unknown
 keys are refused, so that a misspelt one is not ignored.
 
-A member that carries an adapter names its folder or hub id as `adapter`. A member may have a `load`: the arguments of `from_pretrained` that decide which model it is (`LOAD_KEYS`), e.g.
+A member that carries an adapter names its folder or hub id as `adapter`. A member may have a `load`: the arguments of
+`from_pretrained` that decide which model it is (`LOAD_KEYS`), e.g.
 `{"id": "models", "revision": null, "load": {"gguf_file": "large.Q4_K_M.gguf"}}`. Its `trust_remote_code` says that the
 member has code of its own; that code runs only as `ProxyTunedModel.from_pretrained` tells.
 """

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 import proxytune
 from proxytune.errors import RecipeError
-from proxytune.formulas.registry import FORMULAS
+from proxytune.formulas import DExperts, EmulatedFineTuning, ProxyTuning, View
 from proxytune.models.config import load_recipe
 from proxytune.recipe import FORMAT_VERSION, RECIPE_FILE, ROLES, MemberRef, Recipe
 
 PLAIN: dict[str, Any] = {
-    "format_version": 1,
+    "format_version": 2,
     "base": {"id": "org/large", "revision": None},
     "expert": {"id": "org/small-tuned", "revision": "v2"},
     "antiexpert": {"id": "org/small", "revision": None},
@@ -34,7 +34,7 @@ recipes = st.builds(
     base=references,
     expert=references,
     antiexpert=references,
-    formula=st.sampled_from(sorted(FORMULAS)),
+    formula=st.sampled_from([f.name for f in (ProxyTuning, DExperts, EmulatedFineTuning)]),
     alpha=st.floats(allow_nan=False, allow_infinity=False),
 )
 
@@ -71,6 +71,31 @@ def test_the_file_is_small_text_that_a_person_can_edit() -> None:
         Recipe(**{role: MemberRef("x") for role in ROLES}, alpha=float("nan")).dumps()
 
 
+def test_a_recipe_of_version_1_is_read() -> None:
+    assert Recipe.from_json(PLAIN | {"format_version": 1}) == Recipe.from_json(PLAIN)
+
+
+def test_other_members_views_schedules_and_settings_come_back() -> None:
+    data = {
+        "format_version": 2,
+        "base": {"id": "org/large", "revision": None},
+        "expert": {"id": "org/small", "revision": None, "adapter": "org/lora"},
+        "antiexpert": {"of": "expert", "adapter": False},
+        "formula": "base + 0.5 * (expert - antiexpert) - 0.2 * (no_context - base)",
+        "alpha": "linear(1, 0, 64)",
+        "members": {"no_context": {"of": "base", "prompt": {"without": ["<context>", "</context>"]}}},
+        "settings": {"gate": {"entropy": 0.1}, "plausible": {"of": "base", "share": 0.1}},
+        "evidence": {"items": 40},
+    }
+    recipe = Recipe.from_json(data)
+    assert json.loads(recipe.dumps()) == data
+    assert recipe.antiexpert == View("expert", adapter=False)
+    assert recipe.members.keys() == {"base", "expert"}
+    formula = recipe.made_formula()
+    assert formula.roles == ("expert", "antiexpert", "no_context")
+    assert formula.gate.entropy == formula.mask.share == 0.1
+
+
 def test_a_bare_string_is_an_id() -> None:
     recipe = Recipe.from_json(PLAIN | {"expert": "org/other"})
     assert recipe.expert == MemberRef("org/other", None)
@@ -86,26 +111,44 @@ def test_a_bare_string_is_an_id() -> None:
         (None, "recipe: expected a JSON object; got NoneType"),
         ("proxy-tuning", "recipe: expected a JSON object; got str"),
         # The version is told before anything else: a newer format may have other keys.
-        (without("format_version"), "recipe format_version: expected a whole number from 1 to 1; got None"),
-        (PLAIN | {"format_version": "1"}, "recipe format_version: expected a whole number from 1 to 1; got '1'"),
-        (PLAIN | {"format_version": 1.0}, "recipe format_version: expected a whole number from 1 to 1; got 1.0"),
-        (PLAIN | {"format_version": True}, "recipe format_version: expected a whole number from 1 to 1; got True"),
-        (PLAIN | {"format_version": 0}, "recipe format_version: expected a whole number from 1 to 1; got 0"),
+        (without("format_version"), "recipe format_version: expected a whole number from 1 to 2; got None"),
+        (PLAIN | {"format_version": "1"}, "recipe format_version: expected a whole number from 1 to 2; got '1'"),
+        (PLAIN | {"format_version": 1.0}, "recipe format_version: expected a whole number from 1 to 2; got 1.0"),
+        (PLAIN | {"format_version": True}, "recipe format_version: expected a whole number from 1 to 2; got True"),
+        (PLAIN | {"format_version": 0}, "recipe format_version: expected a whole number from 1 to 2; got 0"),
         (
-            {"format_version": 2, "temperature": 1},
-            "recipe format_version: expected at most 1, the newest that this version of proxytune reads; got 2. "
+            {"format_version": 3, "temperature": 1},
+            "recipe format_version: expected at most 2, the newest that this version of proxytune reads; got 3. "
             "Upgrade proxytune.",
         ),
         # Keys: unknown ones all at once, then missing ones all at once.
         (PLAIN | {"Alpha": 1, "topk": 2}, "recipe: expected only the keys format_version, base, expert, antiexpert, "),
         (PLAIN | {"Alpha": 1, "topk": 2}, "got unknown 'Alpha', 'topk'. Remove or correct them"),
-        (without("alpha"), "; got no alpha. Add them."),
+        (without("alpha") | {"format_version": 1}, "; got no alpha. Add them."),
+        (without("expert"), "recipe: expected a member for each role of the formula 'proxy-tuning'; got no expert."),
+        (PLAIN | {"format_version": 1, "members": {}}, "got unknown 'members'"),
+        (PLAIN | {"members": []}, "recipe key 'members': expected an object of members by role, other than base, "),
+        (PLAIN | {"members": {"base": "x"}}, "got ['base']. Write e.g."),
+        (PLAIN | {"members": {"x": {"of": "base", "promt": 1}}}, "expected only the keys of, prompt, adapter; got "),
+        (
+            PLAIN | {"settings": {"share": 0.1}},
+            "settings of the formula 'proxy-tuning': expected settings that it has;",
+        ),
+        (PLAIN | {"settings": {"gate": {"entropy": -1}}}, "entropy of a Gate: expected a finite number of nats ≥ 0"),
+        (PLAIN | {"settings": 3}, "recipe key 'settings': expected an object; got 3"),
         ({"format_version": 1, "alpha": 1}, "; got no base, expert, antiexpert, formula. Add them."),
+        (
+            {"format_version": 2, "alpha": 1},
+            "recipe: expected the keys format_version, base, formula; got no base, formula.",
+        ),
         # The formula; also of types that cannot be looked up in a dictionary.
-        (PLAIN | {"formula": "dexperts"}, "recipe key 'formula': expected one of proxy-tuning; got 'dexperts'"),
-        (PLAIN | {"formula": None}, "recipe key 'formula': expected one of proxy-tuning; got None"),
-        (PLAIN | {"formula": ["proxy-tuning"]}, "recipe key 'formula': expected one of proxy-tuning; got ['proxy"),
-        (PLAIN | {"formula": {}}, "recipe key 'formula': expected one of proxy-tuning; got {}"),
+        (PLAIN | {"formula": "damped"}, "recipe key 'formula': expected one of proxy-tuning, "),
+        (PLAIN | {"formula": None}, "recipe key 'formula': , or a sum such as 'base + 0.5*(math - small)'; got None"),
+        (
+            PLAIN | {"formula": ["proxy-tuning"]},
+            "recipe key 'formula': , or a sum such as 'base + 0.5*(math - small)'; got ['proxy",
+        ),
+        (PLAIN | {"formula": {}}, "recipe key 'formula': , or a sum such as 'base + 0.5*(math - small)'; got {}"),
         # α: what JSON can hold and α cannot be.
         (PLAIN | {"alpha": "0.5"}, "recipe key 'alpha': alpha: expected a finite number"),
         (PLAIN | {"alpha": None}, "; got None. Pass e.g. alpha=1.0."),
@@ -116,7 +159,7 @@ def test_a_bare_string_is_an_id() -> None:
         (PLAIN | {"base": ["org/large"]}, "recipe key 'base': expected a string or an object with an id; got list"),
         (
             PLAIN | {"expert": {"id": "x", "rev": "v1"}},
-            "recipe key 'expert': expected only the keys id, revision, load; ",
+            "recipe key 'expert': expected only the keys id, revision, load, adapter; ",
         ),
         (PLAIN | {"expert": {"id": "x", "rev": "v1"}}, "got unknown 'rev'."),
         (

@@ -106,7 +106,7 @@ def _at_first(weight: Strength) -> float:
 
 def terms_of(formula: Any) -> tuple[Term, ...]:
     """The terms of a formula, the base first; one that says only `roles` and `weights()` adds to a base of weight 1."""
-    if isinstance(formula, Formula):
+    if isinstance(formula, Formula) and type(formula).weights is Formula.weights:
         return formula.terms()
     pairs = zip(formula.roles, formula.weights(), strict=True)
     return (Term("base", 1.0), *(Term(role, weight) for role, weight in pairs))

@@ -53,7 +53,7 @@ def made(name: str, alpha: Any, settings: Mapping[str, Any]) -> Formula:
     Raises:
         InputError: If there is no such formula or setting, or a value is out of range.
     """
-    strength = parse_strength(alpha) if isinstance(alpha, str) else alpha
+    strength = parse_strength(alpha) if isinstance(alpha, str) and "(" in alpha else alpha
     given = dict(settings)
     try:
         if isinstance(given.get("gate"), Mapping):

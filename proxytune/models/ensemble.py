@@ -81,7 +81,7 @@ class Ensemble:
         return {"return_member_logits": True, "every_member": everyone or None} if self.composed else {}
 
     def logits(self, outputs: Any) -> list[torch.Tensor | None]:
-        """Each member's raw logits, `[B, K, V_i]`, from a forward pass called with `request()`; None if it did not run."""
+        """Each member's raw logits, `[B, K, V_i]`, from a pass called with `request()`; None if it did not run."""
         return list(outputs.member_logits) if self.composed else [outputs.logits]
 
     def last_logits(self, outputs: Any) -> list[torch.Tensor | None]:
@@ -98,7 +98,7 @@ class Ensemble:
     def weigh(
         self, rows: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], Weights]:
-        """Members' whole rows `[N, V_i]` and their weights; `generated` is `[N]`, tokens generated before each row's."""
+        """Members' whole rows `[N, V_i]` and their weights; `generated` is `[N]`, the tokens generated before."""
         if self.weighing is None:
             return [x for x in rows if x is not None], (1.0,)
         if generated is not None and rows[0] is not None:

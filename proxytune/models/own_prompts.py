@@ -263,7 +263,7 @@ def _missing(roles: Sequence[str], prompts: Any) -> InputError:
         "prompts",
         expected=f"a prompt for each member that reads its own: {', '.join(roles)}",
         got=given,
-        remedy=f"Call generate(..., prompts={{{roles[0] if roles else 'role'!r}: tokenizer(text, return_tensors='pt')}}).",
+        remedy=f"Call generate(…, prompts={{{(roles or ['role'])[0]!r}: tokenizer(text, return_tensors='pt')}}).",
     )
     assert isinstance(error, InputError)
     return error

@@ -107,7 +107,8 @@ class SavedAsRecipe:
             raise RecipeError.of(
                 "save_pretrained",
                 expected="an expert and an antiexpert from different places",
-                got=f"{getattr(recipe.expert, 'id', recipe.expert)!r} for both, though they are two models; one was probably tuned in memory",
+                got=f"{getattr(recipe.expert, 'id', recipe.expert)!r} for both, though they are two models; one was "
+                "probably tuned in memory",
                 remedy="Save the tuned one with its own save_pretrained, and wrap the folder.",
             )
         if not is_kept(self.formula):

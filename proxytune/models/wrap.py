@@ -19,7 +19,7 @@ from proxytune.models.end_tokens import stop_composed
 from proxytune.models.loading import open_members
 from proxytune.models.model import ProxyTunedModel
 from proxytune.models.roles import refuse_no_shift
-from proxytune.recipe import EndTokens, Recipe
+from proxytune.recipe import ROLES, EndTokens, Recipe
 from proxytune.validation import shown
 
 __all__ = ["sources_of", "wrap"]
@@ -41,7 +41,7 @@ def wrap(
     self_test: bool = True,
     **from_pretrained: Any,
 ) -> ProxyTunedModel:
-    """Compose a large frozen model with others: `z_base + α (z_expert − z_antiexpert)` (arXiv 2401.08565), or a formula.
+    """Compose a large frozen model with small ones: `z_base + α (z_expert − z_antiexpert)`, or another formula.
 
     Args:
         base: The large model: a model object, a hub id or a folder. Its weights are not changed. A vision-language
@@ -85,7 +85,8 @@ def wrap(
     chosen = check_formula(_formula(formula, alpha, gate))
     given = members if isinstance(members, Mapping) else {}
     arguments = {role: value for role, value in given.items() if isinstance(value, Mapping)}
-    named = {role: value for role, value in given.items() if not isinstance(value, Mapping)}
+    named = {role: value for role, value in given.items() if role not in arguments}
+    refuse_places(named)
     sources = sources_of(chosen, base, {"expert": expert, "antiexpert": antiexpert}, named)
     views = {role: source for role, source in sources.items() if isinstance(source, View)}
     loaded = {role: source for role, source in sources.items() if role not in views}
@@ -123,18 +124,17 @@ def sources_of(
     Raises:
         InputError: If a role has no member, or a member no role.
     """
-    twice = sorted(role for role, source in usual.items() if source is not None and role in named)
-    strange = sorted({role for role, source in usual.items() if source is not None} - {*formula.roles})
-    strange += sorted(
-        {*named} - {*formula.roles} - {source.of for source in named.values() if isinstance(source, View)}
+    viewed = {source.of for source in (*usual.values(), *named.values()) if isinstance(source, View)}
+    strange = sorted(
+        r for r, source in (*usual.items(), *named.items()) if source is not None and r not in formula.roles
     )
-    if twice or strange:
-        role = (twice or strange)[0]
+    if strange := [role for role in strange if role not in viewed]:
+        role = strange[0]
         raise InputError.of(
             f"the {role}",
-            expected="one member for each role" if twice else f"a role of the formula: {', '.join(formula.roles)}",
-            got="two members" if twice else f"{shown(named.get(role, usual.get(role)), 80)}",
-            remedy="Leave one out." if twice else "Leave it out, or name it in the formula.",
+            expected=f"a role of the formula: {', '.join(formula.roles)}",
+            got=shown(named.get(role, usual.get(role)), 80),
+            remedy="Leave it out, or name it in the formula.",
         )
     sources: dict[str, Any] = {"base": base}
     for role in dict.fromkeys((*(r for r in usual if r in formula.roles), *formula.roles, *named)):
@@ -146,10 +146,22 @@ def sources_of(
                 f"the {role}",
                 expected=f"a member for each role of the formula: {', '.join(formula.roles)}",
                 got="None",
-                remedy=remedy.format(role),
+                remedy=f"Pass members={{{role!r}: …}}.",
             )
         sources[role] = source
     return sources
+
+
+def refuse_places(named: Mapping[str, Any]) -> None:
+    """Refuse members of the roles that have arguments of their own: `members=` has load arguments for those."""
+    for role in ROLES:
+        if role in named:
+            raise InputError.of(
+                "members",
+                expected="for each role a mapping of arguments of from_pretrained, or for a role of other name a model",
+                got=shown({role: named[role]}, 80),
+                remedy=f"Pass the {role} as {role}=.",
+            )
 
 
 def _formula(formula: Any, alpha: Any, gate: Any) -> Any:

@@ -52,9 +52,9 @@ def run_members(
     """Run every member over the tokens that follow the composite cache, with arguments as in `Member.forward`.
 
     `spans` is each member's first layer in the cache and one past its last. `precomputed` maps a role to `[B, J, V_i]`,
-    logits of the first J ≤ N tokens, which that member's layers already hold; it does not run. `texts` maps a role to what
-    that member reads, if it is not what the base reads; `idle` are the roles that do not run. `sides` are side streams for companions on a GPU and `thread` a
-    side thread on a CPU; None runs the members in order.
+    logits of the first J ≤ N tokens, which that member's layers already hold; it does not run. `texts` maps a role to
+    what that member reads, if it is not what the base reads; `idle` are the roles that do not run. `sides` are side
+    streams for companions on a GPU and `thread` a side thread on a CPU; None runs the members in order.
 
     Returns:
         Raw logits of each member, `[B, K, V_i]`, in its dtype and on its device; None for one that is idle.
