@@ -13,9 +13,11 @@ more, as with top-p without top-k on a flat row, each step of a bisection reads 
 
 Arguments that many kernels share:
 
-- `logits`: (members, strides, widths, weights): M pointers to rows of logits, the base first; their row strides in
-  elements; their numbers of columns (past the base's, the result is −inf); the weights, a pointer to float32 `[B, M]`
-  with `PER_ROW`, else a tuple of M numbers.
+- `logits`: (members, strides, widths, weights, offsets, floors): M pointers to rows of logits, the base first; their
+  row strides in elements; their numbers of columns (past the base's, the result is −inf); the weights, a pointer to
+  float32 `[B, M]` with `PER_ROW`, else a tuple of M numbers; what is subtracted from each member's logits, a pointer to
+  float32 `[B, M]`, or None; the least logit that is allowed, a pointer to float32 `[B]`, or None. With floors, members,
+  strides and widths have one more: the member whose logit that is.
 - `temperature`, `fork_temperature`, `fork_threshold` (nats), `top_p`, `log_min_p`: float32 `[B]`; `top_k`: int32 `[B]`.
   Off: top_k = 0, top_p = 1, log_min_p = −inf.
 - `seed`, `stream`, `position`, `branch`: int64 `[B]`, the noise keys of `proxytune.ops.noise` (`stream` is its `row`).
@@ -31,6 +33,6 @@ Arguments that many kernels share:
 
 from __future__ import annotations
 
-from proxytune_kernels.launch import GROUP, TILE, mix, step, verify
+from proxytune_kernels.launch import GROUP, TILE, mix, nucleus, step, verify
 
-__all__ = ["GROUP", "TILE", "mix", "step", "verify"]
+__all__ = ["GROUP", "TILE", "mix", "nucleus", "step", "verify"]

@@ -16,7 +16,7 @@ NAN = tl.constexpr(float("nan"))
 
 @triton.jit
 def resolve(
-    members, strides, widths, weights,
+    members, strides, widths, weights, offsets, floors,
     temperature, fork_temperature, fork_threshold, top_k, top_p, log_min_p, seed, stream, position, branch,
     part, groups, live_groups, block_z, block_ids,
     statistics, argmax, kept, fork, tokens, logprobs, draw_logprobs, keys,
@@ -40,7 +40,7 @@ def resolve(
     SAMPLE: draw. FORK: the temperature depends on the entropy. TRUNCATED: some row has top-k, top-p or min-p.
     """
     row = tl.program_id(0).to(tl.int64)
-    logits = (members, strides, widths, weights)
+    logits = (members, strides, widths, weights, offsets, floors)
     BLOCK: tl.constexpr = PER_READ * GROUP
     work = (live_groups + row * n_groups, block_z + row * BLOCK, block_ids + row * BLOCK)
     t = tl.arange(0, TILES_PADDED)

@@ -38,7 +38,7 @@ def logprobs(law, z):
 
 @triton.jit
 def laws_of(
-    members, strides, widths, weights,
+    members, strides, widths, weights, offsets, floors,
     temperature, fork_temperature, fork_threshold, top_k, top_p, log_min_p,
     part, groups, live_groups, block_z, block_ids, laws, bounds,
     each, tiles, n_groups,
@@ -80,7 +80,7 @@ def laws_of(
             m = tl.load(log_min_p + text)
             if (k > 0) | (p < 1.0) | (m > float("-inf")):
                 BLOCK: tl.constexpr = PER_READ * GROUP
-                logits = (members, strides, widths, weights)
+                logits = (members, strides, widths, weights, offsets, floors)
                 work = (live_groups + row * n_groups, block_z + row * BLOCK, block_ids + row * BLOCK)
                 least, floor_s, live, count, in_block, parts, kept, total = truncate(
                     logits, work, groups + row * n_groups, row, top, chosen, total, k, p, m,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from proxytune_kernels.measure import FIELDS, steer_tiles
 from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.verify import residue, settle
 
-__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "shape_of_mix", "step", "verify"]
+__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "nucleus", "shape_of_mix", "step", "verify"]
 
 TILE = 1024
 """Columns per tile of K1. It keys the noise, so it is part of the contract and must not be tuned."""
@@ -27,13 +28,14 @@ PER_READ_MIX = 4
 FIRST = 31 << 27
 """The counter's first word for coordinate 0 of a mixture's noise; see `proxytune.ops.noise.slotted`."""
 
+_ALONE = SimpleNamespace(weights=(1.0,), offsets=None, floors=None, floored_by=0)
 _STATISTICS = ("lse", "entropy", "varentropy", "kl", "confidence", "temperature")
 _OF_ROWS = frozenset({"lse", "entropy", "varentropy", "kl", "confidence", "logprobs"})
 
 
 def step(
     members: Sequence[torch.Tensor],
-    weights: torch.Tensor | tuple[float, ...],
+    combination: Any,
     sampling: Any,
     noise: Any,
     draws: int,
@@ -41,8 +43,9 @@ def step(
 ) -> dict[str, torch.Tensor]:
     """Combine, measure and draw: at most two launches, no wait for the device.
 
-    The arguments are those of `proxytune.ops.step`, already checked: `weights` is contiguous float32 `[B, M]` or M
-    numbers, and settings and keys are contiguous. Returns the outputs by name, see `proxytune.ops.StepOutput`.
+    The arguments are those of `proxytune.ops.step`, already checked: `combination` is a `proxytune.ops.Combination` of
+    contiguous tensors, and settings and keys are contiguous. Returns the outputs by name, see
+    `proxytune.ops.StepOutput`.
     """
     base = members[0]
     rows, width = base.shape
@@ -50,7 +53,7 @@ def step(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device and its stream, whatever device the tensors are on.
         with torch.cuda.device(device):
-            return step(members, weights, sampling, noise, draws, want)
+            return step(members, combination, sampling, noise, draws, want)
     tiles = triton.cdiv(width, TILE)
     n_groups = tiles * (TILE // GROUP)
     sample = sampling is not None
@@ -68,13 +71,13 @@ def step(
     scores = new(rows, width) if "scores" in want else part
     shared = {
         "M": len(members),
-        "PER_ROW": isinstance(weights, torch.Tensor),
+        "PER_ROW": isinstance(combination.weights, torch.Tensor),
         "TILE": TILE,
         "GROUP": GROUP,
         "FIELDS": len(FIELDS),
     }
     flags = {"RAW": raw, "MOMENTS": moments, "KL": "kl" in want, "LIVE": "kept" in want}
-    read = _read(members, weights)
+    read = _read(members, combination)
     # Unused ones are never read; a pointer has to be given all the same.
     one = part
     temperature = sampling.temperature if sample else one
@@ -120,7 +123,7 @@ def step(
 
 def verify(
     members: Sequence[torch.Tensor],
-    weights: torch.Tensor | tuple[float, ...],
+    combination: Any,
     drafted: torch.Tensor,
     draft: torch.Tensor | None,
     sampling: Any,
@@ -134,22 +137,22 @@ def verify(
     device = drafted.device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            return verify(members, weights, drafted, draft, sampling, noise)
+            return verify(members, combination, drafted, draft, sampling, noise)
     texts, most = drafted.shape
-    target = _laws(members, weights, sampling, most + 1)
+    target = _laws(members, combination, sampling, most + 1)
     given = draft is None
     # Unused ones are never read; a pointer has to be given all the same.
-    proposal = target if draft is None else _laws([draft], (1.0,), sampling, most)
+    proposal = target if draft is None else _laws([draft], _ALONE, sampling, most)
     rows = list(members) if draft is None else [draft]
     read = (
-        *_read(members, weights), *_read(rows[:1], ())[:3],
+        *_read(members, combination), *_read(rows[:1], _ALONE)[:3],
         sampling.top_k, sampling.top_p, sampling.log_min_p, noise.seed, noise.row, noise.position, noise.branch,
     )  # fmt: skip
     of_rows = (target.laws, target.bounds, proposal.laws, proposal.bounds, drafted)
     width, other = members[0].shape[1], rows[0].shape[1]
     tiles = triton.cdiv(width, TILE)
     shared = {
-        "M": len(members), "PER_ROW": isinstance(weights, torch.Tensor), "TILE": TILE,
+        "M": len(members), "PER_ROW": isinstance(combination.weights, torch.Tensor), "TILE": TILE,
         "K_PADDED": triton.next_power_of_2(most + 1), "GIVEN": given, "TRUNCATED": sampling.some_truncated,
     }  # fmt: skip
     masses = torch.empty(texts, tiles, device=device)
@@ -170,15 +173,28 @@ def verify(
     return tokens, accepted
 
 
+def nucleus(x: torch.Tensor, sampling: Any) -> torch.Tensor:
+    """The smallest logit that top-p keeps, float32 `[B]`, for settings with top-p alone at temperature 1.
+
+    NaN in rows with NaN or +inf; −inf in rows of −inf only. Two launches, and no wait for the device.
+    """
+    if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return nucleus(x, sampling)
+    found = _laws([x], _ALONE, sampling, 1)
+    key = found.bounds
+    floor = (key ^ ((key >> 31) & 0x7FFFFFFF)).view(torch.float32)  # as `rows.value_of`
+    top = found.part[:, 0].amax(1)
+    return floor.masked_fill(top == -3.0e38, -torch.inf).masked_fill(top == torch.inf, torch.nan)
+
+
 class _Laws(NamedTuple):
     part: torch.Tensor
     laws: torch.Tensor
     bounds: torch.Tensor
 
 
-def _laws(
-    members: Sequence[torch.Tensor], weights: torch.Tensor | tuple[float, ...], sampling: Any, each: int
-) -> _Laws:
+def _laws(members: Sequence[torch.Tensor], combination: Any, sampling: Any, each: int) -> _Laws:
     """Tile sums and distributions of rows; `each` neighbouring rows have one text's settings."""
     rows, width = members[0].shape
     device = members[0].device
@@ -195,10 +211,10 @@ def _laws(
     part = new(rows, len(FIELDS), tiles)
     groups = new(rows, n_groups) if truncated else part
     shared = {
-        "M": len(members), "PER_ROW": isinstance(weights, torch.Tensor), "GROUP": GROUP, "FIELDS": len(FIELDS),
-        "FORK": forks,
+        "M": len(members), "PER_ROW": isinstance(combination.weights, torch.Tensor), "GROUP": GROUP,
+        "FIELDS": len(FIELDS), "FORK": forks,
     }  # fmt: skip
-    read = _read(members, weights)
+    read = _read(members, combination)
     steer_tiles[(tiles * rows,)](
         *read, spread(sampling.temperature), spread(sampling.fork_temperature) if forks else part, part, groups, part,
         width, min(x.shape[1] for x in members), tiles, width,
@@ -219,8 +235,12 @@ def _laws(
     return _Laws(part, laws, bounds)
 
 
-def _read(members: Sequence[torch.Tensor], weights: Any) -> tuple[Any, ...]:
-    return tuple(members), tuple(x.stride(0) for x in members), tuple(x.shape[1] for x in members), weights
+def _read(members: Sequence[torch.Tensor], combination: Any) -> tuple[Any, ...]:
+    """The kernels' first six arguments."""
+    c = combination
+    read = list(members) if c.floors is None else [*members, members[c.floored_by]]
+    strides, widths = tuple(x.stride(0) for x in read), tuple(x.shape[1] for x in read)
+    return tuple(read), strides, widths, c.weights, c.offsets, c.floors
 
 
 def mix(

@@ -72,7 +72,7 @@ def _tile(
 
 @triton.jit
 def steer_tiles(
-    members, strides, widths, weights, temperature, fork_temperature, part, groups, scores,
+    members, strides, widths, weights, offsets, floors, temperature, fork_temperature, part, groups, scores,
     V, inside, tiles, scores_stride,
     M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, FIELDS: tl.constexpr,
     RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
@@ -87,7 +87,7 @@ def steer_tiles(
     # One grid dimension: the others are limited to 65,535, and a prompt may have more rows.
     tile = tl.program_id(0) % tiles
     row = (tl.program_id(0) // tiles).to(tl.int64)
-    logits = (members, strides, widths, weights)
+    logits = (members, strides, widths, weights, offsets, floors)
     if tile * TILE + TILE <= inside:
         _tile(
             logits, temperature, fork_temperature, part, groups, scores,

@@ -35,13 +35,20 @@ def _weight(weights, row, i: tl.constexpr, M: tl.constexpr, PER_ROW: tl.constexp
 
 
 @triton.jit
+def _offset(offsets, row, i: tl.constexpr, M: tl.constexpr):
+    x = tl.load(offsets + row * M + i)
+    # The normaliser of a row of −inf only is no offset; +inf would silence the member.
+    return tl.where(x == float("-inf"), 0.0, tl.where(x < float("inf"), x, float("nan")))
+
+
+@triton.jit
 def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl.constexpr):
     """The combined logits and the base's own, float32, at columns `cols` (int32) of a row (int64).
 
-    FULL says that all columns are inside every member. NaN or +inf of the base, or of a companion with a weight, comes
-    out as NaN or +inf.
+    FULL says that all columns are inside every member. NaN or +inf of the base, of a companion with a weight, or of the
+    member that the floors look at, comes out as NaN or +inf.
     """
-    members, strides, widths, weights = logits
+    members, strides, widths, weights, offsets, floors = logits
     base = _read(members[0] + row * strides[0], cols, widths[0], FULL)
     silent = base == float("-inf")
     # Companions first, one after the other, then the base: as in `proxytune.formulas.shift.shift`, to the bit.
@@ -51,13 +58,25 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
         w = _weight(weights, row, i, M, PER_ROW)
         x = tl.where(w == 0.0, 0.0, x)  # weight 0 suppresses NaN and infinities
         silent = silent | (x == float("-inf"))
+        if offsets is not None:
+            x -= tl.where(w == 0.0, 0.0, _offset(offsets, row, i, M))
         delta += w * x
     if M > 1:
         # −inf here comes from a companion's +inf under a negative weight; it must not act as a mask.
         delta = tl.where(silent, 0.0, tl.where(delta == float("-inf"), float("nan"), delta))
-    z = _weight(weights, row, 0, M, PER_ROW) * base + delta
+    own = base
+    if offsets is not None:
+        own = base - _offset(offsets, row, 0, M)
+    z = _weight(weights, row, 0, M, PER_ROW) * own + delta
     z = tl.where(base == float("-inf"), float("-inf"), z)
-    return tl.where(base < float("inf"), z, float("nan")), base
+    z = tl.where(base < float("inf"), z, float("nan"))
+    if floors is not None:
+        y = _read(members[M] + row * strides[M], cols, widths[M], FULL)
+        floor = tl.load(floors + row)
+        z = tl.where((y < floor) & (z < float("inf")), float("-inf"), z)
+        z = tl.where(y < float("inf"), z, float("nan"))
+        z = tl.where(floor == floor, z, float("nan"))
+    return z, base
 
 
 @triton.jit

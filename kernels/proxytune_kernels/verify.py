@@ -64,7 +64,7 @@ def _decided(
 
 @triton.jit
 def residue(
-    members, strides, widths, weights, draft, draft_strides, draft_widths,
+    members, strides, widths, weights, offsets, floors, draft, draft_strides, draft_widths,
     top_k, top_p, log_min_p, seed, stream, position, branch,
     laws, bounds, draft_laws, draft_bounds, drafted, masses,
     K, V, V_draft, inside, tiles,
@@ -91,8 +91,8 @@ def residue(
         m = tl.load(log_min_p + text)
         plain = (tl.load(top_k + text) == 0) & (tl.load(top_p + text) == 1.0) & (m == float("-inf"))
     if plain:
-        logits = (members, strides, widths, weights)
-        proposal = (draft, draft_strides, draft_widths, (1.0,))
+        logits = (members, strides, widths, weights, offsets, floors)
+        proposal = (draft, draft_strides, draft_widths, (1.0,), None, None)
         keys = (
             tl.load(seed + text), tl.load(position + text),
             tl.load(stream + text).to(tl.uint32), tl.load(branch + text).to(tl.uint32),
@@ -123,7 +123,7 @@ def residue(
 
 @triton.jit
 def settle(
-    members, strides, widths, weights, draft, draft_strides, draft_widths,
+    members, strides, widths, weights, offsets, floors, draft, draft_strides, draft_widths,
     top_k, top_p, log_min_p, seed, stream, position, branch,
     part, laws, bounds, draft_laws, draft_bounds, drafted, masses, tokens, accepted_out, unread,
     K, V, V_draft, tiles,
@@ -140,8 +140,8 @@ def settle(
     `[B, K + 1]`, and `accepted_out`, int64 `[B]`. `unread`, float32 `[B · (K + 1)]`, receives a draw's other outputs.
     """
     text = tl.program_id(0).to(tl.int64)
-    logits = (members, strides, widths, weights)
-    proposal = (draft, draft_strides, draft_widths, (1.0,))
+    logits = (members, strides, widths, weights, offsets, floors)
+    proposal = (draft, draft_strides, draft_widths, (1.0,), None, None)
     stream_of = tl.load(stream + text).to(tl.uint32)
     branch_of = tl.load(branch + text).to(tl.uint32)
     seed_of = tl.load(seed + text)

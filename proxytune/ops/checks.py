@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from proxytune.errors import InputError
+from proxytune.ops.combination import Combination, Weights
 from proxytune.ops.noise import Noise
 from proxytune.ops.outputs import OF_DRAWS, OUTPUTS
 from proxytune.ops.sampling_params import SamplingParams
@@ -14,7 +15,7 @@ from proxytune.validation import finite, whole
 
 __all__ = ["DTYPES", "MAX_MEMBERS", "refuse_drafts", "refuse_ids", "refuse_members", "refuse_mixture", "refuse_request"]
 
-MAX_MEMBERS = 5
+MAX_MEMBERS = 8
 """Base and companions together."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -23,8 +24,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST = torch.finfo(torch.float32).max
 
 
-def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
-    """Raise InputError if logits and weights are not as `proxytune.ops.step` says."""
+def refuse_members(members: Sequence[torch.Tensor], weights: Weights) -> None:
+    """Raise InputError if logits and weights, or a Combination, are not as `proxytune.ops.step` says."""
     if not 1 <= len(members) <= MAX_MEMBERS:
         raise InputError.of(
             "members",
@@ -54,6 +55,9 @@ def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | t
                 got=f"strides {list(x.stride())}",
                 remedy="Call .contiguous() on it.",
             )
+    if isinstance(weights, Combination):
+        _refuse_combination(base, len(members), weights)
+        weights = weights.weights
     if isinstance(weights, torch.Tensor):
         if weights.shape != (base.shape[0], len(members)) or weights.dtype != torch.float32:
             got = f"shape {list(weights.shape)}, {weights.dtype}"
@@ -74,6 +78,26 @@ def refuse_members(members: Sequence[torch.Tensor], weights: Sequence[float] | t
         got=got,
         remedy="The base's weight comes first: (1.0, alpha, -alpha).",
     )
+
+
+def _refuse_combination(base: torch.Tensor, members: int, c: Combination) -> None:
+    """Raise InputError if offsets or floors are not as `proxytune.ops.Combination` says; weights are not looked at."""
+    rows = len(base)
+    remedies = {
+        "offsets": "Stack ops.log_normalisers(x) of each member on dim 1; 0 for members that stay logits.",
+        "floors": "Pass e.g. ops.floor_of_top(x, share=0.1).",
+    }
+    for name, x, shape in (("offsets", c.offsets, (rows, members)), ("floors", c.floors, (rows,))):
+        if x is not None and not isinstance(x, torch.Tensor):
+            got = f"a {type(x).__name__}"
+        elif x is not None and (x.shape != shape or x.dtype != torch.float32 or x.device != base.device):
+            got = _described(x)
+        else:
+            continue
+        raise InputError.of(
+            name, expected=f"float32 {list(shape)} on {base.device}, or None", got=got, remedy=remedies[name]
+        )
+    whole("floored_by", c.floored_by, "of a member", least=0, most=members - 1, remedy="0 is the base.")
 
 
 _FIT = "All members' logits are of the same rows: pass e.g. outputs.logits[:, -1]."

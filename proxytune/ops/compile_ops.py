@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from proxytune.ops.combination import Combination, Weights
 from proxytune.ops.dispatch import run_step
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
@@ -15,7 +16,7 @@ __all__ = []
 
 def step_in_graph(
     members: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor,
+    weights: Weights,
     sampling: SamplingParams | None,
     noise: Noise | None,
     draws: int,
@@ -31,8 +32,10 @@ def step_in_graph(
             settings += [s.fork_threshold, s.fork_temperature]
         known = [int(s.some_truncated), int(s.all_truncated), s.largest_k]
     keys = [] if noise is None else [noise.seed, noise.row, noise.position, noise.branch]
-    per_row, numbers = (weights, []) if isinstance(weights, torch.Tensor) else (None, [float(w) for w in weights])
-    return _step_op(list(members), per_row, numbers, settings, known, keys, draws, ",".join(names), impl)
+    c = weights if isinstance(weights, Combination) else Combination(weights)
+    per_row, numbers = (c.weights, []) if isinstance(c.weights, torch.Tensor) else (None, [float(w) for w in c.weights])
+    shifted = (per_row, numbers, c.offsets, c.floors, c.floored_by)
+    return _step_op(list(members), *shifted, settings, known, keys, draws, ",".join(names), impl)
 
 
 @torch.library.custom_op("proxytune::step", mutates_args=())
@@ -40,6 +43,9 @@ def _step_op(
     members: list[torch.Tensor],
     weights: torch.Tensor | None,
     numbers: list[float],
+    offsets: torch.Tensor | None,
+    floors: torch.Tensor | None,
+    floored_by: int,
     settings: list[torch.Tensor],
     known: list[int],
     keys: list[torch.Tensor],
@@ -66,7 +72,8 @@ def _step_op(
         )
     noise = Noise(*keys) if keys else None
     wanted = tuple(names.split(","))
-    out = run_step(members, numbers if weights is None else weights, sampling, noise, draws, wanted, impl)
+    combination = Combination(numbers if weights is None else weights, offsets, floors, floored_by)
+    out = run_step(members, combination, sampling, noise, draws, wanted, impl)
     # Outputs of a custom operator may not share storage; cloning is cheap, since only the scores are large.
     return [out[name] if name == "scores" else out[name].clone() for name in wanted]
 
@@ -76,6 +83,9 @@ def _(
     members: list[torch.Tensor],
     weights: torch.Tensor | None,
     numbers: list[float],
+    offsets: torch.Tensor | None,
+    floors: torch.Tensor | None,
+    floored_by: int,
     settings: list[torch.Tensor],
     known: list[int],
     keys: list[torch.Tensor],

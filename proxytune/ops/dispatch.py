@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Sequence
-from ctypes import c_float
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -13,6 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from proxytune.errors import InputError
+from proxytune.ops.combination import Weights, in_float32
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.decide import decide
@@ -27,15 +27,14 @@ Impl = Literal["auto", "triton", "torch"]
 
 def run_step(
     members: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor,
+    weights: Weights,
     sampling: SamplingParams | None,
     noise: Noise | None,
     draws: int,
     names: tuple[str, ...],
     impl: str,
 ) -> dict[str, torch.Tensor]:
-    # Rounded to float32, as the kernels read them: 1e-50 becomes 0, no weight.
-    weights = weights.contiguous() if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
+    weights = in_float32(weights)
     if choose(impl, members[0].device) == "triton":
         return kernels().step(members, weights, packed(sampling), packed(noise), draws, names)
     return decide(MemberRows(members, weights), sampling, noise, draws, names)

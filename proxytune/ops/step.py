@@ -16,26 +16,26 @@ Triton and torch follow one contract and use the same noise, so the same seed gi
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from ctypes import c_float
 
 import torch
 
 from proxytune.formulas.shift import shift
 from proxytune.ops.checks import DTYPES, MAX_MEMBERS, refuse_ids, refuse_members, refuse_request
+from proxytune.ops.combination import Combination, Weights, in_float32
 from proxytune.ops.compile_ops import step_in_graph
 from proxytune.ops.dispatch import Impl, choose, run_step
 from proxytune.ops.noise import Noise
 from proxytune.ops.outputs import OUTPUTS, StepOutput, VerifyOutput
 from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.decide import draw_logprobs as _draw_logprobs
-from proxytune.ops.torch_impl.rows import MemberRows
+from proxytune.ops.torch_impl.rows import MemberRows, shift_by
 
 __all__ = ["MAX_MEMBERS", "OUTPUTS", "StepOutput", "VerifyOutput", "combine", "draw_logprobs", "normalise_", "step"]
 
 
 def step(
     members: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor = (1.0,),
+    weights: Weights = (1.0,),
     *,
     sampling: SamplingParams | None = None,
     noise: Noise | None = None,
@@ -46,9 +46,10 @@ def step(
     """Combine the members' logits, measure the distribution and choose tokens.
 
     Args:
-        members: Logits of the base and up to four companions, `[B, V_i]` each, in any mix of float32, float16 and
+        members: Logits of the base and up to seven companions, `[B, V_i]` each, in any mix of float32, float16 and
             bfloat16, on one device, inner stride 1. V is the base's width.
-        weights: One finite weight per member, the base's first, or a float32 tensor `[B, M]`.
+        weights: One finite weight per member, the base's first, or a float32 tensor `[B, M]`; or a `Combination`,
+            which has offsets and floors besides.
         sampling: Sampling parameters; None for the argmax.
         noise: The noise keys; required with `sampling`.
         draws: How many tokens to draw without replacement.
@@ -70,16 +71,19 @@ def step(
     return StepOutput(**run_step(members, weights, sampling, noise, draws, names, impl))
 
 
-def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Impl = "auto") -> torch.Tensor:
+def combine(
+    members: Sequence[torch.Tensor], weights: Sequence[float] | Combination, impl: Impl = "auto"
+) -> torch.Tensor:
     """The combined logits alone, for a logits processor or a model's forward.
 
     Args:
         members: Logits of the base and the companions, `[..., V_i]`; companions may be on other devices.
-        weights: One finite weight per companion; the base's is 1.
+        weights: One finite weight per companion; the base's is 1. Or a `Combination`, whose weights have the base's;
+            the rows of its tensors are those of the members in order, N in all.
         impl: As in `step`.
 
     Returns:
-        `[..., V]`, float32, on the base's device; −inf where the base is −inf.
+        `[..., V]`, float32, on the base's device; −inf where the base is −inf or below the floor.
 
     Raises:
         InputError: If the number of weights is wrong.
@@ -87,16 +91,27 @@ def combine(members: Sequence[torch.Tensor], weights: Sequence[float], impl: Imp
     base = members[0]
     # The kernels have no gradient, and torch.compile fuses these few operations by itself.
     graph = torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(x.requires_grad for x in members))
-    alike = all(x.shape[:-1] == base.shape[:-1] for x in members)
-    known = 1 <= len(members) <= MAX_MEMBERS and len(weights) == len(members) - 1 and base.numel() > 0
-    plain = all(x.dtype in DTYPES and (x.shape[-1] == 1 or x.stride(-1) == 1) for x in members)
-    if graph or not (alike and known and plain):
-        choose(impl, base.device)
-        return shift(base, members[1:], weights)
     # A non-blocking copy is safe only towards a GPU, see `proxytune.formulas.shift.shift`.
     unwaited = base.device.type != "cpu"
-    flat = [x.to(base.device, non_blocking=unwaited).reshape(-1, x.shape[-1]) for x in members]
-    scores = step(flat, (1.0, *weights), want=("scores",), impl=impl).scores
+
+    def flat() -> list[torch.Tensor]:
+        return [x.to(base.device, non_blocking=unwaited).reshape(-1, x.shape[-1]) for x in members]
+
+    if isinstance(weights, Combination):
+        rows = [(x if x.dtype in DTYPES else x.float()).contiguous() for x in flat()]
+        if graph:
+            choose(impl, base.device)
+            refuse_members(rows, weights)
+            return shift_by(rows[0], rows[1:], weights).view(base.shape)
+        scores = step(rows, weights, want=("scores",), impl=impl).scores
+    else:
+        alike = all(x.shape[:-1] == base.shape[:-1] for x in members)
+        known = 1 <= len(members) <= MAX_MEMBERS and len(weights) == len(members) - 1 and base.numel() > 0
+        plain = all(x.dtype in DTYPES and (x.shape[-1] == 1 or x.stride(-1) == 1) for x in members)
+        if graph or not (alike and known and plain):
+            choose(impl, base.device)
+            return shift(base, members[1:], weights)
+        scores = step(flat(), (1.0, *weights), want=("scores",), impl=impl).scores
     assert scores is not None
     return scores.view(base.shape)
 
@@ -110,7 +125,7 @@ def normalise_(logits: torch.Tensor) -> torch.Tensor:
 
 def draw_logprobs(
     members: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor = (1.0,),
+    weights: Weights = (1.0,),
     *,
     sampling: SamplingParams,
     ids: torch.Tensor,
@@ -132,5 +147,4 @@ def draw_logprobs(
     """
     refuse_members(members, weights)
     refuse_ids(members[0], sampling, ids)
-    weights = weights if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
-    return _draw_logprobs(MemberRows(members, weights), sampling, ids)
+    return _draw_logprobs(MemberRows(members, in_float32(weights)), sampling, ids)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from ctypes import c_float
 
 import torch
 
 from proxytune.errors import UnsupportedModeError
 from proxytune.ops.checks import refuse_drafts, refuse_members
+from proxytune.ops.combination import Weights, in_float32
 from proxytune.ops.dispatch import Impl, choose, kernels, packed
 from proxytune.ops.noise import Noise
 from proxytune.ops.outputs import VerifyOutput
@@ -21,7 +21,7 @@ __all__ = ["verify"]
 
 def verify(
     members: Sequence[torch.Tensor],
-    weights: Sequence[float] | torch.Tensor = (1.0,),
+    weights: Weights = (1.0,),
     *,
     drafted: torch.Tensor,
     draft: torch.Tensor | None = None,
@@ -49,7 +49,7 @@ def verify(
     Args:
         members: As in `step`, `[B · (K + 1), V_i]`: row b · (K + 1) + j holds the logits of text b after its first j
             drafts.
-        weights: One finite weight per member, or a float32 tensor `[B · (K + 1), M]`.
+        weights: As in `step`; what is per row is of `B · (K + 1)` rows.
         drafted: `[B, K]`, int64, on the logits' device; −1 from the first missing draft on. A token ≥ V has probability
             0 and is rejected.
         draft: `[B · K, V_q]`, float32, float16 or bfloat16: the logits the drafts were drawn from, with the same
@@ -73,10 +73,9 @@ def verify(
         )
     refuse_members(members, weights)
     refuse_drafts(members[0], drafted, draft, sampling, noise)
-    weights = weights if isinstance(weights, torch.Tensor) else tuple(c_float(w).value for w in weights)
+    weights = in_float32(weights)
     draft = draft if drafted.shape[1] else None
     if choose(impl, members[0].device) == "triton":
-        weights = weights.contiguous() if isinstance(weights, torch.Tensor) else weights
         given = drafted.contiguous()
         return VerifyOutput(*kernels().verify(members, weights, given, draft, packed(sampling), packed(noise)))
     proposal = None if draft is None else MemberRows([draft], (1.0,))

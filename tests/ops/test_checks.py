@@ -44,8 +44,8 @@ def noise(rows: int = 2) -> Noise:
 
 
 MEMBERS = [
-    ([], (), r"members: expected 1 to 5 tensors of logits, the base first; got 0\. Pass step\("),
-    ([X] * 6, (1.0,) * 6, r"members: expected 1 to 5 tensors .* got 6\."),
+    ([], (), r"members: expected 1 to 8 tensors of logits, the base first; got 0\. Pass step\("),
+    ([X] * 9, (1.0,) * 9, r"members: expected 1 to 8 tensors .* got 9\."),
     ([[0.0]], (1.0,), r"member 0: expected a tensor \[B, V\]; got a list\."),
     ([X, None], (1.0, 1.0), r"member 1: expected a tensor \[B, V\]; got a NoneType\."),
     ([X[0]], (1.0,), r"member 0: expected a tensor \[B, V\], neither of them 0; got shape \[9\]\. All members' logits"),
@@ -306,8 +306,8 @@ def test_combine_is_the_shift_bit_for_bit(
 def test_combine_leaves_to_the_shift_what_the_kernels_cannot_do(either: str, device: str) -> None:
     base, expert = (x.to(device) for x in logits(2, 20, 20))
     # More companions than a step takes, a gradient, no rows, a companion that broadcasts.
-    many = ops.combine([base] + [expert] * 6, (0.1,) * 6, impl=either)  # type: ignore[arg-type]
-    assert torch.equal(many, shift(base, [expert] * 6, (0.1,) * 6))
+    many = ops.combine([base] + [expert] * 8, (0.1,) * 8, impl=either)  # type: ignore[arg-type]
+    assert torch.equal(many, shift(base, [expert] * 8, (0.1,) * 8))
     with_graph = base.clone().requires_grad_()
     ops.combine([with_graph, expert], (1.0,), impl=either).sum().backward()  # type: ignore[arg-type]
     assert torch.equal(with_graph.grad, torch.ones_like(base))  # type: ignore[arg-type]

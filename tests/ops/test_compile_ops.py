@@ -116,6 +116,17 @@ def test_the_operator_passes_torchs_own_checks() -> None:
     assert s.fork_threshold is not None
     assert s.fork_temperature is not None
     settings = [s.temperature, s.top_k, s.top_p, s.log_min_p, s.truncated, s.fork_threshold, s.fork_temperature]
-    arguments = (members, None, [1.0, 0.5, -0.5], settings, [0, 0, 0], [n.seed, n.row, n.position, n.branch], 2)
+    arguments = (
+        members,
+        None,
+        [1.0, 0.5, -0.5],
+        None,
+        None,
+        0,
+        settings,
+        [0, 0, 0],
+        [n.seed, n.row, n.position, n.branch],
+        2,
+    )
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.proxytune.step.default, (*arguments, ",".join(OUTPUTS), "torch"), test_utils=checks)

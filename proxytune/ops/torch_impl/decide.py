@@ -15,13 +15,13 @@ import torch
 
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
-from proxytune.ops.torch_impl.distribution import shares
+from proxytune.ops.torch_impl.distribution import distribution_of, shares
 from proxytune.ops.torch_impl.draw import draw
 from proxytune.ops.torch_impl.measure import measure, statistics
 from proxytune.ops.torch_impl.rows import FINITE, MemberRows, combined, first_largest
 from proxytune.ops.torch_impl.truncate import mean_of_largest
 
-__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs"]
+__all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs", "nucleus"]
 
 CONFIDENCE_TOKENS = 20
 """Number of most probable tokens in the confidence (DeepConf, arXiv 2508.15260)."""
@@ -80,6 +80,19 @@ def draw_logprobs(rows: MemberRows, sampling: SamplingParams, ids: torch.Tensor)
     undecided = (top == torch.inf) | (top == FINITE)
     logprobs, rest = shares(rows, tiles, statistics(tiles, top).get("entropy"), top, sampling, ids)
     return _masked(logprobs, undecided, torch.nan), _masked(rest, undecided, torch.nan)
+
+
+@torch.no_grad()
+def nucleus(rows: MemberRows, sampling: SamplingParams) -> torch.Tensor:
+    """The smallest logit that top-p keeps, `[B]`, for settings with top-p alone at temperature 1.
+
+    NaN in rows with NaN or +inf; −inf in rows of −inf only.
+    """
+    tiles = measure(rows, sampling, ())
+    top = tiles["max"].amax(1)  # [B]
+    kept = distribution_of(rows, tiles, None, top, sampling).kept
+    assert kept is not None
+    return kept.nucleus[:, 0].masked_fill(top == FINITE, -torch.inf).masked_fill(top == torch.inf, torch.nan)
 
 
 def _masked(x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:

@@ -8,8 +8,9 @@ from copy import copy
 import torch
 
 from proxytune.formulas.shift import shift
+from proxytune.ops.combination import Combination, Weights
 
-__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "MemberRows", "block_of", "combined", "first_largest"]
+__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "MemberRows", "block_of", "combined", "first_largest", "shift_by"]
 
 
 TILE = 1024
@@ -40,14 +41,9 @@ class MemberRows:
         device: The base's device. On the CPU values may be inspected; elsewhere that would wait for the device.
     """
 
-    def __init__(self, members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor) -> None:
+    def __init__(self, members: Sequence[torch.Tensor], weights: Weights) -> None:
         self._members = members
-        self._base_weight: float | torch.Tensor
-        self._weights: Sequence[float] | torch.Tensor
-        if isinstance(weights, torch.Tensor):
-            self._base_weight, self._weights = weights[:, 0], weights[:, 1:]
-        else:
-            self._base_weight, self._weights = weights[0], weights[1:]
+        self._combination = weights if isinstance(weights, Combination) else Combination(weights)
         self._index: torch.Tensor | None = None
         self.count, self.width = members[0].shape
         self.device = members[0].device
@@ -57,10 +53,7 @@ class MemberRows:
         picked = copy(self)
         picked._index = index if self._index is None else self._index.index_select(0, index)
         picked.count = len(index)
-        if isinstance(self._weights, torch.Tensor):
-            assert isinstance(self._base_weight, torch.Tensor)
-            picked._base_weight = self._base_weight.index_select(0, index)
-            picked._weights = self._weights.index_select(0, index)
+        picked._combination = self._combination.pick(index)
         return picked
 
     def empty(self, count: int) -> torch.Tensor:
@@ -73,12 +66,7 @@ class MemberRows:
             base, *companions = (x[rows, columns] for x in self._members)
         else:
             base, *companions = (x[:, columns].index_select(0, self._index[rows]) for x in self._members)
-        weights, base_weight = self._weights, self._base_weight
-        if isinstance(weights, torch.Tensor):
-            weights = weights[rows]
-        if isinstance(base_weight, torch.Tensor):
-            base_weight = base_weight[rows]
-        shift(base, companions, weights, base_weight, out)
+        shift_by(base, companions, self._combination.pick(rows), out)
         return base
 
     def at(self, ids: torch.Tensor) -> torch.Tensor:
@@ -97,7 +85,16 @@ class MemberRows:
 
         base, *companions = (picked(x) for x in self._members)
         base = base.float()
-        return shift(base, companions, self._weights, self._base_weight, out=base)
+        return shift_by(base, companions, self._combination, base)
+
+
+def shift_by(
+    base: torch.Tensor, companions: Sequence[torch.Tensor], c: Combination, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`proxytune.formulas.shift.shift` of rows `[B, V_i]`, as a Combination says."""
+    w = c.weights
+    own, theirs = (w[:, 0], w[:, 1:]) if isinstance(w, torch.Tensor) else (w[0], w[1:])
+    return shift(base, companions, theirs, own, out, offsets=c.offsets, floors=c.floors, floored_by=c.floored_by)
 
 
 def combined(rows: MemberRows) -> torch.Tensor:
