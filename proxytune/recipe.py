@@ -261,7 +261,9 @@ class Recipe:
         try:
             return made(self.formula, self.alpha, self.settings)
         except InputError as error:
-            raise RecipeError(f"recipe: {error}") from None
+            raise RecipeError(
+                f"recipe key {'alpha' if str(error).startswith('alpha') else 'formula'!r}: {error}"
+            ) from None
 
     def to_json(self) -> dict[str, Any]:
         """The JSON object that `from_json` reads, with the format version."""
@@ -362,12 +364,13 @@ class Recipe:
 def _others(data: Mapping[str, Any]) -> Mapping[str, Any]:
     """The members of other names in a recipe."""
     others = data.get("members") or {}
-    strange = [role for role in others if role in ROLES] if isinstance(others, Mapping) else others
-    if strange or not isinstance(others, Mapping):
+    given = data.get("members")
+    strange = [role for role in others if role in ROLES] if isinstance(others, Mapping) else given
+    if strange or not isinstance(given, Mapping | None):
         raise RecipeError.of(
             "recipe key 'members'",
             expected=f"an object of members by role, other than {', '.join(ROLES)}, which are keys of the recipe",
-            got=repr(strange),
+            got=repr(strange or given),
             remedy='Write e.g. {"math": {"id": "org/small-math"}}.',
         )
     return others
@@ -395,10 +398,7 @@ def _alpha(recipe: Recipe) -> float | str:
             remedy="Correct the name; or, for a formula of your own, first import the module that adds it to "
             "proxytune.formulas.FORMULAS.",
         )
-    try:
-        alpha = recipe.made_formula().alpha
-    except RecipeError as error:
-        raise RecipeError(f"recipe key 'alpha': {error}" if "alpha" in str(error) else str(error)) from None
+    alpha = recipe.made_formula().alpha
     return alpha if isinstance(alpha, float) else str(alpha)
 
 

@@ -122,7 +122,7 @@ def test_a_bare_string_is_an_id() -> None:
             "Upgrade proxytune.",
         ),
         # Keys: unknown ones all at once, then missing ones all at once.
-        (PLAIN | {"Alpha": 1, "topk": 2}, "recipe: expected only the keys format_version, base, expert, antiexpert, "),
+        (PLAIN | {"Alpha": 1, "topk": 2}, "recipe: expected only the keys format_version, base, formula, expert, "),
         (PLAIN | {"Alpha": 1, "topk": 2}, "got unknown 'Alpha', 'topk'. Remove or correct them"),
         (without("alpha") | {"format_version": 1}, "; got no alpha. Add them."),
         (without("expert"), "recipe: expected a member for each role of the formula 'proxy-tuning'; got no expert."),
@@ -132,7 +132,7 @@ def test_a_bare_string_is_an_id() -> None:
         (PLAIN | {"members": {"x": {"of": "base", "promt": 1}}}, "expected only the keys of, prompt, adapter; got "),
         (
             PLAIN | {"settings": {"share": 0.1}},
-            "settings of the formula 'proxy-tuning': expected settings that it has;",
+            "settings of the formula 'proxy-tuning': expected settings that it has",
         ),
         (PLAIN | {"settings": {"gate": {"entropy": -1}}}, "entropy of a Gate: expected a finite number of nats ≥ 0"),
         (PLAIN | {"settings": 3}, "recipe key 'settings': expected an object; got 3"),
@@ -143,12 +143,12 @@ def test_a_bare_string_is_an_id() -> None:
         ),
         # The formula; also of types that cannot be looked up in a dictionary.
         (PLAIN | {"formula": "damped"}, "recipe key 'formula': expected one of proxy-tuning, "),
-        (PLAIN | {"formula": None}, "recipe key 'formula': , or a sum such as 'base + 0.5*(math - small)'; got None"),
+        (PLAIN | {"formula": None}, ", or a sum such as 'base + 0.5*(math - small)'; got None"),
         (
             PLAIN | {"formula": ["proxy-tuning"]},
-            "recipe key 'formula': , or a sum such as 'base + 0.5*(math - small)'; got ['proxy",
+            ", or a sum such as 'base + 0.5*(math - small)'; got ['proxy",
         ),
-        (PLAIN | {"formula": {}}, "recipe key 'formula': , or a sum such as 'base + 0.5*(math - small)'; got {}"),
+        (PLAIN | {"formula": {}}, ", or a sum such as 'base + 0.5*(math - small)'; got {}"),
         # α: what JSON can hold and α cannot be.
         (PLAIN | {"alpha": "0.5"}, "recipe key 'alpha': alpha: expected a finite number"),
         (PLAIN | {"alpha": None}, "; got None. Pass e.g. alpha=1.0."),

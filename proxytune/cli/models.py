@@ -123,7 +123,8 @@ def load(
     beside = [MemberRef(str(folder))] if (folder / "tokenizer_config.json").exists() else []
     tokenizer = load_tokenizer([*beside, read.base], trusted)
     if chat:
-        _borrow_template(tokenizer, [("base", read.base)] * len(beside) + [("expert", read.expert)], trusted)
+        tuned = [(role, ref) for role, ref in read.members.items() if role not in ("base", "antiexpert")]
+        _borrow_template(tokenizer, [("base", read.base)] * len(beside) + tuned, trusted)
     return model, tokenizer
 
 

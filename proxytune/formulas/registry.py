@@ -61,7 +61,7 @@ def made(name: str, alpha: Any, settings: Mapping[str, Any]) -> Formula:
         if name not in FORMULAS:
             return Linear(name, alpha=strength, **given)
         make: Any = FORMULAS[name]
-        return make(**{getattr(make, "strength_field", "alpha"): strength}, **given)  # type: ignore[no-any-return]
+        return make(**{getattr(make, "strength_field", "alpha"): strength}, **given)
     except TypeError as error:
         raise InputError.of(
             f"settings of the formula {name!r}",

@@ -27,7 +27,7 @@ from transformers.generation.logits_process import (
 import proxytune
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.members.cache_name import CACHE, cache_of
-from proxytune.models.members.composite_cache import adopt, refuse_outdated
+from proxytune.models.members.composite_cache import refuse_outdated
 from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.members.layer_kinds import Ability, refuse_lacking
 from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, switches_of
@@ -232,7 +232,7 @@ class AssistedMixin:
             # transformers would read the whole text after what a cache holds of it; it is read anew.
             refuse_outdated(cache, self._models, kwargs.get("adapter_names"), values=True)  # type: ignore[attr-defined]
             kwargs[CACHE] = DynamicCache(config=self.config)  # type: ignore[attr-defined]
-            adopt(kwargs[CACHE], self.config.member_configs, self.cache_owner)  # type: ignore[attr-defined]
+            self._adopt(kwargs[CACHE])  # type: ignore[attr-defined]
         if isinstance(cache, StaticCache) and not all(layer.is_croppable for layer in rewindable_layers(cache)):
             raise UnsupportedModeError.of(
                 "a static cache",

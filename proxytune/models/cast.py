@@ -60,7 +60,8 @@ def _resolved(
     """A role's model, adapter state, and the role whose prompt it reads (None for the base's)."""
     adapter: str | Literal[False] | None = None
     own: str | None = None
-    at, passed = role, []
+    at = role
+    passed: list[str] = []
     while at not in models:
         if at in passed or at not in views:
             raise InputError.of(

@@ -82,6 +82,7 @@ class EncoderDecoderMixin:
     base: Any
     config: Any
     formula: Formula
+    _combined: Any
     members: list[EncoderDecoderMember]
     cache_owner: str
     usable_ids: int
@@ -350,7 +351,7 @@ class EncoderDecoderMixin:
         parent: Any = super()
         parent._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
 
-    def _adopt(self, cache: Any) -> None:
+    def _adopt(self, cache: Any, **told: Any) -> None:
         if isinstance(cache, EncoderDecoderCache) and (past := int(cache.get_seq_length())):
             # transformers hands the decoder its whole text again, unless a mask of it was given.
             raise CacheError.of(

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache
 from proxytune.models.members.composite_cache import view
 from proxytune.models.members.long_rope import switch_of, switches_of
 from proxytune.models.members.member import Member
+from proxytune.models.members.text_layer import text_layer_of
 from proxytune.models.model import ProxyTunedModel
 from proxytune.models.weighing import Weighing
 from proxytune.ops.combination import Weights
@@ -106,8 +107,10 @@ class Ensemble:
         return self.weighing(rows, generated)
 
     def views(self, cache: Cache) -> list[tuple[str, Cache]]:
-        """Role and part of the cache of each member."""
+        """Role and part of the cache of each member; and, where it holds texts as well, of these (role "")."""
         if not self.composed:
             return [("base", cache)]
         spans = zip(self.model.members, self.model.config.spans, strict=True)
-        return [(member.role, view(cache, *span)) for member, span in spans]
+        parts = [(member.role, view(cache, *span)) for member, span in spans]
+        count = len(cache.layers)
+        return parts if text_layer_of(cache) is None else [*parts, ("", view(cache, count - 1, count))]

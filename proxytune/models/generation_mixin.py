@@ -28,7 +28,7 @@ from proxytune.models.members.composite_cache import adopt, refuse_short_cache, 
 from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.members.rewind import length_of
-from proxytune.models.own_prompts import PROMPTS, generate_with_prompts
+from proxytune.models.own_prompts import PROMPTS, generate_with_prompts, roles_with_prompts
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_images, refuse_settings, take_base_inputs
 from proxytune.validation import shown
@@ -360,8 +360,11 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                 member.refuse_length(max_cache_length)
             refuse_short_cache(cache, max_cache_length)
 
-    def _adopt(self, cache: Any) -> None:
-        adopt(cache, self.config.member_configs, self.cache_owner)
+    def _adopt(self, cache: Any, *, ahead: bool = False, everyone: bool = False) -> None:
+        """Make a cache this model's, see `composite_cache.adopt`; `everyone` as `every_member` of a pass."""
+        idle = () if everyone else [i for i, needed in enumerate(self.weighing.needed) if not needed]
+        texts = bool(roles_with_prompts(self.members))
+        adopt(cache, self.config.member_configs, self.cache_owner, ahead=ahead, texts=texts, idle=idle)
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.

@@ -139,7 +139,12 @@ def open_members(
     models: dict[str, nn.Module] = {}
     for role, source in sources.items():
         opened = source if isinstance(source, nn.Module) else references[role]
-        models[role] = open_member(opened, role, caller, pairs.get(role, False), **arguments.get(role, {}))
+        own = arguments.get(role, {})
+        # What is named twice is loaded once: it is one member then.
+        twin = next(
+            (r for r in models if opened is references[r] or (opened, own) == (references[r], arguments.get(r))), ""
+        )
+        models[role] = models[twin] if twin else open_member(opened, role, caller, pairs.get(role, False), **own)
         if len(sources) > 1:
             refuse_composed(models[role], role)
     _refuse_injected(models)

@@ -44,7 +44,7 @@ from proxytune.models.generation_mixin import (
 )
 from proxytune.models.loading import adapters_of, refuse_composed
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import adopt, idle_in, note_members, refuse_outdated
+from proxytune.models.members.composite_cache import idle_in, note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
@@ -345,9 +345,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             for member in self.members:
                 member.refuse_static_layers()
         if cache is not None:
-            idle = () if every_member else [i for i, needed in enumerate(self.weighing.needed) if not needed]
-            texts = bool(roles_with_prompts(self.members))
-            adopt(cache, self.config.member_configs, self.cache_owner, ahead=known is not None, texts=texts, idle=idle)
+            self._adopt(cache, ahead=known is not None, everyone=bool(every_member))
             # Not in the later steps of a generate(), which says False: nobody changes a member meanwhile.
             if is_first_iteration is not False and not torch.compiler.is_compiling():
                 waits = bool(is_first_iteration) or input_ids.shape[1] > 1  # for the device, as `check_ids` does
@@ -455,7 +453,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """One pass of `generate()` with images: the base by its own inputs, the companions over the text."""
         if cache is not None:
-            adopt(cache, self.config.member_configs, self.cache_owner, ahead=True)
+            self._adopt(cache, ahead=True, everyone=True)
         if step.first:
             refuse_leftover(self.base)
         step.check(self.members)

@@ -127,7 +127,7 @@ def generate_with_prompts(
         return generate(*args, **kwargs)
     if prompts is not None and not isinstance(prompts, Mapping):
         raise _missing(roles, prompts)
-    if set(prompts or {}) - set(roles):
+    if prompts is not None and set(prompts) - set(roles):
         raise _not_wanted(roles, prompts)
     args, kwargs, base = _base_prompt(args, kwargs)
     layer = text_layer_of(cache_of(kwargs))
@@ -213,7 +213,7 @@ def _ids_and_mask(given: Any, name: str, model: Any) -> tuple[torch.Tensor, torc
         )
     # Right padding would stand between the prompt and the generated tokens.
     ids, mask = given.long(), mask.long()
-    order = mask.ne(0).int().argsort(1, stable=True)  # the padding first
+    order = mask.ne(0).int().argsort(dim=1, stable=True)  # the padding first
     return ids.gather(1, order), mask.gather(1, order)
 
 

@@ -14,6 +14,7 @@ import torch
 from proxytune import ops
 from proxytune.errors import InputError
 from proxytune.formulas.base import Term, terms_of
+from proxytune.formulas.plausibility import Plausibility
 from proxytune.formulas.schedules import Schedule, Strength, strength_at
 from proxytune.ops.combination import Combination, Weights
 
@@ -49,7 +50,7 @@ class Weighing:
         self.scheduled = any(isinstance(w, Schedule) for w in self._weights)
         self._logs = [i for i, log in sorted(logs.items()) if log]
         self.gate = getattr(formula, "gate", None)
-        mask = getattr(formula, "mask", None)
+        mask: Plausibility | None = getattr(formula, "mask", None)
         self._mask = mask
         self._masked_by = None if mask is None else index[mask.of]
         self.needed = tuple(
@@ -80,12 +81,10 @@ class Weighing:
             columns = [ops.log_normalisers(x).to(device) if n in logs else None for n, x in enumerate(found)]
             zero = torch.zeros(count, device=device)
             offsets = torch.stack([zero if x is None else x for x in columns], -1)  # [N, M]
-        if self._masked_by is not None and self._masked_by in here:
+        mask = self._mask
+        if mask is not None and self._masked_by in here:
             x = found[here.index(self._masked_by)]
-            of = (
-                ops.floor_of_top(x, self._mask.share) if self._mask.share else ops.floor_of_nucleus(x, self._mask.top_p)
-            )
-            floors = of.to(device)  # [N]
+            floors = _floors(mask, x).to(device)  # [N]
         if self.gate is not None:
             shut = ~self.open(base)[:, None]  # [N, 1]
             if not isinstance(weights, torch.Tensor):
@@ -122,16 +121,27 @@ class Weighing:
         return raised.exp() < self.gate.top1
 
 
+def _floors(mask: Plausibility, x: torch.Tensor) -> torch.Tensor:
+    """`[N]`: the least raw logit of each row `[N, V]` that a mask lets through."""
+    if mask.share is not None:
+        return ops.floor_of_top(x, mask.share)
+    assert mask.top_p is not None
+    return ops.floor_of_nucleus(x, mask.top_p)
+
+
 def weights_on(place: torch.device, weights: Weights) -> Weights:
     """Weights for rows on a device."""
     if isinstance(weights, torch.Tensor):
         return weights.to(place)
     if not isinstance(weights, Combination):
         return weights
-    moved = [
-        x.to(place) if isinstance(x, torch.Tensor) else x for x in (weights.weights, weights.offsets, weights.floors)
-    ]
-    return Combination(*moved, weights.floored_by)  # type: ignore[arg-type]
+    w, offsets, floors = weights.weights, weights.offsets, weights.floors
+    return Combination(
+        w.to(place) if isinstance(w, torch.Tensor) else w,
+        None if offsets is None else offsets.to(place),
+        None if floors is None else floors.to(place),
+        weights.floored_by,
+    )
 
 
 def picked(weights: Weights, index: torch.Tensor) -> Weights:

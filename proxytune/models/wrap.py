@@ -125,15 +125,13 @@ def sources_of(
         InputError: If a role has no member, or a member no role.
     """
     viewed = {source.of for source in (*usual.values(), *named.values()) if isinstance(source, View)}
-    strange = sorted(
-        r for r, source in (*usual.items(), *named.items()) if source is not None and r not in formula.roles
-    )
-    if strange := [role for role in strange if role not in viewed]:
+    given = {role: source for role, source in (*usual.items(), *named.items()) if source is not None}
+    if strange := sorted(given.keys() - {*formula.roles} - viewed):
         role = strange[0]
         raise InputError.of(
             f"the {role}",
             expected=f"a role of the formula: {', '.join(formula.roles)}",
-            got=shown(named.get(role, usual.get(role)), 80),
+            got=shown(given[role], 80),
             remedy="Leave it out, or name it in the formula.",
         )
     sources: dict[str, Any] = {"base": base}

@@ -11,6 +11,7 @@ from proxytune.generation.call import Call
 from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
+from proxytune.models.generation_mixin import PROMPT_WIDTH
 from proxytune.models.learned_prompts import learned_prompt_of
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.layer_kinds import refuse_lacking
@@ -18,13 +19,17 @@ from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import own_class_of
 from proxytune.models.members.whole_text import reads_whole_text
+from proxytune.models.own_prompts import PROMPTS
 from proxytune.models.vision import holds_nothing, says_text
 from proxytune.validation import refuse_seed, whole
 
 __all__ = ["refuse_call", "refuse_settings"]
 
 _LOOP = "SpeculativeDecoding"
-_ALLOWED = {"attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds", "adapter_names"}
+_ALLOWED = {
+    *("attention_mask", "position_ids", CACHE, "use_cache", "logits_to_keep", "inputs_embeds", "adapter_names"),
+    *(PROMPTS, PROMPT_WIDTH),
+}
 
 
 def refuse_settings(*, draft: Any, draft_tokens: Any, accept: Any, costs: Any, seed: Any, impl: Any) -> None:

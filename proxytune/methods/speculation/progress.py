@@ -10,6 +10,7 @@ from proxytune.methods.speculation.ragged_cache import RaggedCache
 from proxytune.methods.speculation.ragged_text import RaggedText
 from proxytune.methods.speculation.round import Commit, Proposal, RoundResult, Verification
 from proxytune.models.members.rewind import length_of
+from proxytune.models.members.text_layer import text_layer_of
 
 __all__ = ["RowProgress"]
 
@@ -27,7 +28,9 @@ class RowProgress:
         rows, positions = len(call.input_ids), call.kwargs.get("position_ids")
         following = call.lengths if positions is None else (positions[:, -1] + 1).expand(rows)
         self.texts = RaggedText(call.input_ids, call.most_new, 0 if pads is None else int(pads))
-        self.columns = RaggedCache(following, int(length_of(cache)), call.kwargs.get("attention_mask"))
+        texts = text_layer_of(cache)
+        others = None if texts is None else texts.masks
+        self.columns = RaggedCache(following, int(length_of(cache)), call.kwargs.get("attention_mask"), others)
         self.going = [True] * rows
         self._criteria = call.criteria
         self._most = call.most_new

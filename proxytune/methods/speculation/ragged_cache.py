@@ -45,12 +45,19 @@ class RaggedCache:
         width: How many columns there are.
     """
 
-    def __init__(self, lengths: torch.Tensor, width: int, mask: torch.Tensor | None) -> None:
-        """Start from a prompt's layout; `mask` is `[B, width]`, None if nothing is padded. Waits for the device."""
+    def __init__(
+        self, lengths: torch.Tensor, width: int, mask: torch.Tensor | None, others: torch.Tensor | None = None
+    ) -> None:
+        """Start from a prompt's layout; waits for the device.
+
+        `mask` is `[B, width]`, None if nothing is padded; `others` `[texts, B, width]` the masks of prompts that
+        members read beside it, whose columns must not be cut.
+        """
         self.lengths = lengths.clone()
         self.width = width
         self._mask = mask
-        leading = torch.zeros_like(lengths) if mask is None else (mask.cumsum(1) == 0).sum(1)
+        used = mask if mask is None or others is None else torch.cat([mask[None], others.to(mask)]).amax(0)
+        leading = torch.zeros_like(lengths) if used is None else (used.cumsum(1) == 0).sum(1)
         self._pads: list[int] = leading.tolist()
 
     def mask(self, new: int) -> torch.Tensor | None:

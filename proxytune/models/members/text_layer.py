@@ -20,7 +20,7 @@ class TextLayer(DynamicLayer):
         added: Columns of padding that `generate()` put before the base's prompt, since another one is longer.
     """
 
-    _layer_type = None  # type: ignore[assignment]
+    _layer_type = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
