@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self
 
 from proxytune.formulas.gates import Gate
@@ -29,7 +29,7 @@ class Term:
     log: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Formula:
     """A weighted sum of members' logits or log-probabilities; the base's class, from which the named ones are made.
 
@@ -46,7 +46,12 @@ class Formula:
     neutral_alpha: ClassVar[float] = 0.0
     """The α at which the formula is the base."""
 
-    gate: Gate | None = None
+    gate: Gate | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        names = sorted((f.name for f in fields(self) if f.name[0] != "_"), key=lambda name: name == "gate")
+        given = ((name, getattr(self, name)) for name in names)
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
 
     @staticmethod
     def parse(text: str, **settings: Any) -> Formula:
@@ -117,11 +122,11 @@ def settings_of(formula: Any) -> dict[str, Any]:
     if not isinstance(formula, Formula):
         return {}
     kept: dict[str, Any] = {}
-    for field in fields(formula):
-        value = getattr(formula, field.name)
-        if field.name in (formula.strength_field, "expression") or value == field.default or value is None:
+    for each in fields(formula):
+        value = getattr(formula, each.name)
+        if each.name in (formula.strength_field, "expression") or each.name[0] == "_" or value == each.default:
             continue
-        kept[field.name] = value.to_json() if hasattr(value, "to_json") else _plain(value)
+        kept[each.name] = value.to_json() if hasattr(value, "to_json") else _plain(value)
     return kept
 
 

@@ -14,7 +14,7 @@ from proxytune.formulas.schedules import Strength, strength
 __all__ = ["DeRa", "Experts", "Nudging"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DeRa(Formula):
     """`(1 − λ) z_base + λ z_aligned` (Liu et al. 2024, arXiv 2402.02992, eq. 8): realignment at decoding time.
 
@@ -36,7 +36,7 @@ class DeRa(Formula):
         return (Term("base", 1.0 + -1.0 * self.lam), Term("aligned", self.lam))
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Experts(Formula):
     """`z_base + α Σ w_i (z_i − z_antiexpert)`: several experts with one antiexpert (arXiv 2105.03023; 2311.14479).
 
@@ -72,7 +72,7 @@ class Experts(Formula):
         return tuple(terms)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Nudging(Formula):
     """The nudging model's distribution where the base is unsure, else the base's (Fei et al. 2024, arXiv 2410.09300).
 
