@@ -64,7 +64,7 @@ def checked_names(names: Any, members: Sequence[Member], rows: int) -> list[str]
             got="compile_members for the base",
             remedy='Call compile_members(roles=["expert", "antiexpert"]).',
         )
-    if same := [member.role for member in members[1:] if member.model is base]:
+    if same := [role for member in members if member.model is base for role in member.roles if role != "base"]:
         raise UnsupportedModeError.of(
             _NAME,
             expected="a base that is no companion too",

@@ -140,6 +140,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             refuse_composed(model, role)
         parts, index = cast(members, views or {}, ("base", *formula.roles))
         wrapped = [self._member_class(p.model, p.role, adapter=p.adapter, own_prompt=p.own_prompt) for p in parts]
+        for i, member in enumerate(wrapped):
+            member.roles = tuple(role for role, at in index.items() if at == i)
         roles = {role: parts[i].model for role, i in index.items()}
         if not views and roles.keys() >= {"expert", "antiexpert"}:
             refuse_no_shift(roles["expert"], roles["antiexpert"], formula)

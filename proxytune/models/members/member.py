@@ -121,6 +121,7 @@ class Member:
 
     Attributes:
         role: `"base"`, or a companion's, such as `"expert"`.
+        roles: All the roles that it plays: those that are the same model, prompt and adapter state.
         model: The causal LM.
         adapter: The state of its adapters: None as it is, False all off, or a name.
         own_prompt: Whether it reads a prompt of its own.
@@ -161,6 +162,7 @@ class Member:
         """
         _refuse_unsupported(model, role, self.encoder_decoder)
         self.role = role
+        self.roles: tuple[str, ...] = (role,)
         self.model = model
         self.adapter = adapter
         self.own_prompt = own_prompt
