@@ -56,9 +56,9 @@ class Formula:
     @staticmethod
     def parse(text: str, **settings: Any) -> Formula:
         """Read a formula such as `"base + 0.5*(math - small)"`; see `proxytune.formulas.algebra.Linear`."""
-        from proxytune.formulas.algebra import Linear
+        from proxytune import formulas  # the class of written sums derives from this one
 
-        return Linear(text, **settings)
+        return formulas.Linear(text, **settings)
 
     def terms(self) -> tuple[Term, ...]:
         """The members in the sum, the base first."""
