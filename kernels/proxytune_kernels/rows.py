@@ -73,6 +73,7 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
     if floors is not None:
         y = _read(members[M] + row * strides[M], cols, widths[M], FULL)
         floor = tl.load(floors + row)
+        y = tl.where(floor == float("-inf"), 0.0, y)  # without a floor, not even NaN counts
         z = tl.where((y < floor) & (z < float("inf")), float("-inf"), z)
         z = tl.where(y < float("inf"), z, float("nan"))
         z = tl.where(floor == floor, z, float("nan"))

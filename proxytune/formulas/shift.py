@@ -40,7 +40,8 @@ def shift(
         offsets: For rows `[B, V]`, float32 `[B, 1 + companions]`: what is subtracted from the base's and each
             companion's logits, see `proxytune.ops.Combination`; None for 0.
         floors: For rows `[B, V]`, float32 `[B]`: the least raw logit that is allowed; −inf or None for any.
-        floored_by: Whose logit that is: 0 for the base's, i for the i-th companion's.
+        floored_by: Whose logit that is: 0 for the base's, i for the i-th companion's. It is not read in rows without a
+            floor.
 
     Returns:
         `[..., V]`, float32, on the base's device. Ids past the width of a companion with a weight, and tokens to which
@@ -133,7 +134,7 @@ _HUGE = torch.finfo(torch.float32).max
 def _below(logits: torch.Tensor, floors: torch.Tensor, seen: bool) -> torch.Tensor:
     """+inf where logits `[B, V]` are below the floors `[B]`, else 0; NaN for NaN or +inf, and where the floor is NaN.
 
-    Subtracted, it forbids tokens, but not what is NaN already.
+    0 in rows with a floor of −inf. Subtracted, it forbids tokens, but not what is NaN already.
     """
     logits, floor = logits.detach(), floors.detach()[:, None]
     # On the CPU arithmetic is five times as fast as masks.
@@ -143,7 +144,7 @@ def _below(logits: torch.Tensor, floors: torch.Tensor, seen: bool) -> torch.Tens
         # Three factors make the least difference of two numbers infinite.
         return below.mul_(torch.where(none, 0.0, _HUGE)).mul_(_HUGE).mul_(_HUGE)
     below = torch.where(logits < floor, torch.inf, 0.0)
-    return below.masked_fill(~(logits < torch.inf) | floor.isnan(), torch.nan)
+    return below.masked_fill((~(logits < torch.inf) & (floor != -torch.inf)) | floor.isnan(), torch.nan)
 
 
 def _filled(x: torch.Tensor, width: int) -> torch.Tensor:
