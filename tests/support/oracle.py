@@ -125,17 +125,20 @@ def combine(members: Sequence[Array], how: Array | Sum, dtype: Any = np.float32)
         for b in range(rows):
             offsets = [dtype(0 if x == -np.inf else np.nan if x == np.inf else x) for x in how.offsets[b]]
             own, scale = base[b], dtype(how.weights[b, 0])
-            z = own - offsets[0]
-            z = z if scale == 1 else scale * z
+            z = own.copy() if scale == 1 else scale * own
+            z = z - (scale * offsets[0] if scale else dtype(0))
+            z[np.isneginf(own)] = -np.inf
             z[~(own < np.inf)] = np.nan
-            delta = np.zeros(width, dtype)
+            delta, offset = np.zeros(width, dtype), dtype(0)
             silent = np.isneginf(own)
-            for x, w, offset in zip(members[1:], how.weights[b, 1:], offsets[1:], strict=True):
+            for x, w, of_one in zip(members[1:], how.weights[b, 1:], offsets[1:], strict=True):
                 if w == 0:
                     continue
                 there = as_wide(x[b])
                 silent |= np.isneginf(there)
-                delta = delta + dtype(w) * (there - offset)
+                delta = delta + dtype(w) * there
+                offset = offset + dtype(w) * of_one
+            delta = delta - offset
             delta[~np.isfinite(delta)] = np.nan
             z = np.where(silent, z, z + delta)
             z = np.where(np.isneginf(own), -np.inf, z)
