@@ -58,7 +58,13 @@ TILES_VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {"dtypes": ("fp32", "bf16", "fp16"), "RAW": True, "MOMENTS": True, "MASS": True},
     "per row": {"dtypes": ("bf16",) * 3, "PER_ROW": True, "RAW": True, "MOMENTS": True, "MASS": True},
     "five": {"dtypes": ("bf16",) * 5, "RAW": True, "MOMENTS": True, "MASS": True},
-}
+    "eight": {"dtypes": ("bf16",) * 8, "RAW": True, "MOMENTS": True, "MASS": True},
+    "offsets, floors, scores": {"dtypes": ("bf16",) * 3, "OFFSETS": True, "FLOORS": True, "SCORES": True},
+    "eight, per row, offsets, floors": {
+        "dtypes": ("bf16",) * 8, "PER_ROW": True, "OFFSETS": True, "FLOORS": True, "RAW": True, "MOMENTS": True,
+        "MASS": True,
+    },
+}  # fmt: skip
 RESOLVE_VARIANTS: dict[str, dict[str, Any]] = {
     "argmax": {"num_warps": 4, "RAW": True, "MOMENTS": True, "KL": True, "ARGMAX": True, "ONE": True},
     "draw": {"num_warps": 4, "RAW": True, "MOMENTS": True, "SAMPLE": True, "ONE": True},
@@ -66,6 +72,13 @@ RESOLVE_VARIANTS: dict[str, dict[str, Any]] = {
     "truncated": {"num_warps": 8, "RAW": True, "MOMENTS": True, "SAMPLE": True, "TRUNCATED": True, "ONE": True},
     "truncated, confidence": {
         "num_warps": 8, "RAW": True, "MOMENTS": True, "SAMPLE": True, "TRUNCATED": True, "CONFIDENCE": True,
+    },
+    "draw, offsets, floors": {
+        "num_warps": 4, "OFFSETS": True, "FLOORS": True, "RAW": True, "MOMENTS": True, "SAMPLE": True, "ONE": True,
+    },
+    "truncated, eight, offsets, floors": {
+        "dtypes": ("bf16",) * 8, "num_warps": 16, "OFFSETS": True, "FLOORS": True, "RAW": True, "MOMENTS": True,
+        "SAMPLE": True, "TRUNCATED": True, "ONE": True,
     },
 }  # fmt: skip
 MIX_VARIANTS: dict[str, dict[str, Any]] = {
@@ -82,17 +95,24 @@ LAWS_VARIANTS: dict[str, dict[str, Any]] = {
     "fork": {"num_warps": 4, "FORK": True},
     "truncated": {"num_warps": 8, "TRUNCATED": True},
     "draft, truncated": {"dtypes": ("bf16",), "num_warps": 8, "TRUNCATED": True},
-}
+    "truncated, eight, offsets, floors": {
+        "dtypes": ("bf16",) * 8, "num_warps": 16, "OFFSETS": True, "FLOORS": True, "TRUNCATED": True,
+    },
+}  # fmt: skip
 RESIDUE_VARIANTS: dict[str, dict[str, Any]] = {
     "drawn": {"num_warps": 1},
     "drawn, truncated": {"num_warps": 1, "TRUNCATED": True},
     "given": {"num_warps": 1, "GIVEN": True},
+    "drawn, eight, offsets, floors": {"dtypes": ("bf16",) * 8, "num_warps": 1, "OFFSETS": True, "FLOORS": True},
 }
 SETTLE_VARIANTS: dict[str, dict[str, Any]] = {
     "drawn": {"num_warps": 4},
     "drawn, fork, truncated": {"num_warps": 4, "FORK": True, "TRUNCATED": True},
     "given, truncated": {"num_warps": 4, "GIVEN": True, "TRUNCATED": True},
-}
+    "drawn, truncated, eight, offsets, floors": {
+        "dtypes": ("bf16",) * 8, "num_warps": 4, "OFFSETS": True, "FLOORS": True, "TRUNCATED": True,
+    },
+}  # fmt: skip
 KERNELS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "steer_tiles": (steer_tiles, TILES_VARIANTS),
     "resolve": (resolve, RESOLVE_VARIANTS),
@@ -113,7 +133,8 @@ _MULTIPLES = {"V", "V_draft", "inside", "scores_stride", "D", "stride"}
 def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
     """Compile one variant as a launch would specialise it for a vocabulary, or a width, divisible by 16.
 
-    `variant` has the dtypes of the members or of the table, `num_warps` or D, and flags.
+    `variant` has the dtypes of the members or of the table, `num_warps` or D, and flags. FLOORS has the base read once
+    more, as the member that has the floor.
     """
     variant = dict(variant)
     dtypes = variant.pop("dtypes", ("bf16",) * 3)
@@ -133,12 +154,12 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
         if "constexpr" in str(parameter.annotation):
             signature[name] = "constexpr"
             constants[name] = fixed.get(name, variant.get(name, False))
-        elif name == "members":
-            signature[name] = tuple(f"*{d}" for d in dtypes)
-            aligned |= {(i, j): multiple for j in range(len(dtypes))}
-        elif name in ("strides", "widths"):
-            signature[name] = ("i32",) * len(dtypes)
-            aligned |= {(i, j): multiple for j in range(len(dtypes))}
+        elif name in ("members", "strides", "widths"):
+            read = (*dtypes, dtypes[0]) if variant.get("FLOORS") else dtypes
+            signature[name] = tuple(f"*{d}" if name == "members" else "i32" for d in read)
+            aligned |= {(i, j): multiple for j in range(len(read))}
+        elif name in ("offsets", "floors") and not variant.get(name.upper()):
+            signature[name], constants[name] = "constexpr", None
         elif name in ("draft", "draft_strides", "draft_widths"):
             signature[name] = (f"*{dtypes[0]}" if name == "draft" else "i32",)
             aligned[(i, 0)] = multiple

@@ -113,7 +113,7 @@ def step(
         TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups), ONE=draws == 1,
         ARGMAX="argmax" in want or not sample, SAMPLE=sample, FORK=forks, TRUNCATED=truncated,
         CONFIDENCE="confidence" in want,
-        num_warps=8 if in_groups else 4, enable_fp_fusion=False,
+        num_warps=_warps(members, in_groups), enable_fp_fusion=False,
     )  # fmt: skip
     out |= {name: statistics[i] for i, name in enumerate(_STATISTICS)}
     out |= {"argmax": argmax, "kept": kept, "fork": fork, "tokens": tokens, "logprobs": logprobs}
@@ -230,9 +230,14 @@ def _laws(members: Sequence[torch.Tensor], combination: Any, sampling: Any, each
         new(rows, block, dtype=torch.int32), laws, bounds, each, tiles, n_groups,
         **shared, PER_READ=PER_READ, TRUNCATED=truncated,
         TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups),
-        num_warps=8 if truncated else 4, enable_fp_fusion=False,
+        num_warps=_warps(members, truncated), enable_fp_fusion=False,
     )  # fmt: skip
     return _Laws(part, laws, bounds)
+
+
+def _warps(members: Sequence[torch.Tensor], in_groups: bool) -> int:
+    """Warps of a program that takes one row; candidates of many members would spill registers of fewer threads."""
+    return 4 if not in_groups else 8 if len(members) <= 5 else 16
 
 
 def _read(members: Sequence[torch.Tensor], combination: Any) -> tuple[Any, ...]:

@@ -35,10 +35,11 @@ def _weight(weights, row, i: tl.constexpr, M: tl.constexpr, PER_ROW: tl.constexp
 
 
 @triton.jit
-def _offset(offsets, row, i: tl.constexpr, M: tl.constexpr):
+def _weighted_offset(offsets, w, row, i: tl.constexpr, M: tl.constexpr):
     x = tl.load(offsets + row * M + i)
     # The normaliser of a row of −inf only is no offset; +inf would silence the member.
-    return tl.where(x == float("-inf"), 0.0, tl.where(x < float("inf"), x, float("nan")))
+    x = tl.where(x < float("inf"), x, float("nan"))
+    return tl.where((w == 0.0) | (x == float("-inf")), 0.0, w * x)
 
 
 @triton.jit
@@ -53,26 +54,31 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
     silent = base == float("-inf")
     # Companions first, one after the other, then the base: as in `proxytune.formulas.shift.shift`, to the bit.
     delta = tl.zeros_like(base)
+    offset = 0.0
     for i in tl.static_range(1, M):
         x = _read(members[i] + row * strides[i], cols, widths[i], FULL)
         w = _weight(weights, row, i, M, PER_ROW)
         x = tl.where(w == 0.0, 0.0, x)  # weight 0 suppresses NaN and infinities
         silent = silent | (x == float("-inf"))
-        if offsets is not None:
-            x -= tl.where(w == 0.0, 0.0, _offset(offsets, row, i, M))
         delta += w * x
+        if offsets is not None:
+            offset += _weighted_offset(offsets, w, row, i, M)
     if M > 1:
+        if offsets is not None:
+            delta -= offset
         # −inf here comes from a companion's +inf under a negative weight; it must not act as a mask.
         delta = tl.where(silent, 0.0, tl.where(delta == float("-inf"), float("nan"), delta))
-    own = base
+    w = _weight(weights, row, 0, M, PER_ROW)
+    own = w * base
     if offsets is not None:
-        own = base - _offset(offsets, row, 0, M)
-    z = _weight(weights, row, 0, M, PER_ROW) * own + delta
+        own -= _weighted_offset(offsets, w, row, 0, M)
+    z = own + delta
     z = tl.where(base == float("-inf"), float("-inf"), z)
     z = tl.where(base < float("inf"), z, float("nan"))
     if floors is not None:
         y = _read(members[M] + row * strides[M], cols, widths[M], FULL)
         floor = tl.load(floors + row)
+        y = tl.where(floor == float("-inf"), 0.0, y)  # without a floor, not even NaN counts
         z = tl.where((y < floor) & (z < float("inf")), float("-inf"), z)
         z = tl.where(y < float("inf"), z, float("nan"))
         z = tl.where(floor == floor, z, float("nan"))

@@ -3,11 +3,12 @@
 - Arithmetic is float32, whatever the members compute in.
 - The base owns the support: a token at −inf in the base stays at −inf.
 - A companion does not shift a token where its logit is −inf, its weight is 0, or the id is past its width.
-- Offsets are subtracted before the weight counts. A floor acts like −inf in the base, wherever nothing is broken.
+- An offset counts as if it were subtracted from the logits. A floor acts like −inf in the base, but never hides NaN.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -40,7 +41,8 @@ def shift(
         offsets: For rows `[B, V]`, float32 `[B, 1 + companions]`: what is subtracted from the base's and each
             companion's logits, see `proxytune.ops.Combination`; None for 0.
         floors: For rows `[B, V]`, float32 `[B]`: the least raw logit that is allowed; −inf or None for any.
-        floored_by: Whose logit that is: 0 for the base's, i for the i-th companion's.
+        floored_by: Whose logit that is: 0 for the base's, i for the i-th companion's. It is not read in rows without a
+            floor.
 
     Returns:
         `[..., V]`, float32, on the base's device. Ids past the width of a companion with a weight, and tokens to which
@@ -66,7 +68,6 @@ def shift(
     seen = base.device.type == "cpu" and not torch.compiler.is_compiling()
     # A non-blocking copy is safe only towards a GPU: the host could read its own memory before the copy has arrived.
     unwaited = base.device.type != "cpu"
-    own, *theirs = [None] * (1 + len(each)) if offsets is None else _usable(offsets).unbind(-1)
     below = None
     if floors is not None:
         floored = (base, *companions)[floored_by].to(base.device, non_blocking=unwaited)
@@ -75,37 +76,41 @@ def shift(
         out = base.to(torch.float32, copy=True)
     elif out is not base:
         out.copy_(base)
-    if own is not None:
-        _offset(out, own, seen)
     if isinstance(base_weight, torch.Tensor) or base_weight != 1.0:
         _weigh(out, base_weight, seen)
+    shared = None
+    if offsets is not None:
+        own, *theirs = (_weighted_offset(x, w) for x, w in zip(offsets.unbind(-1), (base_weight, *each), strict=True))
+        _subtract(out, own, seen)
+        if theirs:
+            shared = functools.reduce(torch.add, theirs)
     heard = [
-        (z.to(out.device, non_blocking=unwaited), w, offset)
-        for z, w, offset in zip(companions, each, theirs, strict=True)
+        (z.to(out.device, non_blocking=unwaited), w)
+        for z, w in zip(companions, each, strict=True)
         if isinstance(w, torch.Tensor) or w != 0.0
     ]
     if heard:
-        _add(out, heard, seen)
+        _add(out, heard, shared, seen)
     return out if below is None else out.sub_(below)
 
 
-_Term = tuple[torch.Tensor, float | torch.Tensor, torch.Tensor | None]
-"""A companion's logits, their weight, and their offset."""
+_Term = tuple[torch.Tensor, float | torch.Tensor]
+"""A companion's logits and their weight."""
 
 
-def _add(out: torch.Tensor, heard: Sequence[_Term], seen: bool) -> None:
-    """Add the companions' sum to the weighted base, in place."""
+def _add(out: torch.Tensor, heard: Sequence[_Term], offset: torch.Tensor | None, seen: bool) -> None:
+    """Add the companions' sum, less its offset `[B]`, to the weighted base, in place."""
     if isinstance(heard[0][1], torch.Tensor):
         # A narrow companion ends the shift only in rows where it has a weight: pad it with −inf, which does that.
-        heard = [(_filled(z, out.shape[-1]), w, offset) for z, w, offset in heard]
-    width = min(out.shape[-1], *(z.shape[-1] for z, _, _ in heard))
-    heard = [(z[..., :width], w, offset) for z, w, offset in heard]
-    delta = _weighted_sum(heard, masked=not seen)
+        heard = [(_filled(z, out.shape[-1]), w) for z, w in heard]
+    width = min(out.shape[-1], *(z.shape[-1] for z, _ in heard))
+    heard = [(z[..., :width], w) for z, w in heard]
+    delta = _weighted_sum(heard, offset, masked=not seen)
     if not seen or not math.isfinite(float(delta.detach().sum())):  # a finite sum has no infinite or NaN term
         if seen:
-            delta = _weighted_sum(heard, masked=True)
+            delta = _weighted_sum(heard, offset, masked=True)
         silent = out[..., :width] == -torch.inf
-        for z, w, _ in heard:
+        for z, w in heard:
             minus = z == -torch.inf
             silent = silent | (minus & (w != 0.0)[:, None] if isinstance(w, torch.Tensor) else minus)
         # −inf here comes from a companion's +inf under a negative weight; it must not act as a mask.
@@ -113,13 +118,15 @@ def _add(out: torch.Tensor, heard: Sequence[_Term], seen: bool) -> None:
     out[..., :width].add_(delta)
 
 
-def _usable(offsets: torch.Tensor) -> torch.Tensor:
-    """0 for the normaliser of a row of −inf only, NaN for +inf, which would else silence the member."""
-    return offsets.masked_fill(offsets == -torch.inf, 0.0).masked_fill(offsets == torch.inf, torch.nan)
+def _weighted_offset(offset: torch.Tensor, weight: float | torch.Tensor) -> torch.Tensor:
+    """What a member's offset `[B]` takes off the sum: 0 without a weight, and for the −inf of a row of −inf only."""
+    nothing = (offset == -torch.inf) | (weight == 0.0)
+    # +inf would silence the member.
+    return (offset * weight).masked_fill(offset == torch.inf, torch.nan).masked_fill(nothing, 0.0)
 
 
-def _offset(base: torch.Tensor, offset: torch.Tensor, seen: bool) -> None:
-    """Subtract in place; −inf stays, whatever the offset."""
+def _subtract(base: torch.Tensor, offset: torch.Tensor, seen: bool) -> None:
+    """Subtract `[B]` in place; −inf stays, whatever the offset."""
     if seen and bool(offset.isfinite().all()):
         base.sub_(offset[:, None])
         return
@@ -133,7 +140,7 @@ _HUGE = torch.finfo(torch.float32).max
 def _below(logits: torch.Tensor, floors: torch.Tensor, seen: bool) -> torch.Tensor:
     """+inf where logits `[B, V]` are below the floors `[B]`, else 0; NaN for NaN or +inf, and where the floor is NaN.
 
-    Subtracted, it forbids tokens, but not what is NaN already.
+    0 in rows with a floor of −inf. Subtracted, it forbids tokens, but not what is NaN already.
     """
     logits, floor = logits.detach(), floors.detach()[:, None]
     # On the CPU arithmetic is five times as fast as masks.
@@ -143,7 +150,7 @@ def _below(logits: torch.Tensor, floors: torch.Tensor, seen: bool) -> torch.Tens
         # Three factors make the least difference of two numbers infinite.
         return below.mul_(torch.where(none, 0.0, _HUGE)).mul_(_HUGE).mul_(_HUGE)
     below = torch.where(logits < floor, torch.inf, 0.0)
-    return below.masked_fill(~(logits < torch.inf) | floor.isnan(), torch.nan)
+    return below.masked_fill((~(logits < torch.inf) & (floor != -torch.inf)) | floor.isnan(), torch.nan)
 
 
 def _filled(x: torch.Tensor, width: int) -> torch.Tensor:
@@ -163,25 +170,24 @@ def _weigh(base: torch.Tensor, weight: float | torch.Tensor, seen: bool) -> None
     base.mul_(w).masked_fill_(forbidden, -torch.inf).masked_fill_(bad, torch.nan)
 
 
-def _weighted_sum(terms: Sequence[_Term], masked: bool) -> torch.Tensor:
-    """`w₁(z₁ − o₁) + w₂(z₂ − o₂) + …`, each step rounded to float32; a new tensor, or the only term as it is.
+def _weighted_sum(terms: Sequence[_Term], offset: torch.Tensor | None, masked: bool) -> torch.Tensor:
+    """`w₁z₁ + w₂z₂ + … − offset`, each step rounded to float32; a new tensor, or the only term as it is.
 
     The companions are summed before the base: with expert = antiexpert the shift is exactly 0, and with base =
     antiexpert and α = 1 the rounding is that of one subtraction. No fused multiply-add (as in `torch.add` with an
     alpha): the kernels round each step, and equal logits have to stay equal.
 
     Args:
-        terms: Logits, weights and offsets.
+        terms: Logits and weights.
+        offset: `[B]`, or None.
         masked: Whether a row's weight of 0 must suppress NaN and infinities.
     """
     total: torch.Tensor | None = None
     own = False  # whether the total may be written to
-    for z, weight, offset in terms:
+    for z, weight in terms:
         w = weight[:, None] if isinstance(weight, torch.Tensor) else weight
         x = z.to(torch.float32)
         fresh = x is not z
-        if offset is not None:
-            x, fresh = x.sub_(offset[:, None]) if fresh else x - offset[:, None], True
         minus = isinstance(w, float | int) and w == -1.0 and total is not None  # x − y has the bits of x + (−1)y
         if not minus and (isinstance(w, torch.Tensor) or w != 1.0):
             x, fresh = x.mul_(w) if fresh else x * w, True
@@ -194,4 +200,6 @@ def _weighted_sum(terms: Sequence[_Term], masked: bool) -> torch.Tensor:
         else:
             total, own = total - x if minus else total + x, True
     assert total is not None
-    return total
+    if offset is None:
+        return total
+    return total.sub_(offset[:, None]) if own else total - offset[:, None]

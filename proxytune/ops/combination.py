@@ -29,8 +29,8 @@ class Combination:
             row of −inf only, subtracts nothing; NaN or +inf gives a row of NaN if the member has a weight.
         floors: `[B]`, float32: the least raw logit that is allowed; None or −inf for no floor. Ids past that member's
             width are below every other floor. NaN gives a row of NaN.
-        floored_by: The member that `floors` look at, 0 for the base. It needs no weight. NaN or +inf in it gives NaN,
-            where there are floors.
+        floored_by: The member that `floors` look at, 0 for the base. It needs no weight; NaN or +inf in it gives NaN.
+            In rows without a floor it is not looked at.
     """
 
     weights: Sequence[float] | torch.Tensor

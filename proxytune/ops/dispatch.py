@@ -51,15 +51,15 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
         InputError: If `impl` is another word, or Triton is requested but cannot run.
     """
     choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
-    if impl == "torch":
+    # Triton's interpreter is for tests: "auto" never chooses it.
+    if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return "torch"
     reason = why_not_triton(device.type)
     if impl == "triton" and reason:
         raise InputError.of(
             "impl='triton'", expected="a GPU, and Triton installed", got=reason, remedy="Use impl='auto' or 'torch'."
         )
-    # Triton's interpreter is for tests: "auto" never chooses it.
-    return "torch" if reason or (impl == "auto" and device.type != "cuda") else "triton"
+    return "torch" if reason else "triton"
 
 
 def why_not_triton(device: str) -> str | None:

@@ -7,6 +7,7 @@ bisection, up to 32 times.
 Triton and torch follow one contract and use the same noise, so the same seed gives the same tokens:
 
 - The base owns the support. A companion's −inf, a weight of 0, or an id past a companion's width shifts nothing.
+- The floor of a `Combination` acts like −inf in the base, but never hides NaN; the KL is that from the base's own row.
 - Arithmetic is float32, from bfloat16, float16 or float32 rows; entropies are in nats.
 - A row with NaN or +inf gives token −1 and NaN statistics. A row of −inf only gives token −1 and log-sum-exp −inf.
 - A row's result does not depend on the other rows, bit for bit (Triton, and torch on the CPU; torch elsewhere sums in

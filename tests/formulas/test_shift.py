@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -274,6 +275,116 @@ def test_as_many_weights_as_companions(companions: int, weights: tuple[float, ..
     match = rf"formula: expected one weight for each of {companions} companions; got {len(weights)} weights"
     with pytest.raises(InputError, match=match):
         shift(torch.zeros(1, 2), [torch.zeros(1, 2)] * companions, weights)
+
+
+# --- offsets and floors ----------------------------------------------------------------------------------------------
+
+# Multiples of a quarter: sums and products of these are exact in float32, so that equal means equal.
+quarter = st.integers(-64, 64).map(lambda n: n / 4)
+exact = st.one_of(quarter, st.just(-INF))
+weight = st.sampled_from([-1.5, -1.0, 0.0, 0.25, 1.0, 2.0])
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Three rows of one to eight members: logits, weights, offsets, and floors of one of them."""
+
+    z: list[torch.Tensor]
+    weights: torch.Tensor
+    offsets: torch.Tensor
+    floors: torch.Tensor
+    floored_by: int
+
+    def sum(self, **changes: Any) -> torch.Tensor:
+        """Their sum; with one row of weights for all if the weights are a list."""
+        of: Any = {name: getattr(self, name) for name in ("z", "weights", "offsets", "floors", "floored_by")} | changes
+        z, w = of.pop("z"), of.pop("weights")
+        own, theirs = (w[:, 0], w[:, 1:]) if isinstance(w, torch.Tensor) else (w[0], w[1:])
+        return shift(z[0], z[1:], theirs, own, **of)
+
+
+@st.composite
+def terms(draw: st.DrawFn, elements: st.SearchStrategy[float] = exact) -> Terms:
+    z = [draw(rows(draw(st.integers(1, 5)), elements)) for _ in range(draw(st.integers(1, 8)))]
+    weights, offsets = draw(rows(len(z), weight)), draw(rows(len(z), quarter))
+    floors = torch.tensor(draw(st.lists(exact, min_size=3, max_size=3)))
+    return Terms(z, weights, offsets, floors, draw(st.integers(0, len(z) - 1)))
+
+
+@given(terms())
+@settings(max_examples=40, deadline=None)
+def test_an_offset_is_the_same_as_other_logits(of: Terms) -> None:
+    moved = [z - of.offsets[:, i : i + 1] for i, z in enumerate(of.z)]
+    assert torch.equal(of.sum(floors=None), of.sum(z=moved, offsets=None, floors=None))
+
+
+@given(terms())
+@settings(max_examples=40, deadline=None)
+def test_a_floor_is_the_same_as_a_mask_on_the_base(of: Terms) -> None:
+    width = of.z[0].shape[1]
+    member = of.z[of.floored_by][:, :width]
+    member = torch.nn.functional.pad(member, (0, width - member.shape[1]), value=-INF)
+    masked = of.z[0].masked_fill(member < of.floors[:, None], -INF)
+    assert torch.equal(of.sum(), of.sum(z=[masked, *of.z[1:]], floors=None))
+    assert not of.sum().isnan().any()
+
+
+@given(terms())
+@settings(max_examples=30, deadline=None)
+def test_no_offset_and_no_floor_change_no_bit(of: Terms) -> None:
+    plain = of.sum(offsets=None, floors=None)
+    nothing = of.sum(offsets=torch.zeros_like(of.offsets), floors=torch.full_like(of.floors, -INF))
+    assert torch.equal(nothing, plain)
+    numbers = of.weights[0].tolist()
+    assert torch.equal(of.sum(weights=numbers)[0], of.sum(weights=of.weights[:1].expand(3, -1))[0])
+
+
+@given(terms(st.one_of(logit, st.sampled_from([NAN, INF]))))
+@settings(max_examples=40, deadline=None)
+def test_rows_with_offsets_and_floors_do_not_see_each_other(of: Terms) -> None:
+    whole, base = of.sum(), of.z[0].clone()
+    in_place = of.sum(z=[base, *of.z[1:]], out=base)
+    assert in_place is base
+    for row in range(3):
+        at = slice(row, row + 1)
+        alone = Terms([z[at] for z in of.z], of.weights[at], of.offsets[at], of.floors[at], of.floored_by).sum()
+        # What is broken may be NaN or +inf.
+        for x in (whole[at], in_place[at]):
+            assert torch.equal(torch.where(x < INF, x, 7e7), torch.where(alone < INF, alone, 7e7))
+
+
+@given(terms(logit), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_offsets_and_floors_are_what_the_definition_says(of: Terms, per_row: bool) -> None:
+    """Element by element in float64."""
+    weights = of.weights if per_row else of.weights[:1].expand(3, -1)
+    got = of.sum() if per_row else of.sum(weights=of.weights[0].tolist())
+    want, size = np.empty(got.shape), np.zeros(got.shape)
+    for r, c in np.ndindex(*got.shape):
+        each = [
+            (float(z[r, c]) if c < z.shape[1] else -INF, float(w), float(o))
+            for z, w, o in zip(of.z, weights[r], of.offsets[r], strict=True)
+        ]
+        heard = [x for i, x in enumerate(each) if i and x[1] != 0]
+        if each[0][0] == -INF or each[of.floored_by][0] < of.floors[r]:
+            want[r, c] = -INF
+            continue
+        if any(z == -INF for z, _, _ in heard):
+            heard = []
+        want[r, c] = sum(w * (z - o) for z, w, o in (each[0], *heard))
+        size[r, c] = sum(abs(w) * (abs(z) + abs(o)) for z, w, o in (each[0], *heard))
+    assert_equals_float64(got, want, size, 2 * len(of.z))
+
+
+def test_gradients_flow_past_floors_and_offsets() -> None:
+    z = [torch.randn(2, 4, requires_grad=True) for _ in range(2)]
+    floors = z[1].detach().sort(1).values[:, 1]
+    out = shift(z[0], z[1:], (0.5,), 2.0, offsets=torch.ones(2, 2), floors=floors, floored_by=1)
+    allowed = out > -INF
+    assert allowed.sum(1).tolist() == [3, 3]
+    out[allowed].sum().backward()
+    for x, slope in zip(z, (2.0, 0.5), strict=True):
+        assert torch.equal(x.grad, allowed * slope)  # type: ignore[arg-type]
 
 
 # --- α -----------------------------------------------------------------------------------------------------------

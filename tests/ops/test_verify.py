@@ -108,11 +108,11 @@ def test_random_trials(verify: Verify, slow_one: bool) -> None:
     tally = Tally()
     for seed in range(2 if slow_one else 60):
         width = int(np.exp(g.uniform(1, np.log(300 if slow_one else 3000))))
-        widths = [width + int(g.integers(0, 9)) * i for i in range(int(g.integers(1, 6)))]
+        widths = [width + int(g.integers(0, 9)) * i for i in range(int(g.integers(1, 9)))]
         case = drafts(
             int(g.integers(1, 7)), int(g.integers(0, 6)), *widths, draft=max(1, width + int(g.integers(-3, 4))),
             apart=float(g.choice([0.0, 0.1, 0.5, 2.0])), seed=seed, given=g.random() < 0.3, ragged=g.random() < 0.5,
-            per_row=g.random() < 0.5, odd_memory=g.random() < 0.3,
+            per_row=g.random() < 0.5, odd_memory=g.random() < 0.3, shifted=g.random() < 0.5,
         )  # fmt: skip
         tally += check(case, verify)
     tally.assert_rare()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from support import oracle
 
-from proxytune.ops import OUTPUTS, StepOutput
+from proxytune.ops import OUTPUTS, Combination, StepOutput
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
 from proxytune.ops.torch_impl.rows import MemberRows
@@ -40,14 +40,14 @@ class Case:
 
     Attributes:
         members: The base first, on the CPU or elsewhere.
-        weights: Numbers, or `[B, M]`.
+        weights: Numbers, or `[B, M]`, or a Combination.
         settings: Keywords of `SamplingParams.of`; None for the argmax.
         keys: Keywords of `Noise.of`.
         draws: N.
     """
 
     members: Sequence[torch.Tensor]
-    weights: Sequence[float] | torch.Tensor = (1.0,)
+    weights: Sequence[float] | torch.Tensor | Combination = (1.0,)
     settings: dict[str, Any] | None = None
     keys: dict[str, Any] | None = None
     draws: int = 1
@@ -71,10 +71,6 @@ class Case:
 
     def truth(self) -> oracle.Truth:
         rows = self.rows
-        if isinstance(self.weights, torch.Tensor):
-            weights = self.weights.cpu().numpy()
-        else:
-            weights = np.tile(np.array(self.weights, np.float32), (rows, 1))
         settings = keys = None
         if self.settings is not None:
             s = dict(self.settings)
@@ -94,7 +90,7 @@ class Case:
             }
             keys = oracle.Keys(**whole)
         members = [x.float().cpu().numpy() for x in self.members]
-        return oracle.decide(members, weights, settings, keys, self.draws)
+        return oracle.decide(members, in_numpy(self.weights, rows), settings, keys, self.draws)
 
     def only(self, rows: Sequence[int]) -> Case:
         """The same decision for some of the rows, each with the keys that it had."""
@@ -109,10 +105,25 @@ class Case:
         return replace(
             self,
             members=[part(x) for x in self.members],
-            weights=part(self.weights),
+            weights=self.weights.pick(pick.to(self.members[0].device))
+            if isinstance(self.weights, Combination)
+            else part(self.weights),
             settings=None if self.settings is None else {k: part(x) for k, x in self.settings.items()},
             keys={k: part(x) for k, x in keys.items()},
         )
+
+
+def in_numpy(weights: Sequence[float] | torch.Tensor | Combination, rows: int) -> oracle.Sum:
+    """The same for the oracle."""
+    c = weights if isinstance(weights, Combination) else Combination(weights)
+    w = c.weights
+    numbers = w.cpu().numpy() if isinstance(w, torch.Tensor) else np.tile(np.array(w, np.float32), (rows, 1))
+    return oracle.Sum(
+        numbers,
+        np.zeros(numbers.shape, np.float32) if c.offsets is None else c.offsets.cpu().numpy(),
+        np.full(rows, -np.inf, np.float32) if c.floors is None else c.floors.cpu().numpy(),
+        c.floored_by,
+    )
 
 
 def _column(value: Any, default: float, rows: int) -> np.ndarray[Any, Any]:
@@ -301,7 +312,7 @@ def random_case(g: np.random.Generator, widest: int, device: str = "cpu", rows: 
     width = int(np.exp(g.uniform(0, np.log(widest)))) if g.random() < 0.7 else widest
     scale = float(np.exp(g.uniform(np.log(0.01), np.log(30))))
     members = []
-    for i in range(int(g.integers(1, 6))):
+    for i in range(int(g.integers(1, 9))):
         columns = width if i == 0 else max(1, width + int(g.integers(-min(width, 300), 300)) * int(g.random() < 0.5))
         x = torch.from_numpy(g.standard_normal((rows, columns)).astype(np.float32) * scale)
         if g.random() < 0.3:  # coarse, for ties
@@ -316,6 +327,8 @@ def random_case(g: np.random.Generator, widest: int, device: str = "cpu", rows: 
         weights = torch.from_numpy(g.choice([-1.0, 0.0, 0.5, 1.0, 1.25], (rows, len(members))).astype(np.float32))
         weights[:, 0] = torch.from_numpy(g.choice([1.0, 0.5, -1.0], rows, p=[0.6, 0.3, 0.1]).astype(np.float32))
         weights = weights.to(device)
+    if g.random() < 0.5:
+        weights = random_combination(g, members, weights)
     on = [g.random(rows) < 0.5 for _ in range(3)]
     s: dict[str, Any] = {
         "temperature": np.exp(g.uniform(np.log(0.1), np.log(5), rows)),
@@ -325,6 +338,19 @@ def random_case(g: np.random.Generator, widest: int, device: str = "cpu", rows: 
     }
     settings = {k: torch.from_numpy(x if k == "top_k" else x.astype(np.float32)) for k, x in s.items()}
     return Case(members, weights, settings, random_keys(g, rows), int(g.integers(1, min(8, width) + 1)))
+
+
+def random_combination(
+    g: np.random.Generator, members: Sequence[torch.Tensor], weights: Sequence[float] | torch.Tensor
+) -> Combination:
+    """The weights with offsets, with floors at logits that occur, or with both; some rows have no floor."""
+    rows, device = members[0].shape[0], members[0].device
+    kind, by = int(g.integers(3)), int(g.integers(len(members)))
+    offsets = torch.from_numpy(g.normal(0, 5, (rows, len(members))).astype(np.float32)).to(device)
+    at = torch.from_numpy(g.integers(0, members[by].shape[1], (rows, 1))).to(device)
+    floors = members[by].gather(1, at)[:, 0].float()
+    floors[torch.from_numpy(g.random(rows) < 0.2).to(device)] = -torch.inf
+    return Combination(weights, offsets if kind != 1 else None, floors if kind else None, by)
 
 
 def poisoned(x: torch.Tensor, *, pad: int = 3, start: int = 0) -> torch.Tensor:

@@ -94,29 +94,59 @@ class Settings:
 # --- the combination -------------------------------------------------------------------------------------------------
 
 
-def combine(members: Sequence[Array], weights: Array, dtype: Any = np.float32) -> Array:
-    """`[B, V]`: the base's weighted logits plus the companions' where all that have a weight have an opinion."""
+@dataclass(frozen=True)
+class Sum:
+    """How the members are added: weights `[B, M]`, offsets `[B, M]`, and floors `[B]` of the member `floored_by`."""
+
+    weights: Array
+    offsets: Array
+    floors: Array
+    floored_by: int = 0
+
+
+def combine(members: Sequence[Array], how: Array | Sum, dtype: Any = np.float32) -> Array:
+    """`[B, V]`: the base's weighted logits plus the companions' where all that have a weight have an opinion.
+
+    `how` may be the weights alone.
+    """
     base = members[0].astype(dtype)
     rows, width = base.shape
+    if not isinstance(how, Sum):
+        how = Sum(how, np.zeros(how.shape, np.float32), np.full(rows, -np.inf, np.float32))
     out = np.empty((rows, width), dtype)
+
+    def as_wide(x: Array) -> Array:
+        there = np.full(width, -np.inf, dtype)
+        n = min(width, len(x))
+        there[:n] = x[:n]
+        return there
+
     with np.errstate(all="ignore"):
         for b in range(rows):
-            own, scale = base[b], dtype(weights[b, 0])
+            offsets = [dtype(0 if x == -np.inf else np.nan if x == np.inf else x) for x in how.offsets[b]]
+            own, scale = base[b], dtype(how.weights[b, 0])
             z = own.copy() if scale == 1 else scale * own
+            z = z - (scale * offsets[0] if scale else dtype(0))
+            z[np.isneginf(own)] = -np.inf
             z[~(own < np.inf)] = np.nan
-            delta = np.zeros(width, dtype)
+            delta, offset = np.zeros(width, dtype), dtype(0)
             silent = np.isneginf(own)
-            for x, w in zip(members[1:], weights[b, 1:], strict=True):
+            for x, w, of_one in zip(members[1:], how.weights[b, 1:], offsets[1:], strict=True):
                 if w == 0:
                     continue
-                there = np.full(width, -np.inf, dtype)
-                n = min(width, x.shape[1])
-                there[:n] = x[b, :n]
+                there = as_wide(x[b])
                 silent |= np.isneginf(there)
                 delta = delta + dtype(w) * there
+                offset = offset + dtype(w) * of_one
+            delta = delta - offset
             delta[~np.isfinite(delta)] = np.nan
             z = np.where(silent, z, z + delta)
-            out[b] = np.where(np.isneginf(own), -np.inf, z)
+            z = np.where(np.isneginf(own), -np.inf, z)
+            if how.floors[b] != -np.inf:
+                floored = as_wide(members[how.floored_by][b])
+                z[(floored < how.floors[b]) & (z < np.inf)] = -np.inf
+                z[~(floored < np.inf) | np.isnan(how.floors[b])] = np.nan
+            out[b] = z
     return out
 
 
@@ -151,12 +181,14 @@ class Truth:
     combined: Array = field(repr=False)
 
 
-def decide(members: Sequence[Array], weights: Array, settings: Settings | None, keys: Keys | None, draws: int) -> Truth:
+def decide(
+    members: Sequence[Array], how: Array | Sum, settings: Settings | None, keys: Keys | None, draws: int
+) -> Truth:
     """Everything that `step` can be asked for.
 
     Args:
         members: `[B, V_i]`, float32 values, the base first.
-        weights: `[B, M]`, float32.
+        how: As in `combine`.
         settings: None for the argmax.
         keys: The keys of the noise.
         draws: N.
@@ -164,7 +196,7 @@ def decide(members: Sequence[Array], weights: Array, settings: Settings | None, 
     Returns:
         The truth, with what float32 may miss of it.
     """
-    z32 = combine(members, weights)
+    z32 = combine(members, how)
     rows, width = z32.shape
     bad = ~(z32 < np.inf).all(1)
     dead = np.isneginf(z32).all(1)
@@ -233,8 +265,8 @@ def _statistics(t: Truth, b: int, z: Array, base: Array) -> None:
         near = p > 0
         first, second = (p[near] * (top - zl[near])).sum(), (p[near] * (zl[near] - top) ** 2).sum()
     t.logp[b, live] = logp
-    base_top = bl.max()
-    base_lse = base_top + np.log(np.exp(bl - base_top).sum())
+    base_top = base.max()  # what a floor forbids counts here
+    base_lse = base_top + np.log(np.exp(base - base_top).sum())
     shift = (zl - bl)[near]
     v["lse"][b], v["entropy"][b], v["varentropy"][b] = lse, h, var
     v["kl"][b] = (p[near] * (logp[near] - (bl[near] - base_lse))).sum()

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from support import oracle
-from support.decisions import Case, Tally, logits, poisoned, random_keys, settings_for
+from support.decisions import Case, Tally, in_numpy, logits, poisoned, random_combination, random_keys, settings_for
 from support.oracle import CLOSE, TILE, UNIT, Array
 
+from proxytune.ops import Combination
 from proxytune.ops.noise import Noise
 from proxytune.ops.outputs import VerifyOutput
 from proxytune.ops.sampling_params import SamplingParams
@@ -36,7 +37,7 @@ class Drafts:
         draft: `[B · K, V_q]`, or None.
         settings: Keywords of `SamplingParams.of`, of B rows.
         keys: Keywords of `Noise.of`, of B rows.
-        weights: Numbers, or `[B · (K + 1), M]`.
+        weights: Numbers, or `[B · (K + 1), M]`, or a Combination of as many rows.
     """
 
     members: Sequence[torch.Tensor]
@@ -44,7 +45,7 @@ class Drafts:
     draft: torch.Tensor | None
     settings: dict[str, Any]
     keys: dict[str, Any]
-    weights: Sequence[float] | torch.Tensor = (1.0,)
+    weights: Sequence[float] | torch.Tensor | Combination = (1.0,)
 
     @property
     def texts(self) -> int:
@@ -74,6 +75,12 @@ class Drafts:
         def part(x: Any) -> Any:
             return x[pick.to(x.device)] if isinstance(x, torch.Tensor) else x
 
+        weights = self.weights
+        if isinstance(weights, Combination):
+            whole = torch.arange(len(self.members[0]), device=pick.device)
+            weights = weights.pick(rows(whole, self.most + 1).to(self.members[0].device))
+        elif isinstance(weights, torch.Tensor):
+            weights = rows(weights, self.most + 1)
         return replace(
             self,
             members=[rows(x, self.most + 1) for x in self.members],
@@ -81,7 +88,7 @@ class Drafts:
             draft=None if self.draft is None else rows(self.draft, self.most),
             settings={k: part(x) for k, x in self.settings.items()},
             keys={k: part(x) for k, x in self.keys.items()},
-            weights=rows(self.weights, self.most + 1) if isinstance(self.weights, torch.Tensor) else self.weights,
+            weights=weights,
         )
 
     def steps(self, each: int, members: Sequence[torch.Tensor], weights: Any) -> Case:
@@ -119,22 +126,27 @@ def drafts(
     per_row: bool = False,
     settings: dict[str, Any] | None = None,
     odd_memory: bool = False,
+    shifted: bool = False,
 ) -> Drafts:
-    """Random members, and drafts from logits that are `apart` from theirs, drawn by the oracle with the same keys."""
+    """Random members, and drafts from logits that are `apart` from theirs, drawn by the oracle with the same keys.
+
+    `shifted` is with offsets, floors, or both.
+    """
     rows = texts * (most + 1)
     members = logits(rows, *widths, seed=seed, scale=2.0, dtypes=dtypes)
-    weights: Any = (1.0, 0.7, -0.7, 0.2, 0.0)[: len(widths)]
+    weights: Any = (1.0, 0.7, -0.7, 0.2, 0.0, -0.3, 0.4, 0.1)[: len(widths)]
     if per_row:
         weights = torch.tensor([1.0, 0.5, -1.0, 2.0, 0.0])[(torch.arange(rows * len(widths)) * 3 % 5)]
         weights = weights.view(rows, len(widths)).contiguous()
         weights[:, 0] = torch.tensor([1.0, 0.5])[torch.arange(rows) % 2]
+    if shifted:
+        weights = random_combination(np.random.default_rng(seed), members, weights)
     settings = settings_for(texts, min(widths[0], draft or widths[0])) if settings is None else settings
     keys = random_keys(np.random.default_rng(seed), texts)
     out = Drafts(members, torch.full((texts, most), -1), None, settings, keys, weights)
     if not most:
         return out
-    numbers = weights.numpy() if per_row else np.tile(np.array(weights, np.float32), (rows, 1))
-    z = torch.from_numpy(oracle.combine([x.float().numpy() for x in members], numbers))
+    z = torch.from_numpy(oracle.combine([x.float().numpy() for x in members], in_numpy(weights, rows)))
     z = z.unflatten(0, (texts, most + 1))[:, :-1].flatten(0, 1)
     width = draft or widths[0]
     other = torch.full((texts * most, width), -3.0)
