@@ -30,7 +30,7 @@ from proxytune.validation import Ids, token_ids, whole
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Part", "Scores", "encode_pair", "parts_of", "score"]
+__all__ = ["Part", "Scores", "check_texts", "encode_pair", "parts_of", "score"]
 
 PART = 1024
 """Rows × positions that a pass reads at most: enough to keep a GPU busy."""
@@ -83,6 +83,7 @@ class Part:
         texts: `[N]`, int64: the number of its text.
         steps: `[N]`, int64: which scored token of its text it is, from 0.
         scored: `[N]`, bool: False where a shorter text has a token that is not scored, or padding; `steps` is 0 there.
+        names: What errors call the texts.
     """
 
     members: list[torch.Tensor]
@@ -90,6 +91,7 @@ class Part:
     texts: torch.Tensor
     steps: torch.Tensor
     scored: torch.Tensor
+    names: Sequence[str]
 
     def logprobs(self, weights: Sequence[float] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the targets under the members' weighted sum.
@@ -111,7 +113,7 @@ class Part:
             worst = int((~lse.isfinite()).int().argmax())
             text, step = int(self.texts[self.scored][worst]), int(self.steps[self.scored][worst])
             raise NumericalError.of(
-                f"text {text}, scored token {step}",
+                f"{self.names[text]}, scored token {step}",
                 expected="logits with a distribution",
                 got=f"a log-sum-exp of {float(lse[worst])}: NaN or +inf among them, or −inf for every token",
                 remedy="Run the members in bfloat16 or float32 rather than float16, and look at each one's own logits "
@@ -131,6 +133,7 @@ def score(
     *,
     prompts: Sequence[Ids | torch.Tensor] | None = None,
     batch_size: int = 8,
+    names: Sequence[str] | None = None,
 ) -> Scores:
     """Score texts under a model, composed or plain: log-probabilities of their tokens, and the perplexity.
 
@@ -139,7 +142,8 @@ def score(
         texts: R texts as token ids. Of a text without a prompt the first token is not scored: nothing predicts it.
             Put the BOS token first where the model was trained with one.
         prompts: R prompts as token ids, one for each text, which are read and not scored; an empty one is none.
-        batch_size: How many texts are read at once. It decides memory and speed, and results but for rounding.
+        batch_size: How many texts are read at once. It decides memory and speed; results differ in rounding alone.
+        names: What errors call the texts [text 0, text 1, …].
 
     Returns:
         The scores, in the order of the texts.
@@ -156,7 +160,7 @@ def score(
     found: list[list[torch.Tensor]] = [[] for _ in texts]
     likeliest: list[list[torch.Tensor]] = [[] for _ in texts]
     weights = Ensemble.of(model).weights
-    for part in parts_of(model, texts, prompts=prompts, batch_size=batch_size):
+    for part in parts_of(model, texts, prompts=prompts, batch_size=batch_size, names=names):
         logprobs, top = (x.cpu() for x in part.logprobs(weights))
         owners = part.texts[part.scored].cpu()
         for text in owners.unique().tolist():  # the tokens of a text come in their order
@@ -172,6 +176,7 @@ def parts_of(
     *,
     prompts: Sequence[Ids | torch.Tensor] | None = None,
     batch_size: int = 8,
+    names: Sequence[str] | None = None,
 ) -> Iterator[Part]:
     """Read texts once, with arguments as in `score`, and yield the members' logits of their scored positions.
 
@@ -179,10 +184,26 @@ def parts_of(
     """
     ensemble = Ensemble.of(model)
     members = ensemble.members
-    _refuse_model(model, members)
-    ids, starts = _checked(texts, prompts, members, whole("batch_size", batch_size, "of texts", least=1))
+    whole("batch_size", batch_size, "of texts", least=1)
+    names = _names(texts) if names is None else names
+    ids, starts = _checked(model, members, texts, prompts, names)
     for batch in _batches(ids, members, batch_size):
-        yield from _parts_of_batch(ensemble, members, batch, ids, starts)
+        yield from _parts_of_batch(ensemble, members, batch, ids, starts, names)
+
+
+def check_texts(
+    model: Any,
+    texts: Sequence[Ids | torch.Tensor],
+    *,
+    prompts: Sequence[Ids | torch.Tensor] | None = None,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Raise what `score` would raise for these texts before it reads one."""
+    _checked(model, Ensemble.of(model).members, texts, prompts, _names(texts) if names is None else names)
+
+
+def _names(texts: Sequence[Any]) -> list[str]:
+    return [f"text {number}" for number in range(len(texts))]
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, **options: Any) -> tuple[Ids, Ids]:
@@ -211,6 +232,7 @@ def _column(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _refuse_model(model: Any, members: Sequence[Member]) -> None:
+    """Refuse an encoder-decoder, and a model in training mode."""
     if getattr(model.config, "is_encoder_decoder", False):
         raise UnsupportedModelError.of(
             "the model",
@@ -228,12 +250,14 @@ def _refuse_model(model: Any, members: Sequence[Member]) -> None:
 
 
 def _checked(
+    model: Any,
+    members: Sequence[Member],
     texts: Sequence[Ids | torch.Tensor],
     prompts: Sequence[Ids | torch.Tensor] | None,
-    members: Sequence[Member],
-    batch_size: int,
+    names: Sequence[str],
 ) -> tuple[list[torch.Tensor], list[int]]:
     """Each text's ids `[T]` after those of its prompt, and the index of the first that is scored."""
+    _refuse_model(model, members)
     if len(texts) == 0 or isinstance(texts, str):
         raise InputError.of(
             "texts",
@@ -250,11 +274,11 @@ def _checked(
             remedy="Pass () for a text without a prompt.",
         )
     ids, starts = [], []
-    for number, (text, prompt) in enumerate(zip(texts, before, strict=True)):
-        of_prompt, of_text = _as_ids(f"prompt {number}", prompt), _as_ids(f"text {number}", text)
+    for name, text, prompt in zip(names, texts, before, strict=True):
+        of_prompt, of_text = _as_ids(f"the prompt of {name}", prompt), _as_ids(name, text)
         if len(of_text) < (1 if of_prompt else 2):
             raise InputError.of(
-                f"text {number}",
+                name,
                 expected="at least one token after the prompt" if of_prompt else "at least two tokens without a prompt",
                 got=f"{len(of_text)}",
                 remedy="Leave it out; or begin a text with the BOS token, so that its first word is scored."
@@ -262,11 +286,11 @@ def _checked(
                 else "Leave it out.",
             )
         row = torch.tensor((*of_prompt, *of_text))
-        check_ids(row, members, name=f"text {number}")
+        check_ids(row, members, name=name)
         for member in members:
             if member.context is not None and len(row) - 1 > member.context:
                 raise InputError.of(
-                    f"text {number}",
+                    name,
                     expected=f"at most {member.context + 1} tokens with its prompt: the {member.role} reads all but "
                     f"the last, and has max_position_embeddings={member.context}",
                     got=f"{len(row)}",
@@ -308,7 +332,12 @@ def _can_pad(member: Member) -> bool:
 
 
 def _parts_of_batch(
-    ensemble: Ensemble, members: Sequence[Member], batch: list[int], ids: Sequence[torch.Tensor], starts: Sequence[int]
+    ensemble: Ensemble,
+    members: Sequence[Member],
+    batch: list[int],
+    ids: Sequence[torch.Tensor],
+    starts: Sequence[int],
+    names: Sequence[str],
 ) -> Iterator[Part]:
     device = members[0].device
     rows = [ids[text] for text in batch]
@@ -348,6 +377,7 @@ def _parts_of_batch(
             owners[:, None].expand(-1, kept).flatten(),
             (columns - begins[:, None]).clamp(min=0).flatten(),
             scored.flatten(),
+            names,
         )
         del members_rows
 
