@@ -10,7 +10,7 @@ Other weights of the members need no other pass: `parts_of` gives each part's lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +24,22 @@ from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import empty_cache
 from proxytune.models.members.long_rope import is_beyond
 from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.own_prompts import PROMPTS, OwnPrompts, roles_with_prompts
+from proxytune.models.weighing import Weighing
 from proxytune.ops.checks import DTYPES
+from proxytune.ops.combination import Weights
 from proxytune.validation import Ids, token_ids, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Part", "Scores", "check_texts", "encode_pair", "parts_of", "score"]
+__all__ = ["Part", "Prompts", "Scores", "check_texts", "encode_pair", "parts_of", "score"]
 
 PART = 1024
 """Rows × positions that a pass reads at most: enough to keep a GPU busy."""
+
+Prompts = Sequence[Ids | torch.Tensor] | Mapping[str, Sequence[Ids | torch.Tensor]]
+"""One prompt for each text; or role → prompts, for members that read their own."""
 
 PART_BYTES = 1 << 28
 """What the members' logits of a pass may take, in bytes; one position of each row is always scored."""
@@ -78,7 +84,8 @@ class Part:
     """The members' logits where some tokens of a batch are predicted; N positions of one or more texts.
 
     Attributes:
-        members: Raw logits `[N, V_i]` of each member, the base first, its columns those that can be drawn.
+        members: Raw logits `[N, V_i]` of each member, the base first, on one device; None for one that did not run.
+        usable: How many of the base's columns can be drawn.
         targets: `[N]`, int64: the token that stands there.
         texts: `[N]`, int64: the number of its text.
         steps: `[N]`, int64: which scored token of its text it is, from 0.
@@ -86,18 +93,19 @@ class Part:
         names: What errors call the texts.
     """
 
-    members: list[torch.Tensor]
+    members: list[torch.Tensor | None]
+    usable: int
     targets: torch.Tensor
     texts: torch.Tensor
     steps: torch.Tensor
     scored: torch.Tensor
     names: Sequence[str]
 
-    def logprobs(self, weights: Sequence[float] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Score the targets under the members' weighted sum.
+    def logprobs(self, weighing: Weighing | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Score the targets under a formula over the members.
 
         Args:
-            weights: As in `proxytune.ops.step`.
+            weighing: What the formula makes of the members' rows; None for a plain model.
 
         Returns:
             `[n]`, float64, nats, of the n scored positions; and `[n]`, bool, whether the target is the likeliest token.
@@ -105,7 +113,8 @@ class Part:
         Raises:
             NumericalError: If a scored position has no distribution: NaN or +inf, or −inf for every token.
         """
-        found = ops.step(self.members, weights, want=("lse", "argmax"))
+        rows, weights = _weighed(weighing, self.members, self.steps)
+        found = ops.step([rows[0][:, : self.usable], *rows[1:]], weights, want=("lse", "argmax"))
         assert found.lse is not None
         assert found.argmax is not None
         lse = found.lse[self.scored]
@@ -120,7 +129,7 @@ class Part:
                 "for this text (model.member_logits).",
             )
         # The combined logit of one column is its log-sum-exp. A column that a member lacks is −inf there: no shift.
-        columns = [_column(z, self.targets) for z in self.members]
+        columns = [_column(z, self.targets) for z in rows]
         targets = ops.step(columns, weights, want=("lse",)).lse
         assert targets is not None
         # NaN and +inf there would be in the row too; −inf stays.
@@ -131,7 +140,7 @@ def score(
     model: Any,
     texts: Sequence[Ids | torch.Tensor],
     *,
-    prompts: Sequence[Ids | torch.Tensor] | None = None,
+    prompts: Prompts | None = None,
     batch_size: int = 8,
     names: Sequence[str] | None = None,
 ) -> Scores:
@@ -141,7 +150,8 @@ def score(
         model: A `ProxyTunedModel`, or any decoder-only causal LM of transformers; in evaluation mode.
         texts: R texts as token ids. Of a text without a prompt the first token is not scored: nothing predicts it.
             Put the BOS token first where the model was trained with one.
-        prompts: R prompts as token ids, one for each text, which are read and not scored; an empty one is none.
+        prompts: R prompts as token ids, one for each text, which are read and not scored; an empty one is none. For a
+            model with members that read a prompt of their own: role → R prompts, "base" among them.
         batch_size: How many texts are read at once. It decides memory and speed; results differ in rounding alone.
         names: What errors call the texts [text 0, text 1, …].
 
@@ -150,7 +160,8 @@ def score(
 
     Raises:
         InputError: If a text has nothing to score, is too long for a member, or has an id that a member cannot embed;
-            if there are not as many prompts as texts; if the model is in training mode.
+            if there are not as many prompts as texts, or not for all members that read their own; if the model is in
+            training mode.
         NumericalError: If a position has no distribution.
         UnsupportedModelError: If the model is an encoder-decoder, or cannot be a member.
 
@@ -159,9 +170,9 @@ def score(
     """
     found: list[list[torch.Tensor]] = [[] for _ in texts]
     likeliest: list[list[torch.Tensor]] = [[] for _ in texts]
-    weights = Ensemble.of(model).weights
+    weighing = Ensemble.of(model).weighing
     for part in parts_of(model, texts, prompts=prompts, batch_size=batch_size, names=names):
-        logprobs, top = (x.cpu() for x in part.logprobs(weights))
+        logprobs, top = (x.cpu() for x in part.logprobs(weighing))
         owners = part.texts[part.scored].cpu()
         for text in owners.unique().tolist():  # the tokens of a text come in their order
             found[text].append(logprobs[owners == text])
@@ -174,36 +185,33 @@ def parts_of(
     model: Any,
     texts: Sequence[Ids | torch.Tensor],
     *,
-    prompts: Sequence[Ids | torch.Tensor] | None = None,
+    prompts: Prompts | None = None,
     batch_size: int = 8,
     names: Sequence[str] | None = None,
+    everyone: bool = False,
 ) -> Iterator[Part]:
     """Read texts once, with arguments as in `score`, and yield the members' logits of their scored positions.
 
-    A part's tensors are not kept: drop it before the next one is asked for.
+    `everyone` lets members of weight 0 run too, for formulas in which they have another. A part's tensors are not kept:
+    drop it before the next one is asked for.
     """
     ensemble = Ensemble.of(model)
     members = ensemble.members
     whole("batch_size", batch_size, "of texts", least=1)
-    names = _names(texts) if names is None else names
-    ids, starts = _checked(model, members, texts, prompts, names)
-    for batch in _batches(ids, members, batch_size):
-        yield from _parts_of_batch(ensemble, members, batch, ids, starts, names)
+    read = _Texts(model, members, texts, prompts, names)
+    for batch in _batches(read, members, batch_size):
+        yield from _parts_of_batch(ensemble, members, batch, read, everyone)
 
 
 def check_texts(
     model: Any,
     texts: Sequence[Ids | torch.Tensor],
     *,
-    prompts: Sequence[Ids | torch.Tensor] | None = None,
+    prompts: Prompts | None = None,
     names: Sequence[str] | None = None,
 ) -> None:
     """Raise what `score` would raise for these texts before it reads one."""
-    _checked(model, Ensemble.of(model).members, texts, prompts, _names(texts) if names is None else names)
-
-
-def _names(texts: Sequence[Any]) -> list[str]:
-    return [f"text {number}" for number in range(len(texts))]
+    _Texts(model, Ensemble.of(model).members, texts, prompts, names)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, **options: Any) -> tuple[Ids, Ids]:
@@ -223,6 +231,14 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, **op
 def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
     found: list[int] = tokenizer(text, **options)["input_ids"]
     return found
+
+
+def _weighed(
+    weighing: Weighing | None, members: Sequence[torch.Tensor | None], steps: torch.Tensor
+) -> tuple[list[torch.Tensor], Weights]:
+    if weighing is None:
+        return [x for x in members if x is not None], (1.0,)
+    return weighing(members, steps)
 
 
 def _column(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -249,63 +265,119 @@ def _refuse_model(model: Any, members: Sequence[Member]) -> None:
         )
 
 
-def _checked(
-    model: Any,
-    members: Sequence[Member],
-    texts: Sequence[Ids | torch.Tensor],
-    prompts: Sequence[Ids | torch.Tensor] | None,
-    names: Sequence[str],
-) -> tuple[list[torch.Tensor], list[int]]:
-    """Each text's ids `[T]` after those of its prompt, and the index of the first that is scored."""
-    _refuse_model(model, members)
-    if len(texts) == 0 or isinstance(texts, str):
-        raise InputError.of(
-            "texts",
-            expected="at least one text, as a sequence of token ids",
-            got=repr(texts) if isinstance(texts, str) else f"{len(texts)} texts",
-            remedy='Pass e.g. [tokenizer("some text")["input_ids"]].',
-        )
-    before = [()] * len(texts) if prompts is None else prompts
-    if len(before) != len(texts):
-        raise InputError.of(
-            "prompts",
-            expected=f"{len(texts)} prompts, one for each text",
-            got=f"{len(before)}",
-            remedy="Pass () for a text without a prompt.",
-        )
-    ids, starts = [], []
-    for name, text, prompt in zip(names, texts, before, strict=True):
-        of_prompt, of_text = _as_ids(f"the prompt of {name}", prompt), _as_ids(name, text)
-        if len(of_text) < (1 if of_prompt else 2):
+class _Texts:
+    """Texts that were checked, each after its prompts.
+
+    Attributes:
+        names: What errors call them.
+        rows: For each text `[T]`: the base's prompt and the text.
+        own: Role → the same after the prompts of a member that reads its own.
+        counts: How many tokens are scored, the last of each row.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        members: Sequence[Member],
+        texts: Sequence[Ids | torch.Tensor],
+        prompts: Prompts | None,
+        names: Sequence[str] | None,
+    ) -> None:
+        _refuse_model(model, members)
+        if len(texts) == 0 or isinstance(texts, str):
             raise InputError.of(
-                name,
-                expected="at least one token after the prompt" if of_prompt else "at least two tokens without a prompt",
-                got=f"{len(of_text)}",
-                remedy="Leave it out; or begin a text with the BOS token, so that its first word is scored."
-                if of_text
-                else "Leave it out.",
+                "texts",
+                expected="at least one text, as a sequence of token ids",
+                got=repr(texts) if isinstance(texts, str) else f"{len(texts)} texts",
+                remedy='Pass e.g. [tokenizer("some text")["input_ids"]].',
             )
-        row = torch.tensor((*of_prompt, *of_text))
-        check_ids(row, members, name=name)
-        for member in members:
-            if member.context is not None and len(row) - 1 > member.context:
+        self.names = [f"text {number}" for number in range(len(texts))] if names is None else names
+        given = _prompts_by_role(prompts, len(texts), roles_with_prompts(members))
+        self.counts: list[int] = []
+        self.rows: list[torch.Tensor] = []
+        self.own: dict[str, list[torch.Tensor]] = {role: [] for role in given if role != "base"}
+        for i, (name, text) in enumerate(zip(self.names, texts, strict=True)):
+            after, first = _as_ids(name, text), _as_ids(f"the prompt of {name}", given["base"][i])
+            if len(after) < (1 if first else 2):
                 raise InputError.of(
                     name,
-                    expected=f"at most {member.context + 1} tokens with its prompt: the {member.role} reads all but "
-                    f"the last, and has max_position_embeddings={member.context}",
-                    got=f"{len(row)}",
-                    remedy="Shorten it, split it, or use a member with a longer context.",
+                    expected="at least one token after the prompt" if first else "at least two tokens without a prompt",
+                    got=f"{len(after)}",
+                    remedy="Leave it out; or begin a text with the BOS token, so that its first word is scored."
+                    if after
+                    else "Leave it out.",
                 )
-        ids.append(row)
-        starts.append(max(1, len(of_prompt)))
-    return ids, starts
+            self.counts.append(len(after) - (0 if first else 1))
+            self.rows.append(torch.tensor((*first, *after)))
+            for role, rows in self.own.items():
+                before = _as_ids(f"the {role}'s prompt of {name}", given[role][i])
+                if first and not before:
+                    raise InputError.of(
+                        f"the {role}'s prompt of {name}",
+                        expected="at least one token, from which the text's first one can be predicted",
+                        got="0",
+                        remedy="Begin it with the BOS token, or with a line feed.",
+                    )
+                rows.append(torch.tensor((*before, *after)))
+            for member in members:
+                _check_row(name, member, self.row(member.role, i))
+
+    def row(self, role: str, text: int) -> torch.Tensor:
+        """What a member reads of a text, and the last token, `[T]`."""
+        return self.own.get(role, self.rows)[text]
+
+    def padded(self, role: str, batch: Sequence[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids and mask `[B, width]` of a batch, padded on the left."""
+        ids, mask = torch.zeros(2, len(batch), width, dtype=torch.int64).unbind()
+        for i, text in enumerate(batch):
+            row = self.row(role, text)
+            ids[i, width - len(row) :] = row
+            mask[i, width - len(row) :] = 1
+        return ids, mask
+
+
+def _prompts_by_role(
+    prompts: Prompts | None, count: int, roles: Sequence[str]
+) -> dict[str, Sequence[Ids | torch.Tensor]]:
+    """Role → as many prompts as texts; the base's, and those of `roles`, which read their own."""
+    if not isinstance(prompts, Mapping):
+        prompts = {"base": [()] * count if prompts is None else prompts}
+    given = {"base": [()] * count, **prompts}
+    if given.keys() != {"base", *roles}:
+        raise InputError.of(
+            "prompts",
+            expected=f"role → prompts, for base, {', '.join(roles)}" if roles else "the prompts that all members read",
+            got=f"prompts for {', '.join(map(str, prompts))}",
+            remedy="Pass a mapping with the prompts of each member that reads its own.",
+        )
+    for role, each in given.items():
+        if len(each) != count:
+            raise InputError.of(
+                "prompts" if len(given) == 1 else f"prompts[{role!r}]",
+                expected=f"{count} prompts, one for each text",
+                got=f"{len(each)}",
+                remedy="Pass () for a text without a prompt.",
+            )
+    return given
+
+
+def _check_row(name: str, member: Member, row: torch.Tensor) -> None:
+    check_ids(row, [member], name=name)
+    if member.context is not None and len(row) - 1 > member.context:
+        raise InputError.of(
+            name,
+            expected=f"at most {member.context + 1} tokens with its prompt: the {member.role} reads all but the last, "
+            f"and has max_position_embeddings={member.context}",
+            got=f"{len(row)}",
+            remedy="Shorten it, split it, or use a member with a longer context.",
+        )
 
 
 def _as_ids(name: str, ids: Ids | torch.Tensor) -> tuple[int, ...]:
     return token_ids(name, ids.tolist() if isinstance(ids, torch.Tensor) else ids, empty=True)
 
 
-def _batches(ids: Sequence[torch.Tensor], members: Sequence[Member], batch_size: int) -> Iterator[list[int]]:
+def _batches(texts: _Texts, members: Sequence[Member], batch_size: int) -> Iterator[list[int]]:
     """The numbers of the texts of each batch: the longest first, so that memory is short at once or never.
 
     Texts of one batch are on one side of long-rope members' switches, and of one length if a member cannot be padded.
@@ -313,10 +385,11 @@ def _batches(ids: Sequence[torch.Tensor], members: Sequence[Member], batch_size:
     alike = not all(_can_pad(member) for member in members)
 
     def kind(text: int) -> tuple[Any, ...]:
-        read = len(ids[text]) - 1
-        return (*(is_beyond(m.switch, read, None) for m in members), read if alike else 0)
+        read = [len(texts.row(m.role, text)) - 1 for m in members]
+        sides = [is_beyond(m.switch, length, None) for m, length in zip(members, read, strict=True)]
+        return (*sides, *(read if alike else ()))
 
-    order = sorted(range(len(ids)), key=lambda text: -len(ids[text]))
+    order = sorted(range(len(texts.rows)), key=lambda text: -len(texts.rows[text]))
     kinds = dict.fromkeys(map(kind, order))
     for one in kinds:
         same = [text for text in order if kind(text) == one]
@@ -332,28 +405,16 @@ def _can_pad(member: Member) -> bool:
 
 
 def _parts_of_batch(
-    ensemble: Ensemble,
-    members: Sequence[Member],
-    batch: list[int],
-    ids: Sequence[torch.Tensor],
-    starts: Sequence[int],
-    names: Sequence[str],
+    ensemble: Ensemble, members: Sequence[Member], batch: list[int], texts: _Texts, everyone: bool
 ) -> Iterator[Part]:
-    device = members[0].device
-    rows = [ids[text] for text in batch]
-    width, count = max(map(len, rows)), len(rows)
-    inputs, mask = torch.zeros(2, count, width, dtype=torch.int64).unbind()
-    for i, row in enumerate(rows):
-        inputs[i, width - len(row) :] = row
-        mask[i, width - len(row) :] = 1
+    device, count = members[0].device, len(batch)
     # Column c predicts column c + 1, so the last one is not read. Texts end together: each row's scored columns are
     # its last ones.
-    lengths = torch.tensor([len(row) - starts[text] for row, text in zip(rows, batch, strict=True)])
-    end, inputs, mask = width - 1, inputs.to(device), mask.to(device)
-    begins = (end - lengths).to(device)  # [B], the first scored column
-    first = int(begins.min())
-    read = None if bool(mask.all()) else mask[:, :end]
-    passes = _Passes(ensemble, members, inputs[:, :end], read)
+    end = max(len(texts.row(m.role, text)) for m in members for text in batch) - 1
+    inputs = texts.padded("base", batch, end + 1)[0].to(device)
+    begins = torch.tensor([end - texts.counts[text] for text in batch], device=device)  # [B], the first scored column
+    first = end - max(texts.counts[text] for text in batch)
+    passes = _Passes(ensemble, members, texts, batch, end, everyone)
     most = max(1, min(PART, PART_BYTES // _bytes_of_position(members)) // count)  # scored columns of a pass
     owners = torch.tensor(batch, device=device)
     start = first if passes.whole else 0
@@ -366,18 +427,22 @@ def _parts_of_batch(
             continue
         columns = torch.arange(stop - kept, stop, device=device)
         scored = columns >= begins[:, None]  # [B, kept]
-        members_rows = []
+        members_rows: list[torch.Tensor | None] = []
         while logits:  # one after the other, so that copies to another device do not add up
-            members_rows.append(_rows_on(device, logits.pop(0)))
-        usable = ensemble.usable(members_rows[0].shape[1])
-        members_rows[0] = members_rows[0][:, :usable]
+            z = logits.pop(0)
+            members_rows.append(None if z is None else _rows_on(device, z))
+        base = members_rows[0]
+        assert base is not None
+        usable = ensemble.usable(base.shape[1])
+        del base, z
         yield Part(
             members_rows,
+            usable,
             inputs[:, columns + 1].flatten(),
             owners[:, None].expand(-1, kept).flatten(),
             (columns - begins[:, None]).clamp(min=0).flatten(),
             scored.flatten(),
-            names,
+            texts.names,
         )
         del members_rows
 
@@ -393,25 +458,37 @@ def _rows_on(device: torch.device, logits: torch.Tensor) -> torch.Tensor:
 
 
 class _Passes:
-    """The passes over one batch `[B, T]`, each after the last one.
+    """The passes over one batch of B texts, each after the last one.
 
     Attributes:
         whole: Whether each of them reads the whole text, since no cache serves.
     """
 
     def __init__(
-        self, ensemble: Ensemble, members: Sequence[Member], input_ids: torch.Tensor, mask: torch.Tensor | None
+        self, ensemble: Ensemble, members: Sequence[Member], texts: _Texts, batch: list[int], end: int, everyone: bool
     ) -> None:
-        self._ensemble, self._members, self._ids, self._mask = ensemble, members, input_ids, mask
+        """Prepare to read the first `end` columns of texts that end one column later."""
+        self._ensemble, self._members = ensemble, members
+        device = members[0].device
+        of = {
+            role: [x[:, :end].to(device) for x in texts.padded(role, batch, end + 1)] for role in ("base", *texts.own)
+        }
+        self._ids, mask = of.pop("base")
+        self._mask = None if bool(mask.all()) else mask
         # Beyond a switch, all positions of a text have other frequencies: a part would not be what the text is.
-        self.whole = any(is_beyond(m.switch, input_ids.shape[1], mask) for m in members)
+        lengths = {m.role: max(len(texts.row(m.role, text)) for text in batch) - 1 for m in members}
+        self.whole = any(is_beyond(m.switch, lengths[m.role], None) for m in members)
         self._cache = None
         if not self.whole:
             composed = ensemble.composed
             self._cache = DynamicCache(config=ensemble.model.config) if composed else empty_cache(members[0].config)
+        self._options = {**ensemble.request(everyone=everyone), "use_cache": not self.whole}
+        if of:
+            ids, masks = ({role: pair[i] for role, pair in of.items()} for i in (0, 1))
+            self._options[PROMPTS] = OwnPrompts(ids, masks)
 
     @torch.no_grad()
-    def read(self, start: int, stop: int, kept: int) -> list[torch.Tensor]:
+    def read(self, start: int, stop: int, kept: int) -> list[torch.Tensor | None]:
         """Read columns `start` to `stop`, and give each member's logits `[B, kept, V_i]` of the last `kept`."""
         ids, mask, keep = self._ids[:, start:stop], self._mask, kept
         if self.whole:
@@ -430,8 +507,7 @@ class _Passes:
             attention_mask=mask,
             logits_to_keep=keep,
             **{CACHE: self._cache},
-            use_cache=self._cache is not None,
             is_first_iteration=start == 0,
-            **self._ensemble.request(),
+            **self._options,
         )
         return self._ensemble.logits(outputs)

@@ -13,6 +13,7 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 import proxytune
 from proxytune.errors import InputError, NumericalError, UnsupportedModelError
+from proxytune.formulas.guidance import ContextAware
 from proxytune.models import scoring
 from proxytune.models.scoring import Scores, encode_pair, score
 
@@ -119,6 +120,34 @@ def test_a_text_beyond_a_switch_is_read_as_a_whole(monkeypatch: pytest.MonkeyPat
     prompts[2], given[3] = prompts[2][:2], given[3][:13]
     compare(score(model, given, prompts=prompts, batch_size=4), members, prompts, given)
     compare(score(members[0], given, prompts=prompts, batch_size=4), members[:1], prompts, given)
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_members_read_prompts_of_their_own() -> None:
+    base = shared("llama", 1)
+    model = proxytune.wrap(base, formula=ContextAware(alpha=0.5), check_vocabulary=False)
+    with_context, without, given = texts(12, 3, 20, 6), texts(4, 9, 1, 6), texts(5, 14, 3, 2)
+    prompts = {"base": with_context, "no_context": without}
+    scores = score(model, given, prompts=prompts, batch_size=3)
+    for i, text in enumerate(given):
+        n, z = len(text), []
+        for before in (with_context[i], without[i]):
+            with torch.no_grad():
+                z.append(copy.deepcopy(base).double()(torch.tensor([before + text[:-1]])).logits[0, -n:])
+        found = log_softmax(1.5 * z[0] - 0.5 * z[1], -1).gather(1, torch.tensor(text)[:, None])[:, 0]
+        assert scores.logprobs[i].tolist() == pytest.approx(found.tolist(), abs=5e-5)
+    for wrong, message in (
+        (with_context, "prompts: expected role → prompts, for base, no_context; got prompts for base"),
+        ({"base": with_context}, "prompts: expected role → prompts, for base, no_context; got prompts for base"),
+        ({**prompts, "x": without}, "got prompts for base, no_context, x"),
+        ({**prompts, "no_context": without[:2]}, r"prompts\['no_context'\]: expected 4 prompts, .*; got 2"),
+        (
+            {**prompts, "no_context": [*without[:3], []]},
+            "the no_context's prompt of text 3: expected at least one token",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            score(model, given, prompts=wrong)
 
 
 def test_whole_logits_never_exist() -> None:
