@@ -189,7 +189,7 @@ def summed(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """What all texts are to the model together, as JSON values."""
     import numpy as np
 
-    from proxytune.stats.bootstrap import interval
+    from proxytune.stats.bootstrap import ratio_interval
 
     found = [(math.nan if line["logprob"] is None else line["logprob"], line["tokens"]) for line in lines]
     nats, tokens = (np.array(x, dtype=float) for x in zip(*found, strict=True))
@@ -200,12 +200,7 @@ def summed(lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         return said
     said["perplexity"] = _perplexity(total, said["tokens"])
     if len(tokens) > 1 and said["perplexity"] is not None:
-        # Whole texts are drawn: tokens of one are alike.
-        every = interval(
-            lambda drawn, _: float(nats[drawn.astype(int)].sum() / tokens[drawn.astype(int)].sum()),
-            np.arange(len(nats)),
-            np.ones(len(nats), bool),
-        )
+        every = ratio_interval(nats, tokens)  # whole texts are drawn: tokens of one are alike
         said["interval"] = [_significant(math.exp(-bound)) for bound in (every.high, every.low)]
     return said
 

@@ -11,7 +11,7 @@ Other weights of the members need no other pass: `parts_of` gives each part's lo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +27,7 @@ from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.own_prompts import PROMPTS, OwnPrompts, roles_with_prompts
 from proxytune.models.weighing import Weighing
 from proxytune.ops.checks import DTYPES
-from proxytune.ops.combination import Weights
+from proxytune.ops.combination import Combination, Weights
 from proxytune.validation import Ids, token_ids, whole
 
 if TYPE_CHECKING:
@@ -101,11 +101,12 @@ class Part:
     scored: torch.Tensor
     names: Sequence[str]
 
-    def logprobs(self, weighing: Weighing | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def logprobs(self, weighing: Weighing | None, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
         """Score the targets under a formula over the members.
 
         Args:
             weighing: What the formula makes of the members' rows; None for a plain model.
+            temperature: What the combined logits are divided by, above 0.
 
         Returns:
             `[n]`, float64, nats, of the n scored positions; and `[n]`, bool, whether the target is the likeliest token.
@@ -114,6 +115,8 @@ class Part:
             NumericalError: If a scored position has no distribution: NaN or +inf, or −inf for every token.
         """
         rows, weights = _weighed(weighing, self.members, self.steps)
+        if temperature != 1.0:
+            weights = _divided(weights, temperature)
         found = ops.step([rows[0][:, : self.usable], *rows[1:]], weights, want=("lse", "argmax"))
         assert found.lse is not None
         assert found.argmax is not None
@@ -134,6 +137,12 @@ class Part:
         assert targets is not None
         # NaN and +inf there would be in the row too; −inf stays.
         return (targets[self.scored].double() - lse.double()), (found.argmax == self.targets)[self.scored]
+
+    def open(self, weighing: Weighing) -> torch.Tensor:
+        """`[n]`, bool: at which of the scored positions the formula's gate is open; at all without a gate."""
+        base = self.members[0]
+        assert base is not None
+        return weighing.open(base)[self.scored]
 
 
 def score(
@@ -239,6 +248,15 @@ def _weighed(
     if weighing is None:
         return [x for x in members if x is not None], (1.0,)
     return weighing(members, steps)
+
+
+def _divided(weights: Weights, temperature: float) -> Weights:
+    """Weights of logits over a temperature."""
+    if isinstance(weights, Combination):
+        divided = _divided(weights.weights, temperature)
+        assert not isinstance(divided, Combination)
+        return replace(weights, weights=divided)
+    return weights / temperature if isinstance(weights, torch.Tensor) else tuple(w / temperature for w in weights)
 
 
 def _column(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
