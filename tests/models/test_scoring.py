@@ -13,7 +13,13 @@ from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
 import proxytune
 from proxytune.errors import InputError, NumericalError, UnsupportedModelError
-from proxytune.formulas.guidance import ContextAware
+from proxytune.formulas import Formula, ProxyTuning
+from proxytune.formulas.contrastive import ContrastiveDecoding, DExperts
+from proxytune.formulas.experts import DeRa, Nudging
+from proxytune.formulas.gates import Gate
+from proxytune.formulas.guidance import ClassifierFreeGuidance, ContextAware
+from proxytune.formulas.proxy_tuning import EmulatedFineTuning
+from proxytune.formulas.schedules import Schedule
 from proxytune.models import scoring
 from proxytune.models.scoring import Scores, encode_pair, score
 
@@ -148,6 +154,71 @@ def test_members_read_prompts_of_their_own() -> None:
     ):
         with pytest.raises(InputError, match=message):
             score(model, given, prompts=wrong)
+
+
+def nucleus(z: torch.Tensor, top_p: float) -> torch.Tensor:
+    """`[n, V]`: the fewest likeliest tokens that hold this share."""
+    p, order = z.softmax(-1).sort(-1, descending=True)
+    return torch.zeros_like(z, dtype=torch.bool).scatter(-1, order, p.cumsum(-1) - p < top_p)
+
+
+FORMULAS = {
+    "emulated fine-tuning": EmulatedFineTuning(alpha=0.7),
+    "contrastive decoding": ContrastiveDecoding(beta=0.4, share=0.01),
+    "dexperts": DExperts(alpha=0.6, top_p=0.999),
+    "dera": DeRa(lam=1.3),
+    "guidance": ClassifierFreeGuidance(gamma=1.4),
+    "gate": ProxyTuning(alpha=0.8, gate=Gate(entropy=4.4)),
+    "nudging": Nudging(gamma=0.15),
+    "schedule": ProxyTuning(alpha=Schedule.linear(1.5, 0.0, 6)),
+    "written down": Formula.parse("base + 0.5*(expert - antiexpert) + 0.3*amateur"),
+}
+
+
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize("name", FORMULAS)
+def test_scores_under_every_formula(name: str) -> None:
+    formula = FORMULAS[name]
+    everyone = {"base": shared("llama", 1)} | {
+        role: shared("qwen3", seed)
+        for seed, role in enumerate(("expert", "antiexpert", "amateur", "aligned", "nudging"), 2)
+    }
+    companions = {role: everyone[role] for role in formula.roles if role in everyone}
+    pair = {role: companions.pop(role) for role in ("expert", "antiexpert") if role in companions}
+    model = proxytune.wrap(everyone["base"], **pair, members=companions, formula=formula, check_vocabulary=False)
+    before, given = texts(9, 2, 14), texts(7, 12, 4)
+    own = {role: texts(3, 8, 1) for role in formula.roles if role not in everyone}
+    scores = score(model, given, prompts={"base": before, **own} if own else before)
+    shares = []
+    for i, text in enumerate(given):
+        z = {}
+        for role in ("base", *formula.roles):
+            wide = copy.deepcopy(everyone.get(role, everyone["base"])).double()
+            row = torch.tensor([own.get(role, before)[i] + text[:-1]])
+            with torch.no_grad():
+                z[role] = wide(row, use_cache=False).logits[0, -len(text) :]
+        combined, base = torch.zeros_like(z["base"]), log_softmax(z["base"], -1)
+        for term in formula.terms():
+            weight = torch.as_tensor(
+                [term.weight if isinstance(term.weight, float) else 1.5 - 0.25 * min(t, 6) for t in range(len(text))]
+            )
+            if term.member == "antiexpert" and name == "schedule":
+                weight = -weight
+            combined += weight.double()[:, None] * (log_softmax(z[term.member], -1) if term.log else z[term.member])
+        if name == "contrastive decoding":
+            combined[base < base.amax(-1, keepdim=True) + math.log(0.01)] = -torch.inf
+        elif name == "dexperts":
+            combined[~nucleus(z["base"], 0.999)] = -torch.inf
+        elif name in ("gate", "nudging"):
+            unsure = -(base.exp() * base).sum(-1) > 4.4 if name == "gate" else base.exp().amax(-1) < 0.15
+            shares += unsure.tolist()
+            combined = torch.where(unsure[:, None], combined, z["base"])
+        want = log_softmax(combined, -1).gather(1, torch.tensor(text)[:, None])[:, 0]
+        assert scores.logprobs[i].tolist() == pytest.approx(want.tolist(), abs=1e-4)
+        if name in ("contrastive decoding", "dexperts"):
+            shares += want.isinf().tolist()
+    if name in ("gate", "nudging", "contrastive decoding", "dexperts"):
+        assert set(shares) == {True, False}, "the example shows both"
 
 
 def test_whole_logits_never_exist() -> None:
