@@ -50,6 +50,14 @@ def _split(prompt: Prompt) -> tuple[Prompt, str | None]:
     if COMPLETION in prompt.line:
         answer = prompt.line[COMPLETION]
     elif prompt.is_chat:
+        last = prompt.line["messages"][-1]
+        if last["role"] != "assistant":
+            raise InputError.of(
+                prompt.where,
+                expected="a conversation that ends with the assistant's turn, the text to score",
+                got=f"one that ends with the {last['role']}'s",
+                remedy=f'Add that turn, or a "{COMPLETION}".',
+            )
         answer = prompt.turns(None)[-1]["content"]
         prompt = replace(prompt, line={**prompt.line, "messages": prompt.line["messages"][:-1]})
     else:

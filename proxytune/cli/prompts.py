@@ -95,7 +95,7 @@ def read_prompts(
         option: The option that named the file.
         reserved: The keys of the output, which a line must not have.
         answers: The keys of what comes after a prompt, for a command that reads it too. A conversation without one of
-            them ends with the assistant's turn.
+            them may end with the assistant's turn.
 
     Raises:
         InputError: If there is no prompt at all, the file cannot be read or is not UTF-8, or a line of JSON lines is
@@ -300,13 +300,13 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str], answers: Sequence
             chat = ' A conversation stands under "messages".' if isinstance(found[key], list) else ""
             raise refuse(f'a string under "{key}"', _cut(json.dumps(found[key])), f"Correct the line.{chat}")
     if "messages" in found:
-        _check_messages(found["messages"], refuse, ended=bool(answers) and not answered)
+        _check_messages(found["messages"], refuse, may_end=bool(answers) and not answered)
         if "system" in found and found["messages"][0]["role"] == "system":
             raise refuse("one system prompt", 'a "system" and a system turn', "Remove one of them.")
     return Prompt(found, where)
 
 
-def _check_messages(messages: Any, refuse: Any, *, ended: bool) -> None:
+def _check_messages(messages: Any, refuse: Any, *, may_end: bool) -> None:
     form = '[{"role": "user", "content": "…"}]'
     if not isinstance(messages, list) or not messages:
         raise refuse(f'turns under "messages", {form}', _cut(json.dumps(messages)), "Correct the line.")
@@ -320,13 +320,9 @@ def _check_messages(messages: Any, refuse: Any, *, ended: bool) -> None:
                 _cut(json.dumps(turn, ensure_ascii=False)),
                 f"Correct the turn.{sharegpt}",
             )
-    if ended:
-        if messages[-1]["role"] != "assistant" or len(messages) < 2 or messages[-1].get("content") is None:
-            raise refuse(
-                "a conversation that ends with the assistant's turn, the text to score",
-                f"{len(messages)} turns, of which the last is {_cut(json.dumps(messages[-1], ensure_ascii=False))}",
-                "Add that turn.",
-            )
+    if may_end and messages[-1]["role"] == "assistant":
+        if len(messages) == 1:
+            raise refuse("a user's turn before the assistant's", "the assistant's alone", "Add it.")
         messages = messages[:-1]
     if messages[-1]["role"] not in ("user", "tool"):
         raise refuse(

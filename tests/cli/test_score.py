@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -175,7 +176,7 @@ def test_on_a_terminal(run, members, file, monkeypatch):
         ('{"prompt": "x", "completion": 5}', [], 'line 1: expected a text under "completion", .*; got 5'),
         ('{"prompt": "x", "completion": "y", "logprob": 1}', [], 'expected no "logprob", which is a key of the output'),
         ('{"messages": [{"role": "user", "content": "x"}]}', [], "ends with the assistant's turn"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', [], "ends with the assistant's turn"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', [], "expected a user's turn before the assistant's"),
         ('{"prompt": "x"}', ["--chat"], '--chat: expected lines with a "completion"'),
         ('{"prompt": "x", "completion": "y"}', ["--system", "z"], "expected --chat with a system prompt"),
         ('{"prompt": "x"}', [], "line 1: expected at least two tokens without a prompt; got 1"),
@@ -188,8 +189,6 @@ def test_on_a_terminal(run, members, file, monkeypatch):
     ],
 )
 def test_wrong_texts_are_told_by_line(run, members, tmp_path, content, words, message):
-    import re
-
     path = tmp_path / "texts.jsonl"
     path.write_text(content + "\n")
     ended = run("score", *members, "--file", path, *words)
