@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from proxytune.cli.models import check_chat, rendered_chat
-from proxytune.cli.prompts import Prompt, check_prompts
+from proxytune.cli.prompts import COMPLETION, Prompt, check_prompts
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
     from proxytune.validation import Ids
 
-__all__ = ["COMPLETION", "check_answered", "encode_answered", "split_answers"]
-
-COMPLETION = "completion"
+__all__ = ["check_answered", "encode_answered", "split_answers"]
 
 
 def split_answers(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str | None]]:

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.plot_file import refuse_plot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,6 +39,8 @@ def bench(
 ) -> None:
     """Measure what a token costs on this CPU: base, tuned model, every steering method, and their byte floors."""
     if plot is not None:
+        from proxytune.cli.plot_file import refuse_plot
+
         refuse_plot(plot)  # before the minutes that it would be about
     terminal.quiet()
     import torch

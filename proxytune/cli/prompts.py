@@ -29,7 +29,10 @@ from proxytune.cli.setting_table import SETTINGS
 from proxytune.cli.settings import ELSEWHERE
 from proxytune.errors import InputError
 
-__all__ = ["Prompt", "check_prompts", "read_prompts"]
+__all__ = ["COMPLETION", "Prompt", "check_prompts", "read_prompts"]
+
+COMPLETION = "completion"
+"""The key of what comes after a prompt."""
 
 _KEYS = ("prompt", "messages", "system")
 _ROLES = ("system", "developer", "user", "assistant", "tool")

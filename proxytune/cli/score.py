@@ -12,7 +12,6 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.answered import COMPLETION, check_answered, encode_answered, split_answers
 from proxytune.cli.models import check_members, chosen_device, load, load_plain, named
 from proxytune.cli.options import (
     OUTPUT,
@@ -31,7 +30,7 @@ from proxytune.cli.options import (
     System,
     Trust,
 )
-from proxytune.cli.prompts import read_prompts
+from proxytune.cli.prompts import COMPLETION, read_prompts
 from proxytune.errors import InputError
 
 __all__ = ["score"]
@@ -106,6 +105,9 @@ def score(
             remedy="Name them, or drop --alpha.",
         )
     terminal.quiet()
+
+    from proxytune.cli.answered import check_answered, encode_answered, split_answers
+
     prompts = read_prompts(file, words, reserved=_OWN_KEYS, answers=(COMPLETION,))
     pairs = split_answers(prompts)
     chat = check_answered(pairs, chat=chat, system=system)

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.answered import COMPLETION, check_answered, encode_answered, split_answers
 from proxytune.cli.models import check_members, load
 from proxytune.cli.options import (
     OUTPUT,
@@ -28,8 +27,7 @@ from proxytune.cli.options import (
     System,
     Trust,
 )
-from proxytune.cli.plot_file import refuse_plot
-from proxytune.cli.prompts import Prompt, read_prompts
+from proxytune.cli.prompts import COMPLETION, Prompt, read_prompts
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -112,6 +110,9 @@ def tune(
     The members read each item once, for all values. Values that fall clearly behind are dropped on the way. Of the
     values within one standard error of the best, the one that changes the base least is chosen.
     """
+    from proxytune.cli.answered import check_answered
+    from proxytune.cli.plot_file import refuse_plot
+
     check_members(base, expert, antiexpert, recipe, [])
     if plot is not None:
         refuse_plot(plot)
@@ -240,6 +241,8 @@ def _asked(prompt: Prompt) -> str:
 
 def _flat(prompts: Sequence[Prompt]) -> tuple[list[tuple[Prompt, str | None]], list[range]]:
     """Each choice, or each completion, after its prompt; and which of them are of each item."""
+    from proxytune.cli.answered import split_answers
+
     pairs: list[tuple[Prompt, str | None]] = []
     spans = []
     for prompt in prompts:
@@ -292,6 +295,7 @@ def _items(
     chat: bool,
     system: str | None,
 ) -> list[Item]:
+    from proxytune.cli.answered import encode_answered
     from proxytune.search.tuning import Item
 
     encoded = encode_answered(tokenizer, pairs, chat=chat, system=system)
