@@ -6,8 +6,9 @@ alone has no prompt.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.cli.models import check_chat, rendered_chat
@@ -17,9 +18,10 @@ from proxytune.errors import InputError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from proxytune.formulas.prompt_view import PromptView
     from proxytune.validation import Ids
 
-__all__ = ["check_answered", "encode_answered", "split_answers"]
+__all__ = ["check_answered", "encode_answered", "prompt_views", "split_answers"]
 
 
 def split_answers(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str | None]]:
@@ -90,18 +92,76 @@ def encode_answered(
     *,
     chat: bool,
     system: str | None,
-) -> list[tuple[Ids, Ids]]:
-    """Each pair as `(prompt ids, ids of the text after it)`; no prompt ids for a text without one."""
+    views: Mapping[str, PromptView] | None = None,
+) -> tuple[dict[str, list[Ids]], list[Ids]]:
+    """The prompts by role, and what comes after them, as the token ids that `proxytune.models.scoring.score` takes.
+
+    A text alone has an empty prompt. `views` says how the prompts of members that read their own are made.
+    """
     from proxytune.models.scoring import encode_pair
 
     if chat:
         check_chat(tokenizer, [prompt for prompt, _ in pairs], system)
-    options: dict[str, Any] = {"add_special_tokens": False} if chat else {}  # the template has written them
-    encoded = []
+    prompts: dict[str, list[Ids]] = {role: [] for role in ("base", *(views or {}))}
+    texts: list[Ids] = []
     for prompt, answer in pairs:
         if answer is None:
-            encoded.append(encode_pair(tokenizer, "", prompt.text))
+            if views:
+                raise InputError.of(
+                    prompt.where,
+                    expected=f'a "prompt" and a "{COMPLETION}", since the {", ".join(views)} reads another prompt',
+                    got="a text alone",
+                    remedy="Give both.",
+                )
+            before, after = encode_pair(tokenizer, "", prompt.text)
         else:
-            before = rendered_chat(tokenizer, prompt.turns(system)) if chat else prompt.text
-            encoded.append(encode_pair(tokenizer, before, answer, **options))
-    return encoded
+            before, after = encode_pair(
+                tokenizer, _written(tokenizer, prompt, None, chat, system), answer, is_chat=chat
+            )
+        prompts["base"].append(before)
+        texts.append(after)
+        for role, view in (views or {}).items():
+            own = _written(tokenizer, prompt, view, chat, system)
+            prompts[role].append(encode_pair(tokenizer, own, "", is_chat=chat)[0])
+    return prompts, texts
+
+
+def _written(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, view: PromptView | None, chat: bool, system: str | None
+) -> str:
+    """A prompt as text, as the base reads it or by the view of another member."""
+    if not chat:
+        return prompt.text if view is None else view.of_text(prompt.text)
+    turns = prompt.turns(system)
+    if view is None:
+        return rendered_chat(tokenizer, turns)
+    return rendered_chat(tokenizer, view.of_messages(turns), view.template)
+
+
+def prompt_views(recipe: Path | None, model: Any) -> dict[str, PromptView]:
+    """How the prompts are made of members that read their own, by role; empty if there are none.
+
+    Raises:
+        InputError: If the recipe does not say how.
+    """
+    from proxytune.formulas.prompt_view import PromptView
+    from proxytune.models.own_prompts import roles_with_prompts
+    from proxytune.recipe import Recipe
+
+    roles = [] if recipe is None else roles_with_prompts(model.members)
+    if not roles or recipe is None:
+        return {}
+    read = Recipe.load(recipe)
+    views = {**getattr(read.made_formula(), "views", {}), **read.views}
+    found = {}
+    for role in roles:
+        view = views[role].prompt if role in views else None
+        if not isinstance(view, PromptView):
+            raise InputError.of(
+                f"the {role} of {recipe}",
+                expected="a prompt view, which says how its own prompt is made from the base's",
+                got=f"prompt={view!r}",
+                remedy=f'Write e.g. "members": {{"{role}": {{"of": "base", "prompt": {{"drop": ["system"]}}}}}}.',
+            )
+        found[role] = view
+    return found

@@ -402,6 +402,9 @@ def _listed(places: Sequence[str], most: int = 3) -> str:
     return "; ".join(places[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def rendered_chat(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]) -> str:
-    """A conversation as the chat template writes it, up to where the answer begins."""
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+def rendered_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], template: str | None = None
+) -> str:
+    """A conversation as a chat template writes it (the tokenizer's, unless given), up to where the answer begins."""
+    more = {} if template is None else {"chat_template": template}
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **more))

@@ -106,7 +106,7 @@ def score(
         )
     terminal.quiet()
 
-    from proxytune.cli.answered import check_answered, encode_answered, split_answers
+    from proxytune.cli.answered import check_answered, encode_answered, prompt_views, split_answers
 
     prompts = read_prompts(file, words, reserved=_OWN_KEYS, answers=(COMPLETION,))
     pairs = split_answers(prompts)
@@ -130,9 +130,9 @@ def score(
 
             from proxytune.models import scoring
 
-            encoded = encode_answered(tokenizer, pairs, chat=chat, system=system)
+            views = prompt_views(recipe, model)
+            before, texts = encode_answered(tokenizer, pairs, chat=chat, system=system, views=views)
             wheres = [prompt.where for prompt in prompts]
-            before, texts = [ids for ids, _ in encoded], [ids for _, ids in encoded]
             scoring.check_texts(model, texts, prompts=before, names=wheres)
             if answers is not None:
                 answers.begin({}, 1)
@@ -142,7 +142,11 @@ def score(
                     bar.show("scoring", first, len(prompts))
                     batch = slice(first, first + batch_size)
                     scores = scoring.score(
-                        model, texts[batch], prompts=before[batch], batch_size=batch_size, names=wheres[batch]
+                        model,
+                        texts[batch],
+                        prompts={role: each[batch] for role, each in before.items()},
+                        batch_size=batch_size,
+                        names=wheres[batch],
                     )
                     found = _lines(prompts[batch], texts[batch], scores, per_token)
                     lines += found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,7 +110,7 @@ def tune(
     The members read each item once, for all values. Values that fall clearly behind are dropped on the way. Of the
     values within one standard error of the best, the one that changes the base least is chosen.
     """
-    from proxytune.cli.answered import check_answered
+    from proxytune.cli.answered import check_answered, prompt_views
     from proxytune.cli.plot_file import refuse_plot
 
     check_members(base, expert, antiexpert, recipe, [])
@@ -130,7 +130,7 @@ def tune(
     chosen = tuning.knob_of(model.formula, knob)
     if given is None:
         given = _default_values(chosen)
-    items = _items(tokenizer, prompts, pairs, spans, chat=chat, system=system)
+    items = _items(tokenizer, prompts, pairs, spans, chat=chat, system=system, views=prompt_views(recipe, model))
     with terminal.Bar("items") as bar:
         bar.show("reading", 0, len(items))
         found = tuning.tune(
@@ -294,16 +294,18 @@ def _items(
     *,
     chat: bool,
     system: str | None,
+    views: Mapping[str, Any],
 ) -> list[Item]:
     from proxytune.cli.answered import encode_answered
     from proxytune.search.tuning import Item
 
-    encoded = encode_answered(tokenizer, pairs, chat=chat, system=system)
+    before, texts = encode_answered(tokenizer, pairs, chat=chat, system=system, views=views)
     items = []
     for prompt, span in zip(prompts, spans, strict=True):
-        choices = [encoded[i][1] for i in span]
+        choices = [texts[i] for i in span]
+        own = {role: each[span[0]] for role, each in before.items()}
         right = _number_of(prompt.line["answer"], prompt.line["choices"]) if len(span) > 1 else 0
-        items.append(Item(encoded[span[0]][0], choices, right or 0, prompt.where))
+        items.append(Item(own, choices, right or 0, prompt.where))
     return items
 
 

@@ -223,23 +223,29 @@ def check_texts(
     _Texts(model, Ensemble.of(model).members, texts, prompts, names)
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, **options: Any) -> tuple[Ids, Ids]:
-    """Tokenize a prompt and the text after it as lm-evaluation-harness does: `(prompt ids, text ids)`.
+def encode_pair(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, text: str, *, is_chat: bool = False
+) -> tuple[list[int], list[int]]:
+    """Tokenize a prompt and the text after it: `(prompt ids, text ids)`.
 
-    Both are tokenized together, and what goes beyond the prompt's own tokens is the text; spaces at the end of the
-    prompt are the text's, since tokens begin with them. `options` are the tokenizer's (`add_special_tokens=False` for
-    a prompt that a chat template wrote). An empty prompt gives no ids.
+    As in lm-evaluation-harness, both are tokenized together, and what goes beyond the prompt's own tokens is the text;
+    spaces at the end of the prompt are the text's, since tokens begin with them. An empty prompt gives no ids.
+
+    `is_chat` says that a chat template wrote the prompt: its end and its special tokens stay as they are, as
+    `generate()` reads them.
     """
+    options = {"add_special_tokens": False} if is_chat else {}
+
+    def ids_of(part: str) -> list[int]:
+        found: list[int] = tokenizer(part, **options)["input_ids"]
+        return found
+
     if not prompt:
-        return [], _ids_of(tokenizer, text, **options)
-    bare = prompt.rstrip()
-    read = _ids_of(tokenizer, bare, **options)
-    return read, _ids_of(tokenizer, prompt + text, **options)[len(read) :]
-
-
-def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str, **options: Any) -> list[int]:
-    found: list[int] = tokenizer(text, **options)["input_ids"]
-    return found
+        return [], ids_of(text)
+    read, both = ids_of(prompt if is_chat else prompt.rstrip()), ids_of(prompt + text)
+    if is_chat and both[: len(read)] != read:  # the end of the prompt would be another token
+        return read, ids_of(text)
+    return read, both[len(read) :]
 
 
 def _weighed(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import proxytune
 from proxytune.cli import terminal
 from proxytune.models import scoring
+from proxytune.recipe import RECIPE_FILE
 
 PAIRS = [
     ("Question: Start with 3", " Answer: 3 + 4 is 7."),
@@ -98,7 +99,7 @@ def test_texts_conversations_and_a_base_alone(run, family, members, tokenizer, t
         tokenizer.chat_template = expert.chat_template
     before = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
     ids = tokenizer(before + " Nobody.", add_special_tokens=False, return_tensors="pt")["input_ids"]
-    start = len(tokenizer(before.rstrip(), add_special_tokens=False)["input_ids"])
+    start = len(tokenizer(before, add_special_tokens=False)["input_ids"])
     with torch.no_grad():
         logprobs = base(ids).logits[0].double().log_softmax(-1)
     want = [float(logprobs[t - 1, ids[0, t]]) for t in range(start, ids.shape[1])]
@@ -106,6 +107,36 @@ def test_texts_conversations_and_a_base_alone(run, family, members, tokenizer, t
         ended = run("score", *members, "--alpha", 0, "--dtype", "float32", *words)
         assert ended.code == 0, ended.err
         close(ended.lines[0], want)
+
+
+def test_a_recipe_says_how_other_prompts_are_made(run, family, tokenizer, tmp_path):
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    view = {"of": "base", "prompt": {"without": ["[", "]"]}}
+    data = {"format_version": 2, "formula": "context-aware", "alpha": 0.5, "members": {"no_context": view}}
+    (folder / RECIPE_FILE).write_text(json.dumps(data | {"base": {"id": str(family / "large-base")}}))
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [
+        {"prompt": "[Bo lives here.] Where is Bo?", "completion": " Here."},
+        {"prompt": "[x] y", "completion": " z"},
+    ]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    ended = run("score", "--recipe", folder, "--dtype", "float32", "--file", pairs)
+    assert ended.code == 0, ended.err
+    base = AutoModelForCausalLM.from_pretrained(family / "large-base", dtype=torch.float32)
+    for line, without in zip(ended.lines, (" Where is Bo?", " y"), strict=True):
+        ids = [scoring.encode_pair(tokenizer, p, line["completion"]) for p in (line["prompt"], without)]
+        after = torch.tensor(ids[0][1])
+        with torch.no_grad():
+            z, other = (base(torch.tensor([[*p, *after[:-1]]])).logits[0, -len(after) :].double() for p, _ in ids)
+        want = (1.5 * z - 0.5 * other).log_softmax(-1).gather(1, after[:, None])[:, 0]
+        close(line, want.tolist())
+    data["members"]["no_context"]["prompt"] = True
+    (folder / RECIPE_FILE).write_text(json.dumps(data | {"base": {"id": str(family / "large-base")}}))
+    ended = run("score", "--recipe", folder, "--file", pairs)
+    assert ended.code == 2
+    assert "the no_context of" in ended.err
+    assert "expected a prompt view" in ended.err
 
 
 def test_a_file_that_is_resumed_is_that_of_a_whole_run(run, members, file, tmp_path, monkeypatch):

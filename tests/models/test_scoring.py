@@ -301,17 +301,30 @@ def test_what_cannot_be_scored_is_refused_by_its_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "text", "want"),
+    ("prompt", "text", "is_chat", "want"),
     [
-        ("Hi: ", "yes", ("Hi:", " yes")),  # the space is the continuation's
-        ("Hi:", " yes", ("Hi:", " yes")),
-        ("", "yes", ("", "yes")),
+        ("Hi: ", "yes", False, ("Hi:", " yes")),  # the space is the continuation's
+        ("Hi:", " yes", False, ("Hi:", " yes")),
+        ("", "yes", False, ("", "yes")),
+        ("user: Hi\nassistant: ", "yes", True, ("user: Hi\nassistant: ", "yes")),  # what generate() reads
     ],
 )
-def test_pairs_are_split_as_lm_eval_does(prompt: str, text: str, want: tuple[str, str]) -> None:
+def test_pairs_are_split_as_lm_eval_does(prompt: str, text: str, is_chat: bool, want: tuple[str, str]) -> None:
     tok = tokenizer()
-    got = encode_pair(tok, prompt, text)
+    got = encode_pair(tok, prompt, text, is_chat=is_chat)
     assert tuple(tok.decode(list(ids)) for ids in got) == want
+
+
+def test_a_chat_prompt_ends_where_its_template_ends() -> None:
+    class Merging:
+        """Writes " y" as one token, as a BPE would."""
+
+        def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+            assert not add_special_tokens
+            return {"input_ids": [ord(c) for c in text.replace(" y", "Y")]}
+
+    got = encode_pair(Merging(), "a: ", "yes", is_chat=True)  # type: ignore[arg-type]
+    assert got == ([ord(c) for c in "a: "], [ord(c) for c in "yes"])
 
 
 def test_numbers_of_lm_eval() -> None:
