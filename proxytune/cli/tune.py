@@ -376,7 +376,7 @@ def curve_lines(found: Tuning) -> list[str]:
 
     gated = any(point.open is not None for point in points)
     name = f"{found.knob.name:>12}"
-    lines = [f"{name}  {_UNITS[found.metric]:>14} [95 %]{'':8} {'items':>6}{'   open' if gated else ''}"]
+    lines = [f"{name}  {_UNITS[found.metric]:>14} [95 %]{'':8} {'items':>6}{'   open  bytes' if gated else ''}"]
     for point in points:
         row = [" "] * _WIDTH
         if math.isfinite(point.score.value):
@@ -387,7 +387,7 @@ def curve_lines(found: Tuning) -> list[str]:
             told = f"{point.score.value:>10.4f} [{point.score.low:.4f}, {point.score.high:.4f}]"
         else:
             told = f"{'-inf':>10}"
-        share = f" {point.open:>6.1%}" if point.open is not None else " " * 7 if gated else ""
+        share = f" {point.open:>6.1%} {point.bytes:>5.2f}×" if point.open is not None else " " * 14 if gated else ""
         mark = "chosen" if point.value == found.chosen else "best" if point.value == found.best else ""
         mark = mark or ("dropped" if point.items < found.items else "")
         lines.append(f"{point.value:>12g}  {told:<28} {point.items:>6}{share}  {''.join(row)} {mark}".rstrip())
@@ -404,6 +404,11 @@ def summary_lines(found: Tuning, written: str | None) -> list[str]:
         lines.append(
             f"best      {found.best:g}: {best.score.value:.4f}; the chosen one is {behind:.4f} behind, within the "
             f"standard error {found.error:.4f}, and changes the base less"
+        )
+    if (gap := found.gap(found.chosen)) is not None and chosen.open is not None:
+        lines.append(
+            f"gate      open at {chosen.open:.1%} of the tokens: {chosen.bytes:.2f} × the base's bytes per token; it closes "
+            f"{gap:.0%} of the gap from the base ({found.base:.4f}) to the shift everywhere ({found.ungated:.4f})"
         )
     ends = [point.value for point in found.points][:: len(found.points) - 1]
     if len({point.score.value for point in found.points}) == 1:

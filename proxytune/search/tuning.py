@@ -128,19 +128,23 @@ class Point:
         items: On how many items it was scored: fewer than all if it was dropped.
         score: Its score with a 95 % bootstrap interval over items: nats per token, or the share of right answers.
         open: At which share of the scored positions the formula's gate is open; None without a gate.
+        bytes: What a token reads of the members' weights then, over the base's: companions run where the gate is open.
     """
 
     value: float
     items: int
     score: Interval
     open: float | None = None
+    bytes: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The point as JSON values; null for minus infinity."""
         numbers = {"score": self.score.value, "low": self.score.low, "high": self.score.high}
         found = {k: round(v, 6) if math.isfinite(v) else None for k, v in numbers.items()}
-        more = {} if self.open is None else {"open": round(self.open, 4)}
-        return {"value": self.value, "items": self.items, **found, **more}
+        more = {"open": self.open, "bytes": self.bytes}
+        return {"value": self.value, "items": self.items, **found} | {
+            k: round(v, 4) for k, v in more.items() if v is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -158,6 +162,7 @@ class Tuning:
         tokens: Number of scored tokens.
         formula: The formula at the chosen value.
         seed: The seed of the items' order.
+        base: The base's own score, and `ungated` that of the formula without its gate; None unless a gate was tuned.
     """
 
     knob: Knob
@@ -170,6 +175,14 @@ class Tuning:
     tokens: int
     formula: Any
     seed: int
+    base: float | None = None
+    ungated: float | None = None
+
+    def gap(self, value: float) -> float | None:
+        """The share of the gap between base and ungated formula that a value of the gate closes; None without one."""
+        if self.base is None or self.ungated is None or self.ungated == self.base:
+            return None
+        return (self.point(value).score.value - self.base) / (self.ungated - self.base)
 
     def point(self, value: float) -> Point:
         """The point of a value."""
@@ -186,8 +199,13 @@ class Tuning:
             "rule": "least change of the base within one standard error of the paired difference to the best",
             "error": round(self.error, 6),
             "seed": self.seed,
+            **({} if self.base is None else {"base": _rounded(self.base), "ungated": _rounded(self.ungated)}),
             "curve": [point.to_json() for point in self.points],
         }
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else round(value, 6)
 
 
 def tune(
@@ -216,6 +234,7 @@ def tune(
             some right text.
         NumericalError: As `proxytune.models.scoring.score`.
     """
+    from proxytune.costs.model_size import pass_bytes
     from proxytune.models.ensemble import Ensemble
     from proxytune.models.scoring import check_texts
 
@@ -224,27 +243,28 @@ def tune(
     metric = _metric(items)
     ensemble = Ensemble.of(model)
     formulas = [knob.turn(model.formula, value) for value in tried]
-    weighings = [ensemble.weighing_of(formula) for formula in formulas]
+    compared = [model.formula.neutral(), replace(model.formula, gate=None)] if knob.name.startswith("gate.") else []
+    weighings = [ensemble.weighing_of(formula) for formula in (*formulas, *compared)]
     texts, prompts, names = _flat(items)
     check_texts(model, texts, prompts=prompts, names=names)
     owners = np.repeat(np.arange(len(items)), [len(item.choices) for item in items])
     counts = np.zeros(len(texts))
-    sums = np.full((len(tried), len(texts)), np.nan)
+    sums = np.full((len(weighings), len(texts)), np.nan)
+    always = range(len(tried), len(weighings))
     opened, seen = np.zeros(len(tried)), np.zeros(len(tried))
     gated = [getattr(formula, "gate", None) is not None for formula in formulas]
     order = np.random.default_rng(seed).permutation(len(items))
     alive, done = list(range(len(tried))), 0
     for upto in _rungs(len(items)):
         chosen = np.flatnonzero(np.isin(owners, order[done:upto]))
-        for c in alive:
-            sums[c, chosen] = 0.0
+        sums[[*alive, *always], chosen[:, None]] = 0.0
         for part in _read(model, texts, prompts, names, chosen, batch_size):
             of = chosen[part.texts[part.scored].cpu().numpy()]
             np.add.at(counts, of, 1)
-            for c in alive:
+            for c in (*alive, *always):
                 logprobs, _ = part.logprobs(weighings[c], tried[c] if knob.of_sampling else 1.0)
                 np.add.at(sums[c], of, logprobs.cpu().numpy())
-                if gated[c]:
+                if c < len(tried) and gated[c]:
                     is_open = part.open(weighings[c])
                     opened[c], seen[c] = opened[c] + int(is_open.sum()), seen[c] + len(is_open)
             del part  # before the next one is made
@@ -256,11 +276,14 @@ def tune(
             alive = _kept(found)
     everything = {c: _scores(metric, sums[c], items, owners) for c in range(len(tried))}
     units = _units(metric, counts, items, owners)
-    points = []
+    base, *companions = (pass_bytes(member.model).weights for member in ensemble.members)
+    others, points = sum(companions) / base, []
     for c, value in enumerate(tried):
         there = np.flatnonzero(~np.isnan(everything[c]))
         share = opened[c] / seen[c] if gated[c] and seen[c] else None
-        points.append(Point(value, len(there), ratio_interval(everything[c][there], units[there], seed=seed), share))
+        score = ratio_interval(everything[c][there], units[there], seed=seed)
+        points.append(Point(value, len(there), score, share, None if share is None else 1.0 + share * others))
+    references = [float(_scores(metric, sums[c], items, owners).sum() / units.sum()) for c in always]
     best, pick, error = _one_standard_error(knob, tried, {c: everything[c] for c in alive}, float(units.sum()), metric)
     return Tuning(
         knob=knob,
@@ -273,6 +296,7 @@ def tune(
         tokens=int(counts.sum()),
         formula=formulas[pick],
         seed=seed,
+        **dict(zip(("base", "ungated"), references, strict=False)),
     )
 
 

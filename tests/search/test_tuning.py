@@ -159,6 +159,8 @@ def test_a_gate_says_where_it_is_open(model: proxytune.ProxyTunedModel, wide: li
     found = tune(model, items, [0.0, 1.0, 2.0, 9.0], knob=knob)
     assert found.formula == ProxyTuning(alpha=0.25, gate=Gate(entropy=found.chosen))
     assert [p.open for p in found.points][::3] == [1.0, 0.0]
+    # Of an embedding table a pass reads one row for each token.
+    weights = [sum(p.numel() for n, p in m.named_parameters() if "embed_tokens" not in n) for m in wide]
     for point in found.points:
         total, opened, count = 0.0, 0, 0
         for p, t in zip(prompts, given, strict=True):
@@ -170,6 +172,12 @@ def test_a_gate_says_where_it_is_open(model: proxytune.ProxyTunedModel, wide: li
             opened, count = opened + int((entropy > point.value).sum()), count + len(t)
         assert point.score.value == pytest.approx(total / count, abs=2e-4)
         assert point.open == pytest.approx(opened / count)
+        assert point.bytes == pytest.approx(1 + opened / count * (weights[1] + weights[2]) / weights[0])
+    (shut,), (always,) = ([p.score.value for p in found.points if p.value == value] for value in (9.0, 0.0))
+    assert (found.base, found.ungated) == pytest.approx((shut, always), abs=1e-6)
+    assert found.gap(1.0) == pytest.approx((found.point(1.0).score.value - shut) / (always - shut), abs=1e-5)
+    assert (found.gap(0.0), found.gap(9.0)) == pytest.approx((1.0, 0.0), abs=1e-5)
+    assert found.to_json()["ungated"] == pytest.approx(always, abs=1e-5)
 
 
 def test_members_read_their_own_prompts() -> None:
