@@ -405,15 +405,17 @@ def summary_lines(found: Tuning, written: str | None) -> list[str]:
             f"best      {found.best:g}: {best.score.value:.4f}; the chosen one is {behind:.4f} behind, within the "
             f"standard error {found.error:.4f}, and changes the base less"
         )
-    if (gap := found.gap(found.chosen)) is not None and chosen.open is not None:
+    if chosen.open is not None:
         lines.append(
-            f"gate      open at {chosen.open:.1%} of the tokens: {chosen.bytes:.2f} × the base's bytes per token; it closes "
-            f"{gap:.0%} of the gap from the base ({found.base:.4f}) to the shift everywhere ({found.ungated:.4f})"
+            f"gate      open at {chosen.open:.1%} of the tokens: {chosen.bytes:.2f} × the base's bytes per token"
         )
-    ends = [point.value for point in found.points][:: len(found.points) - 1]
+    if (gap := found.gap(found.chosen)) is not None:
+        ends = f"the base ({found.base:.4f}) to the shift everywhere ({found.ungated:.4f})"
+        lines.append(f"gap       {gap:.0%} closed, from {ends}")
+    first, *_, last = (point.value for point in found.points)
     if len({point.score.value for point in found.points}) == 1:
         lines.append(f"note      {found.knob.name} makes no difference on these items")
-    elif found.best in ends and found.best != found.knob.neutral:
+    elif found.best in (first, last) and found.best != found.knob.neutral:
         lines.append(f"note      the best is at the end of the values: try some beyond {found.best:g}")
     lines.append(f"measured  {found.tokens} tokens in {found.items} items, each read once for all values")
     if written is not None:

@@ -22,12 +22,17 @@ from numpy.typing import NDArray
 from proxytune.errors import InputError
 from proxytune.formulas.gates import Gate
 from proxytune.stats.bootstrap import Interval, ratio_interval
-from proxytune.validation import Ids, as_float, choice, finite
+from proxytune.validation import Ids, as_float, choice, finite, whole
 
 if TYPE_CHECKING:
     from proxytune.models.scoring import Part
 
-__all__ = ["Item", "Knob", "Point", "Tuning", "knob_of", "knobs_of", "tune"]
+__all__ = ["Item", "Judge", "Knob", "Metric", "Point", "Tuning", "knob_of", "knobs_of", "tune", "tune_by"]
+
+Metric = Literal["logprob", "accuracy"]
+
+Judge = Callable[[Any, Sequence[int]], Sequence[bool]]
+"""From a model and the numbers of some items to whether each of its answers is right."""
 
 FIRST = 16
 """Items before the first values are dropped."""
@@ -153,20 +158,21 @@ class Tuning:
 
     Attributes:
         knob: What was tuned.
-        metric: "logprob" (nats per token of the right text) or "accuracy" (the right choice is the likeliest).
+        metric: "logprob" (nats per token of the right text) or "accuracy" (the right choice is the likeliest, or the
+            answer written is right).
         points: The curve, by value.
         best: The value with the highest score.
         chosen: The value that changes the base least, of those within one standard error of the best.
         error: That standard error of the paired difference between chosen and best, in the metric's unit.
         items: Number of items.
-        tokens: Number of scored tokens.
+        tokens: Number of scored tokens; 0 where answers were written.
         formula: The formula at the chosen value.
         seed: The seed of the items' order.
         base: The base's own score, and `ungated` that of the formula without its gate; None unless a gate was tuned.
     """
 
     knob: Knob
-    metric: Literal["logprob", "accuracy"]
+    metric: Metric
     points: tuple[Point, ...]
     best: float
     chosen: float
@@ -234,67 +240,204 @@ def tune(
             some right text.
         NumericalError: As `proxytune.models.scoring.score`.
     """
-    from proxytune.costs.model_size import pass_bytes
-    from proxytune.models.ensemble import Ensemble
-    from proxytune.models.scoring import check_texts
-
     knob = knob_of(model.formula) if knob is None else knob
-    tried = _values(values, knob)
-    metric = _metric(items)
-    ensemble = Ensemble.of(model)
-    formulas = [knob.turn(model.formula, value) for value in tried]
-    compared = [model.formula.neutral(), replace(model.formula, gate=None)] if knob.name.startswith("gate.") else []
-    weighings = [ensemble.weighing_of(formula) for formula in (*formulas, *compared)]
-    texts, prompts, names = _flat(items)
-    check_texts(model, texts, prompts=prompts, names=names)
-    owners = np.repeat(np.arange(len(items)), [len(item.choices) for item in items])
-    counts = np.zeros(len(texts))
-    sums = np.full((len(weighings), len(texts)), np.nan)
-    always = range(len(tried), len(weighings))
-    opened, seen = np.zeros(len(tried)), np.zeros(len(tried))
-    gated = [getattr(formula, "gate", None) is not None for formula in formulas]
-    order = np.random.default_rng(seed).permutation(len(items))
-    alive, done = list(range(len(tried))), 0
-    for upto in _rungs(len(items)):
-        chosen = np.flatnonzero(np.isin(owners, order[done:upto]))
-        sums[[*alive, *always], chosen[:, None]] = 0.0
-        for part in _read(model, texts, prompts, names, chosen, batch_size):
+    trial = _Forced(model, knob, _values(values, knob), items, batch_size)
+    return _halved(trial, seed, advance)
+
+
+def tune_by(
+    model: Any,
+    judge: Judge,
+    count: int,
+    values: Sequence[float],
+    *,
+    knob: Knob | None = None,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda _: None,
+) -> Tuning:
+    """Choose the value of a knob by answers that the model writes: each value writes its own, so it takes longer.
+
+    Args:
+        model: A `ProxyTunedModel`; its formula is at the value while `judge` is called, and afterwards as it was.
+        judge: From the model and the numbers of some items to whether each of its answers is right.
+        count: How many items there are, at least two.
+        values: As in `tune`, like the rest.
+        knob: A number of the formula, not the temperature.
+        seed: Of the order in which items are asked.
+        advance: Called with the number of items asked so far.
+
+    Raises:
+        InputError: If values, count or knob do not fit, or `judge` returns another number of verdicts.
+    """
+    knob = knob_of(model.formula) if knob is None else knob
+    if knob.of_sampling:
+        raise InputError.of(
+            "knob",
+            expected="a number of the formula where answers are written: how they are drawn is up to the judge",
+            got=repr(knob.name),
+            remedy="Tune it on right completions or choices.",
+        )
+    whole("count", count, "of items", least=2)
+    return _halved(_Judged(model, knob, _values(values, knob), judge, count), seed, advance)
+
+
+class _Trial:
+    """Values of a knob, scored on items; and, of a gate, what they are compared with: the base, and no gate.
+
+    Attributes:
+        knob: The knob.
+        tried: Its values.
+        formulas: The formula at each of them.
+        always: The formulas that they are compared with.
+        metric: The metric.
+        count: N, the number of items.
+        tokens: How many tokens were scored.
+    """
+
+    metric: Metric = "accuracy"
+    tokens = 0
+
+    def __init__(self, model: Any, knob: Knob, tried: Sequence[float], count: int) -> None:
+        self.knob, self.tried, self.count, self.model = knob, tried, count, model
+        self.formulas = [knob.turn(model.formula, value) for value in tried]
+        gated = knob.name.startswith("gate.")
+        self.always = [model.formula.neutral(), replace(model.formula, gate=None)] if gated else []
+        self._found = np.full((len(tried) + len(self.always), count), np.nan)
+
+    @property
+    def units(self) -> NDArray[np.float64]:
+        """`[N]`: what each item counts."""
+        return np.ones(self.count)
+
+    def scores(self, c: int) -> NDArray[np.float64]:
+        """`[N]`: the scores of a value, or after the values of what they are compared with; NaN where not read."""
+        return self._found[c]
+
+    def share_open(self, c: int) -> float | None:
+        """At which share of the positions a value's gate was open; None if that is not known."""
+        return None
+
+    def read(self, alive: Sequence[int], items: NDArray[np.intp]) -> None:
+        """Score values, by their numbers, on further items."""
+        raise NotImplementedError
+
+
+class _Forced(_Trial):
+    """Log-probabilities of given texts, or which of several is the likeliest: one pass serves all values."""
+
+    def __init__(self, model: Any, knob: Knob, tried: Sequence[float], items: Sequence[Item], batch_size: int) -> None:
+        from proxytune.models.ensemble import Ensemble
+        from proxytune.models.scoring import check_texts
+
+        self.metric = _metric(items)
+        super().__init__(model, knob, tried, len(items))
+        ensemble = Ensemble.of(model)
+        self._weighings = [ensemble.weighing_of(formula) for formula in (*self.formulas, *self.always)]
+        self._items, self._batch_size = items, batch_size
+        self._texts, self._prompts, self._names = _flat(items)
+        check_texts(model, self._texts, prompts=self._prompts, names=self._names)
+        self._owners = np.repeat(np.arange(len(items)), [len(item.choices) for item in items])
+        self._counts = np.zeros(len(self._texts))
+        self._sums = np.full((len(self._weighings), len(self._texts)), np.nan)
+        self._open = np.zeros((2, len(self._weighings)))  # positions where the gate was open, and all
+
+    def read(self, alive: Sequence[int], items: NDArray[np.intp]) -> None:
+        every = [*alive, *range(len(self.tried), len(self._weighings))]
+        chosen = np.flatnonzero(np.isin(self._owners, items))
+        self._sums[every, chosen[:, None]] = 0.0
+        for part in self._parts(chosen):
             of = chosen[part.texts[part.scored].cpu().numpy()]
-            np.add.at(counts, of, 1)
-            for c in (*alive, *always):
-                logprobs, _ = part.logprobs(weighings[c], tried[c] if knob.of_sampling else 1.0)
-                np.add.at(sums[c], of, logprobs.cpu().numpy())
-                if c < len(tried) and gated[c]:
-                    is_open = part.open(weighings[c])
-                    opened[c], seen[c] = opened[c] + int(is_open.sum()), seen[c] + len(is_open)
+            np.add.at(self._counts, of, 1)
+            for c in every:
+                value = self.tried[c] if self.knob.of_sampling and c < len(self.tried) else 1.0
+                logprobs, _ = part.logprobs(self._weighings[c], value)
+                np.add.at(self._sums[c], of, logprobs.cpu().numpy())
+                if self._weighings[c].gate is not None:
+                    is_open = part.open(self._weighings[c])
+                    self._open[:, c] += int(is_open.sum()), len(is_open)
             del part  # before the next one is made
+        self.tokens = int(self._counts.sum())
+        for c in every:
+            self._found[c] = _scores(self.metric, self._sums[c], self._items, self._owners)
+
+    def _parts(self, chosen: NDArray[np.intp]) -> Iterator[Part]:
+        from proxytune.models.scoring import parts_of
+
+        def of(values: Sequence[Any]) -> list[Any]:
+            return [values[i] for i in chosen]
+
+        by_role = isinstance(self._prompts, Mapping)
+        prompts = {role: of(x) for role, x in self._prompts.items()} if by_role else of(self._prompts)
+        names, size = of(self._names), self._batch_size
+        return parts_of(self.model, of(self._texts), prompts=prompts, batch_size=size, names=names, everyone=True)
+
+    @property
+    def units(self) -> NDArray[np.float64]:
+        return self._counts if self.metric == "logprob" else np.ones(self.count)
+
+    def share_open(self, c: int) -> float | None:
+        opened, seen = self._open[:, c]
+        return float(opened / seen) if seen else None
+
+
+class _Judged(_Trial):
+    """Answers that the model writes at each value."""
+
+    def __init__(self, model: Any, knob: Knob, tried: Sequence[float], judge: Judge, count: int) -> None:
+        super().__init__(model, knob, tried, count)
+        self._judge = judge
+
+    def read(self, alive: Sequence[int], items: NDArray[np.intp]) -> None:
+        before = self.model.formula
+        try:
+            for c in (*alive, *range(len(self.tried), len(self._found))):
+                self.model.formula = (*self.formulas, *self.always)[c]
+                verdicts = list(self._judge(self.model, items.tolist()))
+                if len(verdicts) != len(items):
+                    raise InputError.of(
+                        "judge",
+                        expected=f"{len(items)} verdicts, one for each item",
+                        got=f"{len(verdicts)}",
+                        remedy="Return whether each answer is right.",
+                    )
+                self._found[c, items] = verdicts
+        finally:
+            self.model.formula = before
+
+
+def _halved(trial: _Trial, seed: int, advance: Callable[[int], object]) -> Tuning:
+    """Successive halving of the values, and the choice among those that were scored on all items."""
+    from proxytune.costs.model_size import pass_bytes
+
+    tried, order = trial.tried, np.random.default_rng(seed).permutation(trial.count)
+    alive, done = list(range(len(tried))), 0
+    for upto in _rungs(trial.count):
+        trial.read(alive, order[done:upto])
         done = upto
         advance(done)
-        if done < len(items):
-            there = order[:done]
-            found = {c: _scores(metric, sums[c], items, owners)[there] for c in alive}
-            alive = _kept(found)
-    everything = {c: _scores(metric, sums[c], items, owners) for c in range(len(tried))}
-    units = _units(metric, counts, items, owners)
-    base, *companions = (pass_bytes(member.model).weights for member in ensemble.members)
-    others, points = sum(companions) / base, []
+        if done < trial.count:
+            alive = _kept({c: trial.scores(c)[order[:done]] for c in alive})
+    units = trial.units
+    base, *companions = (pass_bytes(member.model).weights for member in trial.model.members)
+    points = []
     for c, value in enumerate(tried):
-        there = np.flatnonzero(~np.isnan(everything[c]))
-        share = opened[c] / seen[c] if gated[c] and seen[c] else None
-        score = ratio_interval(everything[c][there], units[there], seed=seed)
-        points.append(Point(value, len(there), score, share, None if share is None else 1.0 + share * others))
-    references = [float(_scores(metric, sums[c], items, owners).sum() / units.sum()) for c in always]
-    best, pick, error = _one_standard_error(knob, tried, {c: everything[c] for c in alive}, float(units.sum()), metric)
+        scores, share = trial.scores(c), trial.share_open(c)
+        there = np.flatnonzero(~np.isnan(scores))
+        read = None if share is None else 1.0 + share * sum(companions) / base
+        points.append(Point(value, len(there), ratio_interval(scores[there], units[there], seed=seed), share, read))
+    references = [float(trial.scores(len(tried) + i).sum() / units.sum()) for i in range(len(trial.always))]
+    found = {c: trial.scores(c) for c in alive}
+    best, pick, error = _one_standard_error(trial.knob, tried, found, float(units.sum()))
     return Tuning(
-        knob=knob,
-        metric=metric,
+        knob=trial.knob,
+        metric=trial.metric,
         points=tuple(points),
         best=tried[best],
         chosen=tried[pick],
         error=error,
-        items=len(items),
-        tokens=int(counts.sum()),
-        formula=formulas[pick],
+        items=trial.count,
+        tokens=trial.tokens,
+        formula=trial.formulas[pick],
         seed=seed,
         **dict(zip(("base", "ungated"), references, strict=False)),
     )
@@ -314,7 +457,7 @@ def _values(values: Sequence[float], knob: Knob) -> list[float]:
     return found
 
 
-def _metric(items: Sequence[Item]) -> Literal["logprob", "accuracy"]:
+def _metric(items: Sequence[Item]) -> Metric:
     several = {len(item.choices) > 1 for item in items}
     if len(items) < 2 or len(several) > 1:
         raise InputError.of(
@@ -337,18 +480,6 @@ def _flat(items: Sequence[Item]) -> tuple[list[Ids], Any, list[str]]:
     if all(isinstance(prompt, Mapping) for prompt in prompts):
         return texts, {role: [prompt[role] for prompt in prompts] for role in prompts[0]}, names  # type: ignore[index]
     return texts, prompts, names
-
-
-def _read(
-    model: Any, texts: Sequence[Ids], prompts: Any, names: Sequence[str], chosen: NDArray[np.intp], batch_size: int
-) -> Iterator[Part]:
-    from proxytune.models.scoring import parts_of
-
-    def of(values: Sequence[Any]) -> list[Any]:
-        return [values[i] for i in chosen]
-
-    own = {role: of(each) for role, each in prompts.items()} if isinstance(prompts, Mapping) else of(prompts)
-    return parts_of(model, of(texts), prompts=own, batch_size=batch_size, names=of(names), everyone=True)
 
 
 def _rungs(count: int) -> list[int]:
@@ -375,12 +506,6 @@ def _scores(
     return found
 
 
-def _units(
-    metric: str, counts: NDArray[np.float64], items: Sequence[Item], owners: NDArray[np.intp]
-) -> NDArray[np.float64]:
-    return counts if metric == "logprob" else np.ones(len(items))
-
-
 def _kept(found: Mapping[int, NDArray[np.float64]]) -> list[int]:
     """The values to go on with: at most half are dropped, the worst first, and only those clearly behind."""
     best = max(found, key=lambda c: (float(found[c].sum()), -c))
@@ -401,7 +526,7 @@ def _standard_errors_behind(best: NDArray[np.float64], other: NDArray[np.float64
 
 
 def _one_standard_error(
-    knob: Knob, values: Sequence[float], found: Mapping[int, NDArray[np.float64]], units: float, metric: str
+    knob: Knob, values: Sequence[float], found: Mapping[int, NDArray[np.float64]], units: float
 ) -> tuple[int, int, float]:
     """The best and the chosen value's number, and the standard error of their difference."""
     best = max(found, key=lambda c: (float(found[c].sum()), -knob.distance(values[c])))

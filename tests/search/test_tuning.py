@@ -18,7 +18,7 @@ from proxytune.formulas import ProxyTuning
 from proxytune.formulas.contrastive import ContrastiveDecoding, DExperts
 from proxytune.formulas.gates import Gate
 from proxytune.formulas.guidance import ContextAware
-from proxytune.search.tuning import Item, knob_of, knobs_of, tune
+from proxytune.search.tuning import Item, knob_of, knobs_of, tune, tune_by
 
 VALUES = [-1.0, 0.0, 0.5, 1.0, 2.0]
 
@@ -240,3 +240,39 @@ def test_what_cannot_be_tuned_is_refused(
 def test_an_item_has_its_answer_among_its_choices() -> None:
     with pytest.raises(InputError, match=r"an item: expected at least one choice, .*; got 2 choices and answer=2"):
         Item([5], [[6], [7]], 2)
+
+
+def test_answers_that_are_written_are_judged(model: proxytune.ProxyTunedModel) -> None:
+    """A judge whose verdict is known: item `i` is right at α ≥ i / 20; more is not better."""
+    calls: list[tuple[float, list[int]]] = []
+
+    def judge(asked: Any, items: Any) -> list[bool]:
+        assert asked is model
+        calls.append((model.alpha, list(items)))
+        return [model.alpha >= i / 20 for i in items]
+
+    found = tune_by(model, judge, 40, [0.0, 0.5, 1.0, 1.9, 2.0], seed=3)
+    assert model.alpha == 0.25, "as it was"
+    assert {p.value: p.items for p in found.points if p.items == 40}.keys() >= {1.9, 2.0}
+    assert found.point(2.0).score.value == 1.0
+    assert found.point(1.9).score.value == 39 / 40
+    assert (found.best, found.chosen) == (2.0, 1.9), "one item of 40 is one standard error"
+    assert found.point(0.0).items == 16
+    assert len({i for alpha, items in calls if alpha == 2.0 for i in items}) == 40
+    assert sum(len(items) for alpha, items in calls if alpha == 0.0) == 16
+    assert (found.metric, found.tokens) == ("accuracy", 0)
+    knob = knob_of(model.formula, "gate.entropy")
+    gated = tune_by(model, lambda asked, items: [asked.formula.gate is None] * len(items), 4, [0.5, 1.0], knob=knob)
+    assert (gated.base, gated.ungated, gated.point(0.5).open) == (1.0, 1.0, None)
+    assert model.formula == ProxyTuning(alpha=0.25)
+    for wrong, message in (
+        (lambda: tune_by(model, lambda m, items: [True], 3, [0, 1]), "judge: expected 3 verdicts, .*; got 1"),
+        (lambda: tune_by(model, judge, 1, [0, 1]), "count: expected a whole number of items, at least 2; got 1"),
+        (
+            lambda: tune_by(model, judge, 3, [1, 2], knob=knob_of(model.formula, "temperature")),
+            "knob: expected a number",
+        ),
+    ):
+        with pytest.raises(InputError, match=message):
+            wrong()
+    assert model.formula == ProxyTuning(alpha=0.25)
