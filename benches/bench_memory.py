@@ -26,6 +26,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTuningLogitsProcessor
+from proxytune.models.scoring import score
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
 ROLES = ("base", "expert", "antiexpert")
@@ -36,6 +37,8 @@ BATCHES = (1, 8)
 CHUNKS: tuple[int | None, ...] = (None, 128)
 """Tokens of a prompt that are read at once: all, or so many."""
 WAYS = ("model", "model, FusedDecoding", "processor")
+SCORED = (512, 2048, 8192)
+"""Tokens of a text that is scored, by members of a few layers: what counts there is the vocabulary."""
 
 
 def llama(seed: int, hidden: int, layers: int, vocabulary: int = VOCABULARY) -> PreTrainedModel:
@@ -76,6 +79,7 @@ def measure(
     prompt: int = PROMPT,
     batches: Sequence[int] = BATCHES,
     chunks: Sequence[int | None] = CHUNKS,
+    scored: Sequence[int] = SCORED,
 ) -> dict[str, Any]:
     """The record: bytes of each member alone and of the composition, for each batch, chunk size and way to steer."""
     shapes = zip(ROLES, (base, small, small), strict=True)
@@ -119,7 +123,48 @@ def measure(
         "prompt": prompt,
         "new tokens": NEW_TOKENS,
         "cells": cells,
+        "scoring": measure_scoring(vocabulary, scored),
     }
+
+
+def measure_scoring(vocabulary: int, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """Peak bytes of scoring one text, by `score` and by a forward pass with labels, beside the whole logits' bytes."""
+    members = {role: llama(seed, 128, 1, vocabulary) for seed, role in enumerate(ROLES, 1)}
+    for member in members.values():
+        member.config.max_position_embeddings = max(lengths)
+    model = proxytune.wrap(**members, alpha=0.5, check_vocabulary=False)
+    cells = []
+    for length in lengths:
+        ids = torch.randint(3, vocabulary, (1, length))
+        with counted() as scored:
+            score(model, ids)
+        with counted() as labelled:
+            model(ids, labels=ids, use_cache=False)
+        # Members in bfloat16 and their combination in float32.
+        whole = length * vocabulary * (2 * len(members) + 4)
+        cells.append({"tokens": length, "score": scored.peak, "labels": labelled.peak, "whole logits": whole})
+    return cells
+
+
+def scoring_block(record: dict[str, Any]) -> str:
+    """The pages' table of scoring, from what `--write` keeps."""
+    lines = [
+        "| peak memory in MiB, by tokens of the text | "
+        + " | ".join(f"{c['tokens']:,}" for c in record["scoring"])
+        + " |"
+    ]
+    lines.append("|---|" + "--:|" * len(record["scoring"]))
+    for name, title in (
+        ("score", "`scoring.score`"),
+        ("labels", "`model(ids, labels=ids)`, in parts by itself"),
+        ("whole logits", "all positions' logits at once (computed)"),
+    ):
+        lines.append(f"| {title} | " + " | ".join(f"{c[name] / 2**20:,.0f}" for c in record["scoring"]) + " |")
+    said = (
+        f"Three Llamas of one layer with a vocabulary of {record['vocabulary']:,} in {record['dtype']} on the "
+        f"{record['device']}; weights are not counted."
+    )
+    return "\n".join([*lines, "", said])
 
 
 def memory_block(record: dict[str, Any]) -> str:
@@ -152,6 +197,7 @@ def main() -> None:
     torch.set_num_threads(1)  # the blocks that are combined at once grow with the threads
     record = measure()
     print(memory_block(record))
+    print(scoring_block(record))
     if arguments.write:
         RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -51,6 +51,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernels": of("kernels.json", "bench_kernels:kernels_table"),
     "kernel-losses": of("kernels.json", "bench_kernels:all_losses"),
     "memory": of("memory.json", "bench_memory:memory_block"),
+    "scoring": of("memory.json", "bench_memory:scoring_block"),
     "throughput": of("throughput.json", "bench_throughput:throughput_table"),
     "speculation": of("throughput.json", "bench_throughput:speculation_table"),
     "layers": lambda: wrapped(layers.layers_block()),

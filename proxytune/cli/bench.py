@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.errors import InputError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -20,8 +18,6 @@ __all__ = ["bench"]
 
 TABLE_WIDTH = 80
 BAR = 46
-PLOT_KINDS = ("eps", "jpeg", "jpg", "pdf", "pgf", "png", "ps", "raw", "rgba", "svg", "svgz", "tif", "tiff", "webp")
-"""What every supported matplotlib can write, by the ends of file names; asking it would mean importing it."""
 HEADINGS = ("", "tokens\n/s", "first\nms", "ms per\ntoken", "× tuned\n[95 %]", "bytes\nalone", "accep-\nted")
 
 
@@ -43,7 +39,9 @@ def bench(
 ) -> None:
     """Measure what a token costs on this CPU: base, tuned model, every steering method, and their byte floors."""
     if plot is not None:
-        _refuse_plot(plot)  # before the minutes that it would be about
+        from proxytune.cli.plot_file import refuse_plot
+
+        refuse_plot(plot)  # before the minutes that it would be about
     terminal.quiet()
     import torch
 
@@ -176,28 +174,6 @@ def _table(title: str) -> Table:
 
 
 # --- the plot --------------------------------------------------------------------------------------------------------
-
-
-def _refuse_plot(path: Path) -> None:
-    """Refuse what cannot be drawn, with nothing heavy imported: matplotlib alone takes a second."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError.of(
-            "--plot",
-            expected="matplotlib, which draws the bars",
-            got="an environment without it",
-            remedy="Run pip install matplotlib, or pip install '.[plot]' in the checkout of proxytune.",
-        )
-    if path.suffix.removeprefix(".").lower() not in PLOT_KINDS:
-        raise InputError.of(
-            "--plot",
-            expected=f"a file name that ends in one of {', '.join(PLOT_KINDS)}",
-            got=repr(str(path)),
-            remedy="Pass e.g. --plot out.png.",
-        )
-    if not path.resolve().parent.is_dir():
-        raise InputError.of(
-            "--plot", expected="a folder that exists", got=repr(str(path.parent)), remedy="Make it first."
-        )
 
 
 def draw(record: Mapping[str, Any], path: Path) -> None:

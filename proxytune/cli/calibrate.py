@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import count
 from pathlib import Path
@@ -13,23 +12,20 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.models import (
-    DTYPES,
     check_chat,
-    check_device,
     check_lengths,
     check_members,
     encode,
     load,
-    load_tokenizer,
-    trusted_roles,
+    load_plain,
 )
 from proxytune.cli.options import (
     METAVAR,
-    MODELS,
     OUTPUT,
     PROMPTS,
     Alpha,
     Antiexpert,
+    BaseAlone,
     Chat,
     Device,
     Dtype,
@@ -46,8 +42,6 @@ from proxytune.cli.settings import check_settings, split_arguments
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from proxytune.methods.forks.calibrate import Entropies
 
 __all__ = ["calibrate"]
@@ -66,10 +60,7 @@ def calibrate(
             show_default=False,
         ),
     ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(help="The large model: a hub id or a folder; works alone too.", rich_help_panel=MODELS),
-    ] = None,
+    base: BaseAlone = None,
     expert: Expert = None,
     antiexpert: Antiexpert = None,
     alpha: Alpha = None,
@@ -133,7 +124,7 @@ def calibrate(
     from proxytune.recipe import ForkCalibration, write_fork_threshold
 
     if plain:
-        model, tokenizer = _load_plain(str(base), device, dtype, trusted_roles(trust))
+        model, tokenizer = load_plain(str(base), device, dtype, trust)
     else:
         model, tokenizer = load(
             base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat, end_tokens=end_tokens, trust=trust
@@ -253,25 +244,6 @@ def _check_settings(
             got=f"--alpha {alpha:g}",
             remedy="Drop --alpha, or change it in the recipe first.",
         )
-
-
-def _load_plain(
-    base: str, device: str | None, dtype: str, trusted: Sequence[str]
-) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Load a model without companions, and its tokenizer."""
-    import torch
-
-    from proxytune.models.loading import open_members
-    from proxytune.recipe import MemberRef
-    from proxytune.validation import choice
-
-    choice("--dtype", dtype, DTYPES)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(device)
-    with terminal.Bar("models"):
-        own = {"base": {"trust_remote_code": "base" in trusted}}
-        models, _, _ = open_members({"base": base}, check_vocabulary=False, members=own, dtype=dtype, device_map=device)
-    return models["base"].eval(), load_tokenizer([MemberRef(base)], trusted)
 
 
 def _print(summary: dict[str, Any], share: float, written: str | None) -> None:

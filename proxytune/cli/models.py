@@ -27,8 +27,10 @@ __all__ = [
     "chosen_device",
     "encode",
     "load",
+    "load_plain",
     "load_tokenizer",
     "named",
+    "rendered_chat",
     "trusted_roles",
 ]
 
@@ -128,6 +130,24 @@ def load(
     return model, tokenizer
 
 
+def load_plain(
+    base: str, device: str | None, dtype: str, trust: Sequence[str] | None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Load a model without companions, and its tokenizer; arguments and errors as in `load`."""
+    from proxytune.models.loading import open_members
+    from proxytune.recipe import MemberRef
+    from proxytune.validation import choice
+
+    choice("--dtype", dtype, DTYPES)
+    device = chosen_device(device)
+    check_device(device)
+    trusted = trusted_roles(trust)
+    with terminal.Bar("models"):
+        own = {"base": {"trust_remote_code": "base" in trusted}}
+        models, _, _ = open_members({"base": base}, check_vocabulary=False, members=own, dtype=dtype, device_map=device)
+    return models["base"].eval(), load_tokenizer([MemberRef(base)], trusted)
+
+
 def _refuse_encoder_decoders(model: ProxyTunedModel) -> None:
     """Refuse a composition of encoder-decoders: the commands' loops go on from a prompt, which they do not."""
     if model.config.is_encoder_decoder:
@@ -185,7 +205,7 @@ def _borrow_template(
 
 def _refuse_missing_tokens(tokenizer: PreTrainedTokenizerBase, lender: PreTrainedTokenizerBase, role: str) -> None:
     """Refuse a template that writes special tokens which the other tokenizer would take apart."""
-    rendered = _written(lender, [{"role": "user", "content": "x"}])
+    rendered = rendered_chat(lender, [{"role": "user", "content": "x"}])
     missing = [
         token
         for token, number in sorted(lender.get_added_vocab().items())
@@ -298,7 +318,7 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sy
         turns = prompt.turns(system)
         roles = ", ".join(turn["role"] for turn in turns)
         try:
-            written = _written(tokenizer, turns)
+            written = rendered_chat(tokenizer, turns)
         except (TemplateError, TypeError, ValueError) as error:
             raise InputError.of(
                 prompt.where,
@@ -328,7 +348,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: 
 def _ids(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None, **options: Any
 ) -> Any:
-    texts = [_written(tokenizer, prompt.turns(system)) if chat else prompt.text for prompt in prompts]
+    texts = [rendered_chat(tokenizer, prompt.turns(system)) if chat else prompt.text for prompt in prompts]
     # The template has written the special tokens already.
     return tokenizer(texts, add_special_tokens=not chat, **options)
 
@@ -382,5 +402,9 @@ def _listed(places: Sequence[str], most: int = 3) -> str:
     return "; ".join(places[:most]) + (f" and {more} more" if more > 0 else "")
 
 
-def _written(tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]]) -> str:
-    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True))
+def rendered_chat(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, Any]], template: str | None = None
+) -> str:
+    """A conversation as a chat template writes it (the tokenizer's, unless given), up to where the answer begins."""
+    more = {} if template is None else {"chat_template": template}
+    return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True, **more))

@@ -15,6 +15,7 @@ __all__ = [
     "Alpha",
     "Antiexpert",
     "Base",
+    "BaseAlone",
     "Chat",
     "Device",
     "Dtype",
@@ -34,6 +35,10 @@ METAVAR = "PROMPT|KEY=VALUE"
 MODELS, PROMPTS, OUTPUT = "Models", "Prompts", "Output"
 
 Base = Annotated[str | None, typer.Option(help="The large model: a hub id or a folder.", rich_help_panel=MODELS)]
+BaseAlone = Annotated[
+    str | None,
+    typer.Option(help="The large model: a hub id or a folder; works alone too.", rich_help_panel=MODELS),
+]
 Expert = Annotated[str | None, typer.Option(help="The small tuned model.", rich_help_panel=MODELS)]
 Antiexpert = Annotated[
     str | None, typer.Option(help="The small model that the expert was tuned from.", rich_help_panel=MODELS)

@@ -29,7 +29,10 @@ from proxytune.cli.setting_table import SETTINGS
 from proxytune.cli.settings import ELSEWHERE
 from proxytune.errors import InputError
 
-__all__ = ["Prompt", "check_prompts", "read_prompts"]
+__all__ = ["COMPLETION", "Prompt", "check_prompts", "read_prompts"]
+
+COMPLETION = "completion"
+"""The key of what comes after a prompt."""
 
 _KEYS = ("prompt", "messages", "system")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -84,6 +87,7 @@ def read_prompts(
     settings: Sequence[str] = (),
     option: str = "--file",
     reserved: Sequence[str] = (),
+    answers: Sequence[str] = (),
 ) -> list[Prompt]:
     """The prompts given as arguments, and those of a file; `-` is stdin, and so is None if no prompt was given.
 
@@ -93,6 +97,8 @@ def read_prompts(
         settings: The arguments that were read as settings, for the message where there is no prompt.
         option: The option that named the file.
         reserved: The keys of the output, which a line must not have.
+        answers: The keys of what comes after a prompt, for a command that reads it too. A conversation without one of
+            them may end with the assistant's turn.
 
     Raises:
         InputError: If there is no prompt at all, the file cannot be read or is not UTF-8, or a line of JSON lines is
@@ -134,7 +140,8 @@ def read_prompts(
         )
     if not as_json:
         return prompts + [Prompt({"prompt": line}, f"{name}, line {number}") for number, line in enumerate(lines, 1)]
-    return prompts + [_prompt_of(line, f"{name}, line {number}", reserved) for number, line in enumerate(lines, 1)]
+    wheres = (f"{name}, line {number}" for number in range(1, len(lines) + 1))
+    return prompts + [_prompt_of(line, where, reserved, answers) for line, where in zip(lines, wheres, strict=True)]
 
 
 def check_prompts(prompts: Sequence[Prompt], *, chat: bool, system: str | None = None) -> bool:
@@ -241,7 +248,7 @@ def _object_in(line: str) -> dict[str, Any] | None:
 # --- JSON lines -------------------------------------------------------------------------------------------------------
 
 
-def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
+def _prompt_of(line: str, where: str, reserved: Sequence[str], answers: Sequence[str]) -> Prompt:
     def refuse(expected: str, got: str, remedy: str) -> InputError:
         error = InputError.of(where, expected=expected, got=got, remedy=remedy)
         assert isinstance(error, InputError)
@@ -264,7 +271,8 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
         raise refuse("a JSON object", f"{got} ({what})", "Correct the line, or remove it.") from None
     if not isinstance(found, dict):
         raise refuse('an object with a string under "prompt"', _cut(line), 'Write {"prompt": "…"}.')
-    missing = _KEYS if {"prompt", "messages"}.isdisjoint(found) else ("system",)
+    answered = not found.keys().isdisjoint(answers)
+    missing = [*(_KEYS if {"prompt", "messages"}.isdisjoint(found) else ("system",)), *(() if answered else answers)]
     for key in found:
         near = next((known for known in missing if _means(key, known)), None)
         if near is not None:
@@ -295,13 +303,13 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str]) -> Prompt:
             chat = ' A conversation stands under "messages".' if isinstance(found[key], list) else ""
             raise refuse(f'a string under "{key}"', _cut(json.dumps(found[key])), f"Correct the line.{chat}")
     if "messages" in found:
-        _check_messages(found["messages"], refuse)
+        _check_messages(found["messages"], refuse, may_end=bool(answers) and not answered)
         if "system" in found and found["messages"][0]["role"] == "system":
             raise refuse("one system prompt", 'a "system" and a system turn', "Remove one of them.")
     return Prompt(found, where)
 
 
-def _check_messages(messages: Any, refuse: Any) -> None:
+def _check_messages(messages: Any, refuse: Any, *, may_end: bool) -> None:
     form = '[{"role": "user", "content": "…"}]'
     if not isinstance(messages, list) or not messages:
         raise refuse(f'turns under "messages", {form}', _cut(json.dumps(messages)), "Correct the line.")
@@ -315,6 +323,10 @@ def _check_messages(messages: Any, refuse: Any) -> None:
                 _cut(json.dumps(turn, ensure_ascii=False)),
                 f"Correct the turn.{sharegpt}",
             )
+    if may_end and messages[-1]["role"] == "assistant":
+        if len(messages) == 1:
+            raise refuse("a user's turn before the assistant's", "the assistant's alone", "Add it.")
+        messages = messages[:-1]
     if messages[-1]["role"] not in ("user", "tool"):
         raise refuse(
             "a conversation that ends with the user's turn",

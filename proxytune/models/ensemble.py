@@ -65,6 +65,10 @@ class Ensemble:
         """What the formula makes of the members' rows; None for a plain model."""
         return self.model.weighing if self.composed else None
 
+    def weighing_of(self, formula: Any) -> Weighing:
+        """What another formula over the same roles makes of the members' rows; KeyError for another role."""
+        return Weighing(formula, self.model._index)
+
     @property
     def alpha(self) -> Any:
         """Strength α of the shift, a number or a schedule; None for a plain model."""

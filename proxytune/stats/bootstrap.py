@@ -12,7 +12,7 @@ from proxytune.errors import InputError
 from proxytune.stats.calibration import _checked, _same, auroc
 from proxytune.validation import share, whole
 
-__all__ = ["Interval", "interval"]
+__all__ = ["Interval", "interval", "ratio_interval"]
 
 
 Metric = Callable[..., float]
@@ -83,4 +83,39 @@ def interval(
             remedy="Use more problems.",
         )
     low, high = np.quantile(got, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(value, float(low), float(high))
+
+
+def ratio_interval(
+    sums: ArrayLike, counts: ArrayLike, *, level: float = 0.95, draws: int = 1000, seed: int = 0
+) -> Interval:
+    """`Σ sums / Σ counts` with its percentile bootstrap interval, whole units drawn again.
+
+    Args:
+        sums: `[N]`, of each unit (text, problem); −inf gives −inf throughout.
+        counts: `[N]`, how many each has, above 0; ones for a mean over units.
+        level: Confidence level, in (0, 1).
+        draws: Number of resamples. The same seed draws the same units.
+        seed: The seed.
+
+    Raises:
+        InputError: If there are no units, lengths differ, a sum is NaN or +inf, or a count is not above 0.
+    """
+    level, draws = share("level", level), whole("draws", draws, "of resamples", least=1)
+    top, bottom = np.asarray(sums, float), np.asarray(counts, float)
+    fits = top.ndim == 1 and top.shape == bottom.shape and len(top) > 0
+    if not fits or not (top < np.inf).all() or not ((bottom > 0) & (bottom < np.inf)).all():
+        raise InputError.of(
+            "ratio_interval",
+            expected="a sum and a count above 0 for each unit, at least one",
+            got=f"sums {np.array2string(top, threshold=6)[:80]}, counts {np.array2string(bottom, threshold=6)[:80]}",
+            remedy="Pass arrays of one length, without NaN.",
+        )
+    value = float(top.sum() / bottom.sum())
+    if not np.isfinite(value):
+        return Interval(value, value, value)
+    rng, count = np.random.default_rng(seed), len(top)
+    drawn = (rng.integers(count, size=count) for _ in range(draws))
+    found = [top[units].sum() / bottom[units].sum() for units in drawn]
+    low, high = np.quantile(found, [(1 - level) / 2, (1 + level) / 2])
     return Interval(value, float(low), float(high))

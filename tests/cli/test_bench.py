@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from proxytune.cli import bench as command
+from proxytune.cli.plot_file import PLOT_KINDS
 from proxytune.throughput import run as throughput
 from proxytune.throughput.shapes import Shape, Trio
 from proxytune.throughput.subjects import Cell, lab_subject, random_subject
@@ -164,7 +165,7 @@ def test_a_wrong_plot_is_refused_before_anything_heavy_is_imported(tmp_path, nam
 def test_every_kind_of_plot_is_one_that_matplotlib_writes() -> None:
     from matplotlib.figure import Figure
 
-    assert set(command.PLOT_KINDS) <= set(Figure().canvas.get_supported_filetypes())
+    assert set(PLOT_KINDS) <= set(Figure().canvas.get_supported_filetypes())
 
 
 def test_a_folder_without_a_family_is_a_clear_error(run, tmp_path) -> None:
