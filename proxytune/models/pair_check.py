@@ -1,0 +1,640 @@
+"""Do three models fit together as base, expert and antiexpert? Everything that is wrong at once, and what they cost.
+
+Files tell most of it: configs, tokenizers, a model without weights. For the rest each member is loaded, tested, asked
+for its predictions on a few built-in texts, and dropped before the next one, so that memory stays at the largest.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+from proxytune.costs.devices import machine_of
+from proxytune.costs.model_size import cached_values, pass_work, weight_bytes
+from proxytune.costs.roofline import bytes_per_token
+from proxytune.errors import MemberError, ProxytuneError, SteeringWarning, UnsupportedModeError, VocabularyWarning
+from proxytune.formulas.proxy_tuning import ProxyTuning
+from proxytune.models.checkpoints import carrier_of, check_checkpoint, first_line
+from proxytune.models.config import ProxyTunedConfig
+from proxytune.models.end_tokens import ends_of, stopping_ids
+from proxytune.models.load_arguments import HUB_ARGUMENTS
+from proxytune.models.loading import check_vocabularies, find_tokenizer, open_member, reference_of
+from proxytune.models.members.encoder_decoder import EncoderDecoderMember
+from proxytune.models.members.layer_kinds import NEEDS, Ability, lacking
+from proxytune.models.members.member import Member, refuse_no_numbers
+from proxytune.models.pair_probe import Shift, Text, built_in_texts, measured, rendered, turn_ends
+from proxytune.models.roles import refuse_no_shift, warn_of_roles
+from proxytune.recipe import EndTokens, MemberRef
+
+__all__ = ["PRECISIONS", "Finding", "MemberFigures", "PairReport", "TokenCost", "check_pair"]
+
+PRECISIONS = {"float32": 32.0, "bfloat16": 16.0, "8 bits": 8.0, "4 bits": 4.5}
+"""Name → bits of a weight; four bits with their scales. Below 16, embeddings, head and norms keep 16."""
+_EQUAL = 1e-6
+"""Nats per token below which two models say the same."""
+_NEARLY = 1e-3
+_SHORT = 512
+"""Tokens of context that hardly hold a prompt and its answer."""
+_QUANTISED_ROWS = "its logits depend on the other rows and on later tokens of a pass (LLM.int8): use no speculation"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A sentence: a `problem`, which has to change or looks like a mistake, or a `note`, which is good to know."""
+
+    kind: Literal["problem", "note"]
+    text: str
+
+
+@dataclass(frozen=True)
+class MemberFigures:
+    """What a member's files tell.
+
+    Attributes:
+        role: `"base"`, `"expert"` or `"antiexpert"`.
+        id: The folder or hub id.
+        kind: Its class and family.
+        parameters: How many there are, tied ones once.
+        dtype: That of the files.
+        weights: Precision (`PRECISIONS`) → bytes of the weights.
+        cache: Bytes of the cache for 1,000 tokens of a text, by precision; quantisers leave it in 16 bits.
+        context: The most positions; None if the config names none.
+        rows: How many ids it embeds, padding of the head included.
+        layers: How many layers.
+    """
+
+    role: str
+    id: str
+    kind: str
+    parameters: int
+    dtype: str
+    weights: dict[str, float]
+    cache: dict[str, float]
+    context: int | None
+    rows: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """What a token of one text costs in plain decoding, in the dtypes of the files, beside the base alone.
+
+    Attributes:
+        bytes: Bytes that are read for it, over the base's.
+        seconds: Kind of device → seconds of the members' passes, one after the other, by round figures.
+        base_seconds: The same for the base alone.
+    """
+
+    bytes: float
+    seconds: dict[str, float]
+    base_seconds: dict[str, float]
+
+
+@dataclass
+class PairReport:
+    """What `check_pair` found.
+
+    Attributes:
+        findings: Problems first, then notes.
+        members: Figures of the members that could be opened.
+        vocabulary: How the vocabularies compare, in words; None if they were not compared.
+        ends: The ids at which a text stops, and as tokens.
+        cost: None if a member could not be opened.
+        shift: None if the weights were not looked at.
+        refused: Mode of decoding → why it is refused; the others work. Without weights, by the kinds of layers alone.
+        weights: Whether the weights of all members were looked at.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    members: list[MemberFigures] = field(default_factory=list)
+    vocabulary: str | None = None
+    ends: dict[int, str] = field(default_factory=dict)
+    cost: TokenCost | None = None
+    shift: Shift | None = None
+    refused: dict[str, str] = field(default_factory=dict)
+    weights: bool = False
+
+    @property
+    def problems(self) -> list[str]:
+        """The texts of the problems."""
+        return [found.text for found in self.findings if found.kind == "problem"]
+
+    @property
+    def ok(self) -> bool:
+        """Whether no problem was found."""
+        return not self.problems
+
+
+def check_pair(
+    sources: Mapping[str, str | os.PathLike[str] | MemberRef],
+    *,
+    alpha: float = 1.0,
+    end_tokens: EndTokens | None = None,
+    trusted: Sequence[str] = (),
+    dtype: str = "auto",
+    device: str = "cpu",
+    weights: bool = True,
+    progress: Callable[[str, int], None] = lambda role, number: None,
+) -> PairReport:
+    """Say all that is wrong with three models as base, expert and antiexpert, and what they cost.
+
+    Args:
+        sources: Role → hub id, folder or reference, the base first.
+        alpha: The α of the shift that is measured.
+        end_tokens: Whose end tokens stop a text, as in `proxytune.wrap`.
+        trusted: The roles whose own code may run.
+        dtype: The dtype in which members are loaded.
+        device: The device on which they are loaded.
+        weights: Whether to load them, one after the other.
+        progress: Called with each role before it is loaded, and how many were.
+
+    Returns:
+        The report. What is wrong with a member is a problem in it, not an exception.
+
+    Raises:
+        InputError: If α is not finite, or `end_tokens` is unknown.
+    """
+    check = _Check(sources, alpha, trusted)
+    check.files()
+    check.tokens(end_tokens)
+    check.roles()
+    check.adapters()
+    if weights:
+        check.passes(dtype, device, progress)
+    check.modes()
+    report = check.report
+    report.findings.sort(key=lambda found: found.kind != "problem")
+    return report
+
+
+class _Check:
+    """The report while it is written, and what the parts know of each other."""
+
+    def __init__(self, sources: Mapping[str, Any], alpha: float, trusted: Sequence[str]) -> None:
+        self.formula = ProxyTuning(alpha=alpha)
+        self.report = PairReport()
+        found = {role: reference_of(source) for role, source in sources.items()}
+        self.references = {role: reference for role, reference in found.items() if reference is not None}
+        self.arguments: dict[str, dict[str, Any]] = {
+            role: {**reference.load, "trust_remote_code": role in trusted}
+            for role, reference in self.references.items()
+        }
+        self.pair: bool | None = None  # whether they are encoder-decoders, once a member tells
+        self.closed: set[str] = set()  # roles that cannot be opened
+        self.models: dict[str, PreTrainedModel] = {}  # without weights
+        self.members: dict[str, Member] = {}
+        self.carriers: dict[str, MemberRef] = {}  # the models below adapters
+        self.tokenizers: dict[str, Any] = {}
+        self.packed: set[str] = set()  # roles whose weights are quantised in their files
+        self.lacks: dict[str, dict[Ability, str]] = {}  # role → what it cannot do, and why
+
+    # --- what is said ------------------------------------------------------------------------------------------------
+
+    def say(self, kind: Literal["problem", "note"], text: str) -> None:
+        if all(found.text != text for found in self.report.findings):
+            self.report.findings.append(Finding(kind, text))
+
+    def problem(self, text: str) -> None:
+        self.say("problem", text)
+
+    def note(self, text: str) -> None:
+        self.say("note", text)
+
+    @contextmanager
+    def saying(self, *closing: str, warned: Literal["problem", "note"] = "problem") -> Iterator[None]:
+        """Make problems of errors, which close the roles `closing`, and of warnings what `warned` says."""
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            try:
+                yield
+            except ProxytuneError as error:
+                self.problem(str(error))
+                self.closed.update(closing)
+        for warning in said:
+            if issubclass(warning.category, SteeringWarning | VocabularyWarning):
+                self.say(warned, str(warning.message))
+
+    # --- the files ---------------------------------------------------------------------------------------------------
+
+    def files(self) -> None:
+        """What configs tell: whether each can be a member, and its figures."""
+        with self.saying():
+            refuse_no_shift(self.references["expert"], self.references["antiexpert"], self.formula)
+        for role, reference in self.references.items():
+            with self.saying(role):
+                own = self.arguments[role]
+                self._refuse_composed(role)
+                kind = check_checkpoint(reference, role, own, "If you trust it, pass --trust " + role, self.pair)
+                self.pair = kind if self.pair is None else self.pair
+                self._build(role)
+        found = [self._figures(role, model) for role, model in self.models.items()]
+        self.report.members = [figures for figures in found if figures is not None]
+        self._contexts()
+        self._costs()
+
+    def _hub(self, role: str) -> dict[str, Any]:
+        """Where the files of a member are, for transformers' functions."""
+        own = {name: value for name, value in self.arguments[role].items() if name in HUB_ARGUMENTS}
+        return {"revision": self.references[role].revision or "main", **own}
+
+    def _refuse_composed(self, role: str) -> None:
+        with suppress(OSError, ValueError):
+            config, _ = PreTrainedConfig.get_config_dict(self.references[role].id, **self._hub(role))
+            if config.get("model_type") == ProxyTunedConfig.model_type:
+                raise MemberError.of(
+                    f"the {role}",
+                    expected="a plain model",
+                    got=f"{self.references[role].id!r}, a recipe, which is composed already",
+                    remedy="To check it, pass --recipe with its folder; to compose anew, name its base.",
+                )
+
+    def _build(self, role: str) -> None:
+        """Build a member without its weights, as far as that can be done."""
+        reference, own, hub = self.references[role], self.arguments[role], self._hub(role)
+        if own.get("gguf_file"):
+            return self.note(f"the {role} is a GGUF file, whose size and layers are not told without reading it.")
+        below = carrier_of(reference, hub)
+        if below is not None:
+            self.carriers[role], hub = below, {"revision": "main"}
+        place, trust = (below or reference).id, own["trust_remote_code"]
+        try:
+            config = AutoConfig.from_pretrained(place, trust_remote_code=trust, **hub)
+        except Exception as error:
+            raise MemberError.of(
+                f"the {role}",
+                expected="a config that transformers reads",
+                got=repr(place),
+                remedy=f"It says: {first_line(error)} ({type(error).__name__})",
+            ) from error
+        settings = getattr(config, "quantization_config", None)
+        if settings is not None:
+            found = settings if isinstance(settings, Mapping) else settings.to_dict()
+            self.note(
+                f"the {role} is quantised ({found.get('quant_method', 'by an unknown method')}): its own files are "
+                "smaller than the figures for whole weights"
+                + (f", and {_QUANTISED_ROWS}." if found.get("load_in_8bit") else ".")
+            )
+            del config.quantization_config
+            self.packed.add(role)
+        auto = AutoModelForSeq2SeqLM if self.pair else AutoModelForCausalLM
+        kind = EncoderDecoderMember if self.pair else Member
+        try:
+            with torch.device("meta"):
+                model = auto.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=trust)
+        except Exception as error:  # noqa: BLE001 - of code of any family; loading it may work
+            return self.note(
+                f"the {role} cannot be built without weights, so its size is not told: {first_line(error)}"
+            )
+        with suppress(OSError):
+            model.generation_config = GenerationConfig.from_pretrained(place, **hub)
+        self.models[role] = model
+        with self.saying(role, warned="note"):
+            self.members[role] = kind(model, role)
+            self.lacks[role] = {} if self.pair else _lacks(self.members[role])
+        return None
+
+    def _figures(self, role: str, model: Any) -> MemberFigures | None:
+        if role not in self.members:
+            return None
+        config = model.config.get_text_config(decoder=True)
+        values = cached_values(config)
+        return MemberFigures(
+            role,
+            self.references[role].id,
+            f"{type(model).__name__} ({model.config.model_type})",
+            sum({id(p): p.numel() for p in model.parameters()}.values()),
+            str(model.dtype).removeprefix("torch."),
+            {name: weight_bytes(model, bits) for name, bits in PRECISIONS.items()},
+            {name: 1000.0 * values * max(bits, 16.0) / 8 for name, bits in PRECISIONS.items()},
+            self.members[role].context,
+            self.members[role].rows,
+            int(config.num_hidden_layers),
+        )
+
+    def _contexts(self) -> None:
+        contexts = {one.role: one.context for one in self.report.members if one.context is not None}
+        if len(set(contexts.values())) < 2:
+            return
+        shortest = min(contexts, key=lambda role: contexts[role])
+        said = ", ".join(f"{role} {context:,}" for role, context in contexts.items())
+        text = f"prompt and answer together may have {contexts[shortest]:,} tokens, the {shortest}'s context ({said})"
+        if contexts[shortest] < _SHORT:
+            self.problem(f"{text}: that holds hardly an answer. Name a companion with a longer context.")
+        else:
+            self.note(f"{text}.")
+
+    def _costs(self) -> None:
+        if self.report.members and len(self.report.members) == len(self.references) and not self.pair:
+            works = {role: pass_work(self.models[role]) for role in self.references}
+            every = [(1.0, work.bytes) for work in works.values()]
+            devices = {name: machine_of(name) for name in ("cpu", "cuda")}
+            self.report.cost = TokenCost(
+                bytes_per_token(every, 1.0) / bytes_per_token(every[:1], 1.0),
+                {name: sum(made.seconds(work, 1) for work in works.values()) for name, made in devices.items()},
+                {name: made.seconds(works["base"], 1) for name, made in devices.items()},
+            )
+
+    # --- tokens ------------------------------------------------------------------------------------------------------
+
+    def tokens(self, end_tokens: EndTokens | None) -> None:
+        """Vocabularies, chat templates and end tokens."""
+        there = [role for role in self.references if role not in self.closed]
+        for role in there:
+            own = self.arguments[role]
+            hub = {name: own[name] for name in HUB_ARGUMENTS if name in own}
+            found = find_tokenizer(self.references[role], trust_remote_code=own["trust_remote_code"], **hub)
+            if found is not None:
+                self.tokenizers[role] = found
+        known = [role for role in there if role in self.tokenizers]
+        if unknown := {role: self.references[role] for role in there if role not in known}:
+            with self.saying():
+                check_vocabularies(unknown)
+        same = len(known) > 1
+        for role in known[1:]:
+            before = len(self.report.findings)
+            with self.saying():
+                check_vocabularies({known[0]: None, role: None}, self.tokenizers)
+            same &= len(self.report.findings) == before
+        if same:
+            self._same_ids(known)
+            self._templates(known)
+        if "base" in self.models and "expert" in self.models:
+            self._ends(end_tokens)
+
+    def _same_ids(self, known: Sequence[str]) -> None:
+        counts = {role: len(self.tokenizers[role].get_vocab()) for role in known}
+        rows = {role: self.members[role].rows for role in known if role in self.members}
+        last = {role: max(self.tokenizers[role].get_vocab().values(), default=-1) for role in known}
+        said = f"{min(counts.values()):,} tokens have the same ids in {_listed(known)}"
+        padded = [f"{role} {rows[role]:,}" for role in rows if rows[role] > last[role] + 1]
+        self.report.vocabulary = said + (f"; heads with padding: {', '.join(padded)} rows" if padded else "")
+        first = self.tokenizers[known[0]]
+        for role, count in rows.items():
+            lost = sorted((i, token) for token, i in first.get_vocab().items() if i >= count)
+            if lost:
+                self.note(
+                    f"the {role} embeds {count:,} ids and lacks {len(lost)} tokens of the {known[0]}'s "
+                    f"({_some([repr(token) for _, token in lost])}): none of them is ever written, and a prompt with "
+                    "one is refused."
+                )
+        for role in known[1:]:
+            own = set(self.tokenizers[role].get_vocab()) - set(first.get_vocab())
+            if own:
+                self.note(
+                    f"the {role}'s tokenizer has {len(own)} tokens that the {known[0]}'s lacks "
+                    f"({_some([repr(token) for token in sorted(own)])}): prompts are read with the {known[0]}'s, so "
+                    "they are text of several tokens there."
+                )
+
+    def _templates(self, known: Sequence[str]) -> None:
+        forms = {role: rendered(self.tokenizers[role], "…") for role in known}
+        base, expert = forms.get("base"), forms.get("expert")
+        if base is not None and expert is not None and base != expert:
+            self.note(
+                f"chat templates differ: the base's, which --chat writes, is {_shown(base)}; the expert's, in which it "
+                f"was probably tuned, is {_shown(expert)}. Write prompts in the expert's if its tuning does not show."
+            )
+        elif base is None and expert is not None:
+            self.note("the base's tokenizer has no chat template: --chat writes the expert's.")
+        if expert is not None and "base" in known:
+            written = [token for token in self.tokenizers["expert"].get_added_vocab() if token in expert]
+            missing = [token for token in written if token not in self.tokenizers["base"].get_vocab()]
+            if missing:
+                self.problem(
+                    f"the expert's chat template writes {_some([repr(token) for token in missing])}, which the base's "
+                    "tokenizer does not have: it would take them apart. Use a base of the same family, or add them to "
+                    "its tokenizer."
+                )
+        whole = [(role, form) for role, form in forms.items() if form is not None]
+        for role, form in whole[:1]:
+            used = set(self.tokenizers[role](form, add_special_tokens=False)["input_ids"])
+            for other, member in self.members.items():
+                if used and max(used) >= member.rows:
+                    self.problem(
+                        f"chat prompts hold id {max(used)}, and the {other} embeds {member.rows:,} ids: each would be "
+                        f"refused. Use another {other}, or resize its embeddings and train them."
+                    )
+
+    def _ends(self, wanted: EndTokens | None) -> None:
+        base, expert = self.models["base"], self.models["expert"]
+        ours = getattr(base.generation_config, "eos_token_id", None)
+        with self.saying(warned="note"):
+            ids = stopping_ids(ours, expert, wanted, self.tokenizers)
+            used = ends_of(base) if ids is None else ids
+            tokenizer = self.tokenizers.get("expert", self.tokenizers.get("base"))
+            names = used if tokenizer is None else tokenizer.convert_ids_to_tokens(used)
+            self.report.ends = {i: str(name) for i, name in zip(used, names, strict=True)}
+            if not used:
+                self.note("neither base nor expert names an end token, so texts end at max_new_tokens alone.")
+
+    # --- roles -------------------------------------------------------------------------------------------------------
+
+    def roles(self) -> None:
+        """What names, sizes and ends tell of the roles."""
+        places = {role: (reference.id, reference.revision) for role, reference in self.references.items()}
+        if places["expert"] == places["base"] != places["antiexpert"]:
+            self.problem(
+                "the expert is the base itself, so what is added is base - antiexpert (contrastive decoding), nothing "
+                "that was tuned. For proxy-tuning, name the small tuned model as the expert."
+            )
+        if places["antiexpert"] == places["base"] != places["expert"]:
+            self.note(
+                "the antiexpert is the base itself: at α = 1 only the expert is left, and less α goes from the base "
+                "towards it. That is right for an expert that was tuned from this base."
+            )
+        if {"expert", "antiexpert"} <= self.members.keys():
+            with self.saying():
+                warn_of_roles(
+                    {role: self.models[role] for role in self.references if role in self.models}, self.formula
+                )
+
+    def adapters(self) -> None:
+        """What adapter folders tell."""
+        below = self.carriers.get("expert")
+        if below is not None:
+            folder, other = self.references["expert"].id, self.references["antiexpert"].id
+            if _same_place(below, self.references["antiexpert"]):
+                self.note(
+                    f"the expert is an adapter of the antiexpert: 'lora:{folder}' as the expert puts it onto the "
+                    "antiexpert, so that there is one copy of the weights."
+                )
+            elif not _same_place(below, self.references["base"]):
+                self.problem(
+                    f"the expert is an adapter of {below.id!r}, and the antiexpert is {other!r}. The antiexpert is the "
+                    f"model that the expert was tuned from: name {below.id!r}, unless the two are one model under two "
+                    "names, or you want the difference between them too."
+                )
+        below = self.carriers.get("antiexpert")
+        if below is not None and _same_place(below, self.references["expert"]):
+            self.problem(
+                f"expert and antiexpert look swapped: the antiexpert is an adapter of {below.id!r}, which is the "
+                "expert. The expert is the tuned model; the antiexpert is the one that it was tuned from."
+            )
+
+    # --- weights -----------------------------------------------------------------------------------------------------
+
+    def passes(self, dtype: str, device: str, progress: Callable[[str, int], None]) -> None:
+        """Load the members one after the other: what is wrong with the weights, and the figures of the shift."""
+        texts, logits = self._texts(), {}
+        done: dict[tuple[MemberRef, str], str] = {}
+        complete = True
+        for number, (role, reference) in enumerate(self.references.items()):
+            if role in self.closed or self._too_large(role, dtype, device):
+                complete = False
+                continue
+            key = (reference, repr(self.arguments[role]))
+            if key in done:  # the same model in another role
+                if done[key] in logits:
+                    logits[role] = logits[done[key]]
+                continue
+            done[key] = role
+            progress(role, number)
+            found = self._loaded(role, dtype, device, texts)
+            if found is not None:
+                logits[role] = found
+            gc.collect()
+            complete &= role not in self.closed
+        self.report.weights = complete
+        tokenizer = next(iter(self.tokenizers.values()), None)
+        ends = turn_ends([self.models[role] for role in ("expert", "antiexpert") if role in self.models], tokenizer)
+        self.report.shift = measured(texts, logits, self.formula.weights(), ends)
+        self._judge()
+
+    def _texts(self) -> list[Text]:
+        """The built-in texts, in the first chat template that there is."""
+        with_template = [t for t in self.tokenizers.values() if getattr(t, "chat_template", None)]
+        tokenizers = with_template or list(self.tokenizers.values())
+        if not tokenizers or self.pair:
+            return []
+        contexts = [member.context for member in self.members.values() if member.context]
+        rows = [member.rows for member in self.members.values()]
+        return built_in_texts(tokenizers[0], min([256, *contexts]), min(rows, default=0) or 1 << 62)
+
+    def _too_large(self, role: str, dtype: str, device: str) -> bool:
+        """Whether a member's weights are more than the machine's memory, which is said."""
+        if role not in self.models or role in self.packed or "quantization_config" in self.arguments[role]:
+            return False
+        model = self.models[role]
+        bits = 8.0 * (model.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
+        need, place = weight_bytes(model, bits), torch.device("cpu" if device == "auto" else device)
+        there = _memory(place)
+        if there is None or need < there:
+            return False
+        self.note(
+            f"the {role}'s weights ({need / 2**30:.1f} GiB) were not looked at: {place} has {there / 2**30:.1f} GiB."
+        )
+        return True
+
+    def _loaded(self, role: str, dtype: str, device: str, texts: Sequence[Text]) -> list[torch.Tensor] | None:
+        """Load a member, test it, and return its logits for the texts on the CPU; None if that failed."""
+        own = {**self.arguments[role], "dtype": dtype, "device_map": device}
+        with self.saying(role, warned="note"), torch.no_grad():
+            model: Any = open_member(self.references[role], role, None, bool(self.pair), **own)
+            model.eval()
+            member = (EncoderDecoderMember if self.pair else Member)(model, role)
+            member.examine()
+            if self.pair:
+                return None
+            self.lacks[role] = _lacks(member)
+            rows = []
+            for text in texts:
+                out = member.forward(torch.tensor([text.ids]))[0, text.start - 1 :].float().cpu()
+                refuse_no_numbers(out, f"the {role}'s")
+                rows.append(out)
+            return rows
+        return None
+
+    def _judge(self) -> None:
+        shift = self.report.shift
+        if shift is None:
+            return
+        if shift.pair < _EQUAL:
+            self.problem(
+                f"expert and antiexpert look equal: they predict the same on {shift.tokens} tokens of built-in texts "
+                f"(KL {shift.pair:.1e} nats), so the base is hardly moved. Check that the expert is the tuned model, and "
+                "that its adapter was trained."
+            )
+        elif shift.pair < _NEARLY:
+            self.problem(
+                f"expert and antiexpert look nearly equal: KL {shift.pair:.1e} nats per token on {shift.tokens} tokens "
+                "of built-in texts. Check that the expert is the tuned model; a task far from these texts may still "
+                "show more."
+            )
+        if shift.swapped and self.formula.alpha > 0:
+            ends = shift.turn_ends
+            self.problem(
+                "expert and antiexpert look swapped: after a finished answer in the chat template the antiexpert ends "
+                f"its turn (probability {ends['antiexpert']:.2f}), and the expert goes on ({ends['expert']:.2f} to "
+                "end). The expert is the tuned model; the antiexpert is the one that it was tuned from."
+            )
+
+    def modes(self) -> None:
+        """Which modes are refused for some member."""
+        for mode, needed in NEEDS.items():
+            whys: dict[str, list[str]] = {}
+            for role, lacks in self.lacks.items():
+                for ability in needed:
+                    if ability in lacks:
+                        whys.setdefault(lacks[ability], []).append(role)
+            if whys:
+                self.report.refused[mode] = "; ".join(f"{_listed(roles)}: {why}" for why, roles in whys.items())
+
+
+def _lacks(member: Member) -> dict[Ability, str]:
+    """What a member cannot do, and why: by its layers, and by its self-test if that was made."""
+    found: dict[Ability, str] = {}
+    faults: dict[Ability, str | None] = {"static": member.whole_text}
+    faults |= {"pad": member.verdict.padding, "move": member.verdict.moved}
+    for ability, fault in faults.items():
+        if strange := lacking(member.config, ability):
+            found[ability] = f"{', '.join(strange)} layers"
+        elif fault is not None:
+            found[ability] = fault
+    if "static" not in found:
+        try:
+            member.refuse_static_cache(0)
+        except UnsupportedModeError as error:
+            found["static"] = str(error).partition("; got ")[2].partition(". ")[0]
+    return found
+
+
+def _same_place(one: MemberRef, other: MemberRef) -> bool:
+    place = reference_of(one)
+    return place is not None and place.id == other.id
+
+
+def _memory(device: torch.device) -> float | None:
+    """A device's memory in bytes; None if it does not tell."""
+    if device.type == "cuda":
+        return float(torch.cuda.get_device_properties(device).total_memory)
+    with suppress(AttributeError, ValueError, OSError):  # not on every system
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return None
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _shown(form: str) -> str:
+    return repr(form if len(form) < 80 else f"{form[:60]}…{form[-20:]}")
