@@ -15,7 +15,7 @@ from proxytune.cli.options import Alpha, Device, Dtype, EndTokensOption, RecipeP
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
-    from proxytune.models.pair_check import PairReport
+    from proxytune.models.pair_report import PairReport
 
 __all__ = ["check", "show"]
 

@@ -6,13 +6,10 @@ for its predictions on a few built-in texts, and dropped before the next one, so
 
 from __future__ import annotations
 
-import gc
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,7 +25,14 @@ from transformers import (
 from proxytune.costs.devices import machine_of
 from proxytune.costs.model_size import cached_values, pass_work, weight_bytes
 from proxytune.costs.roofline import bytes_per_token
-from proxytune.errors import MemberError, ProxytuneError, SteeringWarning, UnsupportedModeError, VocabularyWarning
+from proxytune.errors import (
+    MemberError,
+    NumericalError,
+    ProxytuneError,
+    SteeringWarning,
+    UnsupportedModeError,
+    VocabularyWarning,
+)
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.models.checkpoints import carrier_of, check_checkpoint, first_line
 from proxytune.models.config import ProxyTunedConfig
@@ -37,108 +41,21 @@ from proxytune.models.load_arguments import HUB_ARGUMENTS
 from proxytune.models.loading import check_vocabularies, find_tokenizer, open_member, reference_of
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.layer_kinds import NEEDS, Ability, lacking
-from proxytune.models.members.member import Member, refuse_no_numbers
-from proxytune.models.pair_probe import Shift, Text, built_in_texts, measured, rendered, turn_ends
+from proxytune.models.members.member import Member
+from proxytune.models.pair_probe import Text, built_in_texts, measured, turn_ends
+from proxytune.models.pair_report import PRECISIONS, Finding, MemberFigures, PairReport, TokenCost
+from proxytune.models.pair_tokens import described, id_findings, listed, template_findings
 from proxytune.models.roles import refuse_no_shift, warn_of_roles
 from proxytune.recipe import EndTokens, MemberRef
 
-__all__ = ["PRECISIONS", "Finding", "MemberFigures", "PairReport", "TokenCost", "check_pair"]
+__all__ = ["check_pair"]
 
-PRECISIONS = {"float32": 32.0, "bfloat16": 16.0, "8 bits": 8.0, "4 bits": 4.5}
-"""Name → bits of a weight; four bits with their scales. Below 16, embeddings, head and norms keep 16."""
 _EQUAL = 1e-6
 """Nats per token below which two models say the same."""
 _NEARLY = 1e-3
 _SHORT = 512
 """Tokens of context that hardly hold a prompt and its answer."""
 _QUANTISED_ROWS = "its logits depend on the other rows and on later tokens of a pass (LLM.int8): use no speculation"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A sentence: a `problem`, which has to change or looks like a mistake, or a `note`, which is good to know."""
-
-    kind: Literal["problem", "note"]
-    text: str
-
-
-@dataclass(frozen=True)
-class MemberFigures:
-    """What a member's files tell.
-
-    Attributes:
-        role: `"base"`, `"expert"` or `"antiexpert"`.
-        id: The folder or hub id.
-        kind: Its class and family.
-        parameters: How many there are, tied ones once.
-        dtype: That of the files.
-        weights: Precision (`PRECISIONS`) → bytes of the weights.
-        cache: Bytes of the cache for 1,000 tokens of a text, by precision; quantisers leave it in 16 bits.
-        context: The most positions; None if the config names none.
-        rows: How many ids it embeds, padding of the head included.
-        layers: How many layers.
-    """
-
-    role: str
-    id: str
-    kind: str
-    parameters: int
-    dtype: str
-    weights: dict[str, float]
-    cache: dict[str, float]
-    context: int | None
-    rows: int
-    layers: int
-
-
-@dataclass(frozen=True)
-class TokenCost:
-    """What a token of one text costs in plain decoding, in the dtypes of the files, beside the base alone.
-
-    Attributes:
-        bytes: Bytes that are read for it, over the base's.
-        seconds: Kind of device → seconds of the members' passes, one after the other, by round figures.
-        base_seconds: The same for the base alone.
-    """
-
-    bytes: float
-    seconds: dict[str, float]
-    base_seconds: dict[str, float]
-
-
-@dataclass
-class PairReport:
-    """What `check_pair` found.
-
-    Attributes:
-        findings: Problems first, then notes.
-        members: Figures of the members that could be opened.
-        vocabulary: How the vocabularies compare, in words; None if they were not compared.
-        ends: The ids at which a text stops, and as tokens.
-        cost: None if a member could not be opened.
-        shift: None if the weights were not looked at.
-        refused: Mode of decoding → why it is refused; the others work. Without weights, by the kinds of layers alone.
-        weights: Whether the weights of all members were looked at.
-    """
-
-    findings: list[Finding] = field(default_factory=list)
-    members: list[MemberFigures] = field(default_factory=list)
-    vocabulary: str | None = None
-    ends: dict[int, str] = field(default_factory=dict)
-    cost: TokenCost | None = None
-    shift: Shift | None = None
-    refused: dict[str, str] = field(default_factory=dict)
-    weights: bool = False
-
-    @property
-    def problems(self) -> list[str]:
-        """The texts of the problems."""
-        return [found.text for found in self.findings if found.kind == "problem"]
-
-    @property
-    def ok(self) -> bool:
-        """Whether no problem was found."""
-        return not self.problems
 
 
 def check_pair(
@@ -201,6 +118,7 @@ class _Check:
         self.members: dict[str, Member] = {}
         self.carriers: dict[str, MemberRef] = {}  # the models below adapters
         self.tokenizers: dict[str, Any] = {}
+        self.same = False  # whether expert and antiexpert are one model
         self.packed: set[str] = set()  # roles whose weights are quantised in their files
         self.lacks: dict[str, dict[Ability, str]] = {}  # role → what it cannot do, and why
 
@@ -236,11 +154,13 @@ class _Check:
         """What configs tell: whether each can be a member, and its figures."""
         with self.saying():
             refuse_no_shift(self.references["expert"], self.references["antiexpert"], self.formula)
+        self.same = bool(self.report.findings)
         for role, reference in self.references.items():
             with self.saying(role):
                 own = self.arguments[role]
                 self._refuse_composed(role)
-                kind = check_checkpoint(reference, role, own, "If you trust it, pass --trust " + role, self.pair)
+                cure = f"pass members={{{role!r}: {{'trust_remote_code': True}}}}, or trust_remote_code=True for all"
+                kind = check_checkpoint(reference, role, own, f"If you trust it, {cure} members.", self.pair)
                 self.pair = kind if self.pair is None else self.pair
                 self._build(role)
         found = [self._figures(role, model) for role, model in self.models.items()]
@@ -372,64 +292,12 @@ class _Check:
                 check_vocabularies({known[0]: None, role: None}, self.tokenizers)
             same &= len(self.report.findings) == before
         if same:
-            self._same_ids(known)
-            self._templates(known)
+            rows = {role: member.rows for role, member in self.members.items()}
+            self.report.vocabulary = described({role: self.tokenizers[role] for role in known}, rows)
+            for found in (*id_findings(self.tokenizers, rows), *template_findings(self.tokenizers, rows)):
+                self.say(found.kind, found.text)
         if "base" in self.models and "expert" in self.models:
             self._ends(end_tokens)
-
-    def _same_ids(self, known: Sequence[str]) -> None:
-        counts = {role: len(self.tokenizers[role].get_vocab()) for role in known}
-        rows = {role: self.members[role].rows for role in known if role in self.members}
-        last = {role: max(self.tokenizers[role].get_vocab().values(), default=-1) for role in known}
-        said = f"{min(counts.values()):,} tokens have the same ids in {_listed(known)}"
-        padded = [f"{role} {rows[role]:,}" for role in rows if rows[role] > last[role] + 1]
-        self.report.vocabulary = said + (f"; heads with padding: {', '.join(padded)} rows" if padded else "")
-        first = self.tokenizers[known[0]]
-        for role, count in rows.items():
-            lost = sorted((i, token) for token, i in first.get_vocab().items() if i >= count)
-            if lost:
-                self.note(
-                    f"the {role} embeds {count:,} ids and lacks {len(lost)} tokens of the {known[0]}'s "
-                    f"({_some([repr(token) for _, token in lost])}): none of them is ever written, and a prompt with "
-                    "one is refused."
-                )
-        for role in known[1:]:
-            own = set(self.tokenizers[role].get_vocab()) - set(first.get_vocab())
-            if own:
-                self.note(
-                    f"the {role}'s tokenizer has {len(own)} tokens that the {known[0]}'s lacks "
-                    f"({_some([repr(token) for token in sorted(own)])}): prompts are read with the {known[0]}'s, so "
-                    "they are text of several tokens there."
-                )
-
-    def _templates(self, known: Sequence[str]) -> None:
-        forms = {role: rendered(self.tokenizers[role], "…") for role in known}
-        base, expert = forms.get("base"), forms.get("expert")
-        if base is not None and expert is not None and base != expert:
-            self.note(
-                f"chat templates differ: the base's, which --chat writes, is {_shown(base)}; the expert's, in which it "
-                f"was probably tuned, is {_shown(expert)}. Write prompts in the expert's if its tuning does not show."
-            )
-        elif base is None and expert is not None:
-            self.note("the base's tokenizer has no chat template: --chat writes the expert's.")
-        if expert is not None and "base" in known:
-            written = [token for token in self.tokenizers["expert"].get_added_vocab() if token in expert]
-            missing = [token for token in written if token not in self.tokenizers["base"].get_vocab()]
-            if missing:
-                self.problem(
-                    f"the expert's chat template writes {_some([repr(token) for token in missing])}, which the base's "
-                    "tokenizer does not have: it would take them apart. Use a base of the same family, or add them to "
-                    "its tokenizer."
-                )
-        whole = [(role, form) for role, form in forms.items() if form is not None]
-        for role, form in whole[:1]:
-            used = set(self.tokenizers[role](form, add_special_tokens=False)["input_ids"])
-            for other, member in self.members.items():
-                if used and max(used) >= member.rows:
-                    self.problem(
-                        f"chat prompts hold id {max(used)}, and the {other} embeds {member.rows:,} ids: each would be "
-                        f"refused. Use another {other}, or resize its embeddings and train them."
-                    )
 
     def _ends(self, wanted: EndTokens | None) -> None:
         base, expert = self.models["base"], self.models["expert"]
@@ -491,7 +359,8 @@ class _Check:
 
     def passes(self, dtype: str, device: str, progress: Callable[[str, int], None]) -> None:
         """Load the members one after the other: what is wrong with the weights, and the figures of the shift."""
-        texts, logits = self._texts(), {}
+        texts = self._texts()
+        logits: dict[str, list[torch.Tensor]] = {}
         done: dict[tuple[MemberRef, str], str] = {}
         complete = True
         for number, (role, reference) in enumerate(self.references.items()):
@@ -508,7 +377,6 @@ class _Check:
             found = self._loaded(role, dtype, device, texts)
             if found is not None:
                 logits[role] = found
-            gc.collect()
             complete &= role not in self.closed
         self.report.weights = complete
         tokenizer = next(iter(self.tokenizers.values()), None)
@@ -555,20 +423,26 @@ class _Check:
             rows = []
             for text in texts:
                 out = member.forward(torch.tensor([text.ids]))[0, text.start - 1 :].float().cpu()
-                refuse_no_numbers(out, f"the {role}'s")
+                if not bool(out.amax(-1).isfinite().all()):
+                    raise NumericalError.of(
+                        f"the {role}",
+                        expected="finite logits",
+                        got=f"NaN or +inf on a built-in text, in {str(model.dtype).removeprefix('torch.')}",
+                        remedy="Its weights are damaged, or too large for that dtype: try --dtype float32.",
+                    )
                 rows.append(out)
             return rows
         return None
 
     def _judge(self) -> None:
         shift = self.report.shift
-        if shift is None:
+        if shift is None or self.same:
             return
         if shift.pair < _EQUAL:
             self.problem(
                 f"expert and antiexpert look equal: they predict the same on {shift.tokens} tokens of built-in texts "
-                f"(KL {shift.pair:.1e} nats), so the base is hardly moved. Check that the expert is the tuned model, and "
-                "that its adapter was trained."
+                f"(KL {shift.pair:.1e} nats), so the base is hardly moved. Check that the expert is the tuned model, "
+                "or its adapter a trained one."
             )
         elif shift.pair < _NEARLY:
             self.problem(
@@ -593,7 +467,7 @@ class _Check:
                     if ability in lacks:
                         whys.setdefault(lacks[ability], []).append(role)
             if whys:
-                self.report.refused[mode] = "; ".join(f"{_listed(roles)}: {why}" for why, roles in whys.items())
+                self.report.refused[mode] = "; ".join(f"{listed(roles)}: {why}" for why, roles in whys.items())
 
 
 def _lacks(member: Member) -> dict[Ability, str]:
@@ -626,15 +500,3 @@ def _memory(device: torch.device) -> float | None:
     with suppress(AttributeError, ValueError, OSError):  # not on every system
         return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     return None
-
-
-def _listed(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
-
-
-def _shown(form: str) -> str:
-    return repr(form if len(form) < 80 else f"{form[:60]}…{form[-20:]}")

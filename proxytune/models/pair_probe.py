@@ -68,7 +68,7 @@ def rendered(tokenizer: Any, question: str, answer: str | None = None) -> str | 
 
 
 def built_in_texts(tokenizer: Any, most: int, usable: int) -> list[Text]:
-    """The built-in texts of at most `most` tokens whose ids are below `usable`, in the chat template if there is one."""
+    """The built-in texts, at most `most` ids below `usable` of each, in the chat template if there is one."""
     texts = []
     for question, answer in _ASKED:
         whole, prompt = rendered(tokenizer, question, answer), rendered(tokenizer, question)
