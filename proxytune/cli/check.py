@@ -170,17 +170,18 @@ def _lines(report: PairReport) -> list[tuple[str, str]]:
         lines.append(("stops at", ", ".join(f"{terminal.safe(token)} (id {i})" for i, token in report.ends.items())))
     if report.cost is not None:
         cost = report.cost
-        times = ", ".join(
-            f"{cost.seconds[kind] * 1e3:.3g} ms on a {name} (base alone {cost.base_seconds[kind] * 1e3:.3g})"
+        lines.append(("a token", f"{cost.bytes:.2f} × the bytes of the base alone"))
+        times = (
+            f"{cost.seconds[kind] * 1e3:.3g} ms on a {name} (the base alone {cost.base_seconds[kind] * 1e3:.3g})"
             for kind, name in (("cpu", "CPU"), ("cuda", "GPU"))
         )
-        lines.append(("a token", f"{cost.bytes:.2f} × the bytes of the base alone; roughly {times}"))
+        lines.append(("", f"roughly {', '.join(times)}"))
     if report.shift is not None:
         shift = report.shift
         lines.append(("shift", f"KL(expert ‖ antiexpert) {shift.pair:.3g} nats per token"))
         if shift.steered is not None and shift.changed is not None:
-            more = f"KL(steered ‖ base) {shift.steered:.3g}; another first choice at {shift.changed:.0%}"
-            lines[-1] = ("shift", f"{lines[-1][1]}, {more} of {shift.tokens} tokens of built-in texts")
+            more = f"another first choice at {shift.changed:.0%} of {shift.tokens} tokens of built-in texts"
+            lines.append(("", f"KL(steered ‖ base) {shift.steered:.3g}, {more}"))
         if shift.turn_ends:
             said = ", ".join(f"{role} {value:.2f}" for role, value in shift.turn_ends.items())
             lines.append(("ends turns", f"{said} (probability of an end token after a finished answer)"))

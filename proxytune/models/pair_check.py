@@ -76,7 +76,7 @@ def check_pair(
         alpha: The α of the shift that is measured.
         end_tokens: Whose end tokens stop a text, as in `proxytune.wrap`.
         trusted: The roles whose own code may run.
-        dtype: The dtype in which members are loaded.
+        dtype: The dtype in which members are loaded; "auto" for that of their files.
         device: The device on which they are loaded.
         weights: Whether to load them, one after the other.
         progress: Called with each role before it is loaded, and how many were.
@@ -87,13 +87,13 @@ def check_pair(
     Raises:
         InputError: If α is not finite, or `end_tokens` is unknown.
     """
-    check = _Check(sources, alpha, trusted)
+    check = _Check(sources, alpha, trusted, dtype)
     check.files()
     check.tokens(end_tokens)
     check.roles()
     check.adapters()
     if weights:
-        check.passes(dtype, device, progress)
+        check.passes(device, progress)
     check.modes()
     report = check.report
     report.findings.sort(key=lambda found: found.kind != "problem")
@@ -103,8 +103,9 @@ def check_pair(
 class _Check:
     """The report while it is written, and what the parts know of each other."""
 
-    def __init__(self, sources: Mapping[str, Any], alpha: float, trusted: Sequence[str]) -> None:
+    def __init__(self, sources: Mapping[str, Any], alpha: float, trusted: Sequence[str], dtype: str) -> None:
         self.formula = ProxyTuning(alpha=alpha)
+        self.dtype = dtype
         self.report = PairReport()
         found = {role: reference_of(source) for role, source in sources.items()}
         self.references = {role: reference for role, reference in found.items() if reference is not None}
@@ -119,6 +120,7 @@ class _Check:
         self.carriers: dict[str, MemberRef] = {}  # the models below adapters
         self.tokenizers: dict[str, Any] = {}
         self.same = False  # whether expert and antiexpert are one model
+        self.saved: dict[str, str] = {}  # role → dtype of its files
         self.packed: set[str] = set()  # roles whose weights are quantised in their files
         self.lacks: dict[str, dict[Ability, str]] = {}  # role → what it cannot do, and why
 
@@ -212,11 +214,12 @@ class _Check:
             )
             del config.quantization_config
             self.packed.add(role)
+        self.saved[role] = str(config.dtype or torch.float32).removeprefix("torch.")
         auto = AutoModelForSeq2SeqLM if self.pair else AutoModelForCausalLM
         kind = EncoderDecoderMember if self.pair else Member
         try:
             with torch.device("meta"):
-                model = auto.from_config(config, dtype=config.dtype or torch.float32, trust_remote_code=trust)
+                model = auto.from_config(config, dtype=self._dtype(config), trust_remote_code=trust)
         except Exception as error:  # noqa: BLE001 - of code of any family; loading it may work
             return self.note(
                 f"the {role} cannot be built without weights, so its size is not told: {first_line(error)}"
@@ -229,6 +232,10 @@ class _Check:
             self.lacks[role] = {} if self.pair else _lacks(self.members[role])
         return None
 
+    def _dtype(self, config: Any) -> torch.dtype:
+        """The dtype in which a member would be loaded."""
+        return getattr(torch, self.dtype) if self.dtype != "auto" else config.dtype or torch.float32
+
     def _figures(self, role: str, model: Any) -> MemberFigures | None:
         if role not in self.members:
             return None
@@ -239,7 +246,7 @@ class _Check:
             self.references[role].id,
             f"{type(model).__name__} ({model.config.model_type})",
             sum({id(p): p.numel() for p in model.parameters()}.values()),
-            str(model.dtype).removeprefix("torch."),
+            self.saved[role],
             {name: weight_bytes(model, bits) for name, bits in PRECISIONS.items()},
             {name: 1000.0 * values * max(bits, 16.0) / 8 for name, bits in PRECISIONS.items()},
             self.members[role].context,
@@ -357,14 +364,14 @@ class _Check:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def passes(self, dtype: str, device: str, progress: Callable[[str, int], None]) -> None:
+    def passes(self, device: str, progress: Callable[[str, int], None]) -> None:
         """Load the members one after the other: what is wrong with the weights, and the figures of the shift."""
         texts = self._texts()
         logits: dict[str, list[torch.Tensor]] = {}
         done: dict[tuple[MemberRef, str], str] = {}
         complete = True
         for number, (role, reference) in enumerate(self.references.items()):
-            if role in self.closed or self._too_large(role, dtype, device):
+            if role in self.closed or self._too_large(role, device):
                 complete = False
                 continue
             key = (reference, repr(self.arguments[role]))
@@ -374,7 +381,7 @@ class _Check:
                 continue
             done[key] = role
             progress(role, number)
-            found = self._loaded(role, dtype, device, texts)
+            found = self._loaded(role, device, texts)
             if found is not None:
                 logits[role] = found
             complete &= role not in self.closed
@@ -394,13 +401,15 @@ class _Check:
         rows = [member.rows for member in self.members.values()]
         return built_in_texts(tokenizers[0], min([256, *contexts]), min(rows, default=0) or 1 << 62)
 
-    def _too_large(self, role: str, dtype: str, device: str) -> bool:
+    def _too_large(self, role: str, device: str) -> bool:
         """Whether a member's weights are more than the machine's memory, which is said."""
         if role not in self.models or role in self.packed or "quantization_config" in self.arguments[role]:
             return False
         model = self.models[role]
-        bits = 8.0 * (model.dtype if dtype == "auto" else getattr(torch, dtype)).itemsize
-        need, place = weight_bytes(model, bits), torch.device("cpu" if device == "auto" else device)
+        need, place = (
+            weight_bytes(model, 8.0 * model.dtype.itemsize),
+            torch.device("cpu" if device == "auto" else device),
+        )
         there = _memory(place)
         if there is None or need < there:
             return False
@@ -409,9 +418,9 @@ class _Check:
         )
         return True
 
-    def _loaded(self, role: str, dtype: str, device: str, texts: Sequence[Text]) -> list[torch.Tensor] | None:
+    def _loaded(self, role: str, device: str, texts: Sequence[Text]) -> list[torch.Tensor] | None:
         """Load a member, test it, and return its logits for the texts on the CPU; None if that failed."""
-        own = {**self.arguments[role], "dtype": dtype, "device_map": device}
+        own = {**self.arguments[role], "dtype": self.dtype, "device_map": device}
         with self.saying(role, warned="note"), torch.no_grad():
             model: Any = open_member(self.references[role], role, None, bool(self.pair), **own)
             model.eval()
@@ -454,8 +463,8 @@ class _Check:
             ends = shift.turn_ends
             self.problem(
                 "expert and antiexpert look swapped: after a finished answer in the chat template the antiexpert ends "
-                f"its turn (probability {ends['antiexpert']:.2f}), and the expert goes on ({ends['expert']:.2f} to "
-                "end). The expert is the tuned model; the antiexpert is the one that it was tuned from."
+                f"its turn (mean probability {ends['antiexpert']:.2f}), and the expert goes on ({ends['expert']:.2f}). "
+                "The expert is the tuned model; if it is that, it was tuned without its end token."
             )
 
     def modes(self) -> None:

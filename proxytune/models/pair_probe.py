@@ -19,6 +19,10 @@ _ASKED = (
     ("What is the opposite of hot?", "The opposite of hot is cold."),
     ("Name three colours.", "Red, green and blue."),
 )
+_ENDS = 0.3
+"""Mean probability of an end token after a finished answer, of a model that was tuned to chat; one of 135M has .6."""
+_GOES_ON = 0.02
+"""The most of a model that does not end its turns."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Shift:
         pair: KL(expert ‖ antiexpert) in nats per token.
         changed: Share of the tokens whose most likely next token is another one than the base's; None without the base.
         turn_ends: Role → mean probability of an end token after a finished answer; empty without a chat template.
+        swapped: Whether the antiexpert alone ends its turns, as a model does that was tuned to chat.
     """
 
     tokens: int
@@ -115,13 +120,14 @@ def measured(
             for role, found in turns.items():
                 found.append(float(rows[role][-1].softmax(-1)[known].sum()))
     whole = "base" in logits
+    means = {role: sum(found) / len(found) for role, found in turns.items() if found}
     return Shift(
         tokens,
         steered / tokens if whole else None,
         pair / tokens,
         changed / tokens if whole else None,
-        {role: sum(found) / len(found) for role, found in turns.items() if found},
-        bool(turns["expert"]) and min(turns["antiexpert"]) > 0.5 and max(turns["expert"]) < 0.05,
+        means,
+        bool(turns["expert"]) and means["antiexpert"] > _ENDS and max(turns["expert"]) < _GOES_ON,
     )
 
 

@@ -52,7 +52,7 @@ class MemberFigures:
 
 @dataclass(frozen=True)
 class TokenCost:
-    """What a token of one text costs in plain decoding, in the dtypes of the files, beside the base alone.
+    """What a token of one text costs in plain decoding, in the dtypes that members are loaded in.
 
     Attributes:
         bytes: Bytes that are read for it, over the base's.
