@@ -158,7 +158,7 @@ def _print_members(report: PairReport) -> None:
         sizes = [one.cache[name] for one in members]
         row(f"cache, {name}", [_bytes(size) for size in sizes], _bytes(sum(sizes)))
     terminal.output().print(table)
-    terminal.output().print("(cache: of 1,000 tokens of one text; 8 and 4 bits: estimates, embeddings in 16)")
+    terminal.output().print("(cache: of one text of 1,000 tokens; 8 and 4 bits: estimates, embeddings in 16)")
 
 
 def _lines(report: PairReport) -> list[tuple[str, str]]:

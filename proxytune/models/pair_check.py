@@ -39,6 +39,7 @@ from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.end_tokens import ends_of, stopping_ids
 from proxytune.models.load_arguments import HUB_ARGUMENTS
 from proxytune.models.loading import check_vocabularies, find_tokenizer, open_member, reference_of
+from proxytune.models.members.composite_cache import empty_cache, stored
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.layer_kinds import NEEDS, Ability, lacking
 from proxytune.models.members.member import Member
@@ -240,7 +241,7 @@ class _Check:
         if role not in self.members:
             return None
         config = model.config.get_text_config(decoder=True)
-        values = cached_values(config)
+        values = _cached(self.members[role])
         return MemberFigures(
             role,
             self.references[role].id,
@@ -248,7 +249,7 @@ class _Check:
             sum({id(p): p.numel() for p in model.parameters()}.values()),
             self.saved[role],
             {name: weight_bytes(model, bits) for name, bits in PRECISIONS.items()},
-            {name: 1000.0 * values * max(bits, 16.0) / 8 for name, bits in PRECISIONS.items()},
+            {name: values * max(bits, 16.0) / 8 for name, bits in PRECISIONS.items()},
             self.members[role].context,
             self.members[role].rows,
             int(config.num_hidden_layers),
@@ -285,9 +286,18 @@ class _Check:
         for role in there:
             own = self.arguments[role]
             hub = {name: own[name] for name in HUB_ARGUMENTS if name in own}
-            found = find_tokenizer(self.references[role], trust_remote_code=own["trust_remote_code"], **hub)
-            if found is not None:
-                self.tokenizers[role] = found
+            with self.saying():
+                try:
+                    found = find_tokenizer(self.references[role], trust_remote_code=own["trust_remote_code"], **hub)
+                except Exception as error:  # of a package that is missing, or of a damaged file
+                    raise MemberError.of(
+                        f"the {role}'s tokenizer",
+                        expected="files that open",
+                        got=f"those at {self.references[role].id!r}",
+                        remedy=f"transformers says: {first_line(error)} ({type(error).__name__})",
+                    ) from error
+                if found is not None:
+                    self.tokenizers[role] = found
         known = [role for role in there if role in self.tokenizers]
         if unknown := {role: self.references[role] for role in there if role not in known}:
             with self.saying():
@@ -406,10 +416,8 @@ class _Check:
         if role not in self.models or role in self.packed or "quantization_config" in self.arguments[role]:
             return False
         model = self.models[role]
-        need, place = (
-            weight_bytes(model, 8.0 * model.dtype.itemsize),
-            torch.device("cpu" if device == "auto" else device),
-        )
+        place = torch.device("cpu" if device == "auto" else device)
+        need = weight_bytes(model, 8.0 * model.dtype.itemsize)
         there = _memory(place)
         if there is None or need < there:
             return False
@@ -493,8 +501,23 @@ def _lacks(member: Member) -> dict[Ability, str]:
         try:
             member.refuse_static_cache(0)
         except UnsupportedModeError as error:
-            found["static"] = str(error).partition("; got ")[2].partition(". ")[0]
+            found["static"] = str(error).partition(" with ")[2].partition(". ")[0]
     return found
+
+
+def _cached(member: Member) -> float:
+    """How many values the cache of a text of 1,000 tokens holds: of a pass without weights, else by the config."""
+    length, dtype = min(1000, member.context or 1000), member.model.dtype
+    held = 0
+    member.model.to(torch.bfloat16)  # without weights, torch knows experts in no other dtype
+    with suppress(Exception), torch.no_grad():
+        cache = empty_cache(member.config)
+        member.forward(torch.zeros(1, length, dtype=torch.long, device="meta"), cache=cache, logits_to_keep=1)
+        states = [state for layer in stored(cache) for state in vars(layer).values()]
+        tensors = [x for state in states for x in (state.values() if isinstance(state, dict) else [state])]
+        held = sum(x.numel() for x in tensors if isinstance(x, torch.Tensor))
+    member.model.to(dtype)
+    return held * 1000.0 / length if held else 1000.0 * cached_values(member.config)
 
 
 def _same_place(one: MemberRef, other: MemberRef) -> bool:

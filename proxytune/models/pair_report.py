@@ -32,7 +32,7 @@ class MemberFigures:
         parameters: How many there are, tied ones once.
         dtype: That of the files.
         weights: Precision (`PRECISIONS`) → bytes of the weights.
-        cache: Bytes of the cache for 1,000 tokens of a text, by precision; quantisers leave it in 16 bits.
+        cache: Bytes of the cache of a text of 1,000 tokens, by precision; quantisers leave it in 16 bits.
         context: The most positions; None if the config names none.
         rows: How many ids it embeds, padding of the head included.
         layers: How many layers.
