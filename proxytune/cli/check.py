@@ -46,6 +46,7 @@ def check(
     _refuse_call((base, expert, antiexpert), recipe)
     terminal.quiet()
     from proxytune.cli.models import DTYPES, check_device, chosen_device, trusted_roles
+    from proxytune.formulas.proxy_tuning import ProxyTuning
     from proxytune.models.pair_check import check_pair
     from proxytune.recipe import ROLES, Recipe
     from proxytune.validation import choice, validate_alpha
@@ -55,11 +56,15 @@ def check(
     choice("--dtype", dtype, DTYPES)
     device = chosen_device(device)
     check_device(device)
-    sources: dict[str, Any] = dict(zip(ROLES, (base, expert, antiexpert), strict=True))
+    steered, sources = True, dict[str, Any](zip(ROLES, (base, expert, antiexpert), strict=True))
     if recipe is not None:
         read = Recipe.load(recipe)
         sources = {role: reference.trusted(False) for role, reference in read.members.items()}
-        alpha = read.alpha if alpha is None else alpha
+        steered = read.formula == ProxyTuning.name and set(sources) == set(ROLES)
+        if not steered:
+            terminal.show_note(f"The shift of {read.formula!r} is not looked at, only its members and their tokens.")
+        if alpha is None and isinstance(read.alpha, float):
+            alpha = read.alpha
         end_tokens = end_tokens or read.end_tokens
     with terminal.Bar("members") as bar:
         report = check_pair(
@@ -70,6 +75,7 @@ def check(
             dtype=dtype,
             device=device,
             weights=weights,
+            steered=steered,
             progress=lambda role, number: bar.show(role, number, len(sources)),
         )
     if as_json:

@@ -56,6 +56,7 @@ _EQUAL = 1e-6
 _NEARLY = 1e-3
 _SHORT = 512
 """Tokens of context that hardly hold a prompt and its answer."""
+_ONTO = "lora:"
 _QUANTISED_ROWS = "its logits depend on the other rows and on later tokens of a pass (LLM.int8): use no speculation"
 
 
@@ -68,18 +69,22 @@ def check_pair(
     dtype: str = "auto",
     device: str = "cpu",
     weights: bool = True,
+    steered: bool = True,
     progress: Callable[[str, int], None] = lambda role, number: None,
 ) -> PairReport:
     """Say all that is wrong with three models as base, expert and antiexpert, and what they cost.
 
     Args:
-        sources: Role → hub id, folder or reference, the base first.
+        sources: Role → hub id, folder or reference, the base first. The expert may be `"lora:"` and the folder of an
+            adapter of the antiexpert, which then holds the weights of both.
         alpha: The α of the shift that is measured.
         end_tokens: Whose end tokens stop a text, as in `proxytune.wrap`.
         trusted: The roles whose own code may run.
         dtype: The dtype in which members are loaded; "auto" for that of their files.
         device: The device on which they are loaded.
         weights: Whether to load them, one after the other.
+        steered: Whether they are the members of proxy-tuning. Else only what each is by itself, and their tokens, are
+            looked at.
         progress: Called with each role before it is loaded, and how many were.
 
     Returns:
@@ -89,12 +94,17 @@ def check_pair(
         InputError: If α is not finite, or `end_tokens` is unknown.
     """
     check = _Check(sources, alpha, trusted, dtype)
+    if steered:
+        check.no_shift()
     check.files()
     check.tokens(end_tokens)
-    check.roles()
-    check.adapters()
+    if steered:
+        check.roles()
+        check.adapters()
     if weights:
-        check.passes(device, progress)
+        logits = check.passes(device, progress)
+        if steered:
+            check.shift(logits)
     check.modes()
     report = check.report
     report.findings.sort(key=lambda found: found.kind != "problem")
@@ -106,9 +116,10 @@ class _Check:
 
     def __init__(self, sources: Mapping[str, Any], alpha: float, trusted: Sequence[str], dtype: str) -> None:
         self.formula = ProxyTuning(alpha=alpha)
-        self.dtype = dtype
+        self.alpha, self.dtype = alpha, dtype
         self.report = PairReport()
-        found = {role: reference_of(source) for role, source in sources.items()}
+        self.onto = {role for role, source in sources.items() if str(source).startswith(_ONTO)}  # the antiexpert
+        found = {role: reference_of(s[len(_ONTO) :] if role in self.onto else s) for role, s in sources.items()}
         self.references = {role: reference for role, reference in found.items() if reference is not None}
         self.arguments: dict[str, dict[str, Any]] = {
             role: {**reference.load, "trust_remote_code": role in trusted}
@@ -116,7 +127,7 @@ class _Check:
         }
         self.pair: bool | None = None  # whether they are encoder-decoders, once a member tells
         self.closed: set[str] = set()  # roles that cannot be opened
-        self.models: dict[str, PreTrainedModel] = {}  # without weights
+        self.models: dict[str, PreTrainedModel] = {}  # without weights, on `meta`
         self.members: dict[str, Member] = {}
         self.carriers: dict[str, MemberRef] = {}  # the models below adapters
         self.tokenizers: dict[str, Any] = {}
@@ -153,11 +164,14 @@ class _Check:
 
     # --- the files ---------------------------------------------------------------------------------------------------
 
-    def files(self) -> None:
-        """What configs tell: whether each can be a member, and its figures."""
+    def no_shift(self) -> None:
+        """Whether expert and antiexpert are one place."""
         with self.saying():
             refuse_no_shift(self.references["expert"], self.references["antiexpert"], self.formula)
         self.same = bool(self.report.findings)
+
+    def files(self) -> None:
+        """What configs tell: whether each can be a member, and its figures."""
         for role, reference in self.references.items():
             with self.saying(role):
                 own = self.arguments[role]
@@ -246,9 +260,9 @@ class _Check:
             role,
             self.references[role].id,
             f"{type(model).__name__} ({model.config.model_type})",
-            sum({id(p): p.numel() for p in model.parameters()}.values()),
+            0 if role in self.onto else sum({id(p): p.numel() for p in model.parameters()}.values()),
             self.saved[role],
-            {name: weight_bytes(model, bits) for name, bits in PRECISIONS.items()},
+            {name: 0.0 if role in self.onto else weight_bytes(model, bits) for name, bits in PRECISIONS.items()},
             {name: values * max(bits, 16.0) / 8 for name, bits in PRECISIONS.items()},
             self.members[role].context,
             self.members[role].rows,
@@ -269,7 +283,7 @@ class _Check:
 
     def _costs(self) -> None:
         if self.report.members and len(self.report.members) == len(self.references) and not self.pair:
-            works = {role: pass_work(self.models[role]) for role in self.references}
+            works = {role: pass_work(self.models[role]) for role in self.references if role not in self.onto}
             every = [(1.0, work.bytes) for work in works.values()]
             devices = {name: machine_of(name) for name in ("cpu", "cuda")}
             self.report.cost = TokenCost(
@@ -355,16 +369,22 @@ class _Check:
         if below is not None:
             folder, other = self.references["expert"].id, self.references["antiexpert"].id
             if _same_place(below, self.references["antiexpert"]):
-                self.note(
-                    f"the expert is an adapter of the antiexpert: 'lora:{folder}' as the expert puts it onto the "
-                    "antiexpert, so that there is one copy of the weights."
-                )
-            elif not _same_place(below, self.references["base"]):
+                if "expert" not in self.onto:
+                    self.note(
+                        f"the expert is an adapter of the antiexpert: '{_ONTO}{folder}' as the expert puts it onto the "
+                        "antiexpert, so that there is one copy of the weights."
+                    )
+            elif "expert" in self.onto or not _same_place(below, self.references["base"]):
                 self.problem(
                     f"the expert is an adapter of {below.id!r}, and the antiexpert is {other!r}. The antiexpert is the "
                     f"model that the expert was tuned from: name {below.id!r}, unless the two are one model under two "
                     "names, or you want the difference between them too."
                 )
+        elif "expert" in self.onto - self.closed:
+            self.problem(
+                f"the expert is {_ONTO}{self.references['expert'].id}, which is a whole model. Name it without {_ONTO} "
+                "in front, or name the folder of an adapter, which has an adapter_config.json."
+            )
         below = self.carriers.get("antiexpert")
         if below is not None and _same_place(below, self.references["expert"]):
             self.problem(
@@ -374,9 +394,9 @@ class _Check:
 
     # --- weights -----------------------------------------------------------------------------------------------------
 
-    def passes(self, device: str, progress: Callable[[str, int], None]) -> None:
-        """Load the members one after the other: what is wrong with the weights, and the figures of the shift."""
-        texts = self._texts()
+    def passes(self, device: str, progress: Callable[[str, int], None]) -> dict[str, list[torch.Tensor]]:
+        """Load the members one after the other, and say what is wrong with them; role → logits for the texts."""
+        texts = self.texts()
         logits: dict[str, list[torch.Tensor]] = {}
         done: dict[tuple[MemberRef, str], str] = {}
         complete = True
@@ -396,12 +416,16 @@ class _Check:
                 logits[role] = found
             complete &= role not in self.closed
         self.report.weights = complete
+        return logits
+
+    def shift(self, logits: Mapping[str, list[torch.Tensor]]) -> None:
+        """The figures of the shift, and what they look like."""
         tokenizer = next(iter(self.tokenizers.values()), None)
         ends = turn_ends([self.models[role] for role in ("expert", "antiexpert") if role in self.models], tokenizer)
-        self.report.shift = measured(texts, logits, self.formula.weights(), ends)
+        self.report.shift = measured(self.texts(), logits, (self.alpha, -self.alpha), ends)
         self._judge()
 
-    def _texts(self) -> list[Text]:
+    def texts(self) -> list[Text]:
         """The built-in texts, in the first chat template that there is."""
         with_template = [t for t in self.tokenizers.values() if getattr(t, "chat_template", None)]
         tokenizers = with_template or list(self.tokenizers.values())
@@ -467,7 +491,7 @@ class _Check:
                 "of built-in texts. Check that the expert is the tuned model; a task far from these texts may still "
                 "show more."
             )
-        if shift.swapped and self.formula.alpha > 0:
+        if shift.swapped and self.alpha > 0:
             ends = shift.turn_ends
             self.problem(
                 "expert and antiexpert look swapped: after a finished answer in the chat template the antiexpert ends "

@@ -420,6 +420,16 @@ PROBLEMS: dict[str, tuple[Change, str, bool]] = {
         "the expert is an adapter of '.*small-it', and the antiexpert is '.*small'",
         False,
     ),
+    "an adapter put onto another model": (
+        lambda f: (f.base, f"lora:{adapter(f, f.expert)}", f.antiexpert),
+        "the expert is an adapter of '.*small-it', and the antiexpert is '.*small'",
+        False,
+    ),
+    "a model put onto another": (
+        lambda f: (f.base, f"lora:{f.expert}", f.antiexpert),
+        "the expert is lora:.*small-it, which is a whole model. Name it without lora:",
+        False,
+    ),
     "an adapter whose model is away": (
         lambda f: (
             f.base,
@@ -526,6 +536,26 @@ def test_a_tokenizer_that_needs_a_package_is_said(folders: Folders, monkeypatch:
     report = checked((folders.base, folders.expert, folders.antiexpert), weights=False)
     said = "the expert's tokenizer: expected files that open; got those at '.*small-it'. transformers says: You need to"
     assert len([text for text in report.problems if re.match(said, text)]) == 1
+
+
+@peft_warnings
+def test_an_adapter_on_the_antiexpert_takes_no_weights_and_no_bytes_of_its_own(folders: Folders) -> None:
+    tuned = adapter(folders, folders.antiexpert)
+    twice, once = (checked((folders.base, x, folders.antiexpert)) for x in (tuned, f"lora:{tuned}"))
+    assert once.findings == []
+    assert once.shift == twice.shift
+    assert twice.cost is not None
+    assert once.cost is not None
+    assert twice.cost.bytes - once.cost.bytes == pytest.approx(once.cost.bytes - 1)
+    assert [set(member.weights.values()) == {0.0} for member in once.members] == [False, True, False]
+
+
+def test_members_of_another_formula_are_looked_at_by_themselves(folders: Folders) -> None:
+    sources = {"base": folders.base, "amateur": folders.antiexpert, "judge": folders.place / "nothing"}
+    report = check_pair(sources, steered=False)
+    assert [text[:9] for text in report.problems] == ["the judge"]
+    assert [member.role for member in report.members] == ["base", "amateur"]
+    assert report.shift is None
 
 
 def test_modes_that_a_member_cannot_do_are_named(folders: Folders) -> None:
