@@ -160,7 +160,8 @@ class _Check:
                 self.closed.update(closing)
         for warning in said:
             if issubclass(warning.category, SteeringWarning | VocabularyWarning):
-                self.say(warned, str(warning.message))
+                text = str(warning.message)
+                self.say("note" if "Nothing is wrong" in text else warned, text)
 
     # --- the files ---------------------------------------------------------------------------------------------------
 
@@ -333,8 +334,9 @@ class _Check:
     def _ends(self, wanted: EndTokens | None) -> None:
         base, expert = self.models["base"], self.models["expert"]
         ours = getattr(base.generation_config, "eos_token_id", None)
-        with self.saying(warned="note"):
-            ids = stopping_ids(ours, expert, wanted, self.tokenizers)
+        usable = min((member.rows for member in self.members.values()), default=None)
+        with self.saying():
+            ids = stopping_ids(ours, expert, wanted, self.tokenizers, usable)
             used = ends_of(base) if ids is None else ids
             tokenizer = self.tokenizers.get("expert", self.tokenizers.get("base"))
             names = used if tokenizer is None else tokenizer.convert_ids_to_tokens(used)

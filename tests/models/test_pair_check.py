@@ -51,11 +51,11 @@ class Folders:
         file.write_bytes(file.read_bytes()[:-999])
         return file.parent
 
-    def model(self, name: str, kind: str = "llama", seed: int = 7, **settings: Any) -> Path:
+    def model(self, name: str, kind: str = "llama", seed: int = 7, vocab: int = VOCABULARY, **settings: Any) -> Path:
         if kind == "bert":
             ids = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
             return save(self.place / name, BertLMHeadModel(BertConfig(**ids, intermediate_size=32)))
-        return save(self.place / name, build(kind, seed, VOCABULARY, **settings))
+        return save(self.place / name, build(kind, seed, vocab, **settings))
 
 
 def save(folder: Path, model: Any) -> Path:
@@ -335,6 +335,17 @@ PROBLEMS: dict[str, tuple[Change, str, bool]] = {
             retold(f.copy(f.antiexpert, "a"), IM, "<|im|>"),
         ),
         r"chat prompts hold id 259, and the antiexpert embeds 259 ids: each of them would be refused",
+        False,
+    ),
+    "an end token that the base cannot embed": (
+        lambda f: (
+            f.base,
+            f.edited(
+                f.model("wide", hidden=16, vocab=VOCABULARY + 1), "generation_config.json", eos_token_id=VOCABULARY
+            ),
+            f.antiexpert,
+        ),
+        r"texts cannot end with id 259, an end token of the expert: not every member can embed it \(259 ids are common",
         False,
     ),
     "an encoder-decoder": (
