@@ -1,4 +1,4 @@
-"""The command line: `proxytune demo`, `generate`, `sample`, `calibrate`, `score`, `tune`, `doctor`, `bench`.
+"""The command line: `proxytune demo`, `generate`, `sample`, `calibrate`, `score`, `tune`, `check`, `doctor`, `bench`.
 
 The modules here import torch and transformers inside their commands only, so `--help` answers at once. An error is one
 line on stderr and an exit code: 2 if the call has to change (a wrong flag, a model that does not fit), 1 if it failed
@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from proxytune._version import __version__
-from proxytune.cli import bench, calibrate, demo, doctor, generate, sample, score, terminal, tune
+from proxytune.cli import bench, calibrate, check, demo, doctor, generate, sample, score, terminal, tune
 from proxytune.cli.prompt_command import PromptCommand
 from proxytune.cli.settings import with_settings
 from proxytune.errors import ProxytuneError
@@ -62,6 +62,7 @@ _add(
 _add("calibrate", calibrate.calibrate, prompts=True)
 _add("score", score.score, prompts=True)
 _add("tune", tune.tune)
+_add("check", check.check)
 _add("doctor", doctor.doctor)
 _add("bench", bench.bench)
 

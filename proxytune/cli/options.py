@@ -28,8 +28,12 @@ __all__ = [
     "Resume",
     "System",
     "Trust",
+    "Vote",
     "given",
 ]
+
+Vote = Literal["majority", "weighted", "confidence", "deepconf"]
+"""How an answer is chosen among samples."""
 
 METAVAR = "PROMPT|KEY=VALUE"
 MODELS, PROMPTS, OUTPUT = "Models", "Prompts", "Output"

@@ -31,16 +31,17 @@ from proxytune.cli.options import (
     Resume,
     System,
     Trust,
+    Vote,
     given,
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
-from proxytune.cli.sample_run import Result, SampleProgress, SampleRun, Vote, extractor
 from proxytune.cli.settings import SETTINGS_PANEL, check_settings, merged_settings, resolved, split_arguments
 from proxytune.errors import BudgetError, InputError
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
+    from proxytune.cli.sample_run import Result
     from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import Recipe
 
@@ -168,6 +169,8 @@ def sample(
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe, words)
+    from proxytune.cli.sample_run import Result, SampleProgress, SampleRun, extractor
+
     extract = extractor(answer)
     if not 0 < eta <= 100:
         raise InputError.of("--eta", expected="a percentage in (0, 100]", got=f"{eta:g}", remedy="Pass e.g. 90.")

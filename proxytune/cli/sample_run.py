@@ -6,10 +6,11 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from proxytune.cli import terminal
 from proxytune.cli.models import encode
+from proxytune.cli.options import Vote
 from proxytune.cli.prompts import Prompt
 from proxytune.errors import BudgetError, BudgetWarning, InputError
 
@@ -21,8 +22,6 @@ if TYPE_CHECKING:
     from proxytune.voting.vote import Tally
 
 __all__ = ["Result", "SampleProgress", "SampleRun", "Vote", "extractor"]
-
-Vote = Literal["majority", "weighted", "confidence", "deepconf"]
 
 _STATED = re.compile(r"The answer is[:\s]*([^\n]+?)\s*(?=\.(?:\s|$)|\n|$)")
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:,\d{3})*(?:\.\d+)?")

@@ -9,7 +9,10 @@ from transformers import PreTrainedModel
 from proxytune.costs.devices import Work
 from proxytune.costs.roofline import PassBytes
 
-__all__ = ["pass_bytes", "pass_work"]
+__all__ = ["cached_values", "pass_bytes", "pass_work", "weight_bytes"]
+
+_KEEP_NO_TOKENS = frozenset({"linear_attention", "conv", "moe", "mlp", "dummy"})
+"""Kinds of layers whose cache does not grow with the text."""
 
 
 def pass_bytes(model: PreTrainedModel) -> PassBytes:
@@ -26,19 +29,32 @@ def pass_bytes(model: PreTrainedModel) -> PassBytes:
     # By id, so that tied tensors count once.
     parts = {id(p): p.numel() * p.element_size() for p in model.parameters() if not (looked_up and p is table)}
     config = model.config.get_text_config(decoder=True)
-    return PassBytes(float(sum(parts.values())), float(_cached_values(config) * model.dtype.itemsize))
+    return PassBytes(float(sum(parts.values())), float(cached_values(config) * model.dtype.itemsize))
 
 
-def _cached_values(config: Any) -> int:
-    """Keys and values that a token adds to the cache, over all layers; 0 if the config does not tell."""
+def weight_bytes(model: PreTrainedModel, bits: float) -> float:
+    """Bytes of a model's weights at so many bits each; tied ones count once.
+
+    Below 16 bits, embeddings, head and what is no matrix keep 16, as quantisers leave them.
+    """
+    kept = {id(getattr(part, "weight", None)) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    sizes = {id(p): (p.numel(), p.ndim > 1 and id(p) not in kept) for p in model.parameters()}
+    return sum(count * (bits if matrix else max(bits, 16.0)) / 8 for count, matrix in sizes.values())
+
+
+def cached_values(config: Any) -> int:
+    """Keys and values that a token adds to the cache, over all layers of a text config; 0 if it does not tell."""
     # Gemma 4's config raises for sizes that differ between layers, and each layer's own tells them.
     layers = list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
     modes = getattr(config, "kv_sharing_modes", None)
     own = len(layers) - (getattr(config, "num_kv_shared_layers", None) or 0)
+    kinds = getattr(config, "layer_types", None)
     total = 0
     for number, layer in enumerate(layers):
         if modes[number] == "reuse" if modes else number >= own:
             continue  # it attends to another layer's
+        if kinds and kinds[number] in _KEEP_NO_TOKENS:
+            continue
         queries = getattr(layer, "num_attention_heads", None)
         heads = getattr(layer, "num_key_value_heads", None) or queries
         width = getattr(layer, "head_dim", None) or (layer.hidden_size // queries if queries else None)

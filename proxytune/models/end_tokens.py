@@ -35,7 +35,11 @@ def ends_of(model: Any, named: int | None = None) -> list[int]:
 
 
 def stopping_ids(
-    base: Any, expert: Any, wanted: EndTokens | None, tokenizers: Mapping[str, Any] | None = None
+    base: Any,
+    expert: Any,
+    wanted: EndTokens | None,
+    tokenizers: Mapping[str, Any] | None = None,
+    usable: int | None = None,
 ) -> list[int] | None:
     """The ids at which a steered base stops; None if the expert has none that `base` lacks, so nothing has to change.
 
@@ -44,12 +48,14 @@ def stopping_ids(
         expert: The expert.
         wanted: Whose end tokens; None for both, with a warning.
         tokenizers: Role → tokenizer, as far as they are known.
+        usable: How many ids every member can embed; higher ones are never written. None if that is not known.
 
     Raises:
         InputError: If `wanted` is none of `EndTokens`.
 
     Warns:
-        SteeringWarning: With `wanted=None`, if the expert has end tokens that the base lacks.
+        SteeringWarning: With `wanted=None`, if the expert has end tokens that the base lacks; and if texts should end
+            with a token that is never written.
     """
     if wanted is not None:
         choice("end_tokens", wanted, get_args(EndTokens))
@@ -57,6 +63,17 @@ def stopping_ids(
     own, of_base = (getattr(tokenizers.get(role), "eos_token_id", None) for role in ("expert", "base"))
     # What both tokenizers name was not tuned into the expert.
     ours, theirs = listed_ends(base), ends_of(expert, own if "base" in tokenizers and own != of_base else None)
+    meant = ours if wanted == "base" else theirs if wanted == "expert" and theirs else [*ours, *theirs]
+    if usable is not None and (lost := [i for i in dict.fromkeys(meant) if i >= usable]):
+        whose = "expert" if lost[0] in theirs else "base"
+        warnings.warn(
+            f"texts cannot end with {_named(lost, tokenizers.get(whose))}, an end token of the {whose}: not every "
+            f"member can embed it ({usable:,} ids are common to all), so it is never written, and texts go on. Use "
+            "members that all have it, or end texts by stop_strings or max_new_tokens.",
+            SteeringWarning,
+            stacklevel=3,
+        )
+        theirs = [i for i in theirs if i < usable]
     more = [i for i in theirs if i not in ours]
     if not more:
         return theirs if wanted == "expert" and theirs and set(theirs) != set(ours) else None
@@ -112,7 +129,7 @@ def stop_composed(model: Any, wanted: EndTokens | None, tokenizers: Mapping[str,
     """
     ids, now = None, model.generation_config.eos_token_id
     for tuned in _tuned(model):
-        found = stopping_ids(now, tuned, wanted, tokenizers)
+        found = stopping_ids(now, tuned, wanted, tokenizers, model.usable_ids)
         ids, now = (ids, now) if found is None else (found, found)
         if wanted == "expert":
             break

@@ -440,7 +440,7 @@ def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **h
     where: dict[str, Any] = {"revision": reference.revision or "main", **inside, **hub}
     try:
         tokenizer = AutoTokenizer.from_pretrained(reference.id, trust_remote_code=trust_remote_code, **where)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):  # the last where some classes miss their file
         if (carrier := carrier_of(reference, where)) is None:
             return None
         hub.pop("subfolder", None)  # of the adapter

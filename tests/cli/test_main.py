@@ -24,6 +24,7 @@ HELPS = (
     ["doctor", "--help"],
     ["sample", "--help"],
     ["calibrate", "--help"],
+    ["check", "--help"],
 )
 
 

@@ -131,6 +131,29 @@ def test_whose_tokens_count(base: Any, expert: Any, named: Any, want: Any) -> No
     assert stopping_ids(base, model, "union", tokenizers) == (None if named else want)
 
 
+@pytest.mark.parametrize("wanted", [None, "union", "expert", "base"])
+def test_an_end_that_is_never_written_is_said(wanted: Any) -> None:
+    wide = copy.copy(shared("llama", 2, 260))
+    wide.generation_config = GenerationConfig(eos_token_id=258, pad_token_id=PAD)
+    members = {"expert": wide, "antiexpert": shared("llama", 3)}
+    own: dict[str, Any] = {"check_vocabulary": False, "end_tokens": wanted}
+
+    def attached() -> None:
+        ProxyTuningLogitsProcessor(**members, **own).attach(shared("llama", 1)).detach()
+
+    for door in (lambda: proxytune.wrap(shared("llama", 1), **members, **own), attached):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            made = door()
+        texts = [str(warning.message) for warning in said]
+        if wanted == "base":
+            assert texts == []
+            continue
+        assert [text[: text.index(",")] for text in texts] == ["texts cannot end with id 258"]
+        if isinstance(made, ProxyTunedModel):
+            assert made.generation_config.eos_token_id == EOS, "those that are written still end a text"
+
+
 def test_another_word_is_refused() -> None:
     with pytest.raises(InputError, match="end_tokens: expected 'union', 'base' or 'expert'; got 'both'"):
         wrapped(EOS, end_tokens="both")

@@ -294,3 +294,8 @@ def test_the_processor_compares_companions_and_the_base_it_is_attached_to(member
         ProxyTuningLogitsProcessor(
             members / "expert", members / "antiexpert", tokenizers={"base": tokenizer(swapped("w7", "w8"))}
         )
+
+
+def test_a_folder_without_the_file_of_its_tokenizer_has_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "ctrl"}')
+    assert find_tokenizer(MemberRef(str(tmp_path))) is None

@@ -40,6 +40,7 @@ from proxytune.models.loading import (
     refuse_tokenizers,
 )
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
+from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.models.roles import refuse_no_shift, warn_of_roles, warn_of_size
 from proxytune.ops import combine, normalise_
@@ -348,7 +349,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         base = examined_base(target) if self._self_test else None
         companions = {c.member.role: c.member.model for c in self._companions}
         warn_of_size(model, companions, self.formula)
-        ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found)
+        usable = min(embedding_rows(target), *(c.member.rows for c in self._companions))
+        ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found, usable)
         stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
         drafts = partial(drafts_refused, Ensemble.of(target).switches)
         notice = ScoringNotice(model, target)
