@@ -79,8 +79,9 @@ def wrap(
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
-        SteeringWarning: If the expert ends its texts with tokens that the base does not end at; if expert and
-            antiexpert have equal weights, look swapped, or are larger than the base; or if a weight is above 10.
+        SteeringWarning: If the expert ends its texts with tokens that the base does not end at, or that some member
+            cannot embed; if expert and antiexpert have equal weights, look swapped, or are larger than the base; or if
+            a weight is above 10.
     """
     chosen = check_formula(_formula(formula, alpha, gate))
     given = members if isinstance(members, Mapping) else {}
