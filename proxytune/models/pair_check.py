@@ -101,6 +101,7 @@ def check_pair(
     if steered:
         check.roles()
         check.adapters()
+        check.costs()
     if weights:
         logits = check.passes(device, progress)
         if steered:
@@ -184,7 +185,6 @@ class _Check:
         found = [self._figures(role, model) for role, model in self.models.items()]
         self.report.members = [figures for figures in found if figures is not None]
         self._contexts()
-        self._costs()
 
     def _hub(self, role: str) -> dict[str, Any]:
         """Where the files of a member are, for transformers' functions."""
@@ -282,7 +282,8 @@ class _Check:
         else:
             self.note(f"{text}.")
 
-    def _costs(self) -> None:
+    def costs(self) -> None:
+        """What a token of all three costs."""
         if self.report.members and len(self.report.members) == len(self.references) and not self.pair:
             works = {role: pass_work(self.models[role]) for role in self.references if role not in self.onto}
             every = [(1.0, work.bytes) for work in works.values()]
