@@ -36,6 +36,7 @@ from proxytune.models.load_arguments import (
     refuse_unknown,
     unknown_keyword,
 )
+from proxytune.models.members.packed import packed_as
 from proxytune.models.vocabulary import check_same_tokens
 from proxytune.recipe import ROLES, MemberRef
 from proxytune.validation import shown
@@ -332,19 +333,9 @@ def _load_of(model: Any) -> dict[str, Any]:
         load["gguf_file"] = settings.gguf_file
     elif settings is not None and not getattr(quantizer, "pre_quantized", True):
         load["quantization_config"] = settings
-    elif quantizer is None and (packed := _packed(model)):  # by a library of its own: nothing that JSON can hold
+    elif quantizer is None and (packed := packed_as(model)):  # by a library of its own: nothing that JSON can hold
         load["quantization_config"] = packed
     return deciding(load)
-
-
-def _packed(model: nn.Module) -> type | torch.dtype | None:
-    """What holds weights that are no plain tensors of floats, nor shards of such; None if all are."""
-    for weight in model.parameters():
-        if not weight.is_floating_point():
-            return weight.dtype
-        if type(weight.data) is not torch.Tensor and type(weight.data).__name__ != "DTensor":
-            return type(weight.data)
-    return None
 
 
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
