@@ -136,7 +136,7 @@ class Switches:
         turn: Held while a state is set: threads that run one model in several states take turns.
         layers: The outermost layers and wrappers.
         all: Those inside of them, too.
-        forwards: For `lora_pair`: the layers' own dictionaries, and what stands in for `forward`; None if not made yet.
+        forwards: For `lora_pair`: the layers' own dictionaries, and what stands in for `forward`, by members' states.
         rows: For `lora_pair`: the rows of the pass that runs; None if none does.
     """
 
@@ -144,18 +144,24 @@ class Switches:
         self.turn = threading.RLock()
         self.layers: list[Any] = []
         self.all: list[Any] = []
-        self.forwards: list[tuple[dict[str, Any], Any]] | None = None
+        self.forwards: dict[tuple[AdapterState, ...], list[tuple[dict[str, Any], Any]]] = {}
         self.rows: Any = None
         self._key: Any = None
 
     def look(self, model: Any, *, fresh: bool) -> None:
-        """Find the layers again, if `fresh` or if the adapters have other names."""
-        adapters = getattr(model, "peft_config", None) or {}
-        key = (id(adapters), *adapters)
-        if fresh or key != self._key:
-            self.layers, self._key, self.forwards = adapter_layers(model), key, None
+        """Find the layers again, if `fresh`, or if adapters came, went or were switched."""
+        if fresh or self._seen(model) != self._key:
+            self.layers, self.forwards = adapter_layers(model), {}
+            self._key = self._seen(model)
             self.all = with_inside(self.layers)
             _refuse_merged(self.all, "model")
+
+    def _seen(self, model: Any) -> tuple[Any, ...]:
+        """What shows at a glance that something has changed: PEFT switches all layers alike."""
+        adapters = getattr(model, "peft_config", None) or {}
+        first = self.layers[0] if self.layers else None
+        state = None if first is None else (first.disable_adapters, *first.active_adapters, *first.merged_adapters)
+        return id(adapters), *adapters, state
 
 
 _SWITCHES: weakref.WeakKeyDictionary[nn.Module, Switches] = weakref.WeakKeyDictionary()

@@ -393,7 +393,7 @@ class Member:
         Raises:
             InputError: If the sequence is longer than the model's context.
         """
-        with running_as(self.model, self.adapter, fresh=input_ids.shape[1] > 1 or cache is None):
+        with running_as(self.model, self.adapter, fresh=cache is None or not cache.get_seq_length()):
             return self.run(
                 input_ids,
                 attention_mask=attention_mask,

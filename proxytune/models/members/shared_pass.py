@@ -77,11 +77,11 @@ def run_as_one(parts: Sequence[MemberPass], logits_to_keep: int | torch.Tensor) 
         if any(state is not None for state in states):
             switches = switches_of(model)
             stack.enter_context(switches.turn)
-            switches.look(model, fresh=new > 1 or past == 0)
+            switches.look(model, fresh=past == 0)
             if all(state == states[0] for state in states):
                 stack.enter_context(adapters_set(switches.all, states[0]))
             elif mixable(switches):
-                stack.enter_context(mixed_rows(switches, Rows(states, rows, lead.device.type)))
+                stack.enter_context(mixed_rows(switches, states, Rows(len(states), rows, lead.device.type)))
             else:
                 return None
         counted = lead.token_forwards
@@ -163,14 +163,20 @@ def _give_back(joint: Any, layers: Sequence[Any]) -> None:
 def _rows_of(parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Tensors of one shape as one, by rows; without a copy if they stand one after the other in memory."""
     first = parts[0]
-    if first.numel() == 0:
-        return torch.cat(list(parts))
-    step, place = len(first) * first.stride(0), first.untyped_storage().data_ptr()
+    whole = first._base
+    rows, rest = len(first), first.shape[1:]
+    if whole is None or whole.shape[1:] != rest or len(whole) != rows * len(parts):
+        whole = None
+    step, start, strides = rows * first.stride(0), first.storage_offset(), first.stride()
     for i, part in enumerate(parts):
-        apart = part.untyped_storage().data_ptr() != place or part.storage_offset() != first.storage_offset() + i * step
-        if apart or part.stride() != first.stride():
+        near = part.storage_offset() == start + i * step and part.stride() == strides
+        if not near or (part._base is not whole if whole is not None else not _same_memory(part, first)):
             return torch.cat(list(parts))
-    return first.as_strided((len(parts) * len(first), *first.shape[1:]), first.stride())
+    return first.as_strided((rows * len(parts), *rest), strides) if whole is None else whole
+
+
+def _same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.numel() > 0 and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def _masks(parts: Sequence[MemberPass], past: int) -> torch.Tensor | None:
