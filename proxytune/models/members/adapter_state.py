@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, cast
 
@@ -20,6 +20,7 @@ from proxytune.errors import InputError, UnsupportedModelError
 from proxytune.models.members.innermost import innermost
 
 __all__ = [
+    "OWN",
     "AdapterState",
     "Switches",
     "adapter_layers",
@@ -27,7 +28,10 @@ __all__ = [
     "check_adapter_state",
     "is_adapter_layer",
     "running_as",
+    "runs_as",
+    "states_of",
     "switches_of",
+    "why_not_off",
     "with_inside",
 ]
 
@@ -40,6 +44,8 @@ _SWITCHED = frozenset(
 """PEFT's kinds of adapters whose layers, switched off, are the model's own."""
 _PLAIN_STARTS = frozenset((True, False, "gaussian", "orthogonal", "eva"))
 """Values of LoRA's `init_lora_weights` that leave the model's own weights alone."""
+OWN = "proxytune_"
+"""How the names of adapters begin that this package has put onto a model. They are off outside of a member's passes."""
 _DISABLED, _ACTIVE = "_disable_adapters", "_active_adapter"
 _MISSING = object()
 
@@ -65,6 +71,29 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 def with_inside(layers: Iterable[nn.Module]) -> list[Any]:
     """Layers and wrappers, and those inside of them."""
     return [one for layer in layers for one in layer.modules() if is_adapter_layer(cast(Hashable, type(one)))]
+
+
+def states_of(models: Mapping[str, Any]) -> dict[str, AdapterState]:
+    """Role → adapter state, from role → model, for models that were given without one.
+
+    A model that is inside of another role's PEFT model runs without adapters; what `load_adapter` has put onto a model
+    runs with its adapter; all others run as they are.
+    """
+    inside = [model.get_base_model() for model in models.values() if hasattr(model, "get_base_model")]
+    states: dict[str, AdapterState] = {}
+    for role, model in models.items():
+        name = getattr(model, "active_adapter", None) if hasattr(model, "get_base_model") else None
+        own = name if isinstance(name, str) and name.startswith(OWN) else None
+        states[role] = False if any(model is inner for inner in inside) else own
+    return states
+
+
+def runs_as(model: Any, state: AdapterState) -> tuple[str, ...]:
+    """The adapters that a model runs with in a state, as it is now."""
+    if state is not None:
+        return () if state is False else (state,)
+    layers = adapter_layers(model)
+    return tuple(sorted({name for x in layers if not x.disable_adapters for name in x.active_adapters}))
 
 
 def _adapters(model: Any) -> dict[str, Any]:
@@ -93,7 +122,7 @@ def check_adapter_state(model: nn.Module, state: AdapterState, role: str) -> Non
             else "Leave the adapter out.",
         )
     for name, config in carried.items():
-        if (reason := _why_not_off(config)) is not None:
+        if (reason := why_not_off(config)) is not None:
             raise UnsupportedModelError.of(
                 f"the {role} with adapter={state!r}",
                 expected="adapters beside the model's own weights, which can be switched off",
@@ -103,7 +132,7 @@ def check_adapter_state(model: nn.Module, state: AdapterState, role: str) -> Non
     _refuse_merged(adapter_layers(model), role)
 
 
-def _why_not_off(config: Any) -> str | None:
+def why_not_off(config: Any) -> str | None:
     """Why the model below an adapter, by its PEFT config, is not what it was without it; None if it is."""
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind not in _SWITCHED:

@@ -163,8 +163,7 @@ class _Added:
                 rows.add_(self.bias, alpha=self.scaling)
             return
         # Rounded as PEFT does.
-        part = result[start:stop]
-        part.copy_(part + self.up(self.down(x[start:stop].to(self.a.dtype))) * self.scaling)
+        result[start:stop] += self.up(self.down(x[start:stop].to(self.a.dtype))) * self.scaling
 
 
 def _hooks(module: nn.Module) -> bool:

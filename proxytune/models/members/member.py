@@ -224,6 +224,13 @@ class Member:
                 got=f"layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
                 remedy="Leave it out: compile_members(roles=[…]).",
             )
+        if config is not None and self.adapter is not None:
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="a model that is compiled as it is",
+                got=f"one whose adapters are switched for each pass (adapter={self.adapter!r})",
+                remedy="Leave it out: compile_members(roles=[…]).",
+            )
         self.step = None if config is None else CompiledStep(self.model, config)
 
     def examine(self) -> None:
