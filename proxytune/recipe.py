@@ -167,11 +167,14 @@ class MemberRef:
         return None
 
     def beside(self, folder: Path | None) -> MemberRef:
-        """The reference with an absolute folder, if there is such a folder in the recipe's `folder`, else itself."""
+        """The reference with absolute folders, if there are such folders in the recipe's `folder`, else itself."""
+        found = self
         # For a name that cannot be a path, e.g. one too long, os.path.isdir is False, whereas Path.is_dir raises.
         if folder is not None and os.path.isdir(folder / self.id):
-            return replace(self, id=str((folder / self.id).resolve()), revision=None)
-        return self
+            found = replace(found, id=str((folder / self.id).resolve()), revision=None)
+        if folder is not None and self.adapter is not None and os.path.isdir(folder / self.adapter):
+            found = replace(found, adapter=str((folder / self.adapter).resolve()))
+        return found
 
     def trusted(self, recipe: bool) -> MemberRef:
         """The reference as the reader of a recipe may use it, who trusts the recipe's repository or does not.
@@ -187,11 +190,16 @@ class MemberRef:
         return replace(self, load=load)
 
     def seen_from(self, folder: Path) -> MemberRef:
-        """The reference with a relative folder, `./…` or `../…`, if it lies in or beside `folder`; else itself."""
-        if not os.path.isabs(self.id) or not Path(self.id).is_relative_to(folder.parent):
-            return self
-        relative = Path(os.path.relpath(self.id, folder)).as_posix()
-        return replace(self, id=relative if relative.startswith("..") else f"./{relative}")
+        """The reference with relative folders, `./…` or `../…`, where they lie in or beside `folder`."""
+        adapter = None if self.adapter is None else _seen_from(folder, self.adapter)
+        return replace(self, id=_seen_from(folder, self.id), adapter=adapter)
+
+
+def _seen_from(folder: Path, place: str) -> str:
+    if not os.path.isabs(place) or not Path(place).is_relative_to(folder.parent):
+        return place
+    relative = Path(os.path.relpath(place, folder)).as_posix()
+    return relative if relative.startswith("..") else f"./{relative}"
 
 
 EndTokens = Literal["union", "base", "expert"]

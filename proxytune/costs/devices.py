@@ -66,9 +66,18 @@ def machine_of(device: str) -> Machine:
 
 
 def draft_costs(
-    machine: Machine, verifying: Sequence[Work], drafting: Work | None, rows: int, *, member: bool
+    machine: Machine,
+    verifying: Sequence[Work],
+    drafting: Work | None,
+    rows: int,
+    *,
+    member: bool,
+    plain: Sequence[Work] | None = None,
 ) -> DraftCosts:
-    """The costs in seconds of a round of speculation over `rows` rows; arguments as in `DraftCosts.of_bytes`."""
+    """The costs in seconds of a round of speculation over `rows` rows; arguments as in `DraftCosts.of_bytes`.
+
+    `plain` are the passes of a step without drafts, if they are not those of a round.
+    """
     ahead = 8  # average a position's cost over several: the first ones may hide behind the launches
 
     def together(positions: int) -> float:
@@ -80,5 +89,5 @@ def draft_costs(
         one + DECIDING,
         draft + (DRAWING if drafting is not None else 0.0),
         (together(1 + ahead) - one) / ahead,
-        plain=one + draft if member else one,
+        plain=(one + draft if member else one) if plain is None else sum(machine.seconds(w, rows) for w in plain),
     )

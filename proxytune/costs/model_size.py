@@ -15,21 +15,26 @@ _KEEP_NO_TOKENS = frozenset({"linear_attention", "conv", "moe", "mlp", "dummy"})
 """Kinds of layers whose cache does not grow with the text."""
 
 
-def pass_bytes(model: PreTrainedModel) -> PassBytes:
-    """The bytes one forward pass of a causal LM reads: all weights once.
+def pass_bytes(*models: PreTrainedModel) -> PassBytes:
+    """The bytes one forward pass of a causal LM reads: all weights once; of several in one step, their sum.
+
+    What is one model in several roles, with other adapters or another prompt, goes through it as one pass: its weights
+    count once, and the cache for each role.
 
     An embedding table that is not also the head does not count, since a pass reads few of its rows. All weights of a
     mixture of experts count, more than a pass of few tokens reads. The cache counts per token of a row, 0 if the config
     does not tell its shape.
     """
-    # Quantisers may keep either in buffers.
-    table = getattr(model.get_input_embeddings(), "weight", None)
-    head = model.get_output_embeddings()
-    looked_up = head is not None and getattr(head, "weight", None) is not table
-    # By id, so that tied tensors count once.
-    parts = {id(p): p.numel() * p.element_size() for p in model.parameters() if not (looked_up and p is table)}
-    config = model.config.get_text_config(decoder=True)
-    return PassBytes(float(sum(parts.values())), float(cached_values(config) * model.dtype.itemsize))
+    parts: dict[int, int] = {}  # by id, so that tied tensors count once
+    cached = 0
+    for model in models:
+        # Quantisers may keep either in buffers.
+        table = getattr(model.get_input_embeddings(), "weight", None)
+        head = model.get_output_embeddings()
+        looked_up = head is not None and getattr(head, "weight", None) is not table
+        parts |= {id(p): p.numel() * p.element_size() for p in model.parameters() if not (looked_up and p is table)}
+        cached += cached_values(model.config.get_text_config(decoder=True)) * model.dtype.itemsize
+    return PassBytes(float(sum(parts.values())), float(cached))
 
 
 def weight_bytes(model: PreTrainedModel, bits: float) -> float:
@@ -62,9 +67,9 @@ def cached_values(config: Any) -> int:
     return total
 
 
-def pass_work(model: PreTrainedModel) -> Work:
-    """The bytes, parameters and layers of one forward pass of a causal LM."""
-    read = pass_bytes(model)
-    return Work(
-        read, read.weights / model.dtype.itemsize, int(model.config.get_text_config(decoder=True).num_hidden_layers)
-    )
+def pass_work(*models: PreTrainedModel) -> Work:
+    """The bytes, parameters and layers of one forward pass of a causal LM, which may have several roles in it."""
+    model = models[0]
+    read = pass_bytes(*models)
+    parameters = sum(pass_bytes(one).weights for one in models) / model.dtype.itemsize
+    return Work(read, parameters, int(model.config.get_text_config(decoder=True).num_hidden_layers))

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
 from proxytune.validation import shown
 
@@ -64,7 +65,8 @@ def checked_names(names: Any, members: Sequence[Member], rows: int) -> list[str]
             got="compile_members for the base",
             remedy='Call compile_members(roles=["expert", "antiexpert"]).',
         )
-    if same := [role for member in members if member.model is base for role in member.roles if role != "base"]:
+    ours = [member for member in members if innermost(member.model) is innermost(base)]
+    if same := [role for member in ours for role in member.roles if role != "base"]:
         raise UnsupportedModeError.of(
             _NAME,
             expected="a base that is no companion too",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from proxytune.errors import InputError
 from proxytune.formulas.view import View
+from proxytune.models.members.adapter_state import AdapterState, states_of
+from proxytune.models.members.innermost import innermost
 
 __all__ = ["Part", "cast"]
 
@@ -27,7 +29,7 @@ class Part:
 
     role: str
     model: nn.Module
-    adapter: str | Literal[False] | None = None
+    adapter: AdapterState = None
     own_prompt: bool = False
 
 
@@ -41,12 +43,14 @@ def cast(
     Raises:
         InputError: If a role has neither, or views go in a circle.
     """
+    states = states_of(models)
     parts: list[Part] = []
     keys: list[tuple[Any, ...]] = []
     index: dict[str, int] = {}
     for role in roles:
-        model, adapter, own = _resolved(role, models, views)
-        key = (id(model), adapter, own)
+        at, adapter, own = _resolved(role, models, views)
+        model, adapter = models[at], states[at] if adapter is None else adapter
+        key = (id(innermost(model)), adapter, own)
         if key not in keys:
             keys.append(key)
             parts.append(Part(role, model, adapter, own is not None))
@@ -54,11 +58,9 @@ def cast(
     return parts, index
 
 
-def _resolved(
-    role: str, models: Mapping[str, Any], views: Mapping[str, View]
-) -> tuple[nn.Module, str | Literal[False] | None, str | None]:
-    """A role's model, adapter state, and the role whose prompt it reads (None for the base's)."""
-    adapter: str | Literal[False] | None = None
+def _resolved(role: str, models: Mapping[str, Any], views: Mapping[str, View]) -> tuple[str, AdapterState, str | None]:
+    """The role whose model a role has, its adapter state, and the role whose prompt it reads (None for the base's)."""
+    adapter: AdapterState = None
     own: str | None = None
     at = role
     passed: list[str] = []
@@ -75,4 +77,4 @@ def _resolved(
         adapter = view.adapter if adapter is None else adapter
         own = at if own is None and view.own_prompt else own
         at = view.of
-    return models[at], adapter, own
+    return at, adapter, own

@@ -36,6 +36,9 @@ from proxytune.models.load_arguments import (
     refuse_unknown,
     unknown_keyword,
 )
+from proxytune.models.lora_members import below_lora, load_adapter, place_of
+from proxytune.models.members.adapter_state import OWN
+from proxytune.models.members.packed import packed_as
 from proxytune.models.vocabulary import check_same_tokens
 from proxytune.recipe import ROLES, MemberRef
 from proxytune.validation import shown
@@ -81,7 +84,7 @@ def open_members(
     Raises:
         InputError: If a member is missing or no model, id or folder, or arguments contradict each other or are unknown.
         MemberError: If a member cannot be opened, lacks weights, would run code that is not trusted, uses other token
-            ids, is composed already, or is the model inside another's PEFT model.
+            ids, is composed already; or if an adapter is none of the model that it goes onto.
 
     Warns:
         VocabularyWarning: If a tokenizer is missing, so the vocabularies could not be compared.
@@ -102,7 +105,7 @@ def open_members(
     refuse_roles("revisions", revisions, sources)
     refuse_tokenizers(tokenizers, sources)
     _refuse_arguments_of_members(members, sources)
-    revisions = revisions or {}
+    sources, revisions, members, places = _below_adapters(sources, revisions or {}, members or {})
     if from_pretrained and all(isinstance(source, nn.Module) for source in given):
         raise InputError.of(
             "members",
@@ -147,17 +150,45 @@ def open_members(
         models[role] = models[twin] if twin else open_member(opened, role, caller, pairs.get(role, False), **own)
         if len(sources) > 1:
             refuse_composed(models[role], role)
-    _refuse_injected(models)
+    for role, place in places.items():
+        models[role] = load_adapter(models[role], place, role, **hub.get(role, from_pretrained))
     for role, own in arguments.items():
         found = references[role]
         assert found is not None
         code = own["trust_remote_code"] and is_custom_code(models[role])
         references[role] = replace(found, load=deciding(own | {"trust_remote_code": code}))
     if check_vocabulary and not early:
-        places = places_of_tokens(references, models)
-        known, unknown = _compared(places, tokenizers, trusted, hub)
+        known, unknown = _compared(places_of_tokens(references, models), tokenizers, trusted, hub)
     _warn_uncompared(unknown)
+    for role, place in places.items():
+        if (found := references[role]) is not None:
+            references[role] = replace(found, adapter=place)
     return models, references, known
+
+
+def _below_adapters(
+    sources: Mapping[str, Any], revisions: Mapping[str, str], members: Mapping[str, Mapping[str, Any]]
+) -> tuple[dict[str, Any], dict[str, str], dict[str, Mapping[str, Any]], dict[str, str]]:
+    """Sources, revisions and arguments with each adapter's model in its place, and role → place of the adapter."""
+    found, revisions, members = dict(sources), dict(revisions), dict(members)
+    places: dict[str, str] = {}
+    given: dict[str, Any]
+    for role, source in sources.items():
+        if (place := place_of(source)) is not None:
+            below = below_lora(role, sources)
+            for name, given in (("revisions", revisions), ("members", members)):
+                if role in given:
+                    raise InputError.of(
+                        name,
+                        expected=f"none for the {role}, an adapter of the {below}",
+                        got=shown({role: given[role]}, 80),
+                        remedy=f"Give them for the {below}; the adapter's revision as 'lora:org/name@revision'.",
+                    )
+                given |= {role: given[below]} if below in given else {}
+            found[role], places[role] = sources[below], place
+        elif isinstance(source, MemberRef) and source.adapter is not None:
+            found[role], places[role] = replace(source, adapter=None), source.adapter
+    return found, revisions, members, places
 
 
 def _refuse_arguments_of_members(members: Any, sources: Mapping[str, Any]) -> None:
@@ -224,20 +255,6 @@ def refuse_composed(model: Any, role: str) -> None:
     )
 
 
-def _refuse_injected(members: Mapping[str, Any]) -> None:
-    """Refuse a PEFT model beside the model inside it, which carries the same adapter."""
-    for role, model in members.items():
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else None
-        for other, plain in members.items():
-            if plain is inner:
-                raise MemberError.of(
-                    f"the {other}",
-                    expected=f"a model of its own beside the {role}, a {type(model).__name__}",
-                    got="the model inside it, which carries the same PEFT adapter, so both are tuned alike",
-                    remedy=f"Load the {other} once more, without the adapter.",
-                )
-
-
 def open_member(
     source: Any, role: str, caller: Caller = None, encoder_decoder: bool = False, /, **from_pretrained: Any
 ) -> nn.Module:
@@ -298,6 +315,7 @@ def reference_of(source: Any, revision: str | None = None, *, below: bool = Fals
     the model that carries it.
     """
     load: Mapping[str, Any] = {}
+    adapter = None
     if isinstance(source, nn.Module):
         config = getattr(source, "config", None)
         if adapters_of(source) and not below:
@@ -305,15 +323,15 @@ def reference_of(source: Any, revision: str | None = None, *, below: bool = Fals
         name, revision = getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None)
         load = _load_of(source)
     elif isinstance(source, MemberRef):
-        name, revision, load = source.id, source.revision or revision, source.load
+        name, revision, load, adapter = source.id, source.revision or revision, source.load, source.adapter
     else:
         name = str(source)
     if not name:
         return None
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return MemberRef(str(folder.resolve()), load=load)
-    return MemberRef(name, revision, load)
+        return MemberRef(str(folder.resolve()), load=load, adapter=adapter)
+    return MemberRef(name, revision, load, adapter)
 
 
 def places_of_tokens(
@@ -332,24 +350,19 @@ def _load_of(model: Any) -> dict[str, Any]:
         load["gguf_file"] = settings.gguf_file
     elif settings is not None and not getattr(quantizer, "pre_quantized", True):
         load["quantization_config"] = settings
-    elif quantizer is None and (packed := _packed(model)):  # by a library of its own: nothing that JSON can hold
+    elif quantizer is None and (packed := packed_as(model)):  # by a library of its own: nothing that JSON can hold
         load["quantization_config"] = packed
     return deciding(load)
 
 
-def _packed(model: nn.Module) -> type | torch.dtype | None:
-    """What holds weights that are no plain tensors of floats, nor shards of such; None if all are."""
-    for weight in model.parameters():
-        if not weight.is_floating_point():
-            return weight.dtype
-        if type(weight.data) is not torch.Tensor and type(weight.data).__name__ != "DTensor":
-            return type(weight.data)
-    return None
-
-
 def adapters_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of the PEFT adapters that a model carries, sorted; empty for a plain model."""
-    return tuple(sorted(dict(getattr(model, "peft_config", None) or {})))
+    """The names of the PEFT adapters that a model carries, sorted; empty for a plain model.
+
+    Adapters that `load_adapter` has put onto it, off, count for the PEFT model that it made alone.
+    """
+    names = sorted(dict(getattr(model, "peft_config", None) or {}))
+    own = getattr(model, "active_adapter", None) if hasattr(model, "get_base_model") else None
+    return tuple(name for name in names if name == own or not name.startswith(OWN))
 
 
 def check_vocabularies(

@@ -43,12 +43,14 @@ from proxytune.models.generation_mixin import (
     refuse_shapes,
 )
 from proxytune.models.loading import adapters_of, refuse_composed
+from proxytune.models.members.adapter_state import runs_as
 from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import idle_in, note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.forward import LatentInputs, run_members
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pass, switches_of
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
@@ -145,7 +147,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         roles = {role: parts[i].model for role, i in index.items()}
         if not views and roles.keys() >= {"expert", "antiexpert"}:
             refuse_no_shift(roles["expert"], roles["antiexpert"], formula)
-        refuse_folded(roles, index, formula)
+        alike = [(id(innermost(p.model)), runs_as(p.model, p.adapter), p.own_prompt and p.role) for p in parts]
+        refuse_folded(roles, {role: alike.index(alike[i]) for role, i in index.items()}, formula)
         config.bind([member.config for member in wrapped])
         config.is_encoder_decoder = self._member_class.encoder_decoder
         # Harnesses look there for a tokenizer; `from_pretrained` puts the recipe's place in.

@@ -15,6 +15,7 @@ from proxytune.formulas.base import Formula, terms_of
 from proxytune.formulas.schedules import Schedule
 from proxytune.models.end_tokens import ends_of
 from proxytune.models.loading import reference_of
+from proxytune.models.members.adapter_state import runs_as, states_of
 from proxytune.models.members.innermost import innermost
 from proxytune.recipe import MemberRef
 
@@ -56,7 +57,7 @@ def refuse_no_shift(
             same = f"{reference.id!r} for both" + (f", revision {reference.revision!r}" if reference.revision else "")
     elif (inner := innermost(expert)) is not None and inner is innermost(antiexpert) and _alike(expert, antiexpert):
         same = f"one {type(expert).__name__} for both" + (
-            "" if expert is antiexpert else ", whose modules carry the adapters of both"
+            "" if expert is antiexpert else ", in which the same adapters are active for both"
         )
     if same is not None:
         raise MemberError.of(
@@ -95,8 +96,10 @@ def refuse_folded(models: Mapping[str, Any], index: Mapping[str, int], formula: 
 
 
 def _alike(expert: Any, antiexpert: Any) -> bool:
-    """Whether two wrappers of one module run the same: not a PEFT model beside its inside, which has its own error."""
-    return hasattr(expert, "get_base_model") == hasattr(antiexpert, "get_base_model")
+    """Whether two wrappers of one module run with the same adapters."""
+    pair = {"expert": expert, "antiexpert": antiexpert}
+    one, other = (runs_as(pair[role], state) for role, state in states_of(pair).items())
+    return one == other
 
 
 def warn_of_roles(members: Mapping[str, Any], formula: Formula) -> None:

@@ -37,14 +37,19 @@ def floor_bytes(
     context: float,
     rows: int = 1,
     acceptance: float | None = None,
+    shared: PassBytes | None = None,
 ) -> float:
     """Fewest bytes per token that a method has to read, given its kind and the roles it runs.
 
-    Speculation: with the expert as draft, at the best draft length; an acceptance of None counts as 0. `context` is the
-    mean number of tokens in the cache.
+    `shared` is what expert and antiexpert read in one pass, if they are one model. Speculation: with the expert as
+    draft, at the best draft length; an acceptance of None counts as 0. `context` is the mean number of tokens in the
+    cache.
     """
     if kind != "speculation":
-        return bytes_per_token([(1, bytes_of[role]) for role in roles], rows, context=context, rows=rows)
+        pair = {"expert", "antiexpert"} <= set(roles) and shared is not None
+        apart = [bytes_of[role] for role in roles if not (pair and role in ("expert", "antiexpert"))]
+        passes = [*apart, shared] if pair and shared is not None else apart
+        return bytes_per_token([(1, one) for one in passes], rows, context=context, rows=rows)
     verifying = [bytes_of[role] for role in roles if role != "expert"]
     costs = DraftCosts.of_bytes(verifying, bytes_of["expert"], context=context, rows=rows)
     rate = acceptance or 0.0

@@ -12,12 +12,13 @@ from support.tiny import build
 
 import proxytune
 from proxytune.costs.devices import DECIDING, DRAWING, Machine, Work, draft_costs, machine_of
-from proxytune.costs.model_size import pass_work
+from proxytune.costs.model_size import pass_bytes, pass_work
 from proxytune.costs.roofline import PassBytes
 from proxytune.costs.speculation import best_draft_length
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.methods.speculation import ModelDraft
 from proxytune.methods.speculation.model_drafts import ExpertDraft
+from proxytune.throughput.byte_floors import floor_bytes
 
 BILLION = 1e9
 
@@ -92,11 +93,39 @@ class Halved(ProxyTuning):
         return (self.alpha, -self.alpha / 2)
 
 
-def test_a_model_with_two_roles_is_counted_in_both():
+def test_a_model_with_two_roles_runs_once():
     base, expert, antiexpert = build("llama", 1, hidden=64), build("llama", 2), build("llama", 3)
     model = proxytune.wrap(base, expert=expert, antiexpert=antiexpert, check_vocabulary=False)
     # Beside the composition the expert reads a cache of its own, and is asked again when it verifies.
     assert ModelDraft(expert).costs(model, 1) == ModelDraft(copy.deepcopy(expert)).costs(model, 1)
     assert ExpertDraft().costs(model, 1).round < ModelDraft(expert).costs(model, 1).round
     alike = proxytune.wrap(base, expert=expert, antiexpert=expert, formula=Halved(), check_vocabulary=False)
-    assert ExpertDraft().costs(alike, 1) == ExpertDraft().costs(model, 1)
+    own = draft_costs(machine_of("cpu"), [pass_work(base)], pass_work(expert), 1, member=True)
+    assert ExpertDraft().costs(alike, 1) == own
+    assert own.round < ExpertDraft().costs(model, 1).round
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
+def test_a_model_with_two_adapter_states_is_read_once_and_computed_twice():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    base, expert = build("llama", 1, hidden=64), peft.get_peft_model(build("llama", 2), config)
+    pair = (expert, expert.get_base_model())
+    one, both = pass_work(expert), pass_work(*pair)
+    assert both.bytes == PassBytes(one.bytes.weights, 2 * one.bytes.cached)
+    assert both.parameters == 2 * one.parameters
+    assert both.layers == one.layers
+    model = proxytune.wrap(base, expert=pair[0], antiexpert=pair[1], check_vocabulary=False)
+    found, machine = ExpertDraft().costs(model, 1), machine_of("cpu")
+    assert found.plain == machine.seconds(pass_work(base), 1) + machine.seconds(both, 1)
+    apart = draft_costs(machine, [pass_work(base), one], one, 1, member=True)
+    assert (found.round, found.draft) == (apart.round, apart.draft)  # a draft runs the expert alone
+    assert found.plain < apart.plain
+    small = floor_bytes(
+        {"base": pass_bytes(base), "expert": one.bytes, "antiexpert": one.bytes},
+        "loop",
+        ("base", "expert", "antiexpert"),
+        context=8.0,
+        shared=both.bytes,
+    )
+    assert small == pass_bytes(base).at(context=8.0) + both.bytes.at(context=8.0)

@@ -63,7 +63,7 @@ def test_two_adapters_in_one_model_are_refused() -> None:
     peft = pytest.importorskip("peft")
     inner = build("llama", 2)
     one, other = (peft.get_peft_model(inner, peft.LoraConfig(r=2, target_modules=["q_proj"])) for _ in range(2))
-    with pytest.raises(MemberError, match="one PeftModel.* for both, whose modules carry the adapters of both"):
+    with pytest.raises(MemberError, match="one PeftModel.* for both, in which the same adapters are active for both"):
         wrap(expert=one, antiexpert=other)
     with pytest.raises(MemberError, match=SAME):
         wrap(expert=one, antiexpert=one)

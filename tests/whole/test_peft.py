@@ -81,15 +81,19 @@ def test_attaching_to_a_peft_base_steers_it() -> None:
     assert not torch.equal(alone, want)
 
 
-def test_the_model_that_got_the_adapter_is_no_untuned_one() -> None:
-    expert = lora()
+def test_the_model_that_got_the_adapter_is_the_untuned_one_without_it() -> None:
+    expert, ids = lora(), torch.randint(3, 240, (1, 9))
     inside = expert.get_base_model()
-    with pytest.raises(MemberError, match="the antiexpert: expected a model of its own beside the expert"):
-        proxytune.wrap(build("llama", 1), expert=expert, antiexpert=inside, check_vocabulary=False)
-    with pytest.raises(MemberError, match="the base: expected a model of its own beside the expert"):
-        proxytune.wrap(inside, expert=expert, antiexpert=build("llama", 2), check_vocabulary=False)
-    with pytest.raises(MemberError, match="the antiexpert: expected a model of its own"):
-        ProxyTuningLogitsProcessor(expert, inside, check_vocabulary=False)
+    base = build("qwen3", 1)
+    want = reference(merged(expert, "default"), ids)
+    model = proxytune.wrap(base, expert=expert, antiexpert=inside, alpha=ALPHA, check_vocabulary=False)
+    assert torch.equal(model.generate(ids, **RUN), want)
+    with ProxyTuningLogitsProcessor(expert, inside, ALPHA, check_vocabulary=False).attach(base):
+        assert torch.equal(base.generate(ids, **RUN), want)
+    with pytest.raises(MemberError, match="the antiexpert: expected another model than the expert; got one PeftModel"):
+        proxytune.wrap(base, expert=expert, antiexpert=expert, check_vocabulary=False)
+    with pytest.raises(MemberError, match="the antiexpert: expected another model than the expert; got one PeftModel"):
+        ProxyTuningLogitsProcessor(expert, expert, check_vocabulary=False)
 
 
 def test_prompt_learning_is_refused() -> None:

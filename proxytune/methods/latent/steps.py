@@ -7,7 +7,8 @@ each row's parent is found by comparing the texts. Without beams nothing here wa
 
 from __future__ import annotations
 
-from typing import Any, NoReturn, get_args
+from collections.abc import Hashable
+from typing import Any, NoReturn, cast, get_args
 
 import torch
 from transformers import PreTrainedModel
@@ -21,6 +22,8 @@ from proxytune.methods.latent.gate_state import GateState
 from proxytune.methods.latent.gates import LatentGates
 from proxytune.methods.latent.mixture import Candidates, LatentMixture
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.members.adapter_state import is_adapter_layer
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.ops import Impl
 from proxytune.ops.noise import Noise
@@ -32,6 +35,15 @@ __all__ = ["LatentSteps", "check_latent_settings", "embeddings_of", "latent_step
 def embeddings_of(model: PreTrainedModel) -> list[Embedding]:
     """The embeddings of all members; each has its own."""
     ensemble = Ensemble.of(model)
+    for member in model.members if ensemble.composed else ():
+        table = innermost(member.model).get_input_embeddings()
+        if member.adapter is not None and is_adapter_layer(cast(Hashable, type(table))):
+            raise UnsupportedModeError.of(
+                f"latent steps for the {member.role}",
+                expected="embeddings that are the same with each of its model's adapters",
+                got=f"a {type(member.model).__name__} whose embeddings have adapters, and adapter={member.adapter!r}",
+                remedy="Use an adapter of other layers, or load the model twice.",
+            )
     return [Embedding(each, role) if ensemble.composed else Embedding(each) for role, each in ensemble.models]
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from proxytune.costs.devices import draft_costs, machine_of
+from proxytune.costs.devices import Work, draft_costs, machine_of
 from proxytune.costs.model_size import pass_work
 from proxytune.costs.speculation import DraftCosts
 from proxytune.errors import InputError
@@ -19,6 +19,7 @@ from proxytune.methods.speculation.round import Proposal
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import empty_cache
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
 
@@ -32,9 +33,19 @@ def costs_of_round(model: Any, draft: Any, rows: int, *, role: str | None = None
     model may have two roles); None for a draft with a cache of its own, or with none.
     """
     members = Ensemble.of(model).models
-    verifying = [pass_work(one) for name, one in members if name != role]
+    verifying = _passes([one for name, one in members if name != role])
     drafting = None if draft is None else pass_work(draft)
-    return draft_costs(machine_of(members[0][1].device.type), verifying, drafting, rows, member=role is not None)
+    plain = _passes([one for _, one in members])
+    machine = machine_of(members[0][1].device.type)
+    return draft_costs(machine, verifying, drafting, rows, member=role is not None, plain=plain)
+
+
+def _passes(models: Sequence[Any]) -> list[Work]:
+    """The passes of members in one step: those that are one model take one together."""
+    groups: dict[int, list[Any]] = {}
+    for model in models:
+        groups.setdefault(id(innermost(model)), []).append(model)
+    return [pass_work(*group) for group in groups.values()]
 
 
 Forward = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor], torch.Tensor]

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from proxytune.errors import InputError
+from proxytune.models.members.adapter_state import AdapterState
 from proxytune.models.members.composite_cache import empty_cache
 from proxytune.models.members.cuda_streams import StreamOrder, tensors_of
 from proxytune.models.members.fingerprint import Fingerprint
@@ -46,13 +47,20 @@ class PrefixCachedMember:
     """
 
     def __init__(
-        self, model: PreTrainedModel, role: str = "companion", *, memo: int = 32, self_test: bool = True
+        self,
+        model: PreTrainedModel,
+        role: str = "companion",
+        *,
+        adapter: AdapterState = None,
+        memo: int = 32,
+        self_test: bool = True,
     ) -> None:
         """Wrap a model.
 
         Args:
             model: A decoder-only causal LM. It is put in evaluation mode.
             role: Its name in messages.
+            adapter: The state of its adapters: None as it is, False all off, or a name.
             memo: For how many of the last positions of a single row to keep logits, so that a draft's step and its
                 verification cost one forward. Batches keep one position.
             self_test: Whether to test that the model is right by itself.
@@ -60,7 +68,7 @@ class PrefixCachedMember:
         Raises:
             UnsupportedModelError: If it cannot be a member, see `Member`; or if it fails the self-test.
         """
-        self.member = Member(model.eval(), role)
+        self.member = Member(model.eval(), role, adapter=adapter)
         if self_test:
             self.member.examine()
         self._memo = memo

@@ -39,6 +39,7 @@ from proxytune.models.loading import (
     reference_of,
     refuse_tokenizers,
 )
+from proxytune.models.members.adapter_state import states_of
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
@@ -150,7 +151,11 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         tuned = [i for i in ends_of(models["expert"]) if i not in ends_of(models["antiexpert"])]
         self._watch = EndWatch(tuned) if tuned and end_tokens != "base" else None
         self._self_test = self_test
-        self._companions = [PrefixCachedMember(models[role], role, self_test=self_test) for role in self.formula.roles]
+        states = states_of(models)
+        self._companions = [
+            PrefixCachedMember(models[role], role, adapter=states[role], self_test=self_test)
+            for role in self.formula.roles
+        ]
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
         self.overlap = True

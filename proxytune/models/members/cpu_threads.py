@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 __all__ = ["SideThread", "may_split"]
+
+_Result = TypeVar("_Result")
 
 
 def may_split(devices: Sequence[torch.device]) -> bool:
@@ -36,7 +38,7 @@ class SideThread:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    def run(self, works: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
+    def run(self, works: Sequence[Callable[[], _Result]]) -> list[_Result]:
         """Run the first function here and the others, in order, on the side thread, with torch's threads divided.
 
         After an error in one of them nothing is still running.
@@ -47,7 +49,7 @@ class SideThread:
         theirs = threads // 2
         inference = torch.is_inference_mode_enabled()
 
-        def beside() -> list[torch.Tensor]:
+        def beside() -> list[_Result]:
             # Thread count and inference mode belong to a thread: set them on the side thread too.
             torch.set_num_threads(theirs)
             with torch.inference_mode(inference), torch.no_grad():

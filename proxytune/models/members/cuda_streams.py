@@ -117,12 +117,12 @@ class ForkJoin:
         self,
         name: str,
         device: torch.device,
-        work: Callable[[], torch.Tensor],
+        work: Callable[[], list[torch.Tensor]],
         reads: Iterable[torch.Tensor | None],
-    ) -> torch.Tensor:
+    ) -> list[torch.Tensor]:
         """Run a companion's forward pass `work`, beside the current stream if its device has been opened.
 
-        `reads` are the tensors it reads that may have been made on another stream. The result may be used on the
+        `reads` are the tensors it reads that may have been made on another stream. The results may be used on the
         current stream after the context.
         """
         ready = self._ready.get(device)
@@ -134,7 +134,7 @@ class ForkJoin:
                 out = work()
             finally:
                 self._done.append((device, stream.record_event()))
-        _record([out], device, current)
+        _record(out, device, current)
         return out
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

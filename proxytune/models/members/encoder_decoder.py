@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, EncoderD
 from transformers.modeling_outputs import BaseModelOutput
 
 from proxytune.errors import CacheError, InputError, UnsupportedModeError, UnsupportedModelError
+from proxytune.models.members.adapter_state import running_as
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import adopt, cached_layers, decoder_config, is_owned
 from proxytune.models.members.embedding_table import rows_of
@@ -145,7 +146,10 @@ class EncoderDecoderMember(Member):
         self.token_forwards += input_ids.numel()
         mask = None if attention_mask is None else attention_mask.to(self.device)
         encoder: Any = self.model.get_encoder()
-        states: torch.Tensor = encoder(input_ids=input_ids.to(self.device), attention_mask=mask, return_dict=True)[0]
+        with running_as(self.model, self.adapter):
+            states: torch.Tensor = encoder(input_ids=input_ids.to(self.device), attention_mask=mask, return_dict=True)[
+                0
+            ]
         return states
 
     def forward(
@@ -187,7 +191,9 @@ class EncoderDecoderMember(Member):
         kwargs["encoder_outputs"] = _States(last_hidden_state=latent["states"].to(device, non_blocking=quick))
         if cache is not None:
             kwargs[self._cache_name] = cache
-        logits: torch.Tensor = self.model(**kwargs, use_cache=cache is not None, return_dict=True).logits  # [B, N, V]
+        with running_as(self.model, self.adapter, fresh=False):  # the encoder has looked
+            out = self.model(**kwargs, use_cache=cache is not None, return_dict=True)
+        logits: torch.Tensor = out.logits  # [B, N, V]
         if isinstance(logits_to_keep, torch.Tensor):
             return logits[:, logits_to_keep]
         return logits[:, -logits_to_keep:] if logits_to_keep else logits

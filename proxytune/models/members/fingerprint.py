@@ -12,13 +12,14 @@ in each step, for both companions.
 from __future__ import annotations
 
 import contextlib
-import functools
 import weakref
 from collections.abc import Hashable
 from typing import Any, cast
 
 import torch
 from torch import nn
+
+from proxytune.models.members.adapter_state import is_adapter_layer, running_as
 
 __all__ = ["Fingerprint"]
 
@@ -37,14 +38,16 @@ class Fingerprint:
 
     def __init__(self, model: nn.Module) -> None:
         """Take the fingerprint of a model."""
-        objects, self._marks, tensors = _parts(model)
+        with running_as(model, None):  # no other thread has switched its adapters
+            objects, self._marks, tensors = _parts(model)
         self._objects = [weakref.ref(x) for x in objects]
         self._places = _places_in(tensors)
         self._values = self._values_of(tensors)
 
     def holds(self, model: nn.Module, *, values: bool = True) -> bool:
         """Whether the model is unchanged; `values` compares values too, for which the host waits for the device."""
-        objects, marks, tensors = _parts(model)
+        with running_as(model, None):
+            objects, marks, tensors = _parts(model)
         if marks != self._marks or len(objects) != len(self._objects):
             return False
         if not all(ref() is x for ref, x in zip(self._objects, objects, strict=True)):
@@ -95,7 +98,7 @@ def _parts(model: nn.Module) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
                 marks += [number for number, hook in hooks.items() if not _only_looks(hook)]
         if "forward" in own:
             marks.append(own["forward"])
-        if _has_adapters(cast(Hashable, type(module))):
+        if is_adapter_layer(cast(Hashable, type(module))):
             layer: Any = module
             marks += [list(layer.active_adapters), layer.disable_adapters, list(layer.merged_adapters)]
             scaling = own.get("scaling")
@@ -107,12 +110,6 @@ def _parts(model: nn.Module) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
     with contextlib.suppress(RuntimeError, NotImplementedError):  # wrappers without storage of their own
         marks += [x.data_ptr() for x in tensors]
     return [*modules, *tensors], marks, tensors
-
-
-@functools.cache
-def _has_adapters(kind: Hashable) -> bool:
-    # PEFT's layers; on transformers' models the name is a method.
-    return isinstance(getattr(kind, "disable_adapters", None), property)
 
 
 def _only_looks(hook: Any) -> bool:

@@ -1,12 +1,14 @@
 """The members' forward passes of one step, each on its part of the composite cache.
 
+Members that are one model take one pass together where they can (`proxytune.models.members.shared_pass`).
+
 On a GPU the base is launched first and the companions beside it (`proxytune.models.members.cuda_streams`), so their
 host work happens while the device is busy with the base. Members on different devices overlap anyway.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,7 +19,9 @@ from transformers.cache_utils import Cache
 from proxytune.models.members.composite_cache import view
 from proxytune.models.members.cpu_threads import SideThread, may_split
 from proxytune.models.members.cuda_streams import CompanionStreams, ForkJoin, tensors_of
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
+from proxytune.models.members.shared_pass import MemberPass, run_group
 
 __all__ = ["LatentInputs", "Text", "run_members"]
 
@@ -60,23 +64,17 @@ def run_members(
         Raw logits of each member, `[B, K, V_i]`, in its dtype and on its device; None for one that is idle.
     """
     still = {*precomputed, *idle}
-    running = [(m, span, fed) for m, span, fed in zip(members, spans, latent, strict=True) if m.role not in still]
-    works, parts = [], []
     of_base, own = Text(input_ids, attention_mask, position_ids), texts or {}
-    for member, span, fed in running:
-        part = None if cache is None else view(cache, *span)
-        parts.append(part)
-        works.append(
-            partial(
-                member.forward,
-                **own.get(member.role, of_base)._asdict(),
-                cache=part,
-                logits_to_keep=logits_to_keep,
-                latent=fed,
-            )
-        )
-    eager = all(member.step is None for member, _, _ in running)
-    if thread is not None and eager and may_split([member.device for member, _, _ in running]):
+    groups: dict[int, list[MemberPass]] = {}  # by model
+    for member, span, fed in zip(members, spans, latent, strict=True):
+        if member.role not in still:
+            part = None if cache is None else view(cache, *span)
+            group = groups.setdefault(id(innermost(member.model)), [])
+            group.append(MemberPass(member, part, *own.get(member.role, of_base), fed))
+    running = list(groups.values())
+    works = [partial(run_group, group, logits_to_keep) for group in running]
+    eager = all(one.member.step is None for group in running for one in group)
+    if thread is not None and eager and may_split([group[0].member.device for group in running]):
         computed = thread.run(works)
     else:
         # Offloaded layers are loaded on a stream that only the device's default stream waits for.
@@ -84,14 +82,21 @@ def run_members(
         with ForkJoin(None if getattr(cache, "offloading", False) else sides) as fork:
             for companion in members[1:]:
                 fork.open(companion.device)  # before the base is launched
-            for i, ((member, _, fed), work, part) in enumerate(zip(running, works, parts, strict=True)):
+            for i, (group, work) in enumerate(zip(running, works, strict=True)):
                 # Compiled steps share one memory pool for their graphs, so they take turns.
-                if i == 0 or member.step is not None:
+                if i == 0 or any(one.member.step is not None for one in group):
                     computed.append(work())
                 else:
-                    reads = chain(own.get(member.role, of_base), (fed or {}).values(), tensors_of(part))
-                    computed.append(fork.run(member.role, member.device, work, reads))
-    by_role = dict(precomputed) | {
-        member.role: logits for (member, _, _), logits in zip(running, computed, strict=True)
-    }
+                    first = group[0].member
+                    computed.append(fork.run(first.role, first.device, work, chain.from_iterable(map(_reads, group))))
+    by_role = dict(precomputed)
+    for group, logits in zip(running, computed, strict=True):
+        by_role |= {one.member.role: z for one, z in zip(group, logits, strict=True)}
     return [by_role.get(member.role) for member in members]
+
+
+def _reads(one: MemberPass) -> Iterator[torch.Tensor | None]:
+    """The tensors that a pass reads."""
+    yield from (one.input_ids, one.attention_mask, one.position_ids)
+    yield from (one.latent or {}).values()
+    yield from tensors_of(one.cache)

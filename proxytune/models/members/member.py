@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from transformers import CompileConfig, PreTrainedModel
@@ -21,6 +21,7 @@ from transformers.models.auto.modeling_auto import (
 from proxytune.costs.devices import Work, machine_of
 from proxytune.costs.model_size import pass_work
 from proxytune.errors import InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
+from proxytune.models.members.adapter_state import AdapterState, check_adapter_state, running_as
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
@@ -28,6 +29,7 @@ from proxytune.models.members.innermost import innermost
 from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, lacking, refuse_lacking
 from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.own_cache import in_own_class, own_class_of
+from proxytune.models.members.packed import packed_as
 from proxytune.models.members.rewind import length_of, rewindable_layers
 from proxytune.models.members.self_test import UNTESTED, static_fault, verdict_of
 from proxytune.models.members.self_test_passes import Verdict, prepared_inputs
@@ -143,7 +145,7 @@ class Member:
         model: PreTrainedModel,
         role: str,
         *,
-        adapter: str | Literal[False] | None = None,
+        adapter: AdapterState = None,
         own_prompt: bool = False,
     ) -> None:
         """Check that the model can take part.
@@ -155,12 +157,15 @@ class Member:
             own_prompt: Whether it reads a prompt of its own.
 
         Raises:
-            UnsupportedModelError: If it is an encoder-decoder, or has layers of a kind that is not known.
+            InputError: If it has no such adapter.
+            UnsupportedModelError: If it is an encoder-decoder, has layers of a kind that is not known, or cannot run
+                without its adapters.
 
         Warns:
             SteeringWarning: If no cache serves it, so that each pass reads the whole text.
         """
         _refuse_unsupported(model, role, self.encoder_decoder)
+        check_adapter_state(model, adapter, role)
         self.role = role
         self.roles: tuple[str, ...] = (role,)
         self.model = model
@@ -178,6 +183,10 @@ class Member:
         self._cannot_pad = lacking(self.config, "pad")
         self.token_forwards = 0
         self.step: CompiledStep | None = None
+        inner = innermost(model)
+        known = type(inner).__module__.startswith("transformers.") and getattr(inner, "hf_quantizer", None) is None
+        serves = not (self.encoder_decoder or self.stateful or self.whole_text is not None)
+        self._by_rows = known and serves and packed_as(model) is None
         self._work: Work | None = None
         self.verdict: Verdict = UNTESTED
         self._examined = False
@@ -188,6 +197,11 @@ class Member:
         self._takes_logits_to_keep = "logits_to_keep" in parameters
         # Some count positions after a cache as in their last text with images, unless they are told.
         self._keeps_offsets = any(hasattr(module, "rope_deltas") for module in innermost(model).modules())
+
+    @property
+    def joins(self) -> bool:
+        """Whether rows of other members of the same model may be in its passes, and change nothing but rounding."""
+        return self._by_rows and self.step is None and self._own_cache is None
 
     @property
     def device(self) -> torch.device:
@@ -208,6 +222,13 @@ class Member:
                 f"the {self.role}",
                 expected="a model that can be compiled",
                 got=f"layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
+                remedy="Leave it out: compile_members(roles=[…]).",
+            )
+        if config is not None and self.adapter is not None:
+            raise UnsupportedModelError.of(
+                f"the {self.role}",
+                expected="a model that is compiled as it is",
+                got=f"one whose adapters are switched for each pass (adapter={self.adapter!r})",
                 remedy="Leave it out: compile_members(roles=[…]).",
             )
         self.step = None if config is None else CompiledStep(self.model, config)
@@ -379,6 +400,27 @@ class Member:
         Raises:
             InputError: If the sequence is longer than the model's context.
         """
+        with running_as(self.model, self.adapter, fresh=cache is None or not cache.get_seq_length()):
+            return self.run(
+                input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                cache=cache,
+                logits_to_keep=logits_to_keep,
+                latent=latent,
+            )
+
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        latent: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """`forward` with the adapters as they are set now."""
         n = input_ids.shape[1]
         past = length_of(cache) if cache is not None else 0
         # A static cache has its length on the device; reading it would make the host wait in every step.
@@ -410,8 +452,9 @@ class Member:
     def catch_up(self, cache: Cache, attention_mask: torch.Tensor | None) -> None:
         """Read what the states of a cache still lack after a crop; the mask `[B, length]` covers all its tokens."""
         if layers := rewindable_layers(cache):
-            device = self.device
-            self._with_states(cache, layers).catch_up(None if attention_mask is None else attention_mask.to(device))
+            mask = None if attention_mask is None else attention_mask.to(self.device)
+            with running_as(self.model, self.adapter):
+                self._with_states(cache, layers).catch_up(mask)
 
     def _with_states(self, cache: Cache, layers: list[Any]) -> StatefulPass:
         one_by_one = self.stateful and (self.verdict.several or self.verdict is UNTESTED)
