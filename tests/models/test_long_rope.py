@@ -18,7 +18,7 @@ from proxytune import FusedDecoding, LatentDecoding, ProxyTuningLogitsProcessor,
 from proxytune.errors import CacheError, UnsupportedModeError
 from proxytune.methods.latent import LatentLogitsProcessor, LatentMixture
 from proxytune.methods.speculation import PromptLookupDraft
-from proxytune.methods.steering.companion import PrefixCachedMember
+from support.companion import PrefixCachedMember
 from proxytune.methods.trees import ForkDecoding, SiblingDecoding
 from proxytune.models import chunked_forward
 from proxytune.models.members.cache_name import cache_of
