@@ -54,9 +54,9 @@ class Gate:
         if self.entropy is None and self.top1 is None:
             raise InputError.of(
                 f"Gate(share={self.share:g})",
-                expected="a gate that is calibrated for these models: the entropy that such a share of the steps is above",
+                expected="a gate that is calibrated for these models, so that its entropy is known",
                 got="entropy=None",
-                remedy="Call proxytune.models.gate_calibration.calibrate_gate(model, encoded), or pass Gate(entropy=…).",
+                remedy="Call proxytune.models.gate_calibration.calibrate_gate(model, encoded).",
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Companions that run only where a gate is open: the composed model asks them, and they read what they missed.
 
 A cache that was empty under a gate is laid out for it: it holds the base's layers and the text
-(`proxytune.models.members.text_layer`), which follows whatever crops, reorders or selects its rows. The companions have a
-cache of their own beside it. It compares its text with the cache's when a row asks, and reads the rest in one pass
-(`proxytune.models.members.prefix_cached`). Where no row asks they do not run at all, and to know that, the host waits for
+(`proxytune.models.members.text_layer`), which follows whatever crops, reorders or selects its rows. The companions have
+a cache of their own beside it. When a row asks, they compare its text with theirs, and read the rest in one pass
+(`proxytune.models.members.prefix_cached`). Where no row asks they do not run at all; to know that, the host waits for
 the base's logits in each step.
 
 Drafts of the expert, latent steps, images, static caches and gradients need all members in every pass. There companions
@@ -101,9 +101,11 @@ def asked(
     roles = roles_with_prompts(members)
     own = {role: Text(ids[i], masks[i], positions_of(masks[i])) for i, role in enumerate(roles, 1)}
     reading = {m.role for m in companions}
-    tensor = isinstance(logits_to_keep, torch.Tensor)
-    places = logits_to_keep % new if tensor else None  # type: ignore[operator]
-    first = int(places.min()) if places is not None else max(new - logits_to_keep, 0) if logits_to_keep else 0
+    places = logits_to_keep % new if isinstance(logits_to_keep, torch.Tensor) else None
+    if isinstance(logits_to_keep, torch.Tensor):
+        first = int((logits_to_keep % new).min())
+    else:
+        first = max(new - logits_to_keep, 0) if logits_to_keep else 0
     found = held.logits_for(
         ids[0],
         masks[0],

@@ -337,6 +337,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         ids; `every_member` lets those of weight 0 run as well; `prompt_width` says how many columns are the prompt;
         `own_prompts` are the prompts of members that read their own.
         """
+        if self.weighing.gate is not None:
+            self.weighing.gate.refuse_uncalibrated()
         combine, known = not return_member_logits, precomputed_logits
         latent = latent_inputs or [None] * len(self.members)
         # As in transformers, a given cache is always used: it holds a part of the prefix.

@@ -111,7 +111,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             antiexpert: The small model that the expert was tuned from, likewise. Needed.
             alpha: The strength α of the shift.
             gate: Where the shift applies, e.g. `Gate(entropy=0.1)`, by the scores that the processor gets: the base's
-                own if it is attached. Companions run only where it is open for some row, and then read what they missed.
+                own if it is attached. Companions run only where it is open for some row, and read what they missed.
             attention_mask: `[B, T]` of the prompts, for one `generate()` call with padding. Not needed with `attach`.
             tokenizers: Role → tokenizer (`"base"`, `"expert"`, `"antiexpert"`), for members without one beside their
                 weights. A `"base"` here lets an unattached processor compare with the base.
@@ -236,11 +236,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         """
         gate = self.formula.gate
         opened = None if gate is None else is_open(gate, scores)  # [B]
+        rows: list[torch.Tensor | None] = [scores[:, None], *([None] * len(self._companions.members))]
         if opened is None or bool(opened.any()):
-            found = self._companions.logits_for(input_ids, attention_mask, told=told)
-            rows = [scores[:, None], *found]  # [B, 1, V_i] each
-        else:
-            rows = [scores[:, None], *([None] * len(self._companions.members))]
+            rows[1:] = self._companions.logits_for(input_ids, attention_mask, told=told)  # [B, 1, V_i] each
         weighing = Weighing(self.formula, {role: i for i, role in enumerate(("base", *self.formula.roles))})
         combined = weighing.combined(rows, opened=None if opened is None else opened[:, None])[:, 0]
         combined[:, min(m.rows for m in self._companions.members) :] = -torch.inf
@@ -248,7 +246,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Let attached companions run the next token ahead of time; see `PrefixCached.begin`."""
-        # With an explicit mask, a tree's rows are known only when it needs logits; under a gate, whether they run at all.
+        # With an explicit mask, a tree's rows are known only when it needs logits; under a gate, whether any run.
         if not self._hooks or self._explicit_mask is not None or self.formula.gate is not None:
             return
         devices = dict.fromkeys(m.device for m in self._companions.members)

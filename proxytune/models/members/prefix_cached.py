@@ -95,7 +95,9 @@ class PrefixCached:
         self._spans: list[tuple[int, int]] = []  # of each member's layers in the cache
         self._key: torch.Tensor | None = None  # [B, L, texts]: what the cache holds, padding as _PADDING
         self._logits: list[tuple[torch.Tensor, ...]] = []  # per position, each member's [B, V_i], in order
-        self._beyond: tuple[bool, ...] = ()  # whether long-rope members filled it by their frequencies beyond the switch
+        self._beyond: tuple[
+            bool, ...
+        ] = ()  # whether long-rope members filled it by their frequencies beyond the switch
         self._first = 0  # the length of the generation's first prefix
         self._filled_by: list[Fingerprint] | None = None
         self._begun: bool | None = None  # whether a generation was announced, and then whether its cache was handed on
