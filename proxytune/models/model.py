@@ -486,7 +486,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """One pass of `generate()` with images: the base by its own inputs, the companions over the text."""
         if cache is not None:
-            self._adopt(cache, ahead=True, everyone=True)
+            self._adopt(cache, ahead=True, everyone=True, follows=False)
         if step.first:
             refuse_leftover(self.base)
         step.check(self.members)

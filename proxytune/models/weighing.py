@@ -109,7 +109,7 @@ class Weighing:
         generated: torch.Tensor | None = None,
         opened: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The combined logits `[B, K, V]`, float32, of members' `[B, K, V_i]`; `generated` and `opened` are `[B, K]`."""
+        """The combined logits `[B, K, V]`, float32, of members' `[B, K, V_i]`; the others are `[B, K]`."""
         if (self.plain and self.numbers[0] == 1.0) or self.leaves(members, opened):
             ran = [i for i, x in enumerate(members) if x is not None]
             found = [x for x in members if x is not None]
@@ -138,16 +138,14 @@ class Weighing:
 
 def is_open(gate: Gate, base: torch.Tensor) -> torch.Tensor:
     """`[N]`, bool: where a gate is open, from the base's raw logits `[N, V]`, or its log-probabilities."""
-    if base.device.type == "cpu":  # a few passes over a row that is in the cache cost less than one launch of a step
-        if gate.entropy is not None:
-            return entropy(base) > gate.entropy
-        top, lse = base.amax(-1).float(), base.float().logsumexp(-1)
-        return (top - lse).exp() < gate.top1
-    if gate.entropy is not None:
-        of = ops.step([base], want=("entropy",)).entropy
-        assert of is not None
-        return of > gate.entropy
-    return (base.amax(-1).float() - ops.log_normalisers(base)).exp() < gate.top1
+    on_host = base.device.type == "cpu"  # where a few operations cost less than one call of a step
+    if gate.top1 is not None:
+        lse = base.float().logsumexp(-1) if on_host else ops.log_normalisers(base)
+        return (base.amax(-1).float() - lse).exp() < gate.top1
+    measured = entropy(base) if on_host else ops.step([base], want=("entropy",)).entropy
+    assert measured is not None
+    assert gate.entropy is not None
+    return measured > gate.entropy
 
 
 def _floors(mask: Plausibility, x: torch.Tensor) -> torch.Tensor:

@@ -329,7 +329,9 @@ def test_a_cache_goes_on_whoever_filled_it() -> None:
         # A cache that was filled without a gate goes on with companions that run along.
         torch.testing.assert_close(gated(text[:, 12:], **{CACHE: eager}).logits[:, -1:], gated(text).logits[:, -1:])
     with pytest.raises(CacheError, match="got one that was filled under a gate"):
-        gated.generate(whole.sequences[:, :-1], **{CACHE: half[CACHE]}, custom_generate=SpeculativeDecoding())
+        gated.generate(
+            whole.sequences, **{CACHE: cache_of(half)}, max_new_tokens=2, custom_generate=SpeculativeDecoding()
+        )
 
 
 def test_threads_take_no_turns() -> None:

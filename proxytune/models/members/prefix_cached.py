@@ -2,10 +2,10 @@
 
 `generate()` reorders beams and rolls back drafts without telling a logits processor, which gets only the whole prefix.
 So the companions compare the prefix with the rows in their cache, keep what they share, and forward only the rest: one
-token in each step, or, where a gate was shut meanwhile, all that they missed in one pass. They share one comparison, one
-cache and one pass. They hold one batch at a time; threads take turns, each on the cache the other has left. The
-comparison makes the host wait for the device (the composed model without a gate has no such wait). On a GPU companions
-may be called on any stream: they wait for the stream on which their cache was used last.
+token in each step, or, where a gate was shut meanwhile, all that they missed in one pass. They share one comparison and
+one cache. They hold one batch at a time; threads take turns, each on the cache the other has left. The comparison makes
+the host wait for the device (the composed model without a gate has no such wait). On a GPU companions may be called on
+any stream: they wait for the stream on which their cache was used last.
 
 A cache lives for one generation, as that of `generate()` does, so that a model changed between two of them is read
 anew. A caller that knows where one begins says so (`begin_generation`). For one that does not (`told=False`), a prefix
@@ -161,7 +161,7 @@ class PrefixCached:
             positions = None if mask is None else positions_of(mask)
         else:
             keys.append(positions if mask is None else positions.masked_fill(mask == 0, _PADDING))
-        texts = {role: Text(*(None if x is None else x.to(place) for x in text)) for role, text in (own or {}).items()}
+        texts = {role: _on(place, text) for role, text in (own or {}).items()}
         keys += [_key_of(text.input_ids, text.attention_mask) for text in texts.values()]
         shared = Text(ids, mask, positions)
         for member in self.members:
@@ -330,6 +330,11 @@ class PrefixCached:
 
 def _key_of(ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return ids if mask is None else ids.masked_fill(mask == 0, _PADDING)
+
+
+def _on(place: torch.device, text: Text) -> Text:
+    mask, positions = (None if x is None else x.to(place) for x in text[1:])
+    return Text(text.input_ids.to(place), mask, positions)
 
 
 def _part(text: Text, start: int, end: int) -> Text:
