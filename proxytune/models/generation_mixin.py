@@ -55,10 +55,12 @@ class MemberOutput(CausalLMOutputWithPast):
         member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first. None for a
             member that did not run.
         generated: `[1, K]`, int64: how many tokens were generated before each position; None where no weight asks.
+        opened: `[B, K]`, bool: where the formula's gate is open; None where that was not asked.
     """
 
     member_logits: tuple[torch.Tensor | None, ...] | None = None
     generated: torch.Tensor | None = None
+    opened: torch.Tensor | None = None
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
@@ -360,11 +362,21 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                 member.refuse_length(max_cache_length)
             refuse_short_cache(cache, max_cache_length)
 
-    def _adopt(self, cache: Any, *, ahead: bool = False, everyone: bool = False) -> None:
+    def _adopt(
+        self, cache: Any, *, ahead: bool = False, everyone: bool = False, lazy: bool = False, follows: bool = True
+    ) -> None:
         """Make a cache this model's, see `composite_cache.adopt`; `everyone` as `every_member` of a pass."""
         idle = () if everyone else [i for i, needed in enumerate(self.weighing.needed) if not needed]
-        texts = bool(roles_with_prompts(self.members))
-        adopt(cache, self.config.member_configs, self.cache_owner, ahead=ahead, texts=texts, idle=idle)
+        adopt(
+            cache,
+            self.config.member_configs,
+            self.cache_owner,
+            ahead=ahead,
+            texts=bool(roles_with_prompts(self.members)),
+            idle=idle,
+            lazy=lazy,
+            follows=follows,
+        )
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.

@@ -42,10 +42,11 @@ from proxytune.models.generation_mixin import (
     refuse_positions,
     refuse_shapes,
 )
+from proxytune.models.lazy import asked, can_wait, positions_to_keep
 from proxytune.models.loading import adapters_of, refuse_composed
 from proxytune.models.members.adapter_state import runs_as
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import idle_in, note_members, refuse_outdated
+from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
@@ -341,6 +342,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         ids; `every_member` lets those of weight 0 run as well; `prompt_width` says how many columns are the prompt;
         `own_prompts` are the prompts of members that read their own.
         """
+        if self.weighing.gate is not None:
+            self.weighing.gate.refuse_uncalibrated()
         combine, known = not return_member_logits, precomputed_logits
         latent = latent_inputs or [None] * len(self.members)
         # As in transformers, a given cache is always used: it holds a part of the prefix.
@@ -350,7 +353,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             for member in self.members:
                 member.refuse_static_layers()
         if cache is not None:
-            self._adopt(cache, ahead=known is not None, everyone=bool(every_member))
+            everyone = bool(every_member)
+            follows = not everyone and known is None and not any(latent)
+            lazy = follows and self._may_wait(cache)
+            self._adopt(cache, ahead=known is not None, everyone=everyone, lazy=lazy, follows=follows)
             # Not in the later steps of a generate(), which says False: nobody changes a member meanwhile.
             if is_first_iteration is not False and not torch.compiler.is_compiling():
                 waits = bool(is_first_iteration) or input_ids.shape[1] > 1  # for the device, as `check_ids` does
@@ -400,9 +406,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             )
             return out if cache is not None else CausalLMOutputWithPast(loss=out.loss, logits=out.logits)
 
-        texts_of = None
-        if roles_with_prompts(self.members):
-            texts_of = texts_of_pass(self.members, own_prompts, input_ids, attention_mask, int(past), cache)
+        texts_of, lazy = None, cache is not None and is_lazy(cache)
+        if roles_with_prompts(self.members) or lazy:
+            kept = positions_to_keep(position_ids, input_ids, int(past)) if lazy else None
+            texts_of = texts_of_pass(self.members, own_prompts, input_ids, attention_mask, int(past), cache, kept)
             for member in self.members:
                 if member.role in texts_of:
                     member.refuse_padding(texts_of[member.role].attention_mask)
@@ -431,20 +438,46 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             width = (past + input_ids.shape[1]) if prompt_width is None else prompt_width
             column = past + torch.arange(input_ids.shape[1], device=input_ids.device)
             generated = kept_logits((column - (width - 1)).clamp(min=0)[None], logits_to_keep)  # [1, K]
+        opened = None
+        if lazy:
+            assert cache is not None
+            opened, members = self._companions_of_pass(members[0], cache, logits_to_keep, input_ids.shape[1])
         if not combine and labels is None:  # a loss needs combined logits
-            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated)
-        logits = self._combined(members, generated)
+            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated, opened=opened)
+        logits = self._combined(members, generated, opened)
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(logits.device).flatten()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
-    def _combined(self, members: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None) -> torch.Tensor:
+    def _may_wait(self, cache: Cache) -> bool:
+        """Whether a cache that is still empty is to be laid out for companions that wait for a gate."""
+        gated = self.weighing.gate is not None and any(self.weighing.needed[1:])
+        return gated and can_wait(cache) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+    def _companions_of_pass(
+        self, base: torch.Tensor | None, cache: Cache, logits_to_keep: int | torch.Tensor, new: int
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """Where the gate is open, `[B, K]` (None without one), and all members' logits; waits for the device."""
+        assert base is not None
+        gated = self.weighing.gate is not None
+        opened = self.weighing.open(base.flatten(0, 1)).view(base.shape[:2]) if gated else None
+        if not any(self.weighing.needed[1:]) or (opened is not None and not bool(opened.any())):
+            return opened, [base, *([None] * (len(self.members) - 1))]
+        sides = self._sides if self.overlap else None
+        return opened, [base, *asked(self.members, self.weighing.needed, cache, logits_to_keep, new, sides)]
+
+    def _combined(
+        self,
+        members: Sequence[torch.Tensor | None],
+        generated: torch.Tensor | None = None,
+        opened: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The combined logits `[B, K, V]`, float32; −inf for ids that some member cannot embed."""
         if generated is not None and members[0] is not None:
             generated = generated.expand(len(members[0]), -1)
-        logits = self.weighing.combined(members, generated)
+        logits = self.weighing.combined(members, generated, opened)
         logits[..., self.usable_ids :] = -torch.inf
         return logits
 
@@ -458,7 +491,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
     ) -> CausalLMOutputWithPast:
         """One pass of `generate()` with images: the base by its own inputs, the companions over the text."""
         if cache is not None:
-            self._adopt(cache, ahead=True, everyone=True)
+            self._adopt(cache, ahead=True, everyone=True, follows=False)
         if step.first:
             refuse_leftover(self.base)
         step.check(self.members)

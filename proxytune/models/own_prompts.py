@@ -64,6 +64,7 @@ def texts_of_pass(
     attention_mask: torch.Tensor | None,
     past: int,
     cache: Cache | None,
+    positions: torch.Tensor | None = None,
 ) -> dict[str, Text]:
     """What each member with a prompt of its own reads in a pass over the columns from `past` on.
 
@@ -74,6 +75,7 @@ def texts_of_pass(
         attention_mask: `[B, past + N]`; the base's.
         past: Columns in the cache.
         cache: The composite cache, whose text layer gets the new columns; None without a cache.
+        positions: `[B, N]`, int64, to be kept there as well, after the texts.
 
     Raises:
         InputError: If prompts are missing, or for another number of rows.
@@ -99,7 +101,8 @@ def texts_of_pass(
         masks.append(mask)
     before = None if layer is None else layer.masks
     if layer is not None:
-        layer.append(torch.stack(ids), torch.stack(masks).to(input_ids.device))
+        kept = [] if positions is None else [positions]
+        layer.append(torch.stack([*ids, *kept]), torch.stack([*masks, *masks[: len(kept)]]).to(input_ids.device))
     texts = {}
     for i, role in enumerate(roles, 1):
         mask = masks[i] if before is None else torch.cat([before[i].to(masks[i].device), masks[i]], 1)

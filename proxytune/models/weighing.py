@@ -14,11 +14,13 @@ import torch
 from proxytune import ops
 from proxytune.errors import InputError
 from proxytune.formulas.base import Term, terms_of
+from proxytune.formulas.gates import Gate
 from proxytune.formulas.plausibility import Plausibility
 from proxytune.formulas.schedules import Schedule, Strength, strength_at
 from proxytune.ops.combination import Combination, Weights
+from proxytune.ops.entropy import entropy
 
-__all__ = ["Weighing", "picked", "weights_on"]
+__all__ = ["Weighing", "is_open", "picked", "weights_on"]
 
 
 class Weighing:
@@ -59,18 +61,24 @@ class Weighing:
         self.plain = not (self.scheduled or self._logs or self.gate or mask)
 
     def __call__(
-        self, rows: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None
+        self,
+        rows: Sequence[torch.Tensor | None],
+        generated: torch.Tensor | None = None,
+        opened: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], Weights]:
         """The rows of the members that ran, and their weights.
 
         Args:
             rows: Raw logits `[N, V_i]` of each member, whole rows; None for one that did not run.
             generated: `[N]`, int64: how many tokens were generated before each row's; needed by schedules.
+            opened: `[N]`, bool: what `open` says of the base's rows, where that is known.
         """
         here = [i for i, x in enumerate(rows) if x is not None]
         found = [x for x in rows if x is not None]
         if self.plain:
             return found, tuple(self.numbers[i] for i in here)
+        if self.leaves(rows, opened):
+            return found, (1.0,)
         base, count, device = found[0], len(found[0]), found[0].device
         weights: Sequence[float] | torch.Tensor = [self.numbers[i] for i in here]
         if self.scheduled:
@@ -86,7 +94,7 @@ class Weighing:
             x = found[here.index(self._masked_by)]
             floors = _floors(mask, x).to(device)  # [N]
         if self.gate is not None:
-            shut = ~self.open(base)[:, None]  # [N, 1]
+            shut = ~(self.open(base) if opened is None else opened.to(device))[:, None]  # [N, 1]
             if not isinstance(weights, torch.Tensor):
                 weights = torch.tensor([weights], dtype=torch.float32, device=device)
             alone = torch.tensor([1.0] + [0.0] * (len(found) - 1), device=device)
@@ -95,30 +103,49 @@ class Weighing:
         by = here.index(self._masked_by) if floors is not None and self._masked_by is not None else 0
         return found, Combination(weights, offsets, floors, by)
 
-    def combined(self, members: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None) -> torch.Tensor:
-        """The combined logits `[B, K, V]`, float32, of members' `[B, K, V_i]`; `generated` is `[B, K]`."""
-        if self.plain and self.numbers[0] == 1.0:
+    def combined(
+        self,
+        members: Sequence[torch.Tensor | None],
+        generated: torch.Tensor | None = None,
+        opened: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The combined logits `[B, K, V]`, float32, of members' `[B, K, V_i]`; the others are `[B, K]`."""
+        if (self.plain and self.numbers[0] == 1.0) or self.leaves(members, opened):
             ran = [i for i, x in enumerate(members) if x is not None]
             found = [x for x in members if x is not None]
             return ops.combine(found, [self.numbers[i] for i in ran[1:]])
         flat = [None if x is None else x.flatten(0, 1) for x in members]
-        rows, weights = self(flat, None if generated is None else generated.flatten())
+        of_row = [None if x is None else x.flatten() for x in (generated, opened)]
+        rows, weights = self(flat, *of_row)
         if not isinstance(weights, Combination):
             weights = Combination(weights)
         base = members[0]
         assert base is not None
         return ops.combine(rows, weights).view(*base.shape[:2], -1)
 
+    def leaves(self, rows: Sequence[torch.Tensor | None], opened: torch.Tensor | None) -> bool:
+        """Whether a shut gate leaves the base alone: `opened` says that no row asked, and so no companion ran."""
+        waited = opened is not None and any(self.needed[1:])
+        return waited and all(x is None for x in rows[1:])
+
     def open(self, base: torch.Tensor) -> torch.Tensor:
         """`[N]`, bool: where the gate is open, from the base's raw logits `[N, V]`; everywhere without a gate."""
         if self.gate is None:
             return torch.ones(len(base), dtype=torch.bool, device=base.device)
-        if self.gate.entropy is not None:
-            entropy = ops.step([base], want=("entropy",)).entropy
-            assert entropy is not None
-            return entropy > self.gate.entropy
-        raised = base.amax(-1).float() - ops.log_normalisers(base)
-        return raised.exp() < self.gate.top1
+        self.gate.refuse_uncalibrated()
+        return is_open(self.gate, base)
+
+
+def is_open(gate: Gate, base: torch.Tensor) -> torch.Tensor:
+    """`[N]`, bool: where a gate is open, from the base's raw logits `[N, V]`, or its log-probabilities."""
+    on_host = base.device.type == "cpu"  # where a few operations cost less than one call of a step
+    if gate.top1 is not None:
+        lse = base.float().logsumexp(-1) if on_host else ops.log_normalisers(base)
+        return (base.amax(-1).float() - lse).exp() < gate.top1
+    measured = entropy(base) if on_host else ops.step([base], want=("entropy",)).entropy
+    assert measured is not None
+    assert gate.entropy is not None
+    return measured > gate.entropy
 
 
 def _floors(mask: Plausibility, x: torch.Tensor) -> torch.Tensor:

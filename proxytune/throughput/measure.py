@@ -130,12 +130,15 @@ def _timed(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) -> T
 
 def _run(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor, told: FirstToken) -> tuple[float, float, Ran]:
     if method.rate is not None:
-        subject.accept(method.rate)
+        subject.accept(method.rate, unsure=method.unsure)
     run, config = method.prepare(subject), cell.config
     torch.manual_seed(0)
     began = now(subject.device)
     ran = run(ids, config, told)
-    return began, now(subject.device), ran
+    ended = now(subject.device)
+    if method.unsure:
+        subject.accept(1.0)  # the others draw from a base that is sure
+    return began, ended, ran
 
 
 def _counted(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) -> tuple[dict[str, Any], torch.Tensor]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from transformers import GenerationConfig, StoppingCriteriaList
 
+from proxytune.formulas.gates import Gate
 from proxytune.generation.fused import FusedDecoding
 from proxytune.methods.speculation.decoding import SpeculativeDecoding
 from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
 from proxytune.throughput.counters import FirstToken
 from proxytune.throughput.naive_loop import naive_generate
+from proxytune.throughput.planted_models import UNSURE
 from proxytune.throughput.subjects import Subject
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "COMPOSITE",
     "EXPERT",
     "FUSED",
+    "GATED",
     "GRAPHS",
     "NAIVE",
     "OVERLAP",
@@ -39,6 +42,8 @@ BASE, TUNED, EXPERT = "base alone", "tuned alone", "expert alone"
 NAIVE, PROCESSOR = "naive loop", "processor door"
 COMPOSITE, FUSED = "composite door", "fused loop"
 OVERLAP, GRAPHS, SPECULATION = "fused, overlap", "fused, graphs", "speculation"
+GATED, SHARE = "fused, gated", 0.2
+"""The loop under a gate, and the share of steps at which it is planted to open in random models."""
 RATES = (0.0, 0.5, 0.7, 0.9)
 """Acceptances planted in random models."""
 TRIO = ("base", "expert", "antiexpert")
@@ -68,6 +73,7 @@ class Method:
         prepare: Makes the function to time.
         missing: Why it cannot run on a subject; None if it can.
         rate: The planted acceptance; None for the models' own, and for methods without a draft.
+        unsure: The share of tokens at which the base is planted to be unsure.
         hooked: Whether its passes can be counted by hooks; in a compiled pass they would be compiled too.
     """
 
@@ -77,6 +83,7 @@ class Method:
     prepare: Callable[[Subject], Run]
     missing: Callable[[Subject], str | None] = lambda _: None
     rate: float | None = None
+    unsure: float = 0.0
     hooked: bool = True
 
 
@@ -95,6 +102,14 @@ def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: boo
         Method(COMPOSITE, "steered", TRIO, _steered(lambda: None, overlap=False)),
         Method(FUSED, "steered", TRIO, _steered(lambda: FusedDecoding(seed=0), overlap=False)),
         Method(OVERLAP, "steered", TRIO, _steered(lambda: FusedDecoding(seed=0), overlap=True), _no_gpu),
+        Method(
+            GATED if subject.trained else f"{GATED}, {SHARE:g} planted",
+            "steered",
+            TRIO,
+            _gated,
+            rate=None if subject.trained else 1.0,
+            unsure=0.0 if subject.trained else SHARE,
+        ),
         Method(
             GRAPHS,
             "steered",
@@ -177,6 +192,22 @@ def _steered(loop: Callable[[], Any], *, overlap: bool | None) -> Callable[[Subj
         return run
 
     return prepare
+
+
+def _gated(subject: Subject) -> Run:
+    gate = Gate(entropy=0.1 if subject.trained else UNSURE)
+    run = _steered(lambda: FusedDecoding(seed=0), overlap=False)(subject)
+
+    def gated(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
+        model = subject.steered
+        before = model.formula
+        model.formula = replace(before, gate=gate)
+        try:
+            return run(ids, config, told)
+        finally:
+            model.formula = before
+
+    return gated
 
 
 def _compiled(subject: Subject) -> Run:

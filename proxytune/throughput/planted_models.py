@@ -3,8 +3,8 @@
 Each token has a successor. Embeddings are made so large that the last hidden state is the last token's embedding,
 whatever the layers add; the head maps it to the successor. So the composed text is known, far from ties in any dtype,
 and runs through all ids before it repeats. For a share of the tokens, expert and antiexpert have the same wrong
-successor, which cancels in the sum: there the expert's draft is rejected. The rest of a pass, and its time, is
-unchanged.
+successor, which cancels in the sum: there the expert's draft is rejected. For another share the base is less sure of the
+successor than elsewhere, which opens a gate. The rest of a pass, and its time, is unchanged.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from transformers import PreTrainedModel
 
 from proxytune.errors import InputError
 
-__all__ = ["plant", "successors"]
+__all__ = ["UNSURE", "plant", "successors", "unsure_tokens"]
 
 _LOUD = 100.0
 """Standard deviation of the embeddings; layers with usual random weights add only a few units."""
 _SURE = 30.0
 """The planted token's logit, in nats; the others' are near 0."""
+UNSURE = 1.0
+"""An entropy of the base, in nats, that lies between those of sure and of unsure tokens."""
+_LESS_SURE = 7.0
+"""The planted token's logit where the base is unsure: with some thousand ids it is still the most probable by far."""
 _BLOCK = 40
 """Tokens in a row over which the rate is met as closely as possible, so that short texts have it too."""
 
@@ -48,9 +52,21 @@ def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, tor
     return right, expert
 
 
+def unsure_tokens(width: int, share: float, *, seed: int) -> torch.Tensor:
+    """The ids of V = `width` after which the base is unsure, a share of each block: `[V]`, bool."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    blocks = [torch.randperm(_BLOCK, generator=generator) for _ in range(-(-width // _BLOCK))]
+    order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))  # that of the text
+    unsure = torch.empty(width, dtype=torch.bool)
+    unsure[order] = (torch.cat(blocks)[:width] + 0.5) / _BLOCK < share
+    return unsure
+
+
 @torch.no_grad()
-def plant(models: Mapping[str, PreTrainedModel], rate: float, *, seed: int = 0) -> None:
+def plant(models: Mapping[str, PreTrainedModel], rate: float, *, unsure: float = 0.0, seed: int = 0) -> None:
     """Plant next tokens in base, expert and antiexpert, in place. May be called again with another rate.
+
+    `unsure` is the share of tokens at which the base's entropy is above `UNSURE`.
 
     Raises:
         InputError: If the rate is outside [0, 1], or a head is tied.
@@ -69,5 +85,8 @@ def plant(models: Mapping[str, PreTrainedModel], rate: float, *, seed: int = 0) 
             generator = torch.Generator(table.device).manual_seed(seed + i)
             table.normal_(std=_LOUD, generator=generator)
         follows = (right if role == "base" else expert).to(table.device)
+        sure = torch.full((width, 1), _SURE)
+        if role == "base":
+            sure[unsure_tokens(width, unsure, seed=seed)] = _LESS_SURE
         head = heads[role].zero_()
-        head.index_add_(0, follows, table[:width], alpha=_SURE / _LOUD / table.shape[1])
+        head.index_add_(0, follows, table[:width] * (sure / _LOUD / table.shape[1]).to(table))

@@ -110,13 +110,13 @@ class Subject:
         """The longest text that all members have room for, in tokens."""
         return min(int(model.config.max_position_embeddings) for model in self.models.values())
 
-    def accept(self, rate: float) -> None:
+    def accept(self, rate: float, *, unsure: float = 0.0) -> None:
         """Plant an acceptance: the share of tokens at which expert and composition agree.
 
-        No effect on a trained family. Raises `InputError` if the share is outside [0, 1].
+        `unsure` is the share at which the base is unsure, for gates. No effect on a trained family. Raises `InputError` if the share is outside [0, 1].
         """
         if not self.trained:
-            plant({role: self.models[role] for role in ("base", "expert", "antiexpert")}, rate, seed=0)
+            plant({role: self.models[role] for role in ("base", "expert", "antiexpert")}, rate, unsure=unsure, seed=0)
 
     def prompts(self, cell: Cell) -> torch.Tensor:
         """`[B, P]`, int64: prompts without padding, each from another place in the text.

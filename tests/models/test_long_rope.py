@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
+from support.companion import PrefixCachedMember
 from support.tiny import build
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 from transformers.generation.streamers import BaseStreamer
@@ -18,7 +19,6 @@ from proxytune import FusedDecoding, LatentDecoding, ProxyTuningLogitsProcessor,
 from proxytune.errors import CacheError, UnsupportedModeError
 from proxytune.methods.latent import LatentLogitsProcessor, LatentMixture
 from proxytune.methods.speculation import PromptLookupDraft
-from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.methods.trees import ForkDecoding, SiblingDecoding
 from proxytune.models import chunked_forward
 from proxytune.models.members.cache_name import cache_of

@@ -30,6 +30,8 @@ def _feed(
     """The inputs of a forward pass, with mixtures for the last drawn tokens."""
     steps: LatentSteps | None = kwargs.pop(ARGUMENT, None)
     inputs = original(input_ids, *args, **kwargs)
+    if steps is not None and steps.gated:
+        inputs["every_member"] = True  # a mixture cannot be read later
     return steps.feed(inputs, input_ids) if steps is not None and steps.waiting else inputs
 
 

@@ -80,7 +80,9 @@ class LatentSteps:
             beams: How many rows of a prompt may be reordered; 1 for none.
             impl: As in `ops.step`.
         """
-        self._composed = Ensemble.of(model).composed
+        ensemble = Ensemble.of(model)
+        self._composed = ensemble.composed
+        self.gated = ensemble.weighing is not None and ensemble.weighing.gate is not None
         self._embeddings = embeddings_of(model)
         self.known = min((e.rows for e in self._embeddings if e.rows is not None), default=None)
         self._mixture, self._gates = mixture, gates

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self, get_args
 
@@ -16,7 +17,9 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from proxytune.errors import InputError, SteeringWarning, UnsupportedModelError
 from proxytune.formulas.checks import check_formula
+from proxytune.formulas.gates import Gate
 from proxytune.formulas.proxy_tuning import ProxyTuning
+from proxytune.formulas.schedules import Schedule
 from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.methods.steering.attach import (
@@ -28,7 +31,6 @@ from proxytune.methods.steering.attach import (
     examined_base,
     refuse_no_ids,
 )
-from proxytune.methods.steering.companion import PrefixCachedMember
 from proxytune.models.end_tokens import EndWatch, ends_of, stopping_ids
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.generation_mixin import ComposedGenerationMixin
@@ -42,11 +44,14 @@ from proxytune.models.loading import (
 from proxytune.models.members.adapter_state import states_of
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.members.embedding_table import embedding_rows
+from proxytune.models.members.member import Member
+from proxytune.models.members.prefix_cached import PrefixCached
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.models.roles import refuse_no_shift, warn_of_roles, warn_of_size
-from proxytune.ops import combine, normalise_
+from proxytune.models.weighing import Weighing, is_open
+from proxytune.ops import normalise_
 from proxytune.recipe import EndTokens
-from proxytune.validation import choice
+from proxytune.validation import choice, shown
 
 __all__ = ["ProxyTuningLogitsProcessor"]
 
@@ -92,6 +97,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         antiexpert: Any = None,
         alpha: float = 1.0,
         *,
+        gate: Gate | None = None,
         attention_mask: torch.Tensor | None = None,
         tokenizers: Mapping[str, Any] | None = None,
         check_vocabulary: bool = True,
@@ -106,6 +112,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             expert: The small tuned model: a model object, a hub id or a folder. Needed.
             antiexpert: The small model that the expert was tuned from, likewise. Needed.
             alpha: The strength α of the shift.
+            gate: Where the shift applies, e.g. `Gate(entropy=0.1)`, by the scores that the processor gets: the base's
+                own if it is attached. Companions run only where it is open for some row, and read what they missed.
             attention_mask: `[B, T]` of the prompts, for one `generate()` call with padding. Not needed with `attach`.
             tokenizers: Role → tokenizer (`"base"`, `"expert"`, `"antiexpert"`), for members without one beside their
                 weights. A `"base"` here lets an unattached processor compare with the base.
@@ -127,7 +135,18 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             SteeringWarning: If expert and antiexpert have equal weights or look swapped, or α is above 10.
         """
         _refuse_three_members(alpha)
-        self.formula = check_formula(ProxyTuning(alpha=alpha))
+        if gate is not None and not isinstance(gate, Gate):
+            raise InputError.of("gate", expected="a Gate", got=shown(gate, 80), remedy="Pass e.g. Gate(entropy=0.1).")
+        if gate is not None:
+            gate.refuse_uncalibrated()
+        if isinstance(alpha, Schedule):
+            raise InputError.of(
+                "alpha",
+                expected="a number: a processor cannot tell the prompt from what was generated",
+                got=str(alpha),
+                remedy="Compose the models with proxytune.wrap, whose α may be a schedule.",
+            )
+        self.formula = check_formula(ProxyTuning(alpha=alpha, gate=gate))
         refuse_no_shift(expert, antiexpert, self.formula, members=members)
         refuse_tokenizers(tokenizers)
         self._tokenizers = dict(tokenizers or {})
@@ -152,10 +171,12 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         self._watch = EndWatch(tuned) if tuned and end_tokens != "base" else None
         self._self_test = self_test
         states = states_of(models)
-        self._companions = [
-            PrefixCachedMember(models[role], role, adapter=states[role], self_test=self_test)
-            for role in self.formula.roles
-        ]
+        roles = self.formula.roles
+        companions = [Member(models[role].eval(), role, adapter=states[role]) for role in roles]
+        if self_test:
+            for member in companions:
+                member.examine()
+        self._companions = PrefixCached(companions)
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
         self.overlap = True
@@ -173,7 +194,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
     @property
     def token_forwards(self) -> dict[str, int]:
         """Role → tokens × rows that this companion has processed so far."""
-        return {c.member.role: c.member.token_forwards for c in self._companions}
+        return {m.role: m.token_forwards for m in self._companions.members}
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -197,9 +218,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         return normalise_(self.shifted(input_ids, scores, mask, told=False))
 
     def begin_generation(self, *, handed_on: bool) -> None:
-        """Announce a `generate()`; see `PrefixCachedMember.begin_generation`."""
-        for companion in self._companions:
-            companion.begin_generation(handed_on=handed_on)
+        """Announce a `generate()`; see `PrefixCached.begin_generation`."""
+        self._companions.begin_generation(handed_on=handed_on)
 
     def shifted(
         self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None, *, told: bool = True
@@ -218,33 +238,34 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         Raises:
             InputError: If the prefix is too long for a companion, or has ids that it cannot embed.
         """
-        companions = [
-            c.logits_for(input_ids, attention_mask, told=told)[:, -1] for c in self._companions
-        ]  # [B, V_i] each
-        combined = combine([scores, *companions], self.formula.weights())  # [B, V]
-        combined[:, min(c.member.rows for c in self._companions) :] = -torch.inf
+        gate = self.formula.gate
+        opened = None if gate is None else is_open(gate, scores)  # [B]
+        rows: list[torch.Tensor | None] = [scores[:, None], *([None] * len(self._companions.members))]
+        if opened is None or bool(opened.any()):
+            rows[1:] = self._companions.logits_for(input_ids, attention_mask, told=told)  # [B, 1, V_i] each
+        weighing = Weighing(self.formula, {role: i for i, role in enumerate(("base", *self.formula.roles))})
+        combined = weighing.combined(rows, opened=None if opened is None else opened[:, None])[:, 0]
+        combined[:, min(m.rows for m in self._companions.members) :] = -torch.inf
         return combined
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
-        """Let attached companions run the next token ahead of time; see `PrefixCachedMember.begin`."""
-        # With an explicit mask, a tree's rows are known only when it needs logits.
-        if not self._hooks or self._explicit_mask is not None:
+        """Let attached companions run the next token ahead of time; see `PrefixCached.begin`."""
+        # With an explicit mask, a tree's rows are known only when it needs logits; under a gate, whether any run.
+        if not self._hooks or self._explicit_mask is not None or self.formula.gate is not None:
             return
-        for companion in self._companions:
-            device = companion.member.device
-            if may_overlap(device):
-                with self._sides.beside(companion.member.role, device, [input_ids, attention_mask]):
-                    companion.begin(input_ids, attention_mask)
-            else:
-                companion.begin(input_ids, attention_mask)
+        devices = dict.fromkeys(m.device for m in self._companions.members)
+        with ExitStack() as beside:
+            for device in devices:
+                if may_overlap(device):
+                    beside.enter_context(self._sides.beside("companions", device, [input_ids, attention_mask]))
+            self._companions.begin(input_ids, attention_mask)
 
     def read_prompts(self, chunk: int | None, *, finite: bool) -> None:
         """Let the companions prefill in chunks of tokens, as an attached base does (None: all at once).
 
         `finite` says whether NaN among their logits is an error.
         """
-        for companion in self._companions:
-            companion.prefill_chunk_size, companion.finite = chunk, finite
+        self._companions.prefill_chunk_size, self._companions.finite = chunk, finite
 
     def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """The mask `[B, ≤ T]` given to the processor, expanded to these rows; None without one.
@@ -283,7 +304,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         )
 
     def _inferred_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        config = self._companions[0].member.model.config.get_text_config(decoder=True)
+        config = self._companions.members[0].model.config.get_text_config(decoder=True)
         pad, eos = config.pad_token_id, config.eos_token_id
         ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         remedy = "Call processor.attach(model) before generate(), or pass attention_mask= to the processor."
@@ -352,9 +373,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         if self._check_vocabulary:
             found = check_vocabularies({"base": reference_of(model, below=True), **self._references}, self._tokenizers)
         base = examined_base(target) if self._self_test else None
-        companions = {c.member.role: c.member.model for c in self._companions}
+        companions = {m.role: m.model for m in self._companions.members}
         warn_of_size(model, companions, self.formula)
-        usable = min(embedding_rows(target), *(c.member.rows for c in self._companions))
+        usable = min(embedding_rows(target), *(m.rows for m in self._companions.members))
         ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found, usable)
         stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
         drafts = partial(drafts_refused, Ensemble.of(target).switches)

@@ -41,6 +41,7 @@ __all__ = [
     "decoder_config",
     "empty_cache",
     "idle_in",
+    "is_lazy",
     "is_owned",
     "note_members",
     "refuse_outdated",
@@ -53,6 +54,7 @@ _OWNER = "_proxytune_owner"
 _FILLED_BY = "_proxytune_filled_by"
 _IMAGES = "_proxytune_images"
 _IDLE = "_proxytune_idle"
+_LAZY = "_proxytune_lazy"
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
 
@@ -118,6 +120,8 @@ def adopt(
     ahead: bool = False,
     texts: bool = False,
     idle: Collection[int] = (),
+    lazy: bool = False,
+    follows: bool = False,
 ) -> None:
     """Make a cache this model's, or refuse it.
 
@@ -128,6 +132,9 @@ def adopt(
         ahead: Whether some members have run ahead of the others, as drafts do.
         texts: Whether an empty cache gets a text layer as well (`proxytune.models.members.text_layer`).
         idle: The members that do not run now, since their weight is 0. Their layers stay empty for the cache's life.
+        lazy: Whether companions are to read an empty cache's text where a gate opens (`proxytune.models.lazy`). Their
+            layers stay empty, and the cache gets a text layer.
+        follows: Whether companions can read the text in this pass.
 
     Raises:
         CacheError: If the cache holds tokens from another model, or tokens that only some members have seen; or if its
@@ -142,9 +149,16 @@ def adopt(
         )
     if is_owned(cache, owner):
         if not _filled(cache):
-            setattr(cache, _IDLE, frozenset(idle))
+            _lay_out(cache, len(configs), texts, idle, lazy)
         asleep = idle_in(cache)
-        if not asleep <= {*idle}:
+        if is_lazy(cache) and not follows:
+            raise CacheError.of(
+                CACHE,
+                expected="a cache that all members have read, for drafts, latent steps and images",
+                got="one that was filled under a gate, where companions run only when it opens",
+                remedy="Start without it.",
+            )
+        if not is_lazy(cache) and not asleep <= {*idle}:
             raise CacheError.of(
                 CACHE,
                 expected="a cache that all members with a weight have read",
@@ -184,18 +198,32 @@ def adopt(
             got=f"a {type(cache).__name__}, and {', '.join(states)} layers",
             remedy="Leave out cache_implementation.",
         )
-    if texts:
-        if type(cache) is not DynamicCache:
-            raise CacheError.of(
-                CACHE,
-                expected="a DynamicCache, for members with a prompt of their own",
-                got=f"a {type(cache).__name__}",
-                remedy="Leave out cache_implementation.",
-            )
-        cache.layers.append(TextLayer())
     setattr(cache, _OWNER, owner)
-    setattr(cache, _IDLE, frozenset(idle))
+    _lay_out(cache, len(configs), texts, idle, lazy)
     vars(cache).pop(_FILLED_BY, None)
+
+
+def _lay_out(cache: Cache, members: int, texts: bool, idle: Collection[int], lazy: bool) -> None:
+    """Decide what an empty cache will hold: whether the texts, and whose layers."""
+    if texts and type(cache) is not DynamicCache:
+        raise CacheError.of(
+            CACHE,
+            expected="a DynamicCache, for members with a prompt of their own",
+            got=f"a {type(cache).__name__}",
+            remedy="Leave out cache_implementation.",
+        )
+    held = bool(cache.layers) and isinstance(cache.layers[-1], TextLayer)
+    if (texts or lazy) and not held:
+        cache.layers.append(TextLayer())
+    elif held and not (texts or lazy):
+        cache.layers.pop()
+    setattr(cache, _IDLE, frozenset(range(1, members) if lazy else idle))
+    setattr(cache, _LAZY, lazy)
+
+
+def is_lazy(cache: Cache | None) -> bool:
+    """Whether the companions' layers are outside of a cache, since they read its text where a gate opens."""
+    return bool(getattr(cache, _LAZY, False))
 
 
 def idle_in(cache: Cache) -> frozenset[int]:

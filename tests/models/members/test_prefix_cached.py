@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.companion import PrefixCachedMember
 from support.tiny import CONTEXT, WINDOW, build, shared
 from transformers import PreTrainedModel
 
 from proxytune.errors import InputError, UnsupportedModelError
-from proxytune.methods.steering.companion import PrefixCachedMember
 
 # Rotary positions; learnt absolute ones, where a wrong position_id shows; sliding windows shorter than every text, in
 # all layers and in half of them; recurrent layers beside others.
