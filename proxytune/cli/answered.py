@@ -6,22 +6,20 @@ alone has no prompt.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from proxytune.cli.models import check_chat, rendered_chat
+from proxytune.cli.models import Views, check_chat, written
 from proxytune.cli.prompts import COMPLETION, Prompt, check_prompts
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from proxytune.formulas.prompt_view import PromptView
     from proxytune.validation import Ids
 
-__all__ = ["check_answered", "encode_answered", "prompt_views", "split_answers"]
+__all__ = ["check_answered", "encode_answered", "split_answers"]
 
 
 def split_answers(prompts: Sequence[Prompt]) -> list[tuple[Prompt, str | None]]:
@@ -92,7 +90,7 @@ def encode_answered(
     *,
     chat: bool,
     system: str | None,
-    views: Mapping[str, PromptView] | None = None,
+    views: Views | None = None,
 ) -> tuple[dict[str, list[Ids]], list[Ids]]:
     """The prompts by role, and what comes after them, as the token ids that `proxytune.models.scoring.score` takes.
 
@@ -115,53 +113,10 @@ def encode_answered(
                 )
             before, after = encode_pair(tokenizer, "", prompt.text)
         else:
-            before, after = encode_pair(
-                tokenizer, _written(tokenizer, prompt, None, chat, system), answer, is_chat=chat
-            )
+            before, after = encode_pair(tokenizer, written(tokenizer, prompt, chat, system), answer, is_chat=chat)
         prompts["base"].append(before)
         texts.append(after)
         for role, view in (views or {}).items():
-            own = _written(tokenizer, prompt, view, chat, system)
+            own = written(tokenizer, prompt, chat, system, role, view)
             prompts[role].append(encode_pair(tokenizer, own, "", is_chat=chat)[0])
     return prompts, texts
-
-
-def _written(
-    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, view: PromptView | None, chat: bool, system: str | None
-) -> str:
-    """A prompt as text, as the base reads it or by the view of another member."""
-    if not chat:
-        return prompt.text if view is None else view.of_text(prompt.text)
-    turns = prompt.turns(system)
-    if view is None:
-        return rendered_chat(tokenizer, turns)
-    return rendered_chat(tokenizer, view.of_messages(turns), view.template)
-
-
-def prompt_views(recipe: Path | None, model: Any) -> dict[str, PromptView]:
-    """How the prompts are made of members that read their own, by role; empty if there are none.
-
-    Raises:
-        InputError: If the recipe does not say how.
-    """
-    from proxytune.formulas.prompt_view import PromptView
-    from proxytune.models.own_prompts import roles_with_prompts
-    from proxytune.recipe import Recipe
-
-    roles = [] if recipe is None else roles_with_prompts(model.members)
-    if not roles or recipe is None:
-        return {}
-    read = Recipe.load(recipe)
-    views = {**getattr(read.made_formula(), "views", {}), **read.views}
-    found = {}
-    for role in roles:
-        view = views[role].prompt if role in views else None
-        if not isinstance(view, PromptView):
-            raise InputError.of(
-                f"the {role} of {recipe}",
-                expected="a prompt view, which says how its own prompt is made from the base's",
-                got=f"prompt={view!r}",
-                remedy=f'Write e.g. "members": {{"{role}": {{"of": "base", "prompt": {{"drop": ["system"]}}}}}}.',
-            )
-        found[role] = view
-    return found

@@ -18,6 +18,7 @@ from proxytune.cli.models import (
     encode,
     load,
     load_plain,
+    own_prompt_views,
 )
 from proxytune.cli.options import (
     METAVAR,
@@ -131,9 +132,17 @@ def calibrate(
         )
     if chat:
         check_chat(tokenizer, prompts, system)
+    views = own_prompt_views(model, tokenizer, prompts, chat, system)
+    if views and read:
+        raise InputError.of(
+            "--texts",
+            expected="a recipe whose members all read the same text",
+            got=f"one whose {', '.join(views)} reads a prompt of its own",
+            remedy="Measure samples: give prompts, with --file.",
+        )
     if not plain:
         asked = GenerationConfig(max_new_tokens=max_new_tokens)
-        check_lengths(model, tokenizer, prompts, chat, system, config=asked)
+        check_lengths(model, tokenizer, prompts, chat, system, views=views, config=asked)
         check_lengths(model, tokenizer, read, chat=False)
     set_seed(seed)
     found: list[Entropies] = []
@@ -142,7 +151,7 @@ def calibrate(
         for first in range(0, len(prompts), batch_size):
             bar.show("sampling", first, whole)
             batch = prompts[first : first + batch_size]
-            encoded = encode(tokenizer, batch, chat, system).to(model.device)
+            encoded = encode(tokenizer, batch, chat, system, views).to(model.device)
             found += sampled_entropies(model, encoded, temperature, samples=samples, max_new_tokens=max_new_tokens)
         if read:
             bar.show("reading", len(prompts), whole)
@@ -155,7 +164,7 @@ def calibrate(
         nats=summary["nats"],
         tokens=summary["tokens"],
         temperature=temperature if prompts else None,
-        alpha=None if plain else float(model.alpha),
+        alpha=None if plain or not isinstance(model.alpha, int | float) else float(model.alpha),
     )
     written = str(write_fork_threshold(recipe, calibration)) if write and recipe is not None else None
     if as_json:
@@ -240,7 +249,7 @@ def _check_settings(
     if alpha not in (None, own):
         raise InputError.of(
             "--write",
-            expected=f"the recipe's own α, {own:g}: a threshold belongs to its α",
+            expected=f"the recipe's own α, {own}: a threshold belongs to its α",
             got=f"--alpha {alpha:g}",
             remedy="Drop --alpha, or change it in the recipe first.",
         )

@@ -26,6 +26,7 @@ from proxytune.cli.models import (
     encode,
     load,
     named,
+    own_prompt_views,
 )
 from proxytune.cli.options import (
     METAVAR,
@@ -195,7 +196,8 @@ def generate(
         sampler = sampler_of(mixture, tokenizer, latent_span, latent_gates, seed)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = merged_settings(model.generation_config, flags, model.config.vocab_size)
-        check_lengths(model, tokenizer, prompts, chat, system, config=config)
+        views = own_prompt_views(model, tokenizer, prompts, chat, system)
+        check_lengths(model, tokenizer, prompts, chat, system, views=views, config=config)
         if given(context, "seed") and not config.do_sample and mixture is None:
             terminal.show_note(f"--seed {seed} changes nothing: without do_sample=true, no token is drawn.")
         if config.prompt_lookup_num_tokens is not None and size > 1 and len(prompts) > 1:
@@ -213,7 +215,8 @@ def generate(
         several = any(n not in (None, 1) for n in (config.num_beams, config.num_return_sequences))
         stream = on_terminal and size == 1 and not several
         done = 0 if answers is None else answers.done
-        complete = partial(_complete, model, tokenizer, config, loop, seed, chat=chat, system=system, stream=stream)
+        encoded = partial(encode, tokenizer, chat=chat, system=system, views=views)
+        complete = partial(_complete, model, tokenizer, config, loop, seed, encoded, stream=stream)
         # Streamed text shows by itself how far it is.
         with nullcontext() if stream else terminal.Bar("prompts") as bar:
             # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
@@ -262,11 +265,10 @@ def _complete(
     config: GenerationConfig,
     loop: Callable[[Sequence[int]], Any],
     seed: int,
+    encoded: Callable[[Sequence[Prompt]], Any],
     first: int,
     prompts: Sequence[Prompt],
     *,
-    chat: bool,
-    system: str | None,
     stream: bool,
 ) -> list[Completion]:
     """Complete one batch, which starts at prompt number `first`."""
@@ -276,7 +278,7 @@ def _complete(
 
     # Loops without keyed draws also must not depend on the batches before.
     set_seed(key_of("proxytune generate", "", seed, first) % (1 << 32))
-    batch = encode(tokenizer, prompts, chat, system).to(model.base.device)
+    batch = encoded(prompts).to(model.base.device)
     streamer = _streamer(tokenizer) if stream else None
     each = max(config.num_beams or 1, config.num_return_sequences or 1)
     # The tokenizer is for stop strings.

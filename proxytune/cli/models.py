@@ -14,6 +14,7 @@ from proxytune.errors import InputError, MemberError, MemberNotFoundError, Unsup
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+    from proxytune.formulas.prompt_view import PromptView
     from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import EndTokens, MemberRef
 
@@ -30,8 +31,9 @@ __all__ = [
     "load_plain",
     "load_tokenizer",
     "named",
-    "rendered_chat",
+    "own_prompt_views",
     "trusted_roles",
+    "written",
 ]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -338,17 +340,93 @@ def check_chat(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], sy
                 )
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None = None) -> Any:
-    """Tokenize a batch, padded on the left; with `chat`, each prompt as the turns of the chat template."""
+Views = Mapping[str, "PromptView | None"]
+"""How the prompts of members that read their own are made, by role; None if each line has to say."""
+
+
+def own_prompt_views(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None = None
+) -> Views:
+    """How the prompts of members that read their own are made; empty if all members read the base's.
+
+    Raises:
+        InputError: If that cannot be told of some prompt, or a line has a prompt for another member.
+    """
+    from proxytune.models.own_prompts import prompt_views, roles_with_prompts
+
+    roles = roles_with_prompts(getattr(model, "members", []))
+    for prompt in prompts:
+        if strange := sorted(prompt.own.keys() - {*roles}):
+            raise InputError.of(
+                f'{prompt.where}, "prompts"',
+                expected=f"prompts of members that read their own: {', '.join(roles) or 'none does'}",
+                got=f"one of {strange[0]}",
+                remedy="Correct the role, or remove it.",
+            )
+    said = bool(prompts) and all(prompt.own.keys() == {*roles} for prompt in prompts)
+    views: Views = dict.fromkeys(roles) if said else prompt_views(model)
+    for prompt in prompts:
+        for role, view in views.items():
+            written(tokenizer, prompt, chat, system, role, view)  # it may refuse
+    return views
+
+
+def written(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Prompt,
+    chat: bool,
+    system: str | None = None,
+    role: str = "base",
+    view: PromptView | None = None,
+) -> str:
+    """A prompt as the text that a member reads: the base, or one that reads its own, by its view or by the line.
+
+    Raises:
+        InputError: If the view cannot be applied.
+    """
+    template = None if view is None else view.template
+    if role in prompt.own:
+        prompt, system, view = prompt.own[role], None, None
+    try:
+        if chat:
+            turns = prompt.turns(system)
+            return rendered_chat(tokenizer, turns if view is None else view.of_messages(turns), template)
+        return prompt.text if view is None else view.of_text(prompt.text)
+    except InputError as error:
+        raise InputError(f"{prompt.where}, for the {role}: {error}") from None
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat: bool,
+    system: str | None = None,
+    views: Views | None = None,
+) -> Any:
+    """Tokenize a batch, padded on the left; with `chat`, each prompt as the turns of the chat template.
+
+    For members that read prompts of their own it has `prompts` as well, as `generate()` takes them.
+    """
     batch = _ids(tokenizer, prompts, chat, system, return_tensors="pt", padding=True)
     batch.pop("token_type_ids", None)
+    if views:
+        batch["prompts"] = {
+            role: _ids(tokenizer, prompts, chat, system, role, view, return_tensors="pt", padding=True)
+            for role, view in views.items()
+        }
     return batch
 
 
 def _ids(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], chat: bool, system: str | None, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    chat: bool,
+    system: str | None,
+    role: str = "base",
+    view: PromptView | None = None,
+    **options: Any,
 ) -> Any:
-    texts = [rendered_chat(tokenizer, prompt.turns(system)) if chat else prompt.text for prompt in prompts]
+    texts = [written(tokenizer, prompt, chat, system, role, view) for prompt in prompts]
     # The template has written the special tokens already.
     return tokenizer(texts, add_special_tokens=not chat, **options)
 
@@ -360,6 +438,7 @@ def check_lengths(
     chat: bool,
     system: str | None = None,
     *,
+    views: Views | None = None,
     config: GenerationConfig | None = None,
     budget: int | None = None,
 ) -> None:
@@ -378,8 +457,9 @@ def check_lengths(
     if not (limits and prompts):
         return
     room, expected = min(limits)
-    ids = _ids(tokenizer, prompts, chat, system)["input_ids"]
-    lengths = [(len(own), prompt.where) for own, prompt in zip(ids, prompts, strict=True)]
+    whose = [("base", None), *(views or {}).items()]
+    ids = [_ids(tokenizer, prompts, chat, system, role, view)["input_ids"] for role, view in whose]
+    lengths = [(max(map(len, each)), prompt.where) for *each, prompt in zip(*ids, prompts, strict=True)]
     lengths = [(length, where) for length, where in lengths if budget is None or length < budget]
     if long := [(length, where) for length, where in lengths if length > room]:
         raise InputError.of(

@@ -6,8 +6,9 @@ A line of JSON lines is an object with one of
 - `"messages"`: a conversation, `[{"role": "user", "content": "…"}, …]`, whose last turn is the user's, or a tool's. It
   is always written in the chat template. A content may be a list of text parts, and null beside `"tool_calls"`;
 
-and, if it likes, `"system"`, a system prompt of its own, and other keys, such as `"id"`, which are repeated in the
-output. Keys that the output has itself, misspelt ones and settings are refused.
+and, if it likes, `"system"`, a system prompt of its own, `"prompts"`, what members that read a prompt of their own read
+(role → a text or a conversation), and other keys, such as `"id"`, which are repeated in the output. Keys that the
+output has itself, misspelt ones and settings are refused.
 """
 
 from __future__ import annotations
@@ -78,6 +79,16 @@ class Prompt:
         if system is not None and turns[0]["role"] != "system":
             turns.insert(0, {"role": "system", "content": system})
         return turns
+
+    @property
+    def own(self) -> dict[str, Prompt]:
+        """The prompts that the line has for members that read their own, by role."""
+        return {
+            role: Prompt(
+                {"prompt" if isinstance(said, str) else "messages": said}, f"{self.where}, the {role}'s prompt"
+            )
+            for role, said in self.line.get("prompts", {}).items()
+        }
 
 
 def read_prompts(
@@ -151,7 +162,13 @@ def check_prompts(prompts: Sequence[Prompt], *, chat: bool, system: str | None =
         InputError: If a prompt is empty or blank, of which most tokenizers make no token, or is not text; if a system
             prompt is given twice, or without `chat`; if some prompts only are conversations, without `chat`.
     """
+    every = chat or any(prompt.is_chat for prompt in prompts)
     for prompt in prompts:
+        for theirs in prompt.own.values():
+            if not theirs.text.strip():
+                _refuse(theirs, "some text", repr(theirs.text), "Remove it, or give it some text.")
+            if theirs.is_chat and not every:
+                _refuse(theirs, "--chat with a conversation", "one without it", "Add --chat, or write a text.")
         own = prompt.line.get("system", system)
         first = prompt.turns(None)[0]
         if not prompt.text.strip():
@@ -168,7 +185,7 @@ def check_prompts(prompts: Sequence[Prompt], *, chat: bool, system: str | None =
             _refuse(prompt, "--chat with a system prompt, a turn of the chat template", f"{own!r} without it", remedy)
         if system is not None and first["role"] == "system":
             _refuse(prompt, "one system prompt", f"--system {system!r} and {first!r}", "Remove one of them.")
-    return chat or any(prompt.is_chat for prompt in prompts)
+    return every
 
 
 def _refuse(prompt: Prompt, expected: str, got: str, remedy: str) -> NoReturn:
@@ -306,6 +323,17 @@ def _prompt_of(line: str, where: str, reserved: Sequence[str], answers: Sequence
         _check_messages(found["messages"], refuse, may_end=bool(answers) and not answered)
         if "system" in found and found["messages"][0]["role"] == "system":
             raise refuse("one system prompt", 'a "system" and a system turn', "Remove one of them.")
+    if "prompts" in found:
+        own = found["prompts"]
+        if not isinstance(own, dict) or not all(isinstance(said, str | list) for said in own.values()):
+            raise refuse(
+                'under "prompts", role → a text or turns, of members that read a prompt of their own',
+                _cut(json.dumps(own, ensure_ascii=False)),
+                'Write e.g. "prompts": {"no_context": "…"}; to carry something else along, rename the key.',
+            )
+        for said in own.values():
+            if isinstance(said, list):
+                _check_messages(said, refuse, may_end=False)
     return Prompt(found, where)
 
 

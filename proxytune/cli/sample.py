@@ -11,7 +11,16 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import check_chat, check_end_tokens, check_lengths, check_members, chosen_device, load, named
+from proxytune.cli.models import (
+    check_chat,
+    check_end_tokens,
+    check_lengths,
+    check_members,
+    chosen_device,
+    load,
+    named,
+    own_prompt_views,
+)
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,
@@ -250,13 +259,16 @@ def sample(
             check_chat(tokenizer, prompts, system)
         # The model's too: generate() takes from there what is None, also where that was asked for.
         config = model.generation_config = _settings(model, flags, forks=forks)
-        check_lengths(model, tokenizer, prompts, chat, system, config=config, budget=budget)
+        views = own_prompt_views(model, tokenizer, prompts, chat, system)
+        check_lengths(model, tokenizer, prompts, chat, system, views=views, config=config, budget=budget)
         if answers is not None:
             answers.begin(resolved(config), 1)
         done, failed = (0, False) if answers is None else (answers.done, answers.failed)
         most = branches * int(config.max_new_tokens or config.max_length) if budget is None else budget
         with SampleProgress(budget, len(prompts), most) as meter:
-            run = SampleRun(model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter, chat, system)
+            run = SampleRun(
+                model, tokenizer, config, loop, len(prompts), extract, vote, eta, meter, chat, system, views
+            )
             # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
             for first in range(done // batch_size * batch_size, len(prompts), batch_size):
                 batch = prompts[first : first + batch_size]
@@ -341,7 +353,7 @@ def _threshold(nats: float | None, recipe: Path | None, alpha: float | None, *, 
         raise InputError.of(
             "--alpha",
             expected=f"{read.fork_threshold.alpha:g}, at which the recipe's threshold was calibrated",
-            got=f"{used:g}",
+            got=f"{used}" if isinstance(used, str) else f"{used:g}",
             remedy="Calibrate at this α, or pass --threshold.",
         )
     return ForkThreshold.of(read.fork_threshold)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proxytune.cli import terminal
-from proxytune.cli.models import encode
+from proxytune.cli.models import Views, encode
 from proxytune.cli.options import Vote
 from proxytune.cli.prompts import Prompt
 from proxytune.errors import BudgetError, BudgetWarning, InputError
@@ -116,6 +116,7 @@ class SampleRun:
         vote: How leaves count.
         eta: Share of leaves that vote, in percent.
         chat: Whether prompts are written in the chat template, with the system prompt.
+        views: How the prompts of members that read their own are made.
     """
 
     model: Any
@@ -129,6 +130,7 @@ class SampleRun:
     meter: SampleProgress
     chat: bool
     system: str | None
+    views: Views
 
     def __call__(self, prompts: Sequence[Prompt], first: int) -> Iterator[Result | BudgetError]:
         """Draw for a batch; noise streams are keyed by the prompts' numbers in the whole run."""
@@ -159,14 +161,13 @@ class SampleRun:
         """Trees for some prompts, each from its own noise streams."""
         from proxytune.methods.trees.rounds import grow_in_rounds
 
-        encoded = encode(self.tokenizer, prompts, self.chat, self.system).to(self.model.device)
+        encoded = encode(self.tokenizer, prompts, self.chat, self.system, self.views).to(self.model.device)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BudgetWarning)  # said of each prompt, see `Result.shortage`
             return grow_in_rounds(
                 self.model,
                 replace(self.loop, stream_ids=list(streams)),
-                encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
+                **encoded,
                 streams=self.prompts,
                 generation_config=self.config,
                 tokenizer=self.tokenizer,

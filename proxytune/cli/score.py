@@ -12,7 +12,7 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import check_members, chosen_device, load, load_plain, named
+from proxytune.cli.models import check_members, chosen_device, load, load_plain, named, own_prompt_views
 from proxytune.cli.options import (
     OUTPUT,
     PROMPTS,
@@ -106,7 +106,7 @@ def score(
         )
     terminal.quiet()
 
-    from proxytune.cli.answered import check_answered, encode_answered, prompt_views, split_answers
+    from proxytune.cli.answered import check_answered, encode_answered, split_answers
 
     prompts = read_prompts(file, words, reserved=_OWN_KEYS, answers=(COMPLETION,))
     pairs = split_answers(prompts)
@@ -130,7 +130,7 @@ def score(
 
             from proxytune.models import scoring
 
-            views = prompt_views(recipe, model)
+            views = own_prompt_views(model, tokenizer, [prompt for prompt, _ in pairs], chat, system)
             before, texts = encode_answered(tokenizer, pairs, chat=chat, system=system, views=views)
             wheres = [prompt.where for prompt in prompts]
             scoring.check_texts(model, texts, prompts=before, names=wheres)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.models import check_members, load
+from proxytune.cli.models import check_members, load, own_prompt_views
 from proxytune.cli.options import (
     OUTPUT,
     PROMPTS,
@@ -110,7 +110,7 @@ def tune(
     The members read each item once, for all values. Values that fall clearly behind are dropped on the way. Of the
     values within one standard error of the best, the one that changes the base least is chosen.
     """
-    from proxytune.cli.answered import check_answered, prompt_views
+    from proxytune.cli.answered import check_answered
     from proxytune.cli.plot_file import refuse_plot
 
     check_members(base, expert, antiexpert, recipe, [])
@@ -130,7 +130,8 @@ def tune(
     chosen = tuning.knob_of(model.formula, knob)
     if given is None:
         given = _default_values(chosen)
-    items = _items(tokenizer, prompts, pairs, spans, chat=chat, system=system, views=prompt_views(recipe, model))
+    views = own_prompt_views(model, tokenizer, [prompt for prompt, _ in pairs], chat, system)
+    items = _items(tokenizer, prompts, pairs, spans, chat=chat, system=system, views=views)
     with terminal.Bar("items") as bar:
         bar.show("reading", 0, len(items))
         found = tuning.tune(

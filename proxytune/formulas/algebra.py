@@ -19,7 +19,7 @@ _Sum = dict[tuple[str, bool], Strength]
 """(role, whether its log-probabilities) → weight."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Linear(Formula):
     """A sum of members that is written as text.
 

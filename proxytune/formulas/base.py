@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
 from proxytune.formulas.gates import Gate
@@ -29,7 +29,7 @@ class Term:
     log: bool = False
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Formula:
     """A weighted sum of members' logits or log-probabilities; the base's class, from which the named ones are made.
 
@@ -46,12 +46,17 @@ class Formula:
     neutral_alpha: ClassVar[float] = 0.0
     """The α at which the formula is the base."""
 
-    gate: Gate | None = field(default=None, repr=False)
+    gate: Gate | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__repr__" not in cls.__dict__:
+            cls.__repr__ = Formula.__repr__  # type: ignore[method-assign]  # not the dataclass's, which shows gate=None
 
     def __repr__(self) -> str:
-        names = sorted((f.name for f in fields(self) if f.name[0] != "_"), key=lambda name: name == "gate")
-        given = ((name, getattr(self, name)) for name in names)
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given if value is not None)})"
+        shown = sorted((f for f in fields(self) if f.repr), key=lambda f: f.name == "gate")
+        given = [(f.name, getattr(self, f.name)) for f in shown if (getattr(self, f.name), f.default) != (None, None)]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
 
     @staticmethod
     def parse(text: str, **settings: Any) -> Formula:
@@ -122,11 +127,13 @@ def settings_of(formula: Any) -> dict[str, Any]:
     if not isinstance(formula, Formula):
         return {}
     kept: dict[str, Any] = {}
-    for each in fields(formula):
-        value = getattr(formula, each.name)
-        if each.name in (formula.strength_field, "expression") or each.name[0] == "_" or value == each.default:
+    for field in fields(formula):
+        value = getattr(formula, field.name)
+        if field.name in (formula.strength_field, "expression") or not field.init or value == field.default:
             continue
-        kept[each.name] = value.to_json() if hasattr(value, "to_json") else _plain(value)
+        if field.default is not MISSING and replace(formula, **{field.name: field.default}) == formula:
+            continue  # it follows from the others
+        kept[field.name] = value.to_json() if hasattr(value, "to_json") else _plain(value)
     return kept
 
 

@@ -13,7 +13,7 @@ from proxytune.validation import share as share_of
 __all__ = ["ContrastiveDecoding", "DExperts"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class ContrastiveDecoding(Formula):
     """`(1 + β) z_base − β z_amateur` (O'Brien and Lewis 2023, arXiv 2309.09117, eq. 2; Li et al. 2023, 2210.15097).
 
@@ -49,7 +49,7 @@ class ContrastiveDecoding(Formula):
         return replace(self, beta=0.0, share=None, gate=None)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class DExperts(Formula):
     """`z_base + α (z_expert − z_antiexpert)` on the base's nucleus (Liu et al. 2021, arXiv 2105.03023, eq. 2 and §2).
 

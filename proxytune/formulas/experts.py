@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Self
 
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula, Term
 from proxytune.formulas.gates import Gate
 from proxytune.formulas.schedules import Strength, strength
+from proxytune.validation import finite
 
 __all__ = ["DeRa", "Experts", "Nudging"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class DeRa(Formula):
     """`(1 − λ) z_base + λ z_aligned` (Liu et al. 2024, arXiv 2402.02992, eq. 8): realignment at decoding time.
 
@@ -36,7 +37,7 @@ class DeRa(Formula):
         return (Term("base", 1.0 + -1.0 * self.lam), Term("aligned", self.lam))
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Experts(Formula):
     """`z_base + α Σ w_i (z_i − z_antiexpert)`: several experts with one antiexpert (arXiv 2105.03023; 2311.14479).
 
@@ -72,7 +73,7 @@ class Experts(Formula):
         return tuple(terms)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class Nudging(Formula):
     """The nudging model's distribution where the base is unsure, else the base's (Fei et al. 2024, arXiv 2410.09300).
 
@@ -85,14 +86,21 @@ class Nudging(Formula):
     gamma: float = 0.4
 
     def __post_init__(self) -> None:
-        if self.gate is not None and self.gate.top1 is None:
+        gamma = finite("gamma", self.gamma, least=0.0, most=1.0, remedy="0 is the base, 1 the nudging model.")
+        own = Gate(top1=gamma) if gamma else None
+        if self.gate not in (None, own):
             raise InputError.of(
                 "gate of Nudging",
                 expected="none: it is open where the base's largest probability is below gamma",
                 got=repr(self.gate),
-                remedy="Use Formula.parse('0*base + nudging', gate=…).",
+                remedy="Set gamma; for another gate, use Formula.parse('0*base + nudging', gate=…).",
             )
-        object.__setattr__(self, "gate", Gate(top1=self.gamma) if self.gamma else None)
+        object.__setattr__(self, "gamma", gamma)
+        object.__setattr__(self, "gate", own)
+
+    def with_alpha(self, alpha: Any) -> Self:
+        """The same at another γ."""
+        return replace(self, gamma=alpha, gate=None)
 
     def terms(self) -> tuple[Term, ...]:
         """The nudging model in place of the base."""

@@ -13,7 +13,7 @@ from proxytune.formulas.view import View
 __all__ = ["ClassifierFreeGuidance", "ContextAware"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class ContextAware(Formula):
     """`(1 + α) z(y | context, x) − α z(y | x)` (Shi et al. 2023, arXiv 2305.14739, eq. 3): trust the context more.
 
@@ -39,7 +39,7 @@ class ContextAware(Formula):
         return {"no_context": View("base", prompt=True)}
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class ClassifierFreeGuidance(Formula):
     """`γ log p(y | x) + (1 − γ) log p(y | negative)` (Sanchez et al. 2023, arXiv 2306.17806, eq. 7).
 

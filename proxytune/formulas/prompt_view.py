@@ -55,8 +55,15 @@ class PromptView:
         """The member's prompt for a prompt that is a plain text.
 
         Raises:
-            InputError: If a marker of `without` opens and does not close.
+            InputError: If it changes messages alone, or a marker of `without` opens and does not close.
         """
+        if self.text is None and self.without is None:
+            raise InputError.of(
+                "a prompt",
+                expected=f"messages, which are what {self!r} changes",
+                got=f"a text, {shown(text, 80)}",
+                remedy="Pass messages, or give the PromptView a text= or without=.",
+            )
         return self._shortened(text) if self.text is None else self.text
 
     def of_messages(self, messages: Conversation) -> list[dict[str, Any]]:

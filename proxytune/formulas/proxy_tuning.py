@@ -11,7 +11,7 @@ from proxytune.formulas.schedules import Strength
 __all__ = ["EmulatedFineTuning", "ProxyTuning"]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class ProxyTuning(Formula):
     """`z_base + α (z_expert − z_antiexpert)` (Liu et al. 2024, arXiv 2401.08565, eq. 1; α as in DExperts, 2105.03023).
 
@@ -29,7 +29,7 @@ class ProxyTuning(Formula):
         return (Term("base", 1.0), Term("expert", self.alpha), Term("antiexpert", -1.0 * self.alpha))
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True)
 class EmulatedFineTuning(Formula):
     """`log p_base + α (log p_expert − log p_antiexpert)` (Mitchell et al. 2023, arXiv 2310.12962, eq. 3, up-scaling).
 

@@ -83,6 +83,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         expert: The small tuned model.
         antiexpert: The small model that the expert was tuned from.
         formula: The formula with its α.
+        views: Role → view, of the roles that are another's model once more.
         overlap: Whether companions on a GPU run on CUDA streams beside the base's [True]; no effect on a CPU.
         split_threads: Whether companions on a CPU run in a second thread beside the base, each on half of torch's
             threads [False]. It can be faster for large members; measure.
@@ -92,6 +93,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
     expert: PreTrainedModel
     antiexpert: PreTrainedModel
     formula: Formula
+    views: dict[str, View]
     _index: dict[str, int]
     weighing: Weighing
 
@@ -165,6 +167,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if not views:
             warn_of_roles(roles, formula)
         self._index = index
+        self.views = {role: view for role, view in (views or {}).items() if role in index}
         self.formula = formula
         self.overlap = True
         self.split_threads = False

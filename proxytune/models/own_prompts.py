@@ -14,6 +14,7 @@ import torch
 from transformers.cache_utils import Cache
 
 from proxytune.errors import InputError
+from proxytune.formulas.prompt_view import PromptView
 from proxytune.models.members.cache_name import cache_of
 from proxytune.models.members.forward import Text
 from proxytune.models.members.member import Member, check_ids, positions_of
@@ -21,7 +22,16 @@ from proxytune.models.members.text_layer import text_layer_of
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.validation import shown
 
-__all__ = ["PROMPTS", "OwnPrompts", "generate_with_prompts", "roles_with_prompts", "texts_of_pass"]
+__all__ = [
+    "PROMPTS",
+    "OwnPrompts",
+    "generate_with_prompts",
+    "joined_prompts",
+    "picked_prompts",
+    "prompt_views",
+    "roles_with_prompts",
+    "texts_of_pass",
+]
 
 PROMPTS = "own_prompts"
 """The keyword under which `generate()` passes them on to `forward`."""
@@ -55,6 +65,42 @@ class OwnPrompts:
 def roles_with_prompts(members: Sequence[Member]) -> list[str]:
     """The members that read a prompt of their own."""
     return [m.role for m in members if m.own_prompt]
+
+
+def prompt_views(model: Any) -> dict[str, PromptView]:
+    """How the prompts of members that read their own are made, by role; empty for a model without such members.
+
+    Raises:
+        InputError: If such a member has no `PromptView`.
+    """
+    found: dict[str, PromptView] = {}
+    for role in roles_with_prompts(getattr(model, "members", [])):
+        view = model.views[role]
+        while not view.own_prompt:  # a view of a member that does
+            view = model.views[view.of]
+        if not isinstance(view.prompt, PromptView):
+            raise InputError.of(
+                f"the {role}",
+                expected="a PromptView, which says how its own prompt is made of the base's",
+                got=repr(view),
+                remedy=f"Compose it so: members={{{role!r}: View({view.of!r}, prompt=PromptView(…))}}, with e.g. "
+                "without=('<context>', '</context>') or text='…'; or call generate(…, prompts={…}).",
+            )
+        found[role] = view.prompt
+    return found
+
+
+def joined_prompts(rows: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Prompts of one row each, `[1, T]` with their masks, as one batch that is padded on the left."""
+    width = max(row["input_ids"].shape[1] for row in rows)
+    return {name: torch.cat([_to_width(row[name], width) for row in rows]) for name in ("input_ids", "attention_mask")}
+
+
+def picked_prompts(prompts: Mapping[str, Mapping[str, torch.Tensor]] | None, rows: Sequence[int]) -> dict[str, Any]:
+    """Members' own prompts of some of the rows, as an argument of `generate()`; nothing if there are none."""
+    if prompts is None:
+        return {}
+    return {"prompts": {role: {k: x[list(rows)] for k, x in given.items()} for role, given in prompts.items()}}
 
 
 def texts_of_pass(
@@ -266,7 +312,8 @@ def _missing(roles: Sequence[str], prompts: Any) -> InputError:
         "prompts",
         expected=f"a prompt for each member that reads its own: {', '.join(roles)}",
         got=given,
-        remedy=f"Call generate(…, prompts={{{(roles or ['role'])[0]!r}: tokenizer(text, return_tensors='pt')}}).",
+        remedy=f"Call generate(…, prompts={{{(roles or ['role'])[0]!r}: tokenizer(text, return_tensors='pt')}}); in a "
+        "pipeline, declare a PromptView, and pass pipeline_class=proxytune.generation.PromptViewPipeline.",
     )
     assert isinstance(error, InputError)
     return error

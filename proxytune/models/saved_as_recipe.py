@@ -116,9 +116,9 @@ class SavedAsRecipe:
             known = "is not in proxytune.formulas.FORMULAS" if unknown else "has other weights at that α there"
             raise RecipeError.of(
                 "save_pretrained",
-                expected="a formula that its name and α give back, which is all that a recipe keeps of it",
+                expected="a formula that its name, α and settings give back, which is what a recipe keeps of it",
                 got=f"{self.formula!r}, which {known}",
-                remedy=f"Register it first (FORMULAS[{recipe.formula!r}] = …); other settings need another name.",
+                remedy=f"Register it first (FORMULAS[{recipe.formula!r}] = …), under a name of its own.",
             )
         carried = {name: getattr(self.config, name) for name in CARRIED if hasattr(self.config, name)}
         if self.generation_config is not None:

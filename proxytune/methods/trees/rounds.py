@@ -20,6 +20,7 @@ from proxytune.generation.seeds import seed_of, streams_of
 from proxytune.methods.trees.loop import TreeLoop
 from proxytune.methods.trees.output import warn_of_shortage
 from proxytune.methods.trees.tree import ForkTree
+from proxytune.models.own_prompts import picked_prompts
 
 __all__ = ["grow_in_rounds"]
 
@@ -65,7 +66,7 @@ def grow_in_rounds(
             got=", ".join(own),
             remedy="Leave it out; repeat a prompt's row for several trees of it.",
         )
-    mask = generate.pop("attention_mask", None)
+    mask, prompts = generate.pop("attention_mask", None), generate.pop("prompts", None)
     generate["return_dict_in_generate"] = True
     ids = streams_of(loop.stream_ids, len(input_ids)).tolist()
     streams = len(ids) if streams is None else streams
@@ -79,6 +80,7 @@ def grow_in_rounds(
             out = model.generate(
                 input_ids.index_select(0, chosen),
                 custom_generate=replace(how, stream_ids=list(drawn_from)),
+                **picked_prompts(prompts, rows),
                 **given,
             )
         trees: list[ForkTree] = out.trees
