@@ -400,7 +400,8 @@ class Member:
         Raises:
             InputError: If the sequence is longer than the model's context.
         """
-        with running_as(self.model, self.adapter, fresh=cache is None or not cache.get_seq_length()):
+        fresh = self.adapter is not None and (cache is None or int(length_of(cache)) == 0)
+        with running_as(self.model, self.adapter, fresh=fresh):
             return self.run(
                 input_ids,
                 attention_mask=attention_mask,
