@@ -8,9 +8,9 @@
 
 Writes benches/results/gate.json. Everything is greedy at the family's α. All members run at every step here, and a rule
 says from what it may look at whether the step is shifted: the tokens are those of a gate, whoever runs. A threshold is
-chosen on validation problems, as the one that asks least among those that lose at most two problems in a hundred against the
-shift everywhere, over both tasks; test problems are answered once with every rule. A share is that of the steps of
-unfinished rows.
+chosen on validation problems, as the one that asks least among those that lose at most two problems in a hundred
+against the shift everywhere, over both tasks; test problems are answered once with every rule. A share is that of the
+steps of unfinished rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ Asks = Callable[[Step], torch.Tensor]
 
 @dataclass(frozen=True)
 class Rule:
-    """A gate: a kind, its setting, whether a row asks `[B]`, and what share of companion passes a step costs unasked."""
+    """A gate: a kind, its setting, whether a row asks `[B]`, and the share of companion passes of a step unasked."""
 
     kind: str
     at: float
@@ -265,7 +265,7 @@ def measure(folder: Path, name: str, problems: int, chosen_on: int) -> dict[str,
 
 
 def chosen(found: Sequence[dict[str, Any]], problems: int) -> dict[str, float | None]:
-    """For each kind the setting that asks least on validation problems without losing more than `LOSS`; None if none."""
+    """For each kind the setting that asks least on validation problems and loses at most `LOSS`; None if none."""
     right = [sum(one["validation"]["right"].values()) for one in found]
     least = right[0] - LOSS * problems * len(TASKS)
     kinds: dict[str, float | None] = {}

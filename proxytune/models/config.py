@@ -47,6 +47,7 @@ class ProxyTunedConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.__dict__["recipe"] = recipe
         self.__dict__["_member_configs"] = []
+        self.__dict__["_spans"] = []
 
     def bind(self, member_configs: Sequence[PreTrainedConfig]) -> ProxyTunedConfig:
         """Copy what `generate()` reads from the members' configs (the base's first), and return self."""
@@ -58,7 +59,12 @@ class ProxyTunedConfig(PreTrainedConfig):
         contexts = [n for c in texts if (n := getattr(c, "max_position_embeddings", None)) is not None]
         if contexts:
             self.max_position_embeddings = min(contexts)
-        self.num_hidden_layers = sum(map(cached_layers, texts))
+        spans, start = [], 0
+        for config in texts:
+            spans.append((start, start + cached_layers(config)))
+            start = spans[-1][1]
+        self.__dict__["_spans"] = spans  # asked in every step
+        self.num_hidden_layers = start
         return self
 
     @property
@@ -70,10 +76,7 @@ class ProxyTunedConfig(PreTrainedConfig):
     @property
     def spans(self) -> list[tuple[int, int]]:
         """Each member's first layer in the composite cache, and one past its last."""
-        spans, start = [], 0
-        for config in self.member_configs:
-            spans.append((start, start + cached_layers(config)))
-            start = spans[-1][1]
+        spans: list[tuple[int, int]] = self.__dict__.get("_spans", [])
         return spans
 
     @classmethod
@@ -88,7 +91,8 @@ class ProxyTunedConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds: everything but the recipe, which has its own file."""
-        held: dict[str, Any] = {k: self.__dict__.pop(k) for k in ("recipe", "_member_configs") if k in self.__dict__}
+        apart = ("recipe", "_member_configs", "_spans")
+        held: dict[str, Any] = {k: self.__dict__.pop(k) for k in apart if k in self.__dict__}
         try:
             return super().to_dict()
         finally:

@@ -97,18 +97,24 @@ class Ensemble:
     def last_rows(self, outputs: Any) -> tuple[list[torch.Tensor], Weights]:
         """The rows `[B, V_i]` at the last position of the members that ran, and their weights for `ops.step`."""
         rows = self.last_logits(outputs)
-        generated = getattr(outputs, "generated", None)
-        return self.weigh(rows, None if generated is None else generated[:, -1])
+        generated, opened = (getattr(outputs, name, None) for name in ("generated", "opened"))
+        return self.weigh(rows, *(None if x is None else x[:, -1] for x in (generated, opened)))
 
     def weigh(
-        self, rows: Sequence[torch.Tensor | None], generated: torch.Tensor | None = None
+        self,
+        rows: Sequence[torch.Tensor | None],
+        generated: torch.Tensor | None = None,
+        opened: torch.Tensor | None = None,
     ) -> tuple[list[torch.Tensor], Weights]:
-        """Members' whole rows `[N, V_i]` and their weights; `generated` is `[N]`, the tokens generated before."""
+        """Members' whole rows `[N, V_i]` and their weights.
+
+        `generated` is `[N]`, the tokens generated before; `opened` is `[N]`, where the gate is known to be open.
+        """
         if self.weighing is None:
             return [x for x in rows if x is not None], (1.0,)
         if generated is not None and rows[0] is not None:
             generated = generated.expand(len(rows[0]))
-        return self.weighing(rows, generated)
+        return self.weighing(rows, generated, opened)
 
     def views(self, cache: Cache) -> list[tuple[str, Cache]]:
         """Role and part of the cache of each member; and, where it holds texts as well, of these (role "")."""

@@ -3,8 +3,8 @@
 Each token has a successor. Embeddings are made so large that the last hidden state is the last token's embedding,
 whatever the layers add; the head maps it to the successor. So the composed text is known, far from ties in any dtype,
 and runs through all ids before it repeats. For a share of the tokens, expert and antiexpert have the same wrong
-successor, which cancels in the sum: there the expert's draft is rejected. For another share the base is less sure of the
-successor than elsewhere, which opens a gate. The rest of a pass, and its time, is unchanged.
+successor, which cancels in the sum: there the expert's draft is rejected. For another share the base is less sure of
+the successor than elsewhere, which opens a gate. The rest of a pass, and its time, is unchanged.
 """
 
 from __future__ import annotations

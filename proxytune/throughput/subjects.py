@@ -113,7 +113,9 @@ class Subject:
     def accept(self, rate: float, *, unsure: float = 0.0) -> None:
         """Plant an acceptance: the share of tokens at which expert and composition agree.
 
-        `unsure` is the share at which the base is unsure, for gates. No effect on a trained family. Raises `InputError` if the share is outside [0, 1].
+        `unsure` is the share at which the base is unsure, for gates.
+
+        No effect on a trained family. Raises `InputError` if the share is outside [0, 1].
         """
         if not self.trained:
             plant({role: self.models[role] for role in ("base", "expert", "antiexpert")}, rate, unsure=unsure, seed=0)

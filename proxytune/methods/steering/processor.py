@@ -5,10 +5,10 @@ The processor holds the expert and the antiexpert as companions that follow any 
 
 from __future__ import annotations
 
+import itertools
 import os
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
 from functools import partial
 from typing import Any, Self, get_args
 
@@ -44,6 +44,7 @@ from proxytune.models.loading import (
 from proxytune.models.members.adapter_state import states_of
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.members.embedding_table import embedding_rows
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
 from proxytune.models.members.prefix_cached import PrefixCached
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
@@ -176,7 +177,11 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         if self_test:
             for member in companions:
                 member.examine()
-        self._companions = PrefixCached(companions)
+        # Those of one model read the text in one pass; the others have caches of their own.
+        of_model: dict[int, list[Member]] = {}
+        for member in companions:
+            of_model.setdefault(id(innermost(member.model)), []).append(member)
+        self._companions = [PrefixCached(group) for group in of_model.values()]
         self._explicit_mask = attention_mask
         self._explicit_prompts: torch.Tensor | None = None  # [B, T]: what the explicit mask was first used for
         self.overlap = True
@@ -194,7 +199,11 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
     @property
     def token_forwards(self) -> dict[str, int]:
         """Role → tokens × rows that this companion has processed so far."""
-        return {m.role: m.token_forwards for m in self._companions.members}
+        return {m.role: m.token_forwards for m in self._members}
+
+    @property
+    def _members(self) -> list[Member]:
+        return [member for companions in self._companions for member in companions.members]
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -219,7 +228,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
 
     def begin_generation(self, *, handed_on: bool) -> None:
         """Announce a `generate()`; see `PrefixCached.begin_generation`."""
-        self._companions.begin_generation(handed_on=handed_on)
+        for companions in self._companions:
+            companions.begin_generation(handed_on=handed_on)
 
     def shifted(
         self, input_ids: torch.Tensor, scores: torch.Tensor, attention_mask: torch.Tensor | None, *, told: bool = True
@@ -240,12 +250,14 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         """
         gate = self.formula.gate
         opened = None if gate is None else is_open(gate, scores)  # [B]
-        rows: list[torch.Tensor | None] = [scores[:, None], *([None] * len(self._companions.members))]
+        members = self._members
+        rows: list[torch.Tensor | None] = [scores[:, None], *([None] * len(members))]
         if opened is None or bool(opened.any()):
-            rows[1:] = self._companions.logits_for(input_ids, attention_mask, told=told)  # [B, 1, V_i] each
+            found = (c.logits_for(input_ids, attention_mask, told=told) for c in self._companions)
+            rows[1:] = itertools.chain.from_iterable(found)  # [B, 1, V_i] each
         weighing = Weighing(self.formula, {role: i for i, role in enumerate(("base", *self.formula.roles))})
         combined = weighing.combined(rows, opened=None if opened is None else opened[:, None])[:, 0]
-        combined[:, min(m.rows for m in self._companions.members) :] = -torch.inf
+        combined[:, min(m.rows for m in members) :] = -torch.inf
         return combined
 
     def begin(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
@@ -253,19 +265,21 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         # With an explicit mask, a tree's rows are known only when it needs logits; under a gate, whether any run.
         if not self._hooks or self._explicit_mask is not None or self.formula.gate is not None:
             return
-        devices = dict.fromkeys(m.device for m in self._companions.members)
-        with ExitStack() as beside:
-            for device in devices:
-                if may_overlap(device):
-                    beside.enter_context(self._sides.beside("companions", device, [input_ids, attention_mask]))
-            self._companions.begin(input_ids, attention_mask)
+        for companions in self._companions:
+            first = companions.members[0]
+            if may_overlap(first.device):
+                with self._sides.beside(first.role, first.device, [input_ids, attention_mask]):
+                    companions.begin(input_ids, attention_mask)
+            else:
+                companions.begin(input_ids, attention_mask)
 
     def read_prompts(self, chunk: int | None, *, finite: bool) -> None:
         """Let the companions prefill in chunks of tokens, as an attached base does (None: all at once).
 
         `finite` says whether NaN among their logits is an error.
         """
-        self._companions.prefill_chunk_size, self._companions.finite = chunk, finite
+        for companions in self._companions:
+            companions.prefill_chunk_size, companions.finite = chunk, finite
 
     def explicit_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """The mask `[B, ≤ T]` given to the processor, expanded to these rows; None without one.
@@ -304,7 +318,7 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         )
 
     def _inferred_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        config = self._companions.members[0].model.config.get_text_config(decoder=True)
+        config = self._members[0].model.config.get_text_config(decoder=True)
         pad, eos = config.pad_token_id, config.eos_token_id
         ends = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
         remedy = "Call processor.attach(model) before generate(), or pass attention_mask= to the processor."
@@ -373,9 +387,9 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         if self._check_vocabulary:
             found = check_vocabularies({"base": reference_of(model, below=True), **self._references}, self._tokenizers)
         base = examined_base(target) if self._self_test else None
-        companions = {m.role: m.model for m in self._companions.members}
+        companions = {m.role: m.model for m in self._members}
         warn_of_size(model, companions, self.formula)
-        usable = min(embedding_rows(target), *(m.rows for m in self._companions.members))
+        usable = min(embedding_rows(target), *(m.rows for m in self._members))
         ends = stopping_ids(target.generation_config.eos_token_id, companions["expert"], self.end_tokens, found, usable)
         stops = () if ends is None else (MethodHook(target, "_prepare_generation_config", StoppingIds(target, ends)),)
         drafts = partial(drafts_refused, Ensemble.of(target).switches)

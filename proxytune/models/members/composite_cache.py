@@ -55,6 +55,7 @@ _FILLED_BY = "_proxytune_filled_by"
 _IMAGES = "_proxytune_images"
 _IDLE = "_proxytune_idle"
 _LAZY = "_proxytune_lazy"
+_APART = "_proxytune_apart"  # the layers that do not see each token of a text
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
 
@@ -149,7 +150,7 @@ def adopt(
         )
     if is_owned(cache, owner):
         if not _filled(cache):
-            _lay_out(cache, len(configs), texts, idle, lazy)
+            _lay_out(cache, configs, texts, idle, lazy)
         asleep = idle_in(cache)
         if is_lazy(cache) and not follows:
             raise CacheError.of(
@@ -166,7 +167,7 @@ def adopt(
                 remedy="Start without it.",
             )
         if not ahead:
-            _refuse_torn(cache, configs)
+            _refuse_torn(cache)
         return
     if _filled(cache):
         raise CacheError.of(
@@ -199,11 +200,11 @@ def adopt(
             remedy="Leave out cache_implementation.",
         )
     setattr(cache, _OWNER, owner)
-    _lay_out(cache, len(configs), texts, idle, lazy)
+    _lay_out(cache, configs, texts, idle, lazy)
     vars(cache).pop(_FILLED_BY, None)
 
 
-def _lay_out(cache: Cache, members: int, texts: bool, idle: Collection[int], lazy: bool) -> None:
+def _lay_out(cache: Cache, configs: Sequence[PreTrainedConfig], texts: bool, idle: Collection[int], lazy: bool) -> None:
     """Decide what an empty cache will hold: whether the texts, and whose layers."""
     if texts and type(cache) is not DynamicCache:
         raise CacheError.of(
@@ -217,8 +218,15 @@ def _lay_out(cache: Cache, members: int, texts: bool, idle: Collection[int], laz
         cache.layers.append(TextLayer())
     elif held and not (texts or lazy):
         cache.layers.pop()
-    setattr(cache, _IDLE, frozenset(range(1, members) if lazy else idle))
+    asleep = frozenset(range(1, len(configs)) if lazy else idle)
+    setattr(cache, _IDLE, asleep)
     setattr(cache, _LAZY, lazy)
+    apart, start = {*_cross_attention(configs)}, 0
+    for i, config in enumerate(configs):
+        stop = start + cached_layers(config)
+        apart |= {*range(start, stop)} if i in asleep else set()
+        start = stop
+    setattr(cache, _APART, frozenset(apart))
 
 
 def is_lazy(cache: Cache | None) -> bool:
@@ -331,7 +339,7 @@ def _static_length(cache: StaticCache, configs: Sequence[PreTrainedConfig]) -> i
     return length
 
 
-def _refuse_torn(cache: Cache, configs: Sequence[PreTrainedConfig]) -> None:
+def _refuse_torn(cache: Cache) -> None:
     if hasattr(cache, _IMAGES):
         if _filled(cache):
             raise CacheError.of(
@@ -342,13 +350,8 @@ def _refuse_torn(cache: Cache, configs: Sequence[PreTrainedConfig]) -> None:
             )
         delattr(cache, _IMAGES)  # it was reset
     # Static layers have their length on the device; reading it would make the host wait in every step.
-    apart = {id(cache.layers[i]) for i in _cross_attention(configs)}
-    asleep, start = idle_in(cache), 0
-    for i, config in enumerate(configs):
-        stop = start + cached_layers(config)
-        apart |= {id(layer) for layer in cache.layers[start:stop]} if i in asleep else set()
-        start = stop
-    layers = [layer for layer in stored(cache) if id(layer) not in apart]
+    apart: frozenset[int] = getattr(cache, _APART, frozenset())
+    layers = [x for i, x in enumerate(cache.layers) if i not in apart and not isinstance(x, _WITHOUT)]
     counts = [layer.get_seq_length() for layer in layers if hasattr(layer, "get_seq_length")]
     lengths = {n for n in counts if isinstance(n, int)}
     if len(lengths) > 1 or any(layer.torn for layer in rewindable_layers(cache)):
