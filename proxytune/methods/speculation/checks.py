@@ -11,7 +11,7 @@ from proxytune.generation.call import Call
 from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
-from proxytune.models.generation_mixin import PROMPT_WIDTH
+from proxytune.models.own_prompts import PROMPT_WIDTH
 from proxytune.models.learned_prompts import learned_prompt_of
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.layer_kinds import refuse_lacking
