@@ -8,7 +8,6 @@ from typing import Any, ClassVar, cast
 
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula, Term
-from proxytune.formulas.gates import Gate
 from proxytune.formulas.plausibility import Plausibility
 from proxytune.formulas.schedules import KINDS, Ramp, Schedule, Strength
 from proxytune.validation import shown
@@ -45,8 +44,13 @@ class Linear(Formula):
         self._check("alpha")
         if isinstance(self.plausible, dict):
             object.__setattr__(self, "plausible", Plausibility(**self.plausible))
-        if isinstance(self.gate, dict):
-            object.__setattr__(self, "gate", Gate(**self.gate))
+        if not isinstance(self.plausible, Plausibility | None):
+            raise InputError.of(
+                "plausible",
+                expected="a Plausibility",
+                got=shown(self.plausible, 80),
+                remedy="Pass e.g. Plausibility(share=0.1).",
+            )
         found = _parsed(self.expression)
         if not isinstance(found, dict) or "base" not in {role for role, _ in found}:
             raise _refusal(self.expression, "a weighted sum of members, the base among them")

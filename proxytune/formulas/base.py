@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, ClassVar, Self
 
+from proxytune.errors import InputError
 from proxytune.formulas.gates import Gate
 from proxytune.formulas.plausibility import Plausibility
 from proxytune.formulas.schedules import Schedule, Strength, strength
 from proxytune.formulas.view import View
+from proxytune.validation import shown
 
 __all__ = ["Formula", "Term", "settings_of", "terms_of"]
 
@@ -106,8 +108,18 @@ class Formula:
         return tuple(found.get(role, 0.0) for role in self.roles)
 
     def _check(self, *names: str) -> None:
+        """Check strengths and the gate, which may be given as JSON."""
         for name in names:
             object.__setattr__(self, name, strength(name, getattr(self, name)))
+        if isinstance(self.gate, Mapping):
+            object.__setattr__(self, "gate", Gate(**self.gate))
+        if not isinstance(self.gate, Gate | None):
+            raise InputError.of(
+                f"gate of {type(self).__name__}",
+                expected="a Gate",
+                got=shown(self.gate, 80),
+                remedy="Pass e.g. Gate(entropy=0.1).",
+            )
 
 
 def _at_first(weight: Strength) -> float:

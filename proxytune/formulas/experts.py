@@ -10,7 +10,7 @@ from proxytune.errors import InputError
 from proxytune.formulas.base import Formula, Term
 from proxytune.formulas.gates import Gate
 from proxytune.formulas.schedules import Strength, strength
-from proxytune.validation import finite
+from proxytune.validation import finite, shown
 
 __all__ = ["DeRa", "Experts", "Nudging"]
 
@@ -56,14 +56,15 @@ class Experts(Formula):
 
     def __post_init__(self) -> None:
         self._check("alpha")
-        object.__setattr__(self, "experts", {k: strength(f"weight of {k}", v) for k, v in dict(self.experts).items()})
-        if not self.experts or "base" in self.experts or self.antiexpert in self.experts:
+        given = self.experts
+        if not isinstance(given, Mapping) or not given or "base" in given or self.antiexpert in given:
             raise InputError.of(
                 "experts",
                 expected="a weight for each expert's role, other than base and antiexpert",
-                got=repr(dict(self.experts)),
+                got=shown(given, 80),
                 remedy="Pass e.g. Experts(experts={'math': 0.5, 'code': 0.3}).",
             )
+        object.__setattr__(self, "experts", {k: strength(f"weight of {k}", v) for k, v in given.items()})
 
     def terms(self) -> tuple[Term, ...]:
         """The base, each expert, and the antiexpert at minus their sum."""

@@ -37,17 +37,34 @@ class PromptView:
     template: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "drop", tuple(self.drop))
-        if self.without is not None:
-            object.__setattr__(self, "without", tuple(self.without))
-        wrong = next((n for n in ("system", "text", "template") if not isinstance(getattr(self, n), str | None)), None)
-        markers = self.without is None or (len(self.without) == 2 and all(self.without))
-        if wrong or not markers or not all(isinstance(x, str) for x in (*self.drop, *(self.without or ()))):
-            name = wrong or ("drop" if markers else "without")
+        expected = {
+            "drop": "roles, such as ('system',)",
+            "without": "two markers, neither of them empty",
+            "system": "a text",
+            "text": "a text that is not empty",
+            "template": "a chat template",
+        }
+        for name, what in expected.items():
+            value = getattr(self, name)
+            if name == "drop" or (name == "without" and value is not None):
+                right = isinstance(value, list | tuple) and all(map(_is_text, value))
+                right = right and (name == "drop" or len(value) == 2)
+                if right:
+                    object.__setattr__(self, name, tuple(value))
+            else:
+                right = value is None or _is_text(value) or (name == "system" and value == "")
+            if not right:
+                raise InputError.of(
+                    f"PromptView({name}=)",
+                    expected=what,
+                    got=shown(value, 80),
+                    remedy="Pass e.g. PromptView(without=('<context>', '</context>')).",
+                )
+        if not self.to_json():
             raise InputError.of(
-                f"{name} of a PromptView",
-                expected="a text" if wrong else "roles" if markers else "two markers, neither of them empty",
-                got=shown(getattr(self, name), 80),
+                "PromptView",
+                expected=f"one of {', '.join(expected)}",
+                got="none, so that the member would read what the base reads",
                 remedy="Pass e.g. PromptView(without=('<context>', '</context>')).",
             )
 
@@ -122,3 +139,7 @@ class PromptView:
                 remedy='Write e.g. {"without": ["<context>", "</context>"]}.',
             )
         return cls(**value)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)

@@ -11,7 +11,6 @@ from proxytune.formulas.algebra import Linear, parse_strength
 from proxytune.formulas.base import Formula, settings_of, terms_of
 from proxytune.formulas.contrastive import ContrastiveDecoding, DExperts
 from proxytune.formulas.experts import DeRa, Experts, Nudging
-from proxytune.formulas.gates import Gate
 from proxytune.formulas.guidance import ClassifierFreeGuidance, ContextAware
 from proxytune.formulas.proxy_tuning import EmulatedFineTuning, ProxyTuning
 from proxytune.formulas.schedules import Schedule
@@ -56,8 +55,6 @@ def made(name: str, alpha: Any, settings: Mapping[str, Any]) -> Formula:
     strength = parse_strength(alpha) if isinstance(alpha, str) and "(" in alpha else alpha
     given = dict(settings)
     try:
-        if isinstance(given.get("gate"), Mapping):
-            given["gate"] = Gate(**given["gate"])
         if name not in FORMULAS:
             return Linear(name, alpha=strength, **given)
         make: Any = FORMULAS[name]

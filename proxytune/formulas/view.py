@@ -62,8 +62,7 @@ class View:
 
 
 def _refusal(name: str, expected: str, got: Any) -> InputError:
-    error = InputError.of(
-        f"{name} of a View", expected=expected, got=repr(got), remedy="Pass e.g. View('base', prompt=True)."
-    )
+    got = repr(got).partition("\n")[0]  # a model prints all its layers
+    error = InputError.of(f"View({name}=)", expected=expected, got=got, remedy="Pass e.g. View('base', prompt=True).")
     assert isinstance(error, InputError)
     return error

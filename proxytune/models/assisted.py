@@ -33,6 +33,7 @@ from proxytune.models.members.layer_kinds import Ability, refuse_lacking
 from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, switches_of
 from proxytune.models.members.member import refuse_no_numbers
 from proxytune.models.members.rewind import length_of, rewindable_layers
+from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_rewinding", "refuse_self_speculation"]
 
@@ -175,6 +176,9 @@ _NEEDED: dict[GenerationMode, Ability] = {
 }
 
 
+_OF_THE_TARGET = ("adapter_names", PROMPTS, PROMPT_WIDTH)
+
+
 class AssistedMixin:
     """`generate(assistant_model=…)` on a composed model; must come before `GenerationMixin` among the bases.
 
@@ -210,7 +214,7 @@ class AssistedMixin:
             masks = [TailMask(p.width) if type(p) is TailMask else p for p in kwargs["logits_processor"]]
             kwargs["logits_processor"] = LogitsProcessorList(masks)
         if "model_kwargs" in kwargs:  # a draft gets them all
-            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k != "adapter_names"}
+            kwargs["model_kwargs"] = {k: v for k, v in kwargs["model_kwargs"].items() if k not in _OF_THE_TARGET}
         inner: CandidateGenerator = parent._get_candidate_generator(*args, **kwargs)
         width: int = self.config.vocab_size  # type: ignore[attr-defined]
         if type(inner) is PromptLookupCandidateGenerator:

@@ -17,7 +17,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 from transformers.utils import can_return_tuple
 
-from proxytune.errors import CacheError, InputError, MemberError, UnsupportedModeError
+from proxytune.errors import CacheError, InputError, MemberError, UnsupportedModeError, UnsupportedModelError
 from proxytune.formulas.base import Formula
 from proxytune.models.generation_mixin import refuse_arguments, refuse_shapes
 from proxytune.models.members.cache_name import CACHE, one_cache
@@ -28,6 +28,8 @@ from proxytune.models.members.encoder_decoder import EncoderDecoderMember, adopt
 from proxytune.models.members.forward import run_members
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import check_ids, is_left_padded
+from proxytune.models.own_prompts import PROMPT_WIDTH, roles_with_prompts
+from proxytune.models.weighing import Weighing
 from proxytune.validation import shown
 
 __all__ = ["EncoderDecoderMixin"]
@@ -83,6 +85,8 @@ class EncoderDecoderMixin:
     config: Any
     formula: Formula
     _combined: Any
+    _generated: Any
+    weighing: Weighing
     members: list[EncoderDecoderMember]
     cache_owner: str
     usable_ids: int
@@ -102,6 +106,16 @@ class EncoderDecoderMixin:
                 got=", ".join(f"{token} ({role})" for role, token in starts.items()),
                 remedy="A decoder that is started otherwise than it was trained writes noise. If one of them is only "
                 "recorded wrongly, set generation_config.decoder_start_token_id of that member before wrapping.",
+            )
+
+    def refuse_own_prompts(self) -> None:
+        """Raise UnsupportedModelError if a member reads a source of its own."""
+        if roles := roles_with_prompts(self.members):
+            raise UnsupportedModelError.of(
+                f"the {roles[0]}",
+                expected="members that all read the same source, as encoder-decoders do here",
+                got="one with a prompt of its own",
+                remedy="Leave it out of the formula.",
             )
 
     # --- the decode step -----------------------------------------------------------------------------------------
@@ -149,6 +163,7 @@ class EncoderDecoderMixin:
                 if the decoder's tokens are left-padded; or an argument is not supported.
             CacheError: If the cache was filled by another model, or is no `EncoderDecoderCache`.
         """
+        prompt_width = kwargs.pop(PROMPT_WIDTH, None) or 1  # the token that the decoder starts with
         self._refuse_inputs(kwargs)
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         held: Any = one_cache(past_key_values, cache)
@@ -203,7 +218,8 @@ class EncoderDecoderMixin:
         )  # [B, K, V_i] each
         if held is not None:
             note_members(held.self_attention_cache, self._models)
-        logits = self._combined(members)  # [B, K, V]
+        generated = self._generated(past, decoder_input_ids.shape[1], prompt_width, logits_to_keep)
+        logits = self._combined(members, generated)  # [B, K, V]
         loss = None
         if labels is not None:
             targets = labels.to(logits.device).flatten()
@@ -308,6 +324,17 @@ class EncoderDecoderMixin:
             "is_first_iteration": is_first_iteration,
             **kwargs,
         }
+
+    def _prepare_decoder_input_ids_for_generation(
+        self, batch_size: int, model_input_name: str, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        parent: Any = super()
+        ids, model_kwargs = parent._prepare_decoder_input_ids_for_generation(
+            batch_size, model_input_name, model_kwargs, *args, **kwargs
+        )
+        if self.weighing.scheduled:
+            model_kwargs[PROMPT_WIDTH] = ids.shape[1]
+        return ids, model_kwargs
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         refuse_arguments(inputs_embeds=model_kwargs.get("inputs_embeds"))

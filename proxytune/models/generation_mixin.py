@@ -28,16 +28,12 @@ from proxytune.models.members.composite_cache import adopt, refuse_short_cache, 
 from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.members.rewind import length_of
-from proxytune.models.own_prompts import PROMPTS, generate_with_prompts, roles_with_prompts
+from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, generate_with_prompts, roles_with_prompts
 from proxytune.models.padding import refuse_ambiguous_padding
 from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_images, refuse_settings, take_base_inputs
 from proxytune.validation import shown
 
-PROMPT_WIDTH = "prompt_width"
-"""The keyword under which `generate()` tells `forward` how many columns are the prompt, for schedules."""
-
 __all__ = [
-    "PROMPT_WIDTH",
     "ComposedGenerationMixin",
     "MemberOutput",
     "refuse_arguments",
@@ -88,6 +84,13 @@ def refuse_arguments(**given: Any) -> None:
                 expected="input_ids: the members do not share an embedding space",
                 got=f"a {type(value).__name__}",
                 remedy="Pass the token ids.",
+            )
+        if name == "prompts":
+            raise InputError.of(
+                "prompts",
+                expected="them in generate() alone",
+                got="forward(prompts=…)",
+                remedy="Call generate(…, prompts=…); for log-probabilities of a given text, models.scoring.score.",
             )
         refuse_images("forward()", {name: value})
         raise InputError.of(
@@ -263,6 +266,13 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             if (names := model_kwargs.get("adapter_names")) is not None:
                 model_kwargs["adapter_names"] = checked_names(names, self.members, len(given))
             if seen := take_base_inputs(self.base, model_kwargs):
+                if roles := roles_with_prompts(self.members):
+                    raise UnsupportedModeError.of(
+                        "images",
+                        expected="members that all read the base's prompt",
+                        got=f"the {roles[0]}, which reads a prompt of its own",
+                        remedy="Leave out the images, or that member.",
+                    )
                 model_kwargs[BASE_INPUTS] = seen
             if self.weighing.scheduled:
                 model_kwargs[PROMPT_WIDTH] = given.shape[1]
@@ -320,6 +330,13 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             tells = hasattr(processor, "for_call") and not generation_config.is_assistant
             processors.append(processor.for_call(generation_config, found) if tells else processor)
             if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+                if roles := roles_with_prompts(self.members):
+                    raise UnsupportedModeError.of(
+                        "guidance_scale",
+                        expected="members that all read the base's prompt: its second branch knows no other",
+                        got=f"guidance_scale={generation_config.guidance_scale} and the {roles[0]}",
+                        remedy="Leave it out, or write guidance into the formula (ClassifierFreeGuidance).",
+                    )
                 if given.get("adapter_names") is not None:
                     raise UnsupportedModeError.of(
                         "adapter_names",

@@ -35,7 +35,6 @@ from proxytune.models.chunked_forward import forward_in_parts, part_length
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.encoder_decoder import EncoderDecoderMixin
 from proxytune.models.generation_mixin import (
-    PROMPT_WIDTH,
     ComposedGenerationMixin,
     MemberOutput,
     refuse_arguments,
@@ -46,7 +45,7 @@ from proxytune.models.lazy import asked, can_wait, positions_to_keep
 from proxytune.models.loading import adapters_of, refuse_composed
 from proxytune.models.members.adapter_state import runs_as
 from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated
+from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated, view
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
@@ -56,7 +55,7 @@ from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pas
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
 from proxytune.models.members.stateful_pass import kept_logits
-from proxytune.models.own_prompts import PROMPTS, OwnPrompts, roles_with_prompts, texts_of_pass
+from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, OwnPrompts, roles_with_prompts, texts_of_pass
 from proxytune.models.roles import refuse_folded, refuse_no_shift, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
 from proxytune.models.vision import BASE_INPUTS, StepInputs, says_text, sees
@@ -189,11 +188,19 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
 
     @alpha.setter
     def alpha(self, value: float) -> None:
-        self.formula = check_formula(self.formula.with_alpha(value))
+        self.formula = self.formula.with_alpha(value)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "formula":
-            self.weighing = Weighing(value, self._index)
+            composed = "members" in self.__dict__  # before, the formula is that which they were composed for
+            self.weighing = Weighing(self._checked(value) if composed else value, self._index)
+        if name == "gate":
+            raise InputError.of(
+                name,
+                expected="an attribute of the formula",
+                got=f"model.gate = {value!r}",
+                remedy="Set model.formula = dataclasses.replace(model.formula, gate=…).",
+            )
         if name in {*ROLES, *self.__dict__.get("_index", ())} and "members" in self.__dict__:
             raise InputError.of(
                 name,
@@ -206,6 +213,18 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                 name, expected="an attribute of the model", got=f"{name}={value!r}", remedy="Did you mean model.alpha?"
             )
         super().__setattr__(name, value)
+
+    def _checked(self, formula: Any) -> Any:
+        """A formula over the roles that the model has."""
+        missing = [role for role in check_formula(formula).roles if role not in self._index]
+        if missing:
+            raise InputError.of(
+                "model.formula",
+                expected=f"a formula of {', '.join(self._index)}, with which the model was composed",
+                got=f"{formula!r}, which has a role {missing[0]!r}",
+                remedy="Call proxytune.wrap again.",
+            )
+        return formula
 
     @property
     def usable_ids(self) -> int:
@@ -302,8 +321,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         kwargs = {k: v for k, v in kwargs.items() if not (says_text(k, v) and sees(self.base))}
         refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
         if step is not None:
-            wanted = bool(loop_options.get("return_member_logits"))
-            return self._forward_with_images(step, past_key_values, logits_to_keep, return_member_logits=wanted)
+            wanted, width = bool(loop_options.get("return_member_logits")), loop_options.get(PROMPT_WIDTH)
+            return self._forward_with_images(step, past_key_values, logits_to_keep, width, return_member_logits=wanted)
         refuse_shapes(input_ids, attention_mask, labels)
         assert input_ids is not None
         return self._forward_members(
@@ -436,11 +455,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if cache is not None and not torch.compiler.is_compiling():
             note_members(cache, self._models, adapter_names)
             note_side(cache, side)
-        generated = None
-        if self.weighing.scheduled:
-            width = (past + input_ids.shape[1]) if prompt_width is None else prompt_width
-            column = past + torch.arange(input_ids.shape[1], device=input_ids.device)
-            generated = kept_logits((column - (width - 1)).clamp(min=0)[None], logits_to_keep)  # [1, K]
+        generated = self._generated(past, input_ids.shape[1], prompt_width, logits_to_keep)
         opened = None
         if lazy:
             assert cache is not None
@@ -471,6 +486,16 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         sides = self._sides if self.overlap else None
         return opened, [base, *asked(self.members, self.weighing.needed, cache, logits_to_keep, new, sides)]
 
+    def _generated(
+        self, past: int | torch.Tensor, new: int, prompt_width: int | None, logits_to_keep: int | torch.Tensor
+    ) -> torch.Tensor | None:
+        """How many tokens were generated before each kept position, `[1, K]`, int64; None without schedules."""
+        if not self.weighing.scheduled:
+            return None
+        width = (past + new) if prompt_width is None else prompt_width
+        column = past + torch.arange(new, device=self.device)
+        return kept_logits((column - (width - 1)).clamp(min=0)[None], logits_to_keep)
+
     def _combined(
         self,
         members: Sequence[torch.Tensor | None],
@@ -489,6 +514,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         step: StepInputs,
         cache: Cache | None,
         logits_to_keep: int | torch.Tensor,
+        prompt_width: int | None,
         *,
         return_member_logits: bool = False,
     ) -> CausalLMOutputWithPast:
@@ -498,6 +524,9 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if step.first:
             refuse_leftover(self.base)
         step.check(self.members)
+        new = step.base["input_ids"].shape[1]
+        past = 0 if cache is None else int(length_of(view(cache, *self.config.spans[0])))
+        generated = self._generated(past, new, prompt_width, logits_to_keep)
         members = run_members(
             self.members,
             self.config.spans,
@@ -515,8 +544,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if cache is not None:
             note_members(cache, self._models, images=True)
         if return_member_logits:
-            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members))
-        return CausalLMOutputWithPast(logits=self._combined(members), **{CACHE: cache})
+            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated)
+        return CausalLMOutputWithPast(logits=self._combined(members, generated), **{CACHE: cache})
 
     def _needs_whole(
         self,
@@ -560,8 +589,15 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             Role → raw logits `[B, T, V_role]`, float32.
 
         Raises:
-            InputError: As `forward`.
+            InputError: As `forward`; or if a member reads a prompt of its own, which `input_ids` are not.
         """
+        if roles := roles_with_prompts(self.members):
+            raise InputError.of(
+                "member_logits",
+                expected="members that all read the same text",
+                got=f"the {roles[0]}, which reads a prompt of its own",
+                remedy=f"Ask that model itself: model.{roles[0]}(its_ids).logits.",
+            )
         check_ids(input_ids, self.members)
         for member in self.members:
             member.refuse_padding(attention_mask)
@@ -584,6 +620,7 @@ class ProxyTunedEncoderDecoder(EncoderDecoderMixin, ProxyTunedModel):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.refuse_other_starts()
+        self.refuse_own_prompts()
 
 
 for _auto in (AutoModelForCausalLM, AutoModelForSeq2SeqLM):

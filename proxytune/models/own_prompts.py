@@ -24,6 +24,7 @@ from proxytune.validation import shown
 
 __all__ = [
     "PROMPTS",
+    "PROMPT_WIDTH",
     "OwnPrompts",
     "generate_with_prompts",
     "joined_prompts",
@@ -35,6 +36,9 @@ __all__ = [
 
 PROMPTS = "own_prompts"
 """The keyword under which `generate()` passes them on to `forward`."""
+
+PROMPT_WIDTH = "prompt_width"
+"""The keyword under which `generate()` tells `forward` how many columns are the prompt."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,6 +187,13 @@ def generate_with_prompts(
     held = None if layer is None or layer.ids is None else layer
     if held is None and set(prompts or {}) != set(roles):
         raise _missing(roles, prompts)
+    if held is not None and prompts:
+        raise InputError.of(
+            "prompts",
+            expected="none beside a filled cache, which holds what each member has read",
+            got=f"prompts for {', '.join(map(str, prompts))}",
+            remedy="Leave them out, since new tokens are appended to the texts of all members; or leave out the cache.",
+        )
     if base is None:
         raise InputError.of(
             "input_ids", expected="the base's prompt beside prompts=", got="None", remedy="Pass input_ids=."
@@ -202,6 +213,8 @@ def generate_with_prompts(
         pad = model.generation_config.pad_token_id
         kwargs["input_ids"] = torch.nn.functional.pad(base, (added, 0), value=0 if pad is None else int(pad))
         kwargs["attention_mask"] = torch.nn.functional.pad(mask, (added, 0), value=0)
+        if (positions := kwargs.get("position_ids")) is not None:
+            kwargs["position_ids"] = torch.nn.functional.pad(positions, (added, 0), value=0)
         _lengthen(kwargs, model, added)
     if found:
         kwargs[PROMPTS] = OwnPrompts(
@@ -252,13 +265,28 @@ def _ids_and_mask(given: Any, name: str, model: Any) -> tuple[torch.Tensor, torc
             got=shape,
             remedy='Pass what tokenizer(prompts, return_tensors="pt", padding=True) returns.',
         )
-    mask = _mask_of(given, model) if mask is None else mask
+    pad = model.generation_config.pad_token_id
+    if mask is None and pad is not None and bool(given[:, -1].eq(int(pad)).any()):
+        raise InputError.of(
+            name,
+            expected="a mask, since a prompt ends like padding",
+            got=f"None; row {int(given[:, -1].eq(int(pad)).int().argmax())} ends with token {pad}",
+            remedy='Pass all that tokenizer(prompts, return_tensors="pt", padding=True) returns.',
+        )
+    mask = _mask_of(given, model) if mask is None else torch.as_tensor(mask)
     if mask.shape != given.shape:
         raise InputError.of(
             f"attention_mask of {name}",
             expected=f"the shape of its ids, {list(given.shape)}",
             got=f"{list(mask.shape)}",
             remedy="Pass the tokenizer's mask.",
+        )
+    if bool(mask.eq(0).all(1).any()):
+        raise InputError.of(
+            name,
+            expected="at least one token in each row",
+            got=f"row {int(mask.eq(0).all(1).int().argmax())}, all of which is padding",
+            remedy="Give it at least the token that begins a text.",
         )
     # Right padding would stand between the prompt and the generated tokens.
     ids, mask = given.long(), mask.long()
@@ -307,7 +335,8 @@ def _without_padding(out: Any, added: int) -> Any:
 
 
 def _missing(roles: Sequence[str], prompts: Any) -> InputError:
-    given = "None" if prompts is None else shown(sorted(getattr(prompts, "ids", prompts)), 80)
+    prompts = getattr(prompts, "ids", prompts)
+    given = shown(sorted(map(str, prompts)), 80) if isinstance(prompts, Mapping) else _kind(prompts)
     error = InputError.of(
         "prompts",
         expected=f"a prompt for each member that reads its own: {', '.join(roles)}",
@@ -319,13 +348,19 @@ def _missing(roles: Sequence[str], prompts: Any) -> InputError:
     return error
 
 
+def _kind(value: Any) -> str:
+    return "None" if value is None else f"a {type(value).__name__}"
+
+
 def _not_wanted(roles: Sequence[str], prompts: Mapping[str, Any]) -> InputError:
     strange = sorted(map(str, set(prompts) - set(roles)))
     error = InputError.of(
         "prompts",
         expected=f"prompts for {', '.join(roles)}" if roles else "none: all members read the base's prompt",
         got=f"prompts for {', '.join(strange)}",
-        remedy="Compose a member with a prompt of its own: members={role: View('base', prompt=True)}.",
+        remedy=f"The base's prompt is input_ids; the names are {', '.join(roles)}."
+        if roles
+        else "Compose a member with a prompt of its own: members={role: View('base', prompt=True)}.",
     )
     assert isinstance(error, InputError)
     return error

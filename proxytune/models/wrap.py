@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import difflib
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
+
+from torch.nn import Module
 
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.gates import Gate
+from proxytune.formulas.prompt_view import PromptView
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.formulas.registry import FORMULAS, recipe_of
 from proxytune.formulas.schedules import Strength
@@ -84,7 +89,21 @@ def wrap(
             a weight is above 10.
     """
     chosen = check_formula(_formula(formula, alpha, gate))
-    given = members if isinstance(members, Mapping) else {}
+    if not isinstance(members, Mapping | None):
+        raise InputError.of(
+            "members",
+            expected="role → a model, a hub id, a folder or a View; or arguments of from_pretrained for that member",
+            got=named_value(members),
+            remedy=f"Pass members={{{chosen.roles[0]!r}: …}}.",
+        )
+    if isinstance(base, View):
+        raise InputError.of(
+            "the base",
+            expected="a model, a hub id or a folder",
+            got=repr(base),
+            remedy="Views are of the base, or of a companion.",
+        )
+    given = members or {}
     arguments = {role: value for role, value in given.items() if isinstance(value, Mapping)}
     named = {role: value for role, value in given.items() if role not in arguments}
     refuse_places(named)
@@ -99,7 +118,7 @@ def wrap(
         revisions=revisions,
         tokenizers=tokenizers,
         check_vocabulary=check_vocabulary,
-        members=members if not isinstance(members, Mapping | None) else arguments,
+        members=arguments,
         encoder_decoders=True,
         **from_pretrained,
     )
@@ -132,8 +151,8 @@ def sources_of(
         raise InputError.of(
             f"the {role}",
             expected=f"a role of the formula: {', '.join(formula.roles)}",
-            got=shown(given[role], 80),
-            remedy="Leave it out, or name it in the formula.",
+            got=named_value(given[role]),
+            remedy=_meant(role, formula.roles) or "Leave it out, or name it in the formula.",
         )
     sources: dict[str, Any] = {"base": base}
     for role in dict.fromkeys((*(r for r in usual if r in formula.roles), *formula.roles, *named)):
@@ -147,8 +166,46 @@ def sources_of(
                 got="None",
                 remedy=f"Pass members={{{role!r}: …}}.",
             )
+        if source is View or isinstance(source, PromptView):
+            raise InputError.of(
+                f"the {role}",
+                expected="a View, which is another member's model once more",
+                got=named_value(source),
+                remedy="Pass e.g. View('base', prompt=PromptView(without=('<context>', '</context>'))).",
+            )
         sources[role] = source
     return sources
+
+
+def named_value(value: Any) -> str:
+    """A value for a message: models by their class, since they print all their layers."""
+    if isinstance(value, Module):
+        return f"a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    if isinstance(value, list | tuple):
+        return f"a {type(value).__name__}"
+    return shown(value, 80)
+
+
+def _meant(name: Any, known: Iterable[str]) -> str:
+    """The question whether a similar name was meant; empty if there is none."""
+    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.75)
+    return f"Did you mean {near[0]!r}?" if near else ""
+
+
+def _named_formula(name: str) -> Formula:
+    """A formula by its name, or by its text."""
+    if name in FORMULAS:
+        return FORMULAS[name]()
+    if re.fullmatch(r"\s*[A-Za-z][\w-]*\s*", name) and "base" not in name:
+        raise InputError.of(
+            "formula",
+            expected=f"one of {', '.join(FORMULAS)}, or a sum such as 'base + 0.5*(math - small)'",
+            got=repr(name),
+            remedy=_meant(name, FORMULAS) or "Correct the name.",
+        )
+    return Formula.parse(name)
 
 
 def refuse_places(named: Mapping[str, Any]) -> None:
@@ -158,7 +215,7 @@ def refuse_places(named: Mapping[str, Any]) -> None:
             raise InputError.of(
                 "members",
                 expected="for each role a mapping of arguments of from_pretrained, or for a role of other name a model",
-                got=shown({role: named[role]}, 80),
+                got=f"{role}: {named_value(named[role])}",
                 remedy=f"Pass the {role} as {role}=.",
             )
 
@@ -168,8 +225,7 @@ def _formula(formula: Any, alpha: Any, gate: Any) -> Any:
     if gate is not None and not isinstance(gate, Gate):
         raise InputError.of("gate", expected="a Gate", got=shown(gate, 80), remedy="Pass e.g. Gate(entropy=0.1).")
     if isinstance(formula, str):
-        name = formula
-        formula = FORMULAS[name]() if name in FORMULAS else Formula.parse(name)
+        formula = _named_formula(formula)
         if alpha is not None:
             formula = formula.with_alpha(alpha)
     elif formula is None:
@@ -183,6 +239,13 @@ def _formula(formula: Any, alpha: Any, gate: Any) -> Any:
         )
     if gate is None:
         return formula
+    if getattr(formula, "gate", None) is not None:
+        raise InputError.of(
+            "wrap",
+            expected="one gate",
+            got=f"two, gate={gate!r} and that of {formula!r}",
+            remedy="Leave one of them out.",
+        )
     if not isinstance(formula, Formula):
         raise InputError.of(
             "gate",

@@ -11,7 +11,6 @@ from proxytune.generation.call import Call
 from proxytune.methods.speculation.drafts import Draft
 from proxytune.methods.speculation.ragged_cache import refuse_cache
 from proxytune.methods.speculation.verifier import Accept
-from proxytune.models.generation_mixin import PROMPT_WIDTH
 from proxytune.models.learned_prompts import learned_prompt_of
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.layer_kinds import refuse_lacking
@@ -19,7 +18,7 @@ from proxytune.models.members.long_rope import refuse_crossing
 from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import own_class_of
 from proxytune.models.members.whole_text import reads_whole_text
-from proxytune.models.own_prompts import PROMPTS
+from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS
 from proxytune.models.vision import holds_nothing, says_text
 from proxytune.validation import refuse_seed, whole
 
