@@ -84,6 +84,7 @@ def made(kind: str, seed: int = 0) -> PreTrainedModel:
             model = GitForCausalLM(GitConfig(**COMMON, **DROPOUT, vision_config=vision))
         case "gpt_neo":
             config = GPTNeoConfig(
+                eos_token_id=2,
                 vocab_size=128,
                 hidden_size=32,
                 num_layers=2,
