@@ -129,6 +129,33 @@ def test_choices_and_conversations(run, members, tmp_path):
     assert as_chat["curve"] != found(run, *members, "--file", pairs, "--values", "0,1")["curve"]
 
 
+def test_answers_that_the_model_writes(run, family, members, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(family / "large-base")
+    folder = {name: str(family / name) for name in ("large-base", "tiny-tuned", "tiny-base")}
+    pair = {"expert": folder["tiny-tuned"], "antiexpert": folder["tiny-base"]}
+    model = proxytune.wrap(folder["large-base"], **pair, alpha=1.0, dtype=torch.float32)
+    lines = []
+    for prompt, _ in PAIRS[:5]:
+        batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=6)[0, batch["input_ids"].shape[1] :]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        lines.append({"prompt": prompt, "answer": text.split()[0][:3].upper() if text.split() else "-"})
+    lines[4]["answer"] = "something else"
+    path = tmp_path / "written.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--answer", r"^\s*(\S{1,3})", "--max-new-tokens", 6, "--batch-size", 3)
+    said = found(run, *members, "--file", path, "--values", "0,1", *words)
+    assert (said["metric"], said["tokens"]) == ("accuracy", 0)
+    assert [point["score"] for point in said["curve"] if point["value"] == 1] == [0.8]
+    assert next(point["score"] for point in said["curve"] if point["value"] == 0) < 0.8
+    ended = run("tune", *members, "--file", path, "--values", "0,1", *words, "--knob", "temperature")
+    assert ended.code == 2
+    assert "knob: expected a number of the formula where answers are written" in ended.err
+    assert "--answer: expected a regular expression" in run("tune", *members, "--file", path, "--answer", "(").err
+
+
 def point(value: float, items: int, score: float, half: float) -> Point:
     return Point(value, items, Interval(score, score - half, score + half))
 
@@ -221,7 +248,19 @@ def test_wrong_calls_are_told(run, kit, file, words, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "x"}', 'line 1: expected a right "completion", or "choices" and the right "answer"'),
+        (
+            '{"prompt": "x"}',
+            'line 1: expected a right "completion", "choices" and the right "answer", or an "answer" alone',
+        ),
+        ('{"prompt": "x", "answer": true}', 'line 1: expected a text or a number under "answer"; got true'),
+        (
+            '{"prompt": "x", "answer": 1}\n{"prompt": "x", "completion": "y"}',
+            'line 2: expected an "answer" alone, as in',
+        ),
+        (
+            '{"prompt": "x", "completion": "y"}\n{"prompt": "x", "answer": 1}',
+            'line 1: expected an "answer" alone, as in',
+        ),
         ('{"prompt": "x", "choices": ["a"], "answer": 0}', 'line 1: expected at least two texts under "choices"'),
         ('{"prompt": "x", "choices": ["a", "b"], "answer": 2}', 'or its number, from 0, under "answer"'),
         ('{"prompt": "x", "choices": ["a", "b"], "answer": "c"}', 'got choices=["a", "b"], answer="c"'),
