@@ -102,6 +102,15 @@ def test_one_pass_serves_all_values(model: proxytune.ProxyTunedModel, wide: list
     assert [p.items for p in again.points] == [p.items for p in found.points]
 
 
+def test_companions_that_are_idle_in_the_model_run(model: proxytune.ProxyTunedModel) -> None:
+    items = [Item(p, [t]) for p, t in zip(texts(3, 2, 5), texts(3, 2, 5), strict=True)]
+    curves = []
+    before = model.alpha
+    for model.alpha in (0.0, before):
+        curves.append([point.score.value for point in tune(model, items, [0.0, 1.0]).points])
+    assert curves[0] == curves[1]
+
+
 def test_choices_by_accuracy(model: proxytune.ProxyTunedModel, wide: list[Any]) -> None:
     prompts = texts(18, 2, 6)
     items, z = [], []
