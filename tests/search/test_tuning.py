@@ -216,6 +216,10 @@ def test_a_mask_that_forbids_a_right_text(model: proxytune.ProxyTunedModel) -> N
     found = tune(masked, items, [0.01, 1.0], knob=knob_of(masked.formula, "top_p"))
     assert (found.best, found.chosen) == (1.0, 1.0)
     assert found.to_json()["curve"][0]["score"] is None
+    choices = [Item([5], texts(2, 3, 4)) for _ in range(3)]
+    found = tune(masked, choices, [0.01, 1.0], knob=knob_of(masked.formula, "top_p"))
+    assert found.point(0.01).score.value == 0.0, "all forbidden: none is the likeliest"
+    assert found.point(1.0).score.value > 0.0
 
 
 def test_knobs_by_their_names(model: proxytune.ProxyTunedModel) -> None:
