@@ -292,6 +292,24 @@ def test_test_data_is_refused_and_other_files(run, kit, members, file, tmp_path,
     assert "pip install matplotlib, or pip install '.[plot]' in the checkout" in ended.err
 
 
+@pytest.mark.parametrize("evidence", [{"tune": []}, {"test": {}}, {"test": ["a.jsonl"]}, {"test": [{"file": "a"}]}])
+def test_evidence_of_another_form_is_refused(kit, evidence):
+    data = json.loads((kit / RECIPE_FILE).read_text()) | {"format_version": 2, "evidence": evidence}
+    (kit / RECIPE_FILE).write_text(json.dumps(data))
+    with pytest.raises(RecipeError, match=r"recipe key 'evidence': expected an object under \"tune\", .*; got tune="):
+        Recipe.load(kit)
+
+
+def test_a_run_can_be_resumed_after_tuning_to_the_same_value(run, kit, file, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    call = ["score", "--recipe", kit, "--file", file, "--dtype", "float32", "--out", out]
+    assert run(*call).code == 0
+    write_tuned(kit, ProxyTuning(alpha=0.5), "alpha", {"chosen": 0.5})
+    ended = run(*call, "--resume")
+    assert ended.code == 0, ended.err
+    assert "the run is complete" in ended.err
+
+
 def test_a_recipe_that_is_refused_stays(kit, tmp_path):
     with pytest.raises(RecipeError, match="no file at"):
         write_tuned(tmp_path / "nowhere", ProxyTuning(), "alpha", {})
