@@ -30,6 +30,9 @@ Members of other names stand in `members`; one that is another's model once more
 }
 ```
 
+`proxytune tune --write` adds `evidence`: under `tune`, for each number that was tuned, the file (name and SHA-256), the
+items, the curve and the chosen value; under `test`, the files that nothing may be tuned on.
+
 A strength that changes while a text is written is a text, such as `"linear(1, 0, 64)"`. Recipes of version 1, which
 know proxy-tuning's three roles alone, are read as well.
 
@@ -220,7 +223,7 @@ class Recipe:
         settings: The formula's other settings, as JSON: its gate, its mask.
         fork_threshold: The calibrated entropy above which a token of this adapter is a fork; None if not calibrated.
         end_tokens: Whose end tokens stop a text; None where that makes no difference.
-        evidence: What was measured to choose α; None if nothing was.
+        evidence: What α and other numbers were chosen on, and what is test data (`write_tuned`); None for nothing.
     """
 
     base: MemberRef
@@ -333,6 +336,7 @@ class Recipe:
                 raise RecipeError.of(
                     f"recipe key {key!r}", expected="an object", got=repr(value), remedy="Correct it, or remove it."
                 )
+        _check_evidence(evidence or {})
         try:
             ends = None if ends is None else choice("recipe key 'end_tokens'", ends, get_args(EndTokens))
         except InputError as error:
@@ -368,6 +372,21 @@ class Recipe:
     def dumps(self) -> str:
         """The file's text: indented JSON with a final newline."""
         return json.dumps(self.to_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _check_evidence(evidence: Mapping[str, Any]) -> None:
+    tuned, test = evidence.get("tune", {}), evidence.get("test", [])
+    named = isinstance(test, list) and all(
+        isinstance(one, Mapping) and isinstance(one.get("file"), str) and isinstance(one.get("sha256"), str)
+        for one in test
+    )
+    if not isinstance(tuned, Mapping) or not named:
+        raise RecipeError.of(
+            "recipe key 'evidence'",
+            expected='an object under "tune", and under "test" a list of objects with file and sha256',
+            got=f"tune={tuned!r}, test={test!r}"[:120],
+            remedy="Correct it, or remove the key.",
+        )
 
 
 def _others(data: Mapping[str, Any]) -> Mapping[str, Any]:

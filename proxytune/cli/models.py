@@ -237,7 +237,7 @@ def named(
 
     if recipe is not None:
         found = Recipe.load(recipe).to_json()
-        for name in ("format_version", "fork_threshold"):  # no answer depends on these
+        for name in ("format_version", "fork_threshold", "evidence"):  # no answer depends on these
             found.pop(name, None)
     else:
         members = {"base": base, "expert": expert, "antiexpert": antiexpert}

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.models import check_members, load, own_prompt_views
+from proxytune.cli.models import check_lengths, check_members, load, own_prompt_views
 from proxytune.cli.options import (
     OUTPUT,
     PROMPTS,
@@ -27,17 +25,13 @@ from proxytune.cli.options import (
     System,
     Trust,
 )
-from proxytune.cli.prompts import COMPLETION, Prompt, read_prompts
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from proxytune.search.tuning import Item, Tuning
+    from proxytune.search.tuning import Tuning
 
 __all__ = ["tune"]
 
-_ANSWERS = (COMPLETION, "choices", "answer")
 _GRID = (0.0, 0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.25, 1.5, 2.0)
 _GRIDS = {
     "gate.entropy": (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0),
@@ -55,8 +49,9 @@ def tune(
         typer.Option(
             "--file",
             "-f",
-            help='Validation items, .jsonl: "prompt" or "messages" with the right "completion", or with "choices" and '
-            'the right "answer". Never test data: what is chosen on a file cannot be measured on it.',
+            help='Validation items, .jsonl: "prompt" or "messages" with the right "completion"; with "choices" and the '
+            'right "answer"; or with an "answer" alone, which the model has to write. Never test data: what is chosen '
+            "on a file cannot be measured on it.",
             rich_help_panel=PROMPTS,
         ),
     ],
@@ -76,6 +71,18 @@ def tune(
     chat: Chat = False,
     system: System = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts that are read at once.", rich_help_panel=PROMPTS)] = 8,
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<regex>",
+            help="Of answers that the model writes: how to find them in its text; the last match, and of it group 1 "
+            '(default: what follows "The answer is", else the last number).',
+            rich_help_panel=PROMPTS,
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer that the model writes.", rich_help_panel=PROMPTS)
+    ] = 256,
     knob: Annotated[
         str | None,
         typer.Option(
@@ -107,21 +114,35 @@ def tune(
 
     For example: proxytune tune --recipe FOLDER --chat --file validation.jsonl --test test.jsonl --write
 
-    The members read each item once, for all values. Values that fall clearly behind are dropped on the way. Of the
-    values within one standard error of the best, the one that changes the base least is chosen.
+    The members read each item once, for all values; but answers that the model has to write are written anew for each.
+    Values that fall clearly behind are dropped on the way. Of the values within one standard error of the best, the one
+    that changes the base least is chosen.
     """
     from proxytune.cli.answered import check_answered
     from proxytune.cli.plot_file import refuse_plot
+    from proxytune.cli.sample_run import extractor
+    from proxytune.cli.tune_items import (
+        Judge,
+        flat,
+        is_written,
+        items_of,
+        named_file,
+        read_items,
+        refuse_other_kinds,
+    )
 
     check_members(base, expert, antiexpert, recipe, [])
     if plot is not None:
         refuse_plot(plot)
     _check_write(recipe, alpha, knob, write=write)
-    prompts, held_out = _read(file, test or [], recipe)
-    pairs, spans = _flat(prompts)
+    prompts, held_out = read_items(file, test or [], recipe)
+    pairs, spans = flat(prompts)
     chat = check_answered(pairs, chat=chat, system=system)
     given = None if values is None else _values(values)
+    extract = extractor(answer)
     terminal.quiet()
+
+    from transformers import GenerationConfig
 
     from proxytune.recipe import write_tuned
     from proxytune.search import tuning
@@ -131,19 +152,21 @@ def tune(
     if given is None:
         given = _default_values(chosen)
     views = own_prompt_views(model, tokenizer, [prompt for prompt, _ in pairs], chat, system)
-    items = _items(tokenizer, prompts, pairs, spans, chat=chat, system=system, views=views)
     with terminal.Bar("items") as bar:
-        bar.show("reading", 0, len(items))
-        found = tuning.tune(
-            model,
-            items,
-            given,
-            knob=chosen,
-            seed=seed,
-            batch_size=batch_size,
-            advance=lambda done: bar.show("reading", done, len(items)),
-        )
-    evidence = {**found.to_json(), "file": _named(file)}
+        bar.show("reading", 0, len(prompts))
+        how: dict[str, Any] = {"knob": chosen, "seed": seed}
+        how["advance"] = lambda done: bar.show("reading", done, len(prompts))
+        if any(map(is_written, prompts)):
+            refuse_other_kinds(prompts, views)
+            check_lengths(
+                model, tokenizer, prompts, chat, system, config=GenerationConfig(max_new_tokens=max_new_tokens)
+            )
+            judge = Judge(tokenizer, prompts, extract, batch_size, max_new_tokens, chat=chat, system=system)
+            found = tuning.tune_by(model, judge, len(prompts), given, **how)
+        else:
+            items = items_of(tokenizer, prompts, pairs, spans, chat=chat, system=system, views=views)
+            found = tuning.tune(model, items, given, batch_size=batch_size, **how)
+    evidence = {**found.to_json(), "file": named_file(file)}
     written = None
     if write and recipe is not None:
         written = str(write_tuned(recipe, found.formula, chosen.name, evidence, held_out))
@@ -191,123 +214,6 @@ def _check_write(recipe: Path | None, alpha: float | None, knob: str | None, *, 
             got=f"--alpha {alpha:g}",
             remedy="Drop --alpha, or change it in the recipe first.",
         )
-
-
-def _named(file: Path) -> dict[str, str]:
-    return {"file": file.name, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-
-
-def _read(file: Path, test: Sequence[Path], recipe: Path | None) -> tuple[list[Prompt], list[dict[str, str]]]:
-    """The validation items, and the test files with their hashes; refuses items that are test items.
-
-    Raises:
-        InputError: If the recipe names the file as a test file, or an item's prompt is in a test file.
-    """
-    from proxytune.recipe import Recipe
-
-    if str(file) == "-" or file.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise InputError.of(
-            "--file", expected="a file of JSON lines, .jsonl", got=str(file), remedy="Write the items into one."
-        )
-    prompts = read_prompts(str(file), answers=_ANSWERS)
-    own = _named(file)
-    known = [] if recipe is None else (Recipe.load(recipe).evidence or {}).get("test", [])
-    if same := next((one for one in known if one["sha256"] == own["sha256"]), None):
-        raise InputError.of(
-            "--file",
-            expected="validation items",
-            got=f"{file}, which the recipe names as test data ({same['file']})",
-            remedy="Tune on other items: what is chosen on test data cannot be measured on it.",
-        )
-    asked = {_asked(prompt): prompt for prompt in prompts}
-    for path in test:
-        for prompt in read_prompts(str(path), answers=_ANSWERS, option="--test"):
-            if (there := asked.get(_asked(prompt))) is not None:
-                raise InputError.of(
-                    "--file",
-                    expected=f"no item that is in --test {path}",
-                    got=f"{there.where}, which is also {prompt.where}",
-                    remedy="Remove it from one of them: what is chosen on test data cannot be measured on it.",
-                )
-    return prompts, [_named(path) for path in test]
-
-
-def _asked(prompt: Prompt) -> str:
-    """What an item asks, in which spaces and capitals make no difference."""
-    turns = prompt.turns(None)
-    while len(turns) > 1 and turns[-1]["role"] == "assistant":
-        turns = turns[:-1]
-    return json.dumps([(turn["role"], " ".join(str(turn["content"]).split()).lower()) for turn in turns])
-
-
-def _flat(prompts: Sequence[Prompt]) -> tuple[list[tuple[Prompt, str | None]], list[range]]:
-    """Each choice, or each completion, after its prompt; and which of them are of each item."""
-    from proxytune.cli.answered import split_answers
-
-    pairs: list[tuple[Prompt, str | None]] = []
-    spans = []
-    for prompt in prompts:
-        if "choices" in prompt.line or "answer" in prompt.line:
-            own: list[tuple[Prompt, str | None]] = [(prompt, choice) for choice in _choices(prompt)]
-        else:
-            own = list(split_answers([prompt]))
-            if own[0][1] is None:
-                raise InputError.of(
-                    prompt.where,
-                    expected=f'a right "{COMPLETION}", or "choices" and the right "answer"',
-                    got="a prompt alone",
-                    remedy="Say what is right.",
-                )
-        spans.append(range(len(pairs), len(pairs) + len(own)))
-        pairs += own
-    return pairs, spans
-
-
-def _choices(prompt: Prompt) -> list[str]:
-    choices, answer = prompt.line.get("choices"), prompt.line.get("answer")
-    texts = isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices)
-    if not texts or COMPLETION in prompt.line or _number_of(answer, choices) is None:
-        raise InputError.of(
-            prompt.where,
-            expected='at least two texts under "choices", and the right one or its number, from 0, under "answer"',
-            got=f"choices={_cut(choices)}, answer={_cut(answer)}",
-            remedy="Correct the line.",
-        )
-    return list(choices)  # type: ignore[arg-type]
-
-
-def _number_of(answer: Any, choices: Any) -> int | None:
-    """Which of the choices is right."""
-    if type(answer) is int:
-        return answer if 0 <= answer < len(choices) else None
-    return choices.index(answer) if answer in choices else None
-
-
-def _cut(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)[:80]
-
-
-def _items(
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
-    pairs: Sequence[tuple[Prompt, str | None]],
-    spans: Sequence[range],
-    *,
-    chat: bool,
-    system: str | None,
-    views: Mapping[str, Any],
-) -> list[Item]:
-    from proxytune.cli.answered import encode_answered
-    from proxytune.search.tuning import Item
-
-    before, texts = encode_answered(tokenizer, pairs, chat=chat, system=system, views=views)
-    items = []
-    for prompt, span in zip(prompts, spans, strict=True):
-        choices = [texts[i] for i in span]
-        own = {role: each[span[0]] for role, each in before.items()}
-        right = _number_of(prompt.line["answer"], prompt.line["choices"]) if len(span) > 1 else 0
-        items.append(Item(own, choices, right or 0, prompt.where))
-    return items
 
 
 def _values(text: str) -> list[float]:
@@ -418,7 +324,10 @@ def summary_lines(found: Tuning, written: str | None) -> list[str]:
         lines.append(f"note      {found.knob.name} makes no difference on these items")
     elif found.best in (first, last) and found.best != found.knob.neutral:
         lines.append(f"note      the best is at the end of the values: try some beyond {found.best:g}")
-    lines.append(f"measured  {found.tokens} tokens in {found.items} items, each read once for all values")
+    once = f"{found.tokens} tokens in {found.items} items, each read once for all values"
+    lines.append(
+        f"measured  {once if found.tokens else f'{found.items} items, whose answers were written for each value'}"
+    )
     if written is not None:
         lines.append(f"written to {written}")
     return lines

@@ -1,4 +1,4 @@
-"""Spending a budget on one task.
+"""Spending a budget on one task; and choosing a formula's numbers, in `proxytune.search.tuning`.
 
 `allocate` chooses between parallel samples and sequential extension by a `CalibrationRun`; `AnswerHistory` counts
 answers across rounds, and `restart_points` says where a tree goes on. None of these needs torch; the policies

