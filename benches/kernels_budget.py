@@ -58,11 +58,11 @@ TILES_VARIANTS: dict[str, dict[str, Any]] = {
     "mixed": {"dtypes": ("fp32", "bf16", "fp16"), "RAW": True, "MOMENTS": True, "MASS": True},
     "per row": {"dtypes": ("bf16",) * 3, "PER_ROW": True, "RAW": True, "MOMENTS": True, "MASS": True},
     "five": {"dtypes": ("bf16",) * 5, "RAW": True, "MOMENTS": True, "MASS": True},
-    "eight": {"dtypes": ("bf16",) * 8, "RAW": True, "MOMENTS": True, "MASS": True},
+    "eight": {"dtypes": ("bf16",) * 8, "num_warps": 2, "RAW": True, "MOMENTS": True, "MASS": True},
     "offsets, floors, scores": {"dtypes": ("bf16",) * 3, "OFFSETS": True, "FLOORS": True, "SCORES": True},
     "eight, per row, offsets, floors": {
-        "dtypes": ("bf16",) * 8, "PER_ROW": True, "OFFSETS": True, "FLOORS": True, "RAW": True, "MOMENTS": True,
-        "MASS": True,
+        "dtypes": ("bf16",) * 8, "num_warps": 2, "PER_ROW": True, "OFFSETS": True, "FLOORS": True, "RAW": True,
+        "MOMENTS": True, "MASS": True,
     },
 }  # fmt: skip
 RESOLVE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -103,14 +103,14 @@ RESIDUE_VARIANTS: dict[str, dict[str, Any]] = {
     "drawn": {"num_warps": 1},
     "drawn, truncated": {"num_warps": 1, "TRUNCATED": True},
     "given": {"num_warps": 1, "GIVEN": True},
-    "drawn, eight, offsets, floors": {"dtypes": ("bf16",) * 8, "num_warps": 1, "OFFSETS": True, "FLOORS": True},
+    "drawn, eight, offsets, floors": {"dtypes": ("bf16",) * 8, "num_warps": 2, "OFFSETS": True, "FLOORS": True},
 }
 SETTLE_VARIANTS: dict[str, dict[str, Any]] = {
     "drawn": {"num_warps": 4},
     "drawn, fork, truncated": {"num_warps": 4, "FORK": True, "TRUNCATED": True},
     "given, truncated": {"num_warps": 4, "GIVEN": True, "TRUNCATED": True},
     "drawn, truncated, eight, offsets, floors": {
-        "dtypes": ("bf16",) * 8, "num_warps": 4, "OFFSETS": True, "FLOORS": True, "TRUNCATED": True,
+        "dtypes": ("bf16",) * 8, "num_warps": 8, "OFFSETS": True, "FLOORS": True, "TRUNCATED": True,
     },
 }  # fmt: skip
 KERNELS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {

@@ -86,7 +86,7 @@ def step(
         *read, temperature, fork_temperature, part, groups, scores,
         width, min(x.shape[1] for x in members), tiles, width,
         **shared, **flags, MASS=sample, FORK=forks, GROUPS=in_groups, SCORES="scores" in want,
-        num_warps=1, enable_fp_fusion=False,
+        num_warps=_warps(members, 1), enable_fp_fusion=False,
     )  # fmt: skip
     out: dict[str, torch.Tensor] = {"scores": scores}
     if set(want) <= {"scores"}:
@@ -113,7 +113,7 @@ def step(
         TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups), ONE=draws == 1,
         ARGMAX="argmax" in want or not sample, SAMPLE=sample, FORK=forks, TRUNCATED=truncated,
         CONFIDENCE="confidence" in want,
-        num_warps=_warps(members, in_groups), enable_fp_fusion=False,
+        num_warps=_warps(members, 8 if in_groups else 4), enable_fp_fusion=False,
     )  # fmt: skip
     out |= {name: statistics[i] for i, name in enumerate(_STATISTICS)}
     out |= {"argmax": argmax, "kept": kept, "fork": fork, "tokens": tokens, "logprobs": logprobs}
@@ -160,7 +160,7 @@ def verify(
         residue[(texts * tiles,)](
             *read, *of_rows, masses,
             most, width, other, min(x.shape[1] for x in (*members, *rows)), tiles,
-            **shared, num_warps=1, enable_fp_fusion=False,
+            **shared, num_warps=_warps(members, 1), enable_fp_fusion=False,
         )  # fmt: skip
     tokens = torch.empty(texts, most + 1, dtype=torch.int64, device=device)
     accepted = torch.empty(texts, dtype=torch.int64, device=device)
@@ -168,7 +168,7 @@ def verify(
         *read, target.part, *of_rows, masses, tokens, accepted, torch.empty(texts * (most + 1), device=device),
         most, width, other, tiles,
         **shared, FIELDS=len(FIELDS), TILES_PADDED=triton.next_power_of_2(tiles),
-        FORK=sampling.fork_threshold is not None, num_warps=4, enable_fp_fusion=False,
+        FORK=sampling.fork_threshold is not None, num_warps=_warps(members, 4), enable_fp_fusion=False,
     )  # fmt: skip
     return tokens, accepted
 
@@ -219,7 +219,7 @@ def _laws(members: Sequence[torch.Tensor], combination: Any, sampling: Any, each
         *read, spread(sampling.temperature), spread(sampling.fork_temperature) if forks else part, part, groups, part,
         width, min(x.shape[1] for x in members), tiles, width,
         **shared, TILE=TILE, RAW=forks, MOMENTS=forks, KL=False, LIVE=False, MASS=True, GROUPS=truncated, SCORES=False,
-        num_warps=1, enable_fp_fusion=False,
+        num_warps=_warps(members, 1), enable_fp_fusion=False,
     )  # fmt: skip
     laws, bounds = new(rows, len(LAW)), new(rows, dtype=torch.int32)
     block = PER_READ * GROUP if truncated else 1
@@ -230,14 +230,14 @@ def _laws(members: Sequence[torch.Tensor], combination: Any, sampling: Any, each
         new(rows, block, dtype=torch.int32), laws, bounds, each, tiles, n_groups,
         **shared, PER_READ=PER_READ, TRUNCATED=truncated,
         TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups),
-        num_warps=_warps(members, truncated), enable_fp_fusion=False,
+        num_warps=_warps(members, 8 if truncated else 4), enable_fp_fusion=False,
     )  # fmt: skip
     return _Laws(part, laws, bounds)
 
 
-def _warps(members: Sequence[torch.Tensor], in_groups: bool) -> int:
-    """Warps of a program that takes one row; candidates of many members would spill registers of fewer threads."""
-    return 4 if not in_groups else 8 if len(members) <= 5 else 16
+def _warps(members: Sequence[torch.Tensor], up_to_five: int) -> int:
+    """Warps of a program, given those that five members need: with more, its threads would run out of registers."""
+    return up_to_five if len(members) <= 5 else 2 * up_to_five
 
 
 def _read(members: Sequence[torch.Tensor], combination: Any) -> tuple[Any, ...]:

@@ -78,7 +78,7 @@ def steer_tiles(
     RAW: tl.constexpr, MOMENTS: tl.constexpr, MASS: tl.constexpr, FORK: tl.constexpr, KL: tl.constexpr,
     GROUPS: tl.constexpr, LIVE: tl.constexpr, SCORES: tl.constexpr,
 ):  # fmt: skip
-    """Combine a tile and reduce it. Grid (B · tiles), one warp, so that a row's result cannot depend on the batch.
+    """Combine a tile and reduce it. Grid (B · tiles); tiles and warps are those of any batch, so a row has one result.
 
     `part`, `groups` and `scores` (float32 `[B, V]`, row stride `scores_stride`) are outputs; `inside` is the number of
     columns that every member has. Flags select the fields: RAW "s", MOMENTS "t1" and "t2", MASS "mass", FORK "fork

@@ -71,7 +71,7 @@ def residue(
     M: tl.constexpr, PER_ROW: tl.constexpr, TILE: tl.constexpr, K_PADDED: tl.constexpr,
     GIVEN: tl.constexpr, TRUNCATED: tl.constexpr,
 ):  # fmt: skip
-    """The residual's mass Σ max(0, p − q) of a tile, where a draft was rejected. Grid (B · tiles), one warp.
+    """The residual's mass Σ max(0, p − q) of a tile, where a draft was rejected. Grid (B · tiles).
 
     Shared arguments as in the package, for B texts with up to K drafts, and:
 

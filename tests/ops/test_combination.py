@@ -63,6 +63,18 @@ def test_one_to_eight_members(run: Run, slow_one: bool, members: int, device: st
         check(replace(case, settings=None, draws=1), run)
 
 
+@pytest.mark.parametrize("per_row", [False, True])
+def test_blocks_of_rows_take_their_own_offsets_and_floors(per_row: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, width = 3, 2100
+    x = logits(rows, width, width - 40, 1500)
+    weights: Any = torch.rand(rows, 3) if per_row else (1.0, 0.5, -0.5)
+    combination = Combination(weights, torch.rand(rows, 3) * 9, ops.floor_of_top(x[1], 0.01), 1)
+    case = Case(x, combination, settings_for(rows, width), keys(rows), 2)
+    whole = case.step(ops.step)
+    monkeypatch.setattr("proxytune.ops.torch_impl.rows._BLOCK", 1)  # a block is one tile of one row
+    same(case.step(ops.step), whole)
+
+
 # --- what it is the same as -------------------------------------------------------------------------------------------
 
 
