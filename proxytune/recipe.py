@@ -344,7 +344,7 @@ class Recipe:
         recipe = cls.of(
             refs,
             formula=data["formula"],
-            alpha=data.get("alpha", 1.0),
+            alpha=_given_alpha(data),
             settings=dict(settings),
             fork_threshold=_fork_threshold(data.get("fork_threshold")),
             end_tokens=ends,
@@ -358,6 +358,14 @@ class Recipe:
                 expected=f"a member for each role of the formula {recipe.formula!r}",
                 got=f"no {', '.join(missing)}",
                 remedy='Add them under "members", or correct the formula.',
+            )
+        viewed = {view.of for view in recipe.views.values()}
+        if strange := sorted(refs.keys() - {"base", *recipe.made_formula().roles} - viewed):
+            raise RecipeError.of(
+                "recipe",
+                expected=f"members of the formula {recipe.formula!r}: {', '.join(recipe.made_formula().roles)}",
+                got=", ".join(strange),
+                remedy="Remove them, or name them in the formula.",
             )
         return recipe
 
@@ -412,6 +420,18 @@ def _member(value: Any, role: str, folder: Path | None) -> MemberRef | View:
         return View.from_json(value)
     except InputError as error:
         raise RecipeError(f"recipe key {role!r}: {error}") from None
+
+
+def _given_alpha(data: Mapping[str, Any]) -> Any:
+    """The α of a parsed file; None for the formula's own default, which an explicit null is not."""
+    from proxytune.validation import validate_alpha
+
+    if "alpha" in data and data["alpha"] is None:
+        try:
+            validate_alpha(None)
+        except InputError as error:
+            raise RecipeError(f"recipe key 'alpha': {error}") from None
+    return data.get("alpha")
 
 
 def _alpha(recipe: Recipe) -> float | str:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, cast
 
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula, Term
+from proxytune.formulas.gates import Gate
 from proxytune.formulas.plausibility import Plausibility
 from proxytune.formulas.schedules import KINDS, Ramp, Schedule, Strength
 from proxytune.validation import shown
@@ -42,15 +43,8 @@ class Linear(Formula):
 
     def __post_init__(self) -> None:
         self._check("alpha")
-        if isinstance(self.plausible, dict):
-            object.__setattr__(self, "plausible", Plausibility(**self.plausible))
-        if not isinstance(self.plausible, Plausibility | None):
-            raise InputError.of(
-                "plausible",
-                expected="a Plausibility",
-                got=shown(self.plausible, 80),
-                remedy="Pass e.g. Plausibility(share=0.1).",
-            )
+        for name, kind in (("plausible", Plausibility), ("gate", Gate)):
+            object.__setattr__(self, name, _made(name, getattr(self, name), kind))
         found = _parsed(self.expression)
         if not isinstance(found, dict) or "base" not in {role for role, _ in found}:
             raise _refusal(self.expression, "a weighted sum of members, the base among them")
@@ -59,6 +53,7 @@ class Linear(Formula):
             raise _refusal(self.expression, f"logits or log-probabilities of {min(both)}, not both")
         terms = [Term(role, weight, log) for (role, log), weight in found.items()]
         object.__setattr__(self, "_sum", tuple(sorted(terms, key=lambda term: term.member != "base")))
+        self.terms()  # it may refuse
 
     def terms(self) -> tuple[Term, ...]:
         """The members in the sum, the base first."""
@@ -86,10 +81,25 @@ def parse_strength(text: str) -> Strength:
     return found
 
 
+def _made(name: str, value: Any, kind: Any) -> Any:
+    """A setting as an object of its kind, or of a mapping of its arguments."""
+    if value is None or isinstance(value, kind):
+        return value
+    try:
+        return kind(**value)
+    except TypeError:
+        raise InputError.of(
+            name,
+            expected=f"a {kind.__name__}",
+            got=shown(value, 80),
+            remedy=f"Pass e.g. {kind.__name__}({'share=0.1' if kind is Plausibility else 'entropy=0.1'}).",
+        ) from None
+
+
 def _parsed(text: Any) -> _Sum | Strength:
     try:
         return _value(ast.parse(text, mode="eval").body)
-    except (SyntaxError, TypeError, ValueError, ZeroDivisionError, RecursionError) as error:
+    except (SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         why = str(error) if type(error) is ValueError else "what can be read as one"
         raise _refusal(text, f"a weighted sum of members: {why}") from None
 

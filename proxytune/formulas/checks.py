@@ -19,6 +19,8 @@ COMPANIONS = ("expert", "antiexpert")
 MOST_MEMBERS = 8
 """Members that a formula may have, the base among them: what one launch of the kernels reads."""
 
+_FLOAT32 = 3.4e38
+
 _LARGE = 10.0
 """The weight above which a shift is more likely a slip: 0.5 to 2 are usual, and about 3 the most that papers report."""
 
@@ -52,6 +54,13 @@ def check_formula(formula: Any) -> Any:
             expected=f"1 to {MOST_MEMBERS - 1} members beside the base",
             got=f"{len(roles)}: {', '.join(roles)}",
             remedy="Leave some out." if roles else "Name a companion; without one, use the model itself.",
+        )
+    if wrong_terms := [term for term in terms_of(formula) if not _size(term) <= _FLOAT32]:
+        raise InputError.of(
+            f"formula {formula.name!r}",
+            expected="weights that float32 can hold",
+            got=f"{wrong_terms[0].weight} for the {wrong_terms[0].member}",
+            remedy="Lower it.",
         )
     largest = max((term for term in terms_of(formula) if term.member != "base"), key=_size, default=None)
     if largest is not None and _size(largest) > _LARGE:

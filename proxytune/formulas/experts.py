@@ -70,7 +70,7 @@ class Experts(Formula):
         """The base, each expert, and the antiexpert at minus their sum."""
         terms = [Term("base", 1.0), *(Term(role, w * self.alpha) for role, w in self.experts.items())]
         if self.antiexpert is not None:
-            terms.append(Term(self.antiexpert, -sum(self.experts.values()) * self.alpha))
+            terms.append(Term(self.antiexpert, -1.0 * sum(self.experts.values()) * self.alpha))
         return tuple(terms)
 
 

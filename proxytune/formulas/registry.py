@@ -46,7 +46,7 @@ def made(name: str, alpha: Any, settings: Mapping[str, Any]) -> Formula:
 
     Args:
         name: A name in `FORMULAS`, or a sum as a text.
-        alpha: The strength; a text for a schedule.
+        alpha: The strength; a text for a schedule; None for the formula's own default.
         settings: The other settings, as JSON.
 
     Raises:
@@ -54,11 +54,14 @@ def made(name: str, alpha: Any, settings: Mapping[str, Any]) -> Formula:
     """
     strength = parse_strength(alpha) if isinstance(alpha, str) and "(" in alpha else alpha
     given = dict(settings)
+    if isinstance(given.get("experts"), Mapping):
+        given["experts"] = {k: parse_strength(v) if isinstance(v, str) else v for k, v in given["experts"].items()}
     try:
         if name not in FORMULAS:
-            return Linear(name, alpha=strength, **given)
+            return Linear(name, alpha=1.0 if alpha is None else strength, **given)
         make: Any = FORMULAS[name]
-        return make(**{getattr(make, "strength_field", "alpha"): strength}, **given)
+        own = {} if alpha is None else {getattr(make, "strength_field", "alpha"): strength}
+        return make(**own, **given)
     except TypeError as error:
         raise InputError.of(
             f"settings of the formula {name!r}",
@@ -71,7 +74,9 @@ def made(name: str, alpha: Any, settings: Mapping[str, Any]) -> Formula:
 def recipe_of(formula: Any) -> dict[str, Any]:
     """A formula as a recipe keeps it: its `formula`, `alpha` and `settings`, as JSON."""
     name = formula.expression if isinstance(formula, Linear) else formula.name
-    alpha = str(formula.alpha) if isinstance(formula.alpha, Schedule) else formula.alpha
+    alpha = formula.alpha
+    if isinstance(alpha, Schedule):
+        alpha = str(alpha) if alpha.parts else alpha.constant
     return {"formula": name, "alpha": alpha, "settings": settings_of(formula)}
 
 

@@ -51,7 +51,7 @@ class Ramp:
         return self.start + (self.end - self.start) * share
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.start:g}, {self.end:g}, {self.tokens})"
+        return f"{self.kind}({_short(self.start)}, {_short(self.end)}, {self.tokens})"
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,13 @@ class Schedule:
     __radd__ = __add__
 
     def __mul__(self, factor: float) -> Strength:
+        if not isinstance(factor, int | float):
+            raise InputError.of(
+                "a schedule",
+                expected="a number as its factor",
+                got=shown(factor, 80),
+                remedy="Let one strength change, and keep the other a number.",
+            )
         if factor == 0.0:
             return 0.0
         return Schedule(self.constant * factor, tuple((f * factor, ramp) for f, ramp in self.parts))
@@ -114,11 +121,16 @@ class Schedule:
     __rmul__ = __mul__
 
     def __str__(self) -> str:
-        parts = [str(ramp) if f == 1 else f"{f:g} * {ramp}" for f, ramp in self.parts]
-        return " + ".join([*parts, *([f"{self.constant:g}"] if self.constant or not parts else [])])
+        parts = [str(ramp) if f == 1 else f"{_short(f)} * {ramp}" for f, ramp in self.parts]
+        return " + ".join([*parts, *([_short(self.constant)] if self.constant or not parts else [])])
 
     def __format__(self, spec: str) -> str:
         return str(self)
+
+
+def _short(number: float) -> str:
+    """A number with all its digits, and no more."""
+    return f"{number:g}" if float(f"{number:g}") == number else repr(number)
 
 
 Strength = float | Schedule

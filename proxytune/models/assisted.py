@@ -25,7 +25,7 @@ from transformers.generation.logits_process import (
 )
 
 import proxytune
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError, NumericalError, UnsupportedModeError
 from proxytune.models.members.cache_name import CACHE, cache_of
 from proxytune.models.members.composite_cache import refuse_outdated
 from proxytune.models.members.embedding_table import embedding_rows
@@ -68,6 +68,21 @@ class TailMask(LogitsProcessor):
         masked = scores.clone()
         masked[:, self.width :] = -torch.inf
         return masked
+
+
+class _SomeToken(LogitsProcessor):
+    """Refuses a row of which the processors have left no token."""
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        none = scores.amax(-1) == -torch.inf
+        if bool(none.any()):
+            raise NumericalError.of(
+                f"row {int(none.int().argmax())} of {len(scores)}",
+                expected="a token that the formula's plausibility mask and the processors both allow",
+                got="none: the processors forbid all that the mask leaves (e.g. min_new_tokens the end token)",
+                remedy="Relax the processors, or the mask (share, top_p or plausible of the formula).",
+            )
+        return scores
 
 
 class _WrappedDraft(CandidateGenerator):
@@ -187,8 +202,23 @@ class AssistedMixin:
 
     def _beam_search(self, input_ids: torch.Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
         _refuse_counting(logits_processor, "beams change places", "num_beams")
+        config = kwargs["generation_config"]
+        if self.weighing.masked and (config.do_sample or (config.num_return_sequences or 1) > 1):  # type: ignore[attr-defined]
+            raise UnsupportedModeError.of(
+                "beams under a plausibility mask",
+                expected="beam search that returns one sequence: a mask may leave fewer tokens than beams",
+                got=f"do_sample={config.do_sample}, num_return_sequences={config.num_return_sequences}",
+                remedy="Leave num_beams out, or the formula's mask (share=None, top_p=None, plausible=None).",
+            )
         parent: Any = super()
         return parent._beam_search(input_ids, logits_processor, *args, **kwargs)
+
+    def _sample(self, input_ids: torch.Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
+        # Processors after a mask may forbid the only tokens that it left: the argmax would be any token.
+        if self.weighing.masked and not kwargs["generation_config"].remove_invalid_values:  # type: ignore[attr-defined]
+            logits_processor = LogitsProcessorList([*logits_processor, _SomeToken()])
+        parent: Any = super()
+        return parent._sample(input_ids, logits_processor, *args, **kwargs)
 
     def _validate_generation_mode(
         self, generation_mode: Any, generation_config: GenerationConfig, generation_mode_kwargs: dict[str, Any]

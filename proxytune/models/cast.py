@@ -53,7 +53,7 @@ def cast(
         key = (id(innermost(model)), adapter, own)
         if key not in keys:
             keys.append(key)
-            parts.append(Part(role, model, adapter, own is not None))
+            parts.append(Part(own or role, model, adapter, own is not None))
         index[role] = keys.index(key)
     return parts, index
 

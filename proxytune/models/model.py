@@ -55,8 +55,16 @@ from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pas
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
 from proxytune.models.members.stateful_pass import kept_logits
-from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, OwnPrompts, roles_with_prompts, texts_of_pass
-from proxytune.models.roles import refuse_folded, refuse_no_shift, warn_of_roles
+from proxytune.models.own_prompts import (
+    PROMPT_WIDTH,
+    PROMPTS,
+    OwnPrompts,
+    note_prompt_width,
+    prompt_width_of,
+    roles_with_prompts,
+    texts_of_pass,
+)
+from proxytune.models.roles import refuse_folded, refuse_no_shift, refuse_taken_names, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
 from proxytune.models.vision import BASE_INPUTS, StepInputs, says_text, sees
 from proxytune.models.weighing import Weighing
@@ -157,6 +165,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         config.name_or_path = getattr(members["base"].config, "name_or_path", "") or ""
         config._attn_implementation = getattr(members["base"].config, "_attn_implementation", None)
         super().__init__(config)
+        refuse_taken_names(self, roles)
         for role, model in roles.items():
             setattr(self, role, model.eval())
         if self_test:
@@ -417,7 +426,9 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
             out = forward_in_parts(
                 functools.partial(
-                    self.forward, adapter_names=adapter_names, **{PROMPT_WIDTH: prompt_width, PROMPTS: own_prompts}
+                    self.forward,
+                    adapter_names=adapter_names,
+                    **{PROMPT_WIDTH: prompt_width or int(past) + input_ids.shape[1], PROMPTS: own_prompts},
                 ),
                 input_ids,
                 length=part,
@@ -436,6 +447,9 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                 if member.role in texts_of:
                     member.refuse_padding(texts_of[member.role].attention_mask)
         asleep = [i for i, needed in enumerate(self.weighing.needed) if not needed] if cache is None else idle_in(cache)
+        # Before the pass: a static cache counts in place.
+        known_width = prompt_width_of(cache, past, prompt_width)
+        generated = self._generated(past, input_ids.shape[1], known_width, logits_to_keep)
         with adapters_of_rows(self.base, adapter_names):
             members = run_members(
                 self.members,
@@ -455,7 +469,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if cache is not None and not torch.compiler.is_compiling():
             note_members(cache, self._models, adapter_names)
             note_side(cache, side)
-        generated = self._generated(past, input_ids.shape[1], prompt_width, logits_to_keep)
+            note_prompt_width(cache, past, input_ids.shape[1], prompt_width)
         opened = None
         if lazy:
             assert cache is not None

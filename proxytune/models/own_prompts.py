@@ -6,11 +6,13 @@ reorders or moves a cache needs to know nothing of them. The generated ids are a
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 
 from proxytune.errors import InputError
@@ -37,6 +39,7 @@ __all__ = [
 PROMPTS = "own_prompts"
 """The keyword under which `generate()` passes them on to `forward`."""
 
+_PROMPT_WIDTH = "_proxytune_prompt_width"
 PROMPT_WIDTH = "prompt_width"
 """The keyword under which `generate()` tells `forward` how many columns are the prompt."""
 
@@ -105,6 +108,19 @@ def picked_prompts(prompts: Mapping[str, Mapping[str, torch.Tensor]] | None, row
     if prompts is None:
         return {}
     return {"prompts": {role: {k: x[list(rows)] for k, x in given.items()} for role, given in prompts.items()}}
+
+
+def prompt_width_of(cache: Cache | None, past: Any, told: int | None) -> int | None:
+    """How many columns are the prompt: what `generate()` told, else those of the first pass over a cache."""
+    if told is None and cache is not None and isinstance(past, int) and past:
+        return getattr(cache, _PROMPT_WIDTH, None)
+    return told
+
+
+def note_prompt_width(cache: Cache, past: Any, new: int, told: int | None) -> None:
+    """Write on a cache how many of its columns are the prompt: what `generate()` told, else those read first."""
+    if told is not None or (isinstance(past, int) and not past):
+        setattr(cache, _PROMPT_WIDTH, new if told is None else told)
 
 
 def texts_of_pass(
@@ -182,7 +198,8 @@ def generate_with_prompts(
         raise _missing(roles, prompts)
     if prompts is not None and set(prompts) - set(roles):
         raise _not_wanted(roles, prompts)
-    args, kwargs, base = _base_prompt(args, kwargs)
+    kwargs = _named(args, kwargs)
+    base = kwargs.get("input_ids")
     layer = text_layer_of(cache_of(kwargs))
     held = None if layer is None or layer.ids is None else layer
     if held is None and set(prompts or {}) != set(roles):
@@ -194,19 +211,26 @@ def generate_with_prompts(
             got=f"prompts for {', '.join(map(str, prompts))}",
             remedy="Leave them out, since new tokens are appended to the texts of all members; or leave out the cache.",
         )
+    if kwargs.get("inputs") is not None:  # beside the ids, which transformers refuses
+        return generate(**kwargs)
     if base is None:
         raise InputError.of(
             "input_ids", expected="the base's prompt beside prompts=", got="None", remedy="Pass input_ids=."
         )
+    if not isinstance(base, torch.Tensor) or base.ndim != 2:
+        return generate(**kwargs)  # which refuses it
     found = {role: _ids_and_mask(given, f"prompts[{role!r}]", model) for role, given in (prompts or {}).items()}
     for role, (ids, _) in found.items():
         if len(ids) not in (1, len(base)):
             raise _other_rows(role, len(ids), len(base))
         (member,) = [m for m in model.members if m.role == role]
         check_ids(ids, [member], name=f"prompts[{role!r}]")
-    longest = max((mask.sum(1).max().item() for _, mask in found.values()), default=0)
-    width = max(base.shape[1] + (held.added if held is not None else 0), int(longest))
-    added = width - base.shape[1]
+    if held is None:
+        longest = max((mask.sum(1).max().item() for _, mask in found.values()), default=0)
+        added = max(0, int(longest) - base.shape[1])
+    else:
+        added = held.added
+    width = base.shape[1] + added
     if added:
         given = kwargs.get("attention_mask")
         mask = _mask_of(base, model) if given is None else given
@@ -223,21 +247,19 @@ def generate_with_prompts(
         )
     if added and kwargs.get("streamer") is not None:
         kwargs["streamer"] = _WithoutPadding(kwargs["streamer"], added)
-    out = generate(*args, **kwargs)
-    return _without_padding(out, added) if added else out
+    out = generate(**kwargs)
+    return _without_padding(out, added, cache_of(kwargs)) if added else out
 
 
-def _base_prompt(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any], Any]:
-    """The arguments of `generate()` with the base's prompt among the keywords, and the prompt."""
-    kwargs = dict(kwargs)
-    if args:
-        kwargs["inputs"], args = args[0], args[1:]
-    if (given := kwargs.pop("inputs", None)) is not None:
-        kwargs["input_ids"] = given
-    if args:  # the generation config and what comes after it
-        names = ("generation_config", "logits_processor", "stopping_criteria")
-        kwargs |= dict(zip(names, args, strict=False))
-    return (), kwargs, kwargs.get("input_ids")
+def _named(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of `generate()` by name, the base's prompt as `input_ids`."""
+    names = [name for name in inspect.signature(GenerationMixin.generate).parameters if name not in ("self", "kwargs")]
+    if twice := [name for name, _ in zip(names, args, strict=False) if name in kwargs]:
+        raise TypeError(f"generate() got multiple values for argument {twice[0]!r}")
+    kwargs = dict(zip(names, args, strict=False)) | kwargs
+    if kwargs.get("input_ids") is None and kwargs.get("inputs") is not None:
+        kwargs["input_ids"] = kwargs.pop("inputs")
+    return kwargs
 
 
 def _lengthen(kwargs: dict[str, Any], model: Any, added: int) -> None:
@@ -252,12 +274,12 @@ def _lengthen(kwargs: dict[str, Any], model: Any, added: int) -> None:
 
 def _ids_and_mask(given: Any, name: str, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask `[B, W]` of a prompt that is a tensor, a list of ids, or what a tokenizer returns."""
-    mask = None
+    mask: Any = None
     if isinstance(given, Mapping):
         given, mask = given.get("input_ids"), given.get("attention_mask")
     if isinstance(given, list) and given and all(isinstance(i, int) for i in given):
         given = torch.tensor([given])
-    if not isinstance(given, torch.Tensor) or given.ndim != 2 or given.is_floating_point() or not given.numel():
+    if not isinstance(given, torch.Tensor) or given.ndim != 2 or given.dtype not in _IDS or not given.numel():
         shape = f"shape {list(given.shape)}, {given.dtype}" if isinstance(given, torch.Tensor) else shown(given, 80)
         raise InputError.of(
             name,
@@ -274,11 +296,11 @@ def _ids_and_mask(given: Any, name: str, model: Any) -> tuple[torch.Tensor, torc
             remedy='Pass all that tokenizer(prompts, return_tensors="pt", padding=True) returns.',
         )
     mask = _mask_of(given, model) if mask is None else torch.as_tensor(mask)
-    if mask.shape != given.shape:
+    if mask.shape != given.shape or not bool(((mask == 0) | (mask == 1)).all()):
         raise InputError.of(
             f"attention_mask of {name}",
-            expected=f"the shape of its ids, {list(given.shape)}",
-            got=f"{list(mask.shape)}",
+            expected=f"1 for tokens and 0 for padding, in the shape of its ids, {list(given.shape)}",
+            got=f"{list(mask.shape)}" if mask.shape != given.shape else f"values from {mask.min()} to {mask.max()}",
             remedy="Pass the tokenizer's mask.",
         )
     if bool(mask.eq(0).all(1).any()):
@@ -292,6 +314,9 @@ def _ids_and_mask(given: Any, name: str, model: Any) -> tuple[torch.Tensor, torc
     ids, mask = given.long(), mask.long()
     order = mask.ne(0).int().argsort(dim=1, stable=True)  # the padding first
     return ids.gather(1, order), mask.gather(1, order)
+
+
+_IDS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def _mask_of(ids: torch.Tensor, model: Any) -> torch.Tensor:
@@ -324,13 +349,14 @@ class _WithoutPadding:
         return getattr(self.inner, name)
 
 
-def _without_padding(out: Any, added: int) -> Any:
-    if isinstance(out, torch.Tensor):
+def _without_padding(out: Any, added: int, given: Cache | None) -> Any:
+    tensor = isinstance(out, torch.Tensor)
+    for cache in (given, None if tensor else cache_of(out)):
+        if (layer := text_layer_of(cache)) is not None:
+            layer.added = added
+    if tensor:
         return out[:, added:]
     out.sequences = out.sequences[:, added:]
-    layer = text_layer_of(cache_of(out))
-    if layer is not None:
-        layer.added = added
     return out
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
-from proxytune.errors import MemberError, SteeringWarning
+from proxytune.errors import InputError, MemberError, SteeringWarning
 from proxytune.formulas.base import Formula, terms_of
 from proxytune.formulas.schedules import Schedule
 from proxytune.models.end_tokens import ends_of
 from proxytune.models.loading import reference_of
 from proxytune.models.members.adapter_state import runs_as, states_of
 from proxytune.models.members.innermost import innermost
-from proxytune.recipe import MemberRef
+from proxytune.recipe import ROLES, MemberRef
 
 __all__ = ["refuse_folded", "refuse_no_shift", "warn_of_roles", "warn_of_size"]
 
@@ -66,6 +66,19 @@ def refuse_no_shift(
             got=f"{same}: expert - antiexpert is 0, so only the base is left",
             remedy="Pass the model that the expert was tuned from. For the base alone, set alpha=0.",
         )
+
+
+def refuse_taken_names(model: Any, roles: Iterable[str]) -> None:
+    """Raise InputError for roles that cannot be attributes of the composed model, which has others of that name."""
+    later = {"members", "weighing", "overlap", "split_threads", "cache_owner", "formula", *type(model).__annotations__}
+    for role in roles:
+        if role not in ROLES and (role.startswith("_") or role in later or hasattr(model, role)):
+            raise InputError.of(
+                f"the role {role!r}",
+                expected="a name that is no attribute of a model, since members become attributes",
+                got=f"{role!r}, which is one",
+                remedy="Call it something else in the formula, such as 'helper'.",
+            )
 
 
 def refuse_folded(models: Mapping[str, Any], index: Mapping[str, int], formula: Any) -> None:

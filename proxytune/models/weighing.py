@@ -30,6 +30,7 @@ class Weighing:
         numbers: One weight per member, the base's first; of schedules, at the first generated token.
         scheduled: Whether weights depend on how many tokens were generated.
         gate: Where the shift applies; None for everywhere.
+        masked: Whether a mask leaves out tokens.
         needed: For each member, whether it has to run: a term of weight 0 does not, unless a mask looks at it.
         plain: Whether the numbers are all there is to it.
     """
@@ -55,6 +56,7 @@ class Weighing:
         mask: Plausibility | None = getattr(formula, "mask", None)
         self._mask = mask
         self._masked_by = None if mask is None else index[mask.of]
+        self.masked = mask is not None
         self.needed = tuple(
             i == 0 or i == self._masked_by or isinstance(w, Schedule) or w != 0.0 for i, w in enumerate(self._weights)
         )

@@ -121,13 +121,17 @@ class ExpertDraft(Draft):
 
     @staticmethod
     def _refuse(model: Any) -> None:
-        if not Ensemble.of(model).composed:
-            raise InputError.of(
-                "draft='expert'",
-                expected="a composed model, made by proxytune.wrap",
-                got=f"a {type(model).__name__}, which has no expert",
-                remedy="Pass another draft, such as ModelDraft(small_model) or PromptLookupDraft().",
-            )
+        ensemble = Ensemble.of(model)
+        if ensemble.composed and any(member.role == "expert" for member in ensemble.members):
+            return
+        one = [role for m in ensemble.members for role in m.roles if m.role == "base"] if ensemble.composed else []
+        raise InputError.of(
+            "draft='expert'",
+            expected="a composed model, made by proxytune.wrap, with an expert of its own",
+            got=f"a {type(model).__name__}, "
+            + ("whose expert is the base itself" if "expert" in one else "which has no expert"),
+            remedy="Pass another draft, such as ModelDraft(small_model) or PromptLookupDraft().",
+        )
 
 
 class _OtherModel(_ModelDrafter):
