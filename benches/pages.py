@@ -57,6 +57,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "layers": lambda: wrapped(layers.layers_block()),
     "hybrids": of("hybrids.json", "bench_hybrids:hybrids_table"),
     "overlap": of("overlap.json", "bench_overlap:overlap_table"),
+    "lora": of("lora.json", "bench_lora_pair:lora_table"),
     # bench_forks.py
     "forks": of("forks.json", forks.forks_block),
     "fork-detection": of("forks.json", forks.detection_block),

@@ -52,7 +52,8 @@ def wrap(
         base: The large model: a model object, a hub id or a folder. Its weights are not changed. A vision-language
             model, as an object, sees images that `generate()` is given; the companions read the text without the
             placeholder tokens that stand for them.
-        expert: The small tuned model, likewise, or a `View`. Needed, unless a formula has no such role.
+        expert: The small tuned model, likewise, or a `View`. Needed, unless a formula has no such role. `"lora:place"`
+            puts an adapter, in a folder or on the hub, onto the antiexpert itself: one copy of the weights, one pass.
         antiexpert: The small model that the expert was tuned from, likewise. Needed, unless a formula has no such role.
             `antiexpert=base` is the line from the base to the expert; the base does not run twice then.
         alpha: Strength α of the shift [1.0, or the formula's own]; a `Schedule` for one that changes with the tokens.

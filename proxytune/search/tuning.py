@@ -418,12 +418,13 @@ def _halved(trial: _Trial, seed: int, advance: Callable[[int], object]) -> Tunin
         if done < trial.count:
             alive = _kept({c: trial.scores(c)[order[:done]] for c in alive})
     units = trial.units
-    base, *companions = (pass_bytes(member.model).weights for member in trial.model.members)
+    base, *others = (member.model for member in trial.model.members)
+    more = pass_bytes(*others).weights / pass_bytes(base).weights  # companions that are one model read it once
     points = []
     for c, value in enumerate(tried):
         scores, share = trial.scores(c), trial.share_open(c)
         there = np.flatnonzero(~np.isnan(scores))
-        read = None if share is None else 1.0 + share * sum(companions) / base
+        read = None if share is None else 1.0 + share * more
         points.append(Point(value, len(there), ratio_interval(scores[there], units[there], seed=seed), share, read))
     references = [float(trial.scores(len(tried) + i).sum() / units.sum()) for i in range(len(trial.always))]
     found = {c: trial.scores(c) for c in alive}

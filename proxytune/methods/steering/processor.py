@@ -110,7 +110,8 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
         """Open the companions.
 
         Args:
-            expert: The small tuned model: a model object, a hub id or a folder. Needed.
+            expert: The small tuned model: a model object, a hub id or a folder, or `"lora:place"`, an adapter that goes
+                onto the antiexpert. Needed.
             antiexpert: The small model that the expert was tuned from, likewise. Needed.
             alpha: The strength α of the shift.
             gate: Where the shift applies, e.g. `Gate(entropy=0.1)`, by the scores that the processor gets: the base's

@@ -154,10 +154,14 @@ class _Added:
 
     def add(self, result: torch.Tensor, x: torch.Tensor, start: int, stop: int, fused: bool) -> None:
         """Add the LoRA of rows `start` to `stop` of `x` `[B, N, D]` to those of `result` `[B, N, E]`, in place."""
-        if fused and self.b is not None and x.dtype == torch.float32 and x.is_contiguous():
-            n = x.shape[1]
-            hidden = nn.functional.linear(x.view(-1, x.shape[2])[start * n : stop * n], self.a)
-            rows = result.view(-1, result.shape[2])[start * n : stop * n]
+        plain = x.is_contiguous() and result.is_contiguous()
+        if fused and self.b is not None and x.dtype == torch.float32 and plain:
+            n, wide, out = x.shape[1], x.shape[2], result.shape[2]
+            # One view each, as slices of flattened tensors would be two.
+            own = x.as_strided(((stop - start) * n, wide), (wide, 1), x.storage_offset() + start * n * wide)
+            at = result.storage_offset() + start * n * out
+            rows = result.as_strided(((stop - start) * n, out), (out, 1), at)
+            hidden = nn.functional.linear(own, self.a)
             rows.addmm_(hidden, self.b, alpha=self.scaling)
             if self.bias is not None:
                 rows.add_(self.bias, alpha=self.scaling)

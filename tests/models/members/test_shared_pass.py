@@ -22,7 +22,8 @@ from proxytune.models.members.shared_pass import MemberPass, run_group
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*tie_word_embeddings=True.*:UserWarning"),
-    pytest.mark.filterwarnings("ignore:.*cudnn|.*fan_in_fan_out.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*(CUDA extension|boft_n_butterfly).*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Sparse invariant checks.*:UserWarning"),  # of SHiRA
 ]
 
 LORA = {"r": 4, "init_lora_weights": False, "target_modules": ["q_proj"]}
@@ -46,6 +47,12 @@ ONE_BY_ONE = {
     "LoKr": peft.LoKrConfig(target_modules=["q_proj"], r=4, init_weights=False),
     "OFT": peft.OFTConfig(target_modules=["q_proj"], oft_block_size=4, init_weights=False),
     "VeRA": peft.VeraConfig(target_modules=["q_proj"], r=4, init_weights=False),
+    "AdaLoRA": peft.AdaLoraConfig(target_modules=["q_proj"], init_r=4, total_step=10, inference_mode=True),
+    "BOFT": peft.BOFTConfig(target_modules=["q_proj"], boft_block_size=4, init_weights=False),
+    "RandLora": peft.RandLoraConfig(target_modules=["q_proj"], r=4),
+    "FourierFT": peft.FourierFTConfig(target_modules=["q_proj"], n_frequency=16),
+    "MiSS": peft.MissConfig(target_modules=["q_proj"], r=4, init_weights=False),
+    "SHiRA": peft.ShiraConfig(target_modules=["q_proj"], r=4, init_weights=False),
     "HRA": peft.HRAConfig(target_modules=["q_proj"], r=4, init_weights=False),
 }
 
@@ -57,7 +64,8 @@ def tuned(kind: str, config: Any) -> Any:
     model.add_adapter("other", config)
     for name, weight in model.named_parameters():
         if "default" in name or "other" in name:
-            weight.data.add_(torch.randn_like(weight), alpha=0.2)
+            # RandLora's large matrices would make rounding visible.
+            weight.data.add_(torch.randn_like(weight), alpha=0.02 if config.peft_type == "RANDLORA" else 0.2)
     return model
 
 
@@ -73,6 +81,11 @@ def of_peft(model: Any, state: Any, ids: torch.Tensor, mask: torch.Tensor | None
     found = model(**given).logits
     model.set_adapter("default")
     return found
+
+
+def close(found: torch.Tensor, want: torch.Tensor) -> None:
+    """Logits that differ by rounding in float32, of their own size."""
+    assert float((found - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
 class Run:
@@ -133,8 +146,8 @@ def followed(model: Any, passes: int) -> None:
         assert rows == [6 if passes == 1 else 2] * (6 * passes)
     assert [member.token_forwards for member in members] == [2 * 12] * 3
     for member, z, end in zip(members, out, last, strict=True):
-        torch.testing.assert_close(z[:, -1], of_peft(model, member.adapter, kept)[:, -1], atol=3e-5, rtol=1e-5)
-        torch.testing.assert_close(end[:, -1], of_peft(model, member.adapter, text)[:, -1], atol=3e-5, rtol=1e-5)
+        close(z[:, -1], of_peft(model, member.adapter, kept)[:, -1])
+        close(end[:, -1], of_peft(model, member.adapter, text)[:, -1])
     assert min(float((a - b).abs().max()) for a, b in ((out[0], out[1]), (out[0], out[2]), (out[1], out[2]))) > 1e-2
     as_it_was(model)
 
@@ -159,7 +172,7 @@ def test_windows_slide_for_each_member(name: str) -> None:
             out = run([ids[:, start:stop]] * 3)
         assert rows == [6] * 5
     for member, z in zip(run.members, out, strict=True):
-        torch.testing.assert_close(z[:, -1], of_peft(model, member.adapter, ids)[:, -1], atol=3e-5, rtol=1e-5)
+        close(z[:, -1], of_peft(model, member.adapter, ids)[:, -1])
 
 
 @torch.no_grad()
@@ -175,7 +188,7 @@ def test_members_may_read_other_texts_with_other_padding() -> None:
         out = run([text[:, 6:] for text in texts], masks)
     assert rows == [6, 6]
     for member, z, text, mask in zip(members, out, texts, masks, strict=True):
-        torch.testing.assert_close(z[:, -1], of_peft(model, member.adapter, text, mask)[:, -1], atol=3e-5, rtol=1e-5)
+        close(z[:, -1], of_peft(model, member.adapter, text, mask)[:, -1])
 
 
 @torch.no_grad()
@@ -189,7 +202,7 @@ def test_members_of_one_plain_model_share_its_passes(kind: str) -> None:
             out = run([text[:, start:stop] for text in texts])
     assert rows == [2, 2, 2]
     for z, text in zip(out, texts, strict=True):
-        torch.testing.assert_close(z, model(text).logits[:, -2:], atol=3e-5, rtol=1e-5)
+        close(z, model(text).logits[:, -2:])
 
 
 def test_a_cache_grows_by_one_concatenation() -> None:
@@ -300,7 +313,7 @@ def test_layers_that_do_not_see_the_rows_of_the_batch_are_run_apart(monkeypatch:
         run([ids[:, :1]] * 3)
     assert rows == [6, 2, 2, 2, 2, 2, 2]  # tried once
     for member, z in zip(run.members, out, strict=True):
-        torch.testing.assert_close(z, of_peft(model, member.adapter, ids), atol=3e-5, rtol=1e-5)
+        close(z, of_peft(model, member.adapter, ids))
     assert [member.token_forwards for member in run.members] == [14] * 3
     as_it_was(model)
 
@@ -316,13 +329,13 @@ def test_adapters_that_are_switched_scaled_or_added_between_texts_are_seen() -> 
     first = expert()
     model.set_adapter("other")
     assert not torch.allclose(expert(), first)
-    torch.testing.assert_close(expert(), model(input_ids=ids).logits, atol=3e-5, rtol=1e-5)
+    close(expert(), model(input_ids=ids).logits)
     model.set_adapter("default")
     for layer in adapter_layers(model):
         layer.scale_layer(3.0)
-    torch.testing.assert_close(expert(), model(input_ids=ids).logits, atol=3e-5, rtol=1e-5)
+    close(expert(), model(input_ids=ids).logits)
     model.base_model.set_adapter(["default", "other"])
-    torch.testing.assert_close(expert(), model(input_ids=ids).logits, atol=3e-5, rtol=1e-5)
+    close(expert(), model(input_ids=ids).logits)
     model.merge_adapter()
     with pytest.raises(UnsupportedModelError, match="whose adapters are not merged.*'default'.*unmerge_adapter"):
         expert()
