@@ -128,6 +128,14 @@ class ExpertDraft(Draft):
                 got=f"a {type(model).__name__}, which has no expert",
                 remedy="Pass another draft, such as ModelDraft(small_model) or PromptLookupDraft().",
             )
+        own = [member for member in Ensemble.of(model).members if member.role == "expert"]
+        if not own or own[0].own_prompt:
+            raise InputError.of(
+                "draft",
+                expected="a draft of another kind for a formula without an expert that reads the base's prompt",
+                got=f"'expert' and members {', '.join(member.role for member in model.members)}",
+                remedy="Pass SpeculativeDecoding(draft=PromptLookupDraft()), or draft=ModelDraft(model).",
+            )
 
 
 class _OtherModel(_ModelDrafter):
