@@ -435,6 +435,8 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             for member in self.members:
                 if member.role in texts_of:
                     member.refuse_padding(texts_of[member.role].attention_mask)
+        # Before the pass: a static cache counts its columns in place.
+        generated = self._generated(past, input_ids.shape[1], prompt_width, logits_to_keep)
         asleep = [i for i, needed in enumerate(self.weighing.needed) if not needed] if cache is None else idle_in(cache)
         with adapters_of_rows(self.base, adapter_names):
             members = run_members(
@@ -455,7 +457,6 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         if cache is not None and not torch.compiler.is_compiling():
             note_members(cache, self._models, adapter_names)
             note_side(cache, side)
-        generated = self._generated(past, input_ids.shape[1], prompt_width, logits_to_keep)
         opened = None
         if lazy:
             assert cache is not None
