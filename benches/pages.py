@@ -25,7 +25,7 @@ from typing import Any
 
 from _forks import report as forks
 from _latent import report as latent
-from _pages import demo, layers
+from _pages import demo, formulas, layers
 from _pages.code import pages, with_outputs
 from _pages.families import families_block
 from _pages.picture import drawn
@@ -55,6 +55,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "throughput": of("throughput.json", "bench_throughput:throughput_table"),
     "speculation": of("throughput.json", "bench_throughput:speculation_table"),
     "layers": lambda: wrapped(layers.layers_block()),
+    "formulas": of("formulas.json", formulas.formulas_block),
     "hybrids": of("hybrids.json", "bench_hybrids:hybrids_table"),
     "overlap": of("overlap.json", "bench_overlap:overlap_table"),
     "lora": of("lora.json", "bench_lora_pair:lora_table"),
@@ -100,6 +101,7 @@ def measure() -> None:
     shown = subprocess.run([sys.executable, "-m", "proxytune", "demo", "--json"], stdout=subprocess.PIPE, check=True)
     record = {**json.loads(shown.stdout), "weights": weights()}
     keep("demo.json", record)
+    keep("formulas.json", formulas.tried())
     keep("quickstart.json", {"proxy": run(demo.code(record["alpha"])), "base": run(demo.code(0.0))})
 
 

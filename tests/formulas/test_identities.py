@@ -211,3 +211,11 @@ def test_a_schedule_with_images() -> None:
     assert not changing.logits[1].equal(full.logits[1])
     if changing.sequences[:, :-1].equal(base.sequences[:, :-1]):
         assert changing.logits[1].equal(base.logits[1])
+
+
+def test_a_schedule_on_a_static_cache() -> None:
+    """Which counts its columns in place, so that they are other ones after the pass."""
+    formula = ProxyTuning(alpha=Schedule.linear(2.0, 0.0, 3))
+    model, batch = composed(formula), batch_of(formula)
+    plain, static = generated(model, batch), generated(model, batch, cache_implementation="static")
+    torch.testing.assert_close(static.logits, plain.logits, atol=1e-4, rtol=1e-4)

@@ -11,6 +11,7 @@ import torch
 from support.tiny import shared
 
 import proxytune
+from proxytune import SpeculativeDecoding
 from proxytune.errors import InputError, MemberError
 from proxytune.formulas import (
     ContextAware,
@@ -231,3 +232,12 @@ def test_what_is_set_on_a_model(model: Any) -> None:
     model.formula = Formula.parse("3*base - 2*no_context")  # of the same roles
     assert model.weighing.numbers == (3.0, -2.0)
     model.formula = before
+
+
+def test_a_draft_of_an_expert_that_cannot_draft(model: Any) -> None:
+    message = r"draft: expected a draft of another kind .*got 'expert' and members base, .*PromptLookupDraft"
+    with pytest.raises(InputError, match=message):
+        model.generate(IDS, prompts={"no_context": IDS}, custom_generate=SpeculativeDecoding(), **RUN)
+    own = wrap(expert=View(prompt=True), antiexpert=OTHER)
+    with pytest.raises(InputError, match=message):
+        own.generate(IDS, prompts={"expert": IDS}, custom_generate=SpeculativeDecoding(), **RUN)

@@ -121,17 +121,21 @@ class ExpertDraft(Draft):
 
     @staticmethod
     def _refuse(model: Any) -> None:
-        ensemble = Ensemble.of(model)
-        if ensemble.composed and any(member.role == "expert" for member in ensemble.members):
-            return
-        one = [role for m in ensemble.members for role in m.roles if m.role == "base"] if ensemble.composed else []
-        raise InputError.of(
-            "draft='expert'",
-            expected="a composed model, made by proxytune.wrap, with an expert of its own",
-            got=f"a {type(model).__name__}, "
-            + ("whose expert is the base itself" if "expert" in one else "which has no expert"),
-            remedy="Pass another draft, such as ModelDraft(small_model) or PromptLookupDraft().",
-        )
+        if not Ensemble.of(model).composed:
+            raise InputError.of(
+                "draft='expert'",
+                expected="a composed model, made by proxytune.wrap",
+                got=f"a {type(model).__name__}, which has no expert",
+                remedy="Pass another draft, such as ModelDraft(small_model) or PromptLookupDraft().",
+            )
+        own = [member for member in Ensemble.of(model).members if member.role == "expert"]
+        if not own or own[0].own_prompt:
+            raise InputError.of(
+                "draft",
+                expected="a draft of another kind for a formula without an expert that reads the base's prompt",
+                got=f"'expert' and members {', '.join(member.role for member in model.members)}",
+                remedy="Pass SpeculativeDecoding(draft=PromptLookupDraft()), or draft=ModelDraft(model).",
+            )
 
 
 class _OtherModel(_ModelDrafter):
