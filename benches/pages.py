@@ -59,6 +59,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "hybrids": of("hybrids.json", "bench_hybrids:hybrids_table"),
     "overlap": of("overlap.json", "bench_overlap:overlap_table"),
     "lora": of("lora.json", "bench_lora_pair:lora_table"),
+    "gate": of("gate.json", "bench_gate:gate_table"),
     # bench_forks.py
     "forks": of("forks.json", forks.forks_block),
     "fork-detection": of("forks.json", forks.detection_block),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from proxytune.validation import finite, whole
 
-__all__ = ["PassBytes", "bytes_per_token"]
+__all__ = ["PassBytes", "bytes_per_token", "gated_passes"]
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,18 @@ def bytes_per_token(
         finite(f"passes[{i}]", count, "of passes", least=0.0)
     finite("tokens", tokens, "of tokens", above=0.0, remedy="Count what was generated.")
     return sum(count * one.at(context=context, rows=rows) for count, one in passes) / tokens
+
+
+def gated_passes(share: float, rows: int = 1) -> float:
+    """Companion passes per step under a gate that opens for a share of the tokens: `1 − (1 − share)^B`.
+
+    Companions run once for all rows where one of B asks, and read what all rows wrote since; rows open independently
+    here. At a share of 0.2 that is 0.2 for one row, 0.83 for eight: a gate saves passes where batches are small.
+
+    Args:
+        share: The share of tokens at which the gate is open, in [0, 1], else InputError.
+        rows: B.
+    """
+    finite("share", share, "of the tokens", least=0.0, most=1.0)
+    passes: float = 1.0 - (1.0 - share) ** whole("rows", rows, "of rows", least=1)
+    return passes

@@ -10,7 +10,7 @@ import torch
 from proxytune.costs.model_size import pass_bytes
 from proxytune.costs.roofline import PassBytes, bytes_per_token
 from proxytune.costs.speculation import DraftCosts, best_draft_length, time_per_token
-from proxytune.throughput.methods import COMPOSITE, FUSED, TRIO, TUNED
+from proxytune.throughput.methods import COMPOSITE, FUSED, GATED, SHARE, TRIO, TUNED
 from proxytune.throughput.shapes import Trio
 
 __all__ = ["LONGEST_DRAFT", "aims", "floor_bytes", "published_floors", "with_floors"]
@@ -27,6 +27,12 @@ _OF_TUNED = {
     ("13B + 7B + 7B", 0.9): 1.00,
 }
 """Family and planted acceptance → target time per token, as a share of the tuned model's."""
+_GATED = {
+    ("13 : 7 : 7", "bfloat16"): 1.25,
+    ("13 : 7 : 7", "float32"): 1.38,
+    ("32 : 1.5 : 1.5", "bfloat16"): 1.06,
+}
+"""Family and dtype → target time per token under a gate, relative to the base, as large as the tuned model."""
 
 
 def floor_bytes(
@@ -38,18 +44,23 @@ def floor_bytes(
     rows: int = 1,
     acceptance: float | None = None,
     shared: PassBytes | None = None,
+    passes: Mapping[str, float] | None = None,
 ) -> float:
     """Fewest bytes per token that a method has to read, given its kind and the roles it runs.
 
-    `shared` is what expert and antiexpert read in one pass, if they are one model. Speculation: with the expert as
+    `passes` is how often each role runs in a step, where that is not once: companions under a gate. `shared` is what
+    expert and antiexpert read in one pass, if they are one model. Speculation: with the expert as
     draft, at the best draft length; an acceptance of None counts as 0. `context` is the mean number of tokens in the
     cache.
     """
     if kind != "speculation":
         pair = {"expert", "antiexpert"} <= set(roles) and shared is not None
-        apart = [bytes_of[role] for role in roles if not (pair and role in ("expert", "antiexpert"))]
-        passes = [*apart, shared] if pair and shared is not None else apart
-        return bytes_per_token([(1, one) for one in passes], rows, context=context, rows=rows)
+        often = passes or {}
+        apart = [role for role in roles if not (pair and role in ("expert", "antiexpert"))]
+        run = [(often.get(role, 1.0), bytes_of[role]) for role in apart]
+        if pair and shared is not None:
+            run.append((often.get("expert", 1.0), shared))
+        return bytes_per_token(run, rows, context=context, rows=rows)
     verifying = [bytes_of[role] for role in roles if role != "expert"]
     costs = DraftCosts.of_bytes(verifying, bytes_of["expert"], context=context, rows=rows)
     rate = acceptance or 0.0
@@ -96,6 +107,9 @@ def with_floors(cell: dict[str, Any], bytes_of: Mapping[str, PassBytes]) -> dict
             context=context,
             rows=cell["rows"],
             acceptance=found.get("acceptance"),
+            passes={role: n * cell["rows"] for role, n in found["passes_per_token"].items()}
+            if name.startswith(GATED)
+            else None,
         )
         methods[name] = found | {
             "floor_mb_per_token": round(floor / 1e6, 4),
@@ -144,6 +158,9 @@ def _of_cell(family: dict[str, Any], cell: dict[str, Any], gpu: bool) -> Iterato
         floor = ran[FUSED]["floor_over_tuned"]
         yield judged("Small companions: at most 1.10 × the tuned model", FUSED, ran[FUSED]["over_tuned"], 1.1, floor)
     for name, found in ran.items():
+        if name.startswith(GATED) and (bound := _GATED.get((family["name"], family.get("dtype", "")))) is not None:
+            aim = f"Gated at a share of {SHARE:g}: at most {bound:.2f} × the base"
+            yield judged(aim, name, found["over_tuned"], bound, found["floor_over_tuned"])
         if found["kind"] == "speculation":
             yield judged("Speculation: at most 1.10 × its byte floor", name, found["over_floor"], 1.1)
             bound = _OF_TUNED.get((family["name"], found["planted"]))

@@ -13,9 +13,10 @@ from proxytune.formulas.gates import Gate
 from proxytune.generation.fused import FusedDecoding
 from proxytune.methods.speculation.decoding import SpeculativeDecoding
 from proxytune.methods.steering.processor import ProxyTuningLogitsProcessor
+from proxytune.models.gate_calibration import base_entropies
+from proxytune.stats.quantile import share_threshold
 from proxytune.throughput.counters import FirstToken
 from proxytune.throughput.naive_loop import naive_generate
-from proxytune.throughput.planted_models import UNSURE
 from proxytune.throughput.subjects import Subject
 
 __all__ = [
@@ -195,7 +196,7 @@ def _steered(loop: Callable[[], Any], *, overlap: bool | None) -> Callable[[Subj
 
 
 def _gated(subject: Subject) -> Run:
-    gate = Gate(entropy=0.1 if subject.trained else UNSURE)
+    gate = _gate_of(subject)
     run = _steered(lambda: FusedDecoding(seed=0), overlap=False)(subject)
 
     def gated(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
@@ -208,6 +209,17 @@ def _gated(subject: Subject) -> Run:
             model.formula = before
 
     return gated
+
+
+def _gate_of(subject: Subject) -> Gate:
+    """The gate of a trained family, or one that opens at the planted share; found once."""
+    if subject.gate is None and subject.trained:
+        subject.gate = Gate(entropy=0.1)
+    elif subject.gate is None:
+        text = {"input_ids": subject.text[-8:][None].to(subject.device)}
+        entropies = base_entropies(subject.steered, text, max_new_tokens=80, pad_token_id=0)
+        subject.gate = Gate(share=SHARE, entropy=max(0.0, share_threshold(entropies, SHARE)[0]))
+    return subject.gate
 
 
 def _compiled(subject: Subject) -> Run:

@@ -16,16 +16,14 @@ from transformers import PreTrainedModel
 
 from proxytune.errors import InputError
 
-__all__ = ["UNSURE", "plant", "successors", "unsure_tokens"]
+__all__ = ["plant", "successors", "unsure_tokens"]
 
 _LOUD = 100.0
 """Standard deviation of the embeddings; layers with usual random weights add only a few units."""
 _SURE = 30.0
 """The planted token's logit, in nats; the others' are near 0."""
-UNSURE = 1.0
-"""An entropy of the base, in nats, that lies between those of sure and of unsure tokens."""
-_LESS_SURE = 7.0
-"""The planted token's logit where the base is unsure: with some thousand ids it is still the most probable by far."""
+_LESS_SURE = 20.0
+"""The planted token's logit where the base is unsure: still the most probable by far, at a larger entropy."""
 _BLOCK = 40
 """Tokens in a row over which the rate is met as closely as possible, so that short texts have it too."""
 
@@ -53,12 +51,11 @@ def successors(width: int, rate: float, *, seed: int) -> tuple[torch.Tensor, tor
 
 
 def unsure_tokens(width: int, share: float, *, seed: int) -> torch.Tensor:
-    """The ids of V = `width` after which the base is unsure, a share of each block: `[V]`, bool."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    blocks = [torch.randperm(_BLOCK, generator=generator) for _ in range(-(-width // _BLOCK))]
+    """The ids of V = `width` after which the base is unsure: `[V]`, bool; the share of any 40 tokens in a row."""
+    block = torch.randperm(_BLOCK, generator=torch.Generator().manual_seed(seed + 1))
     order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))  # that of the text
     unsure = torch.empty(width, dtype=torch.bool)
-    unsure[order] = (torch.cat(blocks)[:width] + 0.5) / _BLOCK < share
+    unsure[order] = (block.repeat(-(-width // _BLOCK))[:width] + 0.5) / _BLOCK < share
     return unsure
 
 
@@ -66,7 +63,7 @@ def unsure_tokens(width: int, share: float, *, seed: int) -> torch.Tensor:
 def plant(models: Mapping[str, PreTrainedModel], rate: float, *, unsure: float = 0.0, seed: int = 0) -> None:
     """Plant next tokens in base, expert and antiexpert, in place. May be called again with another rate.
 
-    `unsure` is the share of tokens at which the base's entropy is above `UNSURE`.
+    `unsure` is the share of tokens at which the base's entropy is larger than at the others.
 
     Raises:
         InputError: If the rate is outside [0, 1], or a head is tied.

@@ -20,6 +20,7 @@ from proxytune.demo.instructions import prompt_of
 from proxytune.demo.tasks import problems
 from proxytune.demo.world import build_world
 from proxytune.errors import InputError
+from proxytune.formulas.gates import Gate
 from proxytune.models.model import ProxyTunedModel
 from proxytune.models.wrap import wrap
 from proxytune.throughput.planted_models import plant
@@ -81,6 +82,7 @@ class Subject:
         text: `[N]`, int64: prompts are cut from it.
         trained: Whether the weights are trained; if not, acceptance is planted.
         compiled: Whether the companions' steps are compiled.
+        gate: The gate of methods that have one; None until it is asked for.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Subject:
     text: torch.Tensor
     trained: bool
     compiled: bool = False
+    gate: Gate | None = None
 
     @property
     def device(self) -> torch.device:
