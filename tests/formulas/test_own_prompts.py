@@ -75,7 +75,7 @@ def test_a_mask_beside_processors_that_leave_no_token() -> None:
 def test_an_expert_that_is_the_base_does_not_draft() -> None:
     model = composed(ProxyTuning(), expert=shared("llama", 1), antiexpert=shared("llama", 2))
     with pytest.raises(
-        InputError, match="draft: expected a draft of another kind .* got 'expert' and members base, anti"
+        InputError, match="draft: expected a draft of another kind.*members base, anti"
     ):
         model.generate(IDS, custom_generate=SpeculativeDecoding(), **RUN)
 
