@@ -34,6 +34,7 @@ from proxytune.methods.speculation import ModelDraft, PromptLookupDraft
 from proxytune.models.gate_calibration import base_entropies, calibrate_gate
 from proxytune.models.members.cache_name import CACHE, cache_of
 from proxytune.models.members.composite_cache import is_lazy
+from proxytune.models.scoring import score
 
 ALPHA, NEW = 0.7, 10
 GATES = {"entropy": Gate(entropy=4.35), "top1": Gate(top1=0.05)}
@@ -132,6 +133,13 @@ def test_every_position_of_a_text(name: str) -> None:
         first = model(ids[:, :9], attention_mask=mask[:, :9])
         again = {CACHE: cache_of(first), "attention_mask": mask}
         close(model(ids[:, 9:], **again).logits, want)
+
+
+def test_scores_of_texts() -> None:
+    ids = padded()[0][0]
+    logits = torch.cat([truth("entropy")(ids[None, :n]).logits[:, 0] for n in range(1, len(ids))])
+    want = logits.log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+    torch.testing.assert_close(score(model_of(), [ids]).logprobs[0].float(), want, atol=1e-4, rtol=1e-4)
 
 
 MODES: dict[str, dict[str, Any]] = {
