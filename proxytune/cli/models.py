@@ -364,7 +364,16 @@ def own_prompt_views(
                 remedy="Correct the role, or remove it.",
             )
     said = bool(prompts) and all(prompt.own.keys() == {*roles} for prompt in prompts)
-    views: Views = dict.fromkeys(roles) if said else prompt_views(model)
+    try:
+        views: Views = dict.fromkeys(roles) if said else prompt_views(model)
+    except InputError as error:
+        raise InputError.of(
+            f"the {roles[0]} of {model.name_or_path}",
+            expected="a prompt view, which says how its own prompt is made of the base's",
+            got='"prompt": true, or none at all',
+            remedy=f'Write e.g. "members": {{"{roles[0]}": {{"of": "base", "prompt": {{"drop": ["system"]}}}}}}, or '
+            f'give each line its "prompts": {{"{roles[0]}": "…"}}.',
+        ) from error
     for prompt in prompts:
         for role, view in views.items():
             written(tokenizer, prompt, chat, system, role, view)  # it may refuse

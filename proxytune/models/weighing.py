@@ -61,7 +61,7 @@ class Weighing:
             i == 0 or i == self._masked_by or isinstance(w, Schedule) or w != 0.0 for i, w in enumerate(self._weights)
         )
         if not self.scheduled and mask is None and not any(self.numbers[1:]) and self.numbers[0] == 1.0:
-            self._logs, self.gate = [], None  # the base alone: its log-probabilities are its logits up to a constant
+            self._logs = []  # the base alone: its log-probabilities are its logits up to a constant
         self.plain = not (self.scheduled or self._logs or self.gate or mask)
 
     def __call__(

@@ -120,7 +120,9 @@ def test_what_is_refused(run, recipe, base, members, tmp_path):
     err = run("generate", *members, "--file", file, NEW).err
     assert "members that read their own: none does; got one of no_context" in err
     bare = recipe_of(base, tmp_path / "bare", prompt=True)
-    assert "the no_context: expected a PromptView" in run("generate", "--recipe", bare, "Hi", NEW).err
+    err = run("generate", "--recipe", bare, "Hi", NEW).err
+    assert f"the no_context of {bare}: expected a prompt view" in err
+    assert '"members": {"no_context": {"of": "base", "prompt": {"drop": ["system"]}}}, or give each line its' in err
     file.write_text(json.dumps({"prompt": "Hi", "prompts": {"no_context": "x"}}) + "\n")
     assert run("generate", "--recipe", bare, "--file", file, NEW).code == 0  # each line says it
     assert (
