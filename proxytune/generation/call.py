@@ -22,6 +22,7 @@ from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.long_rope import read_whole, refuse_unread
 from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.models.members.whole_text import reads_whole_text
+from proxytune.models.own_prompts import PROMPTS
 from proxytune.models.vision import refuse_images
 from proxytune.ops.noise import Noise
 
@@ -150,7 +151,8 @@ class Call:
     def start_stream(self) -> None:
         """Put the prompt to the loop's own streamer; one that `generate()` was given has it already."""
         if self.owns_streamer and self.streamer is not None:
-            self.streamer.put(self.input_ids.cpu())
+            own = self.kwargs.get(PROMPTS)  # the longest of which may have padded the base's prompt
+            self.streamer.put(self.input_ids[:, 0 if own is None else own.added :].cpu())
 
     def prefill(self, *, first: bool = True, everyone: bool = False) -> Any:
         """The prompt's forward pass; from here on every pass returns the members' own logits (`Ensemble.request`)."""

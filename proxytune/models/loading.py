@@ -98,7 +98,7 @@ def open_members(
                 f"the {role}",
                 expected="a model, a hub id or a folder",
                 got="None" if source is None else f"a {type(source).__name__}, {shown(source, 80)}",
-                remedy="Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from."
+                remedy=_needed(role, sources)
                 if source is None
                 else "Pass the model itself; that of a pipeline is pipeline.model.",
             )
@@ -189,6 +189,16 @@ def _below_adapters(
         elif isinstance(source, MemberRef) and source.adapter is not None:
             found[role], places[role] = replace(source, adapter=None), source.adapter
     return found, revisions, members, places
+
+
+def _needed(role: str, sources: Mapping[str, Any]) -> str:
+    """What to do about a role without a member."""
+    expert = sources.get("expert")
+    if role == "antiexpert" and isinstance(expert, str) and expert.startswith("lora:"):
+        return f"{expert!r} is an adapter of the antiexpert: pass antiexpert=, the model that it was trained on."
+    if {*sources} == {*ROLES}:
+        return "Proxy-tuning needs a base, a tuned expert, and the untuned antiexpert that it came from."
+    return f"The formula has this role: pass {role}=."
 
 
 def _refuse_arguments_of_members(members: Any, sources: Mapping[str, Any]) -> None:

@@ -44,9 +44,10 @@ def below_lora(role: str, sources: Mapping[str, Any]) -> str:
     if role != "expert" or not below:
         raise InputError.of(
             f"the {role}",
-            expected="a model, a hub id or a folder; an adapter of the antiexpert, 'lora:…', as the expert alone",
+            expected="a model, a hub id or a folder: 'lora:…' stands for the expert only",
             got=repr(sources[role]),
-            remedy="Load it with PEFT: pass the PeftModel, and a View of it with adapter=False.",
+            remedy="Load the model with PEFT, and pass it and a View of it, e.g. members={'math': peft_model, "
+            "'small': View('math', adapter=False)}; a View('math', adapter='other') is another adapter of it.",
         )
     return below
 
@@ -86,7 +87,8 @@ def load_adapter(model: nn.Module, place: str, role: str, **hub: Any) -> nn.Modu
             f"the {role}",
             expected="a folder or hub id of a PEFT adapter",
             got=repr(place),
-            remedy=f"PEFT says: {first_line(error)}",
+            remedy="Name what peft_model.save_pretrained(folder) wrote, 'lora:folder'. "
+            f"PEFT says: {first_line(error).rstrip('.')}.",
         ) from error
     if reason := why_not_off(config):
         raise MemberError.of(

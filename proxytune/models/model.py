@@ -249,6 +249,11 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         """Role → rows × tokens that the member has run over so far."""
         return {m.role: m.token_forwards for m in self.members}
 
+    @property
+    def passes(self) -> dict[str, int]:
+        """Role → forward passes that the member has made so far; under a gate, companions make fewer than the base."""
+        return {m.role: m.passes for m in self.members}
+
     def compile_members(self, config: CompileConfig | None = None, *, roles: Collection[str] | None = None) -> None:
         """Compile the members' decode steps, each by itself, for `generate(cache_implementation="static")`.
 

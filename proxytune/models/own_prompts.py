@@ -51,10 +51,12 @@ class OwnPrompts:
     Attributes:
         ids: Role → `[B, W]`, int64, padded on the left; W is the width of the base's prompt.
         masks: Role → `[B, W]`, int64.
+        added: Columns of padding that they added to the base's prompt.
     """
 
     ids: Mapping[str, torch.Tensor]
     masks: Mapping[str, torch.Tensor]
+    added: int = 0
 
     @property
     def width(self) -> int:
@@ -66,6 +68,7 @@ class OwnPrompts:
         return OwnPrompts(
             {role: x.repeat_interleave(times, 0) for role, x in self.ids.items()},
             {role: x.repeat_interleave(times, 0) for role, x in self.masks.items()},
+            self.added,
         )
 
 
@@ -244,6 +247,7 @@ def generate_with_prompts(
         kwargs[PROMPTS] = OwnPrompts(
             {role: _to_width(ids, width).expand(len(base), -1) for role, (ids, _) in found.items()},
             {role: _to_width(mask, width).expand(len(base), -1) for role, (_, mask) in found.items()},
+            added,
         )
     if added and kwargs.get("streamer") is not None:
         kwargs["streamer"] = _WithoutPadding(kwargs["streamer"], added)

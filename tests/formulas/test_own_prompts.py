@@ -1,5 +1,7 @@
 """Where a formula meets the rest of `generate()`: kept caches, masks and processors, schedules on static caches."""
 
+import functools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,8 @@ from transformers import DynamicCache
 import proxytune
 from proxytune import FusedDecoding, SpeculativeDecoding
 from proxytune.errors import InputError, NumericalError, RecipeError, UnsupportedModeError
-from proxytune.formulas import ContextAware, ContrastiveDecoding, ProxyTuning, Schedule, View
+from proxytune.formulas import ContextAware, ContrastiveDecoding, Gate, ProxyTuning, Schedule, View
+from proxytune.methods.speculation import PromptLookupDraft
 from proxytune.recipe import Recipe
 
 IDS = torch.randint(3, 250, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -74,9 +77,7 @@ def test_a_mask_beside_processors_that_leave_no_token() -> None:
 
 def test_an_expert_that_is_the_base_does_not_draft() -> None:
     model = composed(ProxyTuning(), expert=shared("llama", 1), antiexpert=shared("llama", 2))
-    with pytest.raises(
-        InputError, match="draft: expected a draft of another kind.*members base, anti"
-    ):
+    with pytest.raises(InputError, match="draft: expected a draft of another kind.*members base, anti"):
         model.generate(IDS, custom_generate=SpeculativeDecoding(), **RUN)
 
 
@@ -99,3 +100,21 @@ def test_a_recipe_without_alpha_takes_the_formula_s_own() -> None:
     assert Recipe.from_json({"format_version": 2, "base": "b", "formula": "classifier-free-guidance"}).alpha == 1.5
     with pytest.raises(RecipeError, match="expected members of the formula 'context-aware': no_context; got expert"):
         Recipe.from_json({"format_version": 2, "base": "b", "expert": "e", "formula": "context-aware"})
+
+
+@pytest.mark.parametrize("loop", [FusedDecoding, SpeculativeDecoding])
+def test_a_loop_s_own_streamer_gets_the_prompt_without_padding(loop: Any) -> None:
+    if loop is SpeculativeDecoding:
+        loop = functools.partial(loop, draft=PromptLookupDraft())
+    heard: list[list[int]] = []
+    streamer = SimpleNamespace(put=lambda ids: heard.append(ids.flatten().tolist()), end=lambda: None)
+    model = composed(ContextAware(alpha=0.7))
+    out = model.generate(IDS[:1], prompts={"no_context": LONGER[:1]}, custom_generate=loop(streamer=streamer), **RUN)
+    assert [token for ids in heard for token in ids] == out[0].tolist()
+
+
+def test_companions_pass_only_where_a_gate_is_open() -> None:
+    gated = ProxyTuning(alpha=0.7, gate=Gate(entropy=1e9))
+    model = composed(gated, expert=shared("llama", 2), antiexpert=shared("llama", 3))
+    model.generate(IDS, **RUN)
+    assert model.passes == {"base": 5, "expert": 0, "antiexpert": 0}

@@ -215,7 +215,7 @@ def test_what_is_no_adapter_of_the_model_is_refused_and_leaves_it_as_it_was(plac
         proxytune.wrap(base, expert=f"lora:{places / 'small'}", antiexpert=build("llama", 2), **WRAP)
     with pytest.raises(MemberError, match="expected an adapter of a model without others; got .* carries default"):
         proxytune.wrap(base, expert=lora, antiexpert=tuned(), **WRAP)
-    with pytest.raises(InputError, match="the antiexpert: expected a model, .* as the expert alone"):
+    with pytest.raises(InputError, match="the antiexpert: expected a model, .*: 'lora:…' stands for the expert only"):
         proxytune.wrap(base, expert=build("llama", 2), antiexpert=lora, **WRAP)
     with pytest.raises(InputError, match="members: expected none for the expert, an adapter of the antiexpert"):
         proxytune.wrap(

@@ -144,6 +144,7 @@ class EncoderDecoderMember(Member):
                 remedy="Shorten the source, or use a member with a longer context.",
             )
         self.token_forwards += input_ids.numel()
+        self.passes += 1
         mask = None if attention_mask is None else attention_mask.to(self.device)
         encoder: Any = self.model.get_encoder()
         with running_as(self.model, self.adapter):

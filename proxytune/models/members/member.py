@@ -131,6 +131,7 @@ class Member:
         context: The maximum number of positions; None if its config names none.
         switch: Beyond how many tokens a long-rope model has other frequencies; None for other models.
         token_forwards: Rows × tokens that it has run over so far.
+        passes: Forward passes that it has made so far.
         step: Its compiled decode step; None if all passes run uncompiled.
         stateful: Whether some of its layers keep a state of all tokens (recurrent and hybrid models).
         config: What its caches are made by: the model's text config, or one for its ids (`whole_text`).
@@ -182,6 +183,7 @@ class Member:
         self.stateful = bool(kinds_of(self.config) & STATES)
         self._cannot_pad = lacking(self.config, "pad")
         self.token_forwards = 0
+        self.passes = 0
         self.step: CompiledStep | None = None
         inner = innermost(model)
         known = type(inner).__module__.startswith("transformers.") and getattr(inner, "hf_quantizer", None) is None
@@ -444,6 +446,7 @@ class Member:
         if self.whole_text is not None:
             logits, read = logits_of_text(self.model, input_ids.to(device), given["attention_mask"], cache)
             self.token_forwards += read
+            self.passes += 1
             return kept_logits(logits, logits_to_keep)
         if not (layers := rewindable_layers(cache)):
             return self._pass(given, cache, logits_to_keep, fed)
@@ -477,6 +480,7 @@ class Member:
         rows, n = given["input_ids"].shape
         if not torch.compiler.is_compiling():
             self.token_forwards += rows * n
+            self.passes += 1
         if self.step is not None and not self._own_cache and CompiledStep.serves(n, cache, logits_to_keep, latent):
             assert cache is not None
             return self.step({"position_ids": None, **given} if self._takes_position_ids else given, cache)

@@ -84,7 +84,7 @@ def run_as_one(parts: Sequence[MemberPass], logits_to_keep: int | torch.Tensor) 
                 stack.enter_context(mixed_rows(switches, states, Rows(len(states), rows, lead.device.type)))
             else:
                 return None
-        counted = lead.token_forwards
+        counted, passes = lead.token_forwards, lead.passes
         try:
             logits = lead.run(
                 _rows_of([part.input_ids for part in parts]),
@@ -97,9 +97,10 @@ def run_as_one(parts: Sequence[MemberPass], logits_to_keep: int | torch.Tensor) 
             _APART.add(model)
             return None
         finally:
-            lead.token_forwards = counted
+            lead.token_forwards, lead.passes = counted, passes
     for part in parts:
         part.member.token_forwards += rows * new
+        part.member.passes += 1
     for number, layer in enumerate(layers):
         _give_back(layer, [part.cache.layers[number] for part in parts if part.cache is not None])
     return list(logits.split(rows))
