@@ -224,9 +224,17 @@ def _lay_out(cache: Cache, configs: Sequence[PreTrainedConfig], texts: bool, idl
     apart, start = {*_cross_attention(configs)}, 0
     for i, config in enumerate(configs):
         stop = start + cached_layers(config)
+        for layer in cache.layers[start:stop]:
+            vars(layer).pop("crop", None)
+            if i in asleep:
+                layer.crop = _stay_empty
         apart |= {*range(start, stop)} if i in asleep else set()
         start = stop
     setattr(cache, _APART, frozenset(apart))
+
+
+def _stay_empty(tokens: int) -> None:
+    """Stands for `crop` of layers that hold nothing, at which transformers 5.17 fails."""
 
 
 def is_lazy(cache: Cache | None) -> bool:
