@@ -256,18 +256,27 @@ class _Check:
         if role not in self.members:
             return None
         config = model.config.get_text_config(decoder=True)
-        values = _cached(self.members[role])
+        again = self._again(role)
+        held = not again and role not in self.onto
+        values = 0.0 if again else _cached(self.members[role])
         return MemberFigures(
             role,
             self.references[role].id,
             f"{type(model).__name__} ({model.config.model_type})",
-            0 if role in self.onto else sum({id(p): p.numel() for p in model.parameters()}.values()),
+            sum({id(p): p.numel() for p in model.parameters()}.values()) if held else 0,
             self.saved[role],
-            {name: 0.0 if role in self.onto else weight_bytes(model, bits) for name, bits in PRECISIONS.items()},
+            {name: weight_bytes(model, bits) if held else 0.0 for name, bits in PRECISIONS.items()},
             {name: values * max(bits, 16.0) / 8 for name, bits in PRECISIONS.items()},
             self.members[role].context,
             self.members[role].rows,
             int(config.num_hidden_layers),
+        )
+
+    def _again(self, role: str) -> bool:
+        """Whether an earlier role is the same model, which then is loaded and run once."""
+        earlier = list(self.references)[: list(self.references).index(role)]
+        return role not in self.onto and any(
+            self.references[r] == self.references[role] for r in earlier if r not in self.onto
         )
 
     def _contexts(self) -> None:
@@ -285,7 +294,8 @@ class _Check:
     def costs(self) -> None:
         """What a token of all three costs."""
         if self.report.members and len(self.report.members) == len(self.references) and not self.pair:
-            works = {role: pass_work(self.models[role]) for role in self.references if role not in self.onto}
+            counted = [role for role in self.references if role not in self.onto and not self._again(role)]
+            works = {role: pass_work(self.models[role]) for role in counted}
             every = [(1.0, work.bytes) for work in works.values()]
             devices = {name: machine_of(name) for name in ("cpu", "cuda")}
             self.report.cost = TokenCost(
