@@ -16,6 +16,7 @@ from proxytune.errors import InputError
 
 if TYPE_CHECKING:
     from proxytune.models.pair_report import PairReport
+    from proxytune.recipe import Recipe
 
 __all__ = ["check", "show"]
 
@@ -59,10 +60,15 @@ def check(
     steered, sources = True, dict[str, Any](zip(ROLES, (base, expert, antiexpert), strict=True))
     if recipe is not None:
         read = Recipe.load(recipe)
-        sources = {role: reference.trusted(False) for role, reference in read.members.items()}
+        sources = _sources_of(read)
         steered = read.formula == ProxyTuning.name and set(sources) == set(ROLES)
         if not steered:
-            terminal.show_note(f"The shift of {read.formula!r} is not looked at, only its members and their tokens.")
+            terminal.show_note(
+                f"Of {read.formula!r} the members, their token ids and memory are checked: expert and antiexpert are "
+                "compared for proxy-tuning alone. A member that reads another prompt as well is counted once."
+            )
+        if "gate" in read.settings:
+            terminal.show_note("The cost of a token is that without the gate.")
         if alpha is None and isinstance(read.alpha, float):
             alpha = read.alpha
         end_tokens = end_tokens or read.end_tokens
@@ -84,6 +90,19 @@ def check(
         show(report, weights)
     if not report.ok:
         raise typer.Exit(1)
+
+
+def _sources_of(recipe: Recipe) -> dict[str, Any]:
+    """The members of a recipe as `check_pair` takes them: an adapter of the antiexpert as "lora:…"."""
+    from dataclasses import replace
+
+    sources: dict[str, Any] = {role: reference.trusted(False) for role, reference in recipe.members.items()}
+    expert, antiexpert = recipe.everyone.get("expert"), recipe.everyone.get("antiexpert")
+    adapter = getattr(expert, "adapter", None)
+    if adapter is not None and "expert" in sources and antiexpert is not None:
+        below = replace(sources["expert"], adapter=None)
+        sources |= {"expert": f"lora:{adapter}", "antiexpert": sources.get("antiexpert", below)}
+    return sources
 
 
 def _refuse_call(members: Sequence[str | None], recipe: Path | None) -> None:

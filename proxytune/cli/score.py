@@ -228,7 +228,9 @@ def _print(lines: Sequence[Mapping[str, Any]], *, quiet: bool, summary: bool, as
     told = "infinite: a token is forbidden" if found["perplexity"] is None else f"{found['perplexity']:.4g}"
     if found["interval"] is not None:
         told += " [" + ", ".join(f"{x:.4g}" for x in found["interval"]) + "]"
-    told = f"perplexity {told} over {found['tokens']} tokens in {found['texts']} texts"
+    told = (
+        f"perplexity {told} over {found['tokens']} tokens in {found['texts']} text{'' if found['texts'] == 1 else 's'}"
+    )
     if on_terminal:
         terminal.output().print(told, soft_wrap=True)
     else:

@@ -100,8 +100,8 @@ def _parsed(text: Any) -> _Sum | Strength:
     try:
         return _value(ast.parse(text, mode="eval").body)
     except (SyntaxError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-        why = str(error) if type(error) is ValueError else "what can be read as one"
-        raise _refusal(text, f"a weighted sum of members: {why}") from None
+        why = f": {error}" if type(error) is ValueError else ", and this is no complete expression"
+        raise _refusal(text, f"a weighted sum of members{why}") from None
 
 
 def _value(node: ast.expr) -> _Sum | Strength:
@@ -144,7 +144,11 @@ def _plus(left: Any, right: Any) -> Any:
 
 def _times(left: Any, right: Any) -> Any:
     if isinstance(right, dict):
-        raise ValueError("two members cannot be multiplied")
+        names = sorted({role for role, _ in (*(left if isinstance(left, dict) else ()), *right)})
+        hint = (
+            "; alpha is no name here: write numbers, and model.alpha scales the whole shift" if "alpha" in names else ""
+        )
+        raise ValueError(f"members cannot be multiplied ({', '.join(names)}){hint}")
     if isinstance(left, dict):
         return {key: _times(weight, right) for key, weight in left.items()}
     if isinstance(left, Schedule) and isinstance(right, Schedule):

@@ -20,7 +20,7 @@ class ContrastiveDecoding(Formula):
     The base is the paper's expert, the large model; the amateur a small one.
 
     Attributes:
-        beta: The strength β [0.5]; 0 is the base.
+        beta: The strength β [0.5]; 0 is the base, on its plausible tokens.
         share: Tokens stay that have this share of the base's largest probability (α in both papers) [0.1]; None for
             all tokens.
     """

@@ -56,7 +56,8 @@ class Gate:
                 f"Gate(share={self.share:g})",
                 expected="a gate that is calibrated for these models, so that its entropy is known",
                 got="entropy=None",
-                remedy="Call proxytune.models.gate_calibration.calibrate_gate(model, encoded).",
+                remedy="Call proxytune.models.gate_calibration.calibrate_gate(model, tokenizer(prompts, "
+                "return_tensors='pt', padding=True)), or choose it by proxytune tune --knob gate.entropy --write.",
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -60,6 +60,13 @@ def calibrate_gate(
             remedy="Call e.g. calibrate_gate(model, encoded, 0.2).",
         )
     share = proper_share(share)
+    if not isinstance(encoded, Mapping) or "input_ids" not in encoded:
+        raise InputError.of(
+            "encoded",
+            expected="input_ids and attention_mask of prompts, padded at the left",
+            got=f"a {type(encoded).__name__}, {shown(encoded, 80)}",
+            remedy="Pass what tokenizer(prompts, return_tensors='pt', padding=True) returns.",
+        )
     found, now = gate, None
     try:
         for _ in range(max(1, rounds)):

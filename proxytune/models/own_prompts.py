@@ -205,7 +205,8 @@ def generate_with_prompts(
     base = kwargs.get("input_ids")
     layer = text_layer_of(cache_of(kwargs))
     held = None if layer is None or layer.ids is None else layer
-    if held is None and set(prompts or {}) != set(roles):
+    idle = {m.role for m, needed in zip(model.members, model.weighing.needed, strict=True) if not needed}
+    if held is None and not {*roles} - idle <= set(prompts or {}):
         raise _missing(roles, prompts)
     if held is not None and prompts:
         raise InputError.of(
@@ -228,7 +229,9 @@ def generate_with_prompts(
             raise _other_rows(role, len(ids), len(base))
         (member,) = [m for m in model.members if m.role == role]
         check_ids(ids, [member], name=f"prompts[{role!r}]")
-    if held is None:
+    if held is None:  # of weight 0: what it reads does not matter
+        mask = kwargs.get("attention_mask")
+        found |= {r: (base, torch.ones_like(base) if mask is None else mask.long()) for r in roles if r not in found}
         longest = max((mask.sum(1).max().item() for _, mask in found.values()), default=0)
         added = max(0, int(longest) - base.shape[1])
     else:

@@ -170,7 +170,9 @@ def sources_of(
         if source is View or isinstance(source, PromptView):
             raise InputError.of(
                 f"the {role}",
-                expected="a View, which is another member's model once more",
+                expected="a View: View('base', prompt=PromptView(…)) is the base with that prompt"
+                if isinstance(source, PromptView)
+                else "a View, which is another member's model once more",
                 got=named_value(source),
                 remedy="Pass e.g. View('base', prompt=PromptView(without=('<context>', '</context>'))).",
             )

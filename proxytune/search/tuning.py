@@ -84,14 +84,13 @@ def knob_of(formula: Any, name: str | None = None) -> Knob:
         return Knob(
             name,
             math.inf if which == "entropy" else 0.0,
-            lambda f, value: replace(f, gate=_gate(f.gate, which, value)),
+            lambda f, value: replace(f, gate=_gate(which, value)),
         )
     return Knob(name, _NEUTRAL.get(name, 0.0), lambda f, value: replace(f, **{name: value}))
 
 
-def _gate(gate: Gate | None, which: str, value: float) -> Gate:
-    same = gate is not None and getattr(gate, which) is not None
-    return replace(gate, **{which: value}) if same and gate is not None else Gate(**{which: value})
+def _gate(which: str, value: float) -> Gate:
+    return Gate(**{which: value})  # a share that was calibrated is another threshold's
 
 
 def _strength_of(formula: Any) -> str:

@@ -96,6 +96,12 @@ def test_prompts_whose_masks_or_names_are_wrong_are_refused() -> None:
         composed("base + config", config=shared("llama", 2))
 
 
+def test_a_member_of_weight_0_needs_no_prompt() -> None:
+    model = composed(ContextAware(alpha=0.0))
+    assert model.generate(IDS, **RUN).equal(shared("llama", 1).generate(IDS, **RUN))
+    assert model.passes["no_context"] == 0
+
+
 def test_a_recipe_without_alpha_takes_the_formula_s_own() -> None:
     assert Recipe.from_json({"format_version": 2, "base": "b", "formula": "classifier-free-guidance"}).alpha == 1.5
     with pytest.raises(RecipeError, match="expected members of the formula 'context-aware': no_context; got expert"):

@@ -40,12 +40,12 @@ def wrap(base: Any = BASE, **given: Any) -> Any:
 WRAP: dict[str, tuple[Callable[[], Any], str]] = {
     "a class": (lambda: wrap(formula=ContextAware), r"got the class ContextAware\. Pass e\.g\. ProxyTuning"),
     "a name": (lambda: wrap(formula="contrastiv"), r"one of proxy-tuning, .*got 'contrastiv'\. Did you mean 'contras"),
-    "no name": (lambda: wrap(formula=""), r"a weighted sum of members: what can be read as one; got ''"),
+    "no name": (lambda: wrap(formula=""), r"a weighted sum of members, and this is no complete expression; got ''"),
     "a number": (lambda: wrap(formula=0.5), r"expected a formula .*got 0\.5"),
     "settings": (lambda: wrap(formula="experts"), r"experts: expected a weight for each .*Experts\(experts="),
     "no base": (lambda: wrap(formula="expert - antiexpert", **THREE), r"the base among them; got 'expert - anti"),
     "the base alone": (lambda: wrap(formula="2*base"), r"expected 1 to 7 members beside the base; got 0"),
-    "a product": (lambda: wrap(formula="base*expert", expert=EXPERT), r"two members cannot be multiplied"),
+    "a product": (lambda: wrap(formula="base*expert", expert=EXPERT), r"members cannot be multiplied \(base, expert\)"),
     "a power": (lambda: wrap(formula="base ** 2", expert=EXPERT), r"'base \*\* 2' is no number, member, log_p"),
     "a call": (lambda: wrap(formula="base + log_p(a + b)"), r"'log_p\(a \+ b\)' is no number, member"),
     "an infinite weight": (lambda: wrap(formula="base + 1e999*expert", expert=EXPERT), r"finite weight .*\(inf,\)"),
@@ -87,7 +87,7 @@ WRAP: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a PromptView": (
         lambda: wrap(formula=ContextAware(), members={"no_context": PromptView(text="x")}),
-        r"the no_context: expected a View, .*got PromptView\(.*Pass e\.g\. View\('base', prompt=PromptView",
+        r"the no_context: expected a View: .*got PromptView\(.*Pass e\.g\. View\('base', prompt=PromptView",
     ),
     "of no role": (
         lambda: wrap(formula="dera", members={"aligned": View("expertt")}),
