@@ -6,9 +6,9 @@ from proxytune._homes import lazy_submodules
 from proxytune.generation.constraints import ConstraintLogitsProcessor
 
 if TYPE_CHECKING:
-    from proxytune.generation.prompt_view_pipeline import PromptViewPipeline
+    from proxytune.generation.prompt_view_pipeline import PromptViewPipeline as PromptViewPipeline
 
-__all__ = ["ConstraintLogitsProcessor", "PromptViewPipeline"]
+__all__ = ["ConstraintLogitsProcessor"]
 
 _submodule = lazy_submodules(__name__)
 
