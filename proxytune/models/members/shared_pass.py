@@ -11,7 +11,8 @@ import copy
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +33,8 @@ _APART: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models in which some adapter does not see the rows of the batch."""
 
 
-class MemberPass(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class MemberPass:
     """What one member takes in a step: arguments of `Member.forward`."""
 
     member: Member
@@ -52,9 +54,7 @@ def run_group(parts: Sequence[MemberPass], logits_to_keep: int | torch.Tensor) -
 
 
 def _arguments(part: MemberPass) -> dict[str, Any]:
-    given = part._asdict()
-    del given["member"]
-    return given
+    return {name: value for name, value in vars(part).items() if name != "member"}
 
 
 def run_as_one(parts: Sequence[MemberPass], logits_to_keep: int | torch.Tensor) -> list[torch.Tensor] | None:
