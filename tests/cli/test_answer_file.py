@@ -75,7 +75,7 @@ def test_only_what_is_missing_is_generated(run, words, tmp_path, monkeypatch):
     real = command._complete
 
     def watching(*arguments, **options):
-        seen.append(arguments[5:7])
+        seen.append(arguments[6:8])
         return real(*arguments, **options)
 
     monkeypatch.setattr(command, "_complete", watching)

@@ -412,7 +412,10 @@ def test_arguments_for_one_member(place: Path) -> None:
         ({"expert": {"dtype": "bf16"}}, "dtype: .*; got 'bf16'. Did you mean 'bfloat16'"),
         ({"expert": {"dytpe": "bfloat16"}}, "dytpe: .*Did you mean dtype"),
         ({"exprt": {}}, "members: expected roles out of base, expert, antiexpert; got exprt"),
-        ({"expert": "bfloat16"}, "members: expected for each role a mapping .*; got {'expert': 'bfloat16'}"),
+        (
+            {"expert": "bfloat16"},
+            "members: expected for each role a mapping .*; got expert: 'bfloat16'. Pass the expert as expert=",
+        ),
         ({"base": {"dtype": "auto"}}, "members: .* by id or folder; got .* for the base, a LlamaForCausalLM"),
     ):
         with pytest.raises(InputError, match=got):

@@ -46,6 +46,7 @@ def phi3(seed: int) -> Any:
         },
         initializer_range=0.3,
         pad_token_id=0,
+        eos_token_id=None,  # the default has no embedding here
     )
     return Phi3ForCausalLM(config).eval()
 

@@ -32,7 +32,7 @@ def test_a_recipe_holds_it_and_older_ones_are_read() -> None:
     assert Recipe.from_json(PLAIN | {"fork_threshold": None}).fork_threshold is None
     recipe = Recipe.from_json(PLAIN | {"fork_threshold": WRITTEN})
     assert recipe.fork_threshold == CALIBRATION
-    assert recipe.to_json() == PLAIN | {"fork_threshold": WRITTEN}
+    assert recipe.to_json() == PLAIN | {"format_version": 2, "fork_threshold": WRITTEN}
     assert Recipe.from_json(json.loads(recipe.dumps())) == recipe
     assert hash(recipe) != hash(Recipe.from_json(PLAIN))
     few = Recipe.from_json(PLAIN | {"fork_threshold": {"share": 0.2, "nats": 0.41, "tokens": 1234}})
