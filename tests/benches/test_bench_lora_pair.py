@@ -33,7 +33,7 @@ def test_all_ways_are_one_step_of_the_pair(bench: Any, monkeypatch: pytest.Monke
     assert cell["ways"]["floor"]["of floor"] == cell["ways"]["two passes"]["of two passes"] == [1, 1, 1]
 
 
-def test_the_record_meets_its_aims_but_for_one(bench: Any) -> None:
+def test_the_record_meets_its_aims(bench: Any) -> None:
     record = json.loads((BENCHES / "results" / "lora.json").read_text(encoding="utf-8"))
     missed = []
     for family in record["families"]:
@@ -42,7 +42,7 @@ def test_the_record_meets_its_aims_but_for_one(bench: Any) -> None:
             assert cell["apart"] < 1e-5
             if cell["ways"]["pair"]["of floor"][0] > record["aims"]["pair / floor"]:
                 missed.append((family["targets"], cell["batch"]))
-    assert missed == [("all linear layers", 1)]
+    assert missed == []
     first = record["published"][0]
     assert (first["name"], first["apart"], first["pair"]) == ("13B + 7B + 7B", 2.03, 1.522)
     assert bench.lora_table(record).count("×") == 4 * 4
