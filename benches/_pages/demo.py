@@ -122,7 +122,7 @@ def losses() -> str:
         return f"{percent(score['rate'], score['interval'])} %"
 
     points = (
-        "**Speed matters most.** Every token needs a pass through three models.",
+        "**Speed matters most.** Every token needs a pass through three models, unless a gate spares the small ones.",
         "**The base lacks the skill.** The shift only brings out what the base can do. On Countdown, a search problem, "
         f"no model gets far: right in any form are {rate(shots, 'countdown')} of the base's answers with 3 shots, "
         f"{rate(proxy, 'countdown')} of the proxy's, {rate(tuned, 'countdown')} of the tuned model's. The gap is "

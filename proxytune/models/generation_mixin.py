@@ -383,7 +383,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         self, cache: Any, *, ahead: bool = False, everyone: bool = False, lazy: bool = False, follows: bool = True
     ) -> None:
         """Make a cache this model's, see `composite_cache.adopt`; `everyone` as `every_member` of a pass."""
-        idle = () if everyone else [i for i, needed in enumerate(self.weighing.needed) if not needed]
+        idle = () if everyone else self.weighing.idle
         adopt(
             cache,
             self.config.member_configs,

@@ -451,7 +451,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
             for member in self.members:
                 if member.role in texts_of:
                     member.refuse_padding(texts_of[member.role].attention_mask)
-        asleep = [i for i, needed in enumerate(self.weighing.needed) if not needed] if cache is None else idle_in(cache)
+        asleep = self.weighing.idle if cache is None else idle_in(cache)
         # Before the pass: a static cache counts in place.
         known_width = prompt_width_of(cache, past, prompt_width)
         generated = self._generated(past, input_ids.shape[1], known_width, logits_to_keep)

@@ -205,7 +205,7 @@ def generate_with_prompts(
     base = kwargs.get("input_ids")
     layer = text_layer_of(cache_of(kwargs))
     held = None if layer is None or layer.ids is None else layer
-    idle = {m.role for m, needed in zip(model.members, model.weighing.needed, strict=True) if not needed}
+    idle = {model.members[i].role for i in model.weighing.idle}
     if held is None and not {*roles} - idle <= set(prompts or {}):
         raise _missing(roles, prompts)
     if held is not None and prompts:

@@ -32,6 +32,7 @@ class Weighing:
         gate: Where the shift applies; None for everywhere.
         masked: Whether a mask leaves out tokens.
         needed: For each member, whether it has to run: a term of weight 0 does not, unless a mask looks at it.
+        idle: The members that do not.
         plain: Whether the numbers are all there is to it.
     """
 
@@ -60,6 +61,7 @@ class Weighing:
         self.needed = tuple(
             i == 0 or i == self._masked_by or isinstance(w, Schedule) or w != 0.0 for i, w in enumerate(self._weights)
         )
+        self.idle = tuple(i for i, needed in enumerate(self.needed) if not needed)
         if not self.scheduled and mask is None and not any(self.numbers[1:]) and self.numbers[0] == 1.0:
             self._logs = []  # the base alone: its log-probabilities are its logits up to a constant
         self.plain = not (self.scheduled or self._logs or self.gate or mask)

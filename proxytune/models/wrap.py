@@ -27,7 +27,7 @@ from proxytune.models.roles import refuse_no_shift
 from proxytune.recipe import ROLES, EndTokens, Recipe
 from proxytune.validation import shown
 
-__all__ = ["sources_of", "wrap"]
+__all__ = ["wrap"]
 
 
 def wrap(
@@ -94,7 +94,7 @@ def wrap(
         raise InputError.of(
             "members",
             expected="role → a model, a hub id, a folder or a View; or arguments of from_pretrained for that member",
-            got=named_value(members),
+            got=_named_value(members),
             remedy=f"Pass members={{{chosen.roles[0]!r}: …}}.",
         )
     if isinstance(base, View):
@@ -107,8 +107,8 @@ def wrap(
     given = members or {}
     arguments = {role: value for role, value in given.items() if isinstance(value, Mapping)}
     named = {role: value for role, value in given.items() if role not in arguments}
-    refuse_places(named)
-    sources = sources_of(chosen, base, {"expert": expert, "antiexpert": antiexpert}, named)
+    _refuse_places(named)
+    sources = _sources_of(chosen, base, {"expert": expert, "antiexpert": antiexpert}, named)
     views = {role: source for role, source in sources.items() if isinstance(source, View)}
     loaded = {role: source for role, source in sources.items() if role not in views}
     if loaded.keys() >= {"expert", "antiexpert"}:
@@ -130,14 +130,7 @@ def wrap(
     return model
 
 
-def sources_of(
-    formula: Any,
-    base: Any,
-    usual: Mapping[str, Any],
-    named: Mapping[str, Any],
-    *,
-    remedy: str = "Pass members={{{0!r}: …}}.",
-) -> dict[str, Any]:
+def _sources_of(formula: Any, base: Any, usual: Mapping[str, Any], named: Mapping[str, Any]) -> dict[str, Any]:
     """Role → model, id, folder or view, of the roles that a formula has; the base first.
 
     `usual` are the roles that have arguments of their own, None where they were not given; `named` all others.
@@ -152,7 +145,7 @@ def sources_of(
         raise InputError.of(
             f"the {role}",
             expected=f"a role of the formula: {', '.join(formula.roles)}",
-            got=named_value(given[role]),
+            got=_named_value(given[role]),
             remedy=_meant(role, formula.roles) or "Leave it out, or name it in the formula.",
         )
     sources: dict[str, Any] = {"base": base}
@@ -173,14 +166,14 @@ def sources_of(
                 expected="a View: View('base', prompt=PromptView(…)) is the base with that prompt"
                 if isinstance(source, PromptView)
                 else "a View, which is another member's model once more",
-                got=named_value(source),
+                got=_named_value(source),
                 remedy="Pass e.g. View('base', prompt=PromptView(without=('<context>', '</context>'))).",
             )
         sources[role] = source
     return sources
 
 
-def named_value(value: Any) -> str:
+def _named_value(value: Any) -> str:
     """A value for a message: models by their class, since they print all their layers."""
     if isinstance(value, Module):
         return f"a {type(value).__name__}"
@@ -211,14 +204,14 @@ def _named_formula(name: str) -> Formula:
     return Formula.parse(name)
 
 
-def refuse_places(named: Mapping[str, Any]) -> None:
+def _refuse_places(named: Mapping[str, Any]) -> None:
     """Refuse members of the roles that have arguments of their own: `members=` has load arguments for those."""
     for role in ROLES:
         if role in named:
             raise InputError.of(
                 "members",
                 expected="for each role a mapping of arguments of from_pretrained, or for a role of other name a model",
-                got=f"{role}: {named_value(named[role])}",
+                got=f"{role}: {_named_value(named[role])}",
                 remedy=f"Pass the {role} as {role}=.",
             )
 

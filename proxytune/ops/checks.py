@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 import torch
 
 from proxytune.errors import InputError
+from proxytune.formulas.checks import MOST_MEMBERS
 from proxytune.ops.combination import Combination, Weights
 from proxytune.ops.noise import Noise
 from proxytune.ops.outputs import OF_DRAWS, OUTPUTS
@@ -15,7 +16,7 @@ from proxytune.validation import finite, whole
 
 __all__ = ["DTYPES", "MAX_MEMBERS", "refuse_drafts", "refuse_ids", "refuse_members", "refuse_mixture", "refuse_request"]
 
-MAX_MEMBERS = 8
+MAX_MEMBERS = MOST_MEMBERS
 """Base and companions together."""
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
