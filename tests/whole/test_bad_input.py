@@ -3,6 +3,7 @@
 import copy
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,15 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
         compose(expert=str(tmp_path))
 
 
+@pytest.fixture
+def layers_in_order() -> Iterator[None]:
+    """What is taken out of a dictionary and put back comes last, and a page is made of the order."""
+    before = dict(layer_kinds.ABLE)
+    yield
+    layer_kinds.ABLE.clear()
+    layer_kinds.ABLE.update(before)
+
+
 @pytest.mark.parametrize(
     ("kind", "name", "layers"),
     [
@@ -122,7 +132,7 @@ def test_an_empty_folder_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_layers_of_an_unknown_kind_are_refused_by_name(
-    kind: str, name: str, layers: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, name: str, layers: str, layers_in_order: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build(kind, 5)
     monkeypatch.delitem(layer_kinds.ABLE, layers)
