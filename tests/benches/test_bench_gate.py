@@ -2,13 +2,14 @@
 
 import bench_gate as bench
 import torch
+from _gate import rules as gate
 
 from proxytune.ops.entropy import entropy, varentropy
 
 
-def step(number: int, base: torch.Tensor, expert: torch.Tensor, memory: dict) -> bench.Step:
+def step(number: int, base: torch.Tensor, expert: torch.Tensor, memory: dict) -> gate.Step:
     top = base.topk(2, -1).values
-    return bench.Step(
+    return gate.Step(
         number, entropy(base), base.softmax(-1).amax(-1), top[:, 0] - top[:, 1], varentropy(base), base, expert, memory
     )
 
@@ -16,7 +17,7 @@ def step(number: int, base: torch.Tensor, expert: torch.Tensor, memory: dict) ->
 def test_rules_ask_where_they_say() -> None:
     sure, unsure = torch.tensor([9.0, 0.0, 0.0]), torch.tensor([0.2, 0.0, 0.1])
     rows, other = torch.stack([sure, unsure]), torch.stack([sure, -unsure])
-    rules = {(rule.kind, rule.at): rule for rule in bench.rules()}
+    rules = {(rule.kind, rule.at): rule for rule in gate.rules()}
 
     def asks(kind: str, at: float, number: int = 0, memory: dict | None = None) -> list[bool]:
         memory = {"noise": torch.Generator().manual_seed(0)} if memory is None else memory
@@ -33,7 +34,7 @@ def test_rules_ask_where_they_say() -> None:
     rows = torch.stack([sure, sure])
     assert asks("entropy, held 1 step", 0.6, 2, held) == [True, False]
     features = step(0, other, other, {}).features().repeat(20, 1)
-    (first, *_) = bench.learnt([(features, torch.tensor([False, True]).repeat(20))])
+    (first, *_) = gate.learnt([(features, torch.tensor([False, True]).repeat(20))])
     assert first.asks(step(0, other, other, {})).tolist() == [False, True]
 
 
