@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from proxytune.cli.models import Views, check_chat, written
+from proxytune.cli.encoding import Views, check_chat, written
 from proxytune.cli.prompts import COMPLETION, Prompt, check_prompts
 from proxytune.errors import InputError
 
@@ -96,7 +96,7 @@ def encode_answered(
 
     A text alone has an empty prompt. `views` says how the prompts of members that read their own are made.
     """
-    from proxytune.models.scoring import encode_pair
+    from proxytune.models.scored_texts import encode_pair
 
     if chat:
         check_chat(tokenizer, [prompt for prompt, _ in pairs], system)

@@ -11,15 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.models import (
-    check_chat,
-    check_lengths,
-    check_members,
-    encode,
-    load,
-    load_plain,
-    own_prompt_views,
-)
+from proxytune.cli.encoding import check_chat, check_lengths, encode, own_prompt_views
+from proxytune.cli.models import check_members, load, load_plain
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,

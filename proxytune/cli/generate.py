@@ -16,18 +16,9 @@ from rich.text import Text
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
+from proxytune.cli.encoding import check_chat, check_lengths, encode, own_prompt_views
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
-from proxytune.cli.models import (
-    check_chat,
-    check_end_tokens,
-    check_lengths,
-    check_members,
-    chosen_device,
-    encode,
-    load,
-    named,
-    own_prompt_views,
-)
+from proxytune.cli.models import check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,

@@ -11,16 +11,8 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import (
-    check_chat,
-    check_end_tokens,
-    check_lengths,
-    check_members,
-    chosen_device,
-    load,
-    named,
-    own_prompt_views,
-)
+from proxytune.cli.encoding import check_chat, check_lengths, own_prompt_views
+from proxytune.cli.models import check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
     OUTPUT,

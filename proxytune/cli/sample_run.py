@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from proxytune.cli import terminal
-from proxytune.cli.models import Views, encode
+from proxytune.cli.encoding import Views, encode
 from proxytune.cli.options import Vote
 from proxytune.cli.prompts import Prompt
 from proxytune.errors import BudgetError, BudgetWarning, InputError

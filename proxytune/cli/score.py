@@ -12,7 +12,8 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.models import check_members, chosen_device, load, load_plain, named, own_prompt_views
+from proxytune.cli.encoding import own_prompt_views
+from proxytune.cli.models import check_members, chosen_device, load, load_plain, named
 from proxytune.cli.options import (
     OUTPUT,
     PROMPTS,
@@ -129,11 +130,12 @@ def score(
                 model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat, trust=trust)
 
             from proxytune.models import scoring
+            from proxytune.models.scored_texts import check_texts
 
             views = own_prompt_views(model, tokenizer, [prompt for prompt, _ in pairs], chat, system)
             before, texts = encode_answered(tokenizer, pairs, chat=chat, system=system, views=views)
             wheres = [prompt.where for prompt in prompts]
-            scoring.check_texts(model, texts, prompts=before, names=wheres)
+            check_texts(model, texts, prompts=before, names=wheres)
             if answers is not None:
                 answers.begin({}, 1)
             done = 0 if answers is None else answers.done

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.models import check_lengths, check_members, load, own_prompt_views
+from proxytune.cli.encoding import check_lengths, own_prompt_views
+from proxytune.cli.models import check_members, load
 from proxytune.cli.options import (
     OUTPUT,
     PROMPTS,
@@ -28,7 +29,7 @@ from proxytune.cli.options import (
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
-    from proxytune.search.tuning import Tuning
+    from proxytune.search.tuning_record import Tuning
 
 __all__ = ["tune"]
 
@@ -146,9 +147,10 @@ def tune(
 
     from proxytune.recipe import write_tuned
     from proxytune.search import tuning
+    from proxytune.search.knobs import knob_of
 
     model, tokenizer = load(base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat, trust=trust)
-    chosen = tuning.knob_of(model.formula, knob)
+    chosen = knob_of(model.formula, knob)
     if given is None:
         given = _default_values(chosen)
     views = own_prompt_views(model, tokenizer, [prompt for prompt, _ in pairs], chat, system)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from proxytune.cli.answered import encode_answered, split_answers
-from proxytune.cli.models import encode
+from proxytune.cli.encoding import encode
 from proxytune.cli.prompts import COMPLETION, Prompt, read_prompts
 from proxytune.errors import InputError
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from proxytune.cli.sample_run import Extract
-    from proxytune.search.tuning import Item
+    from proxytune.search.tuning_record import Item
 
 __all__ = ["Judge", "flat", "is_written", "items_of", "named_file", "read_items", "refuse_other_kinds"]
 
@@ -131,7 +131,7 @@ def items_of(
     views: Mapping[str, Any],
 ) -> list[Item]:
     """The items as token ids; `views` says how the prompts are made of members that read their own."""
-    from proxytune.search.tuning import Item
+    from proxytune.search.tuning_record import Item
 
     before, texts = encode_answered(tokenizer, pairs, chat=chat, system=system, views=views)
     items = []
@@ -184,7 +184,7 @@ def refuse_other_kinds(prompts: Sequence[Prompt], views: Mapping[str, Any]) -> N
 
 @dataclass(frozen=True)
 class Judge:
-    """Whether the model's greedy answers are right: `proxytune.search.tuning.Judge`."""
+    """Whether the model's greedy answers are right: `proxytune.search.tuning_record.Judge`."""
 
     tokenizer: PreTrainedTokenizerBase
     prompts: Sequence[Prompt]

@@ -236,7 +236,7 @@ def _check_family(config: Mapping[str, Any], role: str, name: str, wanted: bool 
 
 def tokenizer_code(reference: MemberRef, **hub: Any) -> str | None:
     """The file of its own that a tokenizer would run; None if it has none."""
-    # Not above, see `proxytune.models.loading.find_tokenizer`.
+    # Not above, see `proxytune.models.member_tokenizers.find_tokenizer`.
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,17 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.utils import cached_file
 
-from proxytune.errors import InputError, MemberError, ProxytuneError, VocabularyWarning
+from proxytune.errors import InputError, MemberError, ProxytuneError
 from proxytune.models.checkpoints import (
-    carrier_of,
     check_checkpoint,
     first_line,
     is_custom_code,
     not_found,
     refuse_incomplete,
-    tokenizer_code,
 )
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.load_arguments import (
@@ -37,24 +33,12 @@ from proxytune.models.load_arguments import (
     unknown_keyword,
 )
 from proxytune.models.lora_members import below_lora, load_adapter, place_of
-from proxytune.models.members.adapter_state import OWN
-from proxytune.models.members.packed import packed_as
-from proxytune.models.vocabulary import check_same_tokens
+from proxytune.models.member_tokenizers import compared, places_of_tokens, warn_uncompared
+from proxytune.models.references import reference_of
 from proxytune.recipe import ROLES, MemberRef
 from proxytune.validation import shown
 
-__all__ = [
-    "adapters_of",
-    "check_vocabularies",
-    "find_tokenizer",
-    "open_member",
-    "open_members",
-    "places_of_tokens",
-    "reference_of",
-    "refuse_composed",
-    "refuse_roles",
-    "refuse_tokenizers",
-]
+__all__ = ["open_member", "open_members", "refuse_composed", "refuse_roles", "refuse_tokenizers"]
 
 _UNEXPECTED = re.compile(r"unexpected keyword argument '(\w+)'")
 
@@ -138,7 +122,7 @@ def open_members(
     early = check_vocabulary and None not in references.values()
     unknown: list[str] = []
     if early:  # before weights are read
-        known, unknown = _compared(references, tokenizers, trusted, hub)
+        known, unknown = compared(references, tokenizers, trusted, hub)
     models: dict[str, nn.Module] = {}
     for role, source in sources.items():
         opened = source if isinstance(source, nn.Module) else references[role]
@@ -158,8 +142,8 @@ def open_members(
         code = own["trust_remote_code"] and is_custom_code(models[role])
         references[role] = replace(found, load=deciding(own | {"trust_remote_code": code}))
     if check_vocabulary and not early:
-        known, unknown = _compared(places_of_tokens(references, models), tokenizers, trusted, hub)
-    _warn_uncompared(unknown)
+        known, unknown = compared(places_of_tokens(references, models), tokenizers, trusted, hub)
+    warn_uncompared(unknown)
     for role, place in places.items():
         if (found := references[role]) is not None:
             references[role] = replace(found, adapter=place)
@@ -316,165 +300,3 @@ def open_member(
     refuse_incomplete(model, info, role, place, from_pretrained)
     loaded: nn.Module = model
     return loaded
-
-
-def reference_of(source: Any, revision: str | None = None, *, below: bool = False) -> MemberRef | None:
-    """A reference to load a member again, folders made absolute.
-
-    None for a model that exists only in memory, or that carries an adapter, which its name does not cover; with `below`
-    the model that carries it.
-    """
-    load: Mapping[str, Any] = {}
-    adapter = None
-    if isinstance(source, nn.Module):
-        config = getattr(source, "config", None)
-        if adapters_of(source) and not below:
-            return None
-        name, revision = getattr(config, "name_or_path", "") or "", getattr(config, "_commit_hash", None)
-        load = _load_of(source)
-    elif isinstance(source, MemberRef):
-        name, revision, load, adapter = source.id, source.revision or revision, source.load, source.adapter
-    else:
-        name = str(source)
-    if not name:
-        return None
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        return MemberRef(str(folder.resolve()), load=load, adapter=adapter)
-    return MemberRef(name, revision, load, adapter)
-
-
-def places_of_tokens(
-    references: Mapping[str, MemberRef | None], models: Mapping[str, nn.Module]
-) -> dict[str, MemberRef | None]:
-    """Where to look for each member's tokenizer: an adapter in memory has that of the model which carries it."""
-    return {role: found or reference_of(models[role], below=True) for role, found in references.items()}
-
-
-def _load_of(model: Any) -> dict[str, Any]:
-    """What `from_pretrained` was given for a model that is loaded already, as far as the model tells."""
-    quantizer = getattr(model, "hf_quantizer", None)
-    settings: Any = getattr(quantizer, "quantization_config", None)
-    load: dict[str, Any] = {"trust_remote_code": is_custom_code(model)}
-    if getattr(settings, "gguf_file", None):
-        load["gguf_file"] = settings.gguf_file
-    elif settings is not None and not getattr(quantizer, "pre_quantized", True):
-        load["quantization_config"] = settings
-    elif quantizer is None and (packed := packed_as(model)):  # by a library of its own: nothing that JSON can hold
-        load["quantization_config"] = packed
-    return deciding(load)
-
-
-def adapters_of(model: nn.Module) -> tuple[str, ...]:
-    """The names of the PEFT adapters that a model carries, sorted; empty for a plain model.
-
-    Adapters that `load_adapter` has put onto it, off, count for the PEFT model that it made alone.
-    """
-    names = sorted(dict(getattr(model, "peft_config", None) or {}))
-    own = getattr(model, "active_adapter", None) if hasattr(model, "get_base_model") else None
-    return tuple(name for name in names if name == own or not name.startswith(OWN))
-
-
-def check_vocabularies(
-    references: Mapping[str, MemberRef | None],
-    tokenizers: Mapping[str, Any] | None = None,
-    *,
-    trusted: Collection[str] = (),
-    hub: Mapping[str, Mapping[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Compare all members' token ids with those of the first member whose tokenizer is known.
-
-    `references` says where each member was loaded from, the base first; `tokenizers` holds those of members saved
-    without one; `trusted` are the roles whose tokenizers may run code of their own; `hub` is role → `token`,
-    `cache_dir` and the like. Returns role → tokenizer, as far as they were found.
-
-    Raises:
-        VocabularyMismatchError: If two members use the same id for different tokens.
-
-    Warns:
-        VocabularyWarning: If some member's tokenizer is not found, so it could not be compared.
-    """
-    found, unknown = _compared(references, tokenizers, trusted, hub or {})
-    _warn_uncompared(unknown)
-    return found
-
-
-def _compared(
-    references: Mapping[str, MemberRef | None],
-    tokenizers: Mapping[str, Any] | None,
-    trusted: Collection[str],
-    hub: Mapping[str, Mapping[str, Any]],
-) -> tuple[dict[str, Any], list[str]]:
-    """What `check_vocabularies` returns, and the members that could not be compared."""
-    vocabularies: dict[str, Mapping[str, int]] = {}
-    targets: dict[str, Mapping[str, int]] = {}
-    seen: dict[MemberRef, Any] = {}
-    found: dict[str, Any] = {}
-    unknown: list[str] = []
-    for role, reference in references.items():
-        tokenizer = (tokenizers or {}).get(role)
-        if tokenizer is None and reference is not None:
-            if seen.get(reference) is None:
-                where = hub.get(role, {})
-                # A member whose code runs already has been trusted.
-                trust = role in trusted or bool(reference.load.get("trust_remote_code"))
-                seen[reference] = find_tokenizer(reference, trust_remote_code=trust, **where)
-                if seen[reference] is None and not trust and (code := tokenizer_code(reference, **where)):
-                    unknown.append(f"{role} (its tokenizer would run {code} of its own)")
-                    continue
-            tokenizer = seen[reference]
-        if tokenizer is None:
-            unknown.append(role)
-        else:
-            found[role], vocabularies[role] = tokenizer, tokenizer.get_vocab()
-            # Some encoder-decoders have another vocabulary for what they write (Marian).
-            targets[role] = getattr(tokenizer, "target_encoder", vocabularies[role])
-    if vocabularies:
-        # Without the base's tokenizer, companions are compared with each other.
-        against, *others = vocabularies
-        for role in others:
-            check_same_tokens(vocabularies[against], vocabularies[role], role=role, against=against)
-            if any(targets[each] is not vocabularies[each] for each in (against, role)):
-                check_same_tokens(targets[against], targets[role], role=role, against=against)
-    return found, unknown
-
-
-def _warn_uncompared(unknown: Collection[str]) -> None:
-    if unknown:
-        warnings.warn(
-            f"the vocabularies were not compared: no tokenizer was found for {', '.join(unknown)}. If ids mean "
-            "different tokens there, the output is noise. Pass tokenizers={role: tokenizer}, or check_vocabulary=False "
-            "if you know that they agree.",
-            VocabularyWarning,
-            stacklevel=4,
-        )
-
-
-def find_tokenizer(reference: MemberRef, *, trust_remote_code: bool = False, **hub: Any) -> Any | None:
-    """A member's tokenizer; None if it has none, even where transformers would make up an empty one.
-
-    None, too, for one with code of its own that is not trusted, and for what transformers makes of a GGUF file: other
-    ids than the original's, though the vocabularies are equal. An adapter saved without one has its model's.
-    """
-    # Not above: `from transformers import AutoTokenizer` may be what imports this module, and is not done by then.
-    from transformers import AutoTokenizer
-
-    inside = {"subfolder": reference.load["subfolder"]} if "subfolder" in reference.load else {}
-    where: dict[str, Any] = {"revision": reference.revision or "main", **inside, **hub}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(reference.id, trust_remote_code=trust_remote_code, **where)
-    except (OSError, ValueError, TypeError):  # the last where some classes miss their file
-        if (carrier := carrier_of(reference, where)) is None:
-            return None
-        hub.pop("subfolder", None)  # of the adapter
-        return find_tokenizer(carrier, trust_remote_code=trust_remote_code, **hub)
-    names = set(tokenizer.vocab_files_names.values())
-
-    def exists(name: str) -> bool:
-        quiet = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-        return cached_file(reference.id, name, **where, **quiet) is not None
-
-    # A tokenizer of bytes or characters has no vocabulary file at all.
-    if not names or any(exists(name) for name in ("tokenizer.json", *sorted(names), "tekken.json")):
-        return tokenizer
-    return None

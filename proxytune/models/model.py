@@ -42,7 +42,7 @@ from proxytune.models.generation_mixin import (
     refuse_shapes,
 )
 from proxytune.models.lazy import asked, can_wait, positions_to_keep
-from proxytune.models.loading import adapters_of, refuse_composed
+from proxytune.models.loading import refuse_composed
 from proxytune.models.members.adapter_state import runs_as
 from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated, view
@@ -64,6 +64,7 @@ from proxytune.models.own_prompts import (
     roles_with_prompts,
     texts_of_pass,
 )
+from proxytune.models.references import adapters_of
 from proxytune.models.roles import refuse_folded, refuse_no_shift, refuse_taken_names, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
 from proxytune.models.vision import BASE_INPUTS, StepInputs, says_text, sees

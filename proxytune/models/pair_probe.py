@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 
+from proxytune.costs.model_size import cached_values
+from proxytune.errors import UnsupportedModeError
 from proxytune.models.end_tokens import ends_of
+from proxytune.models.members.composite_cache import empty_cache, stored
+from proxytune.models.members.layer_kinds import Ability, lacking
+from proxytune.models.members.member import Member
 
-__all__ = ["Shift", "Text", "built_in_texts", "measured", "rendered"]
+__all__ = ["QUANTISED_ROWS", "Shift", "Text", "built_in_texts", "cached", "lacks_of", "measured", "rendered"]
+
+QUANTISED_ROWS = "its logits depend on the other rows and on later tokens of a pass (LLM.int8): use no speculation"
 
 _ASKED = (
     ("What is the capital of France?", "The capital of France is Paris."),
@@ -149,3 +157,36 @@ def _divergence(one: torch.Tensor, other: torch.Tensor) -> float:
     """The sum over the rows `[N, V]` of KL(one ‖ other), of logits, in nats; where one is 0 it counts nothing."""
     p, q = one.log_softmax(-1), other.log_softmax(-1)
     return float(torch.where(p > -torch.inf, p.exp() * (p - q), 0.0).sum())
+
+
+def lacks_of(member: Member) -> dict[Ability, str]:
+    """What a member cannot do, and why: by its layers, and by its self-test if that was made."""
+    found: dict[Ability, str] = {}
+    faults: dict[Ability, str | None] = {"static": member.whole_text}
+    faults |= {"pad": member.verdict.padding, "move": member.verdict.moved}
+    for ability, fault in faults.items():
+        if strange := lacking(member.config, ability):
+            found[ability] = f"{', '.join(strange)} layers"
+        elif fault is not None:
+            found[ability] = fault
+    if "static" not in found:
+        try:
+            member.refuse_static_cache(0)
+        except UnsupportedModeError as error:
+            found["static"] = str(error).partition(" with ")[2].partition(". ")[0]
+    return found
+
+
+def cached(member: Member) -> float:
+    """How many values the cache of a text of 1,000 tokens holds: of a pass without weights, else by the config."""
+    length, dtype = min(1000, member.context or 1000), member.model.dtype
+    held = 0
+    member.model.to(torch.bfloat16)  # without weights, torch knows experts in no other dtype
+    with suppress(Exception), torch.no_grad():
+        cache = empty_cache(member.config)
+        member.forward(torch.zeros(1, length, dtype=torch.long, device="meta"), cache=cache, logits_to_keep=1)
+        states = [state for layer in stored(cache) for state in vars(layer).values()]
+        tensors = [x for state in states for x in (state.values() if isinstance(state, dict) else [state])]
+        held = sum(x.numel() for x in tensors if isinstance(x, torch.Tensor))
+    member.model.to(dtype)
+    return held * 1000.0 / length if held else 1000.0 * cached_values(member.config)

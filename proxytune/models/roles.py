@@ -14,9 +14,9 @@ from proxytune.errors import InputError, MemberError, SteeringWarning
 from proxytune.formulas.base import Formula, terms_of
 from proxytune.formulas.schedules import Schedule
 from proxytune.models.end_tokens import ends_of
-from proxytune.models.loading import reference_of
 from proxytune.models.members.adapter_state import runs_as, states_of
 from proxytune.models.members.innermost import innermost
+from proxytune.models.references import reference_of
 from proxytune.recipe import ROLES, MemberRef
 
 __all__ = ["refuse_folded", "refuse_no_shift", "warn_of_roles", "warn_of_size"]

@@ -16,9 +16,10 @@ from proxytune.formulas.checks import check_formula
 from proxytune.formulas.registry import FORMULAS, is_kept, recipe_of
 from proxytune.models.config import CARRIED, ProxyTunedConfig, load_recipe
 from proxytune.models.end_tokens import stop_composed
-from proxytune.models.loading import adapters_of, open_members
+from proxytune.models.loading import open_members
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
+from proxytune.models.references import adapters_of
 from proxytune.models.roles import refuse_no_shift
 from proxytune.models.saving import save_adapter
 from proxytune.models.vision import reopened_as

@@ -18,7 +18,7 @@ import transformers
 from transformers import GenerationConfig
 
 from proxytune.errors import RecipeError
-from proxytune.models.loading import find_tokenizer
+from proxytune.models.member_tokenizers import find_tokenizer
 from proxytune.recipe import RECIPE_FILE, Recipe
 
 __all__ = ["save_adapter"]

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from proxytune.cli import generate as command
 from proxytune.cli import setting_table, settings
-from proxytune.cli.models import check_chat, encode
+from proxytune.cli.encoding import check_chat, encode
 from proxytune.cli.prompts import Prompt, read_prompts
 from proxytune.errors import InputError
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import proxytune
 from proxytune.cli import terminal
-from proxytune.models import scoring
+from proxytune.models import scored_texts, scoring
 from proxytune.recipe import RECIPE_FILE
 
 PAIRS = [
@@ -125,7 +125,7 @@ def test_a_recipe_says_how_other_prompts_are_made(run, family, tokenizer, tmp_pa
     assert ended.code == 0, ended.err
     base = AutoModelForCausalLM.from_pretrained(family / "large-base", dtype=torch.float32)
     for line, without in zip(ended.lines, (" Where is Bo?", " y"), strict=True):
-        ids = [scoring.encode_pair(tokenizer, p, line["completion"]) for p in (line["prompt"], without)]
+        ids = [scored_texts.encode_pair(tokenizer, p, line["completion"]) for p in (line["prompt"], without)]
         after = torch.tensor(ids[0][1])
         with torch.no_grad():
             z, other = (base(torch.tensor([[*p, *after[:-1]]])).logits[0, -len(after) :].double() for p, _ in ids)

@@ -15,7 +15,9 @@ from proxytune.errors import RecipeError
 from proxytune.formulas import ProxyTuning
 from proxytune.formulas.contrastive import ContrastiveDecoding
 from proxytune.recipe import RECIPE_FILE, Recipe, write_tuned
-from proxytune.search.tuning import Item, Point, Tuning, knob_of, tune
+from proxytune.search.knobs import knob_of
+from proxytune.search.tuning import tune
+from proxytune.search.tuning_record import Item, Point, Tuning
 from proxytune.stats.bootstrap import Interval
 
 WORDS = ["red", "blue", "seven", "nobody", "cheese", "grapes", "two", "nuts"]

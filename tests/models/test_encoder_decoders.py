@@ -43,7 +43,7 @@ from proxytune.errors import (
     UnsupportedModelError,
     VocabularyMismatchError,
 )
-from proxytune.models.loading import check_vocabularies
+from proxytune.models.member_tokenizers import check_vocabularies
 from proxytune.models.members.cache_name import CACHE, cache_of
 
 PAD, START, EOS, V = 0, 0, 2, 48

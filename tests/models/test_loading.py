@@ -34,7 +34,7 @@ from proxytune.errors import (
     VocabularyWarning,
 )
 from proxytune.models import checkpoints
-from proxytune.models.loading import check_vocabularies
+from proxytune.models.member_tokenizers import check_vocabularies
 from proxytune.recipe import RECIPE_FILE, MemberRef, Recipe
 
 IDS = torch.arange(20, 28)[None]

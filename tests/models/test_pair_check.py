@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertLM
 import proxytune
 from proxytune.costs.model_size import cached_values, weight_bytes
 from proxytune.demo import bundled
-from proxytune.models import loading, pair_check
+from proxytune.models import loading, pair_check, pair_files, pair_probe
 from proxytune.models.members.member import Member
 from proxytune.models.pair_check import check_pair
 from proxytune.models.pair_probe import Text, measured
@@ -75,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folders(tmp_path: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
-    monkeypatch.setattr(pair_check, "_cached", lambda member: 1.0)  # half of the time, and it has its own test
+    monkeypatch.setattr(pair_files, "cached", lambda member: 1.0)  # half of the time, and it has its own test
     return Folders(tmp_path, made)
 
 
@@ -130,7 +130,7 @@ def test_a_text_takes_as_much_cache_as_is_said(kind: str) -> None:
     grown, whole = sum(held(5)) - sum(held(4)), sum(held(1000))
     assert grown == cached_values(model.config)
     assert weight_bytes(model, 16) == 2 * model.num_parameters()
-    assert pair_check._cached(Member(model.to("meta"), "base")) == whole
+    assert pair_probe.cached(Member(model.to("meta"), "base")) == whole
 
 
 def test_the_shift_is_that_of_the_formula() -> None:
@@ -544,7 +544,7 @@ def test_a_tokenizer_that_needs_a_package_is_said(folders: Folders, monkeypatch:
     def missing(*args: Any, **settings: Any) -> Any:
         raise ImportError("You need to install sacremoses")
 
-    monkeypatch.setattr(pair_check, "find_tokenizer", missing)
+    monkeypatch.setattr(pair_files, "find_tokenizer", missing)
     report = checked((folders.base, folders.expert, folders.antiexpert), weights=False)
     said = "the expert's tokenizer: expected files that open; got those at '.*small-it'. transformers says: You need to"
     assert len([text for text in report.problems if re.match(said, text)]) == 1

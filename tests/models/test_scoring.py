@@ -20,8 +20,9 @@ from proxytune.formulas.gates import Gate
 from proxytune.formulas.guidance import ClassifierFreeGuidance, ContextAware
 from proxytune.formulas.proxy_tuning import EmulatedFineTuning
 from proxytune.formulas.schedules import Schedule
-from proxytune.models import scoring
-from proxytune.models.scoring import Scores, encode_pair, score
+from proxytune.models import scored_parts, scoring
+from proxytune.models.scored_texts import encode_pair
+from proxytune.models.scoring import Scores, score
 
 ALPHA = 0.7
 PLAIN: dict[str, Any] = {"check_vocabulary": False, "alpha": ALPHA}
@@ -65,7 +66,7 @@ def compare(scores: Scores, members: list[PreTrainedModel], prompts: list[list[i
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Passes of a few positions: several parts of prompts, and several of scored tokens."""
-    monkeypatch.setattr(scoring, "PART", 12)
+    monkeypatch.setattr(scored_parts, "PART", 12)
 
 
 @pytest.mark.smoke
@@ -88,7 +89,7 @@ def test_parts_and_batches_change_nothing_but_rounding(monkeypatch: pytest.Monke
     forwards = model.token_forwards["base"]
     assert forwards == 4 * (33 - 1)
     for part, batch in ((1, 4), (7, 1), (64, 3)):
-        monkeypatch.setattr(scoring, "PART", part)
+        monkeypatch.setattr(scored_parts, "PART", part)
         again = score(model, given, prompts=prompts, batch_size=batch)
         for a, b in zip(whole.logprobs, again.logprobs, strict=True):
             torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
@@ -122,7 +123,7 @@ def test_a_text_beyond_a_switch_is_read_as_a_whole(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     members = [Phi3ForCausalLM(config).eval(), shared("llama", 1), shared("llama", 2)]
     model = proxytune.wrap(members[0], expert=members[1], antiexpert=members[2], **PLAIN)
-    monkeypatch.setattr(scoring, "PART", 5)
+    monkeypatch.setattr(scored_parts, "PART", 5)
     prompts, given = texts(6, 0, 4, 0), texts(12, 20, 5, 14)  # two within the switch
     prompts[2], given[3] = prompts[2][:2], given[3][:13]
     compare(score(model, given, prompts=prompts, batch_size=4), members, prompts, given)
@@ -230,7 +231,7 @@ def test_whole_logits_never_exist() -> None:
 
     def peak(positions: int) -> int:
         patch = pytest.MonkeyPatch()
-        patch.setattr(scoring, "PART", positions)
+        patch.setattr(scored_parts, "PART", positions)
         with patch.context(), counted(least=1 << 14) as live:
             score(model, given)
         patch.undo()
@@ -246,7 +247,7 @@ def test_whole_logits_never_exist() -> None:
 def test_huge_vocabularies_take_smaller_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     members = [shared("llama", 1), shared("llama", 2), shared("llama", 3)]
     model = proxytune.wrap(members[0], expert=members[1], antiexpert=members[2], **PLAIN)
-    monkeypatch.setattr(scoring, "PART_BYTES", 10 * 3 * 256 * 4)
+    monkeypatch.setattr(scored_parts, "PART_BYTES", 10 * 3 * 256 * 4)
     parts = list(scoring.parts_of(model, texts(40, 33), prompts=texts(0, 30)))
     assert {len(part.targets) for part in parts} == {10, 8}  # 5 columns of 2 rows
     assert sum(int(part.scored.sum()) for part in parts) == 39 + 33

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, ByT5Tokenizer, PreTrainedTokenize
 import proxytune
 from proxytune import ProxyTunedModel, ProxyTuningLogitsProcessor
 from proxytune.errors import InputError, VocabularyMismatchError, VocabularyWarning
-from proxytune.models.loading import find_tokenizer
+from proxytune.models.member_tokenizers import find_tokenizer
 from proxytune.models.vocabulary import check_same_tokens, differing_tokens
 from proxytune.recipe import MemberRef
 

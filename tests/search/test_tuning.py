@@ -18,7 +18,9 @@ from proxytune.formulas import ProxyTuning
 from proxytune.formulas.contrastive import ContrastiveDecoding, DExperts
 from proxytune.formulas.gates import Gate
 from proxytune.formulas.guidance import ContextAware
-from proxytune.search.tuning import Item, knob_of, knobs_of, tune, tune_by
+from proxytune.search.knobs import knob_of, knobs_of
+from proxytune.search.tuning import tune, tune_by
+from proxytune.search.tuning_record import Item
 
 VALUES = [-1.0, 0.0, 0.5, 1.0, 2.0]
 

@@ -34,13 +34,8 @@ from proxytune.methods.steering.attach import (
 from proxytune.models.end_tokens import EndWatch, ends_of, stopping_ids
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.generation_mixin import ComposedGenerationMixin
-from proxytune.models.loading import (
-    check_vocabularies,
-    open_members,
-    places_of_tokens,
-    reference_of,
-    refuse_tokenizers,
-)
+from proxytune.models.loading import open_members, refuse_tokenizers
+from proxytune.models.member_tokenizers import check_vocabularies, places_of_tokens
 from proxytune.models.members.adapter_state import states_of
 from proxytune.models.members.cuda_streams import CompanionStreams, may_overlap
 from proxytune.models.members.embedding_table import embedding_rows
@@ -48,6 +43,7 @@ from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
 from proxytune.models.members.prefix_cached import PrefixCached
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
+from proxytune.models.references import reference_of
 from proxytune.models.roles import refuse_no_shift, warn_of_roles, warn_of_size
 from proxytune.models.weighing import Weighing, is_open
 from proxytune.ops import normalise_
