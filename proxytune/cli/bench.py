@@ -60,7 +60,7 @@ def bench(
 
 def show(record: Mapping[str, Any]) -> None:
     """Print the tables, bars and verdicts of what `proxytune.throughput.run.measure` returned."""
-    from proxytune.throughput.report import drafts, verdicts
+    from proxytune.throughput.report import cheapest, drafts, verdicts
 
     wide = terminal.output()
     wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show wrong numbers
@@ -93,6 +93,9 @@ def show(record: Mapping[str, Any]) -> None:
         f"{of['processor']}, {of['cores']} cores (load at the start: {of['load']}), threads: {of['threads']}, "
         f"torch {of['torch']}, transformers {of['transformers']}. Took {record['seconds']:.0f} s."
     )
+    console.print()
+    for family in record["families"]:
+        console.print(f"- {cheapest(family)}")
 
 
 def _methods(family: Mapping[str, Any]) -> Table:

@@ -11,6 +11,7 @@ __all__ = [
     "METHODS",
     "bar",
     "cell_name",
+    "cheapest",
     "counted",
     "drafts",
     "interval",
@@ -112,6 +113,34 @@ def verdicts(family: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def cheapest(family: Mapping[str, Any]) -> str:
+    """A sentence: the cheapest way to steer in the first cell, what is as cheap, and what planted members would give.
+
+    Two ways are as cheap as each other where their intervals overlap.
+    """
+    cell = family["cells"][0]
+    ran = {
+        name: found["over_tuned"]
+        for name, found in cell["methods"].items()
+        if found["status"] == "run" and found["kind"] != "alone"
+    }
+    own = {name: ratio for name, ratio in ran.items() if "planted" not in name}
+    planted = {name: ratio for name, ratio in ran.items() if name not in own}
+    best = min(own, key=lambda name: own[name]["value"])
+    alike = [name for name, ratio in own.items() if name != best and ratio["low"] <= own[best]["high"]]
+    floor = cell["methods"][best]["floor_over_tuned"]
+    text = (
+        f"{family['name']}, {cell_name(cell)}: cheapest to steer is the {best}, {interval(own[best])} × a tuned "
+        f"model's time per token (by bytes alone {floor:.2f})"
+    )
+    if alike:
+        text += f"; not told apart from it: {', '.join(alike)}"
+    if planted:
+        least = min(planted, key=lambda name: planted[name]["value"])
+        text += f"; if your members were as planted, {least}: {interval(planted[least])}"
+    return f"{text}."
+
+
 def markdown(part: Mapping[str, Any]) -> str:
     """What `measure` returned, as Markdown: the first cell of each family, the targets, the cost model."""
     families = part["families"]
@@ -120,6 +149,8 @@ def markdown(part: Mapping[str, Any]) -> str:
     heads = [f"{family['name']}, {cell_name(cell)}" for family, cell in zip(families, firsts, strict=True)]
     rows = [[name, *(_beside(cell["methods"].get(name, {})) for cell in firsts)] for name in names]
     blocks = [_table(["time per token, tuned = 1 (by bytes alone)", *heads], [row for row in rows if any(row[1:])])]
+    blocks += [f"- {cheapest(family)}" for family in families]
+    blocks.append("How near that is to what it could be:")
     blocks += [f"- **{family['name']}**: {'. '.join(verdicts(family))}." for family in families]
     compared = [family for family in families if "drafting" in family]
     if compared:
@@ -132,7 +163,7 @@ def markdown(part: Mapping[str, Any]) -> str:
         f"{of['processor']}, {of['cores']} cores (load at the start: {of['load']}), threads: {of['threads']}, "
         f"torch {of['torch']}; took {part['seconds']:.0f} s. In the cost model's table: predicted · measured."
     )
-    return "\n\n".join(blocks).replace(".\n\n- **", ".\n- **")
+    return "\n\n".join(blocks).replace(".\n\n- ", ".\n- ")
 
 
 def _beside(found: Mapping[str, Any]) -> str:

@@ -100,6 +100,8 @@ def test_the_tables_fit_80_columns_and_show_every_method(run, measured, record, 
                 assert f"{one['over_tuned']['value']:.2f}" in ended.out, name
     assert "members' own passes" in ended.out
     assert "predicted" in ended.out
+    last = ended.out.rpartition("Took ")[2]
+    assert last.count("cheapest to steer is the") == 2, "one sentence a family, at the end"
 
 
 def test_the_plot_has_a_bar_for_each_method(run, measured, record, tmp_path) -> None:

@@ -36,7 +36,7 @@ from proxytune.throughput.methods import (
 )
 from proxytune.throughput.naive_loop import _warped, naive_generate
 from proxytune.throughput.planted_models import plant, successors
-from proxytune.throughput.report import COUNTED, METHODS, bar, counted, lines, markdown, verdicts
+from proxytune.throughput.report import COUNTED, METHODS, bar, cheapest, counted, lines, markdown, verdicts
 from proxytune.throughput.shapes import PUBLISHED, SCALED, Shape, Trio
 from proxytune.throughput.subjects import PROTOCOL, Cell, Subject, lab_subject, random_subject
 
@@ -460,6 +460,22 @@ def test_a_small_set_is_measured_and_said() -> None:
         assert len({row.count("|") for row in table.split("\n") if row.startswith("|")}) <= 1
     late = throughput.measure([plan], deadline=-1.0)
     assert (late["families"], late["left_out"]) == ([], 1)
+
+
+def test_the_cheapest_way_to_steer_is_said_with_what_is_as_cheap() -> None:
+    def ran(value: float, kind: str = "steered") -> dict[str, Any]:
+        ratio = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        return {"status": "run", "kind": kind, "over_tuned": ratio, "floor_over_tuned": 1.1}
+
+    methods = {TUNED: ran(1.0, "alone"), "a": ran(2.5), "b": ran(2.0), "c": ran(2.1), "d, 0.7 planted": ran(1.4)}
+    methods |= {"e": {"status": "not run: no CUDA device"}}
+    family = {"name": "f", "cells": [{"prompt": 8, "new": 64, "rows": 1, "setting": "greedy", "methods": methods}]}
+    assert cheapest(family) == (
+        "f, 8→64, batch 1: cheapest to steer is the b, 2.00 [1.90, 2.10] × a tuned model's time per token (by bytes "
+        "alone 1.10); not told apart from it: c; if your members were as planted, d, 0.7 planted: 1.40 [1.30, 1.50]."
+    )
+    del methods["c"], methods["d, 0.7 planted"]
+    assert cheapest(family).endswith("(by bytes alone 1.10).")
 
 
 def test_bars_are_as_long_as_their_values() -> None:
