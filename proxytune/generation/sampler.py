@@ -7,6 +7,7 @@ nothing back.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -88,7 +89,8 @@ class Sampler:
         """
         s = self.settings
         rows = [row_on(s.place, x) for x in members]
-        rows[0] = rows[0][:, : s.usable]  # a view: higher ids are absent, not masked
+        if rows[0].shape[1] > s.usable:
+            rows[0] = rows[0][:, : s.usable]  # a view: higher ids are absent, not masked
         weights = weights_on(s.place, weights)
         logits = scores = rows[0]
         if s.plan.before or (record is not None and record.asked):
@@ -96,7 +98,10 @@ class Sampler:
             scores = s.plan.before(input_ids, logits)  # [B, V]
         if s.plan.before:
             rows, weights = [row_on(s.place, scores)], (1.0,)
-        found = ops.step(rows, weights, sampling=s.sampling, noise=s.noise, draws=draws, want=want, impl=s.impl)
+        # The host has less to do; of what is found then, tokens alone are sure to be copied before anyone keeps them.
+        quiet = tuple(want) == ("tokens",) and draws == 1 and not torch.compiler.is_compiling()
+        with torch.inference_mode() if quiet else nullcontext():
+            found = ops.step(rows, weights, sampling=s.sampling, noise=s.noise, draws=draws, want=want, impl=s.impl)
         if s.noise is not None:
             s.noise.position.add_(1)  # in place, so that a captured graph advances too
         if record is not None and record.scores is not None:

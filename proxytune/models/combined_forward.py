@@ -26,6 +26,7 @@ from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated, view
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
+from proxytune.models.members.decode_step import prepare_step, step_on
 from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.long_rope import note_side, side_of_pass, switches_of
 from proxytune.models.members.member import Member, check_ids, positions_of
@@ -116,6 +117,10 @@ class CombinedForwardMixin:
             UnsupportedModeError: If the base's adapters cannot be mixed in a batch.
             CacheError: If the cache was filled by another model.
         """
+        if is_first_iteration is False and labels is None and inputs_embeds is None and adapter_names is None:
+            held = past_key_values if cache is None else cache
+            if (out := self._step(input_ids, attention_mask, position_ids, held, logits_to_keep, kwargs)) is not None:
+                return out
         # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
         loop_options = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
         past_key_values = one_cache(past_key_values, cache)
@@ -142,6 +147,48 @@ class CombinedForwardMixin:
             **loop_options,
         )
 
+    def _step(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        logits_to_keep: int | torch.Tensor,
+        options: Mapping[str, Any],
+    ) -> CausalLMOutputWithPast | MemberOutput | None:
+        """The next decode step of a `generate()`, where one was prepared; None for a pass that has to be looked at."""
+        step = step_on(cache)
+        if step is None or input_ids is None or not step.follows(cache, input_ids, attention_mask):
+            return None
+        unknown = options.keys() - {"return_member_logits", "every_member", PROMPT_WIDTH}
+        told = position_ids is not None or attention_mask is None
+        if unknown or options.get("every_member") or not told or isinstance(logits_to_keep, torch.Tensor):
+            return None
+        away = step.lazy or step.idle <= {*self.weighing.idle}
+        if not away or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        past = step.length
+        assert past is not None
+        width = prompt_width_of(cache, past, options.get(PROMPT_WIDTH))
+        generated = self._generated(past, 1, width, logits_to_keep)
+        if step.lazy:
+            kept = positions_to_keep(position_ids, input_ids, past)
+            texts_of_pass(self.members, None, input_ids, attention_mask, past, cache, kept)
+        members = step(
+            input_ids,
+            attention_mask,
+            position_ids,
+            sides=self._sides if self.overlap else None,
+            thread=self._thread if self.split_threads else None,
+        )
+        opened = None
+        if step.lazy:
+            assert cache is not None
+            opened, members = self._companions_of_pass(members[0], cache, logits_to_keep, 1)
+        if options.get("return_member_logits"):
+            return MemberOutput(cache, members, generated, opened)
+        return CausalLMOutputWithPast(logits=self._combined(members, generated, opened), **{CACHE: cache})
+
     def _forward_members(
         self,
         input_ids: torch.Tensor,
@@ -160,7 +207,7 @@ class CombinedForwardMixin:
         every_member: bool | None = None,
         prompt_width: int | None = None,
         own_prompts: OwnPrompts | None = None,
-    ) -> CausalLMOutputWithPast:
+    ) -> CausalLMOutputWithPast | MemberOutput:
         """`forward` with the options of the package's own loops.
 
         `return_member_logits` returns a `MemberOutput`; `precomputed_logits` holds, by role, the logits of the first of
@@ -265,12 +312,14 @@ class CombinedForwardMixin:
             note_members(cache, self._models, adapter_names)
             note_side(cache, side)
             note_prompt_width(cache, past, input_ids.shape[1], prompt_width)
+            if is_first_iteration is not None and follows and adapter_names is None:
+                prepare_step(cache, self.members, self.config.spans, asleep)
         opened = None
         if lazy:
             assert cache is not None
             opened, members = self._companions_of_pass(members[0], cache, logits_to_keep, input_ids.shape[1])
         if not combine and labels is None:  # a loss needs combined logits
-            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated, opened=opened)
+            return MemberOutput(cache, members, generated, opened)
         logits = self._combined(members, generated, opened)
         loss = None
         if labels is not None:
@@ -315,7 +364,8 @@ class CombinedForwardMixin:
         if generated is not None and members[0] is not None:
             generated = generated.expand(len(members[0]), -1)
         logits = self.weighing.combined(members, generated, opened)
-        logits[..., self.usable_ids :] = -torch.inf
+        if logits.shape[-1] > (usable := self.usable_ids):
+            logits[..., usable:] = -torch.inf
         return logits
 
     def _forward_with_images(
@@ -353,5 +403,5 @@ class CombinedForwardMixin:
         if cache is not None:
             note_members(cache, self._models, images=True)
         if return_member_logits:
-            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated)
+            return MemberOutput(cache, members, generated)
         return CausalLMOutputWithPast(logits=self._combined(members, generated), **{CACHE: cache})

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,7 +16,6 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.adapter_names import checked_names
@@ -26,6 +24,7 @@ from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.forward_checks import refuse_arguments, refuse_shapes
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache, view
+from proxytune.models.members.decode_step import forget_step
 from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, generate_with_prompts, roles_with_prompts
@@ -40,9 +39,10 @@ __all__ = [
 ]
 
 
-@dataclass
-class MemberOutput(CausalLMOutputWithPast):
+class MemberOutput(dict[str, Any]):
     """What `forward(return_member_logits=True)` returns: each member's own logits, for loops that combine them.
+
+    It holds the cache, by its installed name. An output of transformers' own kind would check its fields in each step.
 
     Attributes:
         member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first. None for a
@@ -51,9 +51,21 @@ class MemberOutput(CausalLMOutputWithPast):
         opened: `[B, K]`, bool: where the formula's gate is open; None where that was not asked.
     """
 
-    member_logits: tuple[torch.Tensor | None, ...] | None = None
-    generated: torch.Tensor | None = None
-    opened: torch.Tensor | None = None
+    logits = attentions = hidden_states = None
+
+    def __init__(
+        self,
+        cache: Cache | None,
+        member_logits: Sequence[torch.Tensor | None],
+        generated: torch.Tensor | None = None,
+        opened: torch.Tensor | None = None,
+    ) -> None:
+        setattr(self, CACHE, cache)  # transformers looks for it both ways
+        if cache is not None:
+            self[CACHE] = cache
+        self.member_logits = tuple(member_logits)
+        self.generated = generated
+        self.opened = opened
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
@@ -156,9 +168,16 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> dict[str, Any]:
+        positions = model_kwargs.get("position_ids")
+        # The last position is all that a step needs; reading a text again beyond a switch needs them all.
+        if last := positions is not None and model_kwargs.get("use_cache") and not switches_of(self.members):
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k != "position_ids"}
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
+        if last:
+            assert positions is not None
+            updated["position_ids"] = positions[..., -1:] + num_new_tokens
         if (seen := updated.get(BASE_INPUTS)) is not None:
             updated[BASE_INPUTS] = seen.extended(num_new_tokens)
         return updated
@@ -312,6 +331,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             lazy=lazy,
             follows=follows,
         )
+        forget_step(cache)
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.
