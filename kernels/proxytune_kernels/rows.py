@@ -6,13 +6,16 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "CLAMP", "FINITE", "combined", "conditioned", "gumbel", "gumbel_apart", "key_of", "normal", "uniform", "value_of",
+    "CLAMP", "FINITE", "MASKED", "combined", "conditioned", "gumbel", "gumbel_apart", "key_of", "normal", "uniform",
+    "value_of",
 ]  # fmt: skip
 
 # FINITE stands for the maximum of −inf only, and CLAMP bounds exponents from below (exp() is 0 there). Together they
 # avoid −inf − −inf and 0 · −inf, so that a masked row gives 0, not NaN.
 FINITE = tl.constexpr(-3.0e38)
 CLAMP = tl.constexpr(-200.0)
+# So far below the largest logit, a token is masked by a finite number (finfo.min of float16 is −65504).
+MASKED = tl.constexpr(-5000.0)
 
 
 @triton.jit

@@ -10,7 +10,9 @@ import torch
 from proxytune.formulas.shift import shift
 from proxytune.ops.combination import Combination, Weights
 
-__all__ = ["CLAMP", "FINITE", "GROUP", "TILE", "MemberRows", "block_of", "combined", "first_largest", "shift_by"]
+__all__ = [
+    "CLAMP", "FINITE", "GROUP", "MASKED", "TILE", "MemberRows", "block_of", "combined", "first_largest", "shift_by",
+]  # fmt: skip
 
 
 TILE = 1024
@@ -24,6 +26,9 @@ FINITE = -3.0e38
 
 CLAMP = -200.0
 """Lower bound of exponents: exp() is 0 below about −104 in float32, and 0 · −inf would be NaN."""
+
+MASKED = -5000.0
+"""So far below the largest logit, nats, a token is masked by a finite number (finfo.min of float16 is −65504)."""
 
 # Tiles per block and thread on the CPU: half a megabyte of float32. Smaller blocks spend their time in calls, larger
 # ones only take more memory.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from proxytune.ops.sampling_params import SamplingParams
-from proxytune.ops.torch_impl.rows import CLAMP, GROUP, MemberRows
+from proxytune.ops.torch_impl.rows import CLAMP, GROUP, MASKED, MemberRows
 
 __all__ = ["Truncation", "largest", "mean_of_largest", "truncate"]
 
@@ -121,12 +121,13 @@ def largest(keys: torch.Tensor, draws: int) -> tuple[torch.Tensor, torch.Tensor]
 
 
 def mean_of_largest(rows: MemberRows, groups: torch.Tensor, top: torch.Tensor, count: int) -> torch.Tensor:
-    """The mean of each row's `count` largest logits (or all above −inf, if fewer), relative to the largest, `[B]`."""
+    """The mean of each row's `count` largest logits (or all unmasked, if fewer), relative to the largest, `[B]`."""
     # The n largest tokens lie in the n groups with the largest maxima.
     best = groups.topk(min(count, groups.shape[1]), dim=1).indices.sort(1).values
     z, _ = largest(rows.at(_members_of(best)), count)
-    real = z > -torch.inf
-    return (z - top[:, None]).masked_fill(~real, 0.0).sum(1) / real.sum(1)
+    relative = z - top[:, None]
+    real = relative > MASKED
+    return relative.masked_fill(~real, 0.0).sum(1) / real.sum(1)
 
 
 def _members_of(groups: torch.Tensor) -> torch.Tensor:
