@@ -5,8 +5,8 @@ The folder above is not a package on purpose: it would shadow the `kernels` pack
 `step` runs K1 (`measure.steer_tiles`: one pass over the members' rows) and K2 (`decide.resolve`: from its sums to
 statistics and draws); K1 alone if only the combined logits are wanted. `verify` runs K1 over the members' and the
 drafts' rows, `distribution.laws_of` for the distribution of each row, then `verify.residue` for the residual's mass per
-tile and `verify.settle` for the tokens. `mix` is one launch of `mix.mix_rows`. `again` repeats a `step` with other logits
-(`prepared`).
+tile and `verify.settle` for the tokens. `mix` is one launch of `mix.mix_rows`. `again` repeats a `step` with other
+logits (`prepared`).
 
 K2 and `laws_of` go back only to the tiles or groups that matter. Truncation stores up to 1,024 candidates; if there are
 more, as with top-p without top-k on a flat row, each step of a bisection reads their groups again, up to 32 times
