@@ -19,9 +19,10 @@ class Ends:
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         """Take the longest length apart, except where transformers would warn that it exceeds the model's positions."""
-        lengths = [c.max_length for c in criteria if _is_plain(c)]
-        self.most: int | None = min(lengths, default=None)
-        self._others = StoppingCriteriaList([c for c in criteria if not _is_plain(c)])
+        # A list of another class may do more than ask its criteria.
+        plain = [c for c in criteria if _is_plain(c)] if type(criteria) is StoppingCriteriaList else []
+        self.most: int | None = min((c.max_length for c in plain), default=None)
+        self._others = StoppingCriteriaList([c for c in criteria if c not in plain]) if plain else criteria
 
     def __call__(self, input_ids: torch.Tensor, scores: tuple[torch.Tensor, ...] | None) -> torch.Tensor | None:
         """Whether each row of ids `[B, T]` ends by another criterion, `[B]`, bool; None if there is no other one."""
