@@ -221,6 +221,19 @@ class Member:
         return not (whole or self.stateful or padding or apart or switched(self.model, self.adapter))
 
     @property
+    def stands_alone(self) -> str | None:
+        """Why its decode step cannot be in one graph with those of others, in words; None if it can."""
+        if self.step is None:
+            return "which is not compiled"
+        if self.stateful or self.whole_text is not None:
+            return f"a {self._name()}, which keeps a state, or reads the whole text"
+        if self._own_cache is not None or self.cache_name != CACHE:
+            return f"a {self._name()}, which takes a cache of its own kind or name"
+        if self.switch is not None:
+            return f"a {self._name()}, whose frequencies depend on the length of the text"
+        return "whose positions go on from those of its last images" if self._keeps_offsets else None
+
+    @property
     def device(self) -> torch.device:
         """The device of its inputs (the first one, if the model is spread over several)."""
         return device_of(self.model)
