@@ -299,10 +299,10 @@ class CombinedForwardMixin:
             Text(input_ids, attention_mask, position_ids),
             cache,
             asleep,
+            known or {},
             tail=(Sum(self.usable_ids) if labels is None else None) if combine else decision,
             asked={
                 "adapter_names": adapter_names is not None,
-                "drafts": known is not None,
                 "latent inputs": any(latent),
                 "texts of some members' own": texts_of is not None,
                 "chosen positions": isinstance(logits_to_keep, torch.Tensor),
@@ -348,21 +348,36 @@ class CombinedForwardMixin:
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
 
     def _joined(
-        self, text: Text, cache: Cache | None, idle: Collection[int], *, tail: Tail | None, asked: Mapping[str, bool]
+        self,
+        text: Text,
+        cache: Cache | None,
+        idle: Collection[int],
+        known: Mapping[str, torch.Tensor],
+        *,
+        tail: Tail | None,
+        asked: Mapping[str, bool],
     ) -> Joined | None:
-        """The pass as one graph with its `tail`, if it can be; `asked` says what of the pass a graph cannot do."""
+        """The pass as one graph with its `tail`, if it can be; `asked` says what of the pass a graph cannot do.
+
+        `known` are the logits of members that have run ahead.
+        """
         if self._joint is None:
             return None
-        return self._joint(
+        ahead = [i for i, member in enumerate(self.members) if member.role in known]
+        joined = self._joint(
             self.members,
             self.config.spans,
             text,
             cache,
             numbers=self.weighing.numbers,
-            idle=idle,
+            idle=[*idle, *ahead],
             tail=tail if self.weighing.plain else None,
             other=next((name for name, wanted in asked.items() if wanted), None),
         )
+        if joined is not None:
+            for i in ahead:
+                joined.logits[i] = known[self.members[i].role]
+        return joined
 
     def _may_wait(self, cache: Cache) -> bool:
         """Whether a cache that is still empty is to be laid out for companions that wait for a gate."""

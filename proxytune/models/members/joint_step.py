@@ -8,10 +8,8 @@ decision of a loop, with its noise advanced in place.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from itertools import count
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,9 +18,11 @@ from transformers.cache_utils import Cache
 
 from proxytune import ops
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.compiled_step import with_own_code
 from proxytune.models.members.composite_cache import room_of, view
 from proxytune.models.members.forward import Text
 from proxytune.models.members.member import Member
+from proxytune.models.members.ragged_static import ragged_pass, rows_of
 from proxytune.ops.combination import Combination
 
 __all__ = ["Joined", "JointStep", "Sum", "Tail"]
@@ -106,6 +106,8 @@ class JointStep:
             other: What else is asked of the pass that a graph cannot do, in words.
         """
         running = [i for i in range(len(members)) if i not in idle]
+        # Rows of different lengths have masks of their own, made of where they are.
+        text = text._replace(attention_mask=None) if rows_of(cache) is not None else text
         self.hindrance = other or _hindrance([members[i] for i in running], text, cache)
         if self.hindrance is not None:
             return None
@@ -117,12 +119,12 @@ class JointStep:
             member.token_forwards += rows
             member.passes += 1
             own = shared if member.takes_positions else {k: x for k, x in shared.items() if k != "position_ids"}
-            given.append({**own, CACHE: view(cache, *spans[i]), "use_cache": True})
+            given.append({**own, CACHE: view(cache, *spans[i])})
         weights = self._on_device([numbers[i] for i in running], rows, device)
         torch.compiler.cudagraph_mark_step_begin()
         kind = type(tail)
         if kind not in self._calls:
-            self._calls[kind] = torch.compile(_own(_step), **self.config.to_dict())
+            self._calls[kind] = torch.compile(with_own_code(_step), **self.config.to_dict())
         logits, found = self._calls[kind]([members[i].model for i in running], given, tail, weights)
         if tail is None:
             logits = [z.clone() for z in logits]  # which the next replay does not overwrite
@@ -142,22 +144,22 @@ class JointStep:
 def _step(
     models: list[Any], given: list[dict[str, Any]], tail: Tail | None, weights: torch.Tensor
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    logits = [model(**inputs, return_dict=True).logits for model, inputs in zip(models, given, strict=True)]
+    logits = [_pass(model, inputs) for model, inputs in zip(models, given, strict=True)]
     return logits, None if tail is None else tail(logits, weights)
 
 
-_numbers = count()
-
-
-def _own(function: Any) -> Any:
-    """A function with code of its own: graphs are kept, and their number limited, for each code."""
-    code = function.__code__.replace(co_name=f"joint_step_{next(_numbers)}")
-    return types.FunctionType(code, function.__globals__)
+def _pass(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    cache = inputs[CACHE]
+    if (rows := rows_of(cache)) is not None:
+        return ragged_pass(model, {k: x for k, x in inputs.items() if k in ("input_ids", "position_ids")}, cache, rows)
+    logits: torch.Tensor = model(**inputs, use_cache=True, return_dict=True).logits
+    return logits
 
 
 def _hindrance(members: Sequence[Member], text: Text, cache: Cache | None) -> str | None:
     """Why these members cannot take one token each in one graph."""
-    if cache is None or not cache.is_compileable or not cache.is_initialized or text.input_ids.shape[1] != 1:
+    one = text.input_ids.shape[1] == 1 or rows_of(cache) is not None
+    if cache is None or not (one and members and cache.is_compileable and cache.is_initialized):
         return "no decode step over a static cache"
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return "a pass with derivatives, or inside another graph"
