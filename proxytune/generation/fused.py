@@ -134,6 +134,8 @@ class FusedDecoding:
                 if outputs is None:
                     new = 1 if model_kwargs["use_cache"] else None
                     inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+                    if sampler is not None and getattr(model, "_joint", None) is not None:
+                        inputs["decision"] = sampler.decision(record)
                     outputs = forward(**inputs, return_dict=True)
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
                 if call.synced and finished:
@@ -141,11 +143,12 @@ class FusedDecoding:
                     continue
                 members, weights = call.ensemble.last_rows(outputs)  # [B, V_i] each
                 record.add(outputs)
+                decided = getattr(outputs, "decided", None)
                 outputs = None  # may hold the logits of a whole prompt
 
                 if sampler is None:  # width and device of the rows are known only now
                     sampler = Sampler(call.draw_settings(members[0], self.impl))
-                found, rows = sampler(members, weights, input_ids, record)
+                found, rows = sampler(members, weights, input_ids, record, decided=decided)
                 assert found.tokens is not None
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
                 bad = tokens < 0 if unfinished is None else (tokens < 0) & unfinished

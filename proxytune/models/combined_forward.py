@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from proxytune.models.members.composite_cache import idle_in, is_lazy, note_memb
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.decode_step import prepare_step, step_on
-from proxytune.models.members.forward import LatentInputs, run_members
+from proxytune.models.members.forward import LatentInputs, Text, run_members
+from proxytune.models.members.joint_step import Joined, JointStep, Sum, Tail
 from proxytune.models.members.long_rope import note_side, side_of_pass, switches_of
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.members.rewind import length_of
@@ -48,7 +49,7 @@ __all__ = ["CombinedForwardMixin"]
 
 _OF_OUR_LOOPS = (
     *("return_member_logits", "precomputed_logits", "latent_inputs"),
-    *("every_member", PROMPT_WIDTH, PROMPTS),
+    *("every_member", PROMPT_WIDTH, PROMPTS, "decision"),
 )
 
 
@@ -62,6 +63,7 @@ class CombinedForwardMixin:
     weighing: Weighing
     overlap: bool
     split_threads: bool
+    _joint: JointStep | None
     _adopt: Any
     _sides: CompanionStreams
     _thread: SideThread
@@ -207,13 +209,14 @@ class CombinedForwardMixin:
         every_member: bool | None = None,
         prompt_width: int | None = None,
         own_prompts: OwnPrompts | None = None,
+        decision: Tail | None = None,
     ) -> CausalLMOutputWithPast | MemberOutput:
         """`forward` with the options of the package's own loops.
 
         `return_member_logits` returns a `MemberOutput`; `precomputed_logits` holds, by role, the logits of the first of
         these tokens for members that have already run over them; `latent_inputs` is what each member takes in place of
         ids; `every_member` lets those of weight 0 run as well; `prompt_width` says how many columns are the prompt;
-        `own_prompts` are the prompts of members that read their own.
+        `own_prompts` are the prompts of members that read their own; `decision` is what a joint step is to end in.
         """
         if self.weighing.gate is not None:
             self.weighing.gate.refuse_uncalibrated()
@@ -292,22 +295,38 @@ class CombinedForwardMixin:
         # Before the pass: a static cache counts in place.
         known_width = prompt_width_of(cache, past, prompt_width)
         generated = self._generated(past, input_ids.shape[1], known_width, logits_to_keep)
-        with adapters_of_rows(self.base, adapter_names):
-            members = run_members(
-                self.members,
-                self.config.spans,
-                input_ids,
-                cache=cache,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                logits_to_keep=logits_to_keep,
-                latent=latent,
-                precomputed=known or {},
-                texts=texts_of,
-                idle=() if cache is None and every_member else [self.members[i].role for i in asleep],
-                sides=self._sides if self.overlap else None,
-                thread=self._thread if self.split_threads else None,
-            )  # [B, K, V_i] each
+        joined = self._joined(
+            Text(input_ids, attention_mask, position_ids),
+            cache,
+            asleep,
+            known or {},
+            tail=(Sum(self.usable_ids) if labels is None else None) if combine else decision,
+            asked={
+                "adapter_names": adapter_names is not None,
+                "latent inputs": any(latent),
+                "texts of some members' own": texts_of is not None,
+                "chosen positions": isinstance(logits_to_keep, torch.Tensor),
+            },
+        )
+        if joined is not None:
+            members = joined.logits
+        else:
+            with adapters_of_rows(self.base, adapter_names):
+                members = run_members(
+                    self.members,
+                    self.config.spans,
+                    input_ids,
+                    cache=cache,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    logits_to_keep=logits_to_keep,
+                    latent=latent,
+                    precomputed=known or {},
+                    texts=texts_of,
+                    idle=() if cache is None and every_member else [self.members[i].role for i in asleep],
+                    sides=self._sides if self.overlap else None,
+                    thread=self._thread if self.split_threads else None,
+                )  # [B, K, V_i] each
         if cache is not None and not torch.compiler.is_compiling():
             note_members(cache, self._models, adapter_names)
             note_side(cache, side)
@@ -319,13 +338,46 @@ class CombinedForwardMixin:
             assert cache is not None
             opened, members = self._companions_of_pass(members[0], cache, logits_to_keep, input_ids.shape[1])
         if not combine and labels is None:  # a loss needs combined logits
-            return MemberOutput(cache, members, generated, opened)
-        logits = self._combined(members, generated, opened)
+            return MemberOutput(cache, members, generated, opened, None if joined is None else joined.found)
+        total = None if joined is None else joined.found
+        logits = self._combined(members, generated, opened) if total is None else total
         loss = None
         if labels is not None:
             targets = labels[:, 1:].to(logits.device).flatten()
             loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
         return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
+
+    def _joined(
+        self,
+        text: Text,
+        cache: Cache | None,
+        idle: Collection[int],
+        known: Mapping[str, torch.Tensor],
+        *,
+        tail: Tail | None,
+        asked: Mapping[str, bool],
+    ) -> Joined | None:
+        """The pass as one graph with its `tail`, if it can be; `asked` says what of the pass a graph cannot do.
+
+        `known` are the logits of members that have run ahead.
+        """
+        if self._joint is None:
+            return None
+        ahead = [i for i, member in enumerate(self.members) if member.role in known]
+        joined = self._joint(
+            self.members,
+            self.config.spans,
+            text,
+            cache,
+            numbers=self.weighing.numbers,
+            idle=[*idle, *ahead],
+            tail=tail if self.weighing.plain else None,
+            other=next((name for name, wanted in asked.items() if wanted), None),
+        )
+        if joined is not None:
+            for i in ahead:
+                joined.logits[i] = known[self.members[i].role]
+        return joined
 
     def _may_wait(self, cache: Cache) -> bool:
         """Whether a cache that is still empty is to be laid out for companions that wait for a gate."""

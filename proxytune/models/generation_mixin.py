@@ -49,6 +49,7 @@ class MemberOutput(dict[str, Any]):
             member that did not run.
         generated: `[1, K]`, int64: how many tokens were generated before each position; None where no weight asks.
         opened: `[B, K]`, bool: where the formula's gate is open; None where that was not asked.
+        decided: What a joint step's `decision` gave; None where it was not made in the graph.
     """
 
     logits = attentions = hidden_states = None
@@ -59,6 +60,7 @@ class MemberOutput(dict[str, Any]):
         member_logits: Sequence[torch.Tensor | None],
         generated: torch.Tensor | None = None,
         opened: torch.Tensor | None = None,
+        decided: torch.Tensor | None = None,
     ) -> None:
         setattr(self, CACHE, cache)  # transformers looks for it both ways
         if cache is not None:
@@ -66,6 +68,7 @@ class MemberOutput(dict[str, Any]):
         self.member_logits = tuple(member_logits)
         self.generated = generated
         self.opened = opened
+        self.decided = decided
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:

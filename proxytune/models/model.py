@@ -37,6 +37,7 @@ from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.innermost import innermost
+from proxytune.models.members.joint_step import JointStep
 from proxytune.models.members.member import Member, check_ids, positions_of
 from proxytune.models.own_prompts import (
     roles_with_prompts,
@@ -152,6 +153,7 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         self.overlap = True
         self.split_threads = False
         self.members = wrapped
+        self._joint: JointStep | None = None
         self._sides = CompanionStreams()
         self._thread = SideThread()
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
@@ -218,7 +220,11 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         return {m.role: m.passes for m in self.members}
 
     def compile_members(self, config: CompileConfig | None = None, *, roles: Collection[str] | None = None) -> None:
-        """Compile the members' decode steps, each by itself, for `generate(cache_implementation="static")`.
+        """Compile the decode step for `generate(cache_implementation="static")`: all members in one graph.
+
+        The graph ends in the members' sum; with `FusedDecoding` in the draw, unless a logits processor has to run, or
+        scores or logits are returned. A member that cannot be in it with the others (a recurrent one, say) leaves each
+        to a graph of its own, as some of the `roles` alone do.
 
         This helps where launch overhead, not memory bandwidth, bounds the step: small companions on a fast GPU.
         Prompts, the verification of drafts and other caches run uncompiled. The first steps after a prompt are slow:
@@ -242,8 +248,10 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
                 got=repr(roles) if unknown or isinstance(roles, str) else repr(config),
                 remedy='Call e.g. compile_members(CompileConfig(mode="reduce-overhead"), roles=["expert"]).',
             )
+        settings = config or CompileConfig()
         for member in self.members:
-            member.compile_step((config or CompileConfig()) if member.role in chosen else None)
+            member.compile_step(settings if member.role in chosen else None)
+        self._joint = JointStep(settings) if all(member.step is not None for member in self.members) else None
 
     @torch.no_grad()
     def member_logits(

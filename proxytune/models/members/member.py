@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
 
 from proxytune.costs.devices import Work, machine_of
 from proxytune.costs.model_size import pass_work
-from proxytune.errors import InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
+from proxytune.errors import CacheError, InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.members.adapter_state import AdapterState, check_adapter_state, running_as, switched
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
@@ -31,6 +31,7 @@ from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, lacking
 from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.own_cache import in_own_class, own_class_of
 from proxytune.models.members.packed import packed_as
+from proxytune.models.members.ragged_static import hindrance_of, ragged_pass, rows_of
 from proxytune.models.members.rewind import length_of, rewindable_layers
 from proxytune.models.members.self_test import UNTESTED, static_fault, verdict_of
 from proxytune.models.members.self_test_passes import Verdict, prepared_inputs
@@ -221,6 +222,19 @@ class Member:
         return not (whole or self.stateful or padding or apart or switched(self.model, self.adapter))
 
     @property
+    def stands_alone(self) -> str | None:
+        """Why its decode step cannot be in one graph with those of others, in words; None if it can."""
+        if self.step is None:
+            return "which is not compiled"
+        if self.stateful or self.whole_text is not None:
+            return f"a {self._name()}, which keeps a state, or reads the whole text"
+        if self._own_cache is not None or self.cache_name != CACHE:
+            return f"a {self._name()}, which takes a cache of its own kind or name"
+        if self.switch is not None:
+            return f"a {self._name()}, whose frequencies depend on the length of the text"
+        return "whose positions go on from those of its last images" if self._keeps_offsets else None
+
+    @property
     def device(self) -> torch.device:
         """The device of its inputs (the first one, if the model is spread over several)."""
         return device_of(self.model)
@@ -380,6 +394,22 @@ class Member:
             remedy="Leave out cache_implementation, or pass no StaticCache.",
         )
 
+    def refuse_ragged_cache(self, cache: Cache) -> None:
+        """Raise CacheError if rows of its static cache, that is filled or empty, cannot differ in length."""
+        why = hindrance_of(self.model, cache)
+        if self.stateful or self.whole_text is not None or self._own_cache is not None or self.cache_name != CACHE:
+            why = "what it keeps is not in a static cache"
+        elif not self.takes_positions:
+            why = "it counts positions by itself"
+        why = why or static_fault(self.model, True, cache.get_max_length(), ragged=True)
+        if why is not None:
+            raise CacheError.of(
+                CACHE,
+                expected="a DynamicCache, or a static one in which rows may keep different numbers of drafts",
+                got=f"a {type(cache).__name__}, and a {self._name()} as the {self.role}: {why}",
+                remedy="Leave out cache_implementation.",
+            )
+
     def refuse_length(self, length: int) -> None:
         """Raise InputError if `length` tokens exceed the model's context."""
         if self.context is not None and length > self.context:
@@ -496,6 +526,12 @@ class Member:
         if not torch.compiler.is_compiling():
             self.token_forwards += rows * n
             self.passes += 1
+        if (where := rows_of(cache)) is not None:
+            assert cache is not None
+            told = {name: given[name] for name in ("input_ids", "position_ids")}
+            if self.step is not None and not torch.is_grad_enabled():
+                return self.step.ragged(told, cache, where)
+            return ragged_pass(self.model, told, cache, where)
         if self.step is not None and not self._own_cache and CompiledStep.serves(n, cache, logits_to_keep, latent):
             assert cache is not None
             return self.step({"position_ids": None, **given} if self.takes_positions else given, cache)
