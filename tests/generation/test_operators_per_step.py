@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from support.tiny import build
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache
@@ -79,6 +81,8 @@ def model(members: list[Any]) -> Any:
     return proxytune.wrap(*members, check_vocabulary=False)
 
 
+# transformers before 5.20 keeps a mask without padding: it is appended to, and looked at once.
+KEPT_MASK = 2 if Version(transformers.__version__) < Version("5.20") else 0
 # transformers' own loop dispatches half of the composite door's, and `ops.step` most of the fused loop's.
 DOORS = {
     "composite, greedy": (None, GREEDY, 50),
@@ -93,7 +97,7 @@ DOORS = {
 def test_a_step_dispatches_little_beside_its_members(model: Any, members: list[Any], door: str, rows: int) -> None:
     loop, settings, most = DOORS[door]
     beside = per_step(model, rows, custom_generate=loop, **settings) - by_hand(*members)
-    assert sum(beside.values()) <= most, beside
+    assert sum(beside.values()) <= most + KEPT_MASK, beside
 
 
 def test_a_step_at_which_a_gate_is_shut_is_a_step_of_the_base(model: Any, members: list[Any]) -> None:
@@ -103,4 +107,4 @@ def test_a_step_at_which_a_gate_is_shut_is_a_step_of_the_base(model: Any, member
         beside = per_step(model, custom_generate=FusedDecoding(), **GREEDY) - by_hand(members[0])
     finally:
         model.formula = before
-    assert sum(beside.values()) <= 73, beside
+    assert sum(beside.values()) <= 73 + KEPT_MASK, beside

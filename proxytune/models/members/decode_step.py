@@ -133,6 +133,9 @@ class DecodeStep:
         """
         length, self.length = self.length, None
         assert length is not None
+        # Each member would look. transformers before 5.20 passes a mask of ones in every step; a GPU is not waited for.
+        if mask is not None and mask.device.type == "cpu" and bool(mask.all()):
+            mask = None
         if thread is None and not any(map(cuda_streams.may_overlap, self._beside)):
             found = [None if one is None else one(input_ids, mask, positions) for one in self._passes]
         else:
