@@ -157,8 +157,7 @@ class _Kept:
     """A recorded call."""
 
     def __init__(self, recorder: Recorder, out: dict[str, torch.Tensor], weights: Any, same: Any) -> None:
-        self.weights = weights  # as numbers of float32, or a tensor
-        self.asked = weights
+        self.numbers = weights, weights  # as asked for, and as numbers of float32
         self._same = same, recorder.kept  # their addresses are among the arguments, or their ids in the key
         self._device = recorder.pieces[0].device
         self._launches = recorder.launches
@@ -230,7 +229,7 @@ def _key(members: Sequence[Any], weights: Any, sampling: Any, noise: Any, draws:
     return (
         tuple(want), draws, _form(weights) if isinstance(weights, torch.Tensor) else len(weights),
         *[_form(x) for x in members],
-        None if sampling is None
+        None if sampling is None and noise is None
         else (id(sampling), id(noise.seed), id(noise.row), id(noise.branch), *_form(noise.position)),
     )  # fmt: skip
 
@@ -252,15 +251,19 @@ def again(
     device = members[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         return None
-    if isinstance(weights, torch.Tensor) or (isinstance(weights, tuple) and weights == found.asked):
-        numbers = weights if isinstance(weights, torch.Tensor) else found.weights
-    elif all(isinstance(w, int | float) and abs(w) <= _LARGEST for w in weights):
-        found.asked = tuple(weights)
-        found.weights = numbers = tuple(c_float(w).value for w in weights)
-    else:
-        return None
+    numbers = weights
+    if not isinstance(weights, torch.Tensor):
+        asked, numbers = found.numbers
+        if not (isinstance(weights, tuple) and weights == asked):
+            if not all(isinstance(w, int | float) and abs(w) <= _LARGEST for w in weights):
+                return None
+            numbers = tuple([c_float(w).value for w in weights])
+            found.numbers = tuple(weights), numbers
     given = [*members, numbers] if noise is None else [*members, numbers, noise.position]
-    addresses = [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in given]
-    if any(isinstance(x, int) and x & 15 for x in addresses):
-        return None
-    return found.run(given, addresses)
+    addresses, bits = [], 0
+    for x in given:
+        address = x.data_ptr() if isinstance(x, torch.Tensor) else x
+        addresses.append(address)
+        if address is not numbers:
+            bits |= address
+    return None if bits & 15 else found.run(given, addresses)

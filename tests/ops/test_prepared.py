@@ -85,8 +85,12 @@ def test_other_forms_and_wrong_ones_go_through_the_checks(no_launch: Any) -> Non
         step(x, sampling=sampling, noise=noise)
         step([x[0], x[0], x[1]], want=["tokens"])  # one tensor twice: not kept
         step(x, per_row, sampling=sampling, noise=noise, want=("tokens",))
+        step(x, want=("argmax",))
     no_launch()
     step(logits(2), per_row * 2, sampling=sampling, noise=noise)
+    step(logits(2), (1, 0, 0), want=("argmax",))
+    with pytest.raises(InputError, match="sampling: expected SamplingParams together with noise"):
+        step(logits(2), noise=noise, want=("argmax",))
     with pytest.raises(Launched):
         step(logits(2), want=["tokens"])
     others = [
