@@ -78,10 +78,10 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
     Raises:
         InputError: If `impl` is another word, or Triton is requested but cannot run.
     """
-    choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
     # Triton's interpreter is for tests: "auto" never chooses it.
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return "torch"
+    choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
     reason = why_not_triton(device.type)
     if impl == "triton" and reason:
         raise InputError.of(
