@@ -147,7 +147,7 @@ def hindrance_of(model: Any, cache: Cache) -> str | None:
 def widen(cache: Cache, room: int) -> None:
     """Let the sliding layers of an empty static cache keep all of `room` tokens: drafts are taken back."""
     for i, layer in enumerate(cache.layers):
-        if type(layer) is StaticSlidingWindowLayer and not layer.is_initialized:
+        if type(layer) is StaticSlidingWindowLayer and layer.get_seq_length() == 0:
             cache.layers[i] = RaggedLayer(max_cache_len=room)
 
 
