@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib
 import json
 import os
 import statistics
@@ -404,8 +405,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--markdown", action="store_true", help="print the tables of the kept results")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds for the GPU part")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch [1]")
+    parser.add_argument("--host", action="store_true", help="only Python's time around launches, with no GPU at all")
     wanted = parser.parse_args(arguments)
-    if wanted.mix or wanted.verify:
+    if wanted.host:
+        print(json.dumps(importlib.import_module("_kernels.no_gpu").run(), indent=1))
+    elif wanted.mix or wanted.verify:
         torch.set_num_threads(wanted.threads)
         record = json.loads(RESULTS.read_text(encoding="utf-8"))
         if wanted.mix:

@@ -64,17 +64,22 @@ def opened(place: str | None) -> Any:
     return AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).eval()
 
 
-def measured(ways: dict[str, Callable[[], Any]], rounds: int, after: Callable[[], None]) -> dict[str, Any]:
-    """Milliseconds of each variant, its ratios to the first and to two passes."""
+Clock = Callable[[], float]
+
+
+def measured(
+    ways: dict[str, Callable[[], Any]], rounds: int, after: Callable[[], None], clock: Clock = time.process_time
+) -> dict[str, Any]:
+    """Milliseconds of each variant by a clock of seconds, its ratios to the first and to two passes."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         order = list(ways)
         random.Random(number).shuffle(order)
         for name in order:
-            start = time.process_time()
+            start = clock()
             ways[name]()
             if number:  # the first round warms up
-                taken[name].append(time.process_time() - start)
+                taken[name].append(clock() - start)
         after()
     first, two = taken["floor"], taken["two passes"]
     return {
@@ -87,12 +92,12 @@ def measured(ways: dict[str, Callable[[], Any]], rounds: int, after: Callable[[]
     }
 
 
-def cell(plain: Any, tuned: Any, batch: int, rounds: int) -> dict[str, Any]:
+def cell(plain: Any, tuned: Any, batch: int, rounds: int, clock: Clock = time.process_time) -> dict[str, Any]:
     """All variants at one batch size."""
     alone, expert = Member(plain, "plain"), Member(tuned, "expert")
     antiexpert = Member(tuned.get_base_model(), "antiexpert", adapter=False)
     generator = torch.Generator().manual_seed(0)
-    prompt, token = (torch.randint(3, 4000, (batch, n), generator=generator) for n in (PROMPT, 1))
+    prompt, token = (torch.randint(3, 4000, (batch, n), generator=generator).to(plain.device) for n in (PROMPT, 1))
     twice = torch.cat([token, token])
     caches: dict[str, Any] = {}
 
@@ -132,7 +137,7 @@ def cell(plain: Any, tuned: Any, batch: int, rounds: int) -> dict[str, Any]:
         found = [torch.cat(list(results[name])) for name in ("pair", "two passes")]
         apart = float((found[0] - found[1]).abs().max() / found[1].abs().max())
         undo()
-        return {"batch": batch, "apart": apart, "ways": measured(ways, rounds, undo)}
+        return {"batch": batch, "apart": apart, "ways": measured(ways, rounds, undo, clock)}
 
 
 def memory(plain: Any, tuned: Any) -> dict[str, float]:

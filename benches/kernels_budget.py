@@ -1,15 +1,15 @@
 """Compile the Triton kernels for GPUs that are not here, and compare the result with a committed budget.
 
-No GPU is needed, since `triton.compile` takes a target. Registers, spills and 16-byte loads of each variant are counted
-in the machine code; their cost in time only a GPU can tell. More registers or spills than the budget, or fewer wide
-loads, is a failure.
+No GPU is needed, since `triton.compile` takes a target. Registers, spills, 16-byte loads, and K1's instructions per
+column are counted in the machine code; their cost in time only a GPU can tell. More of any than in the budget, or fewer
+wide loads, is a failure.
 
     python benches/kernels_budget.py            # print
     python benches/kernels_budget.py --check    # compare with benches/results/kernels_budget.json
     python benches/kernels_budget.py --write    # record this version of Triton
 
 Each core compiles variants in a process of its own (`--jobs` says how many); the figures and their order do not depend
-on it. `--target` compiles for one GPU alone.
+on it. `--target` compiles for one GPU alone, `--kernel` one kernel.
 
 The interpreter must be off (`TRITON_INTERPRET` unset). Other versions of Triton: put them on PYTHONPATH.
 """
@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from _kernels.instructions import per_column
 from proxytune_kernels.decide import resolve
 from proxytune_kernels.distribution import laws_of
 from proxytune_kernels.launch import FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, shape_of_mix
@@ -50,7 +51,9 @@ TARGETS = {
 # The kernels' variants; flags that are not named are off.
 TILES_VARIANTS: dict[str, dict[str, Any]] = {
     "statistics": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "KL": True},
+    "draw alone": {"dtypes": ("bf16",) * 3, "MASS": True},
     "draw": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True},
+    "draw, statistics": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True, "KL": True},
     "fork": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True, "FORK": True},
     "truncated": {"dtypes": ("bf16",) * 3, "RAW": True, "MOMENTS": True, "MASS": True, "GROUPS": True},
     "scores": {"dtypes": ("bf16",) * 3, "SCORES": True},
@@ -121,6 +124,7 @@ KERNELS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "residue": (residue, RESIDUE_VARIANTS),
     "settle": (settle, SETTLE_VARIANTS),
 }
+_SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _POINTERS = {
     "top_k": "i32", "seed": "i64", "stream": "i64", "position": "i64", "branch": "i64", "live_groups": "i32",
     "block_ids": "i32", "argmax": "i64", "kept": "i64", "fork": "i1", "tokens": "i64", "ids": "i64",
@@ -179,14 +183,24 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
 
 
-def count(kernel: Any) -> dict[str, int]:
+def count(kernel: Any, dtypes: Sequence[str] = ()) -> dict[str, Any]:
     """Count the relevant instructions in the machine code.
+
+    Args:
+        kernel: What `compile_kernel` gives.
+        dtypes: Of K1's members; none for other kernels.
 
     Returns:
         "registers" per thread, "spills" (instructions that move registers to local memory and back; for AMD the vector
         registers spilled, and "scalar_spills" for the scalar ones, which go to vector registers), "wide_loads" of 16
-        bytes, and "fused" multiply-adds of float32.
+        bytes, and "fused" multiply-adds of float32. Of K1 also "per_column": instructions per column of a full tile of
+        finite logits, which takes the shortest way.
     """
+    columns = TILE // (kernel.metadata.num_warps * kernel.metadata.target.warp_size)
+
+    def shortest(code: str) -> dict[str, float]:
+        return {"per_column": per_column(code, columns, columns * sum(_SIZE[d] for d in dtypes))} if dtypes else {}
+
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
 
@@ -199,6 +213,7 @@ def count(kernel: Any) -> dict[str, int]:
             "scalar_spills": field("sgpr_spill_count"),
             "wide_loads": len(re.findall(r"(?:global|buffer)_load_dwordx4", text)),
             "fused": len(re.findall(r"v_(?:pk_)?fma(?:c|ak|mk)?_f32", text)),
+            **shortest(text),
         }
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -216,10 +231,11 @@ def count(kernel: Any) -> dict[str, int]:
         "spills": short["STL"] + short["LDL"],
         "wide_loads": sum(name.startswith("LDG") and ".128" in name for name in names),
         "fused": short["FFMA"],
+        **shortest(code),
     }
 
 
-def count_one(place: tuple[str, str, str]) -> dict[str, int]:
+def count_one(place: tuple[str, str, str]) -> dict[str, Any]:
     """Compile one variant and count.
 
     Args:
@@ -230,27 +246,31 @@ def count_one(place: tuple[str, str, str]) -> dict[str, int]:
     """
     target, kernel, variant = place
     fn, variants = KERNELS[kernel]
-    return count(compile_kernel(fn, variants[variant], TARGETS[target]))
+    read = variants[variant].get("dtypes", ()) if fn is steer_tiles else ()
+    return count(compile_kernel(fn, variants[variant], TARGETS[target]), read)
 
 
-def measure(targets: Sequence[str] = tuple(TARGETS), jobs: int = 1) -> dict[str, dict[str, dict[str, int]]]:
+def measure(
+    targets: Sequence[str] = tuple(TARGETS), jobs: int = 1, kernels: Sequence[str] = tuple(KERNELS)
+) -> dict[str, dict[str, dict[str, Any]]]:
     """Compile everything, each variant once.
 
     Args:
         targets: Names of the GPUs.
         jobs: How many processes compile; the result is the same for any number.
+        kernels: Names of the kernels.
 
     Returns:
         Target → kernel and variant → counts, in the order of the tables above.
     """
-    places = [(target, kernel, variant) for target in targets for kernel in KERNELS for variant in KERNELS[kernel][1]]
+    places = [(target, kernel, variant) for target in targets for kernel in kernels for variant in KERNELS[kernel][1]]
     if jobs == 1:
         counts = list(map(count_one, places))
     else:
         # Fresh processes: a fork would copy torch's locks, but not the threads that hold them.
         with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             counts = list(pool.map(count_one, places))
-    found: dict[str, dict[str, dict[str, int]]] = {target: {} for target in targets}
+    found: dict[str, dict[str, dict[str, Any]]] = {target: {} for target in targets}
     for (target, kernel, variant), one in zip(places, counts, strict=True):
         found[target][f"{kernel}: {variant}"] = one
     return found
@@ -282,6 +302,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail where the committed budget is exceeded")
     parser.add_argument("--write", action="store_true", help="record the figures of this version of Triton")
     parser.add_argument("--target", choices=TARGETS, help="compile for this GPU alone (default: for all)")
+    parser.add_argument("--kernel", choices=KERNELS, help="compile this kernel alone (default: all)")
     parser.add_argument("--jobs", type=int, default=_cores(), help="processes that compile (default: one per core)")
     arguments = parser.parse_args()
     if arguments.jobs < 1:
@@ -292,12 +313,14 @@ def main() -> int:
         print("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it", file=sys.stderr)
         return 2
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    found = measure([arguments.target] if arguments.target else list(TARGETS), arguments.jobs)
+    targets = [arguments.target] if arguments.target else list(TARGETS)
+    found = measure(targets, arguments.jobs, [arguments.kernel] if arguments.kernel else list(KERNELS))
     for target, variants in found.items():
         for variant, counts in variants.items():
             print(f"{triton.__version__:8} {target:7} {variant:34} {counts}")
     if arguments.write:
-        recorded[triton.__version__] = found
+        kept = recorded.get(triton.__version__, {}) if arguments.kernel else {}
+        recorded[triton.__version__] = {target: kept.get(target, {}) | of for target, of in found.items()}
         RESULTS.write_text(json.dumps(dict(sorted(recorded.items())), indent=1) + "\n")
     if arguments.check:
         if triton.__version__ not in recorded:

@@ -15,18 +15,36 @@ import triton
 from _kernels import cases
 from _kernels import mix as kernels_mix
 from _kernels.cases import WEIGHTS, Case, Members, Outputs
-from _kernels.gpu import AUTOTUNE, EAGER, EAGER_CANDIDATES, OURS, Cell, cells, measure
+from _kernels.gpu import AUTOTUNE, COMPILE, EAGER, EAGER_CANDIDATES, OURS, Cell, cells, measure
 from proxytune import ops
 
 
-def run(deadline: float) -> dict[str, Any]:
-    """The GPU part of the JSON; without a GPU, the reason why it was not run."""
+def run(deadline: float, keep: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
+    """The GPU part of the JSON, kept as it goes; without a GPU, the reason why it was not run."""
     if not torch.cuda.is_available():
         return {"status": "not run", "reason": "no CUDA device"}
     bench = CudaBench()
     start = time.monotonic()
-    mixtures = kernels_mix.measure_gpu(bench)
-    return measure(bench, deadline - (time.monotonic() - start), cells()) | {"mix": mixtures}
+    mix = {"mix": kernels_mix.measure_gpu(bench)}
+    left = deadline - (time.monotonic() - start)
+    return measure(bench, left, cells(), keep=lambda found: keep(found | mix)) | mix
+
+
+def races(bench: CudaBench, all_cells: list[Cell], repeats: int) -> list[dict[str, Any]]:
+    """Repeat each decision; in how many repetitions some output had other bits than the first."""
+    found = []
+    for cell in all_cells:
+        logits = bench.members(cell)
+        decide = cases.decision(cell.case, cell.rows, bench.DEVICE, bench.IMPL)
+        first = {name: x.clone() for name, x in decide(logits).items()}
+        differ = torch.zeros((), dtype=torch.int64, device=bench.DEVICE)
+        for _ in range(repeats):
+            again = decide(logits)
+            equal = torch.stack([(again[name] == x).all() for name, x in first.items()])
+            differ += ~equal.all()
+        of = {"case": cell.case.name, "rows": cell.rows, "width": cell.width, "rows_like": cell.rows_like}
+        found.append(of | {"repeats": repeats, "differ": int(differ)})
+    return found
 
 
 # --- correctness ----------------------------------------------------------------------------------------------------
@@ -145,7 +163,7 @@ class CudaBench:
 
     def check(self, cell: Cell) -> str | None:
         """What is wrong with the kernels' decision; None if nothing is."""
-        logits = self._members(cell)
+        logits = self.members(cell)
         ours = cases.decision(cell.case, cell.rows, self.DEVICE, self.IMPL)(logits)
         again = cases.decision(cell.case, cell.rows, self.DEVICE, "torch")(logits)
         return wrong(cell.case, logits, ours, again)
@@ -153,7 +171,7 @@ class CudaBench:
     def time(self, cell: Cell, what: str) -> dict[str, float]:
         """Microseconds of a decision, cold and warm."""
         function = self._function(cell, what)
-        logits = self._members(cell)
+        logits = self.members(cell)
         # Few copies of large rows evict each other from the cache; small rows need many.
         copies = max(2, min(self.STEPS, math.ceil(4 * self._l2 / cell.bytes)))
         apart = [[x.clone() for x in logits] for _ in range(copies)]
@@ -180,7 +198,8 @@ class CudaBench:
         mode = "max-autotune-no-cudagraphs" if what == AUTOTUNE else "default"
         return torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
 
-    def _members(self, cell: Cell) -> Members:
+    def members(self, cell: Cell) -> Members:
+        """The logits of a cell; those of the last one are kept."""
         key = (cell.rows, cell.width, cell.rows_like)
         if self._logits is None or self._logits[0] != key:
             self._logits = None
@@ -226,3 +245,34 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return "unknown"
+
+
+class CpuBench(CudaBench):
+    """The same without a GPU, for tests and dry runs: in Triton's interpreter, without graphs, and nothing is timed."""
+
+    DEVICE = "cpu"
+    STEPS = 2
+
+    def __init__(self, impl: ops.Impl = "triton") -> None:
+        self.IMPL = impl
+        self._l2, self._logits = 1 << 16, None
+
+    def describe(self) -> dict[str, Any]:
+        """No device."""
+        return {"device": "none", "torch": torch.__version__, "triton": triton.__version__}
+
+    def bandwidth(self) -> float:
+        """A round number."""
+        return 1e9
+
+    def time(self, cell: Cell, what: str) -> dict[str, float]:
+        """Run it; nothing is compiled."""
+        if what in (COMPILE, AUTOTUNE):
+            raise RuntimeError("a dry run compiles nothing")
+        return super().time(cell, what)
+
+    def replayed(self, calls: list[Callable[[], Any]], cold: bool) -> float:
+        """Run all calls; a round number."""
+        for call in calls:
+            call()
+        return 2.0 if cold else 1.0

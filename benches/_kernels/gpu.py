@@ -99,17 +99,37 @@ def floor_us(cell: Cell, bandwidth: float) -> float:
     return cell.bytes / bandwidth * 1e6
 
 
-def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callable[[], float] = time.monotonic) -> Any:
-    """Check all cells, then time them, until the deadline (seconds from now); returns the JSON values.
+def check(bench: Bench, all_cells: list[Cell]) -> None:
+    """Compare the kernels' decisions with float64.
+
+    Raises:
+        SystemExit: If one is wrong.
+    """
+    for cell in all_cells:
+        wrong = bench.check(cell)
+        if wrong:
+            raise SystemExit(f"{cell.case.name}, B={cell.rows}, V={cell.width}, {cell.rows_like}: {wrong}")
+
+
+def measure(
+    bench: Bench,
+    deadline: float,
+    all_cells: list[Cell],
+    clock: Callable[[], float] = time.monotonic,
+    keep: Callable[[dict[str, Any]], object] = lambda _: None,
+) -> dict[str, Any]:
+    """Check all cells, then time them, until the deadline (seconds from now).
+
+    `keep` is called with the results so far after each.
+
+    Returns:
+        JSON values.
 
     Raises:
         SystemExit: If a decision is wrong, since its time would mean nothing.
     """
     start = clock()
-    for cell in all_cells:
-        wrong = bench.check(cell)
-        if wrong:
-            raise SystemExit(f"{cell.case.name}, B={cell.rows}, V={cell.width}, {cell.rows_like}: {wrong}")
+    check(bench, all_cells)
     checked = clock() - start
     bandwidth = bench.bandwidth()
     records = {
@@ -123,6 +143,18 @@ def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callabl
         }
         for cell in all_cells
     }
+
+    def found() -> dict[str, Any]:
+        return {
+            "status": "run",
+            **bench.describe(),
+            "copy_gb_per_s": round(bandwidth / 1e9, 1),
+            "deadline_s": deadline,
+            "checked_s": round(checked, 1),
+            "seconds": round(clock() - start, 1),
+            "cells": [record | _derived(record) for record in records.values() if record["times"]],
+        }
+
     longest: dict[str, float] = {}  # per kind of work; the next of the kind must still fit
     for cell, what in plan(all_cells):
         before = clock()
@@ -140,17 +172,8 @@ def measure(bench: Bench, deadline: float, all_cells: list[Cell], clock: Callabl
             first, _, _ = str(error).strip().partition("\n")
             times[what] = f"not run: {type(error).__name__}: {first}"
         longest[what] = max(longest.get(what, 0.0), clock() - before)
-    for record in records.values():
-        record |= _derived(record)
-    return {
-        "status": "run",
-        **bench.describe(),
-        "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "deadline_s": deadline,
-        "checked_s": round(checked, 1),
-        "seconds": round(clock() - start, 1),
-        "cells": list(records.values()),
-    }
+        keep(found())
+    return found()
 
 
 def _derived(record: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,8 @@ The folder above is not a package on purpose: it would shadow the `kernels` pack
 `step` runs K1 (`measure.steer_tiles`: one pass over the members' rows) and K2 (`decide.resolve`: from its sums to
 statistics and draws); K1 alone if only the combined logits are wanted. `verify` runs K1 over the members' and the
 drafts' rows, `distribution.laws_of` for the distribution of each row, then `verify.residue` for the residual's mass per
-tile and `verify.settle` for the tokens. `mix` is one launch of `mix.mix_rows`.
+tile and `verify.settle` for the tokens. `mix` is one launch of `mix.mix_rows`. `again` repeats a `step` with other
+logits (`prepared`).
 
 K2 and `laws_of` go back only to the tiles or groups that matter. Truncation stores up to 1,024 candidates; if there are
 more, as with top-p without top-k on a flat row, each step of a bisection reads their groups again, up to 32 times
@@ -33,6 +34,6 @@ Arguments that many kernels share:
 
 from __future__ import annotations
 
-from proxytune_kernels.launch import GROUP, TILE, mix, nucleus, step, verify
+from proxytune_kernels.launch import GROUP, TILE, again, mix, nucleus, step, verify
 
-__all__ = ["GROUP", "TILE", "mix", "nucleus", "step", "verify"]
+__all__ = ["GROUP", "TILE", "again", "mix", "nucleus", "step", "verify"]

@@ -11,8 +11,6 @@ from proxytune_kernels.rows import CLAMP, FINITE, combined
 
 __all__ = ["resolve"]
 
-NAN = tl.constexpr(float("nan"))
-
 
 @triton.jit
 def resolve(
@@ -50,17 +48,17 @@ def resolve(
     top = tl.max(tile_top, axis=0)
     bad = top == float("inf")
     if bad | (top == FINITE):
-        tl.store(statistics + 0 * rows + row, tl.where(bad, NAN, float("-inf")))
+        tl.store(statistics + 0 * rows + row, tl.where(bad, float("nan"), float("-inf")))
         for i in tl.static_range(1, 6):
-            tl.store(statistics + i * rows + row, NAN)
+            tl.store(statistics + i * rows + row, float("nan"))
         tl.store(argmax + row, tl.full((), -1, tl.int64))
         tl.store(kept + row, tl.full((), 0, tl.int64))
         tl.store(fork + row, top != top)  # False, as a tensor
         for draw in range(draws):
             tl.store(tokens + row * draws + draw, tl.full((), -1, tl.int64))
-            tl.store(logprobs + row * draws + draw, NAN)
-            tl.store(draw_logprobs + row * draws + draw, NAN)
-            tl.store(keys + row * draws + draw, NAN)
+            tl.store(logprobs + row * draws + draw, float("nan"))
+            tl.store(draw_logprobs + row * draws + draw, float("nan"))
+            tl.store(keys + row * draws + draw, float("nan"))
     else:
         relative = tile_top - top
         log_total_raw = tl.full((), 0.0, tl.float32)

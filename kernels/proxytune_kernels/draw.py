@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from proxytune_kernels.candidates import gather, group_bound, read_block, threshold_by_count
-from proxytune_kernels.rows import combined, conditioned, gumbel, key_of
+from proxytune_kernels.rows import MASKED, combined, conditioned, gumbel, key_of
 from proxytune_kernels.truncate import truncate
 
 __all__ = ["NOWHERE", "ROUNDS", "TILES", "TOKENS", "confidence", "draw_plain", "draw_truncated", "first_after"]
@@ -144,7 +144,7 @@ def confidence(
     M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
     TOKENS_SEEN: tl.constexpr,
 ):  # fmt: skip
-    """−mean log p of the TOKENS_SEEN most probable tokens (DeepConf, arXiv 2508.15260), at temperature 1, nats.
+    """−mean log p of the TOKENS_SEEN likeliest unmasked tokens (DeepConf, arXiv 2508.15260), at temperature 1, nats.
 
     `log_total`: log Σ exp(z − top).
     """
@@ -163,6 +163,7 @@ def confidence(
         logits, work, row, live, floor, 1.0, in_block, count,
         least, hi, TOKENS_SEEN, M, PER_ROW, GROUP, PER_READ,
     )  # fmt: skip
+    reached = tl.full((), 0, tl.int32)
     above = tl.full((), 0, tl.int32)
     summed = tl.full((), 0.0, tl.float32)
     lowest = top
@@ -171,13 +172,14 @@ def confidence(
             logits, work, row, number, live, floor, 1.0,
             in_block, count, M, PER_ROW, GROUP, PER_READ,
         )  # fmt: skip
-        ok = ok & (key_of(z) >= least.to(tl.int32))
+        ok = ok & (key_of(z) >= least.to(tl.int32)) & (z - top > MASKED)
+        reached += tl.sum(ok.to(tl.int32), axis=0)
         lowest = tl.minimum(lowest, tl.min(tl.where(ok, z, top), axis=0))
         # Relative to the largest, so that the sum keeps its digits.
         over = ok & (key_of(z) > least.to(tl.int32))
         above += tl.sum(over.to(tl.int32), axis=0)
         summed += tl.sum(tl.where(over, z - top, 0.0), axis=0)
-    seen = tl.minimum(count, TOKENS_SEEN)
+    seen = tl.minimum(reached, TOKENS_SEEN)
     # Tokens that tie at the threshold make up the rest.
     summed += (seen - above).to(tl.float32) * (lowest - top)
     return log_total - tl.div_rn(summed, seen.to(tl.float32))

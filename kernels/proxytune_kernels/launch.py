@@ -13,9 +13,10 @@ from proxytune_kernels.decide import resolve
 from proxytune_kernels.distribution import LAW, laws_of
 from proxytune_kernels.measure import FIELDS, steer_tiles
 from proxytune_kernels.mix import mix_rows
+from proxytune_kernels.prepared import Recorder, again
 from proxytune_kernels.verify import residue, settle
 
-__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "mix", "nucleus", "shape_of_mix", "step", "verify"]
+__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "again", "mix", "nucleus", "shape_of_mix", "step", "verify"]
 
 TILE = 1024
 """Columns per tile of K1. It keys the noise, so it is part of the contract and must not be tuned."""
@@ -40,12 +41,13 @@ def step(
     noise: Any,
     draws: int,
     want: Collection[str],
+    repeated: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Combine, measure and draw: at most two launches, no wait for the device.
 
     The arguments are those of `proxytune.ops.step`, already checked: `combination` is a `proxytune.ops.Combination` of
     contiguous tensors, and settings and keys are contiguous. Returns the outputs by name, see
-    `proxytune.ops.StepOutput`.
+    `proxytune.ops.StepOutput`. With `repeated`, `again` may repeat the call with other logits and positions.
     """
     base = members[0]
     rows, width = base.shape
@@ -53,7 +55,7 @@ def step(
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         # Triton launches on the current device and its stream, whatever device the tensors are on.
         with torch.cuda.device(device):
-            return step(members, combination, sampling, noise, draws, want)
+            return step(members, combination, sampling, noise, draws, want, repeated)
     tiles = triton.cdiv(width, TILE)
     n_groups = tiles * (TILE // GROUP)
     sample = sampling is not None
@@ -63,9 +65,10 @@ def step(
     in_groups = truncated or "confidence" in want
     raw = moments or not _OF_ROWS.isdisjoint(want)
 
-    def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
+    recorder = Recorder(device)
+    if repeated and combination.offsets is None and combination.floors is None:
+        recorder.start(members, combination.weights, sampling, noise, draws, want)
+    new = recorder.new
     part = new(rows, len(FIELDS), tiles)
     groups = new(rows, n_groups) if in_groups else part
     scores = new(rows, width) if "scores" in want else part
@@ -82,11 +85,12 @@ def step(
     one = part
     temperature = sampling.temperature if sample else one
     fork_temperature = sampling.fork_temperature if forks else one
-    steer_tiles[(tiles * rows,)](
+    recorder.launch(
+        steer_tiles, tiles * rows,
         *read, temperature, fork_temperature, part, groups, scores,
         width, min(x.shape[1] for x in members), tiles, width,
         **shared, **flags, MASS=sample, FORK=forks, GROUPS=in_groups, SCORES="scores" in want,
-        num_warps=_warps(members, 1), enable_fp_fusion=False,
+        num_warps=_warps(members, 1),
     )  # fmt: skip
     out: dict[str, torch.Tensor] = {"scores": scores}
     if set(want) <= {"scores"}:
@@ -98,7 +102,8 @@ def step(
     tokens = new(rows, draws, dtype=torch.int64)
     logprobs, draw_logprobs, keys = new(3, rows, draws)
     fork = new(rows, dtype=torch.bool)
-    resolve[(rows,)](
+    recorder.launch(
+        resolve, rows,
         *read, temperature, fork_temperature, sampling.fork_threshold if forks else one,
         sampling.top_k if truncated else one, sampling.top_p if truncated else one,
         sampling.log_min_p if truncated else one,
@@ -113,12 +118,14 @@ def step(
         TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups), ONE=draws == 1,
         ARGMAX="argmax" in want or not sample, SAMPLE=sample, FORK=forks, TRUNCATED=truncated,
         CONFIDENCE="confidence" in want,
-        num_warps=_warps(members, 8 if in_groups else 4), enable_fp_fusion=False,
+        num_warps=_warps(members, 8 if in_groups else 4),
     )  # fmt: skip
     out |= {name: statistics[i] for i, name in enumerate(_STATISTICS)}
     out |= {"argmax": argmax, "kept": kept, "fork": fork, "tokens": tokens, "logprobs": logprobs}
     out |= {"draw_logprobs": draw_logprobs, "keys": keys}
-    return {name: out[name] for name in want}
+    out = {name: out[name] for name in want}
+    recorder.keep(out)
+    return out
 
 
 def verify(

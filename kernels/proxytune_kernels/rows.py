@@ -6,13 +6,16 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "CLAMP", "FINITE", "combined", "conditioned", "gumbel", "gumbel_apart", "key_of", "normal", "uniform", "value_of",
+    "CLAMP", "FINITE", "MASKED", "combined", "combined_unmasked", "conditioned", "gumbel", "gumbel_apart", "key_of",
+    "normal", "uniform", "value_of",
 ]  # fmt: skip
 
 # FINITE stands for the maximum of −inf only, and CLAMP bounds exponents from below (exp() is 0 there). Together they
 # avoid −inf − −inf and 0 · −inf, so that a masked row gives 0, not NaN.
 FINITE = tl.constexpr(-3.0e38)
 CLAMP = tl.constexpr(-200.0)
+# So far below the largest logit, a token is masked by a finite number (finfo.min of float16 is −65504).
+MASKED = tl.constexpr(-5000.0)
 
 
 @triton.jit
@@ -82,6 +85,35 @@ def combined(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr, FULL: tl
         z = tl.where((y < floor) & (z < float("inf")), float("-inf"), z)
         z = tl.where(y < float("inf"), z, float("nan"))
         z = tl.where(floor == floor, z, float("nan"))
+    return z, base
+
+
+@triton.jit
+def combined_unmasked(logits, row, cols, M: tl.constexpr, PER_ROW: tl.constexpr):
+    """`combined` at columns inside every member, without masks and floors, at a third of its instructions.
+
+    Where all is finite, the same bits, but for the sign of 0. NaN and infinities of a member, even of one without a
+    weight, come out as one of them.
+    """
+    members, strides, widths, weights, offsets, floors = logits
+    base = _read(members[0] + row * strides[0], cols, widths[0], True)
+    z = _weight(weights, row, 0, M, PER_ROW) * base
+    if offsets is not None:
+        z -= _weighted_offset(offsets, _weight(weights, row, 0, M, PER_ROW), row, 0, M)
+    if M > 1:
+        w = _weight(weights, row, 1, M, PER_ROW)
+        delta = w * _read(members[1] + row * strides[1], cols, widths[1], True)
+        offset = 0.0
+        if offsets is not None:
+            offset += _weighted_offset(offsets, w, row, 1, M)
+        for i in tl.static_range(2, M):
+            w = _weight(weights, row, i, M, PER_ROW)
+            delta += w * _read(members[i] + row * strides[i], cols, widths[i], True)
+            if offsets is not None:
+                offset += _weighted_offset(offsets, w, row, i, M)
+        if offsets is not None:
+            delta -= offset
+        z += delta
     return z, base
 
 

@@ -21,6 +21,7 @@ from proxytune.generation.call import Call
 from proxytune.generation.recorder import OutputRecorder
 from proxytune.generation.sampler import Sampler
 from proxytune.generation.seeds import StreamIds
+from proxytune.generation.stopping import Ends
 from proxytune.validation import named_settings, refuse_seed
 
 __all__ = ["FusedDecoding"]
@@ -123,7 +124,8 @@ class FusedDecoding:
         )
 
         sampler: Sampler | None = None
-        unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        unfinished: torch.Tensor | None = None  # `[B]`, bool, once a criterion has looked at the rows
+        ends = Ends(stopping_criteria)
         finished, step = False, 0
         first = not generation_config.is_assistant
         outputs = call.prefill(first=first)
@@ -132,6 +134,8 @@ class FusedDecoding:
                 if outputs is None:
                     new = 1 if model_kwargs["use_cache"] else None
                     inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
+                    if sampler is not None and getattr(model, "_joint", None) is not None:
+                        inputs["decision"] = sampler.decision(record)
                     outputs = forward(**inputs, return_dict=True)
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
                 if call.synced and finished:
@@ -139,21 +143,25 @@ class FusedDecoding:
                     continue
                 members, weights = call.ensemble.last_rows(outputs)  # [B, V_i] each
                 record.add(outputs)
+                decided = getattr(outputs, "decided", None)
                 outputs = None  # may hold the logits of a whole prompt
 
                 if sampler is None:  # width and device of the rows are known only now
                     sampler = Sampler(call.draw_settings(members[0], self.impl))
-                found, rows = sampler(members, weights, input_ids, record)
+                found, rows = sampler(members, weights, input_ids, record, decided=decided)
                 assert found.tokens is not None
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
-                bad = (tokens < 0) & unfinished
+                bad = tokens < 0 if unfinished is None else (tokens < 0) & unfinished
                 tokens = tokens.clamp(min=0)  # a finished row's token does not matter, but it is embedded
-                if pads is not None:
+                if pads is not None and unfinished is not None:
                     tokens = torch.where(unfinished, tokens, pads)
                 input_ids = torch.cat([input_ids, tokens[:, None]], -1)
-                unfinished = unfinished & ~stopping_criteria(input_ids, record.scores)
+                if (ended := ends(input_ids, record.scores)) is not None:
+                    unfinished = ~ended if unfinished is None else unfinished & ~ended
                 # The one place where the host waits for the device.
-                going, failed = torch.stack((unfinished.any(), bad.any())).tolist()
+                status = bad[None] if unfinished is None else torch.stack((bad, unfinished))
+                failed, *alive = status.any(1).tolist()
+                going = all(alive) and not ends.at(input_ids.shape[1])
                 if failed:
                     raise sampler.failure(rows, bad, step)
                 del members, rows

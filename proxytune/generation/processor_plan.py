@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from proxytune.models.assisted import TailMask
+from proxytune.models.processor_list import ProcessorList
 from proxytune.ops.sampling_params import LEAST_TEMPERATURE, SamplingParams
 
 __all__ = ["ProcessorPlan", "plan_processors"]
@@ -72,7 +73,7 @@ def plan_processors(processors: Sequence[LogitsProcessor], do_sample: bool) -> P
     while do_sample and rest and _translatable(rest[-1]) and _ORDER.index(type(rest[-1])) < allowed:
         allowed = _ORDER.index(type(rest[-1]))
         warpers.insert(0, rest.pop())
-    return ProcessorPlan(usable, LogitsProcessorList(rest), LogitsProcessorList(warpers), do_sample)
+    return ProcessorPlan(usable, ProcessorList(rest), ProcessorList(warpers), do_sample)
 
 
 def _translatable(processor: LogitsProcessor) -> bool:

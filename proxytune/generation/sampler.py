@@ -7,6 +7,7 @@ nothing back.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,33 @@ class DrawSettings:
     place: torch.device
     impl: ops.Impl
 
+    def step(
+        self, rows: list[torch.Tensor], weights: Weights, draws: int = 1, want: Collection[str] = ("tokens",)
+    ) -> ops.StepOutput:
+        """One `ops.step` on rows that end at `usable`, and on to the next position."""
+        found = ops.step(
+            rows, weights, sampling=self.sampling, noise=self.noise, draws=draws, want=want, impl=self.impl
+        )
+        if self.noise is not None:
+            self.noise.position.add_(1)  # in place, so that a captured graph advances too
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Decision:
+    """A draw at the end of a joint step's graph (`proxytune.models.members.joint_step.Tail`)."""
+
+    settings: DrawSettings
+
+    def __call__(self, logits: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """From raw logits `[B, 1, V_i]` and weights `[B, M]` to tokens `[B, 1]`, int64, −1 without a distribution."""
+        s = self.settings
+        rows = [row_on(s.place, z[:, -1]) for z in logits]
+        rows[0] = rows[0][:, : s.usable]
+        tokens = s.step(rows, weights).tokens
+        assert tokens is not None
+        return tokens
+
 
 class Sampler:
     """From the members' rows to tokens: the processors that have to run, then one `ops.step`.
@@ -61,6 +89,9 @@ class Sampler:
     def __init__(self, settings: DrawSettings) -> None:
         """Start at the noise's position, which every step advances in place."""
         self.settings = settings
+        self._decision = Decision(settings)
+        if settings.noise is not None:
+            torch._dynamo.mark_static_address(settings.noise.position)  # a graph may write to it
 
     def __call__(
         self,
@@ -71,6 +102,7 @@ class Sampler:
         *,
         draws: int = 1,
         want: Collection[str] = ("tokens",),
+        decided: torch.Tensor | None = None,
     ) -> tuple[ops.StepOutput, MembersAndWeights]:
         """Draw a token for each row, measure what `want` names, and go on to the next position.
 
@@ -81,6 +113,7 @@ class Sampler:
             record: Gets this step's scores and logits if they were requested; tokens do not depend on it.
             draws: How many tokens to draw without replacement.
             want: As in `ops.step`, measured on the distribution after the processors that had to run.
+            decided: The tokens `[B, 1]` that `decision` drew in the graph of the pass; then none are drawn here.
 
         Returns:
             The step's output, with token −1 in a row without a distribution; and the rows it was drawn from. The rows
@@ -88,7 +121,8 @@ class Sampler:
         """
         s = self.settings
         rows = [row_on(s.place, x) for x in members]
-        rows[0] = rows[0][:, : s.usable]  # a view: higher ids are absent, not masked
+        if rows[0].shape[1] > s.usable:
+            rows[0] = rows[0][:, : s.usable]  # a view: higher ids are absent, not masked
         weights = weights_on(s.place, weights)
         logits = scores = rows[0]
         if s.plan.before or (record is not None and record.asked):
@@ -96,9 +130,13 @@ class Sampler:
             scores = s.plan.before(input_ids, logits)  # [B, V]
         if s.plan.before:
             rows, weights = [row_on(s.place, scores)], (1.0,)
-        found = ops.step(rows, weights, sampling=s.sampling, noise=s.noise, draws=draws, want=want, impl=s.impl)
-        if s.noise is not None:
-            s.noise.position.add_(1)  # in place, so that a captured graph advances too
+        # The host has less to do; of what is found then, tokens alone are sure to be copied before anyone keeps them.
+        quiet = tuple(want) == ("tokens",) and draws == 1 and not torch.compiler.is_compiling()
+        if decided is not None:
+            found = ops.StepOutput(tokens=decided)
+        else:
+            with torch.inference_mode() if quiet else nullcontext():
+                found = s.step(rows, weights, draws=draws, want=want)
         if record is not None and record.scores is not None:
             record.scores += (s.plan.warpers(input_ids, scores),)
         if record is not None and record.logits is not None:
@@ -109,6 +147,10 @@ class Sampler:
     def samples(self) -> bool:
         """Whether tokens are sampled; otherwise the argmax is taken."""
         return self.settings.sampling is not None
+
+    def decision(self, record: OutputRecorder) -> Decision | None:
+        """What a graph of the pass can end in; None if processors or the record have to see scores in between."""
+        return None if self.settings.plan.before or record.asked else self._decision
 
     def draw_logprobs(self, rows: MembersAndWeights, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """As `ops.draw_logprobs`: log-probabilities of ids `[B, K]` (−1 for none) under the step's distribution."""

@@ -34,6 +34,7 @@ from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, 
 from proxytune.models.members.member import refuse_no_numbers
 from proxytune.models.members.rewind import length_of, rewindable_layers
 from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS
+from proxytune.models.processor_list import ProcessorList
 
 __all__ = ["AssistedMixin", "FittedDraft", "TailMask", "refuse_rewinding", "refuse_self_speculation"]
 
@@ -216,7 +217,7 @@ class AssistedMixin:
     def _sample(self, input_ids: torch.Tensor, logits_processor: Any, *args: Any, **kwargs: Any) -> Any:
         # Processors after a mask may forbid the only tokens that it left: the argmax would be any token.
         if self.weighing.masked and not kwargs["generation_config"].remove_invalid_values:  # type: ignore[attr-defined]
-            logits_processor = LogitsProcessorList([*logits_processor, _SomeToken()])
+            logits_processor = ProcessorList([*logits_processor, _SomeToken()])
         parent: Any = super()
         return parent._sample(input_ids, logits_processor, *args, **kwargs)
 

@@ -7,7 +7,7 @@ but for rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -15,9 +15,11 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.long_rope import is_beyond
+from proxytune.models.members.member import Member
 from proxytune.models.members.rewind import length_of
 
-__all__ = ["PART", "forward_in_parts", "part_length"]
+__all__ = ["PART", "forward_in_parts", "needs_whole", "part_length"]
 
 PART = 1024
 """Rows × positions of a part: enough to keep a GPU busy, and little memory beside the whole text's logits."""
@@ -40,6 +42,24 @@ def part_length(input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor, cac
         return None
     part = max(1, PART // rows)
     return part if part < length else None
+
+
+def needs_whole(
+    members: Sequence[Member],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cache: Cache | None,
+) -> bool:
+    """Whether parts of a text would not be what the text is: a member looks at its length, or it is packed."""
+    past, length = (0 if cache is None else int(length_of(cache))), input_ids.shape[1]
+    before = None if attention_mask is None else attention_mask[:, :past]
+    for member in members:
+        if is_beyond(member.switch, past + length, attention_mask) and not is_beyond(member.switch, past, before):
+            return True
+    # Without mask and cache, members take positions that start again for the next of several texts.
+    given = position_ids is not None and attention_mask is None and cache is None
+    return given and bool((position_ids.diff(dim=-1) != 1).any())  # type: ignore[union-attr]
 
 
 def forward_in_parts(

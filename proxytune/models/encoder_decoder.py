@@ -19,7 +19,7 @@ from transformers.utils import can_return_tuple
 
 from proxytune.errors import CacheError, InputError, MemberError, UnsupportedModeError, UnsupportedModelError
 from proxytune.formulas.base import Formula
-from proxytune.models.generation_mixin import refuse_arguments, refuse_shapes
+from proxytune.models.forward_checks import refuse_arguments, refuse_shapes
 from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import note_members, refuse_outdated
 from proxytune.models.members.cpu_threads import SideThread

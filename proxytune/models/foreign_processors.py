@@ -19,6 +19,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrainedLogitsProcessor
 
 from proxytune.errors import UnsupportedModeError
+from proxytune.models.processor_list import ProcessorList
 
 __all__ = ["DRAFTS", "CheckedProcessor", "checked", "given", "processors_of_call"]
 
@@ -174,7 +175,7 @@ def checked(processors: Iterable[Any], why: str | None = None, *, flip: bool = F
     `why` says, as a phrase, why they have to be functions of the ids from the start; then a function given as
     `prefix_allowed_tokens_fn` is checked too. `flip` says that a row's place must not matter either.
     """
-    out = LogitsProcessorList()
+    out = ProcessorList()
     for processor in processors:
         constrained = isinstance(processor, PrefixConstrainedLogitsProcessor)  # is told a row's place
         if not isinstance(processor, CheckedProcessor) and (_is_foreign(processor) or (constrained and why)):

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -17,46 +16,59 @@ from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, StaticCache
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.models.adapter_names import checked_names
 from proxytune.models.assisted import AssistedMixin, TailMask
 from proxytune.models.foreign_processors import processors_of_call
+from proxytune.models.forward_checks import refuse_arguments, refuse_shapes
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache, view
+from proxytune.models.members.decode_step import forget_step
 from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
-from proxytune.models.members.rewind import length_of
 from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, generate_with_prompts, roles_with_prompts
 from proxytune.models.padding import refuse_ambiguous_padding
-from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_images, refuse_settings, take_base_inputs
+from proxytune.models.vision import BASE_INPUTS, BaseInputs, refuse_settings, take_base_inputs
 from proxytune.validation import shown
 
 __all__ = [
     "ComposedGenerationMixin",
     "MemberOutput",
-    "refuse_arguments",
     "refuse_continuous_batching",
-    "refuse_positions",
-    "refuse_shapes",
 ]
 
 
-@dataclass
-class MemberOutput(CausalLMOutputWithPast):
+class MemberOutput(dict[str, Any]):
     """What `forward(return_member_logits=True)` returns: each member's own logits, for loops that combine them.
+
+    It holds the cache, by its installed name. An output of transformers' own kind would check its fields in each step.
 
     Attributes:
         member_logits: `[B, K, V_i]` each, raw, in the member's dtype and on its device; the base's first. None for a
             member that did not run.
         generated: `[1, K]`, int64: how many tokens were generated before each position; None where no weight asks.
         opened: `[B, K]`, bool: where the formula's gate is open; None where that was not asked.
+        decided: What a joint step's `decision` gave; None where it was not made in the graph.
     """
 
-    member_logits: tuple[torch.Tensor | None, ...] | None = None
-    generated: torch.Tensor | None = None
-    opened: torch.Tensor | None = None
+    logits = attentions = hidden_states = None
+
+    def __init__(
+        self,
+        cache: Cache | None,
+        member_logits: Sequence[torch.Tensor | None],
+        generated: torch.Tensor | None = None,
+        opened: torch.Tensor | None = None,
+        decided: torch.Tensor | None = None,
+    ) -> None:
+        setattr(self, CACHE, cache)  # transformers looks for it both ways
+        if cache is not None:
+            self[CACHE] = cache
+        self.member_logits = tuple(member_logits)
+        self.generated = generated
+        self.opened = opened
+        self.decided = decided
 
 
 def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
@@ -71,85 +83,6 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
         got="generate_batch or a paged cache, which would run only one of the members",
         remedy="Use generate() with a left-padded batch.",
     )
-
-
-def refuse_arguments(**given: Any) -> None:
-    """Refuse unsupported `forward` arguments, unless they are None or False."""
-    for name, value in given.items():
-        if value is None or value is False:
-            continue
-        if name == "inputs_embeds":
-            raise InputError.of(
-                "inputs_embeds",
-                expected="input_ids: the members do not share an embedding space",
-                got=f"a {type(value).__name__}",
-                remedy="Pass the token ids.",
-            )
-        if name == "prompts":
-            raise InputError.of(
-                "prompts",
-                expected="them in generate() alone",
-                got="forward(prompts=…)",
-                remedy="Call generate(…, prompts=…); for log-probabilities of a given text, models.scoring.score.",
-            )
-        refuse_images("forward()", {name: value})
-        raise InputError.of(
-            name,
-            expected="no such argument: logits are combined, hidden states and attentions are not",
-            got=f"{name}={value!r}" if isinstance(value, str | int | float) else f"a {type(value).__name__}",
-            remedy="Ask the member itself, e.g. model.base(...).",
-        )
-
-
-def refuse_positions(cache_position: Any, input_ids: Any, cache: Cache | None) -> None:
-    """Refuse a `cache_position` other than the next columns of the cache, where the tokens go without it, too."""
-    if cache_position is None:
-        return
-    past = 0 if cache is None else int(length_of(cache))
-    given = torch.as_tensor(cache_position).flatten().tolist()
-    if given != list(range(past, past + input_ids.shape[-1])):
-        raise InputError.of(
-            "cache_position",
-            expected=f"none, or {past} to {past + input_ids.shape[-1] - 1}: the columns after those of the cache",
-            got=shown(given, 80),
-            remedy="Leave it out; positions in the text are position_ids.",
-        )
-
-
-def refuse_shapes(input_ids: Any, attention_mask: Any, labels: Any = None, name: str = "input_ids") -> None:
-    """Refuse ids (called `name`), labels and masks other than `[B, T]`; a mask may cover cached tokens before them."""
-    if isinstance(input_ids, Mapping):
-        raise InputError.of(
-            name,
-            expected="a tensor of token ids, and the mask beside it",
-            got=f"a {type(input_ids).__name__} with {', '.join(input_ids)}",
-            remedy="Unpack it: generate(**inputs), or model(**inputs).",
-        )
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        shape = list(input_ids.shape) if isinstance(input_ids, torch.Tensor) else None
-        raise InputError.of(
-            name,
-            expected="a tensor of token ids with two dimensions [B, T]",
-            got=f"a {type(input_ids).__name__}" if shape is None else f"shape {shape}, {input_ids.dtype}",
-            remedy='Pass what tokenizer(prompts, return_tensors="pt", padding=True) returns.',
-        )
-    if labels is not None and labels.shape != input_ids.shape:
-        raise InputError.of(
-            "labels",
-            expected=f"the shape of input_ids, {list(input_ids.shape)}",
-            got=f"{list(labels.shape)}",
-            remedy="Pass the input_ids; use -100 at positions without a target; labels are shifted internally.",
-        )
-    if attention_mask is None:
-        return
-    rows, length = input_ids.shape
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < length:
-        raise InputError.of(
-            "attention_mask",
-            expected=f"[B, T] for {rows} rows of {length} ids: the members build their own masks from it",
-            got=f"shape {list(attention_mask.shape)}",
-            remedy="Pass the tokenizer's mask.",
-        )
 
 
 def _refuse_no_loop(custom_generate: Any) -> None:
@@ -238,9 +171,16 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> dict[str, Any]:
+        positions = model_kwargs.get("position_ids")
+        # The last position is all that a step needs; reading a text again beyond a switch needs them all.
+        if last := positions is not None and model_kwargs.get("use_cache") and not switches_of(self.members):
+            model_kwargs = {k: v for k, v in model_kwargs.items() if k != "position_ids"}
         updated: dict[str, Any] = super()._update_model_kwargs_for_generation(
             outputs, model_kwargs, is_encoder_decoder, num_new_tokens
         )
+        if last:
+            assert positions is not None
+            updated["position_ids"] = positions[..., -1:] + num_new_tokens
         if (seen := updated.get(BASE_INPUTS)) is not None:
             updated[BASE_INPUTS] = seen.extended(num_new_tokens)
         return updated
@@ -394,6 +334,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             lazy=lazy,
             follows=follows,
         )
+        forget_step(cache)
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.

@@ -1,18 +1,16 @@
 """The composed model: a `PreTrainedModel` whose logits are the combined logits of its members.
 
-`ProxyTunedModel.forward` is one decode step: members → logits → shift. What else transformers asks of a model is in
+Its `forward` is in `proxytune.models.combined_forward`; what else transformers asks of a model is in
 `proxytune.models.generation_mixin`.
 """
 
 from __future__ import annotations
 
-import functools
 import uuid
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any, Self
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,65 +19,39 @@ from transformers import (
     GenerationConfig,
     PreTrainedModel,
 )
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import can_return_tuple
 
 from proxytune.errors import InputError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.checks import check_formula
 from proxytune.formulas.view import View
-from proxytune.models.adapter_names import adapters_of_rows, checked_names, refuse_leftover
 from proxytune.models.cast import cast
-from proxytune.models.chunked_forward import forward_in_parts, part_length
+from proxytune.models.combined_forward import CombinedForwardMixin
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.encoder_decoder import EncoderDecoderMixin
 from proxytune.models.generation_mixin import (
     ComposedGenerationMixin,
-    MemberOutput,
-    refuse_arguments,
-    refuse_positions,
-    refuse_shapes,
 )
-from proxytune.models.lazy import asked, can_wait, positions_to_keep
 from proxytune.models.loading import refuse_composed
 from proxytune.models.members.adapter_state import runs_as
-from proxytune.models.members.cache_name import CACHE, one_cache
-from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated, view
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
-from proxytune.models.members.forward import LatentInputs, run_members
 from proxytune.models.members.innermost import innermost
-from proxytune.models.members.long_rope import is_beyond, note_side, side_of_pass, switches_of
+from proxytune.models.members.joint_step import JointStep
 from proxytune.models.members.member import Member, check_ids, positions_of
-from proxytune.models.members.rewind import length_of
-from proxytune.models.members.stateful_pass import kept_logits
 from proxytune.models.own_prompts import (
-    PROMPT_WIDTH,
-    PROMPTS,
-    OwnPrompts,
-    note_prompt_width,
-    prompt_width_of,
     roles_with_prompts,
-    texts_of_pass,
 )
 from proxytune.models.references import adapters_of
 from proxytune.models.roles import refuse_folded, refuse_no_shift, refuse_taken_names, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe
-from proxytune.models.vision import BASE_INPUTS, StepInputs, says_text, sees
 from proxytune.models.weighing import Weighing
 from proxytune.recipe import ROLES
 
 __all__ = ["ProxyTunedConfig", "ProxyTunedModel"]
 
-_OF_OUR_LOOPS = (
-    *("return_member_logits", "precomputed_logits", "latent_inputs"),
-    *("every_member", PROMPT_WIDTH, PROMPTS),
-)
 
-
-class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
+class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMixin, PreTrainedModel):
     """Base, expert and antiexpert as one causal LM, made by `proxytune.wrap` or `from_pretrained`.
 
     `forward` returns `z_base + α (z_expert − z_antiexpert)` in float32 (arXiv 2401.08565), so every mode of
@@ -181,6 +153,7 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         self.overlap = True
         self.split_threads = False
         self.members = wrapped
+        self._joint: JointStep | None = None
         self._sides = CompanionStreams()
         self._thread = SideThread()
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
@@ -237,15 +210,6 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         return formula
 
     @property
-    def usable_ids(self) -> int:
-        """How many ids every member can embed; the logits of higher ids are −inf."""
-        return min(m.rows for m in self.members)
-
-    @property
-    def _models(self) -> dict[str, PreTrainedModel]:
-        return {m.role: m.model for m in self.members}
-
-    @property
     def token_forwards(self) -> dict[str, int]:
         """Role → rows × tokens that the member has run over so far."""
         return {m.role: m.token_forwards for m in self.members}
@@ -256,7 +220,11 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
         return {m.role: m.passes for m in self.members}
 
     def compile_members(self, config: CompileConfig | None = None, *, roles: Collection[str] | None = None) -> None:
-        """Compile the members' decode steps, each by itself, for `generate(cache_implementation="static")`.
+        """Compile the decode step for `generate(cache_implementation="static")`: all members in one graph.
+
+        The graph ends in the members' sum; with `FusedDecoding` in the draw, unless a logits processor has to run, or
+        scores or logits are returned. A member that cannot be in it with the others (a recurrent one, say) leaves each
+        to a graph of its own, as some of the `roles` alone do.
 
         This helps where launch overhead, not memory bandwidth, bounds the step: small companions on a fast GPU.
         Prompts, the verification of drafts and other caches run uncompiled. The first steps after a prompt are slow:
@@ -280,320 +248,10 @@ class ProxyTunedModel(SavedAsRecipe, ComposedGenerationMixin, PreTrainedModel):
                 got=repr(roles) if unknown or isinstance(roles, str) else repr(config),
                 remedy='Call e.g. compile_members(CompileConfig(mode="reduce-overhead"), roles=["expert"]).',
             )
+        settings = config or CompileConfig()
         for member in self.members:
-            member.compile_step((config or CompileConfig()) if member.role in chosen else None)
-
-    # --- the decode step -----------------------------------------------------------------------------------------
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        labels: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        is_first_iteration: bool | None = None,
-        cache: Cache | None = None,
-        adapter_names: Sequence[str] | None = None,
-        **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Run all members over the tokens and combine their logits.
-
-        Args:
-            input_ids: `[B, N]`, int64: the tokens that the cache does not hold yet.
-            attention_mask: `[B, past + N]`, 1 for tokens and 0 for padding.
-            position_ids: `[B, N]` or `[1, N]`; None to count by the mask.
-            past_key_values: An empty cache, or one that this model filled.
-            use_cache: Whether to return a cache [True].
-            logits_to_keep: The number of last positions to keep [0: all], or a tensor of positions.
-            labels: `[B, N]`, −100 at positions without a target: adds the mean next-token loss, in nats.
-            inputs_embeds: Refused; members do not share an embedding space.
-            is_first_iteration: Set by `generate()` for a prompt.
-            cache: The same as `past_key_values`, by its name since transformers 5.24.
-            adapter_names: For each row an adapter of the base, a PEFT model, or "__base__" [its active one for all].
-            **kwargs: `cache_position`, which must go on where the cache ends; options of the package's own loops, see
-                `_forward_members`; any other that is not None or False is refused.
-
-        Returns:
-            Logits `[B, K, V]`, float32, V the base's width; the loss; the cache.
-
-        Raises:
-            InputError: If the prompt is empty, too long for a member, or has ids that a member cannot embed; if the
-                labels have another shape, or `adapter_names` do not fit; or an argument is not supported.
-            UnsupportedModeError: If the base's adapters cannot be mixed in a batch.
-            CacheError: If the cache was filled by another model.
-        """
-        # Not in the signature, so generate() refuses them from users: transformers' loops need combined logits.
-        loop_options = {name: kwargs.pop(name) for name in _OF_OUR_LOOPS if name in kwargs}
-        past_key_values = one_cache(past_key_values, cache)
-        step = kwargs.pop(BASE_INPUTS, None)
-        refuse_positions(kwargs.pop("cache_position", None), input_ids, past_key_values)
-        # A processor tells the types of tokens of a text alone, too.
-        kwargs = {k: v for k, v in kwargs.items() if not (says_text(k, v) and sees(self.base))}
-        refuse_arguments(inputs_embeds=inputs_embeds, **kwargs)
-        if step is not None:
-            wanted, width = bool(loop_options.get("return_member_logits")), loop_options.get(PROMPT_WIDTH)
-            return self._forward_with_images(step, past_key_values, logits_to_keep, width, return_member_logits=wanted)
-        refuse_shapes(input_ids, attention_mask, labels)
-        assert input_ids is not None
-        return self._forward_members(
-            input_ids,
-            attention_mask,
-            position_ids,
-            past_key_values,
-            use_cache in (None, True),
-            logits_to_keep,
-            labels,
-            is_first_iteration,
-            adapter_names=None if adapter_names is None else checked_names(adapter_names, self.members, len(input_ids)),
-            **loop_options,
-        )
-
-    def _forward_members(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        use_cache: bool,
-        logits_to_keep: int | torch.Tensor,
-        labels: torch.Tensor | None,
-        is_first_iteration: bool | None,
-        *,
-        adapter_names: list[str] | None = None,
-        return_member_logits: bool = False,
-        precomputed_logits: Mapping[str, torch.Tensor] | None = None,
-        latent_inputs: LatentInputs | None = None,
-        every_member: bool | None = None,
-        prompt_width: int | None = None,
-        own_prompts: OwnPrompts | None = None,
-    ) -> CausalLMOutputWithPast:
-        """`forward` with the options of the package's own loops.
-
-        `return_member_logits` returns a `MemberOutput`; `precomputed_logits` holds, by role, the logits of the first of
-        these tokens for members that have already run over them; `latent_inputs` is what each member takes in place of
-        ids; `every_member` lets those of weight 0 run as well; `prompt_width` says how many columns are the prompt;
-        `own_prompts` are the prompts of members that read their own.
-        """
-        if self.weighing.gate is not None:
-            self.weighing.gate.refuse_uncalibrated()
-        combine, known = not return_member_logits, precomputed_logits
-        latent = latent_inputs or [None] * len(self.members)
-        # As in transformers, a given cache is always used: it holds a part of the prefix.
-        if cache is None and use_cache:
-            cache = DynamicCache(config=self.config)
-        if isinstance(cache, StaticCache) and is_first_iteration is not False and not torch.compiler.is_compiling():
-            for member in self.members:
-                member.refuse_static_layers()
-        if cache is not None:
-            everyone = bool(every_member)
-            follows = not everyone and known is None and not any(latent)
-            lazy = follows and self._may_wait(cache)
-            self._adopt(cache, ahead=known is not None, everyone=everyone, lazy=lazy, follows=follows)
-            # Not in the later steps of a generate(), which says False: nobody changes a member meanwhile.
-            if is_first_iteration is not False and not torch.compiler.is_compiling():
-                waits = bool(is_first_iteration) or input_ids.shape[1] > 1  # for the device, as `check_ids` does
-                refuse_outdated(cache, self._models, adapter_names, values=waits)
-            self._refuse_mask_of_other_text(input_ids, attention_mask, cache)
-        for member in self.members:
-            member.refuse_padding(attention_mask)
-        past = 0 if cache is None else length_of(cache)
-        if isinstance(past, int):  # before any member runs, so that an error leaves the cache unchanged
-            for member in self.members:
-                member.refuse_length(past + input_ids.shape[1])
-        # On a static cache only the device knows how many; generate() has compared the sides of its later steps.
-        switches = switches_of(self.members)
-        unknown = not isinstance(past, int) and (is_first_iteration is False or torch.compiler.is_compiling())
-        seen = None if unknown or not switches else int(past)
-        side = side_of_pass(cache, switches, seen, input_ids.shape[1], attention_mask)
-        told = position_ids
-        if attention_mask is not None and position_ids is None:
-            position_ids = positions_of(attention_mask)[:, -input_ids.shape[1] :]
-        # Waits for the device, so for prompts only: all members can embed what is sampled or drafted.
-        first = isinstance(past, int) and past == 0
-        prompt = is_first_iteration or first or (input_ids.shape[1] != 1 and known is None)
-        if prompt and not torch.compiler.is_compiling():
-            refuse_leftover(self.base)
-            check_ids(input_ids, self.members)
-            for member in self.members:
-                member.refuse_gaps(attention_mask)
-            if told is not None:
-                ones = input_ids.new_ones(1, int(past) + input_ids.shape[1])
-                for member in self.members:
-                    member.refuse_positions(told, ones if attention_mask is None else attention_mask)
-            if isinstance(cache, StaticCache):
-                for member in self.members:
-                    member.refuse_static_cache(cache.get_max_length())
-        part = part_length(input_ids, logits_to_keep, cache) if combine and known is None and not any(latent) else None
-        if part is not None and not self._needs_whole(input_ids, attention_mask, position_ids, cache):
-            out = forward_in_parts(
-                functools.partial(
-                    self.forward,
-                    adapter_names=adapter_names,
-                    **{PROMPT_WIDTH: prompt_width or int(past) + input_ids.shape[1], PROMPTS: own_prompts},
-                ),
-                input_ids,
-                length=part,
-                cache=DynamicCache(config=self.config) if cache is None else cache,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                labels=labels,
-            )
-            return out if cache is not None else CausalLMOutputWithPast(loss=out.loss, logits=out.logits)
-
-        texts_of, lazy = None, cache is not None and is_lazy(cache)
-        if roles_with_prompts(self.members) or lazy:
-            kept = positions_to_keep(position_ids, input_ids, int(past)) if lazy else None
-            texts_of = texts_of_pass(self.members, own_prompts, input_ids, attention_mask, int(past), cache, kept)
-            for member in self.members:
-                if member.role in texts_of:
-                    member.refuse_padding(texts_of[member.role].attention_mask)
-        asleep = self.weighing.idle if cache is None else idle_in(cache)
-        # Before the pass: a static cache counts in place.
-        known_width = prompt_width_of(cache, past, prompt_width)
-        generated = self._generated(past, input_ids.shape[1], known_width, logits_to_keep)
-        with adapters_of_rows(self.base, adapter_names):
-            members = run_members(
-                self.members,
-                self.config.spans,
-                input_ids,
-                cache=cache,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                logits_to_keep=logits_to_keep,
-                latent=latent,
-                precomputed=known or {},
-                texts=texts_of,
-                idle=() if cache is None and every_member else [self.members[i].role for i in asleep],
-                sides=self._sides if self.overlap else None,
-                thread=self._thread if self.split_threads else None,
-            )  # [B, K, V_i] each
-        if cache is not None and not torch.compiler.is_compiling():
-            note_members(cache, self._models, adapter_names)
-            note_side(cache, side)
-            note_prompt_width(cache, past, input_ids.shape[1], prompt_width)
-        opened = None
-        if lazy:
-            assert cache is not None
-            opened, members = self._companions_of_pass(members[0], cache, logits_to_keep, input_ids.shape[1])
-        if not combine and labels is None:  # a loss needs combined logits
-            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated, opened=opened)
-        logits = self._combined(members, generated, opened)
-        loss = None
-        if labels is not None:
-            targets = labels[:, 1:].to(logits.device).flatten()
-            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets, ignore_index=-100)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, **{CACHE: cache})
-
-    def _may_wait(self, cache: Cache) -> bool:
-        """Whether a cache that is still empty is to be laid out for companions that wait for a gate."""
-        gated = self.weighing.gate is not None and any(self.weighing.needed[1:])
-        return gated and can_wait(cache) and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-    def _companions_of_pass(
-        self, base: torch.Tensor | None, cache: Cache, logits_to_keep: int | torch.Tensor, new: int
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
-        """Where the gate is open, `[B, K]` (None without one), and all members' logits; waits for the device."""
-        assert base is not None
-        gated = self.weighing.gate is not None
-        opened = self.weighing.open(base.flatten(0, 1)).view(base.shape[:2]) if gated else None
-        if not any(self.weighing.needed[1:]) or (opened is not None and not bool(opened.any())):
-            return opened, [base, *([None] * (len(self.members) - 1))]
-        sides = self._sides if self.overlap else None
-        return opened, [base, *asked(self.members, self.weighing.needed, cache, logits_to_keep, new, sides)]
-
-    def _generated(
-        self, past: int | torch.Tensor, new: int, prompt_width: int | None, logits_to_keep: int | torch.Tensor
-    ) -> torch.Tensor | None:
-        """How many tokens were generated before each kept position, `[1, K]`, int64; None without schedules."""
-        if not self.weighing.scheduled:
-            return None
-        width = (past + new) if prompt_width is None else prompt_width
-        column = past + torch.arange(new, device=self.device)
-        return kept_logits((column - (width - 1)).clamp(min=0)[None], logits_to_keep)
-
-    def _combined(
-        self,
-        members: Sequence[torch.Tensor | None],
-        generated: torch.Tensor | None = None,
-        opened: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The combined logits `[B, K, V]`, float32; −inf for ids that some member cannot embed."""
-        if generated is not None and members[0] is not None:
-            generated = generated.expand(len(members[0]), -1)
-        logits = self.weighing.combined(members, generated, opened)
-        logits[..., self.usable_ids :] = -torch.inf
-        return logits
-
-    def _forward_with_images(
-        self,
-        step: StepInputs,
-        cache: Cache | None,
-        logits_to_keep: int | torch.Tensor,
-        prompt_width: int | None,
-        *,
-        return_member_logits: bool = False,
-    ) -> CausalLMOutputWithPast:
-        """One pass of `generate()` with images: the base by its own inputs, the companions over the text."""
-        if cache is not None:
-            self._adopt(cache, ahead=True, everyone=True, follows=False)
-        if step.first:
-            refuse_leftover(self.base)
-        step.check(self.members)
-        new = step.base["input_ids"].shape[1]
-        past = 0 if cache is None else int(length_of(view(cache, *self.config.spans[0])))
-        generated = self._generated(past, new, prompt_width, logits_to_keep)
-        members = run_members(
-            self.members,
-            self.config.spans,
-            step.base["input_ids"],
-            cache=cache,
-            attention_mask=None,
-            position_ids=None,
-            logits_to_keep=logits_to_keep,
-            latent=[step.base, *([None] * (len(self.members) - 1))],
-            precomputed={},
-            texts={m.role: step.text for m in self.members[1:]},
-            sides=self._sides if self.overlap else None,
-            thread=self._thread if self.split_threads else None,
-        )  # [B, K, V_i] each
-        if cache is not None:
-            note_members(cache, self._models, images=True)
-        if return_member_logits:
-            return MemberOutput(**{CACHE: cache}, member_logits=tuple(members), generated=generated)
-        return CausalLMOutputWithPast(logits=self._combined(members, generated), **{CACHE: cache})
-
-    def _needs_whole(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-    ) -> bool:
-        """Whether parts of a text would not be what the text is: a member looks at its length, or it is packed."""
-        past, length = (0 if cache is None else int(length_of(cache))), input_ids.shape[1]
-        before = None if attention_mask is None else attention_mask[:, :past]
-        for member in self.members:
-            if is_beyond(member.switch, past + length, attention_mask) and not is_beyond(member.switch, past, before):
-                return True
-        # Without mask and cache, members take positions that start again for the next of several texts.
-        given = position_ids is not None and attention_mask is None and cache is None
-        return given and bool((position_ids.diff(dim=-1) != 1).any())  # type: ignore[union-attr]
-
-    @staticmethod
-    def _refuse_mask_of_other_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Cache) -> None:
-        past = length_of(cache)
-        if mask is not None and isinstance(past, int) and mask.shape[1] != past + ids.shape[1]:
-            raise InputError.of(
-                "attention_mask",
-                expected=f"{past + ids.shape[1]} positions: {past} in the cache and {ids.shape[1]} new",
-                got=f"{mask.shape[1]}",
-                remedy="The mask covers the cached tokens too.",
-            )
+            member.compile_step(settings if member.role in chosen else None)
+        self._joint = JointStep(settings) if all(member.step is not None for member in self.members) else None
 
     @torch.no_grad()
     def member_logits(

@@ -171,7 +171,7 @@ def texts_of_pass(
     before = None if layer is None else layer.masks
     if layer is not None:
         kept = [] if positions is None else [positions]
-        layer.append(torch.stack([*ids, *kept]), torch.stack([*masks, *masks[: len(kept)]]).to(input_ids.device))
+        layer.append([*ids, *kept], [*masks, *masks[: len(kept)]])
     texts = {}
     for i, role in enumerate(roles, 1):
         mask = masks[i] if before is None else torch.cat([before[i].to(masks[i].device), masks[i]], 1)

@@ -38,9 +38,10 @@ def refuse_members(members: Sequence[torch.Tensor], weights: Weights) -> None:
     for i, x in enumerate(members):
         if not isinstance(x, torch.Tensor):
             raise InputError.of(f"member {i}", expected="a tensor [B, V]", got=f"a {type(x).__name__}", remedy=_FIT)
-        if x.ndim != 2 or x.shape[0] != base.shape[0] or 0 in x.shape:
-            shape = f"[{base.shape[0]}, V]" if i and base.ndim == 2 else "[B, V], neither of them 0"
-            raise InputError.of(f"member {i}", expected=f"a tensor {shape}", got=f"shape {list(x.shape)}", remedy=_FIT)
+        shape = x.shape
+        if len(shape) != 2 or shape[0] != base.shape[0] or 0 in shape:
+            fits = f"[{base.shape[0]}, V]" if i and base.ndim == 2 else "[B, V], neither of them 0"
+            raise InputError.of(f"member {i}", expected=f"a tensor {fits}", got=f"shape {list(x.shape)}", remedy=_FIT)
         if x.dtype not in DTYPES:
             raise InputError.of(
                 f"member {i}", expected="float32, float16 or bfloat16", got=str(x.dtype), remedy="Convert it first."
@@ -49,7 +50,7 @@ def refuse_members(members: Sequence[torch.Tensor], weights: Weights) -> None:
             raise InputError.of(
                 f"member {i}", expected=f"logits on {base.device}, where the base's are", got=str(x.device), remedy=_FIT
             )
-        if x.shape[1] > 1 and x.stride(1) != 1:
+        if not x.is_contiguous() and shape[1] > 1 and x.stride(1) != 1:
             raise InputError.of(
                 f"member {i}",
                 expected="columns next to each other (an inner stride of 1)",

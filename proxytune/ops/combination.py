@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from ctypes import c_float
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -58,6 +59,8 @@ Weights = Sequence[float] | torch.Tensor | Combination
 
 def in_float32(weights: Weights) -> Combination:
     """As a Combination of contiguous tensors, numbers rounded to float32 as the kernels read them: 1e-50 becomes 0."""
+    if isinstance(weights, tuple):
+        return _of_numbers(weights)
     c = weights if isinstance(weights, Combination) else Combination(weights)
     w = c.weights
     return Combination(
@@ -66,3 +69,8 @@ def in_float32(weights: Weights) -> Combination:
         None if c.floors is None else c.floors.contiguous(),
         c.floored_by,
     )
+
+
+@lru_cache(maxsize=64)  # a loop has the same weights in each step
+def _of_numbers(weights: tuple[float, ...]) -> Combination:
+    return Combination(tuple(c_float(x).value for x in weights))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any, Literal, get_args
@@ -33,11 +34,38 @@ def run_step(
     draws: int,
     names: tuple[str, ...],
     impl: str,
+    *,
+    repeated: bool = False,
 ) -> dict[str, torch.Tensor]:
+    """Run a checked step; with `repeated`, `again` may repeat it."""
     weights = in_float32(weights)
     if choose(impl, members[0].device) == "triton":
-        return kernels().step(members, weights, packed(sampling), packed(noise), draws, names)
+        settings, keys = packed(sampling), packed(noise)
+        return kernels().step(
+            members, weights, settings, keys, draws, names, repeated and settings is sampling and keys is noise
+        )
     return decide(MemberRows(members, weights), sampling, noise, draws, names)
+
+
+def again(
+    members: Sequence[torch.Tensor],
+    weights: Weights,
+    sampling: SamplingParams | None,
+    noise: Noise | None,
+    draws: int,
+    want: Collection[str],
+    impl: str,
+) -> dict[str, torch.Tensor] | None:
+    """Repeat a step of the kernels, unchecked, if one of the same form was kept; else None."""
+    # Nothing of a form that the checks refuse was kept. On a CPU, "auto" never chooses the kernels.
+    if "proxytune_kernels" not in sys.modules or not (impl == "triton" or (impl == "auto" and _has_gpu())):
+        return None
+    return sys.modules["proxytune_kernels"].again(members, weights, sampling, noise, draws, want)
+
+
+@cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
 
 
 def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
@@ -50,10 +78,10 @@ def choose(impl: str, device: torch.device) -> Literal["triton", "torch"]:
     Raises:
         InputError: If `impl` is another word, or Triton is requested but cannot run.
     """
-    choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
     # Triton's interpreter is for tests: "auto" never chooses it.
     if impl == "torch" or (impl == "auto" and device.type != "cuda"):
         return "torch"
+    choice("impl", impl, get_args(Impl), remedy="Leave it out for 'auto'.")
     reason = why_not_triton(device.type)
     if impl == "triton" and reason:
         raise InputError.of(

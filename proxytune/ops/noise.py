@@ -12,12 +12,15 @@ after a rejected draft uses word 1, since it must be independent of the draft's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from proxytune.errors import InputError
-from proxytune.ops.philox import _MASK, gumbel, normal, philox, unit
+from proxytune.ops.philox import _MASK, gumbel, normal, philox, philox_in_numpy, unit
 from proxytune.validation import as_int
 
 __all__ = ["COORDINATES", "DECISIONS", "LATENT", "SLOTS", "TILES", "TOKENS", "Noise", "slotted"]
@@ -29,6 +32,8 @@ SLOTS = 32
 COORDINATES = SLOTS - 1
 """Slot of the noise on a mixture's coordinates; the other slots are for its weights."""
 
+
+_Index = TypeVar("_Index", torch.Tensor, np.ndarray[Any, Any])
 
 _BRANCHES = 1 << 30
 _SLOT_BITS = 27
@@ -59,6 +64,14 @@ class Noise:
     row: torch.Tensor
     position: torch.Tensor
     branch: torch.Tensor
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # a copy has arrays of its own
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray[Any, Any], ...]:
+        """Seed, row, position and branch as NumPy arrays `[B, 1]` on the tensors' memory, for keys on the CPU."""
+        return tuple(x.numpy()[:, None] for x in (self.seed, self.row, self.position, self.branch))
 
     @classmethod
     def of(
@@ -105,11 +118,14 @@ class Noise:
         """One uniform variate per row, `[B]`, float32, in (0, 1]; `stream` is `DECISIONS`."""
         return unit(self.words(torch.zeros_like(self.row)[:, None], stream)[0][:, 0])
 
-    def gumbel(self, index: torch.Tensor, stream: int, word: int = 0) -> torch.Tensor:
+    def gumbel(self, index: _Index, stream: int, word: int = 0) -> _Index:
         """Gumbel variates `[B, N]`, float32, for token ids or tile numbers `[B, N]` or `[1, N]`, int64.
 
-        Word 0 is for draws; word 1 is independent of it.
+        Word 0 is for draws; word 1 is independent of it. A NumPy array gives one; then the keys are on the CPU.
         """
+        if isinstance(index, np.ndarray):
+            seed, row, position, branch = self.arrays
+            return gumbel(philox_in_numpy(seed, index, position, row, branch * 4 + stream)[word])
         return gumbel(self.words(index, stream)[word])
 
     def normal(self, index: torch.Tensor, stream: int) -> torch.Tensor:

@@ -29,7 +29,7 @@ class StepOutput:
         temperature: `[B]`: the one used.
         fork: `[B]`, bool: entropy above the fork threshold.
         confidence: `[B]`, nats: −mean log p of the 20 most probable tokens (DeepConf, arXiv 2508.15260), or of all
-            unmasked ones if fewer; larger is more confident.
+            unmasked ones if fewer; larger is more confident. More than 5,000 nats below the largest logit is masked.
         kept: `[B]`, int64: how many tokens could have been drawn.
         scores: `[B, V]`: the combined logits.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, TypeVar
 
 import numpy as np
@@ -9,9 +10,8 @@ import torch
 
 __all__ = ["exponential", "gumbel", "normal", "philox", "unit"]
 
-
-_Words = TypeVar("_Words", torch.Tensor, np.ndarray[Any, np.dtype[Any]])
-
+_Array = np.ndarray[Any, Any]
+_Words = TypeVar("_Words", torch.Tensor, _Array)
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -30,11 +30,13 @@ def philox(
     if any(x.device.type != "cpu" for x in given):
         return _rounds(*given)
     # On the CPU, NumPy on the same memory is faster at so many small operations.
-    words = _rounds(*(x.numpy().view(np.uint64) for x in given))
-    return tuple(torch.from_numpy(np.asarray(x).view(np.int64)) for x in words)  # type: ignore[return-value]
+    words = philox_in_numpy(*(x.numpy() for x in given))
+    return tuple(torch.from_numpy(x.astype(np.int64)) for x in words)  # type: ignore[return-value]
 
 
-def _rounds(seed: _Words, c0: _Words, c1: _Words, c2: _Words, c3: _Words) -> tuple[_Words, _Words, _Words, _Words]:
+def _rounds(
+    seed: torch.Tensor, c0: torch.Tensor, c1: torch.Tensor, c2: torch.Tensor, c3: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     # Products of two words fill 64 bits and may be negative as int64; masking after the shift corrects that.
     k0, k1 = seed & _MASK, (seed >> 32) & _MASK
     for _ in range(_ROUNDS):
@@ -44,12 +46,46 @@ def _rounds(seed: _Words, c0: _Words, c1: _Words, c2: _Words, c3: _Words) -> tup
     return c0, c1, c2, c3
 
 
-def gumbel(words: torch.Tensor) -> torch.Tensor:
+_FACTORS = np.array(_MULTIPLIERS, np.uint64)[:, None]
+_BUMPS = np.arange(_ROUNDS, dtype=np.uint32)[:, None, None] * np.array(_WEYL, np.uint32)[:, None]
+_LOW = 0 if sys.byteorder == "little" else 1
+
+
+def philox_in_numpy(seed: _Array, c0: _Array, c1: _Array, c2: _Array, c3: _Array) -> tuple[_Array, ...]:
+    """`philox` of int64 arrays: four words, uint32.
+
+    Three operations per round, on two words at once: the halves of a product are read through a view. Nothing is
+    broadcast inside the loop, which on few numbers would take twice the time.
+    """
+    counter = np.broadcast(c0, c1, c2, c3, seed)
+    shape, count = counter.shape, counter.size
+    given = np.empty((6, *shape), np.uint32)
+    given[0], given[1], given[2], given[3], given[4], given[5] = c0, c2, c1, c3, seed, seed >> 32  # 32 bits of each
+    flat = given.reshape(6, count)
+    x, y = flat[:2], flat[2:4]
+    bumped = flat[4:] + _BUMPS  # [rounds, 2, count], modulo 2³²
+    factors = np.empty((2, count), np.uint64)
+    factors[:] = _FACTORS
+    # Two products in turns, since the last one's halves are still read.
+    both = np.empty((2, 2, count), np.uint64)
+    halves = both.view(np.uint32).reshape(2, 2, count, 2)[:, ::-1]
+    products = tuple(zip(both, halves[..., 1 - _LOW], halves[..., _LOW], strict=True)) * (_ROUNDS // 2)
+    for (p, high, low), key in zip(products, bumped, strict=True):
+        np.multiply(x, factors, out=p)
+        np.bitwise_xor(high, y, out=x)
+        np.bitwise_xor(x, key, out=x)
+        y = low
+    return tuple(w.reshape(shape) for w in (x[0], y[0], x[1], y[1]))
+
+
+def gumbel(words: _Words) -> _Words:
     """Standard Gumbel variates `−log E`, float32 between −3.2 and 22.9, with E ~ Exp(1) from all 32 bits of a word.
 
     A word r stands for u = (r + ½)/2³², and E = −log(1 − u). For small u (large variates) 1 − u loses digits, so E is
     its series there. Elsewhere 1 − u is computed from the complement of r, so that E stays finite.
     """
+    if isinstance(words, np.ndarray):
+        return -np.log(exponential(words))
     return -torch.log(exponential(words))
 
 
@@ -61,16 +97,21 @@ def normal(words: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return torch.sqrt(2.0 * exponential(words)) * torch.cos(6.283185307179586 * unit(others))
 
 
-def exponential(words: torch.Tensor) -> torch.Tensor:
+def exponential(words: _Words) -> _Words:
     """Standard exponential variates E = −log(1 − u) of words, see `gumbel`: float32, between 1.2e-10 and 22.9."""
     u, v = unit(words), unit(_MASK - words)
     series = u * (1.0 + u * (0.5 + u * (1.0 / 3.0 + u * 0.25)))
+    if isinstance(words, np.ndarray):
+        return np.where(u < 0.015625, series, -np.log(v))
     return torch.where(u < 0.015625, series, -torch.log(v))
 
 
-def unit(words: torch.Tensor) -> torch.Tensor:
-    """Uniform variates u = (r + ½) / 2³² of words r: float32, in (0, 1]."""
+def unit(words: _Words) -> _Words:
+    """Uniform variates u = (r + ½) / 2³² of words r, int64, or in NumPy uint32: float32, in (0, 1]."""
     # In two parts, since float32 holds only 24 bits; the second part matters where the first is small.
-    high = ((words >> 8).float() + 0.5) * 5.9604644775390625e-08  # 2⁻²⁴
-    low = ((words & 255).float() - 127.5) * 2.3283064365386963e-10  # 2⁻³²
-    return high + low
+    high, low = words >> 8, words & 255
+    if isinstance(high, np.ndarray):
+        high, low = high.astype(np.float32), low.astype(np.float32)
+    else:
+        high, low = high.float(), low.float()
+    return (high + 0.5) * 5.9604644775390625e-08 + (low - 127.5) * 2.3283064365386963e-10  # 2⁻²⁴, 2⁻³²

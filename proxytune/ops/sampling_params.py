@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -51,6 +52,15 @@ class SamplingParams:
     some_truncated: bool
     all_truncated: bool
     largest_k: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # a copy has arrays of its own
+
+    @cached_property
+    def arrays(self) -> Any:
+        """The same with NumPy arrays on the tensors' memory, for settings on the CPU."""
+        columns: dict[str, Any] = {k: x.numpy() for k, x in vars(self).items() if isinstance(x, torch.Tensor)}
+        return replace(self, **columns)
 
     @classmethod
     def of(

@@ -143,11 +143,11 @@ def keep_top(scores: ArrayLike, eta: float) -> NDArray[np.bool_]:
 
 
 def _refuse_log_probs(rows: NDArray[np.float64]) -> None:
-    # Rounding may put the log-probability of a certain token slightly above 0.
-    if not np.isfinite(rows).all() or (rows > 1e-3).any():
+    # Rounding may put the log-probability of a certain token slightly above 0; a mask may be a finite number.
+    if not np.isfinite(rows).all() or (rows > 1e-3).any() or (rows < -5000).any():
         raise InputError.of(
             "log_probs",
-            expected="log-probabilities in nats: finite, at most 0",
+            expected="log-probabilities in nats: finite, at most 0, and no mask (finfo.min, or less than −5000)",
             got=f"values from {rows.min()} to {rows.max()}",
             remedy="Pass log_softmax of the distribution before truncation.",
         )

@@ -72,7 +72,8 @@ def test_an_excess_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     worse = json.loads(json.dumps(one))
     worse["sm_90"]["steer_tiles: draw"]["registers"] += 1
     worse["sm_90"]["steer_tiles: draw"]["wide_loads"] -= 1
-    assert [line.split(": ", 1)[0] for line in module.excesses(worse, one)] == ["sm_90, steer_tiles"] * 2
+    worse["sm_90"]["steer_tiles: draw"]["per_column"] += 0.1
+    assert [line.split(": ", 1)[0] for line in module.excesses(worse, one)] == ["sm_90, steer_tiles"] * 3
     assert module.excesses(one, worse) == []
     assert "not in the budget" in module.excesses({"sm_90": {"new": {}}}, one)[0]
 

@@ -29,6 +29,20 @@ def test_a_finite_mask_in_two_members_leaves_the_divergence_finite(run: Run, dev
     torch.testing.assert_close(kl.double().cpu(), want, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_finite_mask_is_as_little_a_likely_token_as_minus_infinity(run: Run, device: str, dtype: torch.dtype) -> None:
+    x = torch.randn(3, 25, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    for count in (2, 8, 24):  # 23, 17 and one unmasked
+        finite, infinite = (
+            run([x.index_fill(1, torch.arange(count, device=device), mask)], want=("confidence",)).confidence
+            for mask in (torch.finfo(dtype).min, -torch.inf)
+        )
+        assert finite is not None
+        assert infinite is not None
+        assert torch.isfinite(finite).all()
+        torch.testing.assert_close(finite, infinite, atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1e3, 6e4, 1e6])
 def test_large_logits_lose_no_digits(run: Run, device: str, offset: float) -> None:
     g = torch.Generator().manual_seed(1)

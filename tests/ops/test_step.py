@@ -21,6 +21,7 @@ from support.decisions import (
     Run,
     Tally,
     check,
+    compare,
     logits,
     poisoned,
     random_case,
@@ -266,6 +267,24 @@ def test_bad_rows_say_so_and_their_neighbours_do_not_notice(
     # Without the numbers that are to be ignored, and with neighbours that are well, the good rows are the same.
     clean = [torch.where(x < INF, x, 0.0) for x in members]
     same(got, replace(case, members=clean).only(good).step(run), ALL if sampled else UNDRAWN, good)
+
+
+def test_a_whole_tile_of_finite_numbers_and_one_that_holds_others_are_measured_alike(run: Run, device: str) -> None:
+    members = logits(6, 1030, 1030, 1100, seed=5)
+    base, expert, anti = members
+    weights = torch.tensor([1.0, 0.7, -0.7]).repeat(6, 1)
+    expert[0, 5], weights[0, 1] = NAN, 0.0  # heard by nobody
+    base[1, 5] = -INF
+    expert[2, 5] = -INF  # silent, not forbidden
+    anti[3, 5] = -INF
+    base[4, ::2], weights[4] = torch.finfo(torch.float32).min, torch.tensor([0.5, 0.0, 0.0])
+    base[5, 5], expert[5, 5], anti[5, 5] = -0.0, -0.0, 0.0
+    settings = {"temperature": 0.7, "fork_threshold": 3.0, "fork_temperature": 1.0}
+    case = Case([x.to(device) for x in members], weights.to(device), settings, keys(6))
+    got = case.step(run)
+    compare(case, got, case.truth())
+    expert[0, 5] = 0.0
+    same(got, replace(case, members=[x.to(device) for x in members]).only([0]).step(run), ALL, [0])
 
 
 def test_no_shift_past_the_end_of_a_companion_that_has_no_weight_in_a_row(run: Run, device: str) -> None:

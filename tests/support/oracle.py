@@ -270,7 +270,7 @@ def _statistics(t: Truth, b: int, z: Array, base: Array) -> None:
     shift = (zl - bl)[near]
     v["lse"][b], v["entropy"][b], v["varentropy"][b] = lse, h, var
     v["kl"][b] = (p[near] * (logp[near] - (bl[near] - base_lse))).sum()
-    twenty = np.sort(logp)[::-1][:20]
+    twenty = np.sort(logp[zl - top > -5000])[::-1][:20]  # below that, masked by a finite number
     v["confidence"][b] = -twenty.mean()
     # Exponentials are good to 2 units, sums of them to a few dozen; then the sizes of what is added and subtracted.
     s["lse"][b] = UNIT * (32 + 2 * abs(top) + 2 * abs(lse))

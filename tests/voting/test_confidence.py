@@ -72,6 +72,8 @@ def test_the_filter_s_shares() -> None:
     [
         (lambda: token_confidence(np.zeros((3, 4))), r"log_probs: expected \[T, N\].*k=20; got shape \[3, 4\]"),
         (lambda: token_confidence(np.full((1, 2), -INF), k=2), "log-probabilities in nats: finite, at most 0"),
+        (lambda: token_confidence([[-1.0, np.finfo(np.float32).min]], k=2), "no mask .*; got values from -3.4"),
+        (lambda: self_certainty(np.array([[-1.0, np.finfo(np.float16).min]])), "no mask"),
         (lambda: self_certainty(np.array([[0.5, 0.5]])), "log-probabilities in nats"),
         (lambda: self_certainty(np.empty((0, 4))), "not empty"),
         (lambda: group_confidence([]), "confidences: expected a sequence of numbers, not empty"),

@@ -32,7 +32,7 @@ from proxytune.methods.speculation.drafts import Draft, DraftContext, Drafter
 from proxytune.methods.speculation.model_drafts import ExpertDraft
 from proxytune.methods.speculation.output import SpeculativeOutput, SpeculativeRecorder
 from proxytune.methods.speculation.progress import RowProgress
-from proxytune.methods.speculation.ragged_cache import ahead, forget, refuse_cache
+from proxytune.methods.speculation.ragged_cache import ahead, forget, in_place, make_room, refuse_cache
 from proxytune.methods.speculation.round import Commit, Proposal, RoundResult
 from proxytune.methods.speculation.target import TargetModel
 from proxytune.methods.speculation.verifier import Accept, DraftVerifier
@@ -160,6 +160,7 @@ class SpeculativeDecoding:
         draft = ExpertDraft() if isinstance(self.draft, str) else self.draft
         costs = draft.costs(model, len(input_ids)) if self.costs is None else self.costs
         length = DraftLength(costs, None if isinstance(self.draft_tokens, str) else self.draft_tokens, len(input_ids))
+        make_room(call)
         outputs = call.prefill(everyone=True)
         cache = cache_of(outputs)
         refuse_cache(cache)
@@ -169,9 +170,13 @@ class SpeculativeDecoding:
         settings = call.draw_settings(logits[0], self.impl)
         recorder = SpeculativeRecorder(generation_config, len(input_ids))
         # A plain model's layers; a composed one's can go back.
-        with made_rewindable(cache.layers, input_ids.shape[1]), ahead(cache):
+        mask = call.kwargs.get("attention_mask")
+        with (
+            made_rewindable(cache.layers, input_ids.shape[1]),
+            ahead(cache),
+            in_place(cache, call.ensemble, mask, len(input_ids)),
+        ):
             rows = RowProgress(call, cache, pads)
-            mask = call.kwargs.get("attention_mask")
             run = _Rounds(
                 call=call,
                 rows=rows,

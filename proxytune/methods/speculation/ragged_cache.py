@@ -3,7 +3,8 @@
 A cache has one column per token for all rows of a batch, but drafts are accepted row by row. Rows are aligned at their
 *last* token: a row that kept fewer tokens is shifted right by the difference, which adds padding at its left, and
 columns that are padding in every unfinished row are cut. So each row's tokens stay contiguous, and masks, positions and
-sliding windows are those of an ordinary left-padded batch.
+sliding windows are those of an ordinary left-padded batch. In a static cache nothing moves: each row has columns of its
+own (`proxytune.models.members.ragged_static`).
 """
 
 from __future__ import annotations
@@ -20,18 +21,22 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionLayer,
+    StaticCache,
     StaticLayer,
 )
 
 from proxytune.errors import CacheError
-from proxytune.models.members.cache_name import CACHE
-from proxytune.models.members.composite_cache import stored
+from proxytune.generation.call import Call
+from proxytune.models.ensemble import Ensemble
+from proxytune.models.members.cache_name import CACHE, cache_of
+from proxytune.models.members.composite_cache import refuse_short_cache, room_of, stored
 from proxytune.models.members.counting_layer import CountingLayer
 from proxytune.models.members.layer_kinds import ABLE
+from proxytune.models.members.ragged_static import RaggedLayer, ragged, rows_of, widen
 from proxytune.models.members.rewind import RewindableLayer, rewindable_layers
 from proxytune.models.members.text_layer import TextLayer
 
-__all__ = ["RaggedCache", "ahead", "forget", "record", "refuse_cache"]
+__all__ = ["RaggedCache", "ahead", "forget", "in_place", "make_room", "record", "refuse_cache"]
 
 Update = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -56,6 +61,7 @@ class RaggedCache:
         self.lengths = lengths.clone()
         self.width = width
         self._mask = mask
+        self._first = width - lengths  # [B]: of a static cache, the column of position 0
         used = mask if mask is None or others is None else torch.cat([mask[None], others.to(mask)]).amax(0)
         leading = torch.zeros_like(lengths) if used is None else (used.cumsum(1) == 0).sum(1)
         self._pads: list[int] = leading.tolist()
@@ -83,6 +89,14 @@ class RaggedCache:
         drop = min(pad for pad, on in zip(self._pads, going, strict=True) if on) if len(shifts) > 1 else 0
         self.width += most - drop
         self._advance(kept, going)
+        static = [where for cache, _ in caches if (where := rows_of(cache)) is not None]
+        for where in static:
+            where.columns.copy_((self.lengths + self._first).clamp(max=where.room - 1))
+        caches = [pair for pair in caches if rows_of(pair[0]) is None]
+        if not caches:
+            self._pads = [max(pad - drop, 0) for pad in self._pads]
+            self._mask = None  # of rows in line
+            return
         if not any(shifts) and not drop:
             for cache, new in caches:
                 cache.crop(most - new)
@@ -212,7 +226,7 @@ def refuse_cache(cache: Cache | None) -> None:
     kinds = ["offloaded layers"] if plain else sorted({type(x).__name__ for x in layers or ()})
     raise CacheError.of(
         CACHE,
-        expected="a DynamicCache, from which rejected drafts can be removed row by row",
+        expected="a DynamicCache or StaticCache, from which rejected drafts can be removed row by row",
         got="none (use_cache=False)"
         if cache is None
         else f"a {type(cache).__name__}" + (f" of {', '.join(kinds)}" if kinds else ""),
@@ -221,9 +235,38 @@ def refuse_cache(cache: Cache | None) -> None:
     )
 
 
+def make_room(call: Call) -> None:
+    """Prepare a static cache for drafts, before the prompt is read.
+
+    Raises:
+        CacheError: If rows cannot keep different numbers of drafts in it, or it is too short.
+    """
+    cache = cache_of(call.kwargs)
+    if not isinstance(cache, StaticCache) or getattr(cache, "offloading", False):
+        return
+    mask = call.kwargs.get("attention_mask")
+    seen = call.input_ids if mask is None else mask  # which covers what a given cache holds
+    refuse_short_cache(cache, seen.shape[1] + call.most_new - 1)
+    room = room_of(cache)
+    assert room is not None
+    widen(cache, room)
+    for member, (_, part) in zip(call.ensemble.members, call.ensemble.views(cache), strict=True):
+        member.refuse_ragged_cache(part)
+
+
+@contextmanager
+def in_place(cache: Cache, ensemble: Ensemble, mask: torch.Tensor | None, rows: int) -> Iterator[None]:
+    """Let the rows of a static cache differ in length, for a while; other caches stay as they are."""
+    if isinstance(cache, StaticCache):
+        with ragged([part for _, part in ensemble.views(cache)], mask, rows):
+            yield
+    else:
+        yield
+
+
 def _can_drop(layer: Any) -> bool:
     if isinstance(layer, StaticLayer):
-        return False
+        return type(layer) in (StaticLayer, RaggedLayer)
     kinds = [DYNAMIC_LAYER_TYPE_MAPPING.get(kind) for kind, able in ABLE.items() if "crop" in able]
     ours = LinearAttentionLayer | RewindableLayer | CountingLayer | TextLayer
     return isinstance(layer, ours) or type(layer) in kinds

@@ -10,6 +10,7 @@ from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.round import Proposal
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.ragged_static import rows_of
 
 __all__ = ["TargetModel"]
 
@@ -36,7 +37,7 @@ class TargetModel:
     def caches(self, drafter: Drafter) -> list[tuple[Cache, int]]:
         """All caches, the draft's included, each with its number of uncommitted columns."""
         own = [(cache, drafter.added) for cache in drafter.caches]
-        if drafter.role is None:
+        if drafter.role is None and rows_of(self._cache) is None:
             return [(self._cache, self.added), *own]
         views = self._ensemble.views(self._cache)
         return [(part, self.added) for role, part in views if role != drafter.role] + own

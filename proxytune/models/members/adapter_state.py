@@ -30,6 +30,7 @@ __all__ = [
     "running_as",
     "runs_as",
     "states_of",
+    "switched",
     "switches_of",
     "why_not_off",
     "with_inside",
@@ -201,16 +202,21 @@ def switches_of(model: nn.Module) -> Switches:
     return _SWITCHES.setdefault(innermost(model), Switches())
 
 
+def switched(model: nn.Module, state: AdapterState) -> bool:
+    """Whether the model's adapters are switched for passes, be it for another member that is the same model."""
+    return state is not None or innermost(model) in _SWITCHES
+
+
 @contextmanager
 def running_as(model: nn.Module, state: AdapterState, *, fresh: bool = True) -> Iterator[None]:
     """Run a model in an adapter state.
 
     `fresh` looks for the layers anew, as before a prompt; else that is done only if the adapters have other names.
     """
-    inner = innermost(model)
-    if state is None and inner not in _SWITCHES:
+    if not switched(model, state):
         yield
         return
+    inner = innermost(model)
     switches = switches_of(inner)
     with switches.turn:
         if state is not None:

@@ -8,7 +8,9 @@ model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any
 
 import torch
@@ -16,9 +18,18 @@ from transformers import CompileConfig
 from transformers.cache_utils import Cache
 
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.ragged_static import Rows, ragged_pass
 from proxytune.models.members.rewind import length_of
 
-__all__ = ["CompiledStep"]
+__all__ = ["CompiledStep", "with_own_code"]
+
+_numbers = count()
+
+
+def with_own_code(function: Any) -> Any:
+    """A function with code of its own: torch keeps graphs, and limits their number, for each code."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    return types.FunctionType(code, function.__globals__)
 
 
 class CompiledStep:
@@ -32,6 +43,7 @@ class CompiledStep:
         self.config = config
         self._model = model
         self._call = torch.compile(model.__call__, **config.to_dict())
+        self._ragged: Callable[..., torch.Tensor] = torch.compile(with_own_code(ragged_pass), **config.to_dict())
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self._model, "config": self.config}
@@ -82,3 +94,18 @@ class CompiledStep:
         torch.compiler.cudagraph_mark_step_begin()
         logits: torch.Tensor = self._call(**prepared, return_dict=True).logits
         return logits.clone()
+
+    def ragged(self, given: Mapping[str, torch.Tensor], cache: Cache, rows: Rows) -> torch.Tensor:
+        """Run the model over N tokens per row, which go to columns of their own; one graph for each N.
+
+        Args:
+            given: `input_ids` and `position_ids`, `[B, N]`.
+            cache: Its static cache, extended in place.
+            rows: Where the rows are.
+
+        Returns:
+            Raw logits `[B, N, V]`, a copy that the next replay does not overwrite.
+        """
+        same = {name: x.clone(memory_format=torch.contiguous_format) for name, x in given.items()}
+        torch.compiler.cudagraph_mark_step_begin()
+        return self._ragged(self._model, same, cache, rows).clone()

@@ -46,6 +46,7 @@ __all__ = [
     "note_members",
     "refuse_outdated",
     "refuse_short_cache",
+    "room_of",
     "stored",
     "view",
 ]
@@ -55,6 +56,7 @@ _FILLED_BY = "_proxytune_filled_by"
 _IMAGES = "_proxytune_images"
 _IDLE = "_proxytune_idle"
 _LAZY = "_proxytune_lazy"
+_ROOM = "_proxytune_room"
 _APART = "_proxytune_apart"  # the layers that do not see each token of a text
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
@@ -312,6 +314,7 @@ def refuse_outdated(
 def refuse_short_cache(cache: StaticCache, length: int) -> None:
     """Raise CacheError if a static cache holds fewer than `length` tokens; sliding layers need only their window."""
     held = max((layer.max_cache_len for layer in _sized(cache) if not layer.is_sliding), default=length)
+    setattr(cache, _ROOM, held)
     if held < length:
         raise CacheError.of(
             CACHE,
@@ -319,6 +322,14 @@ def refuse_short_cache(cache: StaticCache, length: int) -> None:
             got=f"a StaticCache for {held}",
             remedy="Make it longer, or lower max_new_tokens.",
         )
+
+
+def room_of(cache: Cache) -> int | None:
+    """How many tokens a static cache is for; None if its windows do not tell, and `generate()` has not."""
+    if not hasattr(cache, _ROOM):
+        setattr(cache, _ROOM, max((x.max_cache_len for x in _sized(cache) if not x.is_sliding), default=None))
+    room: int | None = getattr(cache, _ROOM)
+    return room
 
 
 def _filled(cache: Cache) -> bool:

@@ -74,7 +74,7 @@ class EncoderDecoderMember(Member):
                 got=f"a {self._name()} that reads {reads}",
                 remedy="Use a text-to-text model.",
             )
-        self._takes_position_ids = False
+        self.takes_positions = False
         self.config = decoder_config(model.config)
         self.encoder_rows, self.rows = (_rows(part, self.rows) for part in (inner.get_encoder(), inner.get_decoder()))
         config = inner.config
@@ -191,7 +191,7 @@ class EncoderDecoderMember(Member):
         kwargs: dict[str, Any] = {k: x if x is None else x.to(device, non_blocking=quick) for k, x in given.items()}
         kwargs["encoder_outputs"] = _States(last_hidden_state=latent["states"].to(device, non_blocking=quick))
         if cache is not None:
-            kwargs[self._cache_name] = cache
+            kwargs[self.cache_name] = cache
         with running_as(self.model, self.adapter, fresh=False):  # the encoder has looked
             out = self.model(**kwargs, use_cache=cache is not None, return_dict=True)
         logits: torch.Tensor = out.logits  # [B, N, V]

@@ -21,7 +21,7 @@ from torch import nn
 
 from proxytune.models.members.adapter_state import is_adapter_layer, running_as
 
-__all__ = ["Fingerprint"]
+__all__ = ["Fingerprint", "only_looks", "sets_frequencies"]
 
 _SAMPLES = 4  # of each tensor
 
@@ -91,11 +91,11 @@ def _parts(model: nn.Module) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
         own = vars(module)
         modules += [child for child in own["_modules"].values() if child is not None]
         held += own["_parameters"].values()
-        if own["_buffers"] and not _sets_frequencies(own):
+        if own["_buffers"] and not sets_frequencies(own):
             held += own["_buffers"].values()
         for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):
             if hooks:  # their numbers are never used twice
-                marks += [number for number, hook in hooks.items() if not _only_looks(hook)]
+                marks += [number for number, hook in hooks.items() if not only_looks(hook)]
         if "forward" in own:
             marks.append(own["forward"])
         if is_adapter_layer(cast(Hashable, type(module))):
@@ -112,12 +112,14 @@ def _parts(model: nn.Module) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
     return [*modules, *tensors], marks, tensors
 
 
-def _only_looks(hook: Any) -> bool:
+def only_looks(hook: Any) -> bool:
+    """Whether a hook is one of transformers' own, which change nothing and keep nothing unless they are asked to."""
     # transformers puts hooks on a model for good when it is first asked for hidden states.
     return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
-def _sets_frequencies(own: dict[str, Any]) -> bool:
+def sets_frequencies(own: dict[str, Any]) -> bool:
+    """Whether a module, by its attributes, is an embedding of positions that sets its frequencies itself."""
     kinds = str(own.get("rope_type", ""))
     return "dynamic" in kinds or "longrope" in kinds
 

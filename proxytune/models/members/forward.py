@@ -8,7 +8,7 @@ host work happens while the device is busy with the base. Members on different d
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from proxytune.models.members.innermost import innermost
 from proxytune.models.members.member import Member
 from proxytune.models.members.shared_pass import MemberPass, run_group
 
-__all__ = ["LatentInputs", "Text", "run_members"]
+__all__ = ["LatentInputs", "Text", "Work", "run_members", "run_works"]
 
 LatentInputs = Sequence[Mapping[str, Any] | None]
 """What each member takes in place of the ids; None for the ids."""
@@ -35,6 +35,24 @@ class Text(NamedTuple):
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None
     position_ids: torch.Tensor | None
+
+
+class Work(NamedTuple):
+    """The pass of one member, or of several that are one model.
+
+    Attributes:
+        role: Its name among the streams of a device.
+        device: Where it runs.
+        call: Runs it; each member's raw logits.
+        reads: The tensors that it reads.
+        compiled: Whether it replays a graph.
+    """
+
+    role: str
+    device: torch.device
+    call: Callable[[], list[torch.Tensor]]
+    reads: Iterable[torch.Tensor | None]
+    compiled: bool = False
 
 
 def run_members(
@@ -72,27 +90,49 @@ def run_members(
             group = groups.setdefault(id(innermost(member.model)), [])
             group.append(MemberPass(member, part, *own.get(member.role, of_base), fed))
     running = list(groups.values())
-    works = [partial(run_group, group, logits_to_keep) for group in running]
-    eager = all(one.member.step is None for group in running for one in group)
-    if thread is not None and eager and may_split([group[0].member.device for group in running]):
-        computed = thread.run(works)
-    else:
-        # Offloaded layers are loaded on a stream that only the device's default stream waits for.
-        computed = []
-        with ForkJoin(None if getattr(cache, "offloading", False) else sides) as fork:
-            for companion in members[1:]:
-                fork.open(companion.device)  # before the base is launched
-            for i, (group, work) in enumerate(zip(running, works, strict=True)):
-                # Compiled steps share one memory pool for their graphs, so they take turns.
-                if i == 0 or any(one.member.step is not None for one in group):
-                    computed.append(work())
-                else:
-                    first = group[0].member
-                    computed.append(fork.run(first.role, first.device, work, chain.from_iterable(map(_reads, group))))
+    works = [
+        Work(
+            group[0].member.role,
+            group[0].member.device,
+            partial(run_group, group, logits_to_keep),
+            chain.from_iterable(map(_reads, group)),
+            compiled=any(one.member.step is not None for one in group),
+        )
+        for group in running
+    ]
+    # Offloaded layers are loaded on a stream that only the device's default stream waits for.
+    sides = None if getattr(cache, "offloading", False) else sides
+    computed = run_works(works, [companion.device for companion in members[1:]], sides, thread)
     by_role = dict(precomputed)
     for group, logits in zip(running, computed, strict=True):
         by_role |= {one.member.role: z for one, z in zip(group, logits, strict=True)}
     return [by_role.get(member.role) for member in members]
+
+
+def run_works(
+    works: Sequence[Work],
+    devices: Sequence[torch.device],
+    sides: CompanionStreams | None,
+    thread: SideThread | None,
+) -> list[list[torch.Tensor]]:
+    """Run passes, the base's first, and the others beside it where that is possible.
+
+    `devices` are the companions'; `sides` and `thread` as in `run_members`.
+    """
+    eager = not any(work.compiled for work in works)
+    if thread is not None and eager and may_split([work.device for work in works]):
+        return thread.run([work.call for work in works])
+    computed = []
+    with ForkJoin(sides) as fork:
+        for device in devices:
+            fork.open(device)  # before the base is launched
+        for i, work in enumerate(works):
+            # Compiled steps share one memory pool for their graphs, so they take turns.
+            if i == 0 or work.compiled:
+                computed.append(work.call())
+            else:
+                computed.append(fork.run(work.role, work.device, work.call, work.reads))
+    return computed
 
 
 def _reads(one: MemberPass) -> Iterator[torch.Tensor | None]:

@@ -7,6 +7,7 @@ formulas.
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ from transformers.models.auto.modeling_auto import (
 
 from proxytune.costs.devices import Work, machine_of
 from proxytune.costs.model_size import pass_work
-from proxytune.errors import InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
-from proxytune.models.members.adapter_state import AdapterState, check_adapter_state, running_as
+from proxytune.errors import CacheError, InputError, NumericalError, UnsupportedModeError, UnsupportedModelError
+from proxytune.models.members.adapter_state import AdapterState, check_adapter_state, running_as, switched
 from proxytune.models.members.cache_name import CACHE, argument_of
 from proxytune.models.members.compiled_step import CompiledStep
 from proxytune.models.members.embedding_table import device_of, embedding_rows
@@ -30,6 +31,7 @@ from proxytune.models.members.layer_kinds import ABLE, STATES, kinds_of, lacking
 from proxytune.models.members.long_rope import switch_of
 from proxytune.models.members.own_cache import in_own_class, own_class_of
 from proxytune.models.members.packed import packed_as
+from proxytune.models.members.ragged_static import hindrance_of, ragged_pass, rows_of
 from proxytune.models.members.rewind import length_of, rewindable_layers
 from proxytune.models.members.self_test import UNTESTED, static_fault, verdict_of
 from proxytune.models.members.self_test_passes import Verdict, prepared_inputs
@@ -137,6 +139,9 @@ class Member:
         config: What its caches are made by: the model's text config, or one for its ids (`whole_text`).
         whole_text: Why each pass reads the whole text (`proxytune.models.members.whole_text`); None if a cache serves.
         verdict: What the self-test found; nothing before `examine`.
+        cache_name: What its forward calls the cache.
+        takes_positions: Whether it can be told positions.
+        takes_logits_to_keep: Whether it can leave out the logits of positions.
     """
 
     encoder_decoder = False
@@ -192,11 +197,11 @@ class Member:
         self._work: Work | None = None
         self.verdict: Verdict = UNTESTED
         self._examined = False
-        self._cache_name = argument_of(model) or CACHE
+        self.cache_name = argument_of(model) or CACHE
         self._own_cache = own_class_of(model)
         parameters = inspect.signature(innermost(model).forward).parameters
-        self._takes_position_ids = "position_ids" in parameters and self.whole_text is None
-        self._takes_logits_to_keep = "logits_to_keep" in parameters
+        self.takes_positions = "position_ids" in parameters and self.whole_text is None
+        self.takes_logits_to_keep = "logits_to_keep" in parameters
         # Some count positions after a cache as in their last text with images, unless they are told.
         self._keeps_offsets = any(hasattr(module, "rope_deltas") for module in innermost(model).modules())
 
@@ -204,6 +209,30 @@ class Member:
     def joins(self) -> bool:
         """Whether rows of other members of the same model may be in its passes, and change nothing but rounding."""
         return self._by_rows and self.step is None and self._own_cache is None
+
+    @property
+    def steps_plainly(self) -> bool:
+        """Whether a pass over one token, after a text that was read, is one call of the model with nothing around it.
+
+        So it is without states, without another prompt, and where padding needs no check.
+        """
+        whole = self.whole_text is not None or self.encoder_decoder or self.own_prompt
+        padding = self.verdict.padding is not None or bool(self._cannot_pad)
+        apart = self.step is not None or self._own_cache is not None or self._keeps_offsets or self.switch is not None
+        return not (whole or self.stateful or padding or apart or switched(self.model, self.adapter))
+
+    @property
+    def stands_alone(self) -> str | None:
+        """Why its decode step cannot be in one graph with those of others, in words; None if it can."""
+        if self.step is None:
+            return "which is not compiled"
+        if self.stateful or self.whole_text is not None:
+            return f"a {self._name()}, which keeps a state, or reads the whole text"
+        if self._own_cache is not None or self.cache_name != CACHE:
+            return f"a {self._name()}, which takes a cache of its own kind or name"
+        if self.switch is not None:
+            return f"a {self._name()}, whose frequencies depend on the length of the text"
+        return "whose positions go on from those of its last images" if self._keeps_offsets else None
 
     @property
     def device(self) -> torch.device:
@@ -241,7 +270,7 @@ class Member:
         Raises:
             UnsupportedModelError: If it depends on later tokens, or continues its cache differently.
         """
-        self.verdict, self._examined = verdict_of(self.model, self._takes_position_ids), True
+        self.verdict, self._examined = verdict_of(self.model, self.takes_positions), True
         if self.whole_text is not None and self.verdict is UNTESTED and self.device.type != "meta":
             raise UnsupportedModelError.of(
                 f"the {self.role}",
@@ -249,7 +278,7 @@ class Member:
                 got=f"a {self._name()} that {self.whole_text}, and cannot",
                 remedy="Use another model in this role.",
             )
-        self._takes_position_ids = self._takes_position_ids and self.verdict.counts
+        self.takes_positions = self.takes_positions and self.verdict.counts
         if self.verdict.cache is not None:
             raise UnsupportedModelError.of(
                 f"the {self.role}",
@@ -307,16 +336,16 @@ class Member:
 
         Padding may have any position. Waits for the device, for such models only.
         """
-        if self._takes_position_ids and (not self.stateful or position_ids.ndim != 2):
+        if self.takes_positions and (not self.stateful or position_ids.ndim != 2):
             return
         new = position_ids.shape[-1]
         there, given = mask[:, -new:] != 0, position_ids.to(mask.device)
-        if self._takes_position_ids:  # from any place on, but not for another text, which would begin at the old state
+        if self.takes_positions:  # from any place on, but not for another text, which would begin at the old state
             wrong = (given.diff(dim=-1) != 1) & there[:, 1:] & there[:, :-1]
         else:
             wrong = (given != positions_of(mask)[:, -new:]) & there
         if bool(wrong.any()):
-            stands = "keeps one state of all tokens" if self._takes_position_ids else "counts positions by itself"
+            stands = "keeps one state of all tokens" if self.takes_positions else "counts positions by itself"
             raise InputError.of(
                 f"position_ids for the {self.role}",
                 expected=f"none, or 0, 1, 2, … without padding: a {self._name()} {stands}",
@@ -356,7 +385,7 @@ class Member:
 
     def refuse_static_cache(self, length: int) -> None:
         """Test an examined model on a static cache of `length`; UnsupportedModeError if it is wrong there."""
-        if not self._examined or (fault := static_fault(self.model, self._takes_position_ids, length)) is None:
+        if not self._examined or (fault := static_fault(self.model, self.takes_positions, length)) is None:
             return
         raise UnsupportedModeError.of(
             f"a static cache for the {self.role}",
@@ -364,6 +393,22 @@ class Member:
             got=f"a {self._name()} with {fault}",
             remedy="Leave out cache_implementation, or pass no StaticCache.",
         )
+
+    def refuse_ragged_cache(self, cache: Cache) -> None:
+        """Raise CacheError if rows of its static cache, that is filled or empty, cannot differ in length."""
+        why = hindrance_of(self.model, cache)
+        if self.stateful or self.whole_text is not None or self._own_cache is not None or self.cache_name != CACHE:
+            why = "what it keeps is not in a static cache"
+        elif not self.takes_positions:
+            why = "it counts positions by itself"
+        why = why or static_fault(self.model, True, cache.get_max_length(), ragged=True)
+        if why is not None:
+            raise CacheError.of(
+                CACHE,
+                expected="a DynamicCache, or a static one in which rows may keep different numbers of drafts",
+                got=f"a {type(cache).__name__}, and a {self._name()} as the {self.role}: {why}",
+                remedy="Leave out cache_implementation.",
+            )
 
     def refuse_length(self, length: int) -> None:
         """Raise InputError if `length` tokens exceed the model's context."""
@@ -440,7 +485,7 @@ class Member:
         if position_ids is None and self._keeps_offsets:
             position_ids = torch.arange(n, device=input_ids.device)[None] + past
         given = {"input_ids": here(input_ids), "attention_mask": here(attention_mask)}
-        if position_ids is not None and self._takes_position_ids:
+        if position_ids is not None and self.takes_positions:
             given["position_ids"] = here(position_ids)
         fed = None if latent is None else {k: here(x) if isinstance(x, torch.Tensor) else x for k, x in latent.items()}
         if self.whole_text is not None:
@@ -481,23 +526,29 @@ class Member:
         if not torch.compiler.is_compiling():
             self.token_forwards += rows * n
             self.passes += 1
+        if (where := rows_of(cache)) is not None:
+            assert cache is not None
+            told = {name: given[name] for name in ("input_ids", "position_ids")}
+            if self.step is not None and not torch.is_grad_enabled():
+                return self.step.ragged(told, cache, where)
+            return ragged_pass(self.model, told, cache, where)
         if self.step is not None and not self._own_cache and CompiledStep.serves(n, cache, logits_to_keep, latent):
             assert cache is not None
-            return self.step({"position_ids": None, **given} if self._takes_position_ids else given, cache)
+            return self.step({"position_ids": None, **given} if self.takes_positions else given, cache)
 
         kwargs: dict[str, Any] = {**given, "use_cache": cache is not None}
         if cache is not None:
             cache = cache if self._own_cache is None else in_own_class(cache, self._own_cache)
-            kwargs[self._cache_name] = cache
+            kwargs[self.cache_name] = cache
             if self.stateful or isinstance(cache, StaticCache):
                 kwargs = prepared_inputs(self.model, kwargs, cache)
-        if self._takes_logits_to_keep:
+        if self.takes_logits_to_keep:
             kwargs["logits_to_keep"] = logits_to_keep
         if latent is not None:
             del kwargs["input_ids"]
             kwargs |= latent
         logits: torch.Tensor = self.model(**kwargs, return_dict=True).logits  # [B, K, V]
-        return logits if self._takes_logits_to_keep else kept_logits(logits, logits_to_keep)
+        return logits if self.takes_logits_to_keep else kept_logits(logits, logits_to_keep)
 
 
 def _grouping(kinds: list[str]) -> str:
@@ -544,9 +595,9 @@ def check_ids(
 
 def refuse_no_numbers(logits: torch.Tensor, whose: str) -> None:
     """Raise NumericalError if a row of logits `[B, V]` holds NaN or +inf, or −inf only. Waits for the device."""
-    wrong = ~logits.amax(-1).isfinite()  # NaN if any is
-    if bool(wrong.any()):
-        row = int(wrong.int().argmax())
+    wrong = [not math.isfinite(top) for top in logits.amax(-1).tolist()]  # NaN if any is
+    if any(wrong):
+        row = wrong.index(True)
         raise NumericalError.of(
             f"row {row} of {len(logits)}",
             expected="logits of which a token can be drawn",

@@ -26,6 +26,9 @@ _NAMES = frozenset({"_name_or_path", "name_or_path", "_commit_hash", "architectu
 
 UNTESTED = Verdict()
 
+_FAULTS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What models raise at sizes or masks that they do not take."""
+
 _of_kind: dict[object, Verdict] = {}
 _of_generation: dict[object, str | None] = {}
 _of_static: weakref.WeakKeyDictionary[nn.Module, dict[object, str | None]] = weakref.WeakKeyDictionary()
@@ -46,26 +49,30 @@ def verdict_of(model: Any, takes_position_ids: bool) -> Verdict:
     return _of_kind[kind]
 
 
-def static_fault(model: Any, takes_position_ids: bool, length: int) -> str | None:
+def static_fault(model: Any, takes_position_ids: bool, length: int, *, ragged: bool = False) -> str | None:
     """What a model does wrong on a static cache of `length`, in words; None if nothing, or if it could not be tested.
 
-    Some mask from the end of what a cache has room for, which only a long one shows: who is right there is tested once.
+    With `ragged`, its rows differ in length. Some mask from the end of what a cache has room for, which only a long one
+    shows: who is right there is tested once.
     A cache of recurrent layers alone has no length, and says −1.
     """
     known = _of_static.setdefault(model, {})
     config, kind = model.config.get_text_config(decoder=True), _kind(model)
     fault = None
     for room in (min(getattr(config, "max_position_embeddings", None) or 512, 2048), *([length] if length > 0 else [])):
-        if (kind, room) not in known:
-            known[kind, room] = None
+        key = kind, room, ragged
+        if key not in known:
+            known[key] = None
             with suppress(Exception), torch.no_grad():  # what cannot run here will say so where it is used
                 try:
-                    known[kind, room] = ModelPasses(model, takes_position_ids).static(room)
-                except RuntimeError as error:  # of sizes that do not fit, say, where other caches work
-                    if kind in _of_kind and not isinstance(error, torch.OutOfMemoryError):
+                    passes = ModelPasses(model, takes_position_ids)
+                    known[key] = passes.ragged(room) if ragged else passes.static(room)
+                except _FAULTS as error:  # of sizes that do not fit, say, or of masks, where other caches work
+                    known_right = kind in _of_kind and (ragged or isinstance(error, RuntimeError))
+                    if known_right and not isinstance(error, torch.OutOfMemoryError):
                         said = str(error).split("\n")[0]
-                        known[kind, room] = f"a pass that fails there ({type(error).__name__}: {said})"
-        if (fault := known[kind, room]) is None:
+                        known[key] = f"a pass that fails there ({type(error).__name__}: {said})"
+        if (fault := known[key]) is None:
             break
     return fault
 

@@ -23,6 +23,7 @@ from proxytune.models.members.composite_cache import empty_cache, stored
 from proxytune.models.members.embedding_table import device_of, embedding_rows
 from proxytune.models.members.layer_kinds import STATES, kinds_of
 from proxytune.models.members.own_cache import in_own_class, own_class_of
+from proxytune.models.members.ragged_static import masks_of, ragged, rows_of, widen
 from proxytune.models.members.rewind import make_rewindable, rewindable_layers
 from proxytune.models.members.shadow import shadow_of
 from proxytune.models.members.whole_text import logits_of_text, reads_whole_text
@@ -196,6 +197,27 @@ class ModelPasses:
         seen = max(self._differ(first[1:], alone[1:5]), self._differ(second, alone[5:]))
         return self._said(seen, f"six tokens in one pass, and in two over a static cache for {room} tokens")
 
+    def ragged(self, room: int) -> str | None:
+        """What differs on a static cache for `room` tokens whose rows differ in length (`ragged_static`)."""
+        a, b, c, d, e, f, x, y = self.ids
+        _end_early(self.model, least=2)
+        alone = self._pass([[a, b, c, d, e, f]])[0]
+        cache = StaticCache(config=self.config, max_cache_len=room)
+        widen(cache, room)
+        mask = [[1] * 4, [0, 0, 1, 1]]
+        self._pass([[a, b, c, d], [self.pad, self.pad, a, b]], mask, cache)
+        with ragged([cache], torch.tensor(mask, device=self.device), 2):
+            where = rows_of(cache)
+            assert where is not None
+            columns = where.columns.clone()
+            # The first row keeps one of two tokens, and reads over the other.
+            first = self._pass([[e, x], [c, d]], [[1] * 6, [0, 0, 1, 1, 1, 1]], cache)
+            where.columns.copy_(columns + torch.tensor([1, 2], device=self.device))
+            second = self._pass([[f, y], [e, f]], [[1] * 7, [0, 1, 1, 1, 1, 1, 1]], cache)
+        seen = max(self._differ(first[1], alone[2:4]), self._differ(second[1], alone[4:]))
+        seen = max(seen, self._differ(first[0, :1], alone[4:5]), self._differ(second[0, :1], alone[5:]))
+        return self._said(seen, "six tokens in one pass, and beside a row of another length on a static cache")
+
     def _pass(
         self, rows: Sequence[Sequence[int]], mask: Sequence[Sequence[int]] | None = None, cache: Cache | None = None
     ) -> torch.Tensor:
@@ -211,7 +233,9 @@ class ModelPasses:
             own = own_class_of(self.model)
             cache = cache if own is None else in_own_class(cache, own)
             given[argument_of(self.model) or CACHE] = cache
-            if layers or isinstance(cache, StaticCache):
+            if (where := rows_of(cache)) is not None:
+                given["attention_mask"] = masks_of(self.model, where, ids.shape[1])
+            elif layers or isinstance(cache, StaticCache):
                 given = prepared_inputs(self.model, given, cache)
         try:
             states: torch.Tensor = self.model(**given, return_dict=True).logits
@@ -247,7 +271,7 @@ class ModelPasses:
         """The least relative difference of two texts `[N, H]` at any token: a fault shows at all of them."""
         apart = (states - wanted.to(states.device)).norm(dim=-1) / wanted.norm(dim=-1).to(states.device)
         if not bool(apart.isfinite().all()):
-            raise ValueError("states that are not finite say nothing of the model's code")
+            raise FloatingPointError("states that are not finite say nothing of the model's code")
         return float(apart.min())
 
     def _said(self, seen: float, between: str, tolerance: float | None = None) -> str | None:

@@ -5,6 +5,7 @@ It is a dynamic layer of one head, so whatever moves, reorders or crops a cache 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,9 +27,10 @@ class TextLayer(DynamicLayer):
         super().__init__(*args, **kwargs)
         self.added = 0
 
-    def append(self, ids: torch.Tensor, masks: torch.Tensor) -> None:
-        """Add columns: ids and masks `[texts, B, N]`, int64."""
-        self.update(ids.permute(1, 2, 0)[:, None], masks.permute(1, 2, 0)[:, None])
+    def append(self, ids: Sequence[torch.Tensor], masks: Sequence[torch.Tensor]) -> None:
+        """Add columns: ids and mask of each text, `[B, N]`, int64."""
+        keys, values = (torch.stack(list(x), -1)[:, None] for x in (ids, masks))  # [B, 1, N, texts]
+        self.update(keys, values)
 
     @property
     def ids(self) -> torch.Tensor | None:

@@ -9,16 +9,19 @@ candidates.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
+import numpy as np
 import torch
 
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.arrays import Array, as_tensor, clone, filled, peak
 from proxytune.ops.torch_impl.distribution import distribution_of, shares
 from proxytune.ops.torch_impl.draw import draw
 from proxytune.ops.torch_impl.measure import measure, statistics
-from proxytune.ops.torch_impl.rows import FINITE, MemberRows, combined, first_largest
+from proxytune.ops.torch_impl.rows import FINITE, MemberRows, combined, first_largest, kept_scratch
 from proxytune.ops.torch_impl.truncate import mean_of_largest
 
 __all__ = ["CONFIDENCE_TOKENS", "decide", "draw_logprobs", "nucleus"]
@@ -32,33 +35,47 @@ def decide(
     rows: MemberRows, sampling: SamplingParams | None, noise: Noise | None, draws: int, want: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Measure the rows and draw; the outputs named in `want`, see `proxytune.ops.StepOutput`."""
-    if sampling is None and rows.device.type == "cpu" and set(want) <= {"tokens", "argmax"}:
-        token, top = first_largest(rows)  # [B, 1]
-        token = token.masked_fill(~((top > FINITE) & (top < torch.inf)), -1)
-        return {name: token if name == "tokens" else token[:, 0].clone() for name in want}
-    if set(want) == {"scores"}:
+    asked = set(want)
+    if sampling is None and rows.on_host and asked <= {"tokens", "argmax"}:
+        token, top = first_largest(rows)
+        token = filled(token, ~((top > FINITE) & (top < math.inf)), -1)  # [B, 1]
+        return {name: torch.from_numpy(token.copy() if name == "tokens" else token[:, 0].copy()) for name in want}
+    if asked == {"scores"}:
         return {"scores": combined(rows)}
-    tiles = measure(rows, sampling, want)
-    top = tiles["max"].amax(1)  # [B]
-    bad, dead = top == torch.inf, top == FINITE
+    with np.errstate(all="ignore"):
+        return _decided(rows, sampling, noise, draws, want, asked)
+
+
+def _decided(
+    rows: MemberRows,
+    sampling: SamplingParams | None,
+    noise: Noise | None,
+    draws: int,
+    want: Collection[str],
+    asked: set[str],
+) -> dict[str, torch.Tensor]:
+    tiles = measure(rows, sampling, asked, kept_scratch(rows.count, rows.width) if rows.on_host else None)
+    top = peak(tiles["max"])  # [B]
+    bad, dead = top == math.inf, top == FINITE
     undecided = bad | dead
     out = statistics(tiles, top)
-    if "confidence" in want:
+    if "confidence" in asked:
         out["confidence"] = out["log_total"] - mean_of_largest(rows, tiles["groups"], top, CONFIDENCE_TOKENS)
     if "argmax" in tiles:
         out["argmax"] = tiles["argmax"]
     if sampling is None:
-        out["tokens"] = out["argmax"][:, None].clone()  # outputs do not share memory
-        out["relative"] = torch.zeros_like(top)[:, None]
+        if "argmax" in tiles:
+            out["tokens"] = clone(out["argmax"][:, None])  # outputs do not share memory
+            out["relative"] = filled(top, top == top, 0.0)[:, None]
     else:
         assert noise is not None
         out |= draw(rows, tiles, out.get("entropy"), top, sampling, noise, draws)
-    if "logprobs" in want:
+    if "logprobs" in asked:
         out["logprobs"] = out["relative"] - out["log_total"][:, None]
     # On the CPU masking can be skipped if every row has a distribution.
-    if rows.device.type != "cpu" or bool(undecided.any()):
+    if not rows.on_host or undecided.any():
         if "lse" in out:
-            out["lse"] = out["lse"].masked_fill(dead, -torch.inf).masked_fill(bad, torch.nan)
+            out["lse"] = filled(filled(out["lse"], dead, -math.inf), bad, math.nan)
         for name, value in (("fork", False), ("kept", 0)):
             if name in out:
                 out[name] = _masked(out[name], undecided, value)
@@ -66,34 +83,36 @@ def decide(
             out[name] = _masked(out[name], undecided, -1)
         measured = {"entropy", "varentropy", "kl", "confidence", "temperature", "logprobs", "draw_logprobs", "keys"}
         for name in out.keys() & measured:
-            out[name] = _masked(out[name], undecided, torch.nan)
-    if "scores" in want:
+            out[name] = _masked(out[name], undecided, math.nan)
+    if "scores" in asked:
         out["scores"] = tiles["scores"]
-    return {name: out[name] for name in want}
+    return {name: as_tensor(out[name]) for name in want}
 
 
 @torch.no_grad()
+@np.errstate(all="ignore")
 def draw_logprobs(rows: MemberRows, sampling: SamplingParams, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`proxytune.ops.torch_impl.distribution.shares` of unmeasured rows; NaN in rows without a distribution."""
     tiles = measure(rows, sampling, ())
-    top = tiles["max"].amax(1)  # [B]
-    undecided = (top == torch.inf) | (top == FINITE)
-    logprobs, rest = shares(rows, tiles, statistics(tiles, top).get("entropy"), top, sampling, ids)
-    return _masked(logprobs, undecided, torch.nan), _masked(rest, undecided, torch.nan)
+    top = peak(tiles["max"])  # [B]
+    undecided = (top == math.inf) | (top == FINITE)
+    logprobs, rest = shares(rows, tiles, statistics(tiles, top).get("entropy"), top, sampling, rows.small(ids))
+    logprobs, rest = _masked(logprobs, undecided, math.nan), _masked(rest, undecided, math.nan)
+    return as_tensor(logprobs), as_tensor(rest)
 
 
 @torch.no_grad()
+@np.errstate(all="ignore")
 def nucleus(rows: MemberRows, sampling: SamplingParams) -> torch.Tensor:
     """The smallest logit that top-p keeps, `[B]`, for settings with top-p alone at temperature 1.
 
     NaN in rows with NaN or +inf; −inf in rows of −inf only.
     """
     tiles = measure(rows, sampling, ())
-    top = tiles["max"].amax(1)  # [B]
-    kept = distribution_of(rows, tiles, None, top, sampling).kept
-    assert kept is not None
-    return kept.nucleus[:, 0].masked_fill(top == FINITE, -torch.inf).masked_fill(top == torch.inf, torch.nan)
+    top = peak(tiles["max"])  # [B]
+    least = distribution_of(rows, tiles, None, top, sampling).least[:, 0]
+    return as_tensor(filled(filled(least, top == FINITE, -math.inf), top == math.inf, math.nan))
 
 
-def _masked(x: torch.Tensor, rows: torch.Tensor, value: float) -> torch.Tensor:
-    return x.masked_fill(rows[:, None] if x.ndim == 2 else rows, value)
+def _masked(x: Array, rows: Array, value: float) -> Array:
+    return filled(x, rows[:, None] if x.ndim == 2 else rows, value)

@@ -8,17 +8,34 @@ the residual is computed block by block.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from proxytune.ops.noise import DECISIONS, TILES, TOKENS, Noise
 from proxytune.ops.sampling_params import SamplingParams
+from proxytune.ops.torch_impl.arrays import (
+    Array,
+    as_float,
+    as_tensor,
+    at_least,
+    count_up,
+    exp,
+    filled,
+    joined,
+    largest,
+    log,
+    peak,
+    take,
+    where,
+)  # fmt: skip
 from proxytune.ops.torch_impl.distribution import Distribution, distribution_of, tempered
-from proxytune.ops.torch_impl.draw import draw
-from proxytune.ops.torch_impl.measure import measure, statistics
+from proxytune.ops.torch_impl.draw import best_of, draw
+from proxytune.ops.torch_impl.measure import measure, settings_of, statistics
 from proxytune.ops.torch_impl.rows import FINITE, TILE, MemberRows, block_of
-from proxytune.ops.torch_impl.truncate import largest
+from proxytune.ops.torch_impl.truncate import Truncation, truncated
 
 __all__ = ["judge"]
 
@@ -27,6 +44,7 @@ _WORD = 1
 
 
 @torch.no_grad()
+@np.errstate(all="ignore")
 def judge(
     rows: MemberRows, draft: MemberRows | None, drafted: torch.Tensor, sampling: SamplingParams, noise: Noise
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,40 +54,57 @@ def judge(
     drafts were drawn from, None if they were not drawn; `noise` the keys `[B]` at the positions of the first drafts.
     """
     count, most = drafted.shape
-    on_cpu = rows.device.type == "cpu"
-    texts = torch.arange(count, device=drafted.device)
+    on_host = rows.on_host
+    drafted = rows.small(drafted)
+    texts = count_up(count, drafted)
     target = _Measured.of(rows, sampling, most + 1)
-    x = torch.nn.functional.pad(drafted, (0, 1), value=-1)  # [B, K + 1]
-    logp = target.logprobs(x.view(-1, 1)).view_as(x)
+    x = _with_one_more(drafted, -1)  # [B, K + 1]
+    logp = target.logprobs(x.reshape(-1, 1)).reshape(x.shape)
     if draft is not None and most:
         proposal: _Proposal = _Drawn(_Measured.of(draft, sampling, most), drafted)
     else:
         proposal = _Given(drafted)
-    at = texts.repeat_interleave(most + 1)
-    step = torch.arange(most + 1, device=drafted.device).repeat(count)
-    threshold = noise.pick(at).at(noise.position.index_select(0, at) + step).uniform(DECISIONS).view_as(x)  # (0, 1]
+    place = count_up(most + 1, drafted)
+    threshold = _uniforms(noise, place, count)  # [B, K + 1], in (0, 1]
     # −inf − −inf (a draft that neither can draw) is NaN, hence rejected.
-    passed = proposal.real & (threshold <= (logp - proposal.logprobs).exp())  # [B, K + 1]
-    accepted = passed.long().cumprod(1).sum(1)  # the last column holds no draft
-    refused = proposal.real.gather(1, accepted[:, None])[:, 0]  # [B]: whether a draft was rejected there
+    passed = proposal.real & (threshold <= exp(logp - proposal.logprobs))  # [B, K + 1]
+    accepted = (passed * 1).cumprod(1).sum(1)  # the last column holds no draft
+    refused = take(proposal.real, accepted[:, None])[:, 0]  # [B]: whether a draft was rejected there
 
-    keys = noise.at(noise.position + accepted)
-    final = torch.full_like(accepted, -1)
+    keys = noise.at(noise.position + as_tensor(accepted))
+    final = texts * 0 - 1
     for rejected, selected in ((False, ~refused), (True, refused)):
-        which = selected.nonzero()[:, 0] if on_cpu else texts
-        if on_cpu and not len(which):
+        which = selected.nonzero()[0] if on_host else texts
+        if on_host and not len(which):
             continue
         of = target.pick(which * (most + 1) + accepted[which])
-        own, streams = sampling.pick(which), keys.pick(which)
+        own, streams = sampling.pick(as_tensor(which)), keys.pick(as_tensor(which))
         if rejected:
             drawn = _draw_residual(of, proposal.pick(which, accepted[which]), own, streams)
         else:
             drawn = draw(of.rows, of.tiles, of.entropy, of.top, own, streams, 1)["tokens"][:, 0]
-        drawn = drawn.masked_fill(of.undecided, -1)
-        final = final.index_copy(0, which, drawn) if on_cpu else torch.where(selected, drawn, final)
-    place = torch.arange(most + 1, device=drafted.device)
-    tokens = torch.where(place < accepted[:, None], x, torch.where(place == accepted[:, None], final[:, None], -1))
-    return tokens, accepted
+        drawn = filled(drawn, of.undecided, -1)
+        if on_host:
+            final[which] = drawn
+        else:
+            final = where(selected, drawn, final)
+    tokens = where(place < accepted[:, None], x, where(place == accepted[:, None], final[:, None], -1))
+    return as_tensor(tokens), as_tensor(accepted)
+
+
+def _with_one_more(x: Array, value: float) -> Array:
+    """`[B, K]` with a last column of `value`."""
+    return joined([x, filled(x.sum(1), x.sum(1) == x.sum(1), value)[:, None]], 1)
+
+
+def _uniforms(noise: Noise, place: Array, count: int) -> Array:
+    """The words that decide on the drafts, `[B, K + 1]`: those of the positions from the noise's on."""
+    each = len(place)
+    places = as_tensor(place)
+    text = torch.arange(count, device=places.device).repeat_interleave(each)
+    positions = noise.position.index_select(0, text) + places.repeat(count)
+    uniform = noise.pick(text).at(positions).uniform(DECISIONS).view(count, each)
+    return uniform.numpy() if isinstance(place, np.ndarray) else uniform
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,37 +112,37 @@ class _Measured:
     """Measured rows and the distributions they are drawn from."""
 
     rows: MemberRows
-    tiles: dict[str, torch.Tensor]
-    entropy: torch.Tensor | None
-    top: torch.Tensor
+    tiles: dict[str, Array]
+    entropy: Array | None
+    top: Array
     law: Distribution
-    undecided: torch.Tensor
+    undecided: Array
 
     @classmethod
     def of(cls, rows: MemberRows, sampling: SamplingParams, each: int) -> _Measured:
         """Measure rows; `each` neighbouring rows belong to one text and have its settings."""
         sampling = sampling.pick(torch.arange(rows.count, device=sampling.temperature.device) // each)
         tiles = measure(rows, sampling, ())
-        top = tiles["max"].amax(1)  # [B]
+        top = peak(tiles["max"])  # [B]
         entropy = statistics(tiles, top).get("entropy")
         law = distribution_of(rows, tiles, entropy, top, sampling)
         return cls(rows, tiles, entropy, top, law, (top == torch.inf) | (top == FINITE))
 
-    def pick(self, index: torch.Tensor) -> _Measured:
+    def pick(self, index: Array) -> _Measured:
         return _Measured(
             self.rows.pick(index),
-            {name: x.index_select(0, index) for name, x in self.tiles.items()},
-            None if self.entropy is None else self.entropy.index_select(0, index),
-            self.top.index_select(0, index),
+            {name: x[index] for name, x in self.tiles.items()},
+            None if self.entropy is None else self.entropy[index],
+            self.top[index],
             self.law.pick(index),
-            self.undecided.index_select(0, index),
+            self.undecided[index],
         )
 
-    def logprobs(self, ids: torch.Tensor) -> torch.Tensor:
+    def logprobs(self, ids: Array) -> Array:
         """Log-probabilities of tokens `[B, n]`; −inf for what cannot be drawn or no id; NaN without a distribution."""
         outside = (ids < 0) | (ids >= self.rows.width)
-        found = self.law.logprobs(self.rows.at(ids.masked_fill(outside, self.rows.width)))
-        return found.masked_fill_(self.undecided[:, None], torch.nan)
+        found = self.law.logprobs(self.rows.at(filled(ids, outside, self.rows.width)))
+        return filled(filled(found, outside, -math.inf), self.undecided[:, None], math.nan)
 
     def probabilities(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
         """The probabilities of a block `[rows, columns]`, written to `out`; 0 past the width."""
@@ -115,7 +150,11 @@ class _Measured:
         if inside:
             self.rows.read(there, slice(columns.start, columns.start + inside), out[:, :inside])
         out[:, inside:] = -torch.inf
-        return self.law.pick(there).logprobs(out).exp_()
+        law = self.law.pick(there)
+        top, temperature, log_total = (as_tensor(x) for x in (law.top, law.temperature, law.log_total))
+        forbidden = None if law.least is None else ~(out >= as_tensor(law.least))
+        out.sub_(top).mul_(temperature.reciprocal()).sub_(log_total)
+        return (out if forbidden is None else out.masked_fill_(forbidden, -torch.inf)).exp_()
 
 
 class _Drawn:
@@ -125,23 +164,24 @@ class _Drawn:
     the token is drawn from p.
     """
 
-    def __init__(self, measured: _Measured, drafted: torch.Tensor) -> None:
+    def __init__(self, measured: _Measured, drafted: Array) -> None:
         self._measured = measured
         self._most = drafted.shape[1]
-        pad = torch.nn.functional.pad
-        real = (drafted >= 0) & ~measured.undecided.view_as(drafted)
-        self.real = pad(real, (0, 1), value=False)  # [B, K + 1]
-        self.logprobs = pad(measured.logprobs(drafted.reshape(-1, 1)).view_as(drafted), (0, 1))  # [B, K + 1]
+        real = (drafted >= 0) & ~measured.undecided.reshape(drafted.shape)
+        self.real = joined([real, real[:, :1] & ~real[:, :1]], 1)  # [B, K + 1]
+        self.logprobs = _with_one_more(measured.logprobs(drafted.reshape(-1, 1)).reshape(drafted.shape), 0)
 
-    def pick(self, which: torch.Tensor, accepted: torch.Tensor) -> _Drawn:
+    def pick(self, which: Array, accepted: Array) -> _Drawn:
         """The rejected draft's row of each text; undefined where all drafts were accepted."""
         picked = object.__new__(_Drawn)
-        picked._measured = self._measured.pick(which * self._most + accepted.clamp(max=self._most - 1))
+        last = self._most - 1
+        picked._measured = self._measured.pick(which * self._most + filled(accepted, accepted > last, last))
         return picked
 
-    def at(self, ids: torch.Tensor) -> torch.Tensor:
-        """The probabilities q of tokens `[B, n]`."""
-        return self._measured.logprobs(ids).exp_()
+    def at(self, ids: Array, index: Array | slice = slice(None)) -> Array:
+        """The probabilities q of tokens `[b, n]` of the rows `index`."""
+        measured = self._measured if isinstance(index, slice) else self._measured.pick(index)
+        return exp(measured.logprobs(ids))
 
     def block(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
         return self._measured.probabilities(there, columns, out)
@@ -150,64 +190,69 @@ class _Drawn:
 class _Given:
     """Drafts that were not drawn: q(x) = 1. Also right for drafts drawn with word 0 of the noise, from any row."""
 
-    def __init__(self, drafted: torch.Tensor) -> None:
-        self._drafted = torch.nn.functional.pad(drafted, (0, 1), value=-1)
+    def __init__(self, drafted: Array) -> None:
+        self._drafted = _with_one_more(drafted, -1)
         self.real = self._drafted >= 0
-        self.logprobs = torch.zeros_like(self._drafted, dtype=torch.float32)
+        self.logprobs = 0.0
 
-    def pick(self, which: torch.Tensor, accepted: torch.Tensor) -> _Given:
+    def pick(self, which: Array, accepted: Array) -> _Given:
         """The rejected draft of each text."""
         picked = object.__new__(_Given)
-        picked._drafted = self._drafted.index_select(0, which).gather(1, accepted[:, None])
+        picked._drafted = take(self._drafted[which], accepted[:, None])
         return picked
 
-    def at(self, ids: torch.Tensor) -> torch.Tensor:
-        """The probabilities q of tokens `[B, n]`: 1 or 0."""
-        return (ids == self._drafted).float()
+    def at(self, ids: Array, index: Array | slice = slice(None)) -> Array:
+        """The probabilities q of tokens `[b, n]` of the rows `index`: 1 or 0."""
+        return as_float(ids == self._drafted[index])
 
     def block(self, there: slice, columns: slice, out: torch.Tensor) -> torch.Tensor:
-        return (torch.arange(columns.start, columns.stop, device=out.device) == self._drafted[there]).float()
+        return (torch.arange(columns.start, columns.stop, device=out.device) == as_tensor(self._drafted[there])).float()
 
 
 _Proposal = _Drawn | _Given
 
 
-def _draw_residual(target: _Measured, proposal: _Proposal, sampling: SamplingParams, noise: Noise) -> torch.Tensor:
+def _draw_residual(target: _Measured, proposal: _Proposal, sampling: SamplingParams, noise: Noise) -> Array:
     """Draw from max(0, p − q), one token per row, `[B]`; from p where that is 0 throughout.
 
     In the latter case p equals q to rounding, and one more digit would have accepted the draft. Drawing from p is right
     then, since that draw does not depend on the draft.
     """
-    choices = []
+    rows, law, choices = target.rows, target.law, []
+    temperature, _, of_tiles, relative, total = tempered(rows, target.tiles, target.entropy, target.top, sampling)
     if sampling.some_truncated:
-        kept = target.law.kept
-        assert kept is not None
-        p = (kept.relative - kept.log_kept).exp().masked_fill_(~kept.kept, 0.0)  # [B, n]
-        rest = _residual(p, proposal.at(kept.ids))
-        _, best = largest(rest.log() + noise.gumbel(kept.ids, TOKENS, _WORD), 1)
-        choices.append(kept.ids.gather(1, best)[:, 0])
+
+        def use(kept: Truncation) -> dict[str, Array]:
+            which = kept.index
+            own = noise if isinstance(which, slice) else noise.pick(as_tensor(which))
+            ids, z = kept.tokens()
+            p = exp(law.pick(which).logprobs(z))  # [b, n]
+            rest = _residual(p, proposal.at(ids, which))
+            rest = log(rest)
+            return {"tokens": best_of(ids, rest, rest, own, 1, _WORD)["tokens"]}
+
+        found = truncated(rows, target.tiles["groups"], target.top, temperature, total, sampling, use)
+        choices.append(found["tokens"][:, 0])
     if not sampling.all_truncated:
-        mass = _masses(target, proposal)  # [B, tiles]
-        _, _, of_tiles, relative, _ = tempered(target.tiles, target.entropy, target.top, sampling)
+        mass = rows.small(_masses(target, proposal))  # [B, tiles]
         assert of_tiles is not None
         assert relative is not None
-        none = ~(mass > 0).any(1, keepdim=True)
-        log_mass = torch.where(none, of_tiles.log() + relative, mass.log())
-        number = torch.arange(mass.shape[1], device=mass.device)[None]
-        _, tile = largest(log_mass + noise.gumbel(number, TILES, _WORD), 1)
-        span = TILE if mass.shape[1] > 1 else min(TILE, target.rows.width)
-        ids = tile * TILE + torch.arange(span, device=mass.device)  # [B, span]
-        p = target.law.logprobs(target.rows.at(ids)).exp_()
-        rest = _residual(p, proposal.at(ids).masked_fill_(none, 0.0))
-        _, best = largest(rest.log() + noise.gumbel(ids, TOKENS, _WORD), 1)
-        choices.append(ids.gather(1, best)[:, 0])
-    return choices[0] if len(choices) == 1 else torch.where(sampling.truncated, choices[0], choices[1])
+        none = ~(mass > 0).any(1)[:, None]
+        log_mass = where(none, log(of_tiles) + relative, log(mass))
+        _, tile = largest(log_mass + noise.gumbel(count_up(mass.shape[1], mass)[None], TILES, _WORD), 1)
+        span = TILE if mass.shape[1] > 1 else min(TILE, rows.width)
+        ids = tile * TILE + count_up(span, mass)  # [B, span]
+        p = exp(law.logprobs(rows.at(ids)))
+        rest = _residual(p, filled(proposal.at(ids), none, 0))
+        _, best = largest(log(rest) + noise.gumbel(ids, TOKENS, _WORD), 1)
+        choices.append(take(ids, best)[:, 0])
+    return choices[0] if len(choices) == 1 else where(settings_of(rows, sampling).truncated, *choices)
 
 
-def _residual(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+def _residual(p: Array, q: Array) -> Array:
     """`max(0, p − q)`, `[B, n]`; p in rows where that is 0 throughout."""
-    rest = (p - q).clamp_(min=0.0)
-    return torch.where((rest > 0).any(1, keepdim=True), rest, p)
+    rest = at_least(p - q, 0.0)
+    return where((rest > 0).any(1)[:, None], rest, p)
 
 
 def _masses(target: _Measured, proposal: _Proposal) -> torch.Tensor:
@@ -216,7 +261,7 @@ def _masses(target: _Measured, proposal: _Proposal) -> torch.Tensor:
     tiles = -(-rows.width // TILE)
     high, wide = block_of(rows)
     ours, theirs = (rows.empty(high * wide * TILE) for _ in range(2))
-    out = rows.empty(rows.count * tiles).view(rows.count, tiles)
+    out = rows.empty(rows.count, tiles)
     for row in range(0, rows.count, high):
         there = slice(row, min(row + high, rows.count))
         for tile in range(0, tiles, wide):

@@ -1,6 +1,7 @@
 """Compiled decode steps: the tokens of the uncompiled members, one graph for all steps, and nothing else compiled."""
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from transformers.cache_utils import StaticCache
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel
 from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.formulas import ProxyTuning
+from proxytune.formulas.gates import Gate
 from proxytune.models.members.cache_name import CACHE
 
 # torch's compiler calls parts of torch by names that are deprecated.
@@ -58,6 +61,18 @@ def members_of(base: str, small: str) -> dict[str, PreTrainedModel]:
     return {"base": shared(base, 1), "expert": shared(small, 2), "antiexpert": shared(small, 3)}
 
 
+@functools.cache
+def short() -> dict[str, PreTrainedModel]:
+    """Members of one layer, which are compiled in half the time."""
+    return {role: cut(build("llama", seed)) for seed, role in enumerate(("base", "expert", "antiexpert"), 1)}
+
+
+def cut(model: Any) -> Any:
+    model.model.layers = model.model.layers[:1]
+    model.config.num_hidden_layers = 1
+    return model
+
+
 def composed(members: dict[str, PreTrainedModel]) -> ProxyTunedModel:
     return proxytune.wrap(**members, alpha=ALPHA, check_vocabulary=False)
 
@@ -92,11 +107,12 @@ def test_the_tokens_of_the_reference_from_one_graph(family: str, graphs: Graphs)
     model = composed(members)
     model.compile_members(graphs.config)
     assert torch.equal(run(model, do_sample=False, **STATIC), want)
-    # The prompt gives the first token, and is not compiled. Members of equal shapes share their graphs.
-    assert graphs.runs == 3 * (NEW - 1)
+    # The prompt gives the first token, and is not compiled. All members are in one graph.
+    assert graphs.runs == NEW - 1
     assert graphs.compiled == count
-    assert torch.equal(run(model, do_sample=False, **STATIC), want)
-    assert graphs.compiled == count, "a second generation compiles nothing"
+    assert model._joint.hindrance is None
+    with torch.compiler.set_stance("fail_on_recompile"):  # nor does a second generation compile anything
+        assert torch.equal(run(model, do_sample=False, **STATIC), want)
     assert model.token_forwards == dict.fromkeys(members, 2 * 2 * (PROMPT + NEW - 1))
 
 
@@ -106,6 +122,9 @@ MODES: dict[str, dict[str, Any]] = {
     "beams": {"do_sample": False, "num_beams": 3},
     "chunked": {"do_sample": False, "prefill_chunk_size": 5},
     "fused": {"do_sample": True, "custom_generate": FusedDecoding(seed=3)},
+    "fused, greedy": {"do_sample": False, "custom_generate": FusedDecoding()},
+    "fused, truncated": {"do_sample": True, "top_k": 30, "top_p": 0.9, "custom_generate": FusedDecoding(seed=3)},
+    "fused, a processor": {"do_sample": True, "repetition_penalty": 1.3, "custom_generate": FusedDecoding(seed=3)},
 }
 
 
@@ -117,9 +136,9 @@ def test_every_mode_is_that_of_the_uncompiled_model(mode: str, graphs: Graphs) -
     want = run(model, **settings, max_new_tokens=NEW, eos_token_id=None)  # with a dynamic cache
     model.compile_members(graphs.config)
     assert torch.equal(run(model, **MODES[mode], **STATIC), want)
-    assert graphs.runs == 3 * (NEW - 1)
-    # Two architectures; reordering beams makes new tensors of the layers, which are no longer at their static address.
-    assert graphs.compiled <= (4 if mode == "beams" else 2)
+    assert graphs.runs == NEW - 1
+    # Reordering beams makes new tensors of the layers, which are no longer at their static address.
+    assert graphs.compiled <= (2 if mode == "beams" else 1)
 
 
 @pytest.mark.slow
@@ -138,7 +157,7 @@ def test_without_a_mask_positions_are_counted(graphs: Graphs) -> None:
 
 
 def test_only_one_token_in_a_static_cache_is_compiled(graphs: Graphs) -> None:
-    model = composed(members_of("llama", "llama"))
+    model = composed(short())
     model.compile_members(graphs.config)
     run(model, max_new_tokens=4)  # a dynamic cache
     ids, mask = padded(1)
@@ -154,11 +173,56 @@ def test_only_one_token_in_a_static_cache_is_compiled(graphs: Graphs) -> None:
     assert graphs.runs == 0, "with derivatives"
     with torch.no_grad():
         model(new, attention_mask=mask, **{CACHE: cache})
-    assert graphs.runs == 3
+    assert graphs.runs == 1
+
+
+def test_the_draw_is_in_the_graph_and_other_settings_are_the_same_graph(
+    graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = composed(short())
+
+    def sampled(**settings: Any) -> torch.Tensor:
+        loop = FusedDecoding(seed=3)
+        return run(model, do_sample=True, custom_generate=loop, **settings, **STATIC | {"max_new_tokens": 4})
+
+    kinds: list[dict[str, Any]] = [{"top_k": 20}, {"top_k": 30, "temperature": 0.7}, {"top_k": 40}, {"top_k": 50}]
+    wanted = [sampled(**kind) for kind in kinds]
+    model.compile_members(graphs.config)
+    drawn: list[int] = []
+    step = proxytune.ops.step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            drawn.append(1)
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(proxytune.ops, "step", counted)
+    for kind, want in zip(kinds, wanted, strict=True):
+        assert torch.equal(sampled(**kind), want)
+    assert len(drawn) == len(kinds), "the prompt's draw alone is outside"
+    assert graphs.compiled == 2, "k is a number, then a variable"
+    with torch.compiler.set_stance("fail_on_recompile"):
+        model.alpha = ALPHA / 2
+        assert not torch.equal(sampled(top_k=40), wanted[2])
+    model.alpha = ALPHA
+
+
+def test_what_a_graph_cannot_do_is_done_as_before(graphs: Graphs) -> None:
+    models = short()
+    gated = proxytune.wrap(**models, formula=ProxyTuning(alpha=ALPHA, gate=Gate(entropy=3.0)), check_vocabulary=False)
+    recurrent = composed(models | {"base": shared("lfm2", 1)})
+    for model, why, count in ((gated, "", 1), (recurrent, "the base, a Lfm2ForCausalLM (lfm2), which keeps", 3)):
+        graphs.runs = 0
+        static = STATIC | {"max_new_tokens": 3, "do_sample": False}
+        want = run(model, **static)
+        model.compile_members(graphs.config)
+        assert torch.equal(run(model, **static), want)
+        assert graphs.runs == count * 2
+        assert (model._joint.hindrance or "").startswith(why)
 
 
 def test_chosen_members_and_back_again(graphs: Graphs) -> None:
-    model = composed(members_of("llama", "llama"))
+    model = composed(short())
     want = run(model, do_sample=False, **STATIC)
     model.compile_members(graphs.config, roles=["expert", "antiexpert"])
     assert torch.equal(run(model, do_sample=False, **STATIC), want)
@@ -169,7 +233,7 @@ def test_chosen_members_and_back_again(graphs: Graphs) -> None:
 
 
 def test_a_copy_compiles_its_own_members(graphs: Graphs) -> None:
-    model = composed({r: build("llama", s) for s, r in enumerate(("base", "expert", "antiexpert"), 1)})
+    model = composed(copy.deepcopy(short()))
     model.compile_members(CompileConfig(backend="eager", mode=None))
     want = run(model, do_sample=False, **STATIC)
     twin = copy.deepcopy(model)

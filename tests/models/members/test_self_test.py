@@ -130,7 +130,7 @@ def verdict(kind: str, dtype: torch.dtype = torch.float32) -> Verdict:
     """A verdict that no other test has left."""
     self_test._of_kind.clear()
     model = made(kind) if dtype == torch.float32 else copy.deepcopy(made(kind)).to(dtype)
-    return verdict_of(model, Member(model, "base")._takes_position_ids)
+    return verdict_of(model, Member(model, "base").takes_positions)
 
 
 def composed(kind: str, **keys: Any) -> proxytune.ProxyTunedModel:

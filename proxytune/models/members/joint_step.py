@@ -1,0 +1,190 @@
+"""One decode step of all members as one compiled graph over their static caches, and with it what comes after.
+
+Members compiled one by one (`proxytune.models.members.compiled_step`) cost the host a mask, a launch and the guards of
+a graph each, and the sum or the draw comes on top. Here one graph runs every member over one token per row, makes the
+masks (their shapes are those of the cache, which do not change), and ends in a *tail*: the members' sum, or the
+decision of a loop, with its noise advanced in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from transformers import CompileConfig
+from transformers.cache_utils import Cache
+
+from proxytune import ops
+from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.compiled_step import with_own_code
+from proxytune.models.members.composite_cache import room_of, view
+from proxytune.models.members.forward import Text
+from proxytune.models.members.member import Member
+from proxytune.models.members.ragged_static import ragged_pass, rows_of
+from proxytune.ops.combination import Combination
+
+__all__ = ["Joined", "JointStep", "Sum", "Tail"]
+
+
+class Tail(Protocol):
+    """What a graph computes of the members' logits; its tensors and numbers are read at each call."""
+
+    def __call__(self, logits: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """From raw logits `[B, 1, V_i]` and weights `[B, M]`, float32, to one tensor."""
+
+
+@dataclass(frozen=True, eq=False)
+class Sum:
+    """The combined logits `[B, 1, V]`, float32; −inf for ids from `usable` on, which some member cannot embed."""
+
+    usable: int
+
+    def __call__(self, logits: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+        """As `Tail`."""
+        combined = ops.combine([z.flatten(0, 1) for z in logits], Combination(weights))
+        combined[:, self.usable :] = -torch.inf
+        return combined[:, None]
+
+
+class Joined(NamedTuple):
+    """What a joint step gives.
+
+    Attributes:
+        logits: Raw logits `[B, 1, V_i]` of each member; None for one that is idle. With a tail, the next step may
+            overwrite them.
+        found: What the tail made of them; None without one.
+    """
+
+    logits: list[torch.Tensor | None]
+    found: torch.Tensor | None
+
+
+class JointStep:
+    """The members' passes over one token per row, compiled at their first use; a copy compiles anew.
+
+    Attributes:
+        config: The settings, as for transformers' `generate(compile_config=…)`.
+        hindrance: Why the last pass that came to be asked was not made in one graph; None if it was.
+    """
+
+    def __init__(self, config: CompileConfig) -> None:
+        self.config = config
+        self.hindrance: str | None = None
+        self._calls: dict[type, Callable[..., Any]] = {}  # by kind of tail: torch limits the graphs of each
+        self._weights: tuple[Any, torch.Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"config": self.config}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __call__(
+        self,
+        members: Sequence[Member],
+        spans: Sequence[tuple[int, int]],
+        text: Text,
+        cache: Cache | None,
+        *,
+        numbers: Sequence[float],
+        idle: Collection[int] = (),
+        tail: Tail | None = None,
+        other: str | None = None,
+    ) -> Joined | None:
+        """Run the members, or say in `hindrance` why not; nothing has changed then.
+
+        Args:
+            members: All members.
+            spans: Each member's first layer in the cache, and one past its last.
+            text: The tokens `[B, 1]`, with the mask `[B, past + 1]` and positions as in `Member.forward`.
+            cache: The composite cache, which is extended in place.
+            numbers: Each member's weight.
+            idle: The members that do not run.
+            tail: What to make of the logits.
+            other: What else is asked of the pass that a graph cannot do, in words.
+        """
+        running = [i for i in range(len(members)) if i not in idle]
+        # Rows of different lengths have masks of their own, made of where they are.
+        text = text._replace(attention_mask=None) if rows_of(cache) is not None else text
+        self.hindrance = other or _hindrance([members[i] for i in running], text, cache)
+        if self.hindrance is not None:
+            return None
+        assert cache is not None
+        given, rows, device = [], len(text.input_ids), members[running[0]].device
+        shared = _same_in_each_step(text, cache, device)
+        for i in running:
+            member = members[i]
+            member.token_forwards += rows
+            member.passes += 1
+            own = shared if member.takes_positions else {k: x for k, x in shared.items() if k != "position_ids"}
+            given.append({**own, CACHE: view(cache, *spans[i])})
+        weights = self._on_device([numbers[i] for i in running], rows, device)
+        torch.compiler.cudagraph_mark_step_begin()
+        kind = type(tail)
+        if kind not in self._calls:
+            self._calls[kind] = torch.compile(with_own_code(_step), **self.config.to_dict())
+        logits, found = self._calls[kind]([members[i].model for i in running], given, tail, weights)
+        if tail is None:
+            logits = [z.clone() for z in logits]  # which the next replay does not overwrite
+        by_member = dict(zip(running, logits, strict=True))
+        return Joined([by_member.get(i) for i in range(len(members))], found)
+
+    def _on_device(self, numbers: list[float], rows: int, device: torch.device) -> torch.Tensor:
+        """The weights `[B, M]`, as a tensor: another α is no other graph."""
+        key = (*numbers, rows, device)
+        if self._weights is None or self._weights[0] != key:
+            weights = torch.tensor(numbers, dtype=torch.float32, device=device).repeat(rows, 1)
+            torch._dynamo.mark_static_address(weights)
+            self._weights = key, weights
+        return self._weights[1]
+
+
+def _step(
+    models: list[Any], given: list[dict[str, Any]], tail: Tail | None, weights: torch.Tensor
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    logits = [_pass(model, inputs) for model, inputs in zip(models, given, strict=True)]
+    return logits, None if tail is None else tail(logits, weights)
+
+
+def _pass(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    cache = inputs[CACHE]
+    if (rows := rows_of(cache)) is not None:
+        return ragged_pass(model, {k: x for k, x in inputs.items() if k in ("input_ids", "position_ids")}, cache, rows)
+    logits: torch.Tensor = model(**inputs, use_cache=True, return_dict=True).logits
+    return logits
+
+
+def _hindrance(members: Sequence[Member], text: Text, cache: Cache | None) -> str | None:
+    """Why these members cannot take one token each in one graph."""
+    one = text.input_ids.shape[1] == 1 or rows_of(cache) is not None
+    if cache is None or not (one and members and cache.is_compileable and cache.is_initialized):
+        return "no decode step over a static cache"
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return "a pass with derivatives, or inside another graph"
+    for member in members:
+        if (why := member.stands_alone) is not None:
+            return f"the {member.role}, {why}"
+    if len({member.device for member in members}) > 1:
+        return "members on several devices"
+    room = room_of(cache)
+    if room is None or (text.attention_mask is not None and text.attention_mask.shape[1] > room):
+        return "a static cache of sliding layers only that was not made for a text of this length"
+    return None
+
+
+def _same_in_each_step(text: Text, cache: Cache, device: torch.device) -> dict[str, torch.Tensor]:
+    """A step's inputs, with the sizes and strides that they have in every step."""
+    given = {"input_ids": text.input_ids, "attention_mask": text.attention_mask, "position_ids": text.position_ids}
+    same = {
+        name: x.to(device, copy=True, memory_format=torch.contiguous_format)
+        for name, x in given.items()
+        if x is not None
+    }
+    if (mask := same.get("attention_mask")) is not None:
+        room = room_of(cache)
+        assert room is not None
+        # Columns after the token are hidden by the causal mask.
+        same["attention_mask"] = torch.nn.functional.pad(mask, (0, room - mask.shape[1]), value=1)
+    return same
