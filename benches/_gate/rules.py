@@ -120,20 +120,19 @@ def rules() -> list[Rule]:
 
 
 def real_rules() -> list[Rule]:
-    """Fewer, and wider apart: for a real model, which takes minutes for each, and is less sure."""
+    """Fewer, and wider apart: for a real model, which takes a minute for each, and is less sure."""
     return [
         Rule("always", 0.0, everywhere),
-        *(Rule("entropy", h, lambda s, h=h: s.entropy > h) for h in (0.01, 0.1, 0.3, 0.5, 1.0, 2.0)),
-        *(Rule("top-1", p, lambda s, p=p: s.top1 < p) for p in (0.99, 0.95, 0.8, 0.5)),
-        *(Rule("first tokens", k, lambda s, k=k: torch.full_like(s.top1, s.number < k).bool()) for k in (2, 6, 12)),
+        *(Rule("entropy", h, lambda s, h=h: s.entropy > h) for h in (0.1, 0.3, 0.6, 1.0, 2.0)),
+        *(Rule("top-1", p, lambda s, p=p: s.top1 < p) for p in (0.95, 0.8, 0.5)),
+        Rule("first tokens", 6, lambda s: torch.full_like(s.top1, s.number < 6).bool()),
         Rule("random", 0.5, _random(0.5)),
-        *(Rule("margin of logits", m, lambda s, m=m: s.margin < m) for m in (6.0, 3.0)),
-        *(Rule("own running quantile", share, _running(share)) for share in (0.5, 0.8)),
+        Rule("own running quantile", 0.5, _running(0.5)),
         Rule("expert disagrees", 0.0, _disagreement, unasked=0.5),
     ]
 
 
-def learnt(seen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Rule]:
+def learnt(seen: Sequence[tuple[torch.Tensor, torch.Tensor]], at: Sequence[float] = (0.02,)) -> list[Rule]:
     """Rules by a logistic regression of "the shift changes the token" on statistics of the base, at some thresholds."""
     x, y = torch.cat([a for a, _ in seen]), torch.cat([b for _, b in seen]).double()
     mean, spread = x.mean(0), x.std(0) + 1e-9
@@ -144,11 +143,11 @@ def learnt(seen: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Rule]:
         hessian = x.T @ (x * (p * (1 - p))[:, None]) + 1e-2 * torch.eye(len(w)).double()
         w = w - torch.linalg.solve(hessian, x.T @ (p - y) + 1e-2 * w)
     found = []
-    for at in (0.02, 0.05, 0.1, 0.2, 0.5):
+    for bound in at:
 
-        def asks(step: Step, at: float = at) -> torch.Tensor:
+        def asks(step: Step, bound: float = bound) -> torch.Tensor:
             z = (step.features() - mean) / spread
-            return (z @ w[:-1] + w[-1]).sigmoid() > at
+            return (z @ w[:-1] + w[-1]).sigmoid() > bound
 
-        found.append(Rule("learnt", at, asks))
+        found.append(Rule("learnt", bound, asks))
     return found

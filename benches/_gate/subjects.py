@@ -83,7 +83,7 @@ def real_pair(folder: Path, base: Path, problems: int, chosen_on: int, alpha: fl
             found += [Answered(one.right(text)) for one, text in zip(chosen, texts, strict=True)]
         return {"json": found}
 
-    name = f"{base.name}, 135M, and a pair of {len(composed.members['expert'].model.model.layers)} of its layers"
+    name = f"SmolLM2-135M-Instruct and a pair of {composed.expert.config.num_hidden_layers} of its layers"
     return Subject(name, composed, plain, load(base, "tuned"), end, ("json",), counts, ask)
 
 
@@ -110,13 +110,15 @@ class Gated:
     seen: list[tuple[torch.Tensor, torch.Tensor]] | None = None
 
     @torch.no_grad()
-    def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **_: Any) -> torch.Tensor:
+    def generate(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, max_new_tokens: int = MOST_NEW, **_: Any
+    ) -> torch.Tensor:
         """Answer `[B, T]` prompts."""
         composed, ids, mask, new = self.composed, input_ids, attention_mask, input_ids
         cache = DynamicCache(config=composed.config)
         done = torch.zeros(len(ids), dtype=torch.bool)
         memory = {"noise": torch.Generator().manual_seed(0)}
-        for number in range(MOST_NEW):
+        for number in range(max_new_tokens):
             out = composed(
                 input_ids=new, attention_mask=mask, **{CACHE: cache}, return_member_logits=True, logits_to_keep=1
             )
