@@ -159,6 +159,8 @@ class CombinedForwardMixin:
         options: Mapping[str, Any],
     ) -> CausalLMOutputWithPast | MemberOutput | None:
         """The next decode step of a `generate()`, where one was prepared; None for a pass that has to be looked at."""
+        if self._joint is not None and cache is not None and input_ids is not None and self.weighing.plain:
+            return self._joint_step(Text(input_ids, attention_mask, position_ids), cache, logits_to_keep, options)
         step = step_on(cache)
         if step is None or input_ids is None or not step.follows(cache, input_ids, attention_mask):
             return None
@@ -190,6 +192,25 @@ class CombinedForwardMixin:
         if options.get("return_member_logits"):
             return MemberOutput(cache, members, generated, opened)
         return CausalLMOutputWithPast(logits=self._combined(members, generated, opened), **{CACHE: cache})
+
+    def _joint_step(
+        self, text: Text, cache: Cache, logits_to_keep: int | torch.Tensor, options: Mapping[str, Any]
+    ) -> CausalLMOutputWithPast | MemberOutput | None:
+        """The next step in one graph, if the last one on this cache was one."""
+        idle, told = idle_in(cache), text.position_ids is not None or text.attention_mask is None
+        unknown = options.keys() - {"return_member_logits", "every_member", "decision", PROMPT_WIDTH}
+        if unknown or options.get("every_member") or not told or isinstance(logits_to_keep, torch.Tensor):
+            return None
+        if not (idle <= {*self.weighing.idle} and JointStep.follows(cache, text, idle)):
+            return None
+        combine = not options.get("return_member_logits")
+        tail = Sum(self.usable_ids) if combine else options.get("decision")
+        joined = self._joined(text, cache, idle, {}, tail=tail, asked={})
+        if joined is None:
+            return None
+        if combine:
+            return CausalLMOutputWithPast(logits=joined.found, **{CACHE: cache})
+        return MemberOutput(cache, joined.logits, decided=joined.found)
 
     def _forward_members(
         self,

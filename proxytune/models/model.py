@@ -223,13 +223,13 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         """Compile the decode step for `generate(cache_implementation="static")`: all members in one graph.
 
         The graph ends in the members' sum; with `FusedDecoding` in the draw, unless a logits processor has to run, or
-        scores or logits are returned. A member that cannot be in it with the others (a recurrent one, say) leaves each
-        to a graph of its own, as some of the `roles` alone do.
+        scores or logits are returned. With `SpeculativeDecoding` drafts and their verification are graphs. Where a
+        member cannot be in one graph with the others (a recurrent one, say), and with some of the `roles` alone, each
+        has a graph of its own.
 
         This helps where launch overhead, not memory bandwidth, bounds the step: small companions on a fast GPU.
-        Prompts, the verification of drafts and other caches run uncompiled. The first steps after a prompt are slow:
-        they compile, and again for each new batch size. Compiled members run one after the other, not on streams beside
-        the base.
+        Prompts and other caches run uncompiled. The first steps after a prompt are slow: they compile, and again for
+        another batch size. Compiled members run one after the other, not on streams beside the base.
 
         Args:
             config: The settings [transformers' own: inductor, `mode="reduce-overhead"`, which is CUDA graphs on a GPU].

@@ -214,7 +214,10 @@ def ahead(cache: Cache) -> Iterator[None]:
 def forget(cache: Cache) -> None:
     """Empty a cache whose rows do not match the sequences, as its owner may hold it and continue from it."""
     for layer in stored(cache):
-        layer.crop(-int(layer.get_seq_length()))
+        if isinstance(layer, StaticLayer):  # which transformers before 5.24 cannot crop
+            layer.reset()
+        else:
+            layer.crop(-int(layer.get_seq_length()))
 
 
 def refuse_cache(cache: Cache | None) -> None:

@@ -61,6 +61,50 @@ class Joined(NamedTuple):
     found: torch.Tensor | None
 
 
+_PREPARED = "_proxytune_joint_step"
+
+
+class _Prepared:
+    """What stays the same from step to step on one cache, which keeps it; a copy of the cache has none."""
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        spans: Sequence[tuple[int, int]],
+        cache: Cache,
+        running: list[int],
+        idle: Collection[int],
+    ) -> None:
+        vars(cache).pop(_PREPARED, None)  # or the views would have it
+        self.running, self.idle = running, frozenset(idle)
+        self.views = [view(cache, *spans[i]) for i in running]
+        self.device, self.room = members[running[0]].device, room_of(cache)
+        self._layers = list(cache.layers)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()
+
+    def serves(self, cache: Cache, text: Text, idle: Collection[int]) -> bool:
+        """Whether a pass over `text` is a further step on its cache, as that was."""
+        mask = text.attention_mask
+        return (
+            text.input_ids.shape[1] == 1
+            and (mask is None or (self.room is not None and mask.shape[1] <= self.room))
+            and cache.layers == self._layers
+            and rows_of(cache) is None
+            and self.idle == frozenset(idle)
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+
+def _nothing() -> None:
+    return None
+
+
 class JointStep:
     """The members' passes over one token per row, compiled at their first use; a copy compiles anew.
 
@@ -105,21 +149,27 @@ class JointStep:
             tail: What to make of the logits.
             other: What else is asked of the pass that a graph cannot do, in words.
         """
-        running = [i for i in range(len(members)) if i not in idle]
-        # Rows of different lengths have masks of their own, made of where they are.
-        text = text._replace(attention_mask=None) if rows_of(cache) is not None else text
-        self.hindrance = other or _hindrance([members[i] for i in running], text, cache)
-        if self.hindrance is not None:
-            return None
-        assert cache is not None
-        given, rows, device = [], len(text.input_ids), members[running[0]].device
-        shared = _same_in_each_step(text, cache, device)
-        for i in running:
+        prepared: _Prepared | None = getattr(cache, _PREPARED, None)
+        if other or cache is None or prepared is None or not prepared.serves(cache, text, idle):
+            running = [i for i in range(len(members)) if i not in idle]
+            # Rows of different lengths have masks of their own, made of where they are.
+            text = text._replace(attention_mask=None) if rows_of(cache) is not None else text
+            self.hindrance = other or _hindrance([members[i] for i in running], text, cache)
+            if self.hindrance is not None:
+                return None
+            assert cache is not None
+            prepared = _Prepared(members, spans, cache, running, idle)
+            setattr(cache, _PREPARED, prepared)
+        self.hindrance = None
+        rows, device, running = len(text.input_ids), prepared.device, prepared.running
+        shared = _same_in_each_step(text, prepared.room, device)
+        untold = {k: x for k, x in shared.items() if k != "position_ids"}
+        given = []
+        for i, part in zip(running, prepared.views, strict=True):
             member = members[i]
-            member.token_forwards += rows
+            member.token_forwards += shared["input_ids"].numel()
             member.passes += 1
-            own = shared if member.takes_positions else {k: x for k, x in shared.items() if k != "position_ids"}
-            given.append({**own, CACHE: view(cache, *spans[i])})
+            given.append({**(shared if member.takes_positions else untold), CACHE: part})
         weights = self._on_device([numbers[i] for i in running], rows, device)
         torch.compiler.cudagraph_mark_step_begin()
         kind = type(tail)
@@ -130,6 +180,12 @@ class JointStep:
             logits = [z.clone() for z in logits]  # which the next replay does not overwrite
         by_member = dict(zip(running, logits, strict=True))
         return Joined([by_member.get(i) for i in range(len(members))], found)
+
+    @staticmethod
+    def follows(cache: Cache, text: Text, idle: Collection[int]) -> bool:
+        """Whether a pass is one more like the last one on this cache, and nothing has to be looked at before it."""
+        prepared: _Prepared | None = getattr(cache, _PREPARED, None)
+        return prepared is not None and prepared.serves(cache, text, idle)
 
     def _on_device(self, numbers: list[float], rows: int, device: torch.device) -> torch.Tensor:
         """The weights `[B, M]`, as a tensor: another α is no other graph."""
@@ -174,7 +230,7 @@ def _hindrance(members: Sequence[Member], text: Text, cache: Cache | None) -> st
     return None
 
 
-def _same_in_each_step(text: Text, cache: Cache, device: torch.device) -> dict[str, torch.Tensor]:
+def _same_in_each_step(text: Text, room: int | None, device: torch.device) -> dict[str, torch.Tensor]:
     """A step's inputs, with the sizes and strides that they have in every step."""
     given = {"input_ids": text.input_ids, "attention_mask": text.attention_mask, "position_ids": text.position_ids}
     same = {
@@ -183,7 +239,6 @@ def _same_in_each_step(text: Text, cache: Cache, device: torch.device) -> dict[s
         if x is not None
     }
     if (mask := same.get("attention_mask")) is not None:
-        room = room_of(cache)
         assert room is not None
         # Columns after the token are hidden by the causal mask.
         same["attention_mask"] = torch.nn.functional.pad(mask, (0, room - mask.shape[1]), value=1)

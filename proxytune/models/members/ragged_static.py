@@ -83,12 +83,11 @@ class RaggedLayer(StaticLayer):
         """The length of the longest row; on the device, as in a static layer."""
         return super().get_seq_length() if self.rows is None else self.rows.columns.amax()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Drop the last tokens of all rows, of all the member's layers at once."""
-        if self.rows is None:
-            super().crop(tokens_to_remove)
-        else:
-            self.rows.columns.sub_(abs(tokens_to_remove)).clamp_(min=0)
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        if self.rows is not None:
+            self.rows.columns.zero_()
 
 
 def rows_of(cache: Cache | None) -> Rows | None:

@@ -70,6 +70,8 @@ def short() -> dict[str, PreTrainedModel]:
 def cut(model: Any) -> Any:
     model.model.layers = model.model.layers[:1]
     model.config.num_hidden_layers = 1
+    if getattr(model.config, "layer_types", None):
+        model.config.layer_types = model.config.layer_types[:1]
     return model
 
 
@@ -246,10 +248,13 @@ def test_a_copy_compiles_its_own_members(graphs: Graphs) -> None:
 @pytest.mark.slow
 def test_the_default_settings(graphs: Graphs) -> None:
     """Inductor's own code, not only its graphs."""
-    model = composed(members_of("llama", "qwen3"))
-    want = run(model, do_sample=False, **STATIC)
+    companions = {role: cut(build("qwen3", seed)) for seed, role in enumerate(("expert", "antiexpert"), 2)}
+    model = composed(short() | companions)
+    loop = {"do_sample": True, "top_p": 0.9, "custom_generate": FusedDecoding(seed=3)}
+    greedy, sampled = run(model, do_sample=False, **STATIC), run(model, **loop, **STATIC)
     model.compile_members()
-    assert torch.equal(run(model, do_sample=False, **STATIC), want)
+    assert torch.equal(run(model, do_sample=False, **STATIC), greedy)
+    assert torch.equal(run(model, **loop, **STATIC), sampled)
 
 
 @pytest.mark.gpu
