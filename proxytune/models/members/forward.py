@@ -9,6 +9,7 @@ host work happens while the device is busy with the base. Members on different d
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -37,7 +38,8 @@ class Text(NamedTuple):
     position_ids: torch.Tensor | None
 
 
-class Work(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Work:
     """The pass of one member, or of several that are one model.
 
     Attributes:
