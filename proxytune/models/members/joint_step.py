@@ -176,8 +176,11 @@ class JointStep:
         if kind not in self._calls:
             self._calls[kind] = torch.compile(with_own_code(_step), **self.config.to_dict())
         logits, found = self._calls[kind]([members[i].model for i in running], given, tail, weights)
+        # Copies, which the next replay does not overwrite.
         if tail is None:
-            logits = [z.clone() for z in logits]  # which the next replay does not overwrite
+            logits = [z.clone() for z in logits]
+        else:
+            found = found.clone()
         by_member = dict(zip(running, logits, strict=True))
         return Joined([by_member.get(i) for i in range(len(members))], found)
 

@@ -223,6 +223,37 @@ def test_what_a_graph_cannot_do_is_done_as_before(graphs: Graphs) -> None:
         assert (model._joint.hindrance or "").startswith(why)
 
 
+def test_logits_that_are_kept_are_not_those_of_the_next_step() -> None:
+    """A replayed graph of CUDA writes its outputs to the same memory each time."""
+    torch.compiler.reset()
+
+    def backend(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        memory: list[torch.Tensor] = []
+
+        def replay(*args: Any) -> Any:
+            found = module.forward(*args)
+            memory[:] = memory or [x.clone() for x in found]
+            for held, x in zip(memory, found, strict=True):
+                held.copy_(x)
+            return tuple(memory)
+
+        return replay
+
+    model = composed(short())
+    model.compile_members(CompileConfig(backend=backend, mode=None, fullgraph=True))
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    ids = padded(1)[0]
+    kept = []
+    with torch.no_grad():
+        model(ids, **{CACHE: cache})
+        for last in (5, 6, 7):
+            logits = model(torch.tensor([[last]]), **{CACHE: cache}).logits
+            kept.append((logits, logits.clone()))
+    assert model._joint.hindrance is None
+    assert all(torch.equal(x, before) for x, before in kept)
+    torch.compiler.reset()
+
+
 def test_chosen_members_and_back_again(graphs: Graphs) -> None:
     model = composed(short())
     want = run(model, do_sample=False, **STATIC)
