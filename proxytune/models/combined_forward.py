@@ -202,7 +202,8 @@ class CombinedForwardMixin:
         unknown = options.keys() - {"return_member_logits", "every_member", "decision", PROMPT_WIDTH}
         if unknown or options.get("every_member") or not told or isinstance(logits_to_keep, torch.Tensor):
             return None
-        if not (idle <= {*self.weighing.idle} and JointStep.follows(cache, text, idle)):
+        assert self._joint is not None
+        if not (idle <= {*self.weighing.idle} and self._joint.follows(cache, text, idle)):
             return None
         combine = not options.get("return_member_logits")
         tail = Sum(self.usable_ids) if combine else options.get("decision")

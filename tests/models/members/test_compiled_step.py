@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticCache
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel
-from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.errors import CacheError, InputError, UnsupportedModelError
 from proxytune.formulas import ProxyTuning
 from proxytune.formulas.gates import Gate
 from proxytune.models.members.cache_name import CACHE
@@ -251,6 +251,21 @@ def test_logits_that_are_kept_are_not_those_of_the_next_step() -> None:
             kept.append((logits, logits.clone()))
     assert model._joint.hindrance is None
     assert all(torch.equal(x, before) for x, before in kept)
+    torch.compiler.reset()
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    torch.compiler.reset()
+    models = [composed(short()), composed({role: cut(build("llama", 9 + i)) for i, role in enumerate(short())})]
+    for model in models:
+        model.compile_members(CompileConfig(backend="eager", mode=None))
+    first, second = models
+    cache = StaticCache(config=first.config, max_cache_len=20)
+    ids = first.generate(padded(1)[0], **{CACHE: cache}, max_new_tokens=3, eos_token_id=None, do_sample=False)
+    given = {CACHE: cache, "position_ids": torch.tensor([[ids.shape[1] - 1]])}
+    inputs = second.prepare_inputs_for_generation(ids, next_sequence_length=1, **given)
+    with torch.no_grad(), pytest.raises(CacheError, match="another model"):
+        second(**inputs)
     torch.compiler.reset()
 
 
