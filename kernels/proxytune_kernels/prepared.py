@@ -30,7 +30,9 @@ class _Part(NamedTuple):
     strides: tuple[int, ...]
 
     def of(self, piece: torch.Tensor) -> torch.Tensor:
-        return piece if self.shape == piece.shape else piece.as_strided(self.shape, self.strides, self.start)
+        if self.shape == piece.shape:
+            return piece
+        return piece.as_strided(self.shape, self.strides, piece.storage_offset() + self.start)
 
 
 class _Launch(NamedTuple):

@@ -26,7 +26,7 @@ from proxytune.models.members.cache_name import CACHE, one_cache
 from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated, view
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
-from proxytune.models.members.decode_step import prepare_step, step_on
+from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.forward import LatentInputs, Text, run_members
 from proxytune.models.members.joint_step import Joined, JointStep, Sum, Tail
 from proxytune.models.members.long_rope import note_side, side_of_pass, switches_of
@@ -66,6 +66,7 @@ class CombinedForwardMixin:
     _joint: JointStep | None
     _adopt: Any
     _sides: CompanionStreams
+    _steps: Steps
     _thread: SideThread
 
     @property
@@ -161,7 +162,7 @@ class CombinedForwardMixin:
         """The next decode step of a `generate()`, where one was prepared; None for a pass that has to be looked at."""
         if self._joint is not None and cache is not None and input_ids is not None and self.weighing.plain:
             return self._joint_step(Text(input_ids, attention_mask, position_ids), cache, logits_to_keep, options)
-        step = step_on(cache)
+        step = None if torch.compiler.is_compiling() else self._steps.on(cache)
         if step is None or input_ids is None or not step.follows(cache, input_ids, attention_mask):
             return None
         unknown = options.keys() - {"return_member_logits", "every_member", PROMPT_WIDTH}
@@ -169,7 +170,7 @@ class CombinedForwardMixin:
         if unknown or options.get("every_member") or not told or isinstance(logits_to_keep, torch.Tensor):
             return None
         away = step.lazy or step.idle <= {*self.weighing.idle}
-        if not away or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if not away or torch.is_grad_enabled():
             return None
         past = step.length
         assert past is not None
@@ -201,7 +202,8 @@ class CombinedForwardMixin:
         unknown = options.keys() - {"return_member_logits", "every_member", "decision", PROMPT_WIDTH}
         if unknown or options.get("every_member") or not told or isinstance(logits_to_keep, torch.Tensor):
             return None
-        if not (idle <= {*self.weighing.idle} and JointStep.follows(cache, text, idle)):
+        assert self._joint is not None
+        if not (idle <= {*self.weighing.idle} and self._joint.follows(cache, text, idle)):
             return None
         combine = not options.get("return_member_logits")
         tail = Sum(self.usable_ids) if combine else options.get("decision")
@@ -353,7 +355,7 @@ class CombinedForwardMixin:
             note_side(cache, side)
             note_prompt_width(cache, past, input_ids.shape[1], prompt_width)
             if is_first_iteration is not None and follows and adapter_names is None:
-                prepare_step(cache, self.members, self.config.spans, asleep)
+                self._steps.prepare(cache, self.members, self.config.spans, asleep)
         opened = None
         if lazy:
             assert cache is not None

@@ -24,7 +24,7 @@ from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.forward_checks import refuse_arguments, refuse_shapes
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache, view
-from proxytune.models.members.decode_step import forget_step
+from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.embedding_table import device_of
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, generate_with_prompts, roles_with_prompts
@@ -104,6 +104,8 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
 
     The name must end in `GenerationMixin`: `can_generate()`, which pipelines call, looks for that among the bases.
     """
+
+    _steps: Steps
 
     @functools.wraps(GenerationMixin.generate, assigned=())
     def generate(self, *args: Any, prompts: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
@@ -334,7 +336,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             lazy=lazy,
             follows=follows,
         )
-        forget_step(cache)
+        self._steps.forget(cache)
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.

@@ -77,6 +77,15 @@ def test_a_repetition_gives_what_a_step_of_its_own_does(draws: int | None, no_la
     assert not set(pointers) & {getattr(again, name).untyped_storage().data_ptr() for name in how["want"]}
 
 
+def test_memory_that_is_not_returned_is_not_shared_by_what_lies_in_it() -> None:
+    noise = ops.Noise.of(2, seed=1, device=DEVICE)
+    sampling = ops.SamplingParams.of(2, top_p=0.3, device=DEVICE)
+    want = ("tokens", "entropy")
+    how: dict[str, Any] = {"sampling": sampling, "noise": noise, "draws": 3, "want": want}
+    expected, _, again = (step(logits(1), **how) for _ in range(3))
+    same(again, expected, want)
+
+
 def test_other_forms_and_wrong_ones_go_through_the_checks(no_launch: Any) -> None:
     sampling, noise = ops.SamplingParams.of(2, device=DEVICE), ops.Noise.of(2, device=DEVICE)
     x = logits(1)

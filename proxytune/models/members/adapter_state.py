@@ -27,6 +27,7 @@ __all__ = [
     "adapters_set",
     "check_adapter_state",
     "is_adapter_layer",
+    "is_switched",
     "running_as",
     "runs_as",
     "states_of",
@@ -204,7 +205,12 @@ def switches_of(model: nn.Module) -> Switches:
 
 def switched(model: nn.Module, state: AdapterState) -> bool:
     """Whether the model's adapters are switched for passes, be it for another member that is the same model."""
-    return state is not None or innermost(model) in _SWITCHES
+    return state is not None or is_switched(innermost(model))
+
+
+def is_switched(inner: nn.Module) -> bool:
+    """Whether some member switches the adapters of an innermost model."""
+    return inner in _SWITCHES
 
 
 @contextmanager

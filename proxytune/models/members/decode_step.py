@@ -12,11 +12,14 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from proxytune.models.members import cuda_streams
+from proxytune.models.members.adapter_state import is_switched
 from proxytune.models.members.composite_cache import is_lazy, stored, view
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.forward import Work, run_works
@@ -26,9 +29,8 @@ from proxytune.models.members.rewind import length_of
 from proxytune.models.members.text_layer import TextLayer, text_layer_of
 from proxytune.models.members.traceless import is_traceless
 
-__all__ = ["DecodeStep", "forget_step", "prepare_step", "step_on"]
+__all__ = ["DecodeStep", "Steps"]
 
-_STEP = "_proxytune_step"
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, TextLayer)
 """Layers that a pass extends by new tensors, never in place."""
 
@@ -39,9 +41,14 @@ class _Pass:
     def __init__(self, member: Member, cache: Cache) -> None:
         self.member, self.cache = member, cache
         self.device = member.device
-        self._model = member.model
+        self._model, self._inner = member.model, innermost(member.model)
         self._given: dict[str, Any] = {"use_cache": True, "return_dict": True, member.cache_name: cache}
-        self._traceless = is_traceless(member.model)
+        self._hooks, self._traceless = RemovableHandle.next_id, is_traceless(member.model)
+
+    @property
+    def as_before(self) -> bool:
+        """Whether no other composition has begun to switch the model's adapters."""
+        return not is_switched(self._inner)
 
     def __call__(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
@@ -55,6 +62,8 @@ class _Pass:
             told["attention_mask"] = self._here(mask)
         if positions is not None and member.takes_positions:
             told["position_ids"] = self._here(positions)
+        if self._hooks != RemovableHandle.next_id:  # there is a new hook somewhere
+            self._hooks, self._traceless = RemovableHandle.next_id, is_traceless(self._model)
         logits: torch.Tensor
         if self._traceless:
             with torch.inference_mode():
@@ -69,7 +78,7 @@ class _Pass:
 
 
 class DecodeStep:
-    """The members' passes of a decode step on one composite cache; a copy of the cache has none.
+    """The members' passes of a decode step on one composite cache.
 
     Attributes:
         length: How many tokens the cache holds; None while a pass runs, and after one that was interrupted.
@@ -92,12 +101,6 @@ class DecodeStep:
         self._beside = {one.device for one in self._running[1:]}
         self.length: int | None = length_of(cache)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
-
     def follows(self, cache: Cache, input_ids: torch.Tensor, mask: torch.Tensor | None) -> bool:
         """Whether ids `[B, 1]`, with a mask `[B, past + 1]`, are the next step on a cache that nobody has changed."""
         length = self.length
@@ -108,6 +111,7 @@ class DecodeStep:
             and (self._room is None or length < self._room)
             and cache.layers == self._layers
             and length_of(cache) == length
+            and all(one.as_before for one in self._running)
         )
 
     def __call__(
@@ -158,33 +162,39 @@ def _listed(one: _Pass, *given: Any) -> list[torch.Tensor]:
     return [one(*given)]
 
 
-def _nothing() -> None:
-    return None
+class Steps:
+    """The decode steps of one composed model, by the cache that they were prepared on; a copy has none.
 
+    They are no part of the caches: those may outlive the model, or be handed to another one.
+    """
 
-def step_on(cache: Any) -> DecodeStep | None:
-    """The decode step that was prepared on a cache; None if there is none."""
-    found: DecodeStep | None = getattr(cache, _STEP, None)
-    return found
+    def __init__(self) -> None:
+        self._found: WeakKeyDictionary[Cache, DecodeStep] = WeakKeyDictionary()
 
+    def __reduce__(self) -> tuple[Any, ...]:  # for copies as well
+        return Steps, ()
 
-def forget_step(cache: Cache) -> None:
-    """Let the next pass on a cache look at everything: this one may be interrupted, or change what was prepared."""
-    setattr(cache, _STEP, None)
+    def on(self, cache: Cache | None) -> DecodeStep | None:
+        """The decode step that was prepared on a cache; None if there is none."""
+        return self._found.get(cache) if type(cache) is DynamicCache else None
 
+    def forget(self, cache: Cache) -> None:
+        """Let the next pass on a cache look at everything: this one may be interrupted, or change what was prepared."""
+        if type(cache) is DynamicCache and not torch.compiler.is_compiling():
+            self._found.pop(cache, None)
 
-def prepare_step(
-    cache: Cache, members: Sequence[Member], spans: Sequence[tuple[int, int]], idle: Collection[int]
-) -> None:
-    """Prepare decode steps on a cache that a pass has just filled, if there is nothing to look at in each of them."""
-    running = [member for i, member in enumerate(members) if i not in idle]
-    plain = (
-        type(cache) is DynamicCache
-        and not cache.offloading
-        and all(type(layer) in _LAYERS for layer in stored(cache))
-        and is_lazy(cache) == (text_layer_of(cache) is not None)
-        and all(member.steps_plainly for member in running)
-        and len({id(innermost(member.model)) for member in running}) == len(running)
-    )
-    if plain:
-        setattr(cache, _STEP, DecodeStep(members, spans, cache, idle))
+    def prepare(
+        self, cache: Cache, members: Sequence[Member], spans: Sequence[tuple[int, int]], idle: Collection[int]
+    ) -> None:
+        """Prepare decode steps on a cache that a pass has just filled, if there is nothing to look at in each."""
+        running = [member for i, member in enumerate(members) if i not in idle]
+        plain = (
+            type(cache) is DynamicCache
+            and not cache.offloading
+            and all(type(layer) in _LAYERS for layer in stored(cache))
+            and is_lazy(cache) == (text_layer_of(cache) is not None)
+            and all(member.steps_plainly for member in running)
+            and len({id(innermost(member.model)) for member in running}) == len(running)
+        )
+        if plain:
+            self._found[cache] = DecodeStep(members, spans, cache, idle)

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import CompileConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 
 from proxytune import ops
 from proxytune.models.members.cache_name import CACHE
@@ -61,11 +62,8 @@ class Joined(NamedTuple):
     found: torch.Tensor | None
 
 
-_PREPARED = "_proxytune_joint_step"
-
-
 class _Prepared:
-    """What stays the same from step to step on one cache, which keeps it; a copy of the cache has none."""
+    """What stays the same from step to step on one cache; a copy of the cache has none."""
 
     def __init__(
         self,
@@ -75,17 +73,10 @@ class _Prepared:
         running: list[int],
         idle: Collection[int],
     ) -> None:
-        vars(cache).pop(_PREPARED, None)  # or the views would have it
         self.running, self.idle = running, frozenset(idle)
         self.views = [view(cache, *spans[i]) for i in running]
         self.device, self.room = members[running[0]].device, room_of(cache)
         self._layers = list(cache.layers)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _nothing, ()
 
     def serves(self, cache: Cache, text: Text, idle: Collection[int]) -> bool:
         """Whether a pass over `text` is a further step on its cache, as that was."""
@@ -97,12 +88,7 @@ class _Prepared:
             and rows_of(cache) is None
             and self.idle == frozenset(idle)
             and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
         )
-
-
-def _nothing() -> None:
-    return None
 
 
 class JointStep:
@@ -118,6 +104,7 @@ class JointStep:
         self.hindrance: str | None = None
         self._calls: dict[type, Callable[..., Any]] = {}  # by kind of tail: torch limits the graphs of each
         self._weights: tuple[Any, torch.Tensor] | None = None
+        self._prepared: WeakKeyDictionary[Cache, _Prepared] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
         return {"config": self.config}
@@ -149,7 +136,7 @@ class JointStep:
             tail: What to make of the logits.
             other: What else is asked of the pass that a graph cannot do, in words.
         """
-        prepared: _Prepared | None = getattr(cache, _PREPARED, None)
+        prepared = self._on(cache)
         if other or cache is None or prepared is None or not prepared.serves(cache, text, idle):
             running = [i for i in range(len(members)) if i not in idle]
             # Rows of different lengths have masks of their own, made of where they are.
@@ -159,7 +146,7 @@ class JointStep:
                 return None
             assert cache is not None
             prepared = _Prepared(members, spans, cache, running, idle)
-            setattr(cache, _PREPARED, prepared)
+            self._prepared[cache] = prepared
         self.hindrance = None
         rows, device, running = len(text.input_ids), prepared.device, prepared.running
         shared = _same_in_each_step(text, prepared.room, device)
@@ -176,16 +163,23 @@ class JointStep:
         if kind not in self._calls:
             self._calls[kind] = torch.compile(with_own_code(_step), **self.config.to_dict())
         logits, found = self._calls[kind]([members[i].model for i in running], given, tail, weights)
+        # Copies, which the next replay does not overwrite.
         if tail is None:
-            logits = [z.clone() for z in logits]  # which the next replay does not overwrite
+            logits = [z.clone() for z in logits]
+        else:
+            found = found.clone()
         by_member = dict(zip(running, logits, strict=True))
         return Joined([by_member.get(i) for i in range(len(members))], found)
 
-    @staticmethod
-    def follows(cache: Cache, text: Text, idle: Collection[int]) -> bool:
+    def follows(self, cache: Cache, text: Text, idle: Collection[int]) -> bool:
         """Whether a pass is one more like the last one on this cache, and nothing has to be looked at before it."""
-        prepared: _Prepared | None = getattr(cache, _PREPARED, None)
+        prepared = self._on(cache)
         return prepared is not None and prepared.serves(cache, text, idle)
+
+    def _on(self, cache: Cache | None) -> _Prepared | None:
+        # Not kept by the cache, which may be handed to another model.
+        known = type(cache) is StaticCache and not torch.compiler.is_compiling()
+        return self._prepared.get(cache) if known else None
 
     def _on_device(self, numbers: list[float], rows: int, device: torch.device) -> torch.Tensor:
         """The weights `[B, M]`, as a tensor: another α is no other graph."""

@@ -14,7 +14,7 @@ from transformers.cache_utils import StaticCache
 
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel
-from proxytune.errors import InputError, UnsupportedModelError
+from proxytune.errors import CacheError, InputError, UnsupportedModelError
 from proxytune.formulas import ProxyTuning
 from proxytune.formulas.gates import Gate
 from proxytune.models.members.cache_name import CACHE
@@ -221,6 +221,52 @@ def test_what_a_graph_cannot_do_is_done_as_before(graphs: Graphs) -> None:
         assert torch.equal(run(model, **static), want)
         assert graphs.runs == count * 2
         assert (model._joint.hindrance or "").startswith(why)
+
+
+def test_logits_that_are_kept_are_not_those_of_the_next_step() -> None:
+    """A replayed graph of CUDA writes its outputs to the same memory each time."""
+    torch.compiler.reset()
+
+    def backend(module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        memory: list[torch.Tensor] = []
+
+        def replay(*args: Any) -> Any:
+            found = module.forward(*args)
+            memory[:] = memory or [x.clone() for x in found]
+            for held, x in zip(memory, found, strict=True):
+                held.copy_(x)
+            return tuple(memory)
+
+        return replay
+
+    model = composed(short())
+    model.compile_members(CompileConfig(backend=backend, mode=None, fullgraph=True))
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    ids = padded(1)[0]
+    kept = []
+    with torch.no_grad():
+        model(ids, **{CACHE: cache})
+        for last in (5, 6, 7):
+            logits = model(torch.tensor([[last]]), **{CACHE: cache}).logits
+            kept.append((logits, logits.clone()))
+    assert model._joint.hindrance is None
+    assert all(torch.equal(x, before) for x, before in kept)
+    torch.compiler.reset()
+
+
+def test_a_cache_of_another_model_is_refused() -> None:
+    torch.compiler.reset()
+    models = [composed(short()), composed({role: cut(build("llama", 9 + i)) for i, role in enumerate(short())})]
+    for model in models:
+        model.compile_members(CompileConfig(backend="eager", mode=None))
+    first, second = models
+    cache = StaticCache(config=first.config, max_cache_len=20)
+    ids = first.generate(padded(1)[0], **{CACHE: cache}, max_new_tokens=3, eos_token_id=None, do_sample=False)
+    given = {CACHE: cache, "position_ids": torch.tensor([[ids.shape[1] - 1]])}
+    inputs = second.prepare_inputs_for_generation(ids, next_sequence_length=1, **given)
+    with torch.no_grad(), pytest.raises(CacheError, match="another model"):
+        second(**inputs)
+    torch.compiler.reset()
 
 
 def test_chosen_members_and_back_again(graphs: Graphs) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,8 +17,8 @@ from transformers import DynamicCache, StoppingCriteria
 
 import proxytune
 from proxytune.errors import CacheError
+from proxytune.models.members.adapter_state import switches_of
 from proxytune.models.members.cache_name import CACHE, cache_of
-from proxytune.models.members.decode_step import step_on
 from proxytune.models.members.traceless import is_traceless
 
 PROMPT = torch.arange(3, 9)[None]
@@ -48,7 +51,7 @@ def loop(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
 
 def test_steps_give_the_tokens_of_passes_that_look_at_everything(model: Any, loop: dict[str, Any]) -> None:
     fast = model.generate(PROMPT, **RUN, **SHOWN, **loop)
-    step = step_on(fast[CACHE])
+    step = model._steps.on(fast[CACHE])
     assert step is not None
     assert step.length == PROMPT.shape[1] + 5
     ids, cache = PROMPT, DynamicCache(config=model.config)
@@ -58,7 +61,7 @@ def test_steps_give_the_tokens_of_passes_that_look_at_everything(model: Any, loo
             assert torch.equal(logits, fast.logits[i])
             ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
     assert torch.equal(ids, fast.sequences)
-    assert step_on(cache) is None
+    assert model._steps.on(cache) is None
     assert model.token_forwards == dict.fromkeys(model.passes, 2 * (PROMPT.shape[1] + 5))
 
 
@@ -129,7 +132,7 @@ def test_copies_of_a_cache_go_their_own_way(model: Any, copied: Any) -> None:
     cache, last = out[CACHE], out.sequences[:, -1:]
     if copied is not copy.copy:
         twin = copied(cache)
-        assert step_on(twin) is None
+        assert model._steps.on(twin) is None
         length = cache.get_seq_length()
         with torch.no_grad():
             if copied is copy.deepcopy:  # a pickled cache cannot tell by which models it was filled
@@ -155,4 +158,44 @@ def test_a_cache_that_was_cropped_between_steps_is_looked_at_again(model: Any) -
 @pytest.mark.parametrize("kind", ["mamba", "qwen3_next"])
 def test_members_with_states_are_looked_at_in_each_step(kind: str) -> None:
     model = proxytune.wrap(build("llama", 1), build(kind, 2), build("llama", 3), check_vocabulary=False)
-    assert step_on(model.generate(PROMPT, **RUN, **SHOWN)[CACHE]) is None
+    assert model._steps.on(model.generate(PROMPT, **RUN, **SHOWN)[CACHE]) is None
+
+
+def test_a_cache_belongs_to_the_members_that_filled_it(model: Any) -> None:
+    out = model.generate(PROMPT, **RUN, **SHOWN)
+    given = {CACHE: out[CACHE], "position_ids": torch.tensor([[PROMPT.shape[1] + 5]])}
+    inputs = model.prepare_inputs_for_generation(out.sequences, next_sequence_length=1, **given)
+    other = proxytune.wrap(build("mistral", 4), build("llama", 5), build("llama", 6), check_vocabulary=False)
+    with torch.no_grad(), pytest.raises(CacheError, match="another model"):
+        other(**inputs)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.expert.lm_head.weight.neg_()
+        torch.testing.assert_close(twin(**inputs).logits, twin(out.sequences).logits[:, -1:])
+
+
+def test_a_cache_keeps_no_model_alive(loop: dict[str, Any]) -> None:
+    model = proxytune.wrap(build("llama", 1), build("llama", 2), build("llama", 3), check_vocabulary=False)
+    out = model.generate(PROMPT, **RUN, **SHOWN, **loop)
+    members = [weakref.ref(member.model) for member in model.members]
+    del model
+    gc.collect()
+    assert len(out[CACHE].layers) == 6
+    assert [member() for member in members] == [None] * 3
+
+
+def test_a_hook_that_comes_on_the_way_gets_tensors_that_it_can_keep(model: Any, loop: dict[str, Any]) -> None:
+    seen = []
+    want = model.generate(PROMPT, **RUN, **loop)
+    add = partial(model.expert.model.norm.register_forward_hook, lambda *args: seen.append(args[-1]))
+    assert torch.equal(model.generate(PROMPT, **RUN, **loop, stopping_criteria=[At(3, add)]), want)
+    assert len(seen) == 3
+    assert not any(x.is_inference() for x in seen)
+
+
+def test_who_switches_a_members_adapters_from_now_on_is_waited_for(model: Any) -> None:
+    cache = model.generate(PROMPT, **RUN, **SHOWN)[CACHE]
+    step, last = model._steps.on(cache), PROMPT[:, :1]
+    assert step.follows(cache, last, None)
+    switches_of(model.expert)
+    assert not step.follows(cache, last, None)
