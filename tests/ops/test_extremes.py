@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from support.decisions import Run
 
 from proxytune.errors import InputError
-from proxytune.ops import step
+from proxytune.ops import draw_logprobs, step, verify
 from proxytune.ops.noise import Noise
 from proxytune.ops.sampling_params import SamplingParams
 
@@ -97,3 +98,28 @@ def test_a_weight_that_rounds_to_nothing_is_none(run: Run, device: str) -> None:
     out = run([base, silent, heard], (1.0, 1e-50, 1.0), want=("scores",)).scores
     assert out is not None
     assert out.tolist() == [[0.0, 1.0, 2.0, 3.0]]
+
+
+@pytest.mark.parametrize("default", ["bfloat16", "meta"])
+def test_the_process_may_have_other_defaults(default: str) -> None:
+    # So many rows that they are read in blocks, and single logits are looked up again.
+    g, rows, weights = torch.Generator().manual_seed(0), 300, (1.0, 0.7, -0.7)
+    members = [torch.randn(rows, 1100, generator=g) for _ in range(3)]
+    sampling, noise = SamplingParams.of(rows, top_k=torch.tensor([5, 0] * (rows // 2))), Noise.of(rows, seed=1)
+    ids = torch.arange(rows)
+    texts = {"sampling": sampling.pick(ids[: rows // 2]), "noise": noise.pick(ids[: rows // 2])}
+
+    def found() -> list[torch.Tensor]:
+        drawn = step(members, weights, sampling=sampling, noise=noise, want=("tokens", "draw_logprobs"), impl="torch")
+        verified = verify(members, weights, drafted=ids[: rows // 2, None], **texts, impl="torch")
+        shares = draw_logprobs(members, weights, sampling=sampling, ids=ids[:, None])
+        return [drawn.tokens, drawn.draw_logprobs, verified.tokens, *shares]
+
+    want, before = found(), torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if default == "bfloat16" else before)
+    try:
+        with torch.device("meta") if default == "meta" else nullcontext():
+            got = found()
+    finally:
+        torch.set_default_dtype(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))

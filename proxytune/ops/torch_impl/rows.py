@@ -197,7 +197,7 @@ def _if_finite(
     for x, weight in heard:
         x = x[:, : shape[1]] if x.shape[1] > shape[1] else x
         name = "delta" if delta is None else "term"
-        term = torch.empty(shape) if place is None else place(name)
+        term = torch.empty(shape, dtype=torch.float32, device=x.device) if place is None else place(name)
         term = term if term.shape[1] == shape[1] else term[:, : shape[1]]
         # One after the other, each step rounded, as in `shift`. x − y has the bits of x + (−1)y.
         each = isinstance(weight, torch.Tensor)
