@@ -7,6 +7,7 @@ wide loads, is a failure.
     python benches/kernels_budget.py            # print
     python benches/kernels_budget.py --check    # compare with benches/results/kernels_budget.json
     python benches/kernels_budget.py --write    # record this version of Triton
+    python benches/kernels_budget.py --reads    # record how often a truncated draw reads its row (interpreter, minutes)
 
 Each core compiles variants in a process of its own (`--jobs` says how many); the figures and their order do not depend
 on it. `--target` compiles for one GPU alone, `--kernel` one kernel.
@@ -34,15 +35,20 @@ from typing import Any
 import triton
 from _kernels.instructions import per_column
 from proxytune_kernels.decide import resolve
-from proxytune_kernels.distribution import laws_of
-from proxytune_kernels.launch import FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, shape_of_mix
+from proxytune_kernels.distribution import LAW, laws_of
+from proxytune_kernels.launch import FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, registers, shape_of_mix
 from proxytune_kernels.measure import FIELDS, steer_tiles
 from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.verify import residue, settle
+from proxytune_kernels.wide import resolve_wide
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 RESULTS = Path(__file__).parent / "results" / "kernels_budget.json"
+ROW_READS = RESULTS.with_name("row_reads.json")
+MOST_ROW_READS = 3.0
+"""Elements that one truncated draw may load, over the row's width."""
+WIDTHS = (32_000, 128_256, 256_000)
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -80,7 +86,7 @@ RESOLVE_VARIANTS: dict[str, dict[str, Any]] = {
         "num_warps": 4, "OFFSETS": True, "FLOORS": True, "RAW": True, "MOMENTS": True, "SAMPLE": True, "ONE": True,
     },
     "truncated, eight, offsets, floors": {
-        "dtypes": ("bf16",) * 8, "num_warps": 16, "OFFSETS": True, "FLOORS": True, "RAW": True, "MOMENTS": True,
+        "dtypes": ("bf16",) * 8, "num_warps": 8, "OFFSETS": True, "FLOORS": True, "RAW": True, "MOMENTS": True,
         "SAMPLE": True, "TRUNCATED": True, "ONE": True,
     },
 }  # fmt: skip
@@ -99,7 +105,7 @@ LAWS_VARIANTS: dict[str, dict[str, Any]] = {
     "truncated": {"num_warps": 8, "TRUNCATED": True},
     "draft, truncated": {"dtypes": ("bf16",), "num_warps": 8, "TRUNCATED": True},
     "truncated, eight, offsets, floors": {
-        "dtypes": ("bf16",) * 8, "num_warps": 16, "OFFSETS": True, "FLOORS": True, "TRUNCATED": True,
+        "dtypes": ("bf16",) * 8, "num_warps": 8, "OFFSETS": True, "FLOORS": True, "TRUNCATED": True,
     },
 }  # fmt: skip
 RESIDUE_VARIANTS: dict[str, dict[str, Any]] = {
@@ -116,6 +122,15 @@ SETTLE_VARIANTS: dict[str, dict[str, Any]] = {
         "dtypes": ("bf16",) * 8, "num_warps": 8, "OFFSETS": True, "FLOORS": True, "TRUNCATED": True,
     },
 }  # fmt: skip
+WIDE_VARIANTS: dict[str, dict[str, Any]] = {
+    "draw": {"num_warps": 8, "KEYS": True},
+    "distribution": {"num_warps": 8},
+    "draft": {"dtypes": ("bf16",), "num_warps": 8},
+    "draw, 256 k columns": {"num_warps": 8, "KEYS": True, "RUNS_PADDED": 128},
+    "draw, eight, offsets, floors": {
+        "dtypes": ("bf16",) * 8, "num_warps": 8, "OFFSETS": True, "FLOORS": True, "KEYS": True,
+    },
+}  # fmt: skip
 KERNELS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "steer_tiles": (steer_tiles, TILES_VARIANTS),
     "resolve": (resolve, RESOLVE_VARIANTS),
@@ -123,14 +138,18 @@ KERNELS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
     "laws_of": (laws_of, LAWS_VARIANTS),
     "residue": (residue, RESIDUE_VARIANTS),
     "settle": (settle, SETTLE_VARIANTS),
+    "resolve_wide": (resolve_wide, WIDE_VARIANTS),
 }
 _SIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 _POINTERS = {
     "top_k": "i32", "seed": "i64", "stream": "i64", "position": "i64", "branch": "i64", "live_groups": "i32",
     "block_ids": "i32", "argmax": "i64", "kept": "i64", "fork": "i1", "tokens": "i64", "ids": "i64",
     "soft": "i1", "bounds": "i32", "draft_bounds": "i32", "drafted": "i64", "accepted_out": "i64",
+    "store": "i64",
 }  # fmt: skip
-_SIZES = {"V", "inside", "tiles", "scores_stride", "rows", "n_groups", "draws", "D", "K", "stride", "V_draft", "each"}
+_SIZES = {
+    "V", "inside", "tiles", "scores_stride", "rows", "n_groups", "draws", "D", "K", "stride", "V_draft", "each", "runs",
+}  # fmt: skip
 _MULTIPLES = {"V", "V_draft", "inside", "scores_stride", "D", "stride"}
 
 
@@ -146,7 +165,7 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
     warps = variant.pop("num_warps", warps)
     fixed = {
         "M": len(dtypes), "TILE": TILE, "GROUP": GROUP, "FIELDS": len(FIELDS), "PER_READ": PER_READ,
-        "TILES_PADDED": 128, "GROUPS_PADDED": 1024, "K_PADDED": 8,
+        "TILES_PADDED": 128, "GROUPS_PADDED": 1024, "RUNS_PADDED": 64, "K_PADDED": 8, "LAW": len(LAW),
     }  # fmt: skip
     if fn is mix_rows:
         fixed |= {"BLOCK": block, "PER_READ": PER_READ_MIX, "FIRST": FIRST}
@@ -157,7 +176,7 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
     for i, (name, parameter) in enumerate(inspect.signature(fn.fn).parameters.items()):
         if "constexpr" in str(parameter.annotation):
             signature[name] = "constexpr"
-            constants[name] = fixed.get(name, variant.get(name, False))
+            constants[name] = variant.get(name, fixed.get(name, False))
         elif name in ("members", "strides", "widths"):
             read = (*dtypes, dtypes[0]) if variant.get("FLOORS") else dtypes
             signature[name] = tuple(f"*{d}" if name == "members" else "i32" for d in read)
@@ -180,7 +199,10 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
             signature[name] = f"*{dtypes[0] if in_dtype else _POINTERS.get(name, 'fp32')}"
             aligned[(i,)] = multiple
     source = ASTSource(fn=fn, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": False})
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    if target.backend == "cuda" and (fn is resolve_wide or (fn in (resolve, laws_of) and variant.get("TRUNCATED"))):
+        options["maxnreg"] = registers(constants.get("RUNS_PADDED", 1))
+    return triton.compile(source, target=target, options=options)
 
 
 def count(kernel: Any, dtypes: Sequence[str] = ()) -> dict[str, Any]:
@@ -292,6 +314,28 @@ def excesses(found: dict[str, Any], budget: dict[str, Any]) -> list[str]:
     return lines
 
 
+def too_many_reads(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """A line for each draw, by width and name, that loads more than the aim; see `_kernels.row_reads`."""
+    return [
+        f"V = {width}, {name}: {sum(reads.values()):.2f} row reads, the budget is {MOST_ROW_READS}"
+        for width, cases in found.items()
+        for name, reads in cases.items()
+        if sum(reads.values()) > MOST_ROW_READS
+    ]
+
+
+def record_reads() -> list[str]:
+    """Count row reads in Triton's interpreter, in a process of its own, and record them."""
+    command = [sys.executable, "-m", "_kernels.row_reads", *map(str, WIDTHS)]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        command, cwd=RESULTS.parents[1], env=environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    found = json.loads(done.stdout)
+    ROW_READS.write_text(json.dumps(found, indent=1) + "\n")
+    return too_many_reads(found)
+
+
 def _cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -301,6 +345,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="fail where the committed budget is exceeded")
     parser.add_argument("--write", action="store_true", help="record the figures of this version of Triton")
+    parser.add_argument(
+        "--reads", action="store_true", help="record the row reads of truncated draws, and compile nothing"
+    )
     parser.add_argument("--target", choices=TARGETS, help="compile for this GPU alone (default: for all)")
     parser.add_argument("--kernel", choices=KERNELS, help="compile this kernel alone (default: all)")
     parser.add_argument("--jobs", type=int, default=_cores(), help="processes that compile (default: one per core)")
@@ -312,6 +359,10 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("TRITON_INTERPRET=1: the interpreter compiles nothing; unset it", file=sys.stderr)
         return 2
+    if arguments.reads:
+        lines = record_reads()
+        print("\n".join(lines) or f"row reads: within the budget, see {ROW_READS}")
+        return bool(lines)
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     targets = [arguments.target] if arguments.target else list(TARGETS)
     found = measure(targets, arguments.jobs, [arguments.kernel] if arguments.kernel else list(KERNELS))
@@ -327,6 +378,7 @@ def main() -> int:
             print(f"no budget for Triton {triton.__version__}; run with --write", file=sys.stderr)
             return 2
         lines = excesses(found, recorded[triton.__version__])
+        lines += too_many_reads(json.loads(ROW_READS.read_text()))
         print("\n".join(lines) or f"Triton {triton.__version__}: within the budget")
         return bool(lines)
     return 0

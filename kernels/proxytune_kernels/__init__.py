@@ -3,14 +3,14 @@
 The folder above is not a package on purpose: it would shadow the `kernels` package that transformers imports.
 
 `step` runs K1 (`measure.steer_tiles`: one pass over the members' rows) and K2 (`decide.resolve`: from its sums to
-statistics and draws); K1 alone if only the combined logits are wanted. `verify` runs K1 over the members' and the
-drafts' rows, `distribution.laws_of` for the distribution of each row, then `verify.residue` for the residual's mass per
-tile and `verify.settle` for the tokens. `mix` is one launch of `mix.mix_rows`. `again` repeats a `step` with other
-logits (`prepared`).
+statistics and draws), then `wide.resolve_wide` if a row is truncated; K1 alone if only the combined logits are wanted.
+`verify` runs K1 over the members' and the drafts' rows, `distribution.laws_of` and `wide.resolve_wide` for the
+distribution of each row, then `verify.residue` for the residual's mass per tile and `verify.settle` for the tokens.
+`mix` is one launch of `mix.mix_rows`. `again` repeats a `step` with other logits (`prepared`).
 
-K2 and `laws_of` go back only to the tiles or groups that matter. Truncation stores up to 1,024 candidates; if there are
-more, as with top-p without top-k on a flat row, each step of a bisection reads their groups again, up to 32 times
-(`candidates`).
+K2 and `laws_of` go back only to the tiles or groups that matter. Truncation stores up to 1,024 candidates
+(`candidates`). A row with more, as with top-p without top-k on a flat row, is left to `wide.resolve_wide`, which sorts
+it (`runs`).
 
 Arguments that many kernels share:
 
@@ -27,6 +27,8 @@ Arguments that many kernels share:
   the maxima of groups of columns.
 - `work`: pointers to a row's workspaces: numbers of live groups (int32), logits (float32) and columns (int32) of the
   stored candidates.
+- `left`: float32 `[rows, LEFT]`, the rows that `wide.resolve_wide` has to truncate, see `runs.leave`; `store`: int64,
+  `runs.WORDS` per run of columns, the sorted rows; `of_runs`: the pointers of `runs.runs_of`, `runs` their number.
 - `top`: the row's largest logit; `total`: Σ exp((z − top)/T); `relative`: per tile, its maximum minus `top`.
 - `TILE`, `GROUP`: columns per tile and group; `PER_READ`: groups read at once; `…_PADDED`: rounded up to a power of
   two.

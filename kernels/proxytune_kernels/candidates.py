@@ -2,8 +2,8 @@
 
 Tokens above the j-th largest group maximum lie in the groups whose maximum is above it. They are gathered, and only
 then it is checked whether they suffice for the k largest, the mass p, or the top 20; if not, j grows. Thresholds are
-found by bisection on the ordered bits of float32, so they are exact. More candidates than are stored are read again at
-each of its steps.
+found by bisection on the ordered bits of float32, so they are exact. Where more candidates than are stored can be in
+question, the row is sorted instead, see `runs`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton.language as tl
 
 from proxytune_kernels.rows import CLAMP, combined, key_of, value_of
 
-__all__ = ["count_from", "gather", "group_bound", "read_block", "threshold_by_count", "threshold_by_mass"]
+__all__ = ["count_from", "gather", "group_bound", "read_block", "threshold_by_count", "threshold_by_sum"]
 
 
 @triton.jit
@@ -83,29 +83,28 @@ def read_block(
 
 @triton.jit
 def gather(
-    logits, work, row, g, present, floor, temperature, top,
+    logits, work, row, is_live, live, floor_s, temperature, top, most,
     M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """List the live groups (those with candidates), count their candidates, and store the first `PER_READ · GROUP`.
 
-    `g`: block of group maxima; `present`: which are above −inf; `floor`: the candidates' bound.
+    `is_live`: block of groups, `live` of them; `floor_s`: the candidates' bound over T. Stops once there
+    are more than `most`.
 
     Returns:
-        The number of live groups, of candidates, and their mass Σ exp((z − top)/T).
+        The number of candidates, and their mass Σ exp((z − top)/T).
     """
     inverse = tl.div_rn(1.0, temperature)
-    floor_s = tl.div_rn(floor, temperature)
-    is_live = present & (tl.div_rn(g, temperature) >= floor_s)
     place = tl.cumsum(is_live.to(tl.int32), axis=0) - 1
-    live = tl.sum(is_live.to(tl.int32), axis=0)
     # Other threads read what is written here, and may still be reading the previous content.
     tl.debug_barrier()
     tl.store(work[0] + place, tl.arange(0, GROUPS_PADDED), mask=is_live)
     tl.debug_barrier()
     BLOCK: tl.constexpr = PER_READ * GROUP
-    count = 0
-    mass = 0.0
-    for number in range(tl.cdiv(live, PER_READ)):
+    count = tl.full((), 0, tl.int32)
+    mass = tl.full((), 0.0, tl.float32)
+    number = tl.full((), 0, tl.int32)
+    while (number * PER_READ < live) & (count <= most):
         z, s, ids, ok = read_block(
             logits, work, row, number, live, floor_s, temperature,
             False, 0, M, PER_ROW, GROUP, PER_READ,
@@ -115,8 +114,9 @@ def gather(
         tl.store(work[2] + to, ids, mask=ok & (to < BLOCK))
         count += tl.sum(ok.to(tl.int32), axis=0)
         mass += tl.sum(tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
+        number += 1
     tl.debug_barrier()
-    return live, count, mass
+    return count, mass
 
 
 @triton.jit
@@ -157,33 +157,14 @@ def threshold_by_count(
 
 
 @triton.jit
-def threshold_by_mass(
-    logits, work, row, live, floor_s, temperature, in_block, count,
-    lo, hi, wanted, top, M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr,
-):  # fmt: skip
-    """The largest key (int64) whose candidates hold the mass `wanted`, Σ exp((z − top)/T); `lo` if that is not reached.
+def threshold_by_sum(key, e, lo, hi, wanted):
+    """The largest key (int64) at and above which the weights `e` sum to `wanted`, by bisection; `lo` if none does.
 
-    Candidates count from the key `lo` on and none reaches `hi`; the other arguments are as in `read_block`.
+    All that counts has a key of at least `lo`, and none reaches `hi`.
     """
-    inverse = tl.div_rn(1.0, temperature)
-    parts = tl.where(in_block, 1, tl.cdiv(live, PER_READ))
-    z, s, ids, ok = read_block(
-        logits, work, row, 0, live, floor_s, temperature,
-        in_block, count, M, PER_ROW, GROUP, PER_READ,
-    )  # fmt: skip
-    key = key_of(s)
-    e = tl.where(ok, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0)
     while hi - lo > 1:
         mid = lo + (hi - lo) // 2
-        mass = tl.sum(tl.where(key >= mid.to(tl.int32), e, 0.0), axis=0)
-        for number in range(1, parts):
-            z, s, ids, more = read_block(
-                logits, work, row, number, live, floor_s,
-                temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
-            )  # fmt: skip
-            inside = more & (key_of(s) >= mid.to(tl.int32))
-            mass += tl.sum(tl.where(inside, tl.exp(tl.maximum((z - top) * inverse, CLAMP)), 0.0), axis=0)
-        if mass >= wanted:
+        if tl.sum(tl.where(key >= mid.to(tl.int32), e, 0.0), axis=0) >= wanted:
             lo = mid
         else:
             hi = mid

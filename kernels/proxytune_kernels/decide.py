@@ -8,6 +8,7 @@ import triton.language as tl
 from proxytune_kernels.draw import confidence, draw_plain, draw_truncated
 from proxytune_kernels.merge import first_moments, tempered
 from proxytune_kernels.rows import CLAMP, FINITE, combined
+from proxytune_kernels.runs import leave
 
 __all__ = ["resolve"]
 
@@ -16,7 +17,7 @@ __all__ = ["resolve"]
 def resolve(
     members, strides, widths, weights, offsets, floors,
     temperature, fork_temperature, fork_threshold, top_k, top_p, log_min_p, seed, stream, position, branch,
-    part, groups, live_groups, block_z, block_ids,
+    part, groups, live_groups, block_z, block_ids, left,
     statistics, argmax, kept, fork, tokens, logprobs, draw_logprobs, keys,
     rows, tiles, n_groups, draws,
     M: tl.constexpr, PER_ROW: tl.constexpr,
@@ -32,10 +33,11 @@ def resolve(
     `draw_logprobs` and `keys`, float32 `[B, draws]`.
 
     Workspaces: `live_groups` `[B, n_groups]`, int32; `block_z`, float32, and `block_ids`, int32, `[B, PER_READ ·
-    GROUP]`.
+    GROUP]`; `left`: see the package.
 
     Flags: ONE: `draws` is 1. RAW, MOMENTS, KL, LIVE: as in `steer_tiles`. ARGMAX, CONFIDENCE: the output is wanted.
-    SAMPLE: draw. FORK: the temperature depends on the entropy. TRUNCATED: some row has top-k, top-p or min-p.
+    SAMPLE: draw. FORK: the temperature depends on the entropy. TRUNCATED: some row has top-k, top-p or min-p. Rows
+    with too many candidates are left to `wide.resolve_wide`.
     """
     row = tl.program_id(0).to(tl.int64)
     logits = (members, strides, widths, weights, offsets, floors)
@@ -46,6 +48,8 @@ def resolve(
     part += row * FIELDS * tiles
     tile_top = tl.load(part + t, mask=there, other=FINITE)
     top = tl.max(tile_top, axis=0)
+    if TRUNCATED:
+        leave(left, row, 0.0, 0.0, 0.0, 0.0)
     bad = top == float("inf")
     if bad | (top == FINITE):
         tl.store(statistics + 0 * rows + row, tl.where(bad, float("nan"), float("-inf")))
@@ -123,12 +127,11 @@ def resolve(
                 m = tl.load(log_min_p + row)
                 plain = (k == 0) & (p == 1.0) & (m == float("-inf"))
                 if not plain:
-                    n = draw_truncated(
-                        logits, work, groups + row * n_groups, noise, out,
+                    draw_truncated(
+                        logits, work, groups + row * n_groups, noise, out, kept, left,
                         row, top, chosen, total_at_t, log_total_raw, k, p, m,
                         n_groups, draws, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
                     )  # fmt: skip
-                    tl.store(kept + row, n.to(tl.int64))
             if plain:
                 draw_plain(
                     logits, noise, out, row, t, mass, relative, top, log_total_raw, inverse,

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from proxytune_kernels.merge import first_moments, tempered
 from proxytune_kernels.rows import CLAMP, FINITE, key_of
-from proxytune_kernels.truncate import truncate
+from proxytune_kernels.runs import leave
+from proxytune_kernels.truncate import candidates_of, truncate
 
 __all__ = ["LAW", "law_at", "laws_of", "logprobs"]
 
@@ -40,7 +41,7 @@ def logprobs(law, z):
 def laws_of(
     members, strides, widths, weights, offsets, floors,
     temperature, fork_temperature, fork_threshold, top_k, top_p, log_min_p,
-    part, groups, live_groups, block_z, block_ids, laws, bounds,
+    part, groups, live_groups, block_z, block_ids, left, laws, bounds,
     each, tiles, n_groups,
     M: tl.constexpr, PER_ROW: tl.constexpr,
     GROUP: tl.constexpr, PER_READ: tl.constexpr, FIELDS: tl.constexpr,
@@ -49,7 +50,7 @@ def laws_of(
     """Find the distribution of each row. Grid (rows); `each` neighbouring rows have the settings of one text.
 
     `laws`, float32 `[rows, LAW]`, and `bounds`, int32 `[rows]`, are outputs; the workspaces and FORK, TRUNCATED are as
-    in `resolve`.
+    in `resolve`. `wide.resolve_wide` completes what is `left` to it.
     """
     row = tl.program_id(0).to(tl.int64)
     text = row // each
@@ -58,6 +59,8 @@ def laws_of(
     part += row * FIELDS * tiles
     tile_top = tl.load(part + t, mask=there, other=FINITE)
     top = tl.max(tile_top, axis=0)
+    if TRUNCATED:
+        leave(left, row, 0.0, 0.0, 0.0, 0.0)
     if (top == float("inf")) | (top == FINITE):
         tl.store(laws + row * SIZE, 0.0)
         tl.store(laws + row * SIZE + 1, 1.0)
@@ -73,7 +76,10 @@ def laws_of(
             is_fork = tl.maximum(tl.log(total) - mean, 0.0) > tl.load(fork_threshold + text)
             chosen = tl.where(is_fork, tl.load(fork_temperature + text), chosen)
         mass, relative, inverse, total = tempered(part, t, there, tiles, relative, chosen, is_fork, FORK)
-        least = tl.full((), LOWEST, tl.int64)
+        tl.store(laws + row * SIZE, top)
+        tl.store(laws + row * SIZE + 1, chosen)
+        tl.store(laws + row * SIZE + 3, is_fork.to(tl.float32))
+        least = tl.full((), LOWEST, tl.int32)
         if TRUNCATED:
             k = tl.load(top_k + text)
             p = tl.load(top_p + text)
@@ -82,12 +88,17 @@ def laws_of(
                 BLOCK: tl.constexpr = PER_READ * GROUP
                 logits = (members, strides, widths, weights, offsets, floors)
                 work = (live_groups + row * n_groups, block_z + row * BLOCK, block_ids + row * BLOCK)
-                least, floor_s, live, count, in_block, parts, kept, total = truncate(
-                    logits, work, groups + row * n_groups, row, top, chosen, total, k, p, m,
+                wanted_mass = tl.where(p < 1.0, p * total, float("inf"))
+                few, floor_s, count = candidates_of(
+                    logits, work, groups + row * n_groups, row, top, chosen, wanted_mass, k, m,
                     n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
                 )  # fmt: skip
-        tl.store(laws + row * SIZE, top)
-        tl.store(laws + row * SIZE + 1, chosen)
+                if few:
+                    least, kept, total, z, ids, ok = truncate(
+                        logits, work, row, top, chosen, wanted_mass, k, p, m,
+                        floor_s, count, M, PER_ROW, GROUP, PER_READ,
+                    )  # fmt: skip
+                else:
+                    leave(left, row, chosen, top, wanted_mass, 0.0)
         tl.store(laws + row * SIZE + 2, tl.log(total))
-        tl.store(laws + row * SIZE + 3, is_fork.to(tl.float32))
-        tl.store(bounds + row, least.to(tl.int32))
+        tl.store(bounds + row, least)

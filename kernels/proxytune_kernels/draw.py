@@ -7,9 +7,12 @@ import triton.language as tl
 
 from proxytune_kernels.candidates import gather, group_bound, read_block, threshold_by_count
 from proxytune_kernels.rows import MASKED, combined, conditioned, gumbel, key_of
-from proxytune_kernels.truncate import truncate
+from proxytune_kernels.runs import STRETCH, STRETCHES, firsts_of, leave, places
+from proxytune_kernels.truncate import candidates_of, truncate
 
-__all__ = ["NOWHERE", "ROUNDS", "TILES", "TOKENS", "confidence", "draw_plain", "draw_truncated", "first_after"]
+__all__ = [
+    "NOWHERE", "ROUNDS", "TILES", "TOKENS", "confidence", "draw_plain", "draw_runs", "draw_truncated", "first_after",
+]  # fmt: skip
 
 # Streams of noise, as in `proxytune.ops.noise`.
 TOKENS = tl.constexpr(0)
@@ -95,47 +98,92 @@ def draw_plain(
 
 @triton.jit
 def draw_truncated(
-    logits, work, groups, noise, out,
-    row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups,
-    draws,
+    logits, work, groups, noise, out, kept, left,
+    row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups, draws,
     M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
 ):  # fmt: skip
     """Top-k, top-p and min-p in transformers' order, ties kept, and Gumbel-top-k among what is kept.
 
-    Arguments as in `draw_plain` and `truncate`. Returns how many tokens were kept, int32.
+    Arguments as in `draw_plain` and `truncate`; `kept` int64 `[B]`. A row with too many candidates is `left` to
+    `wide.resolve_wide`.
     """
     inverse = tl.div_rn(1.0, temperature)
-    least, floor_s, live, count, in_block, parts, kept, mass_kept = truncate(
-        logits, work, groups, row, top, temperature, total, top_k, top_p, log_min_p,
+    wanted_mass = tl.where(top_p < 1.0, top_p * total, float("inf"))
+    few, floor_s, count = candidates_of(
+        logits, work, groups, row, top, temperature, wanted_mass, top_k, log_min_p,
         n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
     )  # fmt: skip
-    log_kept = tl.log(mass_kept)
+    if few:
+        least, n, mass, z, ids, ok = truncate(
+            logits, work, row, top, temperature, wanted_mass, top_k, top_p, log_min_p,
+            floor_s, count, M, PER_ROW, GROUP, PER_READ,
+        )  # fmt: skip
+        log_kept = tl.log(mass)
+        logp = (z - top) * inverse - log_kept
+        perturbed = tl.where(ok, logp + gumbel(noise, ids, TOKENS, ROUNDS), float("-inf"))
+        last_key = tl.full((), float("inf"), tl.float32)
+        last = tl.full((), -1, tl.int32)
+        for draw in range(draws):
+            key, token = first_after(perturbed, ids, last_key, last)
+            drawn = tl.max(tl.where(ok & (ids == token), z - top, float("-inf")), axis=0)
+            _store(
+                out, row * draws + draw,
+                token, drawn - log_total_raw, drawn * inverse - log_kept, key,
+            )  # fmt: skip
+            last_key = key
+            last = token
+        tl.store(kept + row, n.to(tl.int64))
+    else:
+        leave(left, row, temperature, top, wanted_mass, log_total_raw)
+
+
+@triton.jit
+def draw_runs(
+    of_runs, noise, out, row, runs, bound, mass, top, inverse, log_total_raw, draws, RUNS_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Gumbel-top-k among the logits of a sorted row whose key is at least `bound`; `mass` is theirs.
+
+    The n best tokens lie in the n best stretches. `out`: as in `draw.draw_plain`.
+    """
+    log_kept = tl.log(mass)
+    run = tl.arange(0, RUNS_PADDED)
+    stretches = tl.sum((firsts_of(of_runs, runs, RUNS_PADDED) >= bound).to(tl.int32), axis=1)
+    lane = tl.arange(0, STRETCH)
+    # The last stretch of each run is kept in part.
+    at = ((run * STRETCHES + tl.maximum(stretches - 1, 0)) * STRETCH)[:, None] + lane[None, :]
+    key, token, z = places(of_runs, noise, at, (stretches > 0)[:, None], bound, top, inverse, 0.0)
+    stretch = tl.arange(0, STRETCHES)[None, :]
+    in_part = stretches[:, None] - 1
+    best = tl.load(
+        of_runs[4] + run[:, None] * STRETCHES + stretch, mask=stretch < in_part, other=float("-inf")
+    )  # fmt: skip
+    best = tl.where(stretch == in_part, tl.max(key, axis=1)[:, None], best)
+    best = tl.reshape(best, (RUNS_PADDED * STRETCHES,))
+    index = tl.arange(0, RUNS_PADDED * STRETCHES)
     last_key = tl.full((), float("inf"), tl.float32)
     last = tl.full((), -1, tl.int32)
     for draw in range(draws):
-        key = tl.full((), float("-inf"), tl.float32)
-        token = tl.full((), NOWHERE, tl.int32)
+        chosen_key = tl.full((), float("-inf"), tl.float32)
+        chosen = tl.full((), NOWHERE, tl.int32)
         drawn = tl.full((), 0.0, tl.float32)
-        for number in range(parts):
-            z, s, ids, ok = read_block(
-                logits, work, row, number, live, floor_s,
-                temperature, in_block, count, M, PER_ROW, GROUP, PER_READ,
-            )  # fmt: skip
-            rel = (z - top) * inverse
-            ok = ok & (key_of(s) >= least.to(tl.int32)) & (rel >= log_min_p)
-            added = gumbel(noise, ids, TOKENS, ROUNDS)
-            best, best_id = first_after(tl.where(ok, rel - log_kept + added, float("-inf")), ids, last_key, last)
-            if (best > key) | ((best == key) & (best_id < token)):
-                key = best
-                token = best_id
-                drawn = tl.max(tl.where(ok & (ids == best_id), z - top, float("-inf")), axis=0)
+        above = tl.full((), float("inf"), tl.float32)
+        at_stretch = tl.full((), -1, tl.int32)
+        for rank in range(draw + 1):  # noqa: B007, a name that nothing else has
+            above, at_stretch = first_after(best, index, above, at_stretch)
+            if above > float("-inf"):
+                here, ids, logit = places(
+                    of_runs, noise, at_stretch * STRETCH + lane, lane >= 0, bound, top, inverse, log_kept
+                )  # fmt: skip
+                found, at_id = first_after(here, ids, last_key, last)
+                if (found > chosen_key) | ((found == chosen_key) & (at_id < chosen)):
+                    chosen_key = found
+                    chosen = at_id
+                    drawn = tl.max(tl.where((here == found) & (ids == at_id), logit - top, float("-inf")), axis=0)
         _store(
-            out, row * draws + draw,
-            token, drawn - log_total_raw, drawn * inverse - log_kept, key,
+            out, row * draws + draw, chosen, drawn - log_total_raw, drawn * inverse - log_kept, chosen_key,
         )  # fmt: skip
-        last_key = key
-        last = token
-    return kept
+        last_key = chosen_key
+        last = chosen
 
 
 @triton.jit
@@ -152,8 +200,10 @@ def confidence(
     g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
     present = g > float("-inf")
     floor = group_bound(g, present, TOKENS_SEEN, n_groups)
-    live, count, mass = gather(
-        logits, work, row, g, present, floor, 1.0, top,
+    is_live = present & (g >= floor)
+    live = tl.sum(is_live.to(tl.int32), axis=0)
+    count, mass = gather(
+        logits, work, row, is_live, live, floor, 1.0, top, NOWHERE,
         M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
     )  # fmt: skip
     in_block = count <= PER_READ * GROUP

@@ -14,9 +14,14 @@ from proxytune_kernels.distribution import LAW, laws_of
 from proxytune_kernels.measure import FIELDS, steer_tiles
 from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.prepared import Recorder, again
+from proxytune_kernels.runs import LEFT, RUN, WORDS
 from proxytune_kernels.verify import residue, settle
+from proxytune_kernels.wide import resolve_wide
 
-__all__ = ["GROUP", "PER_READ", "PER_READ_MIX", "TILE", "again", "mix", "nucleus", "shape_of_mix", "step", "verify"]
+__all__ = [
+    "GROUP", "PER_READ", "PER_READ_MIX", "TILE",
+    "again", "mix", "nucleus", "registers", "shape_of_mix", "step", "verify",
+]  # fmt: skip
 
 TILE = 1024
 """Columns per tile of K1. It keys the noise, so it is part of the contract and must not be tuned."""
@@ -43,7 +48,7 @@ def step(
     want: Collection[str],
     repeated: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Combine, measure and draw: at most two launches, no wait for the device.
+    """Combine, measure and draw: at most three launches, no wait for the device.
 
     The arguments are those of `proxytune.ops.step`, already checked: `combination` is a `proxytune.ops.Combination` of
     contiguous tensors, and settings and keys are contiguous. Returns the outputs by name, see
@@ -97,6 +102,8 @@ def step(
         return {name: out[name] for name in want}
 
     block = PER_READ * GROUP if in_groups else 1
+    left = new(rows, LEFT.value)
+    of_noise = (noise.seed, noise.row, noise.position, noise.branch) if sample else (one,) * 4
     statistics = new(len(_STATISTICS), rows)
     argmax, kept = new(2, rows, dtype=torch.int64)
     tokens = new(rows, draws, dtype=torch.int64)
@@ -106,20 +113,21 @@ def step(
         resolve, rows,
         *read, temperature, fork_temperature, sampling.fork_threshold if forks else one,
         sampling.top_k if truncated else one, sampling.top_p if truncated else one,
-        sampling.log_min_p if truncated else one,
-        noise.seed if sample else one, noise.row if sample else one,
-        noise.position if sample else one, noise.branch if sample else one,
+        sampling.log_min_p if truncated else one, *of_noise,
         part, groups,
         new(rows, n_groups if in_groups else 1, dtype=torch.int32), new(rows, block),
-        new(rows, block, dtype=torch.int32),
+        new(rows, block, dtype=torch.int32), left,
         statistics, argmax, kept, fork, tokens, logprobs, draw_logprobs, keys,
         rows, tiles, n_groups, draws,
         **shared, **flags, PER_READ=PER_READ,
         TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups), ONE=draws == 1,
         ARGMAX="argmax" in want or not sample, SAMPLE=sample, FORK=forks, TRUNCATED=truncated,
         CONFIDENCE="confidence" in want,
-        num_warps=_warps(members, 8 if in_groups else 4),
+        **_of_row(members, in_groups),
     )  # fmt: skip
+    if truncated:
+        of_draw = (one, one, kept, tokens, logprobs, draw_logprobs, keys)
+        _resolve_wide(recorder, members, read, sampling, of_noise, left, of_draw, 1, draws)
     out |= {name: statistics[i] for i, name in enumerate(_STATISTICS)}
     out |= {"argmax": argmax, "kept": kept, "fork": fork, "tokens": tokens, "logprobs": logprobs}
     out |= {"draw_logprobs": draw_logprobs, "keys": keys}
@@ -136,7 +144,7 @@ def verify(
     sampling: Any,
     noise: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Accept or reject drafts and draw the token after them: at most six launches, no wait for the device.
+    """Accept or reject drafts and draw the token after them: at most eight launches, no wait for the device.
 
     The arguments are those of `proxytune.ops.verify`, already checked and contiguous. Returns tokens `[B, K + 1]` and
     accepted `[B]`, int64, see `proxytune.ops.VerifyOutput`.
@@ -183,7 +191,7 @@ def verify(
 def nucleus(x: torch.Tensor, sampling: Any) -> torch.Tensor:
     """The smallest logit that top-p keeps, float32 `[B]`, for settings with top-p alone at temperature 1.
 
-    NaN in rows with NaN or +inf; −inf in rows of −inf only. Two launches, and no wait for the device.
+    NaN in rows with NaN or +inf; −inf in rows of −inf only. Three launches, and no wait for the device.
     """
     if x.device.type == "cuda" and x.device.index != torch.cuda.current_device():
         with torch.cuda.device(x.device):
@@ -230,16 +238,57 @@ def _laws(members: Sequence[torch.Tensor], combination: Any, sampling: Any, each
     )  # fmt: skip
     laws, bounds = new(rows, len(LAW)), new(rows, dtype=torch.int32)
     block = PER_READ * GROUP if truncated else 1
+    left = new(rows, LEFT.value)
     laws_of[(rows,)](
         *read, sampling.temperature, sampling.fork_temperature if forks else part,
         sampling.fork_threshold if forks else part, sampling.top_k, sampling.top_p, sampling.log_min_p,
         part, groups, new(rows, n_groups if truncated else 1, dtype=torch.int32), new(rows, block),
-        new(rows, block, dtype=torch.int32), laws, bounds, each, tiles, n_groups,
+        new(rows, block, dtype=torch.int32), left, laws, bounds, each, tiles, n_groups,
         **shared, PER_READ=PER_READ, TRUNCATED=truncated,
         TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups),
-        num_warps=_warps(members, 8 if truncated else 4), enable_fp_fusion=False,
+        **_of_row(members, truncated), enable_fp_fusion=False,
     )  # fmt: skip
+    if truncated:
+        _resolve_wide(Recorder(device), members, read, sampling, None, left, (laws, bounds, *(part,) * 5), each, 1)
     return _Laws(part, laws, bounds)
+
+
+def _resolve_wide(
+    recorder: Recorder, members: Sequence[torch.Tensor], read: Any, sampling: Any, noise: Any, left: torch.Tensor,
+    out: Any, each: int, draws: int,
+) -> None:  # fmt: skip
+    """Truncate what `resolve`, or `laws_of` without noise, has left; narrow rows always fit, and need no launch."""
+    rows, width = members[0].shape
+    if width <= PER_READ * GROUP:
+        return
+    runs = triton.cdiv(width, RUN)
+    padded = triton.next_power_of_2(runs)
+    recorder.launch(
+        resolve_wide, runs * rows,
+        *read, sampling.top_k, sampling.top_p, sampling.log_min_p, *((left,) * 4 if noise is None else noise),
+        recorder.new(rows * runs * WORDS, dtype=torch.int64), left, *out, each, runs, draws,
+        M=len(members), PER_ROW=isinstance(read[3], torch.Tensor), RUNS_PADDED=padded,
+        KEYS=noise is not None, LAW=len(LAW), num_warps=8, **_bound(registers(padded), members[0]),
+    )  # fmt: skip
+
+
+def _of_row(members: Sequence[torch.Tensor], truncated: bool) -> dict[str, int]:
+    """Warps and registers of a kernel with one program per row."""
+    if not truncated:
+        return {"num_warps": _warps(members, 4)}
+    return {"num_warps": 8, **_bound(registers(), members[0])}
+
+
+def registers(runs: int = 1) -> int:
+    """Registers that a thread may take on NVIDIA's GPUs, where a row of `runs` (padded) is truncated.
+
+    Without a bound, their assembler spills a few registers so that more programs fit.
+    """
+    return 128 if runs <= 64 else 255
+
+
+def _bound(most: int, x: torch.Tensor) -> dict[str, int]:
+    return {"maxnreg": most} if x.is_cuda and torch.version.hip is None else {}
 
 
 def _warps(members: Sequence[torch.Tensor], up_to_five: int) -> int:

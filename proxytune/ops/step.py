@@ -1,8 +1,7 @@
 """`step`: combine the members' logits, measure the distribution and draw.
 
-The statistics read each logit once, and a draw goes back only to the columns that matter. For top-p without top-k these
-may be the whole row: if more than 1,024 tokens may be kept, the Triton kernel reads them again at each step of a
-bisection, up to 32 times.
+The statistics read each logit once, and a draw goes back only to the columns that matter. If more than 1,024 tokens may
+be kept, as by top-p without top-k on a flat row, these may be the whole row: the Triton kernels read it once more.
 
 Triton and torch follow one contract and use the same noise, so the same seed gives the same tokens:
 

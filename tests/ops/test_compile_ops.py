@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from support.interpreter import patch_the_language_once_per_launch
 
 from proxytune.ops import OUTPUTS, StepOutput, step
 from proxytune.ops.noise import Noise
@@ -76,6 +78,24 @@ def test_an_excess_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [line.split(": ", 1)[0] for line in module.excesses(worse, one)] == ["sm_90, steer_tiles"] * 3
     assert module.excesses(one, worse) == []
     assert "not in the budget" in module.excesses({"sm_90": {"new": {}}}, one)[0]
+    assert module.too_many_reads({"9": {"good": {"row": 2.0, "workspaces": 1.0}}}) == []
+    assert "3.01 row reads" in module.too_many_reads({"9": {"bad": {"row": 3.0, "workspaces": 0.01}}})[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counts what the interpreter loads")
+@pytest.mark.parametrize("name", ["flat, p .9", "constant, k 50, p .9", "flat, k 5,000, p .9, min-p"])
+def test_a_truncated_draw_reads_its_row_three_times_at_most(name: str) -> None:
+    pytest.importorskip("triton")
+    from _kernels import row_reads
+
+    patch_the_language_once_per_launch()
+    record = json.loads((ROOT / "benches/results/row_reads.json").read_text())
+    with np.errstate(all="ignore"):
+        reads = row_reads.row_reads(name, 32_000)
+    assert reads == record["32000"][name]
+    assert all(sum(one.values()) <= 3 for cases in record.values() for one in cases.values())
+    assert set(record) == {"32000", "128256", "256000"}
+    assert all(set(cases) == set(row_reads.CASES) for cases in record.values())
 
 
 @pytest.mark.parametrize("settings", [None, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}])
