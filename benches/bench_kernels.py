@@ -25,9 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +43,7 @@ from _kernels import verify as kernels_verify
 from _kernels.cases import CASES, GREEDY, TRUNCATED, Case, Members
 from _kernels.mix import MIXTURES, Mixture
 from _kernels.verify import ROUNDS_OF_DRAFTS, Round
+from live_bytes import numpy_peak
 from torch.profiler import ProfilerActivity, profile
 
 RESULTS = Path(__file__).resolve().parent / "results" / "kernels.json"
@@ -195,8 +194,7 @@ def peak_bytes(call: Callable[[Members], Any], logits: Members) -> int:
     The peak by torch's allocator and that by NumPy, scratch that is kept for later calls counted anew; they need not
     coincide, so their sum may be too large.
     """
-    with ThreadPoolExecutor(1) as fresh:  # a thread has scratch of its own
-        numpy_peak = fresh.submit(_numpy_peak, call, logits).result()
+    numpys = numpy_peak(lambda: call(logits))
     call(logits)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         out = call(logits)
@@ -210,18 +208,7 @@ def peak_bytes(call: Callable[[Members], Any], logits: Members) -> int:
     for event in memory:
         held += event["args"]["Bytes"]
         peak = max(peak, held)
-    return peak + numpy_peak
-
-
-def _numpy_peak(call: Callable[[Members], Any], logits: Members) -> int:
-    """Peak bytes of NumPy's arrays and Python's own objects."""
-    with torch.no_grad():
-        tracemalloc.start()
-        try:
-            call(logits)
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+    return peak + numpys
 
 
 # --- by pytest-benchmark --------------------------------------------------------------------------------------------

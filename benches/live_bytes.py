@@ -1,12 +1,15 @@
 """How much memory tensors take at once, counted where they are made: on any device, and to the byte.
 
-What a kernel takes and gives back inside one operator is not seen, nor what the allocator keeps for later.
+What a kernel takes and gives back inside one operator is not seen, nor what the allocator keeps for later. NumPy's
+arrays are no tensors: `numpy_peak` counts these.
 """
 
 from __future__ import annotations
 
+import tracemalloc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -75,3 +78,19 @@ def counted(least: int = 1) -> Iterator[LiveBytes]:
     """
     with torch.no_grad(), LiveBytes(least) as live:
         yield live
+
+
+def numpy_peak(call: Callable[[], Any]) -> int:
+    """Peak bytes of NumPy's arrays and Python's own objects in a call, with scratch that is kept for later calls."""
+
+    def traced() -> int:
+        with torch.no_grad():
+            tracemalloc.start()
+            try:
+                call()
+                return tracemalloc.get_traced_memory()[1]
+            finally:
+                tracemalloc.stop()
+
+    with ThreadPoolExecutor(1) as fresh:  # a thread has scratch of its own
+        return fresh.submit(traced).result()

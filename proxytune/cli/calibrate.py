@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.encoding import check_chat, check_lengths, encode, own_prompt_views
 from proxytune.cli.models import check_members, load, load_plain
 from proxytune.cli.options import (
     METAVAR,
@@ -114,6 +113,7 @@ def calibrate(
 
     from transformers import GenerationConfig, set_seed
 
+    from proxytune.cli.encoding import check_chat, check_lengths, encode, own_prompt_views
     from proxytune.methods.forks.calibrate import forced_entropies, report, sampled_entropies
     from proxytune.recipe import ForkCalibration, write_fork_threshold
 

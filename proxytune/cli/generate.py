@@ -16,7 +16,6 @@ from rich.text import Text
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.encoding import check_chat, check_lengths, encode, own_prompt_views
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
 from proxytune.cli.models import check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
@@ -143,6 +142,8 @@ def generate(
     Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given. On a terminal
     the text is shown as it is generated; piped, or with --json, it is one JSON line for each completion.
     """
+    from proxytune.cli.encoding import check_chat, check_lengths, encode, own_prompt_views
+
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe, words)

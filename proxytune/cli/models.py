@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
     from proxytune.models.model import ProxyTunedModel
     from proxytune.recipe import EndTokens
-from proxytune.cli.tokenizers import borrow_template, load_tokenizer
 
 __all__ = [
     "DTYPES",
@@ -86,6 +85,7 @@ def load(
         InputError: If the dtype or the device is invalid, or no chat template fits.
         MemberError: If a member or its tokenizer cannot be opened.
     """
+    from proxytune.cli.tokenizers import borrow_template, load_tokenizer
     from proxytune.models.model import ProxyTunedModel
     from proxytune.models.wrap import wrap
     from proxytune.recipe import MemberRef, Recipe
@@ -128,6 +128,7 @@ def load_plain(
     base: str, device: str | None, dtype: str, trust: Sequence[str] | None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """Load a model without companions, and its tokenizer; arguments and errors as in `load`."""
+    from proxytune.cli.tokenizers import load_tokenizer
     from proxytune.models.loading import open_members
     from proxytune.recipe import MemberRef
     from proxytune.validation import choice

@@ -11,7 +11,6 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.encoding import check_chat, check_lengths, own_prompt_views
 from proxytune.cli.models import check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
@@ -170,6 +169,7 @@ def sample(
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe, words)
+    from proxytune.cli.encoding import check_chat, check_lengths, own_prompt_views
     from proxytune.cli.sample_run import Result, SampleProgress, SampleRun, extractor
 
     extract = extractor(answer)

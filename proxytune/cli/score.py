@@ -12,7 +12,6 @@ import typer
 
 from proxytune.cli import terminal
 from proxytune.cli.answer_file import check_out, open_answers
-from proxytune.cli.encoding import own_prompt_views
 from proxytune.cli.models import check_members, chosen_device, load, load_plain, named
 from proxytune.cli.options import (
     OUTPUT,
@@ -108,6 +107,7 @@ def score(
     terminal.quiet()
 
     from proxytune.cli.answered import check_answered, encode_answered, split_answers
+    from proxytune.cli.encoding import own_prompt_views
 
     prompts = read_prompts(file, words, reserved=_OWN_KEYS, answers=(COMPLETION,))
     pairs = split_answers(prompts)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.encoding import check_lengths, own_prompt_views
 from proxytune.cli.models import check_members, load
 from proxytune.cli.options import (
     OUTPUT,
@@ -120,6 +119,7 @@ def tune(
     that changes the base least is chosen.
     """
     from proxytune.cli.answered import check_answered
+    from proxytune.cli.encoding import check_lengths, own_prompt_views
     from proxytune.cli.plot_file import refuse_plot
     from proxytune.cli.sample_run import extractor
     from proxytune.cli.tune_items import (
