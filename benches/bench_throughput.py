@@ -152,6 +152,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     part = "gpu" if wanted.gpu else "cpu"
+    flags = " ".join(f"--{name}" for name in ("write", "quick", "gpu", "long") if getattr(wanted, name))
+    command = f"python benches/bench_throughput.py {flags}".strip()
     if wanted.gpu:
         plans, deadline = gpu_plans("full" if wanted.long else "quick"), float("inf") if wanted.long else DEADLINE
     else:
@@ -161,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         gpu=wanted.gpu,
         deadline=deadline,
         report=lambda text, done, total: print(f"{done:.1f} of {total} rounds: {text}", file=sys.stderr, flush=True),
-        keep=lambda so_far: write(part, so_far) if wanted.write else None,
+        keep=lambda so_far: write(part, so_far | {"command": command}) if wanted.write else None,
     )
     print(throughput_table(kept() | {part: found}))
 
