@@ -165,9 +165,7 @@ class CombinedForwardMixin:
         step = None if torch.compiler.is_compiling() else self._steps.on(cache)
         if step is None or input_ids is None or not step.follows(cache, input_ids, attention_mask):
             return None
-        unknown = options.keys() - {"return_member_logits", "every_member", PROMPT_WIDTH}
-        told = position_ids is not None or attention_mask is None
-        if unknown or options.get("every_member") or not told or isinstance(logits_to_keep, torch.Tensor):
+        if not _asks_nothing_new(Text(input_ids, attention_mask, position_ids), logits_to_keep, options):
             return None
         away = step.lazy or step.idle <= {*self.weighing.idle}
         if not away or torch.is_grad_enabled():
@@ -198,11 +196,10 @@ class CombinedForwardMixin:
         self, text: Text, cache: Cache, logits_to_keep: int | torch.Tensor, options: Mapping[str, Any]
     ) -> CausalLMOutputWithPast | MemberOutput | None:
         """The next step in one graph, if the last one on this cache was one."""
-        idle, told = idle_in(cache), text.position_ids is not None or text.attention_mask is None
-        unknown = options.keys() - {"return_member_logits", "every_member", "decision", PROMPT_WIDTH}
-        if unknown or options.get("every_member") or not told or isinstance(logits_to_keep, torch.Tensor):
+        if not _asks_nothing_new(text, logits_to_keep, options, "decision"):
             return None
         assert self._joint is not None
+        idle = idle_in(cache)
         if not (idle <= {*self.weighing.idle} and self._joint.follows(cache, text, idle)):
             return None
         combine = not options.get("return_member_logits")
@@ -480,3 +477,10 @@ class CombinedForwardMixin:
         if return_member_logits:
             return MemberOutput(cache, members, generated)
         return CausalLMOutputWithPast(logits=self._combined(members, generated), **{CACHE: cache})
+
+
+def _asks_nothing_new(text: Text, logits_to_keep: int | torch.Tensor, options: Mapping[str, Any], *known: str) -> bool:
+    """Whether a pass has only options that prepared steps know, and is told its positions if it has a mask."""
+    unknown = options.keys() - {"return_member_logits", "every_member", PROMPT_WIDTH, *known}
+    told = text.position_ids is not None or text.attention_mask is None
+    return told and not (unknown or options.get("every_member") or isinstance(logits_to_keep, torch.Tensor))

@@ -28,9 +28,7 @@ from proxytune.models.cast import cast
 from proxytune.models.combined_forward import CombinedForwardMixin
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.encoder_decoder import EncoderDecoderMixin
-from proxytune.models.generation_mixin import (
-    ComposedGenerationMixin,
-)
+from proxytune.models.generation_mixin import ComposedGenerationMixin
 from proxytune.models.loading import refuse_composed
 from proxytune.models.members.adapter_state import runs_as
 from proxytune.models.members.cpu_threads import SideThread
@@ -40,9 +38,7 @@ from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.joint_step import JointStep
 from proxytune.models.members.member import Member, check_ids, positions_of
-from proxytune.models.own_prompts import (
-    roles_with_prompts,
-)
+from proxytune.models.own_prompts import roles_with_prompts
 from proxytune.models.references import adapters_of
 from proxytune.models.roles import refuse_folded, refuse_no_shift, refuse_taken_names, warn_of_roles
 from proxytune.models.saved_as_recipe import SavedAsRecipe

@@ -14,9 +14,7 @@ from typing import Any
 import torch
 
 from proxytune.costs.model_size import weight_bytes
-from proxytune.errors import (
-    NumericalError,
-)
+from proxytune.errors import NumericalError
 from proxytune.models.loading import open_member
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.layer_kinds import NEEDS

@@ -18,9 +18,7 @@ from transformers import (
 from proxytune.costs.devices import machine_of
 from proxytune.costs.model_size import pass_work, weight_bytes
 from proxytune.costs.roofline import bytes_per_token
-from proxytune.errors import (
-    MemberError,
-)
+from proxytune.errors import MemberError
 from proxytune.models.checkpoints import carrier_of, check_checkpoint, first_line
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.end_tokens import ends_of, stopping_ids

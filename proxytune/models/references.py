@@ -8,12 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from proxytune.models.checkpoints import (
-    is_custom_code,
-)
-from proxytune.models.load_arguments import (
-    deciding,
-)
+from proxytune.models.checkpoints import is_custom_code
+from proxytune.models.load_arguments import deciding
 from proxytune.models.members.adapter_state import OWN
 from proxytune.models.members.packed import packed_as
 from proxytune.recipe import MemberRef

@@ -1,14 +1,15 @@
 """Speculation over static caches: the tokens of dynamic ones, with nothing copied or moved, and one graph per draft."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from support.graphs import Graphs
 from support.speculation import composed, draft, prompts
 from support.tiny import PAD, build
-from transformers import CompileConfig, StaticCache, StoppingCriteria
+from transformers import StaticCache, StoppingCriteria
 
 import proxytune
 from proxytune import SpeculativeDecoding
@@ -102,25 +103,6 @@ def test_what_cannot_hold_rows_of_different_lengths_is_refused() -> None:
         run(model, ids, mask, loop, **STATIC)
 
 
-class Graphs:
-    """A backend that runs the graphs as they are, and counts them."""
-
-    def __init__(self) -> None:
-        self.compiled = self.runs = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
-        return self  # a CompileConfig hands out copies
-
-    def __call__(self, module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        self.compiled += 1
-
-        def run(*args: Any) -> Any:
-            self.runs += 1
-            return module.forward(*args)
-
-        return run
-
-
 @pytest.fixture
 def graphs() -> Iterator[Graphs]:
     torch.compiler.reset()
@@ -137,7 +119,7 @@ def test_drafts_and_their_verification_are_graphs(graphs: Graphs) -> None:
     ids, mask = prompts(2)
     loop = SpeculativeDecoding(draft_tokens=2, seed=5)
     want = run(model, ids, mask, loop, do_sample=True)
-    model.compile_members(CompileConfig(backend=graphs, mode=None, fullgraph=True))
+    model.compile_members(graphs.config)
     out = run(model, ids, mask, loop, do_sample=True, return_dict_in_generate=True, **STATIC)
     assert torch.equal(out.sequences, want)
     assert model._joint.hindrance is None

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.graphs import Graphs
 from support.reference import Reference
 from support.tiny import PAD, build, shared
 from transformers import CompileConfig, PreTrainedModel
@@ -24,30 +25,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 
 ALPHA, PROMPT, NEW = 0.7, 12, 10
 STATIC = {"cache_implementation": "static", "max_new_tokens": NEW, "eos_token_id": None}
-
-
-class Graphs:
-    """A backend that runs the graphs as they are, and counts them."""
-
-    def __init__(self) -> None:
-        self.compiled = self.runs = 0
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Graphs":
-        return self  # a CompileConfig hands out copies
-
-    def __call__(self, module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        self.compiled += 1
-
-        def run(*args: Any) -> Any:
-            self.runs += 1
-            return module.forward(*args)
-
-        return run
-
-    @property
-    def config(self) -> CompileConfig:
-        # fullgraph: a graph that breaks is an error.
-        return CompileConfig(backend=self, mode=None, fullgraph=True)
 
 
 @pytest.fixture
