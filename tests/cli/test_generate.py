@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 import proxytune
 from proxytune import FusedDecoding
+from proxytune.cli import encoding, settings, terminal
 from proxytune.cli import generate as command
 from proxytune.cli import prompts as inputs
-from proxytune.cli import settings, terminal
 from proxytune.errors import InputError
 
 PROMPTS = ["Question: Start with 3", "Question: Who", "x"]
@@ -397,7 +397,7 @@ def test_chat_needs_a_template(run, family, tmp_path, members):
     bare = AutoTokenizer.from_pretrained(family / "large-base")
     bare.chat_template = None
     with pytest.raises(InputError, match="chat template.*No member has one. Save that which the expert was tuned with"):
-        command.check_chat(bare, [inputs.Prompt({"prompt": "a"})], None)
+        encoding.check_chat(bare, [inputs.Prompt({"prompt": "a"})], None)
 
 
 @pytest.fixture
