@@ -34,7 +34,7 @@ import transformers
 from proxytune.throughput.byte_floors import published_floors
 from proxytune.throughput.counters import FirstToken
 from proxytune.throughput.methods import RATES, methods_for
-from proxytune.throughput.report import cell_name, interval, markdown
+from proxytune.throughput.report import cell_name, interval, markdown, summary
 from proxytune.throughput.run import cpu_plans, gpu_plans, measure
 from proxytune.throughput.shapes import PUBLISHED
 from proxytune.throughput.subjects import Cell, Subject, lab_subject
@@ -61,6 +61,15 @@ def write(part: str, found: dict[str, Any]) -> None:
     """Replace one part of the JSON."""
     record = kept() | {part: found}
     RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def cost_table(record: dict[str, Any]) -> str:
+    """What a token costs, in one table for each device."""
+    found = {words: record[part] for part, words in (("cpu", "On a CPU"), ("gpu", "On a GPU"))}
+    return "\n\n".join(
+        summary(part) if part["status"] == "run" else f"{words}: not run ({part['reason']})."
+        for words, part in found.items()
+    )
 
 
 def throughput_table(record: dict[str, Any]) -> str:

@@ -52,6 +52,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "kernel-losses": of("kernels.json", "bench_kernels:all_losses"),
     "memory": of("memory.json", "bench_memory:memory_block"),
     "scoring": of("memory.json", "bench_memory:scoring_block"),
+    "cost": of("throughput.json", "bench_throughput:cost_table"),
     "throughput": of("throughput.json", "bench_throughput:throughput_table"),
     "speculation": of("throughput.json", "bench_throughput:speculation_table"),
     "layers": lambda: wrapped(layers.layers_block()),

@@ -17,12 +17,25 @@ __all__ = [
     "interval",
     "lines",
     "markdown",
+    "summary",
     "verdicts",
 ]
 
 METHODS = ("method", "tokens/s", "first, ms", "ms/token", "× tuned [95 %]", "bytes alone", "accepted")
 COUNTED = ("", "passes per token", "MB read", "at least", "MB held")
 DRAFTS = ("drafted", "tokens per round", "ms per round", "ms per token")
+WAYS = {
+    "the tuned model itself": ("tuned alone",),
+    "three models, hand-written loop": ("naive loop",),
+    "`model.generate()`": ("composite door",),
+    "`FusedDecoding`": ("fused loop",),
+    "`FusedDecoding`, gated": ("fused, gated", "fused, gated, 0.2 planted"),
+    "`SpeculativeDecoding`, drafts never right": ("speculation, 0 planted",),
+    "…, half of the time": ("speculation, 0.5 planted",),
+    "…, mostly": ("speculation", "speculation, 0.7 planted"),
+    "…, nearly always": ("speculation, 0.9 planted",),
+}
+"""Ways to decode, in words, and the methods of the bench that measure them."""
 _FULL, _MARK, _EMPTY = "█", "│", " "
 
 
@@ -139,6 +152,31 @@ def cheapest(family: Mapping[str, Any]) -> str:
         least = min(planted, key=lambda name: planted[name]["value"])
         text += f"; if your members were as planted, {least}: {interval(planted[least])}"
     return f"{text}."
+
+
+def summary(part: Mapping[str, Any]) -> str:
+    """What a token costs in the first cell of each family that `measure` measured, and the bytes' bound: one table."""
+    families = part["families"]
+    cells = [family["cells"][0] for family in families]
+    rows = [[way, *(_cost(cell["methods"], names) for cell in cells)] for way, names in WAYS.items()]
+    heads = [f"{family['name']}, {cell_name(cell)}" for family, cell in zip(families, cells, strict=True)]
+    return _table(["a token's time, tuned model = 1 (by bytes alone)", *heads], [row for row in rows if any(row[1:])])
+
+
+def _cost(methods: Mapping[str, Any], names: Sequence[str]) -> str:
+    """The first of these methods that ran; it loses if its interval lies above that of the hand-written loop."""
+    found = next((methods[name] for name in names if methods.get(name, {}).get("status") == "run"), None)
+    if found is None:
+        return ""
+    text = f"{found['over_tuned']['value']:.2f} ({found['floor_over_tuned']:.2f})"
+    if found["kind"] == "steered" and found["passes_per_token"]["expert"] < found["passes_per_token"]["base"]:
+        text += f", {100 * found['passes_per_token']['expert']:.0f} % of steps"
+    if found.get("acceptance") is not None:
+        text += f", {100 * found['acceptance']:.0f} % right"
+    naive = methods.get("naive loop", {})
+    if naive.get("status") == "run" and found["over_tuned"]["low"] > naive["over_tuned"]["high"]:
+        text += ", **loses**"
+    return text
 
 
 def markdown(part: Mapping[str, Any]) -> str:

@@ -36,7 +36,7 @@ from proxytune.throughput.methods import (
 )
 from proxytune.throughput.naive_loop import _warped, naive_generate
 from proxytune.throughput.planted_models import plant, successors
-from proxytune.throughput.report import COUNTED, METHODS, bar, cheapest, counted, lines, markdown, verdicts
+from proxytune.throughput.report import COUNTED, METHODS, bar, cheapest, counted, lines, markdown, summary, verdicts
 from proxytune.throughput.shapes import PUBLISHED, SCALED, Shape, Trio
 from proxytune.throughput.subjects import PROTOCOL, Cell, Subject, lab_subject, random_subject
 
@@ -510,3 +510,26 @@ def test_the_rounds_to_come_are_those_that_there_is_time_for(monkeypatch) -> Non
     assert [done for _, done, _ in seen] == [0, 1, 2, 2, 3]
     told("x", 1, 2.0)
     assert told.done == 6
+
+
+def test_the_summary_names_what_loses_and_what_its_methods_met() -> None:
+    def ran(value: float, kind: str = "steered", **more: Any) -> dict[str, Any]:
+        ratio = {"value": value, "low": value - 0.1, "high": value + 0.1}
+        passes = {"base": 1.0, "expert": 1.0}
+        return {
+            "status": "run", "kind": kind, "over_tuned": ratio, "floor_over_tuned": 1.1, "passes_per_token": passes
+        } | more  # fmt: skip
+
+    methods = {TUNED: ran(1.0, "alone"), "naive loop": ran(2.0), "composite door": ran(2.15), "fused loop": ran(2.25)}
+    methods["fused, gated"] = ran(1.5, passes_per_token={"base": 1.0, "expert": 0.41})
+    methods["speculation, 0 planted"] = ran(2.5, "speculation", acceptance=0.0)
+    methods["speculation"] = {"status": "not run: no draft"}
+    family = {"name": "f", "cells": [{"prompt": 8, "new": 64, "rows": 1, "setting": "greedy", "methods": methods}]}
+    assert summary({"families": [family]}).split("\n")[2:] == [
+        "| the tuned model itself | 1.00 (1.10) |",
+        "| three models, hand-written loop | 2.00 (1.10) |",
+        "| `model.generate()` | 2.15 (1.10) |",
+        "| `FusedDecoding` | 2.25 (1.10), **loses** |",
+        "| `FusedDecoding`, gated | 1.50 (1.10), 41 % of steps |",
+        "| `SpeculativeDecoding`, drafts never right | 2.50 (1.10), 0 % right, **loses** |",
+    ]
