@@ -28,7 +28,7 @@ Everything else has one home:
 - `proxytune.methods.latent`: `proxytune.methods.latent.LatentMixture` and `proxytune.methods.latent.LatentGates`
 - `proxytune.methods.recursion`: `proxytune.methods.recursion.LatentRecursion`, and how a model becomes one
 - `proxytune.voting`: from samples to an answer; `proxytune.search`: spending a budget; `proxytune.budget`: counting it
-- `proxytune.stats`: estimators over samples; `proxytune.demo`: the bundled family
+- `proxytune.stats`: estimators over samples; `proxytune.demo`: the bundled family; `proxytune.trace`: what was recorded
 - `proxytune.errors`: the exceptions
 """
 
@@ -78,7 +78,7 @@ _HOME = {
 
 _MODULES = (
     *("budget", "costs", "demo", "errors", "formulas", "generation", "methods", "models", "ops", "recipe", "search"),
-    *("stats", "throughput", "voting"),
+    *("stats", "throughput", "trace", "voting"),
 )
 
 __all__ = ["__version__", *_HOME]
