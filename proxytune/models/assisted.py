@@ -31,8 +31,8 @@ from proxytune.models.members.composite_cache import refuse_outdated
 from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.members.layer_kinds import Ability, refuse_lacking
 from proxytune.models.members.long_rope import longest_prompt, refuse_crossing, switches_of
-from proxytune.models.members.member import refuse_no_numbers
 from proxytune.models.members.rewind import length_of, rewindable_layers
+from proxytune.models.members.text_checks import refuse_no_numbers
 from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS
 from proxytune.models.processor_list import ProcessorList
 

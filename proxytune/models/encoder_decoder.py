@@ -27,7 +27,8 @@ from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember, adopt_pair, start_of
 from proxytune.models.members.forward import run_members
 from proxytune.models.members.innermost import innermost
-from proxytune.models.members.member import check_ids, is_left_padded
+from proxytune.models.members.masks import is_left_padded
+from proxytune.models.members.text_checks import check_ids
 from proxytune.models.own_prompts import PROMPT_WIDTH, roles_with_prompts
 from proxytune.models.weighing import Weighing
 from proxytune.validation import shown

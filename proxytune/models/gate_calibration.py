@@ -13,7 +13,7 @@ from proxytune.errors import CalibrationWarning, InputError
 from proxytune.formulas.base import Formula
 from proxytune.formulas.gates import Gate
 from proxytune.models.end_tokens import listed_ends
-from proxytune.models.members.member import positions_of
+from proxytune.models.members.masks import positions_of
 from proxytune.models.model import ProxyTunedModel
 from proxytune.ops.entropy import entropy
 from proxytune.stats.quantile import share_threshold

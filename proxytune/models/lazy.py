@@ -21,7 +21,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.forward import Text
-from proxytune.models.members.member import Member, positions_of
+from proxytune.models.members.masks import positions_of
+from proxytune.models.members.member import Member
 from proxytune.models.members.prefix_cached import PrefixCached
 from proxytune.models.members.text_layer import text_layer_of
 from proxytune.models.own_prompts import roles_with_prompts

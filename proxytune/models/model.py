@@ -37,7 +37,9 @@ from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.joint_step import JointStep
-from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.members.masks import positions_of
+from proxytune.models.members.member import Member
+from proxytune.models.members.text_checks import check_ids
 from proxytune.models.own_prompts import roles_with_prompts
 from proxytune.models.references import adapters_of
 from proxytune.models.roles import refuse_folded, refuse_no_shift, refuse_taken_names, warn_of_roles

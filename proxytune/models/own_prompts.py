@@ -19,7 +19,9 @@ from proxytune.errors import InputError
 from proxytune.formulas.prompt_view import PromptView
 from proxytune.models.members.cache_name import cache_of
 from proxytune.models.members.forward import Text
-from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.members.masks import positions_of
+from proxytune.models.members.member import Member
+from proxytune.models.members.text_checks import check_ids
 from proxytune.models.members.text_layer import text_layer_of
 from proxytune.models.padding import mask_of_padding, refuse_ambiguous_padding
 from proxytune.validation import shown

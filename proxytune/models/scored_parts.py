@@ -15,7 +15,8 @@ from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import empty_cache
 from proxytune.models.members.long_rope import is_beyond
-from proxytune.models.members.member import Member, positions_of
+from proxytune.models.members.masks import positions_of
+from proxytune.models.members.member import Member
 from proxytune.models.own_prompts import PROMPTS, OwnPrompts
 from proxytune.models.weighing import Weighing
 from proxytune.ops.checks import DTYPES

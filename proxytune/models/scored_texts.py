@@ -10,7 +10,8 @@ import torch
 from proxytune.errors import InputError, UnsupportedModeError, UnsupportedModelError
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.long_rope import is_beyond
-from proxytune.models.members.member import Member, check_ids
+from proxytune.models.members.member import Member
+from proxytune.models.members.text_checks import check_ids
 from proxytune.models.own_prompts import roles_with_prompts
 from proxytune.validation import Ids, token_ids
 

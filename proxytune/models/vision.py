@@ -24,7 +24,9 @@ from proxytune.models.members.cache_name import CACHE, tokens_in
 from proxytune.models.members.forward import Text
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import switches_of
-from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.members.masks import positions_of
+from proxytune.models.members.member import Member
+from proxytune.models.members.text_checks import check_ids
 
 __all__ = [
     "BASE_INPUTS",

@@ -195,7 +195,7 @@ TREES: dict[str, Any] = {
 def test_samples_do_not_depend_on_when_companions_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SAMPLE | {"custom_generate": (TREES | LOOPS)[name], "return_dict_in_generate": True}
     waited = run(model_of(), **settings)
-    monkeypatch.setattr("proxytune.models.combined_forward.can_wait", lambda cache: False)
+    monkeypatch.setattr("proxytune.models.combined_logits.can_wait", lambda cache: False)
     assert torch.equal(waited.sequences, run(model_of(), **settings).sequences)
 
 
@@ -263,7 +263,7 @@ def test_masks_schedules_and_own_prompts(formula: Any, monkeypatch: pytest.Monke
         settings["prompts"]["negative"] = torch.tensor(settings["prompts"]["negative"])
     waited = run(model, num_beams=2, **settings)
     fused = run(model, custom_generate=FusedDecoding(seed=1), **SAMPLE, **settings)
-    monkeypatch.setattr("proxytune.models.combined_forward.can_wait", lambda cache: False)
+    monkeypatch.setattr("proxytune.models.combined_logits.can_wait", lambda cache: False)
     assert torch.equal(waited, run(model, num_beams=2, **settings))
     assert torch.equal(fused, run(model, custom_generate=FusedDecoding(seed=1), **SAMPLE, **settings))
 

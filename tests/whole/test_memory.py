@@ -194,7 +194,7 @@ def static(model: Any, length: int) -> Any:
 
 
 def test_short_texts_are_not_parted(members: dict[str, PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("proxytune.models.combined_forward.forward_in_parts", lambda *_, **__: pytest.fail("in parts"))
+    monkeypatch.setattr("proxytune.models.members_pass.forward_in_parts", lambda *_, **__: pytest.fail("in parts"))
     model = proxytune.wrap(**members, **PLAIN)
     with torch.no_grad():
         model(torch.randint(3, 240, (2, 4)))

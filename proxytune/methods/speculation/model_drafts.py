@@ -20,8 +20,10 @@ from proxytune.models.ensemble import Ensemble
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import empty_cache
 from proxytune.models.members.innermost import innermost
-from proxytune.models.members.member import Member, check_ids, positions_of
+from proxytune.models.members.masks import positions_of
+from proxytune.models.members.member import Member
 from proxytune.models.members.rewind import length_of
+from proxytune.models.members.text_checks import check_ids
 
 __all__ = ["ExpertDraft", "ModelDraft"]
 

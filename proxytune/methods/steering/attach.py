@@ -19,7 +19,8 @@ from proxytune.models.learned_prompts import refuse_unfound_cache
 from proxytune.models.members.cache_name import cache_of, tokens_in
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.long_rope import longest_prompt, read_whole, refuse_unread
-from proxytune.models.members.member import Member, is_left_padded
+from proxytune.models.members.masks import is_left_padded
+from proxytune.models.members.member import Member
 from proxytune.models.members.own_cache import refuse_reordering
 from proxytune.models.members.self_test import generation_fault, padding_fault
 from proxytune.models.members.whole_text import reads_whole_text

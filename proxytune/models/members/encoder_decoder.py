@@ -21,7 +21,8 @@ from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import adopt, cached_layers, decoder_config, is_owned
 from proxytune.models.members.embedding_table import rows_of
 from proxytune.models.members.innermost import innermost
-from proxytune.models.members.member import Member, is_left_padded
+from proxytune.models.members.masks import is_left_padded
+from proxytune.models.members.member import Member
 from proxytune.models.members.self_test import verdict_of
 
 __all__ = ["EncoderDecoderMember", "adopt_pair", "start_of"]

@@ -34,8 +34,10 @@ from proxytune.models.members.cuda_streams import CompanionStreams, StreamOrder,
 from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.forward import Text, run_members
 from proxytune.models.members.long_rope import is_beyond
-from proxytune.models.members.member import Member, check_ids, positions_of, refuse_no_numbers
+from proxytune.models.members.masks import positions_of
+from proxytune.models.members.member import Member
 from proxytune.models.members.rewind import rewindable_layers
+from proxytune.models.members.text_checks import check_ids, refuse_no_numbers
 
 __all__ = ["PrefixCached"]
 
