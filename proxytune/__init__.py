@@ -17,6 +17,7 @@ torch.
 - `ForkSamplingLogitsProcessor`: two temperatures (or a soft form): calm on most tokens, lively at forks
 - `LatentLogitsProcessor`: latent steps as a logits processor to attach
 - `ThinkingBudgetLogitsProcessor`: a budget for thinking, enforced
+- `record`: what every `generate()` of a model decides, as a trace; `Recording`: the same for one call
 
 Everything else has one home:
 
@@ -45,6 +46,8 @@ from proxytune._version import __version__
 
 if TYPE_CHECKING:
     from proxytune.generation.fused import FusedDecoding as FusedDecoding
+    from proxytune.generation.recording import Recording as Recording
+    from proxytune.generation.recording import record as record
     from proxytune.methods.forks.processor import ForkSamplingLogitsProcessor as ForkSamplingLogitsProcessor
     from proxytune.methods.latent.decoding import LatentDecoding as LatentDecoding
     from proxytune.methods.latent.processor import LatentLogitsProcessor as LatentLogitsProcessor
@@ -74,6 +77,8 @@ _HOME = {
     "ForkSamplingLogitsProcessor": "proxytune.methods.forks.processor",
     "LatentLogitsProcessor": "proxytune.methods.latent.processor",
     "ThinkingBudgetLogitsProcessor": "proxytune.methods.thinking.processor",
+    "record": "proxytune.generation.recording",
+    "Recording": "proxytune.generation.recording",
 }
 
 _MODULES = (

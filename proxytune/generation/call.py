@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from proxytune import ops
 from proxytune.generation.batch import is_synced, lengths_of, padding_of
+from proxytune.generation.call_log import CallLog, log_on
 from proxytune.generation.modes import refuse_modes
 from proxytune.generation.processor_plan import ProcessorPlan, plan_processors
 from proxytune.generation.sampler import DrawSettings
@@ -46,6 +47,7 @@ class Call:
         keys: The noise keys of each row, except for the seed.
         streamer: Gets each step's tokens.
         synced: Whether this process goes on until all others have finished.
+        log: Takes the loop's decisions, if the call is recorded and the loop `logs`.
     """
 
     model: Any
@@ -62,6 +64,7 @@ class Call:
     synced: bool
     given_seed: int | None
     owns_streamer: bool
+    log: CallLog | None
 
     @classmethod
     def begin(
@@ -84,13 +87,15 @@ class Call:
         beams: bool = False,
         drafts: bool = False,
         images: bool = False,
+        logs: bool = False,
     ) -> Call:
         """Prepare a call, and refuse what the loop cannot do.
 
         Takes what `generate()` passes to a loop and the loop's own settings; `loop` is its name, for messages.
         `own_streamer` is used where `generate()` passes none, as on a plain model; `synced_gpus=None` means to find
         out; `beams` says that the loop supports beam search, `drafts` that processors see texts that are not final,
-        `images` that every pass is over the prompts' own rows, as where they hold images it has to be.
+        `images` that every pass is over the prompts' own rows, as where they hold images it has to be; `logs` that the
+        loop adds its decisions to the log.
 
         Raises:
             UnsupportedModeError: For modes that the loop does not support.
@@ -111,6 +116,10 @@ class Call:
             for member in ensemble.members:
                 member.read_rightly(generation_config, model_kwargs.get("attention_mask"))
         processors = processors_of_call(logits_processor, generation_config, width, DRAFTS if drafts else None)
+        steered = any(getattr(p, "shifts_logits", False) for p in processors)
+        log = log_on(model) if logs and not steered else None
+        if log is not None:
+            log.by_loop = True
         keys = keys_of(stream_ids, branch_ids, batch)
         lengths = lengths_of(batch, width, input_ids.device, generation_config, model_kwargs)
         if not ensemble.composed and generation_config.use_cache:
@@ -131,6 +140,7 @@ class Call:
             synced=is_synced(model) if synced_gpus is None else synced_gpus,
             given_seed=seed,
             owns_streamer=streamer is None and own_streamer is not None,
+            log=log,
         )
 
     @cached_property

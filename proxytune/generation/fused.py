@@ -65,6 +65,9 @@ class FusedDecoding:
     branch_ids: StreamIds = None
     streamer: BaseStreamer | None = None
 
+    logs = True
+    """This loop writes its decisions to a recording (`proxytune.record`)."""
+
     def __post_init__(self) -> None:
         refuse_seed(self.seed, "FusedDecoding")
         if self.impl not in get_args(ops.Impl):
@@ -115,6 +118,7 @@ class FusedDecoding:
             synced_gpus=synced_gpus,
             assistant_model=assistant_model,
             images=True,
+            logs=True,
         )
         pads, record = call.pads, OutputRecorder(generation_config)
         forward = (
@@ -142,14 +146,22 @@ class FusedDecoding:
                     outputs = None
                     continue
                 members, weights = call.ensemble.last_rows(outputs)  # [B, V_i] each
+                shown = None if call.log is None else call.ensemble.shown(outputs)
                 record.add(outputs)
                 decided = getattr(outputs, "decided", None)
                 outputs = None  # may hold the logits of a whole prompt
 
                 if sampler is None:  # width and device of the rows are known only now
                     sampler = Sampler(call.draw_settings(members[0], self.impl))
-                found, rows = sampler(members, weights, input_ids, record, decided=decided)
+                want = ("tokens",) if shown is None or not sampler.forks else ("tokens", "fork")
+                found, rows = sampler(members, weights, input_ids, record, decided=decided, want=want)
                 assert found.tokens is not None
+                if call.log is not None and shown is not None:
+                    call.log.add(
+                        (members, weights), shown.rows, found.tokens[:, 0], step,
+                        usable=sampler.settings.usable, alive=unfinished, gate=shown.opened,
+                        fork=call.log.said("fork") if found.fork is None else found.fork,
+                    )  # fmt: skip
                 tokens = found.tokens[:, 0].to(input_ids.device)  # [B]
                 bad = tokens < 0 if unfinished is None else (tokens < 0) & unfinished
                 tokens = tokens.clamp(min=0)  # a finished row's token does not matter, but it is embedded

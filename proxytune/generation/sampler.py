@@ -148,6 +148,12 @@ class Sampler:
         """Whether tokens are sampled; otherwise the argmax is taken."""
         return self.settings.sampling is not None
 
+    @property
+    def forks(self) -> bool:
+        """Whether the temperature depends on a fork threshold."""
+        sampling = self.settings.sampling
+        return sampling is not None and sampling.fork_threshold is not None
+
     def decision(self, record: OutputRecorder) -> Decision | None:
         """What a graph of the pass can end in; None if processors or the record have to see scores in between."""
         return None if self.settings.plan.before or record.asked else self._decision

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ class CombinedLogitsMixin:
     weighing: Weighing
     overlap: bool
     _sides: CompanionStreams
+    _watch: Callable[..., None] | None = None
+    """Is shown the rows of a pass that is recorded (`proxytune.generation.call_log`)."""
 
     @property
     def usable_ids(self) -> int:
@@ -71,7 +74,24 @@ class CombinedLogitsMixin:
         """The combined logits `[B, K, V]`, float32; −inf for ids that some member cannot embed."""
         if generated is not None and members[0] is not None:
             generated = generated.expand(len(members[0]), -1)
+        if self._watch is not None and not torch.compiler.is_compiling():
+            self._show(self._watch, members, generated, opened)
         logits = self.weighing.combined(members, generated, opened)
         if logits.shape[-1] > (usable := self.usable_ids):
             logits[..., usable:] = -torch.inf
         return logits
+
+    def _show(
+        self,
+        watch: Callable[..., None],
+        members: Sequence[torch.Tensor | None],
+        generated: torch.Tensor | None,
+        opened: torch.Tensor | None,
+    ) -> None:
+        """Show the last position's rows."""
+        rows = [None if x is None else x[:, -1] for x in members]
+        of_row = [None if x is None else x[:, -1] for x in (generated, opened)]
+        gate = of_row[1]
+        if gate is None and self.weighing.gate is not None and rows[0] is not None:
+            gate = self.weighing.open(rows[0])
+        watch(rows, partial(self.weighing, rows, *of_row), usable=self.usable_ids, opened=gate)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers.cache_utils import Cache
@@ -17,7 +17,14 @@ from proxytune.models.model import ProxyTunedModel
 from proxytune.models.weighing import Weighing
 from proxytune.ops.combination import Weights
 
-__all__ = ["Ensemble"]
+__all__ = ["Ensemble", "Shown"]
+
+
+class Shown(NamedTuple):
+    """The last position of a pass: raw logits `[B, V_i]` of each member, None for one that did not run; the gate."""
+
+    rows: list[torch.Tensor | None]
+    opened: torch.Tensor | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +106,14 @@ class Ensemble:
         rows = self.last_logits(outputs)
         generated, opened = (getattr(outputs, name, None) for name in ("generated", "opened"))
         return self.weigh(rows, *(None if x is None else x[:, -1] for x in (generated, opened)))
+
+    def shown(self, outputs: Any) -> Shown:
+        """What a recording keeps of a pass: all members' last rows, and where the gate was open."""
+        rows, opened = self.last_logits(outputs), getattr(outputs, "opened", None)
+        opened = None if opened is None else opened[:, -1]
+        if opened is None and self.weighing is not None and self.weighing.gate is not None and rows[0] is not None:
+            opened = self.weighing.open(rows[0])
+        return Shown(rows, opened)
 
     def weigh(
         self,

@@ -108,12 +108,21 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     _steps: Steps
 
     @functools.wraps(GenerationMixin.generate, assigned=())
-    def generate(self, *args: Any, prompts: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, prompts: Mapping[str, Any] | None = None, trace: Any = None, **kwargs: Any) -> Any:
         """As transformers has it; takes the cache as `past_key_values` or as `cache`; InputError for two caches.
 
         `prompts` is role → ids of the members that read a prompt of their own: what a tokenizer returns, `[B, T]`, or
-        one row for all.
+        one row for all. `trace` is a `proxytune.Recording`, which records what is decided.
         """
+        if trace is not None:
+            if not callable(getattr(trace, "over", None)):
+                raise InputError.of(
+                    "trace",
+                    expected="a recording",
+                    got=shown(trace, 80),
+                    remedy="Pass trace=proxytune.Recording(), or Recording(file='run.npz').",
+                )
+            return trace.over(self, self.generate, args, {**kwargs, "prompts": prompts})
         kwargs.pop("labels", None)  # trainers pass a batch whole, and a plain model makes nothing of them here
         return generate_with_prompts(super().generate, self, prompts, args, renamed(kwargs))
 

@@ -31,6 +31,7 @@ __all__ = [
     "PROMPT_WIDTH",
     "OwnPrompts",
     "generate_with_prompts",
+    "ids_and_mask",
     "joined_prompts",
     "picked_prompts",
     "prompt_views",
@@ -225,7 +226,7 @@ def generate_with_prompts(
         )
     if not isinstance(base, torch.Tensor) or base.ndim != 2:
         return generate(**kwargs)  # which refuses it
-    found = {role: _ids_and_mask(given, f"prompts[{role!r}]", model) for role, given in (prompts or {}).items()}
+    found = {role: ids_and_mask(given, f"prompts[{role!r}]", model) for role, given in (prompts or {}).items()}
     for role, (ids, _) in found.items():
         if len(ids) not in (1, len(base)):
             raise _other_rows(role, len(ids), len(base))
@@ -281,7 +282,7 @@ def _lengthen(kwargs: dict[str, Any], model: Any, added: int) -> None:
             kwargs[name] = int(given) + added
 
 
-def _ids_and_mask(given: Any, name: str, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def ids_and_mask(given: Any, name: str, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask `[B, W]` of a prompt that is a tensor, a list of ids, or what a tokenizer returns."""
     mask: Any = None
     if isinstance(given, Mapping):

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.generation.call_log import log_now
 from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
 from proxytune.methods.forks.call_tracker import CallTracker, ForkRecord
 from proxytune.methods.forks.checks import (
@@ -176,6 +177,8 @@ class ForkSamplingLogitsProcessor(Attachable, LogitsProcessor):
         fork = torch.zeros_like(h, dtype=torch.bool) if self.threshold is None else self.threshold.is_fork(h)
         t = self._temperature(h, fork, measured)  # [B]
         self._following.note(h, fork, t, live)
+        if self.threshold is not None and (log := log_now()) is not None:
+            log.say(fork=fork)
         self._count(h, live)
         # A plain division could round two different scores to the same value, and so change the argmax.
         top = scores.amax(-1)

@@ -16,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from proxytune.errors import UnsupportedModeError
 from proxytune.generation.call import Call
+from proxytune.generation.call_log import log_on
 from proxytune.generation.fused import FusedDecoding
 from proxytune.generation.modes import refuse_adapter_names
 from proxytune.generation.processor_rules import refuse_processors
@@ -184,6 +185,8 @@ class LatentDecoding:
             ARGUMENT: steps,
         }
         call.start_stream()
+        if (log := log_on(model)) is not None:
+            log.unreadable = "latent steps, whose mixtures no ids can say"
         with latent_inputs_installed(model):
             if beams > 1:
                 return model._beam_search(input_ids, **shared)
@@ -191,6 +194,9 @@ class LatentDecoding:
                 out = self.loop(model, input_ids, streamer=call.streamer, **shared)
             else:
                 out = model._sample(input_ids, streamer=call.streamer, **shared)
+        if log is not None:
+            sequences = out if isinstance(out, torch.Tensor) else out.sequences
+            log.mark(latent=_soft(steps, ended.steps, sequences.shape[1] - input_ids.shape[1]))
         return out if isinstance(out, torch.Tensor) else _output(out, steps, ended.steps, input_ids.shape[1])
 
     def _refuse_paged(self, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
@@ -209,23 +215,27 @@ class _Ended(StoppingCriteriaList):
 
     def __init__(self, criteria: StoppingCriteriaList) -> None:
         super().__init__(criteria)
+        self._criteria = criteria  # maybe of a class of its own, too
         self.steps: list[torch.Tensor] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
-        done = super().__call__(input_ids, scores, **kwargs)
+        done = self._criteria(input_ids, scores, **kwargs)
         self.steps.append(done)
         return done
 
 
-def _output(out: Any, steps: LatentSteps, ended: list[torch.Tensor], start: int) -> LatentOutput:
-    new = out.sequences[:, start:]  # [B, N]
-    count = new.shape[1]
-    # On a GPU transformers' loop may run one step too many.
-    entropy, done = (
-        torch.stack([x.to(new.device) for x in each[:count]], 1) for each in (steps.entropy, ended)
-    )  # [B, N]
-    fed = [soft.to(new.device) for soft in steps.soft[: count - 1]]
-    soft = torch.stack([*fed, torch.zeros_like(done[:, 0])], 1)
+def _soft(steps: LatentSteps, ended: list[torch.Tensor], count: int) -> torch.Tensor:
+    """`[B, N]`, bool: in the place of which of the N new tokens a mixture was fed back."""
+    done = torch.stack(ended[:count], 1)  # on a GPU transformers' loop may run one step too many
+    fed = [soft.to(done.device) for soft in steps.soft[: count - 1]]
     through = done.long().cumsum(1) > 0  # from a row's last token on
-    over = through & (torch.cumsum(through.long(), 1) > 1)  # after it
-    return LatentOutput(**out, soft=soft & ~through, entropy=entropy.masked_fill(over, torch.nan))
+    return torch.stack([*fed, torch.zeros_like(done[:, 0])], 1) & ~through
+
+
+def _output(out: Any, steps: LatentSteps, ended: list[torch.Tensor], start: int) -> LatentOutput:
+    count = out.sequences.shape[1] - start
+    device = out.sequences.device
+    entropy, done = (torch.stack([x.to(device) for x in each[:count]], 1) for each in (steps.entropy, ended))  # [B, N]
+    over = torch.cumsum(done.long().cumsum(1).clamp(max=1), 1) > 1  # after a row's last token
+    soft = _soft(steps, ended, count).to(device)
+    return LatentOutput(**out, soft=soft, entropy=entropy.masked_fill(over, torch.nan))

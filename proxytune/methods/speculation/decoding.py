@@ -34,6 +34,7 @@ from proxytune.methods.speculation.output import SpeculativeOutput, SpeculativeR
 from proxytune.methods.speculation.progress import RowProgress
 from proxytune.methods.speculation.ragged_cache import ahead, forget, in_place, make_room, refuse_cache
 from proxytune.methods.speculation.round import Commit, Proposal, RoundResult
+from proxytune.methods.speculation.round_log import add_round
 from proxytune.methods.speculation.target import TargetModel
 from proxytune.methods.speculation.verifier import Accept, DraftVerifier
 from proxytune.models.members.cache_name import cache_of
@@ -86,6 +87,9 @@ class SpeculativeDecoding:
     stream_ids: StreamIds = None
     branch_ids: StreamIds = None
     streamer: BaseStreamer | None = None
+
+    logs = True
+    """This loop writes its decisions to a recording (`proxytune.record`)."""
 
     def __post_init__(self) -> None:
         refuse_settings(
@@ -153,6 +157,7 @@ class SpeculativeDecoding:
             own_streamer=self.streamer,
             synced_gpus=synced_gpus,
             drafts=True,
+            logs=True,
         )
         refuse_call(call, self.draft, assistant_model)
         refuse_stateful(call.plan.before)
@@ -211,6 +216,8 @@ class _Rounds:
     target: TargetModel
     verifier: DraftVerifier
     recorder: SpeculativeRecorder
+    shown: list[torch.Tensor] | None = None
+    """The members' logits of the round, `[B, K + 1, V_i]`, if the call is recorded."""
 
     def propose(self) -> Proposal:
         """Draft the fastest number of tokens that every row and every context has room for."""
@@ -237,12 +244,16 @@ class _Rounds:
                 logits = self.target.with_last(logits, self.drafter, last)
                 verification = self.verifier.verify(logits, weigh, proposal, self.rows)
                 result = self.rows.inspect(verification, proposal, earlier=result)
+        self.shown = logits if self.call.log is not None else None
         return result
 
     def commit(self, result: RoundResult) -> None:
         """Append each row's new tokens to its text and to the record, and realign the caches."""
         commit = self.rows.commit(result)
         self.recorder.add(result.verification, commit, self.rows.texts.pad)
+        if self.call.log is not None and self.shown is not None:
+            add_round(self.call.log, self.call.ensemble, self.shown, result, commit, self.verifier.usable)
+            self.shown = None
         self.length.learn(sum(commit.accepted), sum(commit.rejected))
         self._stream(commit)
         if self.target.added:  # 0 after the prompt, which the caches hold already

@@ -37,6 +37,11 @@ class DraftVerifier:
         self._rejection = accept == "rejection" and settings.sampling is not None
         self._wanted = wanted
 
+    @property
+    def usable(self) -> int:
+        """How many ids can be drawn."""
+        return self._settings.usable
+
     def draw(self, logits: torch.Tensor, drafted: torch.Tensor, rows: RowProgress) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one more token of a draft.
 

@@ -20,6 +20,7 @@ from proxytune.formulas.checks import check_formula
 from proxytune.formulas.gates import Gate
 from proxytune.formulas.proxy_tuning import ProxyTuning
 from proxytune.formulas.schedules import Schedule
+from proxytune.generation.call_log import log_now
 from proxytune.generation.method_hooks import Attachable, MethodHook, batching_refused, hooks_on, target_of
 from proxytune.generation.prompt_rows import expand_mask
 from proxytune.methods.steering.attach import (
@@ -253,6 +254,11 @@ class ProxyTuningLogitsProcessor(Attachable, LogitsProcessor):
             found = (c.logits_for(input_ids, attention_mask, told=told) for c in self._companions)
             rows[1:] = itertools.chain.from_iterable(found)  # [B, 1, V_i] each
         weighing = Weighing(self.formula, {role: i for i, role in enumerate(("base", *self.formula.roles))})
+        if (log := log_now()) is not None:
+            shown = [None if x is None else x[:, 0].to(scores.device) for x in rows]
+            roles = ["base", *(m.role for m in members)]
+            usable = min(m.rows for m in members)
+            log.watch(shown, partial(weighing, shown, None, opened), usable=usable, opened=opened, roles=roles)
         combined = weighing.combined(rows, opened=None if opened is None else opened[:, None])[:, 0]
         combined[:, min(m.rows for m in members) :] = -torch.inf
         return combined

@@ -1,0 +1,84 @@
+"""Watches one `generate()` of a model for its log: transformers' own loops tell nobody what they decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from proxytune.generation.call_log import CallLog, ShownTokens
+from proxytune.generation.method_hooks import MethodHook
+from proxytune.models.ensemble import Ensemble
+
+__all__ = ["Seen", "Watch"]
+
+
+class Seen:
+    """What `generate()` made of its arguments.
+
+    Attributes:
+        config: The generation config.
+        mask: The mask that it inferred; None if one was given.
+    """
+
+    config: Any = None
+    mask: torch.Tensor | None = None
+
+
+class Watch:
+    """Hooks into one call of `generate()`, for as long as it runs: what it prepares, its tokens, and its rows."""
+
+    def __init__(self, log: CallLog, loop: Any) -> None:
+        self._log, self._seen = log, Seen()
+        self._composed = Ensemble.of(log.model).composed
+        # A loop that logs needs no help, but where a processor steers a plain model.
+        self._quiet = self._composed and getattr(loop, "logs", False)
+        self._hooks: list[MethodHook] = []
+        self._handle: Any = None
+
+    def __enter__(self) -> Seen:
+        model, log, seen = self._log.model, self._log, self._seen
+
+        def criteria(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            found = original(*args, **kwargs)
+            seen.config = args[0] if args else kwargs["generation_config"]
+            return found if self._quiet else ShownTokens(found, log)
+
+        def mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            seen.mask = original(*args, **kwargs)
+            return seen.mask
+
+        def prefill(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            log.prefilling = True
+            try:
+                return original(*args, **kwargs)
+            finally:
+                log.prefilling = False
+
+        stand_ins = {
+            "_get_stopping_criteria": criteria,
+            "_prepare_attention_mask_for_generation": mask,
+            "_prefill": prefill,
+        }
+        self._hooks = [MethodHook(model, name, stand_in) for name, stand_in in stand_ins.items()]
+        if self._composed:
+            model._watch = log.watch
+        else:
+            self._handle = model.register_forward_hook(self._shown)
+        return seen
+
+    def _shown(self, model: Any, args: Any, outputs: Any) -> None:
+        logits = getattr(outputs, "logits", None)
+        if torch.compiler.is_compiling() or not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+            return
+        row = logits[:, -1]
+        self._log.watch([row], lambda: ([row], (1.0,)), usable=row.shape[1])
+
+    def __exit__(self, *failure: Any) -> None:
+        for hook in reversed(self._hooks):
+            hook.take()
+        if self._handle is not None:
+            self._handle.remove()
+        if self._composed:
+            self._log.model._watch = None

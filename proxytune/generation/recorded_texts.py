@@ -1,0 +1,130 @@
+"""The texts of a recorded `generate()`: cut out of what it returned, and read again where the log has another text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from proxytune.errors import UnsupportedModeError
+from proxytune.generation.call_log import Arrays, CallLog
+from proxytune.generation.call_watch import Seen
+from proxytune.generation.sampler import MembersAndWeights
+from proxytune.models.ensemble import Ensemble
+from proxytune.models.own_prompts import ids_and_mask, roles_with_prompts
+from proxytune.models.scoring import parts_of
+from proxytune.trace import SIGNALS, UNKNOWN
+from proxytune.validation import Ids
+
+__all__ = ["about", "fits", "ids_of", "nothing", "reread", "texts"]
+
+
+def ids_of(named: Mapping[str, Any]) -> Any:
+    """The prompt among the arguments of `generate()`."""
+    return named.get("input_ids") if named.get("inputs") is None else named["inputs"]
+
+
+def texts(sequences: torch.Tensor, named: Mapping[str, Any], seen: Seen) -> tuple[list[list[int]], list[list[int]]]:
+    """The new tokens and the prompt of each row that `generate()` returned, padding left out."""
+    ids = ids_of(named)
+    mask = named.get("attention_mask") if seen.mask is None else seen.mask
+    width, each = ids.shape[1], max(1, len(sequences) // len(ids))
+    rows = sequences.tolist()
+    prompts = [row[:width] for row in rows]
+    if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= width:
+        # Wider where another member's prompt is longer, and the base's was padded for the call.
+        kept = mask[:, -width:].bool().repeat_interleave(each * len(ids) // len(mask), 0).tolist()
+        prompts = [
+            [t for t, on in zip(row, flags, strict=True) if on] for row, flags in zip(prompts, kept, strict=True)
+        ]
+    ends, pad = (getattr(seen.config, name, None) for name in ("_eos_token_tensor", "_pad_token_tensor"))
+    stops = set() if ends is None else set(ends.flatten().tolist())
+    return [_upto(row[width:], stops, None if pad is None else int(pad)) for row in rows], prompts
+
+
+def _upto(new: list[int], stops: set[int], pad: int | None) -> list[int]:
+    """New tokens up to the end token, or to the padding after another end."""
+    end = next((i + 1 for i, token in enumerate(new) if token in stops), None)
+    if end is not None:
+        return new[:end]
+    while pad is not None and pad not in stops and new and new[-1] == pad:
+        new = new[:-1]
+    return new
+
+
+def fits(rows: list[Arrays], new: list[list[int]]) -> bool:
+    """Whether the rows recorded are the texts returned; after another end than an end token they may be shorter."""
+    if len(rows) != len(new):
+        return False
+    return all(
+        0 < len(one["tokens"]) <= len(text) and one["tokens"].tolist() == text[: len(one["tokens"])]
+        for one, text in zip(rows, new, strict=True)
+    )
+
+
+def reread(
+    model: Any, before: CallLog, new: list[list[int]], prompts: list[list[int]], named: Mapping[str, Any]
+) -> CallLog:
+    """Read the texts again, all members, in as few passes as memory allows."""
+    if named.get("pixel_values") is not None:
+        raise UnsupportedModeError.of(
+            "a recording",
+            expected="greedy decoding or sampling: texts of beams, trees and assisted decoding are read again",
+            got="a prompt with images, which is not read again",
+            remedy="Generate greedily or by sampling.",
+        )
+    ensemble = Ensemble.of(model)
+    log = CallLog(model, before.top, before.roles)
+    whole_texts = [i for i, text in enumerate(new) if text]
+    if not whole_texts:
+        return log
+    roles = roles_with_prompts(ensemble.members) if ensemble.composed else []
+    given: Any = [prompts[i] for i in whole_texts]
+    if roles:
+        given = {"base": given}
+        for role in roles:
+            ids, mask = ids_and_mask(named["prompts"][role], f"prompts[{role!r}]", model)
+            each = -(-len(new) // len(ids))
+            given[role] = [ids[i // each][mask[i // each].bool()].tolist() for i in whole_texts]
+    texts: Sequence[Ids] = [new[i] for i in whole_texts]
+    weighing = ensemble.weighing
+    for part in parts_of(model, texts, prompts=given):
+        drawn_from: MembersAndWeights = ([x for x in part.members if x is not None], (1.0,))
+        opened = None
+        if weighing is not None:
+            drawn_from = weighing(part.members, part.steps)
+            if weighing.gate is not None:
+                assert part.members[0] is not None
+                opened = weighing.open(part.members[0])
+        log.add(
+            drawn_from, part.members, part.targets, part.steps,
+            usable=part.usable, row=part.texts, alive=part.scored, gate=opened,
+        )  # fmt: skip
+    return log
+
+
+def nothing(log: CallLog) -> Arrays:
+    """The arrays of an empty text."""
+    shape = (0, len(log.roles) + 1, log.top)
+    empty: Arrays = {name: np.zeros(0, np.float32) for name in ("logprobs", "entropy", "kl", "shift")}
+    empty |= {"tokens": np.zeros(0, np.int32), "base_rank": np.zeros(0, np.int32)}
+    empty |= {name: np.full(0, UNKNOWN, np.int8) for name in SIGNALS}
+    return empty | {"top_ids": np.zeros(shape, np.int32), "top_logprobs": np.zeros(shape, np.float32)}
+
+
+def about(ensemble: Ensemble, named: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trace says of its run."""
+    loop = named.get("custom_generate")
+    about: dict[str, Any] = {
+        "model": getattr(ensemble.model.config, "_name_or_path", "") or type(ensemble.model).__name__
+    }
+    if loop is not None:
+        about["loop"] = type(loop).__name__
+    if ensemble.composed:
+        about["members"] = {
+            role: getattr(m.config, "_name_or_path", "") or type(m).__name__ for role, m in ensemble.models
+        }
+        about["formula"] = str(ensemble.model.formula)
+    return about

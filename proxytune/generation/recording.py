@@ -1,0 +1,246 @@
+"""Records what a model's `generate()` decides, as a `proxytune.trace.Trace`.
+
+A loop of this package writes each decision itself (`Call.log`). In transformers' own loops the members' logits and the
+stopping criteria are watched. What was recorded is then compared with the tokens that `generate()` returns; where it
+does not fit (beams, trees, assisted decoding, a compiled step), the texts are read once more, by all members.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from transformers import GenerationMixin
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.generation.call_log import Arrays, CallLog, log_on, logged
+from proxytune.generation.call_watch import Watch
+from proxytune.generation.method_hooks import MethodHook, target_of
+from proxytune.generation.recorded_texts import about, fits, ids_of, nothing, reread, texts
+from proxytune.generation.token_texts import names_of, pieces_of
+from proxytune.models.ensemble import Ensemble
+from proxytune.trace import Trace, TracedText, TraceWriter
+from proxytune.trace.record import COMBINED
+from proxytune.validation import shown, whole
+
+__all__ = ["Recording", "record"]
+
+
+class Recording:
+    """The texts of recorded calls of `generate()`, as they come.
+
+    `model.generate(…, trace=Recording())` records one call of a composed model; `record(model)` all calls of any.
+
+    Attributes:
+        top: How many likeliest tokens of each member are kept, k.
+        tokenizer: Writes the texts; without one a trace has ids alone.
+        file: Where texts are appended after each call, `NAME.npz`; None to keep them in memory only.
+    """
+
+    def __init__(
+        self, *, top: int = 5, tokenizer: PreTrainedTokenizerBase | None = None, file: str | Path | None = None
+    ) -> None:
+        """Begin without texts.
+
+        Raises:
+            InputError: If `top` is less than 1, the tokenizer cannot decode, or the file's name does not end in .npz.
+        """
+        self.top = whole("top", top, "of tokens", least=1)
+        if tokenizer is not None and not hasattr(tokenizer, "decode"):
+            raise InputError.of(
+                "tokenizer",
+                expected="a tokenizer",
+                got=shown(tokenizer, 80),
+                remedy="Pass the base's tokenizer itself.",
+            )
+        self.tokenizer, self.file = tokenizer, None if file is None else Path(file)
+        if self.file is not None and self.file.suffix != ".npz":
+            raise InputError.of("file", expected="NAME.npz", got=str(file), remedy=f"Write {self.file.stem}.npz.")
+        self._texts: list[TracedText] = []
+        self._sources: tuple[str, ...] = ()
+        self._about: dict[str, Any] = {}
+        self._hook: MethodHook | None = None
+
+    @property
+    def trace(self) -> Trace:
+        """What has been recorded so far."""
+        return Trace(sources=self._sources, top=self.top, texts=tuple(self._texts), about=dict(self._about))
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __iter__(self) -> Iterator[TracedText]:
+        return iter(self._texts)
+
+    def __getitem__(self, index: int) -> TracedText:
+        return self._texts[index]
+
+    def __repr__(self) -> str:
+        return f"Recording of {self.trace!r}"
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Record no further call of the model that `record` was given."""
+        if self._hook is not None:
+            self._hook.take()
+        self._hook = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self  # a copied model's calls are not recorded, and a copied call's are
+
+    # --- one call ------------------------------------------------------------------------------------------------
+
+    def over(self, model: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Call `generate` of a model, and record it. Returns what it returns.
+
+        Raises:
+            UnsupportedModeError: For an encoder-decoder, and for prompts that are not token ids.
+            InputError: If the call is being recorded already, or by a model with other members than before.
+        """
+        named = _named(args, kwargs)
+        _refuse(model, named)
+        ensemble = Ensemble.of(model)
+        log = CallLog(model, self.top, [role for role, _ in ensemble.models])
+        with Watch(log, named.get("custom_generate")) as seen, logged(log):
+            out = generate(**named)
+        sequences: torch.Tensor = out if isinstance(out, torch.Tensor) else out.sequences
+        new, prompts = texts(sequences, named, seen)
+        arrays = log.rows()
+        if not fits(arrays, new):
+            if log.roles != tuple(role for role, _ in ensemble.models):
+                log.unreadable = "a processor that steers, without which the model would read it"
+            if log.unreadable is not None:
+                raise UnsupportedModeError.of(
+                    "a recording",
+                    expected="greedy decoding or sampling, not compiled; the text of another mode is read again",
+                    got=log.unreadable,
+                    remedy="Leave out beams, trees, assistants and compiled steps, or the recording.",
+                )
+            log = reread(model, log, new, prompts, named)
+            again = iter(log.rows())
+            arrays = [next(again) if len(one) else nothing(log) for one in new]
+        self._keep(ensemble, log, prompts, arrays, named)
+        return out
+
+    def _keep(
+        self, ensemble: Ensemble, log: CallLog, prompts: list[list[int]], rows: list[Arrays], named: Mapping[str, Any]
+    ) -> None:
+        sources = (COMBINED, *log.roles)
+        if self._texts and sources != self._sources:
+            raise InputError.of(
+                "a recording",
+                expected=f"calls of models with the same members: {', '.join(self._sources[1:])}",
+                got=", ".join(sources[1:]),
+                remedy="Use a recording for each model.",
+            )
+        self._sources = sources
+        self._about |= about(ensemble, named)
+        texts = [self._text(ids, arrays) for ids, arrays in zip(prompts, rows, strict=True)]
+        self._texts += texts
+        if self.file is not None:
+            TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
+
+    def _text(self, prompt: list[int], arrays: Arrays) -> TracedText:
+        words: dict[str, Any] = dict(arrays)
+        if (tokenizer := self.tokenizer) is not None:
+            words["prompt"] = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            words["pieces"] = pieces_of(tokenizer, arrays["tokens"].tolist(), prompt)
+            words["names"] = names_of(tokenizer, np.unique(arrays["top_ids"]))
+        return TracedText(prompt_ids=np.asarray(prompt, np.int32), **words)
+
+
+def record(
+    model: Any,
+    *,
+    top: int = 5,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    file: str | Path | None = None,
+) -> Recording:
+    """Record every `generate()` of a model, composed or plain, until the end of a `with` block, or `stop`.
+
+    ::
+
+        with proxytune.record(pipe.model, tokenizer=pipe.tokenizer) as recording:
+            pipe("Question: Where was Ann born?")
+        print(recording[0].kl)
+
+    Every loop and door is recorded: `generate()`, each `custom_generate` of this package, a model with an attached
+    `ProxyTuningLogitsProcessor`. Beams, trees, assisted decoding and compiled steps cost one more pass over the text.
+
+    Args:
+        model: Any decoder-only causal LM; that of a pipeline is `pipe.model`.
+        top: How many likeliest tokens of each member to keep.
+        tokenizer: Writes the texts; without one the trace has ids alone.
+        file: `NAME.npz`, to which texts are appended after each call; `NAME.jsonl` is written beside it.
+
+    Returns:
+        The recording; `recording.trace` is what `proxytune.view` and `proxytune.diagnostics` read.
+
+    Raises:
+        InputError: If the model cannot generate, or is being recorded.
+    """
+    recording = Recording(top=top, tokenizer=tokenizer, file=file)
+    target = target_of(model)
+    if isinstance(getattr(vars(target).get("generate"), "replacement", None), _Recorded):
+        raise InputError.of(
+            "record",
+            expected="a model that is not being recorded",
+            got=f"a {type(target).__name__} with a recording",
+            remedy="End that one first: leave its `with` block, or call its stop().",
+        )
+    recording._hook = MethodHook(target, "generate", _Recorded(recording, target))
+    return recording
+
+
+class _Recorded:
+    """`generate()` of a recorded model."""
+
+    def __init__(self, recording: Recording, model: Any) -> None:
+        self._recording, self._model = recording, model
+
+    def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("trace") is not None:
+            raise InputError.of(
+                "trace",
+                expected="none: the model is being recorded",
+                got="a Recording",
+                remedy="Leave out one of both.",
+            )
+        return self._recording.over(self._model, original, args, kwargs)
+
+
+def _named(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    names = [name for name in inspect.signature(GenerationMixin.generate).parameters if name not in ("self", "kwargs")]
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def _refuse(model: Any, named: Mapping[str, Any]) -> None:
+    if log_on(model) is not None:
+        raise InputError.of(
+            "trace", expected="one recording of a call", got="a second one", remedy="Leave out one of both."
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModeError.of(
+            "a recording",
+            expected="a decoder-only model",
+            got=f"a {type(model).__name__}, an encoder-decoder",
+            remedy="Score its texts instead: model(input_ids=source, labels=target).",
+        )
+    if not isinstance(ids_of(named), torch.Tensor):
+        raise UnsupportedModeError.of(
+            "a recording",
+            expected="a prompt of token ids, `[B, T]`",
+            got="inputs_embeds" if named.get("inputs_embeds") is not None else "no input_ids",
+            remedy="Pass input_ids=.",
+        )
