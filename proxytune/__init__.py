@@ -17,7 +17,8 @@ torch.
 - `ForkSamplingLogitsProcessor`: two temperatures (or a soft form): calm on most tokens, lively at forks
 - `LatentLogitsProcessor`: latent steps as a logits processor to attach
 - `ThinkingBudgetLogitsProcessor`: a budget for thinking, enforced
-- `record`: what every `generate()` of a model decides, as a trace; `Recording`: the same for one call
+- `record`: what every `generate()` of a model decides, as a trace
+- `Recording`: the same for one call of `generate()`
 
 Everything else has one home:
 
