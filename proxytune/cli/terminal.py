@@ -15,10 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Bar", "errors", "is_terminal", "output", "quiet", "safe", "show_error", "show_note", "show_warning"]
 
-# Control characters (except tab and line feed) become Unicode's control pictures; C1 controls become U+FFFD.
-_PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
-_PICTURES |= {0x7F: 0x2421, **dict.fromkeys(range(0x80, 0xA0), 0xFFFD)}
-
 NARROW = 60
 """Columns below which the bar says only numbers."""
 
@@ -40,7 +36,9 @@ def is_terminal(stream: TextIO) -> bool:
 
 def safe(text: str) -> str:
     """Replace control characters by visible signs: a byte-level model can write sequences that control a terminal."""
-    return text.translate(_PICTURES)
+    from proxytune.view.words import visible
+
+    return visible(text)
 
 
 def show_error(message: str) -> None:
