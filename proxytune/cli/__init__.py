@@ -1,4 +1,4 @@
-"""The command line: `proxytune demo`, `generate`, `sample`, `calibrate`, `score`, `tune`, `check`, `doctor`, `bench`.
+"""The command line: `proxytune demo`, `generate`, `sample`, `see` and so on: one function a command.
 
 The modules here import torch and transformers inside their commands only, so `--help` answers at once. An error is one
 line on stderr and an exit code: 2 if the call has to change (a wrong flag, a model that does not fit), 1 if it failed
@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 
 from proxytune._version import __version__
-from proxytune.cli import bench, calibrate, check, demo, doctor, generate, sample, score, terminal, tune
+from proxytune.cli import bench, calibrate, check, demo, doctor, generate, sample, score, terminal, tune, view
 from proxytune.cli.prompt_command import PromptCommand
 from proxytune.cli.settings import with_settings
 from proxytune.errors import ProxytuneError
@@ -59,6 +59,8 @@ _add(
     ),
     prompts=True,
 )
+_add("see", view.see)
+_add("view", view.view)
 _add("calibrate", calibrate.calibrate, prompts=True)
 _add("score", score.score, prompts=True)
 _add("tune", tune.tune)

@@ -15,7 +15,6 @@ import typer
 from rich.text import Text
 
 from proxytune.cli import terminal
-from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.latent_options import Latent, LatentGatesOption, LatentSpan, SamplerOf, Tau, mixture_of, sampler_of
 from proxytune.cli.models import check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
@@ -41,6 +40,7 @@ from proxytune.cli.options import (
 )
 from proxytune.cli.prompts import Prompt, check_prompts, read_prompts
 from proxytune.cli.settings import SETTINGS_PANEL, check_settings, merged_settings, resolved, split_arguments
+from proxytune.cli.view import check_trace
 from proxytune.errors import InputError
 
 if TYPE_CHECKING:
@@ -126,6 +126,12 @@ def generate(
     as_json: Annotated[
         bool, typer.Option("--json", help="JSON lines even on a terminal.", rich_help_panel=OUTPUT)
     ] = False,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Record every decision to NAME.npz, for proxytune view.", rich_help_panel=OUTPUT, show_default=False
+        ),
+    ] = None,
     device: Device = None,
     dtype: Dtype = "auto",
     end_tokens: EndTokensOption = None,
@@ -142,6 +148,7 @@ def generate(
     Prompts come from the arguments, from --file, or from stdin. They are raw text unless --chat is given. On a terminal
     the text is shown as it is generated; piped, or with --json, it is one JSON line for each completion.
     """
+    from proxytune.cli.answer_file import check_out, open_answers
     from proxytune.cli.encoding import check_chat, check_lengths, encode, own_prompt_views
 
     check_out(out, file, resume=resume, overwrite=overwrite)
@@ -160,6 +167,15 @@ def generate(
             "--speculate",
             expected="no --latent: drafts are tokens",
             got=f"--latent {latent}",
+            remedy="Leave one of them out.",
+        )
+
+    check_trace(trace)
+    if trace is not None and resume:
+        raise InputError.of(
+            "--trace",
+            expected="no --resume: a trace has a whole run",
+            got=str(trace),
             remedy="Leave one of them out.",
         )
 
@@ -208,7 +224,8 @@ def generate(
         stream = on_terminal and size == 1 and not several
         done = 0 if answers is None else answers.done
         encoded = partial(encode, tokenizer, chat=chat, system=system, views=views)
-        complete = partial(_complete, model, tokenizer, config, loop, seed, encoded, stream=stream)
+        recording = None if trace is None else _recording(tokenizer, trace)
+        complete = partial(_complete, model, tokenizer, config, loop, seed, encoded, recording, stream=stream)
         # Streamed text shows by itself how far it is.
         with nullcontext() if stream else terminal.Bar("prompts") as bar:
             # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
@@ -231,6 +248,17 @@ def generate(
                         sys.stdout.write(_line(completion) + "\n")
                         sys.stdout.flush()
                 bar.go_on()
+
+
+def _recording(tokenizer: PreTrainedTokenizerBase, trace: Path) -> Any:
+    """A recording to a new file."""
+    from proxytune.generation.recording import Recording
+
+    if trace.exists() or trace.with_suffix(".jsonl").exists():
+        raise InputError.of(
+            "--trace", expected="a new file", got=f"{trace}, or its .jsonl", remedy="Choose another name."
+        )
+    return Recording(tokenizer=tokenizer, file=trace)
 
 
 def _check_folder(save_recipe: Path | None) -> None:
@@ -258,6 +286,7 @@ def _complete(
     loop: Callable[[Sequence[int]], Any],
     seed: int,
     encoded: Callable[[Sequence[Prompt]], Any],
+    recording: Any,
     first: int,
     prompts: Sequence[Prompt],
     *,
@@ -280,6 +309,7 @@ def _complete(
         tokenizer=tokenizer,
         streamer=streamer,
         custom_generate=loop(range(first * each, (first + len(prompts)) * each)),
+        trace=recording,
     )
     sequences: torch.Tensor = getattr(result, "sequences", result)  # [B * n, prompt + new]
     per_prompt = len(sequences) // len(prompts)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.models import check_end_tokens, check_members, chosen_device, load, named
 from proxytune.cli.options import (
     METAVAR,
@@ -166,6 +165,8 @@ def sample(
     correct for that. A text that was cut off has an answer only if it finished it. If the budget has no room for a
     prompt, that is reported, and the exit code is 1.
     """
+    from proxytune.cli.answer_file import check_out, open_answers
+
     check_out(out, file, resume=resume, overwrite=overwrite)
     words, flags = split_arguments(arguments or [])
     check_members(base, expert, antiexpert, recipe, words)

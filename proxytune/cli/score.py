@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from proxytune.cli import terminal
-from proxytune.cli.answer_file import check_out, open_answers
 from proxytune.cli.models import check_members, chosen_device, load, load_plain, named
 from proxytune.cli.options import (
     OUTPUT,
@@ -92,6 +91,8 @@ def score(
     completion is scored; of a conversation, the assistant's last turn. Of a text alone, all tokens but the first are.
     The output is one JSON line for each text, and the perplexity of all of them on stderr.
     """
+    from proxytune.cli.answer_file import check_out, open_answers
+
     check_out(out, file, resume=resume, overwrite=overwrite)
     words = arguments or []
     plain = base is not None and not (expert or antiexpert or recipe)

@@ -14,11 +14,12 @@ from proxytune.generation.call_watch import Seen
 from proxytune.generation.sampler import MembersAndWeights
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.own_prompts import ids_and_mask, roles_with_prompts
+from proxytune.models.scored_texts import Prompts
 from proxytune.models.scoring import parts_of
 from proxytune.trace import SIGNALS, UNKNOWN
 from proxytune.validation import Ids
 
-__all__ = ["about", "fits", "ids_of", "nothing", "reread", "texts"]
+__all__ = ["about", "cut", "fits", "ids_of", "nothing", "read_into", "reread"]
 
 
 def ids_of(named: Mapping[str, Any]) -> Any:
@@ -26,7 +27,7 @@ def ids_of(named: Mapping[str, Any]) -> Any:
     return named.get("input_ids") if named.get("inputs") is None else named["inputs"]
 
 
-def texts(sequences: torch.Tensor, named: Mapping[str, Any], seen: Seen) -> tuple[list[list[int]], list[list[int]]]:
+def cut(sequences: torch.Tensor, named: Mapping[str, Any], seen: Seen) -> tuple[list[list[int]], list[list[int]]]:
     """The new tokens and the prompt of each row that `generate()` returned, padding left out."""
     ids = ids_of(named)
     mask = named.get("attention_mask") if seen.mask is None else seen.mask
@@ -88,9 +89,14 @@ def reread(
             ids, mask = ids_and_mask(named["prompts"][role], f"prompts[{role!r}]", model)
             each = -(-len(new) // len(ids))
             given[role] = [ids[i // each][mask[i // each].bool()].tolist() for i in whole_texts]
-    texts: Sequence[Ids] = [new[i] for i in whole_texts]
-    weighing = ensemble.weighing
-    for part in parts_of(model, texts, prompts=given):
+    read_into(log, model, [new[i] for i in whole_texts], given)
+    return log
+
+
+def read_into(log: CallLog, model: Any, texts: Sequence[Ids | torch.Tensor], prompts: Prompts | None) -> None:
+    """Add the decisions that texts would have been, read after their prompts by all members."""
+    weighing = Ensemble.of(model).weighing
+    for part in parts_of(model, texts, prompts=prompts):
         drawn_from: MembersAndWeights = ([x for x in part.members if x is not None], (1.0,))
         opened = None
         if weighing is not None:
@@ -102,7 +108,6 @@ def reread(
             drawn_from, part.members, part.targets, part.steps,
             usable=part.usable, row=part.texts, alive=part.scored, gate=opened,
         )  # fmt: skip
-    return log
 
 
 def nothing(log: CallLog) -> Arrays:

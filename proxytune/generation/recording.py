@@ -8,7 +8,7 @@ does not fit (beams, trees, assisted decoding, a compiled step), the texts are r
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,12 +22,13 @@ from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.call_log import Arrays, CallLog, log_on, logged
 from proxytune.generation.call_watch import Watch
 from proxytune.generation.method_hooks import MethodHook, target_of
-from proxytune.generation.recorded_texts import about, fits, ids_of, nothing, reread, texts
+from proxytune.generation.recorded_texts import about, cut, fits, ids_of, nothing, read_into, reread
 from proxytune.generation.token_texts import names_of, pieces_of
 from proxytune.models.ensemble import Ensemble
+from proxytune.models.scored_texts import Prompts
 from proxytune.trace import Trace, TracedText, TraceWriter
 from proxytune.trace.record import COMBINED
-from proxytune.validation import shown, whole
+from proxytune.validation import Ids, shown, whole
 
 __all__ = ["Recording", "record"]
 
@@ -99,6 +100,30 @@ class Recording:
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self  # a copied model's calls are not recorded, and a copied call's are
 
+    def read(
+        self, model: Any, texts: Sequence[Ids | torch.Tensor], *, prompts: Prompts | None = None
+    ) -> tuple[TracedText, ...]:
+        """Record texts from elsewhere, as if the model had written them: teacher-forced, without generating.
+
+        Args:
+            model: Composed or plain, in evaluation mode.
+            texts: R texts as token ids. Of a text without a prompt the first token is its prompt.
+            prompts: R prompts as token ids, read and not recorded; role → prompts for members that read their own.
+
+        Returns:
+            What was added, with `given=True`.
+
+        Raises:
+            InputError, UnsupportedModelError: As `proxytune.models.scoring.score`.
+        """
+        ensemble = Ensemble.of(model)
+        log = CallLog(model, self.top, [role for role, _ in ensemble.models])
+        read_into(log, model, texts, prompts)
+        of_base = prompts["base"] if isinstance(prompts, Mapping) else prompts
+        before = [list(map(int, of_base[i])) if of_base is not None else [] for i in range(len(texts))]
+        before = [ids or [int(text[0])] for ids, text in zip(before, texts, strict=True)]
+        return self._keep(ensemble, log, before, log.rows(), {}, given=True)
+
     # --- one call ------------------------------------------------------------------------------------------------
 
     def over(self, model: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -115,7 +140,7 @@ class Recording:
         with Watch(log, named.get("custom_generate")) as seen, logged(log):
             out = generate(**named)
         sequences: torch.Tensor = out if isinstance(out, torch.Tensor) else out.sequences
-        new, prompts = texts(sequences, named, seen)
+        new, prompts = cut(sequences, named, seen)
         arrays = log.rows()
         if not fits(arrays, new):
             if log.roles != tuple(role for role, _ in ensemble.models):
@@ -134,8 +159,14 @@ class Recording:
         return out
 
     def _keep(
-        self, ensemble: Ensemble, log: CallLog, prompts: list[list[int]], rows: list[Arrays], named: Mapping[str, Any]
-    ) -> None:
+        self,
+        ensemble: Ensemble,
+        log: CallLog,
+        prompts: list[list[int]],
+        rows: list[Arrays],
+        named: Mapping[str, Any],
+        given: bool = False,
+    ) -> tuple[TracedText, ...]:
         sources = (COMBINED, *log.roles)
         if self._texts and sources != self._sources:
             raise InputError.of(
@@ -146,13 +177,14 @@ class Recording:
             )
         self._sources = sources
         self._about |= about(ensemble, named)
-        texts = [self._text(ids, arrays) for ids, arrays in zip(prompts, rows, strict=True)]
+        texts = tuple(self._text(ids, arrays, given) for ids, arrays in zip(prompts, rows, strict=True))
         self._texts += texts
         if self.file is not None:
             TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
+        return texts
 
-    def _text(self, prompt: list[int], arrays: Arrays) -> TracedText:
-        words: dict[str, Any] = dict(arrays)
+    def _text(self, prompt: list[int], arrays: Arrays, given: bool) -> TracedText:
+        words: dict[str, Any] = {**arrays, "given": given}
         if (tokenizer := self.tokenizer) is not None:
             words["prompt"] = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             words["pieces"] = pieces_of(tokenizer, arrays["tokens"].tolist(), prompt)

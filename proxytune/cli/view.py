@@ -1,0 +1,135 @@
+"""`proxytune see`: what the shift changes in an answer; `proxytune view`: the same of a recorded run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from proxytune.cli import terminal
+from proxytune.cli.options import (
+    OUTPUT,
+    PROMPTS,
+    Alpha,
+    Antiexpert,
+    Base,
+    Chat,
+    Device,
+    Dtype,
+    EndTokensOption,
+    Expert,
+    RecipePath,
+    System,
+    Trust,
+)
+from proxytune.errors import InputError
+
+__all__ = ["check_trace", "see", "view"]
+
+Changed = Annotated[
+    int, typer.Option(min=0, help="How many of the most changed positions to list.", rich_help_panel=OUTPUT)
+]
+
+
+def see(
+    prompt: Annotated[str, typer.Argument(help="A prompt, in quotes.", show_default=False)],
+    base: Base = None,
+    expert: Expert = None,
+    antiexpert: Antiexpert = None,
+    alpha: Alpha = None,
+    recipe: RecipePath = None,
+    chat: Chat = False,
+    system: System = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="Read this answer instead of writing one.", rich_help_panel=PROMPTS, show_default=False),
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
+    changed: Changed = 5,
+    trace: Annotated[
+        Path | None, typer.Option(help="Also write the trace, NAME.npz.", rich_help_panel=OUTPUT, show_default=False)
+    ] = None,
+    device: Device = None,
+    dtype: Dtype = "auto",
+    end_tokens: EndTokensOption = None,
+    trust: Trust = None,
+) -> None:
+    """Show what the shift changes in an answer: its tokens coloured by KL from the base, and what the base wanted.
+
+    For example: proxytune see --base LARGE --expert TUNED --antiexpert SMALL --chat "Who was Ada Lovelace?"
+
+    Without models, the bundled family answers.
+    """
+    from proxytune.cli.encoding import check_chat, check_lengths, encode
+    from proxytune.cli.models import check_members, load
+    from proxytune.cli.prompts import Prompt, check_prompts
+
+    terminal.quiet()
+    if (base, expert, antiexpert, recipe) == (None, None, None, None):
+        base, expert, antiexpert, alpha = _bundled(alpha)
+    check_members(base, expert, antiexpert, recipe, [])
+    prompts = [Prompt({"prompt": prompt})]
+    chat = check_prompts(prompts, chat=chat, system=system)
+    check_trace(trace)
+
+    from proxytune.generation.fused import FusedDecoding
+    from proxytune.generation.recording import Recording
+    from proxytune.view.terminal import look
+
+    model, tokenizer = load(
+        base, expert, antiexpert, alpha, recipe, device, dtype, chat=chat, end_tokens=end_tokens, trust=trust
+    )
+    if chat:
+        check_chat(tokenizer, prompts, system)
+    recording = Recording(tokenizer=tokenizer, file=trace)
+    ids = encode(tokenizer, prompts, chat=chat, system=system).to(model.base.device)
+    if text is None:
+        config = model.generation_config
+        config.update(max_new_tokens=max_new_tokens, do_sample=False, num_beams=1)
+        check_lengths(model, tokenizer, prompts, chat, system, config=config)
+        model.generate(**ids, custom_generate=FusedDecoding(), tokenizer=tokenizer, trace=recording)
+    else:
+        words = tokenizer(text, add_special_tokens=False)["input_ids"]
+        recording.read(model, [words], prompts=[ids["input_ids"][0].tolist()])
+    look(recording.trace, changed=changed, console=terminal.output())
+
+
+def view(
+    file: Annotated[Path, typer.Argument(metavar="RUN.npz", help="A trace.", show_default=False)],
+    text: Annotated[int | None, typer.Option(min=0, help="The number of the text (default: all, up to 10).")] = None,
+    changed: Changed = 5,
+) -> None:
+    """Show a recorded run: each text, coloured by what the shift changed.
+
+    For example: proxytune generate … --trace run.npz, then proxytune view run.npz
+    """
+    from proxytune.trace import load
+    from proxytune.view.terminal import look
+
+    trace = load(file)
+    if not len(trace):
+        raise InputError.of(str(file), expected="a trace with texts", got="none", remedy="Record a run first.")
+    console = terminal.output()
+    most = 10
+    numbers = range(min(len(trace), most)) if text is None else [text]
+    for number in numbers:
+        if len(numbers) > 1:
+            console.rule(f"text {number}", style="dim")
+        look(trace, text=number, changed=changed, console=console)
+    if text is None and len(trace) > most:
+        terminal.show_note(f"{len(trace) - most} more texts: show one with --text NUMBER.")
+
+
+def _bundled(alpha: float | None) -> tuple[str, str, str, float]:
+    """The bundled family, at its own strength."""
+    from proxytune.demo.bundle import bundled, bundled_record
+
+    strength = float(bundled_record()["alpha"]) if alpha is None else alpha
+    return bundled("large-base"), bundled("tiny-tuned"), bundled("tiny-base"), strength
+
+
+def check_trace(trace: Path | None) -> None:
+    """Refuse a trace's file that is not NAME.npz."""
+    if trace is not None and trace.suffix != ".npz":
+        raise InputError.of("--trace", expected="NAME.npz", got=str(trace), remedy=f"Write {trace.stem}.npz.")
