@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -107,3 +108,7 @@ class CombinedForwardMixin(ImagesPassMixin, MembersPassMixin):
             adapter_names=None if adapter_names is None else checked_names(adapter_names, self.members, len(input_ids)),
             **loop_options,
         )
+
+
+# transformers reads it several times in each generate().
+vars(CombinedForwardMixin.forward)["__signature__"] = inspect.signature(CombinedForwardMixin.forward)

@@ -11,6 +11,7 @@ from transformers.cache_utils import Cache
 
 from proxytune.models.lazy import asked, can_wait
 from proxytune.models.members.cuda_streams import CompanionStreams
+from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.member import Member
 from proxytune.models.members.stateful_pass import kept_logits
 from proxytune.models.weighing import Weighing
@@ -25,6 +26,7 @@ class CombinedLogitsMixin:
     members: list[Member]
     weighing: Weighing
     overlap: bool
+    _fingerprints: dict[str, Fingerprint]
     _sides: CompanionStreams
     _watch: Callable[..., None] | None = None
     """Is shown the rows of a pass that is recorded (`proxytune.generation.call_log`)."""

@@ -94,6 +94,7 @@ class EncoderDecoderMixin:
     overlap: bool
     split_threads: bool
     _models: dict[str, Any]
+    _fingerprints: dict[str, Any]
     _sides: CompanionStreams
     _thread: SideThread
 
@@ -218,7 +219,7 @@ class EncoderDecoderMixin:
             thread=self._thread if self.split_threads else None,
         )  # [B, K, V_i] each
         if held is not None:
-            note_members(held.self_attention_cache, self._models)
+            note_members(held.self_attention_cache, self._models, last=self._fingerprints)
         generated = self._generated(past, decoder_input_ids.shape[1], prompt_width, logits_to_keep)
         logits = self._combined(members, generated)  # [B, K, V]
         loss = None

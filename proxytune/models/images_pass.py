@@ -63,7 +63,7 @@ class ImagesPassMixin(CombinedLogitsMixin):
             thread=self._thread if self.split_threads else None,
         )  # [B, K, V_i] each
         if cache is not None:
-            note_members(cache, self._models, images=True)
+            note_members(cache, self._models, last=self._fingerprints, images=True)
         if return_member_logits:
             return MemberOutput(cache, members, generated)
         return CausalLMOutputWithPast(logits=self._combined(members, generated), **{CACHE: cache})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from proxytune.models.generation_mixin import MemberOutput
 from proxytune.models.lazy import positions_to_keep
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.composite_cache import idle_in, is_lazy, note_members, refuse_outdated
+from proxytune.models.members.decode_step import traceless_at
 from proxytune.models.members.forward import LatentInputs, Text, run_members
 from proxytune.models.members.joint_step import Joined, Sum, Tail
 from proxytune.models.members.long_rope import note_side, side_of_pass, switches_of
@@ -68,6 +70,11 @@ class _Pass:
     def follows(self) -> bool:
         """Whether all that runs runs over the ids, with no logits at hand."""
         return not self.everyone and self.known is None and not any(self.latent)
+
+    @property
+    def may_be_traceless(self) -> bool:
+        """Whether it is a prompt of `generate()` that no one but the members looks into."""
+        return bool(self.first) and self.follows and self.adapter_names is None
 
 
 class MembersPassMixin(PreparedStepsMixin):
@@ -137,9 +144,10 @@ class MembersPassMixin(PreparedStepsMixin):
         # Before the pass: a static cache counts in place.
         generated = self._generated(past, one.new, prompt_width_of(cache, past, prompt_width), logits_to_keep)
         joined = self._joined_pass(one, texts, asleep)
-        members = self._run(one, texts, asleep) if joined is None else joined.logits
+        traceless = traceless_at(self.members, cache, asleep) if one.may_be_traceless and joined is None else None
+        members = self._run(one, texts, asleep, traceless is not None) if joined is None else joined.logits
         if cache is not None and not torch.compiler.is_compiling():
-            self._note(one, cache, past, side, asleep)
+            self._note(one, cache, past, side, asleep, traceless)
         opened = None
         if cache is not None and is_lazy(cache):
             opened, members = self._companions_of_pass(members[0], cache, logits_to_keep, one.new)
@@ -256,15 +264,21 @@ class MembersPassMixin(PreparedStepsMixin):
             },
         )
 
-    def _run(self, one: _Pass, texts: Mapping[str, Text] | None, asleep: Collection[int]) -> list[torch.Tensor | None]:
+    def _run(
+        self, one: _Pass, texts: Mapping[str, Text] | None, asleep: Collection[int], traceless: bool
+    ) -> list[torch.Tensor | None]:
         """Each member's logits `[B, K, V_i]`; None of those that do not run."""
-        with adapters_of_rows(self.base, one.adapter_names):
+        mask = one.text.attention_mask
+        if traceless and mask is not None and mask.device.type == "cpu" and bool(mask.all()):
+            mask = None  # each member would look
+        quiet = torch.inference_mode() if traceless and not self.split_threads else nullcontext()
+        with adapters_of_rows(self.base, one.adapter_names), quiet:
             return run_members(
                 self.members,
                 self.config.spans,
                 one.text.input_ids,
                 cache=one.cache,
-                attention_mask=one.text.attention_mask,
+                attention_mask=mask,
                 position_ids=one.text.position_ids,
                 logits_to_keep=one.logits_to_keep,
                 latent=one.latent,
@@ -276,14 +290,20 @@ class MembersPassMixin(PreparedStepsMixin):
             )
 
     def _note(
-        self, one: _Pass, cache: Cache, past: int | torch.Tensor, side: frozenset[str] | None, asleep: Collection[int]
+        self,
+        one: _Pass,
+        cache: Cache,
+        past: int | torch.Tensor,
+        side: frozenset[str] | None,
+        asleep: Collection[int],
+        traceless: int | None,
     ) -> None:
         """Note on the cache who filled it, and prepare the next decode step."""
-        note_members(cache, self._models, one.adapter_names)
+        note_members(cache, self._models, one.adapter_names, last=self._fingerprints)
         note_side(cache, side)
         note_prompt_width(cache, past, one.new, one.prompt_width)
         if one.first is not None and one.follows and one.adapter_names is None:
-            self._steps.prepare(cache, self.members, self.config.spans, asleep)
+            self._steps.prepare(cache, self.members, self.config.spans, asleep, traceless)
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:

@@ -35,6 +35,7 @@ from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
+from proxytune.models.members.fingerprint import Fingerprint
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.joint_step import JointStep
 from proxytune.models.members.masks import positions_of
@@ -156,6 +157,7 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         self._sides = CompanionStreams()
         self._steps = Steps()
         self._thread = SideThread()
+        self._fingerprints: dict[str, Fingerprint] = {}
         self._adapters = {m.role: adapters_of(m.model) for m in wrapped}
         # Marks the caches that this model fills; copies of a cache keep the mark.
         self.cache_owner = uuid.uuid4().hex

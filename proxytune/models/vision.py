@@ -7,8 +7,9 @@ The base gets its inputs from its own methods for `generate()`, so that each fam
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -67,7 +68,17 @@ def sees(model: Any) -> bool:
     """Whether a model takes images or videos beside the text."""
     # `input_modalities` is not set in every family.
     forward = getattr(innermost(model), "forward", None)
-    return forward is not None and not _RAW.isdisjoint(inspect.signature(forward).parameters)
+    if forward is None:
+        return False
+    own = getattr(forward, "__func__", None)
+    return _has_raw(forward) if own is None else _has_raw_of_class(own)
+
+
+def _has_raw(forward: Callable[..., Any]) -> bool:
+    return not _RAW.isdisjoint(inspect.signature(forward).parameters)
+
+
+_has_raw_of_class = functools.lru_cache(64)(_has_raw)  # of functions: what stands on one model may hold it
 
 
 def reopened_as(base: Any) -> str | None:

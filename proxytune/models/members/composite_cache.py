@@ -152,7 +152,7 @@ def adopt(
         )
     if is_owned(cache, owner):
         if not _filled(cache):
-            _lay_out(cache, configs, texts, idle, lazy)
+            _lay_out(cache, configs, None, texts, idle, lazy)
         asleep = idle_in(cache)
         if is_lazy(cache) and not follows:
             raise CacheError.of(
@@ -179,15 +179,14 @@ def adopt(
             remedy=f"The companions have not seen its tokens. Start without it, or pass the {CACHE} that this "
             "model's generate(..., return_dict_in_generate=True) returned.",
         )
-    layers = sum(map(cached_layers, configs))
     # From each member's own config: transformers before 5.20 gives all layers of one config the same window.
     if type(cache) is DynamicCache:
-        _fill(cache, [(DynamicCache(config=c), c) for c in configs])
+        counts = _fill(cache, [(DynamicCache(config=c), c) for c in configs])
         cache.layer_class_to_replicate = None
     elif type(cache) is StaticCache:
         length = _static_length(cache, configs)
-        _fill(cache, [(StaticCache(config=c, max_cache_len=length), c) for c in configs])
-    elif len(cache.layers) != layers:
+        counts = _fill(cache, [(StaticCache(config=c, max_cache_len=length), c) for c in configs])
+    elif len(cache.layers) != (layers := sum(counts := [cached_layers(c) for c in configs])):
         raise CacheError.of(
             CACHE,
             expected=f"a {type(cache).__name__} with the {layers} layers of all members",
@@ -202,12 +201,22 @@ def adopt(
             remedy="Leave out cache_implementation.",
         )
     setattr(cache, _OWNER, owner)
-    _lay_out(cache, configs, texts, idle, lazy)
+    _lay_out(cache, configs, counts, texts, idle, lazy)
     vars(cache).pop(_FILLED_BY, None)
 
 
-def _lay_out(cache: Cache, configs: Sequence[PreTrainedConfig], texts: bool, idle: Collection[int], lazy: bool) -> None:
-    """Decide what an empty cache will hold: whether the texts, and whose layers."""
+def _lay_out(
+    cache: Cache,
+    configs: Sequence[PreTrainedConfig],
+    counts: list[int] | None,
+    texts: bool,
+    idle: Collection[int],
+    lazy: bool,
+) -> None:
+    """Decide what an empty cache will hold: whether the texts, and whose layers.
+
+    `counts` are the layers of each member in a cache that has just been adopted; None for one that was before.
+    """
     if texts and type(cache) is not DynamicCache:
         raise CacheError.of(
             CACHE,
@@ -221,11 +230,14 @@ def _lay_out(cache: Cache, configs: Sequence[PreTrainedConfig], texts: bool, idl
     elif held and not (texts or lazy):
         cache.layers.pop()
     asleep = frozenset(range(1, len(configs)) if lazy else idle)
+    if counts is None and held == (texts or lazy) and is_lazy(cache) == lazy and idle_in(cache) == asleep:
+        return  # as it was laid out before
     setattr(cache, _IDLE, asleep)
     setattr(cache, _LAZY, lazy)
-    apart, start = {*_cross_attention(configs)}, 0
-    for i, config in enumerate(configs):
-        stop = start + cached_layers(config)
+    counts = [cached_layers(c) for c in configs] if counts is None else counts
+    apart, start = {*_cross_attention(configs, counts)}, 0
+    for i, count in enumerate(counts):
+        stop = start + count
         for layer in cache.layers[start:stop]:
             vars(layer).pop("crop", None)
             if i in asleep:
@@ -250,9 +262,11 @@ def idle_in(cache: Cache) -> frozenset[int]:
     return found
 
 
-def _fill(cache: Cache, parts: Iterable[tuple[Cache, PreTrainedConfig]]) -> None:
-    """Give a cache the layers of members' empty caches, made by their configs."""
-    cache.layers = _with_length([layer for part, config in parts for layer in _layers(part, config)])
+def _fill(cache: Cache, parts: Iterable[tuple[Cache, PreTrainedConfig]]) -> list[int]:
+    """Give a cache the layers of members' empty caches, made by their configs; how many each member has."""
+    of_members = [_layers(part, config) for part, config in parts]
+    cache.layers = _with_length([layer for layers in of_members for layer in layers])
+    return [len(layers) for layers in of_members]
 
 
 def _with_length(layers: list[Any]) -> list[Any]:
@@ -274,16 +288,21 @@ def note_members(
     members: Mapping[str, nn.Module],
     adapter_names: list[str] | None = None,
     *,
+    last: dict[str, Fingerprint],
     images: bool = False,
 ) -> None:
     """Write on a cache which models, role → model, have filled it, and the base's adapters of its rows, once.
 
-    `images` says that the base has seen images in it, so that its columns are not those of the others.
+    `last` are the fingerprints that were taken for another cache; those that still hold are not taken again. `images`
+    says that the base has seen images in it, so that its columns are not those of the others.
     """
     if images:
         setattr(cache, _IMAGES, True)
     if not hasattr(cache, _FILLED_BY):
-        setattr(cache, _FILLED_BY, ({role: Fingerprint(model) for role, model in members.items()}, adapter_names))
+        for role, model in members.items():
+            if role not in last or not last[role].holds(model):
+                last[role] = Fingerprint(model)
+        setattr(cache, _FILLED_BY, ({role: last[role] for role in members}, adapter_names))
 
 
 def refuse_outdated(
@@ -383,9 +402,9 @@ def _refuse_torn(cache: Cache) -> None:
         )
 
 
-def _cross_attention(configs: Sequence[PreTrainedConfig]) -> Iterator[int]:
+def _cross_attention(configs: Sequence[PreTrainedConfig], counts: list[int]) -> Iterator[int]:
     """The layers that attend to images, and hold nothing of a text (Mllama)."""
     start = 0
-    for config in configs:
+    for config, count in zip(configs, counts, strict=True):
         yield from (start + i for i in getattr(config, "cross_attention_layers", None) or ())
-        start += cached_layers(config)
+        start += count

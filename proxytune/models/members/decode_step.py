@@ -29,7 +29,7 @@ from proxytune.models.members.rewind import length_of
 from proxytune.models.members.text_layer import TextLayer, text_layer_of
 from proxytune.models.members.traceless import is_traceless
 
-__all__ = ["DecodeStep", "Steps"]
+__all__ = ["DecodeStep", "Steps", "traceless_at"]
 
 _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, TextLayer)
 """Layers that a pass extends by new tensors, never in place."""
@@ -38,12 +38,13 @@ _LAYERS = (DynamicLayer, DynamicSlidingWindowLayer, TextLayer)
 class _Pass:
     """One member's pass over one token per row."""
 
-    def __init__(self, member: Member, cache: Cache) -> None:
+    def __init__(self, member: Member, cache: Cache, traceless: int | None) -> None:
         self.member, self.cache = member, cache
         self.device = member.device
         self._model, self._inner = member.model, innermost(member.model)
         self._given: dict[str, Any] = {"use_cache": True, "return_dict": True, member.cache_name: cache}
-        self._hooks, self._traceless = RemovableHandle.next_id, is_traceless(member.model)
+        self._hooks = RemovableHandle.next_id if traceless is None else traceless
+        self._traceless = traceless is not None or is_traceless(member.model)
 
     @property
     def as_before(self) -> bool:
@@ -87,12 +88,17 @@ class DecodeStep:
     """
 
     def __init__(
-        self, members: Sequence[Member], spans: Sequence[tuple[int, int]], cache: Cache, idle: Collection[int]
+        self,
+        members: Sequence[Member],
+        spans: Sequence[tuple[int, int]],
+        cache: Cache,
+        idle: Collection[int],
+        traceless: int | None = None,
     ) -> None:
         self.idle, self.lazy = frozenset(idle), is_lazy(cache)
         self._layers = list(cache.layers)
         self._passes = [
-            None if i in self.idle else _Pass(member, view(cache, *span))
+            None if i in self.idle else _Pass(member, view(cache, *span), traceless)
             for i, (member, span) in enumerate(zip(members, spans, strict=True))
         ]
         self._running = [one for one in self._passes if one is not None]
@@ -184,17 +190,40 @@ class Steps:
             self._found.pop(cache, None)
 
     def prepare(
-        self, cache: Cache, members: Sequence[Member], spans: Sequence[tuple[int, int]], idle: Collection[int]
+        self,
+        cache: Cache,
+        members: Sequence[Member],
+        spans: Sequence[tuple[int, int]],
+        idle: Collection[int],
+        traceless: int | None = None,
     ) -> None:
-        """Prepare decode steps on a cache that a pass has just filled, if there is nothing to look at in each."""
-        running = [member for i, member in enumerate(members) if i not in idle]
-        plain = (
-            type(cache) is DynamicCache
-            and not cache.offloading
-            and all(type(layer) in _LAYERS for layer in stored(cache))
-            and is_lazy(cache) == (text_layer_of(cache) is not None)
-            and all(member.steps_plainly for member in running)
-            and len({id(innermost(member.model)) for member in running}) == len(running)
-        )
-        if plain:
-            self._found[cache] = DecodeStep(members, spans, cache, idle)
+        """Prepare decode steps on a cache that a pass has just filled, if there is nothing to look at in each.
+
+        `traceless` is what `traceless_at` said before the pass.
+        """
+        if are_plain(members, cache, idle):
+            self._found[cache] = DecodeStep(members, spans, cache, idle, traceless)
+
+
+def are_plain(members: Sequence[Member], cache: Cache, idle: Collection[int]) -> bool:
+    """Whether there is nothing to look at in the passes of those members on a cache that run."""
+    running = [member for i, member in enumerate(members) if i not in idle]
+    return (
+        type(cache) is DynamicCache
+        and not cache.offloading
+        and all(type(layer) in _LAYERS for layer in stored(cache))
+        and is_lazy(cache) == (text_layer_of(cache) is not None)
+        and all(member.steps_plainly for member in running)
+        and len({id(innermost(member.model)) for member in running}) == len(running)
+    )
+
+
+def traceless_at(members: Sequence[Member], cache: Cache | None, idle: Collection[int]) -> int | None:
+    """Up to which hook of the process a pass of a `generate()` may run under `torch.inference_mode()`; None if not.
+
+    It may where each member that runs is traceless, and its keys and values are new tensors.
+    """
+    if cache is None or torch.is_grad_enabled() or torch.compiler.is_compiling() or not are_plain(members, cache, idle):
+        return None
+    running = [member for i, member in enumerate(members) if i not in idle]
+    return RemovableHandle.next_id if all(is_traceless(member.model) for member in running) else None

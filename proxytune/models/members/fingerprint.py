@@ -89,8 +89,10 @@ def _parts(model: nn.Module) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
     marks: list[Any] = []
     for module in modules:  # grows meanwhile
         own = vars(module)
-        modules += [child for child in own["_modules"].values() if child is not None]
-        held += own["_parameters"].values()
+        if own["_modules"]:
+            modules += [child for child in own["_modules"].values() if child is not None]
+        if own["_parameters"]:
+            held += own["_parameters"].values()
         if own["_buffers"] and not sets_frequencies(own):
             held += own["_buffers"].values()
         for hooks in (own["_forward_hooks"], own["_forward_pre_hooks"]):

@@ -19,7 +19,7 @@ from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.layer_kinds import STATES, kinds_of, lacking
 from proxytune.models.members.long_rope import switch_of
-from proxytune.models.members.member_pass import MemberPass
+from proxytune.models.members.member_pass import MemberForward
 from proxytune.models.members.own_cache import own_class_of
 from proxytune.models.members.packed import packed_as
 from proxytune.models.members.self_test import UNTESTED, verdict_of
@@ -30,7 +30,7 @@ from proxytune.models.members.whole_text import config_of_text, reads_whole_text
 __all__ = ["Member"]
 
 
-class Member(MemberPass):
+class Member(MemberForward):
     """A causal LM with a role in the composition.
 
     Attributes:

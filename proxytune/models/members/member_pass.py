@@ -25,10 +25,10 @@ from proxytune.models.members.self_test_passes import prepared_inputs
 from proxytune.models.members.stateful_pass import StatefulPass, kept_logits
 from proxytune.models.members.whole_text import logits_of_text
 
-__all__ = ["MemberPass"]
+__all__ = ["MemberForward"]
 
 
-class MemberPass(MemberLimits):
+class MemberForward(MemberLimits):
     """The passes of a member; the attributes are those of `Member`."""
 
     adapter: AdapterState

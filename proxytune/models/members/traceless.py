@@ -7,6 +7,10 @@ on, and frequencies that a model sets itself are buffers that DistributedDataPar
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Hashable
+from typing import cast
+
 from torch import nn
 from torch.nn.modules import module as of_torch
 
@@ -28,15 +32,26 @@ def is_traceless(model: nn.Module) -> bool:
     modules: list[nn.Module] = [model]
     for module in modules:  # grows meanwhile
         own = vars(module)
-        if any(not only_looks(hook) for name in _HOOKS if (hooks := own[name]) for hook in hooks.values()):
+        for name in _HOOKS:
+            if own[name] and not all(map(only_looks, own[name].values())):
+                return False
+        if (
+            "forward" in own
+            or own.get("_compiled_call_impl") is not None
+            or not _is_known(cast(Hashable, type(module)))
+        ):
             return False
-        if "forward" in own or own.get("_compiled_call_impl") is not None or sets_frequencies(own):
+        if "rope_type" in own and sets_frequencies(own):
             return False
-        kind = type(module)
-        if not kind.__module__.startswith(_KNOWN) or hasattr(kind, "make_weights"):  # a table of positions that grows
-            return False
-        modules += [child for child in own["_modules"].values() if child is not None]
+        if own["_modules"]:
+            modules += [child for child in own["_modules"].values() if child is not None]
     return True
+
+
+@functools.cache
+def _is_known(kind: Hashable) -> bool:
+    """Whether a class of modules is transformers' or torch's, and has no table of positions that grows."""
+    return kind.__module__.startswith(_KNOWN) and not hasattr(kind, "make_weights")
 
 
 def _hooks_of_all() -> bool:

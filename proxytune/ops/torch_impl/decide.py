@@ -21,6 +21,7 @@ from proxytune.ops.torch_impl.arrays import Array, as_tensor, clone, filled, pea
 from proxytune.ops.torch_impl.distribution import distribution_of, shares
 from proxytune.ops.torch_impl.draw import draw
 from proxytune.ops.torch_impl.measure import measure, statistics
+from proxytune.ops.torch_impl.one_row import token_of_one_row
 from proxytune.ops.torch_impl.rows import FINITE, MemberRows, combined, first_largest, kept_scratch
 from proxytune.ops.torch_impl.truncate import mean_of_largest
 
@@ -40,6 +41,10 @@ def decide(
         token, top = first_largest(rows)
         token = filled(token, ~((top > FINITE) & (top < math.inf)), -1)  # [B, 1]
         return {name: torch.from_numpy(token.copy() if name == "tokens" else token[:, 0].copy()) for name in want}
+    if rows.count == draws == 1 and rows.on_host and asked == {"tokens"} and sampling is not None:
+        assert noise is not None
+        if (token := token_of_one_row(rows, sampling, noise)) is not None:
+            return {"tokens": torch.from_numpy(token)}
     if asked == {"scores"}:
         return {"scores": combined(rows)}
     with np.errstate(all="ignore"):
