@@ -81,8 +81,9 @@ def options(
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error; allowed anywhere.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress; allowed anywhere.")] = False,
 ) -> None:
-    """Read the options that belong to no command; both are handled before one runs (see `main`)."""
+    """Read the options that belong to no command; all are handled before one runs (see `main`)."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -94,9 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     own = words[: words.index("--")] if "--" in words else words
     # Taken out here instead of parsed, so that it also works after the command's name.
-    debug = "--debug" in own
-    if debug:
-        words.remove("--debug")
+    debug, terminal.silent = "--debug" in own, "--quiet" in own
+    for word in ("--debug", "--quiet"):
+        if word in own:
+            words.remove(word)
     sys.exit(_run(words, debug))
 
 

@@ -17,6 +17,12 @@ __all__ = ["Bar", "errors", "is_terminal", "output", "quiet", "safe", "show_erro
 
 NARROW = 60
 """Columns below which the bar says only numbers."""
+WIDE = 100
+"""Columns from which it says the rate too."""
+EVERY = 30.0
+"""Seconds between two lines of a bar where stderr is no terminal."""
+silent = False
+"""Whether bars say nothing (`--quiet`)."""
 
 
 def output() -> Console:
@@ -72,11 +78,13 @@ def show_warning(
 
 
 class Bar:
-    """A progress bar on stderr, where that is a terminal: what is being done, how much of it, and the time left.
+    """A progress bar on stderr: what is being done, how much of it, and the time left.
 
     ```text
     proxy, α = 0.5                  ━━━━━━━╺━━━━ 1,794 of 3,059 answers, about 0:08 left
     ```
+
+    Where stderr is no terminal, a line every `EVERY` seconds says the same; with `silent` nothing does.
 
     A context manager, which takes the bar away at its end. Printing is safe between `pause` and `go_on`.
     """
@@ -107,8 +115,9 @@ class Bar:
             expand=True,
             auto_refresh=not still,
             refresh_per_second=4,
-            disable=not is_terminal(sys.stderr),
+            disable=silent or not is_terminal(sys.stderr),
         )
+        self._said = time.monotonic()
         self._unit, self._left, self._still = unit, left, still
         self._began: tuple[float, float] | None = None  # the time of the first `show`, and what was done before it
         # The time of the last one, the units it counted, these and those underway, and the total.
@@ -131,18 +140,28 @@ class Bar:
         self._bar.update(self._task, description=what, completed=done + underway, total=total, count=self.count)
         if fresh and not self._bar.disable:
             self._bar.refresh()
+        elif self._bar.disable and not silent and now - self._said >= EVERY:
+            self._said = now
+            errors().print(f"{what}: {self.count(now, wide=True)}", soft_wrap=True)
 
-    def count(self, now: float) -> str:
-        """What stands beside the bar at a time of `time.monotonic`: the count, and the time left at the pace so far."""
+    def count(self, now: float, *, wide: bool | None = None) -> str:
+        """What stands beside the bar at a time of `time.monotonic`: the count, the rate and the time left at that pace.
+
+        The rate is left out where the console is not `wide`.
+        """
         then, counted, done, total = self._now
-        narrow = self._bar.console.width < NARROW
+        wide = self._bar.console.width >= WIDE if wide is None else wide
+        narrow = not wide and self._bar.console.width < NARROW
         said = f"{int(counted):,}/{total:,}" if narrow else f"{int(counted):,} of {total:,} {self._unit}"
         began, before = self._began or (then, done)
         if done <= before:
             return said
         left = max(0.0, (then - began) / (done - before) * (total - done) - (now - then))
         minutes, seconds = divmod(round(left), 60)
-        return f"{said}, {minutes}:{seconds:02}" if narrow else f"{said}, {self._left} {minutes}:{seconds:02} left"
+        if narrow:
+            return f"{said}, {minutes}:{seconds:02}"
+        rate = f", {_rate((done - before) / max(then - began, 1e-9))}" if wide else ""
+        return f"{said}{rate}, {self._left} {minutes}:{seconds:02} left"
 
     def pause(self) -> None:
         """Take the bar away, so that something can be printed."""
@@ -159,6 +178,14 @@ class Bar:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.pause()
+
+
+def _rate(per_second: float) -> str:
+    """A pace, in a unit of time in which it is not below 1 if possible."""
+    for unit, seconds in (("s", 1), ("min", 60)):
+        if (pace := per_second * seconds) >= 1:
+            return f"{pace:,.0f}/{unit}" if pace >= 10 else f"{pace:.1f}/{unit}"
+    return f"{per_second * 3600:.1f}/h"
 
 
 def quiet() -> None:

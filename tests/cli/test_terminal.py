@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from proxytune.cli import terminal
+from proxytune.cli import main, terminal
 from proxytune.demo import measure as measuring
 from proxytune.throughput import run as throughput
 
@@ -53,6 +53,41 @@ def test_the_time_left_follows_from_the_pace_so_far(clock):
     clock[0] += 3
     bar.show("", 0, 2, underway=0.5)
     assert bar.count(clock[0]) == "0 of 2 prompts, at most 0:09 left"
+
+
+def test_without_a_terminal_a_line_says_it_now_and_then(clock, capsys, monkeypatch):
+    def run():
+        with terminal.Bar("prompts") as bar:
+            for done in range(0, 80, 4):
+                bar.show("completing", done, 2000)
+                clock[0] += 10
+        return capsys.readouterr()
+
+    out, err = run()
+    assert out == ""
+    assert err.splitlines()[0] == "completing: 12 of 2,000 prompts, 24/min, about 82:50 left"
+    assert len(err.splitlines()) == 6  # of 190 seconds
+    monkeypatch.setattr(terminal, "silent", True)
+    assert run() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("done", "seconds", "said"), [(400, 10, "40/s"), (25, 10, "2.5/s"), (5, 10, "30/min"), (1, 100, "36.0/h")]
+)
+def test_the_rate_is_said_where_there_is_room(clock, done, seconds, said):
+    bar = terminal.Bar("texts")
+    bar.show("", 0, 4000)
+    clock[0] += seconds
+    bar.show("", done, 4000)
+    assert f" texts, {said}, about " in bar.count(clock[0], wide=True)
+    assert said not in bar.count(clock[0])
+
+
+def test_quiet_is_taken_anywhere(monkeypatch, capsys):
+    for words in (["--quiet", "doctor", "--help"], ["doctor", "--help", "--quiet"], ["doctor", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        assert terminal.silent == ("--quiet" in words)
 
 
 def test_a_terminal_of_80_columns_sees_it_on_one_line(on_terminal, capsys):
