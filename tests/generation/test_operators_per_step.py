@@ -82,7 +82,7 @@ def model(members: list[Any]) -> Any:
 
 
 # transformers before 5.20 keeps a mask without padding: it is appended to, and looked at once.
-KEPT_MASK = 2 if Version(transformers.__version__) < Version("5.20") else 0
+KEPT_MASK = 4 if Version(transformers.__version__) < Version("5.20") else 0
 # transformers' own loop dispatches half of the composite door's, and `ops.step` half of the fused loop's.
 DOORS = {
     "composite, greedy": (None, GREEDY, 40),
