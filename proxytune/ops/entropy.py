@@ -24,9 +24,9 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: If the logits are not a floating tensor with at least one column.
     """
-    d, e, total, top = _exponentials(logits)
+    d, e, total, none = _exponentials(logits)
     value = (total.log() - (e * d).sum(-1) / total).clamp(min=0.0)
-    return value.masked_fill(~top.isfinite(), torch.nan)
+    return value.masked_fill(none, torch.nan)
 
 
 def varentropy(logits: torch.Tensor) -> torch.Tensor:
@@ -34,10 +34,10 @@ def varentropy(logits: torch.Tensor) -> torch.Tensor:
 
     Shapes, NaN and errors as for `entropy`.
     """
-    d, e, total, top = _exponentials(logits)
+    d, e, total, none = _exponentials(logits)
     mean = (e * d).sum(-1) / total
     value = (e * (d - mean[..., None]).square()).sum(-1) / total
-    return value.masked_fill(~top.isfinite(), torch.nan)
+    return value.masked_fill(none, torch.nan)
 
 
 def branching_factor(logits: torch.Tensor) -> torch.Tensor:
@@ -60,8 +60,8 @@ def kl_divergence(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     Raises:
         InputError: If either is not a floating tensor with at least one column, or they differ in V.
     """
-    p_d, p_e, p_total, p_top = _exponentials(logits)
-    q_d, _, q_total, q_top = _exponentials(base)
+    p_d, p_e, p_total, p_none = _exponentials(logits)
+    q_d, _, q_total, q_none = _exponentials(base)
     if p_d.shape[-1] != q_d.shape[-1]:
         raise InputError.of(
             "logits",
@@ -72,11 +72,11 @@ def kl_divergence(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     escaped = ((p_e > 0) & (base == -torch.inf)).any(-1)
     value = (p_e * (p_d - q_d)).sum(-1) / p_total - p_total.log() + q_total.log()
     value = value.clamp(min=0.0).masked_fill(escaped, torch.inf)
-    return value.masked_fill(~(p_top.isfinite() & q_top.isfinite()), torch.nan)
+    return value.masked_fill(p_none | q_none, torch.nan)
 
 
 def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For logits `[..., V]`: d = z − max (finite at −inf) and e^d, `[..., V]`; Σ e^d and the max, `[...]`."""
+    """For logits `[..., V]`: d = z − max (finite at −inf) and e^d, `[..., V]`; Σ e^d, `[...]`; rows without one."""
     if (
         not isinstance(logits, torch.Tensor)
         or not logits.is_floating_point()
@@ -92,6 +92,7 @@ def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
         )
     z = logits.float()
     top = z.amax(-1)  # NaN if there is one
-    d = (z - top.masked_fill(~top.isfinite(), 0.0)[..., None]).clamp(min=_CLAMP)
+    none = ~top.isfinite()  # there is no distribution
+    d = (z - top.masked_fill(none, 0.0)[..., None]).clamp(min=_CLAMP)
     e = d.exp()
-    return d, e, e.sum(-1), top
+    return d, e, e.sum(-1), none

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,13 @@ class StepOutput:
     confidence: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     scores: torch.Tensor | None = None
+
+    @classmethod
+    def holding(cls, found: Mapping[str, torch.Tensor]) -> StepOutput:
+        """An output of what was found, by name, without a call for each field: a class holds its fields' defaults."""
+        out = object.__new__(cls)
+        vars(out).update(found)
+        return out
 
 
 @dataclass(frozen=True, eq=False)

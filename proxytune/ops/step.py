@@ -62,7 +62,7 @@ def step(
     """
     compiling = torch.compiler.is_compiling()
     if not compiling and (out := again(members, weights, sampling, noise, draws, want, impl)) is not None:
-        return StepOutput(**out)
+        return StepOutput.holding(out)
     refuse_members(members, weights)
     refuse_request(members[0], sampling, noise, draws, want)
     names = tuple(dict.fromkeys(want))
@@ -71,7 +71,7 @@ def step(
         return StepOutput(
             **dict(zip(names, step_in_graph(members, weights, sampling, noise, draws, names, impl), strict=True))
         )
-    return StepOutput(**run_step(members, weights, sampling, noise, draws, names, impl, repeated=True))
+    return StepOutput.holding(run_step(members, weights, sampling, noise, draws, names, impl, repeated=True))
 
 
 def combine(

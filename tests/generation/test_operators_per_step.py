@@ -82,13 +82,13 @@ def model(members: list[Any]) -> Any:
 
 
 # transformers before 5.20 keeps a mask without padding: it is appended to, and looked at once.
-KEPT_MASK = 2 if Version(transformers.__version__) < Version("5.20") else 0
+KEPT_MASK = 4 if Version(transformers.__version__) < Version("5.20") else 0
 # transformers' own loop dispatches half of the composite door's, and `ops.step` half of the fused loop's.
 DOORS = {
-    "composite, greedy": (None, GREEDY, 42),
-    "composite, sampled": (None, SAMPLED, 59),
-    "fused, greedy": (FusedDecoding(seed=0), GREEDY, 28),
-    "fused, sampled": (FusedDecoding(seed=0), SAMPLED, 41),
+    "composite, greedy": (None, GREEDY, 40),
+    "composite, sampled": (None, SAMPLED, 57),
+    "fused, greedy": (FusedDecoding(seed=0), GREEDY, 26),
+    "fused, sampled": (FusedDecoding(seed=0), SAMPLED, 39),
 }
 
 
@@ -107,4 +107,4 @@ def test_a_step_at_which_a_gate_is_shut_is_a_step_of_the_base(model: Any, member
         beside = per_step(model, custom_generate=FusedDecoding(), **GREEDY) - by_hand(members[0])
     finally:
         model.formula = before
-    assert sum(beside.values()) <= 60 + KEPT_MASK, beside
+    assert sum(beside.values()) <= 53 + KEPT_MASK, beside

@@ -228,3 +228,28 @@ def test_no_weights_are_kept_alive() -> None:
     refs = before._objects
     del model
     assert all(ref() is None for ref in refs)
+
+
+def test_fingerprints_are_taken_again_only_of_members_that_changed() -> None:
+    base, antiexpert = others()
+    model = proxytune.wrap(base, expert=build("llama", 4), antiexpert=antiexpert, alpha=ALPHA, check_vocabulary=False)
+    ids = torch.randint(3, 240, (1, 9))
+
+    def taken() -> tuple[Any, dict[str, Fingerprint]]:
+        out = model.generate(ids, **RUN)
+        return out, dict(model._fingerprints)
+
+    (first, before), (_, again) = taken(), taken()
+    assert before == again
+    model.expert.lm_head.weight.data.mul_(1.5)
+    second, after = taken()
+    assert [role for role in after if after[role] is not before[role]] == ["expert"]
+    more = torch.cat([first.sequences, ids], 1)
+    with pytest.raises(CacheError, match="before the expert changed"):
+        model.generate(more, **{CACHE: first[CACHE]}, **RUN)
+    model.generate(torch.cat([second.sequences, ids], 1), **{CACHE: second[CACHE]}, **RUN)
+    # Prompts run under inference mode where nobody sees it, and not where a hook does.
+    seen: list[bool] = []
+    model.expert.register_forward_hook(lambda module, args, out: seen.append(out.logits.is_inference()))
+    model.generate(ids, **RUN)
+    assert seen == [False] * 3

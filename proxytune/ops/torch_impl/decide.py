@@ -31,15 +31,26 @@ CONFIDENCE_TOKENS = 20
 """Number of most probable tokens in the confidence (DeepConf, arXiv 2508.15260)."""
 
 
-@torch.no_grad()
 def decide(
     rows: MemberRows, sampling: SamplingParams | None, noise: Noise | None, draws: int, want: Collection[str]
 ) -> dict[str, torch.Tensor]:
     """Measure the rows and draw; the outputs named in `want`, see `proxytune.ops.StepOutput`."""
+    if rows.tracked:
+        with torch.no_grad():
+            return _decide(rows, sampling, noise, draws, want)
+    return _decide(rows, sampling, noise, draws, want)
+
+
+def _decide(
+    rows: MemberRows, sampling: SamplingParams | None, noise: Noise | None, draws: int, want: Collection[str]
+) -> dict[str, torch.Tensor]:
     asked = set(want)
     if sampling is None and rows.on_host and asked <= {"tokens", "argmax"}:
-        token, top = first_largest(rows)
-        token = filled(token, ~((top > FINITE) & (top < math.inf)), -1)  # [B, 1]
+        token, top = first_largest(rows)  # [B, 1]
+        if not (top.min() > FINITE and top.max() < math.inf):
+            token = filled(token, ~((top > FINITE) & (top < math.inf)), -1)
+        if len(want) == 1:
+            return {name: torch.from_numpy(token if name == "tokens" else token[:, 0]) for name in want}
         return {name: torch.from_numpy(token.copy() if name == "tokens" else token[:, 0].copy()) for name in want}
     if rows.count == draws == 1 and rows.on_host and asked == {"tokens"} and sampling is not None:
         assert noise is not None

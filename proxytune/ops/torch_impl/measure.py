@@ -91,11 +91,6 @@ class _Plan:
     scores: bool
     looked_up: bool
 
-    @property
-    def sums(self) -> int:
-        """How many sums a tile has."""
-        return len(self.scales) + self.raw + self.mean + self.square + 2 * self.kl
-
     @classmethod
     def of(cls, rows: MemberRows, sampling: SamplingParams | None, want: Collection[str]) -> _Plan:
         asked = set(want)
@@ -159,9 +154,9 @@ def _reduce(
     def place(name: str) -> torch.Tensor:
         return torch.from_numpy(scratch.get(name, count, padded)[:, :width])
 
-    def past_the_end(x: torch.Tensor, value: float) -> None:
-        if width < padded:
-            rows.small(x).reshape(count, padded)[:, width:] = value
+    def past_the_end(name: str, value: float) -> None:
+        if width < padded:  # on the CPU
+            scratch.get(name, count, padded)[:, width:] = value
 
     def column_of(x: Array) -> torch.Tensor:
         return torch.from_numpy(x[..., None]) if rows.on_host else x[..., None]
@@ -188,19 +183,16 @@ def _reduce(
         rows.hold(scratch.get("z", count, padded))
     if not plan.raw and not plan.scales:
         return out
-    sums = rows.empty(plan.sums, count, tiles)
-    places = iter(sums.unbind(0))
-    names: list[str] = []
 
     def add_up(name: str, x: torch.Tensor) -> None:
-        torch.sum(x, -1, out=next(places))
-        names.append(name)
+        out[name] = rows.small(x.sum(-1))
 
     def spare(name: str) -> torch.Tensor:
         return torch.from_numpy(scratch.get(name, count, padded).reshape(shape)) if rows.on_host else rows.empty(*shape)
 
     # On the memory of the companions' logits and their sum, which is over by then.
     spent = "e" if plan.kl else "delta"
+    of_d = "term" if held else "z"
     d = torch.sub(z, column_of(top), out=spare("term") if held else z)
     if plan.kl:
         b, own = block("base")
@@ -211,7 +203,7 @@ def _reduce(
         difference = spare("delta")
         if finite:
             torch.sub(d, b, out=difference)
-            past_the_end(difference, 0.0)
+            past_the_end("delta", 0.0)
         else:
             torch.clamp(d, min=FINITE, out=difference).sub_(b.clamp_(min=FINITE))
         add_up("base s", b.mul_(_LOG2E).exp2_())
@@ -223,7 +215,7 @@ def _reduce(
     if plan.raw:
         d.mul_(_LOG2E)
         if finite:
-            past_the_end(d, CLAMP)  # there is no other −inf
+            past_the_end(of_d, CLAMP)  # there is no other −inf
         else:
             d.clamp_(min=CLAMP)
         e = torch.exp2(d, out=spare(spent))
@@ -234,7 +226,7 @@ def _reduce(
             add_up("t1", e.mul_(d))
         if plan.square:
             add_up("t2", e.mul_(d))
-    return out | dict(zip(names, rows.small(sums), strict=True))
+    return out
 
 
 def _joined(parts: list[dict[str, Array]], dim: int) -> dict[str, Array]:

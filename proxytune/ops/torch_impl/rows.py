@@ -70,6 +70,13 @@ class MemberRows:
     def device(self, device: torch.device) -> None:
         self._device, self.on_host = device, device.type == "cpu"
 
+    @property
+    def tracked(self) -> bool:
+        """Whether gradients would be recorded."""
+        c = self._combination
+        given = (*self._members, c.weights, c.offsets, c.floors)
+        return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
+
     def pick(self, index: Array) -> MemberRows:
         """The rows `index`, `[N]`, int64; no logits are copied before they are read."""
         picked = copy(self)
