@@ -217,7 +217,7 @@ def record(
         file: `NAME.npz`, to which texts are appended after each call; `NAME.jsonl` is written beside it.
 
     Returns:
-        The recording; `recording.trace` is what `proxytune.view` and `proxytune.diagnostics` read.
+        The recording; `recording.trace` is what everything that looks at a run reads.
 
     Raises:
         InputError: If the model cannot generate, or is being recorded.

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 __all__ = [
-    "Array", "as_float", "as_long", "as_tensor", "at_least", "clone", "count_up", "exp", "filled", "joined", "largest",
-    "log", "log_sum_exp", "peak", "take", "where",
+    "Array", "as_float", "as_long", "as_tensor", "at_least", "clone", "columns_of_largest", "count_up", "exp", "filled",
+    "joined", "largest", "log", "log_sum_exp", "peak", "take", "where",
 ]  # fmt: skip
 
 Array = Any
@@ -117,3 +117,13 @@ def largest(keys: Array, count: int) -> tuple[Array, Array]:
     if missing > 0:
         keys = torch.nn.functional.pad(keys, (0, missing), value=-torch.inf)
     return keys.max(1, keepdim=True) if count == 1 else keys.topk(count, dim=1)
+
+
+def columns_of_largest(x: Array, count: int) -> Array:
+    """The columns of each row's `count` largest of a NumPy array `[B, n]`, rising; the first of equal ones."""
+    # np.argpartition takes 7 to 17 times as long where most values are equal, as in masked rows; a sort does not.
+    least = np.fmin(np.sort(x, 1)[:, -count, None], np.inf)
+    found = ~(x <= least)  # NaN too, which a sort takes for the largest
+    found |= (x == least) & ((x == least).cumsum(1) <= count - found.sum(1, keepdims=True))
+    found &= found.cumsum(1) <= count
+    return found.nonzero()[1].reshape(len(x), count)

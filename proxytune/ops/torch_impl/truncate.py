@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from proxytune.ops.sampling_params import SamplingParams
-from proxytune.ops.torch_impl.arrays import Array, as_float, at_least, filled, largest
+from proxytune.ops.torch_impl.arrays import Array, as_float, at_least, columns_of_largest, filled, largest
 from proxytune.ops.torch_impl.measure import settings_of
 from proxytune.ops.torch_impl.rows import CLAMP, FINITE, GROUP, MASKED, MemberRows
 
@@ -127,7 +127,7 @@ def _of_candidates(
     reached_by = np.minimum(np.maximum(take, 1), width)
     if (reached_by == reached_by[0]).all():
         first = width - int(reached_by[0])
-        floor = np.partition(groups, first, 1)[:, first]
+        floor = np.sort(groups, 1)[:, first]  # not np.partition, see `columns_of_largest`
     else:
         floor = np.sort(groups, 1)[np.arange(count), -reached_by]
     floor = np.where(take >= width, np.float32(-np.inf), floor)
@@ -241,9 +241,9 @@ def mean_of_largest(rows: MemberRows, groups: Array, top: Array, count: int) -> 
     # The n largest tokens lie in the n groups with the largest maxima.
     most = min(count, groups.shape[1])
     if rows.on_host:
-        best = np.argpartition(groups, groups.shape[1] - most, 1)[:, -most:]
+        best = columns_of_largest(groups, most)
         z = rows.groups_at(np.arange(rows.count).repeat(most), best.reshape(-1)).reshape(rows.count, -1)
-        z = np.sort(np.partition(z, z.shape[1] - count, 1)[:, -count:], 1) if z.shape[1] > count else z
+        z = np.sort(z, 1)[:, -count:]
     else:
         best = groups.topk(most, dim=1).indices
         columns = torch.arange(GROUP, device=groups.device)
