@@ -8,6 +8,7 @@ wide loads, is a failure.
     python benches/kernels_budget.py --check    # compare with benches/results/kernels_budget.json
     python benches/kernels_budget.py --write    # record this version of Triton
     python benches/kernels_budget.py --reads    # record how often a truncated draw reads its row (interpreter, minutes)
+    python benches/kernels_budget.py --latency  # record the modelled time of a truncated draw (interpreter, seconds)
 
 Each core compiles variants in a process of its own (`--jobs` says how many); the figures and their order do not depend
 on it. `--target` compiles for one GPU alone, `--kernel` one kernel.
@@ -36,7 +37,7 @@ import triton
 from _kernels.instructions import per_column
 from proxytune_kernels.decide import resolve
 from proxytune_kernels.distribution import LAW, laws_of
-from proxytune_kernels.launch import FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, registers, shape_of_mix
+from proxytune_kernels.launch import AT_ONCE, FIRST, GROUP, PER_READ, PER_READ_MIX, TILE, registers, shape_of_mix
 from proxytune_kernels.measure import FIELDS, steer_tiles
 from proxytune_kernels.mix import mix_rows
 from proxytune_kernels.verify import residue, settle
@@ -46,6 +47,9 @@ from triton.compiler import ASTSource
 
 RESULTS = Path(__file__).parent / "results" / "kernels_budget.json"
 ROW_READS = RESULTS.with_name("row_reads.json")
+LATENCY = RESULTS.with_name("latency.json")
+"""Modelled, see `_kernels.latency`; with the version of Triton whose interpreter ran."""
+MODELLED = (32_000, 128_256)
 MOST_ROW_READS = 3.0
 """Elements that one truncated draw may load, over the row's width."""
 WIDTHS = (32_000, 128_256, 256_000)
@@ -164,7 +168,7 @@ def compile_kernel(fn: Any, variant: dict[str, Any], target: GPUTarget) -> Any:
     block, warps = shape_of_mix(variant.pop("D", 512))
     warps = variant.pop("num_warps", warps)
     fixed = {
-        "M": len(dtypes), "TILE": TILE, "GROUP": GROUP, "FIELDS": len(FIELDS), "PER_READ": PER_READ,
+        "M": len(dtypes), "TILE": TILE, "GROUP": GROUP, "FIELDS": len(FIELDS), "PER_READ": PER_READ, "AT_ONCE": AT_ONCE,
         "TILES_PADDED": 128, "GROUPS_PADDED": 1024, "RUNS_PADDED": 64, "K_PADDED": 8, "LAW": len(LAW),
     }  # fmt: skip
     if fn is mix_rows:
@@ -325,15 +329,35 @@ def too_many_reads(found: dict[str, dict[str, dict[str, float]]]) -> list[str]:
 
 
 def record_reads() -> list[str]:
-    """Count row reads in Triton's interpreter, in a process of its own, and record them."""
-    command = [sys.executable, "-m", "_kernels.row_reads", *map(str, WIDTHS)]
+    """Count row reads in Triton's interpreter and record them; what `too_many_reads` says of them."""
+    found = _interpreted("_kernels.row_reads", WIDTHS)
+    ROW_READS.write_text(json.dumps(found, indent=1) + "\n")
+    return too_many_reads(found)
+
+
+def measure_latency() -> dict[str, Any]:
+    """The modelled time of a truncated draw by width and kernel, and the share of a copy's bandwidth."""
+    return {"triton": triton.__version__, **_interpreted("_kernels.latency", MODELLED)}
+
+
+def longer(found: dict[str, Any], recorded: dict[str, Any]) -> list[str]:
+    """A line for each kernel that the model gives more time than recorded; both as `measure_latency` returns them."""
+    return [
+        f"V = {width}, {kernel}: {of['µs']} µs modelled, the record is {recorded['decision'][width][kernel]['µs']}"
+        for width, kernels in found["decision"].items()
+        for kernel, of in kernels.items()
+        if of["µs"] > recorded["decision"][width][kernel]["µs"]
+    ]
+
+
+def _interpreted(module: str, widths: Sequence[int]) -> Any:
+    """What a script prints as JSON, run in Triton's interpreter in a process of its own."""
+    command = [sys.executable, "-m", module, *map(str, widths)]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         command, cwd=RESULTS.parents[1], env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
-    found = json.loads(done.stdout)
-    ROW_READS.write_text(json.dumps(found, indent=1) + "\n")
-    return too_many_reads(found)
+    return json.loads(done.stdout)
 
 
 def _cores() -> int:
@@ -347,6 +371,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the figures of this version of Triton")
     parser.add_argument(
         "--reads", action="store_true", help="record the row reads of truncated draws, and compile nothing"
+    )
+    parser.add_argument(
+        "--latency", action="store_true", help="record the modelled time of a truncated draw, and compile nothing"
     )
     parser.add_argument("--target", choices=TARGETS, help="compile for this GPU alone (default: for all)")
     parser.add_argument("--kernel", choices=KERNELS, help="compile this kernel alone (default: all)")
@@ -363,6 +390,9 @@ def main() -> int:
         lines = record_reads()
         print("\n".join(lines) or f"row reads: within the budget, see {ROW_READS}")
         return bool(lines)
+    if arguments.latency:
+        LATENCY.write_text(json.dumps(measure_latency(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return 0
     recorded = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     targets = [arguments.target] if arguments.target else list(TARGETS)
     found = measure(targets, arguments.jobs, [arguments.kernel] if arguments.kernel else list(KERNELS))
@@ -379,6 +409,9 @@ def main() -> int:
             return 2
         lines = excesses(found, recorded[triton.__version__])
         lines += too_many_reads(json.loads(ROW_READS.read_text()))
+        latency = json.loads(LATENCY.read_text(encoding="utf-8"))
+        if latency["triton"] == triton.__version__:  # another one's interpreter has other operations
+            lines += longer(measure_latency(), latency)
         print("\n".join(lines) or f"Triton {triton.__version__}: within the budget")
         return bool(lines)
     return 0

@@ -40,6 +40,8 @@ _DRAWN = ("tokens", "logprobs", "entropy")
 STATISTICS = Case("statistics", ("lse", "entropy", "varentropy", "argmax", "kl"))
 TEMPERATURE = Case("temperature draw", _DRAWN, 0.7)
 TRUNCATED = Case("k50 + p.9", _DRAWN, 0.7, 50, 0.9)
+FLAT = Case("p.9, T 2", _DRAWN, 2.0, 0, 0.9)
+"""On a flat row more candidates than one program stores: the row is sorted."""
 GREEDY = Case("greedy", ("tokens",))
 CASES = (STATISTICS, TEMPERATURE, TRUNCATED)
 

@@ -25,13 +25,13 @@ Arguments that many kernels share:
   `noise`: those of one row, (seed int64, position, stream and branch uint32).
 - `part`: float32 `[B, FIELDS, tiles]`, a row's sums per tile, see `measure.FIELDS`; `groups`: float32 `[B, n_groups]`,
   the maxima of groups of columns.
-- `work`: pointers to a row's workspaces: numbers of live groups (int32), logits (float32) and columns (int32) of the
+- `work`: pointers to a row's workspaces, int32: the numbers of live groups behind LISTED counts, and the columns of the
   stored candidates.
 - `left`: float32 `[rows, LEFT]`, the rows that `wide.resolve_wide` has to truncate, see `runs.leave`; `store`: int64,
   `runs.WORDS` per run of columns, the sorted rows; `of_runs`: the pointers of `runs.runs_of`, `runs` their number.
 - `top`: the row's largest logit; `total`: Σ exp((z − top)/T); `relative`: per tile, its maximum minus `top`.
-- `TILE`, `GROUP`: columns per tile and group; `PER_READ`: groups read at once; `…_PADDED`: rounded up to a power of
-  two.
+- `TILE`, `GROUP`: columns per tile and group; `PER_READ` and, without masks, `AT_ONCE`: groups read at once;
+  `…_PADDED`: rounded up to a power of two.
 """
 
 from __future__ import annotations

@@ -5,10 +5,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from proxytune_kernels.merge import first_moments, tempered
+from proxytune_kernels.candidates import FEW, LISTED, unit_bound
+from proxytune_kernels.merge import moments, tempered, total_of
 from proxytune_kernels.rows import CLAMP, FINITE, key_of
 from proxytune_kernels.runs import leave
-from proxytune_kernels.truncate import candidates_of, truncate
+from proxytune_kernels.truncate import candidates_of, truncate, truncate_few, wanted_at_first
 
 __all__ = ["LAW", "law_at", "laws_of", "logprobs"]
 
@@ -38,13 +39,24 @@ def logprobs(law, z):
 
 
 @triton.jit
+def _law_of_few(
+    logits, work, row, top, temperature, wanted_mass, top_k, top_p, log_min_p, count,
+    M: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    s, inside, kept, total, z, ids, ok = truncate_few(
+        logits, work, row, top, temperature, wanted_mass, top_k, top_p, log_min_p, count, M, PER_ROW
+    )  # fmt: skip
+    return tl.min(tl.where(inside, key_of(s), 2147483647), axis=0), total
+
+
+@triton.jit
 def laws_of(
     members, strides, widths, weights, offsets, floors,
     temperature, fork_temperature, fork_threshold, top_k, top_p, log_min_p,
-    part, groups, live_groups, block_z, block_ids, left, laws, bounds,
+    part, groups, live_groups, block_ids, left, laws, bounds,
     each, tiles, n_groups,
     M: tl.constexpr, PER_ROW: tl.constexpr,
-    GROUP: tl.constexpr, PER_READ: tl.constexpr, FIELDS: tl.constexpr,
+    GROUP: tl.constexpr, PER_READ: tl.constexpr, AT_ONCE: tl.constexpr, FIELDS: tl.constexpr,
     TILES_PADDED: tl.constexpr, GROUPS_PADDED: tl.constexpr, FORK: tl.constexpr, TRUNCATED: tl.constexpr,
 ):  # fmt: skip
     """Find the distribution of each row. Grid (rows); `each` neighbouring rows have the settings of one text.
@@ -72,10 +84,14 @@ def laws_of(
         chosen = tl.load(temperature + text)
         is_fork = top != top  # False, as a tensor
         if FORK:
-            total, mean = first_moments(part, t, there, tiles, tl.maximum(relative, CLAMP))
+            s = tl.load(part + 1 * tiles + t, mask=there, other=0.0)
+            t1 = tl.load(part + 2 * tiles + t, mask=there, other=0.0)
+            t2 = tl.load(part + 3 * tiles + t, mask=there, other=0.0)
+            total, mean, square = moments(s, t1, t2, tl.maximum(relative, CLAMP))
             is_fork = tl.maximum(tl.log(total) - mean, 0.0) > tl.load(fork_threshold + text)
             chosen = tl.where(is_fork, tl.load(fork_temperature + text), chosen)
-        mass, relative, inverse, total = tempered(part, t, there, tiles, relative, chosen, is_fork, FORK)
+        mass, relative, inverse = tempered(part, t, there, tiles, relative, chosen, is_fork, FORK)
+        total = total_of(mass, relative)
         tl.store(laws + row * SIZE, top)
         tl.store(laws + row * SIZE + 1, chosen)
         tl.store(laws + row * SIZE + 3, is_fork.to(tl.float32))
@@ -87,18 +103,26 @@ def laws_of(
             if (k > 0) | (p < 1.0) | (m > float("-inf")):
                 BLOCK: tl.constexpr = PER_READ * GROUP
                 logits = (members, strides, widths, weights, offsets, floors)
-                work = (live_groups + row * n_groups, block_z + row * BLOCK, block_ids + row * BLOCK)
+                work = (live_groups + row * (GROUPS_PADDED + LISTED), block_ids + row * BLOCK)
                 wanted_mass = tl.where(p < 1.0, p * total, float("inf"))
-                few, floor_s, count = candidates_of(
-                    logits, work, groups + row * n_groups, row, top, chosen, wanted_mass, k, m,
-                    n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
+                groups += row * n_groups
+                at = tl.arange(0, GROUPS_PADDED)
+                g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
+                bound, unused = unit_bound(g, wanted_at_first(k), GROUPS_PADDED)
+                found, limit, count = candidates_of(
+                    logits, work, groups, g, bound, row, top, chosen, wanted_mass, k, m,
+                    n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED, AT_ONCE,
                 )  # fmt: skip
-                if few:
-                    least, kept, total, z, ids, ok = truncate(
-                        logits, work, row, top, chosen, wanted_mass, k, p, m,
-                        floor_s, count, M, PER_ROW, GROUP, PER_READ,
+                if not found:
+                    leave(left, row, chosen, top, wanted_mass, 0.0)
+                elif count <= FEW:
+                    least, total = _law_of_few(
+                        logits, work, row, top, chosen, wanted_mass, k, p, m, count, M, PER_ROW
                     )  # fmt: skip
                 else:
-                    leave(left, row, chosen, top, wanted_mass, 0.0)
+                    least, kept, total, z, ids, ok = truncate(
+                        logits, work, row, top, chosen, wanted_mass, k, p, m,
+                        limit, count, M, PER_ROW, GROUP, PER_READ,
+                    )  # fmt: skip
         tl.store(laws + row * SIZE + 2, tl.log(total))
         tl.store(bounds + row, least)

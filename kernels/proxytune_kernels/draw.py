@@ -5,10 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from proxytune_kernels.candidates import gather, group_bound, read_block, threshold_by_count
-from proxytune_kernels.rows import MASKED, combined, conditioned, gumbel, key_of
+from proxytune_kernels.candidates import (
+    FEW,
+    gather,
+    group_bound,
+    list_live,
+    read_block,
+    threshold_by_count,
+)
+from proxytune_kernels.rows import MASKED, combined, conditioned, gumbel, key_of, value_of
 from proxytune_kernels.runs import STRETCH, STRETCHES, firsts_of, leave, places
-from proxytune_kernels.truncate import candidates_of, truncate
+from proxytune_kernels.truncate import LEAST, candidates_of, truncate, truncate_few
 
 __all__ = [
     "NOWHERE", "ROUNDS", "TILES", "TOKENS", "confidence", "draw_plain", "draw_runs", "draw_truncated", "first_after",
@@ -19,6 +26,8 @@ TOKENS = tl.constexpr(0)
 TILES = tl.constexpr(1)
 ROUNDS = tl.constexpr(10)
 NOWHERE = tl.constexpr(2147483647)
+# A NaN's key.
+NOTHING = tl.constexpr(-(1 << 63))
 
 
 @triton.jit
@@ -97,44 +106,74 @@ def draw_plain(
 
 
 @triton.jit
+def _draw_kept(
+    logits, noise, out, row, z, ids, ok, mass, top, inverse, log_total_raw, draws,
+    M: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """Gumbel-top-k among the tokens that are `ok`; `mass` is theirs."""
+    log_kept = tl.log(mass)
+    key = (z - top) * inverse - log_kept + gumbel(noise, ids, TOKENS, ROUNDS) + 0.0
+    # In one number, so that one reduction finds the best, and of several the one with the smallest id.
+    packed = (key_of(key).to(tl.int64) << 32) | (ids ^ NOWHERE).to(tl.int64)
+    packed = tl.where(ok, packed, NOTHING)
+    last = tl.full((), 9223372036854775807, tl.int64)
+    for draw in range(draws):
+        last = tl.max(tl.where(packed < last, packed, NOTHING), axis=0)
+        token = (last & NOWHERE).to(tl.int32) ^ NOWHERE
+        # Read once more: sooner there than by another reduction.
+        own, base = combined(logits, row, token + tl.arange(0, 1), M, PER_ROW, False)
+        drawn = tl.max(own, axis=0) - top
+        _store(
+            out, row * draws + draw, token, drawn - log_total_raw, drawn * inverse - log_kept,
+            value_of((last >> 32).to(tl.int32)),
+        )  # fmt: skip
+
+
+@triton.jit
 def draw_truncated(
-    logits, work, groups, noise, out, kept, left,
+    logits, work, groups, g, bound, noise, out, kept, left,
     row, top, temperature, total, log_total_raw, top_k, top_p, log_min_p, n_groups, draws,
     M: tl.constexpr, PER_ROW: tl.constexpr, GROUP: tl.constexpr, PER_READ: tl.constexpr, GROUPS_PADDED: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """Top-k, top-p and min-p in transformers' order, ties kept, and Gumbel-top-k among what is kept.
 
-    Arguments as in `draw_plain` and `truncate`; `kept` int64 `[B]`. A row with too many candidates is `left` to
+    Arguments as in `draw_plain` and `candidates_of`; `kept` int64 `[B]`. A row with too many candidates is `left` to
     `wide.resolve_wide`.
     """
     inverse = tl.div_rn(1.0, temperature)
     wanted_mass = tl.where(top_p < 1.0, top_p * total, float("inf"))
-    few, floor_s, count = candidates_of(
-        logits, work, groups, row, top, temperature, wanted_mass, top_k, log_min_p,
-        n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
+    found, limit, count = candidates_of(
+        logits, work, groups, g, bound, row, top, temperature, wanted_mass, top_k, log_min_p,
+        n_groups, M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED, AT_ONCE,
     )  # fmt: skip
-    if few:
+    if not found:
+        leave(left, row, temperature, top, wanted_mass, log_total_raw)
+    elif count <= FEW:
+        _draw_few(
+            logits, work, noise, out, kept, row, top, temperature, wanted_mass, log_total_raw, top_k, top_p,
+            log_min_p, count, draws, M, PER_ROW,
+        )  # fmt: skip
+    else:
         least, n, mass, z, ids, ok = truncate(
             logits, work, row, top, temperature, wanted_mass, top_k, top_p, log_min_p,
-            floor_s, count, M, PER_ROW, GROUP, PER_READ,
+            limit, count, M, PER_ROW, GROUP, PER_READ,
         )  # fmt: skip
-        log_kept = tl.log(mass)
-        logp = (z - top) * inverse - log_kept
-        perturbed = tl.where(ok, logp + gumbel(noise, ids, TOKENS, ROUNDS), float("-inf"))
-        last_key = tl.full((), float("inf"), tl.float32)
-        last = tl.full((), -1, tl.int32)
-        for draw in range(draws):
-            key, token = first_after(perturbed, ids, last_key, last)
-            drawn = tl.max(tl.where(ok & (ids == token), z - top, float("-inf")), axis=0)
-            _store(
-                out, row * draws + draw,
-                token, drawn - log_total_raw, drawn * inverse - log_kept, key,
-            )  # fmt: skip
-            last_key = key
-            last = token
         tl.store(kept + row, n.to(tl.int64))
-    else:
-        leave(left, row, temperature, top, wanted_mass, log_total_raw)
+        _draw_kept(logits, noise, out, row, z, ids, ok, mass, top, inverse, log_total_raw, draws, M, PER_ROW)
+
+
+@triton.jit
+def _draw_few(
+    logits, work, noise, out, kept, row, top, temperature, wanted_mass, log_total_raw, top_k, top_p, log_min_p,
+    count, draws, M: tl.constexpr, PER_ROW: tl.constexpr,
+):  # fmt: skip
+    s, inside, n, mass, z, ids, ok = truncate_few(
+        logits, work, row, top, temperature, wanted_mass, top_k, top_p, log_min_p, count, M, PER_ROW
+    )  # fmt: skip
+    tl.store(kept + row, n.to(tl.int64))
+    inverse = tl.div_rn(1.0, temperature)
+    _draw_kept(logits, noise, out, row, z, ids, ok, mass, top, inverse, log_total_raw, draws, M, PER_ROW)
 
 
 @triton.jit
@@ -200,17 +239,14 @@ def confidence(
     g = tl.load(groups + at, mask=at < n_groups, other=float("-inf"))
     present = g > float("-inf")
     floor = group_bound(g, present, TOKENS_SEEN, n_groups)
-    is_live = present & (g >= floor)
-    live = tl.sum(is_live.to(tl.int32), axis=0)
-    count, mass = gather(
-        logits, work, row, is_live, live, floor, 1.0, top, NOWHERE,
-        M, PER_ROW, GROUP, PER_READ, GROUPS_PADDED,
-    )  # fmt: skip
+    tl.debug_barrier()
+    live, unused, unread = list_live(work, present & (g >= floor), 1, 1, GROUPS_PADDED)
+    count = gather(logits, work, row, live, floor, NOWHERE, M, PER_ROW, GROUP, PER_READ)
     in_block = count <= PER_READ * GROUP
-    least = key_of(tl.maximum(floor, -3.4028234663852886e38)).to(tl.int64)
+    least = key_of(tl.maximum(floor, LEAST)).to(tl.int64)
     hi = key_of(top).to(tl.int64) + 1
     least = threshold_by_count(
-        logits, work, row, live, floor, 1.0, in_block, count,
+        logits, work, row, live, floor, in_block, count,
         least, hi, TOKENS_SEEN, M, PER_ROW, GROUP, PER_READ,
     )  # fmt: skip
     reached = tl.full((), 0, tl.int32)
@@ -218,10 +254,7 @@ def confidence(
     summed = tl.full((), 0.0, tl.float32)
     lowest = top
     for number in range(tl.where(in_block, 1, tl.cdiv(live, PER_READ))):
-        z, s, ids, ok = read_block(
-            logits, work, row, number, live, floor, 1.0,
-            in_block, count, M, PER_ROW, GROUP, PER_READ,
-        )  # fmt: skip
+        z, ids, ok = read_block(logits, work, row, number, live, floor, in_block, count, M, PER_ROW, GROUP, PER_READ)
         ok = ok & (key_of(z) >= least.to(tl.int32)) & (z - top > MASKED)
         reached += tl.sum(ok.to(tl.int32), axis=0)
         lowest = tl.minimum(lowest, tl.min(tl.where(ok, z, top), axis=0))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
+from proxytune_kernels.candidates import LISTED
 from proxytune_kernels.decide import resolve
 from proxytune_kernels.distribution import LAW, laws_of
 from proxytune_kernels.measure import FIELDS, steer_tiles
@@ -29,6 +30,8 @@ GROUP = 128
 """Columns per group maximum."""
 PER_READ = 8
 """Groups that K2 reads at once; up to PER_READ · GROUP candidates stay in registers."""
+AT_ONCE = 64
+"""Groups that K2 reads at once where it needs no masks."""
 PER_READ_MIX = 4
 """Rows of the table that the mixing kernel loads at once."""
 FIRST = 31 << 27
@@ -63,6 +66,7 @@ def step(
             return step(members, combination, sampling, noise, draws, want, repeated)
     tiles = triton.cdiv(width, TILE)
     n_groups = tiles * (TILE // GROUP)
+    groups_padded = triton.next_power_of_2(n_groups)
     sample = sampling is not None
     forks = sample and sampling.fork_threshold is not None
     moments = forks or not {"entropy", "varentropy"}.isdisjoint(want)
@@ -115,12 +119,12 @@ def step(
         sampling.top_k if truncated else one, sampling.top_p if truncated else one,
         sampling.log_min_p if truncated else one, *of_noise,
         part, groups,
-        new(rows, n_groups if in_groups else 1, dtype=torch.int32), new(rows, block),
+        new(rows, groups_padded + LISTED.value if in_groups else 1, dtype=torch.int32),
         new(rows, block, dtype=torch.int32), left,
         statistics, argmax, kept, fork, tokens, logprobs, draw_logprobs, keys,
         rows, tiles, n_groups, draws,
-        **shared, **flags, PER_READ=PER_READ,
-        TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups), ONE=draws == 1,
+        **shared, **flags, PER_READ=PER_READ, AT_ONCE=min(AT_ONCE, groups_padded),
+        TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=groups_padded, ONE=draws == 1,
         ARGMAX="argmax" in want or not sample, SAMPLE=sample, FORK=forks, TRUNCATED=truncated,
         CONFIDENCE="confidence" in want,
         **_of_row(members, in_groups),
@@ -215,6 +219,7 @@ def _laws(members: Sequence[torch.Tensor], combination: Any, sampling: Any, each
     device = members[0].device
     tiles = triton.cdiv(width, TILE)
     n_groups = tiles * (TILE // GROUP)
+    groups_padded = triton.next_power_of_2(n_groups)
     truncated, forks = sampling.some_truncated, sampling.fork_threshold is not None
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -242,10 +247,10 @@ def _laws(members: Sequence[torch.Tensor], combination: Any, sampling: Any, each
     laws_of[(rows,)](
         *read, sampling.temperature, sampling.fork_temperature if forks else part,
         sampling.fork_threshold if forks else part, sampling.top_k, sampling.top_p, sampling.log_min_p,
-        part, groups, new(rows, n_groups if truncated else 1, dtype=torch.int32), new(rows, block),
+        part, groups, new(rows, groups_padded + LISTED.value if truncated else 1, dtype=torch.int32),
         new(rows, block, dtype=torch.int32), left, laws, bounds, each, tiles, n_groups,
-        **shared, PER_READ=PER_READ, TRUNCATED=truncated,
-        TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=triton.next_power_of_2(n_groups),
+        **shared, PER_READ=PER_READ, AT_ONCE=min(AT_ONCE, groups_padded), TRUNCATED=truncated,
+        TILES_PADDED=triton.next_power_of_2(tiles), GROUPS_PADDED=groups_padded,
         **_of_row(members, truncated), enable_fp_fusion=False,
     )  # fmt: skip
     if truncated:

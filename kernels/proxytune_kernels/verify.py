@@ -203,7 +203,7 @@ def settle(
     else:
         is_fork = tl.load(laws + row * SIZE + 3) != 0.0
         tile_top = tl.load(part + t, mask=there, other=FINITE)
-        mass, relative, inverse, total = tempered(part, t, there, tiles, tile_top - top, temperature, is_fork, FORK)
+        mass, relative, inverse = tempered(part, t, there, tiles, tile_top - top, temperature, is_fork, FORK)
         if refused:
             rest_of = tl.load(masses + text * tiles + t, mask=there, other=0.0)
             none = tl.max(rest_of, axis=0) <= 0.0

@@ -35,7 +35,8 @@ def test_a_dry_run_runs_every_part_and_resumes(
     parts = json.loads((tmp_path / "run.json").read_text())["parts"]
     assert list(parts) == list(gpu_run.PARTS)
     assert {name: part for name, part in parts.items() if part["status"] != "run"} == {}
-    assert [cell["differ"] for cell in parts["races"]["found"]["cells"]] == [0]
+    raced = {(cell["case"], cell["rows_like"]): cell["differ"] for cell in parts["races"]["found"]["cells"]}
+    assert raced == {("statistics", "peaked"): 0, ("p.9, T 2", "flat"): 0}
     assert parts["kernels"]["found"]["cells"][0]["times"]["proxytune"] == {"cold": 2.0, "warm": 1.0}
     (family,) = parts["throughput, 13 + 7 + 7, a tenth"]["found"]["families"]
     ran = {name for name, method in family["cells"][0]["methods"].items() if method["status"] == "run"}

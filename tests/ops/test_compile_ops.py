@@ -79,6 +79,12 @@ def test_an_excess_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert module.excesses(one, worse) == []
     assert "not in the budget" in module.excesses({"sm_90": {"new": {}}}, one)[0]
     assert module.too_many_reads({"9": {"good": {"row": 2.0, "workspaces": 1.0}}}) == []
+    record = json.loads(module.LATENCY.read_text(encoding="utf-8"))
+    assert module.longer(record, record) == []
+    slower = json.loads(json.dumps(record))
+    slower["decision"]["32000"]["resolve"]["µs"] = 99.0
+    assert [line.split(" modelled")[0] for line in module.longer(slower, record)] == ["V = 32000, resolve: 99.0 µs"]
+    assert module.longer(record, slower) == []
     assert "3.01 row reads" in module.too_many_reads({"9": {"bad": {"row": 3.0, "workspaces": 0.01}}})[0]
 
 
@@ -96,6 +102,21 @@ def test_a_truncated_draw_reads_its_row_three_times_at_most(name: str) -> None:
     assert all(sum(one.values()) <= 3 for cases in record.values() for one in cases.values())
     assert set(record) == {"32000", "128256", "256000"}
     assert all(set(cases) == set(row_reads.CASES) for cases in record.values())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="models what the interpreter runs")
+def test_a_truncated_draw_takes_no_longer_than_recorded() -> None:
+    triton = pytest.importorskip("triton")
+    from _kernels import latency
+
+    patch_the_language_once_per_launch()
+    record = json.loads((ROOT / "benches/results/latency.json").read_text(encoding="utf-8"))
+    if record["triton"] != triton.__version__:
+        pytest.skip(f"recorded with Triton {record['triton']}, whose interpreter has other operations")
+    recorded = record["decision"]["32000"]
+    found = latency.decision(32_000)
+    assert list(found) == ["steer_tiles", "resolve", "resolve_wide"]
+    assert {kernel: of["µs"] for kernel, of in found.items() if of["µs"] > recorded[kernel]["µs"]} == {}
 
 
 @pytest.mark.parametrize("settings", [None, {"temperature": 0.7}, {"top_k": 9, "top_p": 0.9, "min_p": 0.01}])
