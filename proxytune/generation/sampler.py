@@ -78,6 +78,11 @@ class Decision:
         assert tokens is not None
         return tokens
 
+    def back(self) -> None:
+        """Draw again at the same position."""
+        if self.settings.noise is not None:
+            self.settings.noise.position.sub_(1)
+
 
 class Sampler:
     """From the members' rows to tokens: the processors that have to run, then one `ops.step`.

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, StaticCache
+from transformers.generation import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from proxytune.errors import InputError, UnsupportedModeError
@@ -26,6 +27,7 @@ from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, rena
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache, view
 from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.embedding_table import device_of
+from proxytune.models.members.gated_step import GatedStep
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, generate_with_prompts, roles_with_prompts
 from proxytune.models.padding import refuse_ambiguous_padding
@@ -105,6 +107,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     The name must end in `GenerationMixin`: `can_generate()`, which pipelines call, looks for that among the bases.
     """
 
+    _gated: GatedStep | None
     _steps: Steps
 
     @functools.wraps(GenerationMixin.generate, assigned=())
@@ -124,7 +127,18 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                 )
             return trace.over(self, self.generate, args, {**kwargs, "prompts": prompts})
         kwargs.pop("labels", None)  # trainers pass a batch whole, and a plain model makes nothing of them here
-        return generate_with_prompts(super().generate, self, prompts, args, renamed(kwargs))
+        given, gated = renamed(kwargs), self._gated
+        held = cache_of(given)
+        try:
+            out = generate_with_prompts(super().generate, self, prompts, args, given)
+        except BaseException:
+            if gated is not None:
+                gated.end(self.members, held, failed=True)
+            raise
+        if gated is not None:
+            for cache in (held, cache_of(out) if isinstance(out, Mapping) else None):
+                gated.end(self.members, cache)
+        return out
 
     def prepare_inputs_for_generation(
         self,
@@ -329,6 +343,20 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             for member in self.members:
                 member.refuse_length(max_cache_length)
             refuse_short_cache(cache, max_cache_length)
+            if self._gated is not None and self.weighing.gate is not None:
+                other = self._why_along(generation_mode, model_kwargs)
+                self._gated.allow(self.members, self.config.spans, cache, other)
+
+    def _why_along(self, generation_mode: Any, model_kwargs: Mapping[str, Any]) -> str | None:
+        """Why companions cannot wait for a gate in this call over a static cache, in words; None if they can."""
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return f"{generation_mode.value.replace('_', ' ')}, which moves rows or takes tokens back"
+        if not self.weighing.gated:
+            return "a schedule, a mask or log-probabilities in the formula"
+        if not any(self.weighing.needed[1:]):
+            return "no companion with a weight"
+        asked = {"adapter_names": "adapter_names", BASE_INPUTS: "images"}
+        return next((said for name, said in asked.items() if model_kwargs.get(name) is not None), None)
 
     def _adopt(
         self, cache: Any, *, ahead: bool = False, everyone: bool = False, lazy: bool = False, follows: bool = True
@@ -346,6 +374,8 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             follows=follows,
         )
         self._steps.forget(cache)
+        if self._gated is not None:
+            self._gated.settle(self.members, cache)
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.

@@ -36,6 +36,7 @@ from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.fingerprint import Fingerprint
+from proxytune.models.members.gated_step import GatedStep
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.joint_step import JointStep
 from proxytune.models.members.masks import positions_of
@@ -154,6 +155,7 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         self.split_threads = False
         self.members = wrapped
         self._joint: JointStep | None = None
+        self._gated: GatedStep | None = None
         self._sides = CompanionStreams()
         self._steps = Steps()
         self._thread = SideThread()
@@ -253,7 +255,8 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         settings = config or CompileConfig()
         for member in self.members:
             member.compile_step(settings if member.role in chosen else None)
-        self._joint = JointStep(settings) if all(member.step is not None for member in self.members) else None
+        whole = all(member.step is not None for member in self.members)
+        self._joint, self._gated = (JointStep(settings), GatedStep(settings)) if whole else (None, None)
 
     @torch.no_grad()
     def member_logits(
