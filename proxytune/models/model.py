@@ -29,6 +29,7 @@ from proxytune.models.combined_forward import CombinedForwardMixin
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.encoder_decoder import EncoderDecoderMixin
 from proxytune.models.generation_mixin import ComposedGenerationMixin
+from proxytune.models.kept_cache import KeptCache
 from proxytune.models.loading import refuse_composed
 from proxytune.models.members.adapter_state import runs_as
 from proxytune.models.members.cpu_threads import SideThread
@@ -156,6 +157,7 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         self.members = wrapped
         self._joint: JointStep | None = None
         self._gated: GatedStep | None = None
+        self._kept = KeptCache()
         self._sides = CompanionStreams()
         self._steps = Steps()
         self._thread = SideThread()
@@ -257,6 +259,7 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
             member.compile_step(settings if member.role in chosen else None)
         whole = all(member.step is not None for member in self.members)
         self._joint, self._gated = (JointStep(settings), GatedStep(settings)) if whole else (None, None)
+        self._kept = KeptCache()
 
     @torch.no_grad()
     def member_logits(

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, StaticCache, StaticLayer
 from proxytune.formulas.gates import Gate
 from proxytune.models.members.cache_name import CACHE
 from proxytune.models.members.compiled_step import with_own_code
-from proxytune.models.members.composite_cache import idle_in, room_of, stored, view
+from proxytune.models.members.composite_cache import at_home, idle_in, room_of, stored, view
 from proxytune.models.members.forward import Text
 from proxytune.models.members.joint_step import OnDevice, Tail, hindrance_of_step, pass_of, same_in_each_step
 from proxytune.models.members.member import Member
@@ -35,7 +35,7 @@ _LENGTHS = (1, 4, 16, 64)
 _MOST = _LENGTHS[-1]
 _WAITS = "_proxytune_waits"
 Opens = Callable[[bool, torch.Tensor, torch.Tensor], torch.Tensor]
-"""From a gate, whether it goes by the largest probability and its limit, and the base's rows `[B, V]` to `[B]`, bool."""
+"""Which of the base's rows `[B, V]` open a gate, given whether it goes by the largest probability, and its limit."""
 
 
 class Stepped(NamedTuple):
@@ -67,14 +67,12 @@ class _Late:
         rows, self.held = len(ids), min(ids.shape[1], _MOST)
         # The last tokens `[B, 64]` and their positions; and how many there are in all.
         self.ids, self.positions = (
-            torch.nn.functional.pad(x.to(self.device).expand(rows, -1)[:, -_MOST:], (_MOST - self.held, 0)).contiguous()
-            for x in (ids, positions)
+            at_home(cache, name, torch.nn.functional.pad(x.expand(rows, -1)[:, -_MOST:], (_MOST - self.held, 0)))
+            for name, x in (("ids", ids.to(self.device)), ("positions", positions.to(self.device)))
         )
         self.mask: torch.Tensor | None = text.attention_mask
         first = next(x for x in stored(self.views[self.running[1]]))
-        self.length = first.cumulative_length.clone()
-        for x in (self.ids, self.positions, self.length):
-            torch._dynamo.mark_static_address(x)
+        self.length = at_home(cache, "length", first.cumulative_length)
 
 
 class GatedStep:
@@ -116,7 +114,7 @@ class GatedStep:
             return f"the base, {why}"
         for i in range(1, len(members)):
             for n in range(*spans[i]):  # they go back, so they keep all tokens
-                if cache.layers[n].is_sliding and cache.layers[n].get_seq_length() == 0:
+                if getattr(cache.layers[n], "is_sliding", False) and cache.layers[n].get_seq_length() == 0:
                     cache.layers[n] = RaggedLayer(max_cache_len=room)
             why = members[i].stands_alone or members[i].ragged_hindrance(view(cache, *spans[i]))
             if why is not None:
@@ -213,6 +211,10 @@ class GatedStep:
         if failed and self._late.pop(cache, None) is not None:
             cache.reset()
         self.settle(members, cache)
+
+    def forget(self, cache: Cache) -> None:
+        """A cache was emptied: there is nothing to read any more."""
+        self._late.pop(cache, None)
 
     def settle(self, members: Sequence[Member], cache: Cache) -> None:
         """Let companions read what they have missed of a cache, for whoever goes on with it in another way."""
