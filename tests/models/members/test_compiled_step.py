@@ -345,3 +345,19 @@ def test_members_that_cannot_be_compiled_are_refused() -> None:
     assert all(m.step is None for m in model.members)
     model.compile_members(CompileConfig(backend="eager"), roles=["expert"])
     assert [m.step is None for m in model.members] == [True, False, True]
+
+
+def test_an_offloaded_or_quantized_member_is_named_and_runs_uncompiled_beside_the_others(graphs: Graphs) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    static = STATIC | {"max_new_tokens": 3, "do_sample": False}
+    members = short() | {role: cut(build("llama", seed)) for seed, role in ((1, "base"), (3, "antiexpert"))}
+    model = composed(members)
+    want = run(model, **static)
+    accelerate.cpu_offload(members["base"], execution_device=torch.device("cpu"))
+    members["antiexpert"].hf_quantizer = type("FourBits", (), {"is_compileable": False})()
+    for roles, why in ((None, "weights that a hook"), (["expert", "antiexpert"], "the antiexpert: .*got FourBits")):
+        with pytest.raises(UnsupportedModelError, match=why):
+            model.compile_members(graphs.config, roles=roles)
+    model.compile_members(graphs.config, roles=["expert"])
+    assert torch.equal(run(model, **static), want)
+    assert (graphs.compiled, graphs.runs) == (1, 2)
