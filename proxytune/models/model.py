@@ -229,9 +229,9 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         """Compile the decode step for `generate(cache_implementation="static")`: all members in one graph.
 
         The graph ends in the members' sum; with `FusedDecoding` in the draw, unless a logits processor has to run, or
-        scores or logits are returned. With `SpeculativeDecoding` drafts and their verification are graphs. Where a
-        member cannot be in one graph with the others (a recurrent one, say), and with some of the `roles` alone, each
-        has a graph of its own.
+        scores or logits are returned. Under a gate the companions have a graph of their own, which runs where a row
+        asks. With `SpeculativeDecoding` drafts and their verification are graphs. Where a member cannot be in one graph
+        with the others (a recurrent one, say), and with some of the `roles` alone, each has a graph of its own.
 
         This helps where launch overhead, not memory bandwidth, bounds the step: small companions on a fast GPU.
         Prompts and other caches run uncompiled. The first steps after a prompt are slow: they compile, and again for
