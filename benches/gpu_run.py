@@ -8,13 +8,16 @@
 
 Parts run in order of value, each in a process of its own until its deadline, and write DIR/<part>.json as a whole after
 each result; DIR/run.json has all of them. A part that was run with the code as it is now is not run again. Without a
-GPU each part says so.
+GPU each part says so. A dry run goes the same way, in one process; only the sizes, the capture of a graph, its clock
+and the compiler differ (`_kernels.cuda.CpuBench`, `proxytune.throughput.subjects.Subject.dry`).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import gzip
 import hashlib
 import json
 import os
@@ -39,6 +42,8 @@ RESERVE = 20.0
 """Seconds under which no part is started."""
 START = 25.0
 """Seconds that a process may take to start and to end."""
+LARGEST = 5_000_000
+"""Bytes of a trace that is kept."""
 Keep = Callable[[dict[str, Any]], object]
 
 
@@ -66,36 +71,49 @@ class Part:
 
 
 def correctness(how: Run) -> dict[str, Any]:
-    """Every decision against float64 and torch, then the tests that are marked for a GPU."""
+    """Every decision against float64 and torch, then the kernels' tests that are marked for a GPU."""
     from _kernels import cuda, gpu
 
     began = time.monotonic()
     bench = cuda.CpuBench() if how.dry else cuda.CudaBench()
-    all_cells = gpu.cells((1100,), (1,))[:3] if how.dry else gpu.cells()
-    gpu.check(bench, all_cells)
-    found: dict[str, Any] = {"decisions": len(all_cells), "tests": "not run: a dry run"}
+    found: dict[str, Any] = {"decisions": 0}
+    for cell in gpu.cells((1100,), (1,))[:3] if how.dry else gpu.cells():
+        gpu.check(bench, [cell])
+        found["decisions"] += 1
+        how.keep(found)
+    del bench  # its memory is for the tests
+    return pytest_run(how, ["tests/ops"], how.seconds - (time.monotonic() - began), found)
+
+
+def graphs(how: Run) -> dict[str, Any]:
+    """The other tests that are marked for a GPU: CUDA graphs of whole steps, streams, loops."""
+    return pytest_run(how, ["tests/models/members", "tests/methods", "tests/generation"], how.seconds, {})
+
+
+def pytest_run(how: Run, where: list[str], seconds: float, found: dict[str, Any]) -> dict[str, Any]:
+    """Run the tests that are marked for a GPU in some folders, for so long; `found` with what pytest said."""
+    assert all((ROOT / folder).is_dir() for folder in where)
+    # A dry run has no such tests. Once it runs a file that starts quickly.
+    which = ["-m", "", "--noconftest", "tests/stats/test_coverage.py"] if found else ["--version"]
+    which = which if how.dry else where
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-m", "gpu", *which]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, seconds))
+    except subprocess.TimeoutExpired as late:
+        said = (late.stdout or b"").decode(errors="replace").strip().splitlines()
+        return found | {"tests": ["not run to the end: deadline", *said[-40:]]}
+    found = found | {"tests": (done.stdout + done.stderr).strip().splitlines()[-40:]}
     how.keep(found)
-    if not how.dry:
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "tests/ops"]
-        left = how.seconds - (time.monotonic() - began)
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, left))
-            found["tests"] = done.stdout.strip().splitlines()[-40:]
-            if done.returncode:
-                raise SystemExit("\n".join(["tests failed", *found["tests"]]))
-        except subprocess.TimeoutExpired as late:
-            said = (late.stdout or b"").decode(errors="replace").strip().splitlines()
-            found["tests"] = ["not run to the end: deadline", *said[-40:]]
+    if done.returncode:
+        raise SystemExit("\n".join(["tests failed", *found["tests"]]))
     return found
 
 
 def kernels(how: Run) -> dict[str, Any]:
     """The bench of the kernels, under CUDA graphs."""
-    from _kernels import cuda, gpu
+    from _kernels import cuda
 
-    if how.dry:
-        return gpu.measure(cuda.CpuBench(), how.seconds, gpu.cells((1100,), (1,))[:2], keep=how.keep)
-    return cuda.run(how.seconds, how.keep)
+    return cuda.run(how.seconds, how.keep, dry=how.dry)
 
 
 def races(how: Run) -> dict[str, Any]:
@@ -106,7 +124,7 @@ def races(how: Run) -> dict[str, Any]:
     rows, width = ((1,), 2100) if how.dry else ((1, 64), 128_256)
     flat = [gpu.Cell(cases.FLAT, count, width, "flat") for count in rows]  # these are sorted, by many programs
     all_cells = [*gpu.cells((width,), rows)[: 1 if how.dry else None], *flat]
-    found = cuda.races(bench, all_cells, 3 if how.dry else 1000)
+    found = cuda.races(bench, all_cells, 3 if how.dry else 1000, lambda cells: how.keep({"cells": cells}))
     if any(cell["differ"] for cell in found):
         raise SystemExit(f"repetitions differ: {[cell for cell in found if cell['differ']]}")
     return {"cells": found}
@@ -123,22 +141,32 @@ def throughput(number: int, *, real: bool = False, graphs: bool = False) -> Call
     """The methods on a family of random members: a tenth of a published shape, or that itself."""
 
     def run(how: Run) -> dict[str, Any]:
+        from proxytune.throughput.methods import COMPOSITE, FUSED, GRAPHS, NAIVE, TUNED
         from proxytune.throughput.run import Plan, measure
         from proxytune.throughput.shapes import PUBLISHED, TENTHS
-        from proxytune.throughput.subjects import Cell, random_subject
+        from proxytune.throughput.subjects import Cell, Subject, random_subject
 
         trio = (PUBLISHED if real else TENTHS)[number]
-        cells = (Cell(8, 64), Cell(8, 32, 8, "sampled"))
+        cells = (Cell(8, 24), Cell(8, 16, 8, "sampled"))
+        # Compiling takes the time of the other methods.
+        only: tuple[str, ...] | None = (TUNED, NAIVE, COMPOSITE, FUSED, GRAPHS) if graphs else None
         if how.dry:
             for shape in (trio.base, trio.small):
                 shape.build(dtype=torch.bfloat16, device="meta")
-            trio, cells = toy(), (Cell(8, 2),)
-            if number or real or graphs:  # the same for all
-                return {"status": "not run", "reason": "a dry run measures one toy family", "families": []}
+            trio, cells = toy(), (Cell(8, 3 if graphs else 2),)
+            if number or real:  # the others do the same with all toys
+                only = (COMPOSITE, GRAPHS) if graphs else (FUSED,)
+                cells = cells if graphs else (Cell(8, 1),)
+
+        def build() -> Subject:
+            dtype = torch.float32 if how.dry else torch.bfloat16  # slow on some CPUs
+            subject = random_subject(trio, dtype=dtype, device=how.device)
+            subject.dry = how.dry
+            return subject
+
         plan = Plan(
-            lambda: random_subject(trio, device=how.device), cells, 1 if how.dry else 3, how.seconds,
-            rates=(0.7, 0.9), graphs=graphs,
-        )  # fmt: skip
+            build, cells, 1 if how.dry else 3, how.seconds, rates=() if only else (0.7, 0.9), graphs=graphs, only=only
+        )
         return measure([plan], gpu=not how.dry, keep=how.keep)
 
     return run
@@ -152,7 +180,8 @@ def lora_pair(how: Run) -> dict[str, Any]:
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    smaller = {"num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 4096} if how.dry else {}
+    smaller = {"num_hidden_layers": 1, "hidden_size": 144, "intermediate_size": 64, "vocab_size": 4096}
+    smaller = smaller if how.dry else {}
     torch.manual_seed(0)
     plain = LlamaForCausalLM(LlamaConfig(**(bench.SHAPE | smaller))).to(how.device, torch.bfloat16).eval()
     config = peft.LoraConfig(r=8, target_modules=bench.TARGETS["q_proj, v_proj"], init_lora_weights=False)
@@ -164,7 +193,11 @@ def lora_pair(how: Run) -> dict[str, Any]:
         return time.perf_counter()
 
     batches, rounds = ((1,), 1) if how.dry else (bench.BATCHES, 20)
-    return {"cells": [bench.cell(plain, tuned, batch, rounds, clock) for batch in batches]}
+    found: list[dict[str, Any]] = []
+    for batch in batches:
+        found.append(bench.cell(plain, tuned, batch, rounds, clock))
+        how.keep({"cells": found})
+    return {"cells": found}
 
 
 def trace(how: Run) -> dict[str, Any]:
@@ -193,28 +226,40 @@ def trace(how: Run) -> dict[str, Any]:
         file = how.out / f"trace of a {name}.json"
         seen.export_chrome_trace(str(file))
         size = file.stat().st_size
-        if size > 5_000_000:
-            file.unlink()
-        found[name] = {"tokens": new, "bytes": size, "file": file.name if size <= 5_000_000 else "left out: too large"}
+        if size > (0 if how.dry else LARGEST):  # a dry run compresses, too
+            file = packed(file)
+        found[name] = {"tokens": new, "bytes": size, "file": file.name if file.exists() else "left out: too large"}
         how.keep(found)
     return found
 
 
+def packed(file: Path) -> Path:
+    """A file compressed, as trace viewers take it, in its place; neither if that is too large as well."""
+    into = file.with_name(file.name + ".gz")
+    into.write_bytes(gzip.compress(file.read_bytes()))
+    file.unlink()
+    if into.stat().st_size > LARGEST:
+        into.unlink()
+    return into
+
+
 PARTS: dict[str, Part] = {
-    "correctness": Part(110.0, correctness),
-    "kernels": Part(140.0, kernels),
+    "correctness": Part(90.0, correctness),
+    "kernels": Part(120.0, kernels),
     "races": Part(20.0, races),
-    "throughput, 13 + 7 + 7, a tenth": Part(50.0, throughput(0)),
-    "throughput, 32 + 1.5 + 1.5, a tenth": Part(50.0, throughput(1)),
-    "throughput, 8 + 1 + 1, a tenth": Part(40.0, throughput(2)),
+    "throughput, 13 + 7 + 7, a tenth": Part(45.0, throughput(0)),
+    "throughput, 32 + 1.5 + 1.5, a tenth": Part(45.0, throughput(1)),
+    "throughput, 8 + 1 + 1, a tenth": Part(35.0, throughput(2)),
     "LoRA pair": Part(15.0, lora_pair),
     "trace": Part(20.0, trace),
-    "throughput, 13 + 7 + 7, a tenth, compiled": Part(60.0, throughput(0, graphs=True)),
-    "throughput, 8 + 1 + 1": Part(60.0, throughput(2, real=True)),
+    "throughput, 8 + 1 + 1, a tenth, compiled": Part(75.0, throughput(2, graphs=True)),
+    "graphs": Part(40.0, graphs),
+    "throughput, 8 + 1 + 1": Part(35.0, throughput(2, real=True)),
 }
 """In order of value."""
 
 
+@functools.cache
 def code() -> str:
     """A hash of the code that is measured."""
     of = hashlib.sha256()
@@ -271,13 +316,15 @@ def run_all(seconds: float, out: Path, *, dry: bool = False, clock: Callable[[],
         elif left < RESERVE:
             if not found:
                 exchange(file_of(out, name), {"status": "not run", "reason": "no time left"}, "results of a GPU run")
-        elif dry:
-            run_part(name, left, out, dry)
         else:
             given = min(part.seconds * share, left - RESERVE / 2)
-            command = [sys.executable, __file__, "--part", name, "--seconds", f"{given:.0f}", "--out", str(out)]
-            with contextlib.suppress(subprocess.TimeoutExpired):  # what it has written by then is kept
-                subprocess.run(command, cwd=ROOT, timeout=min(given + START, left))
+            asked = ["--part", name, "--seconds", f"{given:.0f}", "--out", str(out), *(["--dry-run"] if dry else [])]
+            if dry:
+                main(asked)
+            else:
+                with contextlib.suppress(subprocess.TimeoutExpired):  # what it has written by then is kept
+                    command = [sys.executable, __file__, *asked]
+                    subprocess.run(command, cwd=ROOT, timeout=min(given + START, left))
             if name not in kept(out):
                 exchange(
                     file_of(out, name),
@@ -329,6 +376,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--part", choices=PARTS, help="this part alone, in this process")
     parser.add_argument("--seconds", type=float, default=60.0, help="for --part [60]")
     wanted = parser.parse_args(arguments)
+    wanted.out = wanted.out.resolve()  # parts run in the checkout
     wanted.out.mkdir(parents=True, exist_ok=True)
     if wanted.part:
         run_part(wanted.part, wanted.seconds, wanted.out, wanted.dry_run)

@@ -15,23 +15,32 @@ import triton
 from _kernels import cases
 from _kernels import mix as kernels_mix
 from _kernels.cases import WEIGHTS, Case, Members, Outputs
-from _kernels.gpu import AUTOTUNE, COMPILE, EAGER, EAGER_CANDIDATES, OURS, Cell, cells, measure
+from _kernels.gpu import AUTOTUNE, EAGER, EAGER_CANDIDATES, OURS, Cell, cells, measure
 from proxytune import ops
 
 
-def run(deadline: float, keep: Callable[[dict[str, Any]], object] = lambda _: None) -> dict[str, Any]:
-    """The GPU part of the JSON, kept as it goes; without a GPU, the reason why it was not run."""
-    if not torch.cuda.is_available():
+def run(
+    deadline: float, keep: Callable[[dict[str, Any]], object] = lambda _: None, *, dry: bool = False
+) -> dict[str, Any]:
+    """The GPU part of the JSON, kept as it goes; without a GPU, the reason why it was not run.
+
+    `dry` runs a little of it on a CPU.
+    """
+    if not (dry or torch.cuda.is_available()):
         return {"status": "not run", "reason": "no CUDA device"}
-    bench = CudaBench()
+    bench = CpuBench() if dry else CudaBench()
     start = time.monotonic()
-    mix = {"mix": kernels_mix.measure_gpu(bench)}
+    mixtures = (kernels_mix.Mixture(2, 64, 3, 50),) if dry else kernels_mix.MIXTURES
+    mix = {"mix": kernels_mix.measure_gpu(bench, mixtures, bench.DEVICE)}
     left = deadline - (time.monotonic() - start)
-    return measure(bench, left, cells(), keep=lambda found: keep(found | mix)) | mix
+    all_cells = cells((1100,), (1,))[1:2] if dry else cells()
+    return measure(bench, left, all_cells, keep=lambda found: keep(found | mix)) | mix
 
 
-def races(bench: CudaBench, all_cells: list[Cell], repeats: int) -> list[dict[str, Any]]:
-    """Repeat each decision; in how many repetitions some output had other bits than the first."""
+def races(
+    bench: CudaBench, all_cells: list[Cell], repeats: int, keep: Callable[[list[dict[str, Any]]], object]
+) -> list[dict[str, Any]]:
+    """Repeat each decision; in how many repetitions some output had other bits than the first. `keep` is told."""
     found = []
     for cell in all_cells:
         logits = bench.members(cell)
@@ -44,6 +53,7 @@ def races(bench: CudaBench, all_cells: list[Cell], repeats: int) -> list[dict[st
             differ += ~equal.all()
         of = {"case": cell.case.name, "rows": cell.rows, "width": cell.width, "rows_like": cell.rows_like}
         found.append(of | {"repeats": repeats, "differ": int(differ)})
+        keep(found)
     return found
 
 
@@ -136,6 +146,7 @@ class CudaBench:
     IMPL: ops.Impl = "triton"
     STEPS = 32
     REPLAYS = 15
+    BACKEND = "inductor"
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)
@@ -196,7 +207,8 @@ class CudaBench:
         # here, as for all others, so the mode is the one without its own.
         torch._dynamo.reset()
         mode = "max-autotune-no-cudagraphs" if what == AUTOTUNE else "default"
-        return torch.compile(plain, fullgraph=True, dynamic=False, mode=mode)
+        how = {"mode": mode} if self.BACKEND == "inductor" else {}
+        return torch.compile(plain, fullgraph=True, dynamic=False, backend=self.BACKEND, **how)
 
     def members(self, cell: Cell) -> Members:
         """The logits of a cell; those of the last one are kept."""
@@ -210,6 +222,22 @@ class CudaBench:
 
     def replayed(self, calls: list[Callable[[], Any]], cold: bool) -> float:
         """Microseconds per call: the median over replays of one graph of all calls."""
+        replay, release = self._captured(calls)
+        took = []
+        spent = time.monotonic()
+        for number in range(self.REPLAYS + 2):
+            if cold:
+                self._eviction.amax()
+            milliseconds = self._timed(replay)
+            if number >= 2:  # the first two upload the graph
+                took.append(milliseconds)
+            if len(took) >= 5 and time.monotonic() - spent > 1.0:  # enough for slow ones
+                break
+        release()
+        return statistics.median(took) * 1000 / len(calls)
+
+    def _captured(self, calls: list[Callable[[], Any]]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+        """A graph of all calls: what replays it, and what frees it."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -221,22 +249,16 @@ class CudaBench:
         with torch.cuda.graph(graph):
             for call in calls:
                 call()
-        took = []
-        spent = time.monotonic()
-        for replay in range(self.REPLAYS + 2):
-            if cold:
-                self._eviction.amax()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if replay >= 2:  # the first two upload the graph
-                took.append(begin.elapsed_time(end))
-            if len(took) >= 5 and time.monotonic() - spent > 1.0:  # enough for slow ones
-                break
-        graph.reset()
-        return statistics.median(took) * 1000 / len(calls)
+        return graph.replay, graph.reset
+
+    def _timed(self, replay: Callable[[], Any]) -> float:
+        """Milliseconds of a replay."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
 
 
 def _driver() -> str:
@@ -248,14 +270,19 @@ def _driver() -> str:
 
 
 class CpuBench(CudaBench):
-    """The same without a GPU, for tests and dry runs: in Triton's interpreter, without graphs, and nothing is timed."""
+    """The same without a GPU, for tests and dry runs: in Triton's interpreter, without graphs, and nothing is timed.
+
+    Whatever asks a CUDA device is here: the device's name, the bandwidth, the capture of a graph, and its time.
+    """
 
     DEVICE = "cpu"
     STEPS = 2
+    REPLAYS = 1
+    BACKEND = "eager"
 
     def __init__(self, impl: ops.Impl = "triton") -> None:
         self.IMPL = impl
-        self._l2, self._logits = 1 << 16, None
+        self._l2, self._logits, self._eviction = 1 << 16, None, torch.zeros(1)
 
     def describe(self) -> dict[str, Any]:
         """No device."""
@@ -265,14 +292,16 @@ class CpuBench(CudaBench):
         """A round number."""
         return 1e9
 
-    def time(self, cell: Cell, what: str) -> dict[str, float]:
-        """Run it; nothing is compiled."""
-        if what in (COMPILE, AUTOTUNE):
-            raise RuntimeError("a dry run compiles nothing")
-        return super().time(cell, what)
-
     def replayed(self, calls: list[Callable[[], Any]], cold: bool) -> float:
         """Run all calls; a round number."""
+        super().replayed(calls, cold)
+        return 2.0 if cold else 1.0
+
+    def _captured(self, calls: list[Callable[[], Any]]) -> tuple[Callable[[], Any], Callable[[], Any]]:
         for call in calls:
             call()
-        return 2.0 if cold else 1.0
+        return lambda: None, lambda: None
+
+    def _timed(self, replay: Callable[[], Any]) -> float:
+        replay()
+        return 1.0

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.cache_utils import StaticCache
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import ALL_CACHE_NAMES
@@ -22,6 +23,7 @@ from proxytune.generation.recorder import OutputRecorder
 from proxytune.generation.sampler import Sampler
 from proxytune.generation.seeds import StreamIds
 from proxytune.generation.stopping import Ends
+from proxytune.models.members.cache_name import cache_of
 from proxytune.validation import named_settings, refuse_seed
 
 __all__ = ["FusedDecoding"]
@@ -120,7 +122,7 @@ class FusedDecoding:
             images=True,
             logs=True,
         )
-        pads, record = call.pads, OutputRecorder(generation_config)
+        pads, record, graphs = call.pads, OutputRecorder(generation_config), getattr(model, "_joint", None) is not None
         forward = (
             model.get_compiled_call(generation_config.compile_config)
             if model._valid_auto_compile_criteria(model_kwargs, generation_config)
@@ -138,7 +140,7 @@ class FusedDecoding:
                 if outputs is None:
                     new = 1 if model_kwargs["use_cache"] else None
                     inputs = model.prepare_inputs_for_generation(input_ids, next_sequence_length=new, **model_kwargs)
-                    if sampler is not None and getattr(model, "_joint", None) is not None:
+                    if sampler is not None and graphs:
                         inputs["decision"] = sampler.decision(record)
                     outputs = forward(**inputs, return_dict=True)
                 model_kwargs = model._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -152,7 +154,9 @@ class FusedDecoding:
                 outputs = None  # may hold the logits of a whole prompt
 
                 if sampler is None:  # width and device of the rows are known only now
-                    sampler = Sampler(call.draw_settings(members[0], self.impl))
+                    cache = cache_of(model_kwargs) if graphs else None
+                    settings = call.draw_settings(members[0], self.impl)
+                    sampler = Sampler(settings, cache if isinstance(cache, StaticCache) else None)
                 want = ("tokens",) if shown is None or not sampler.forks else ("tokens", "fork")
                 found, rows = sampler(members, weights, input_ids, record, decided=decided, want=want)
                 assert found.tokens is not None

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from transformers.cache_utils import Cache
 
 from proxytune import ops
 from proxytune.errors import NumericalError
 from proxytune.generation.processor_plan import ProcessorPlan
 from proxytune.generation.recorder import OutputRecorder
+from proxytune.models.members.composite_cache import at_home
 from proxytune.models.weighing import weights_on
 from proxytune.ops.combination import Weights
 from proxytune.ops.noise import Noise
@@ -78,6 +80,11 @@ class Decision:
         assert tokens is not None
         return tokens
 
+    def back(self) -> None:
+        """Draw again at the same position."""
+        if self.settings.noise is not None:
+            self.settings.noise.position.sub_(1)
+
 
 class Sampler:
     """From the members' rows to tokens: the processors that have to run, then one `ops.step`.
@@ -86,12 +93,13 @@ class Sampler:
         settings: What all steps share.
     """
 
-    def __init__(self, settings: DrawSettings) -> None:
-        """Start at the noise's position, which every step advances in place."""
+    def __init__(self, settings: DrawSettings, cache: Cache | None = None) -> None:
+        """Start at the noise's position, which every step advances in place: where the `cache` of graphs keeps it."""
+        if settings.noise is not None and cache is not None:
+            noise = settings.noise.at(at_home(cache, "noise", settings.noise.position))
+            settings = replace(settings, noise=noise)
         self.settings = settings
         self._decision = Decision(settings)
-        if settings.noise is not None:
-            torch._dynamo.mark_static_address(settings.noise.position)  # a graph may write to it
 
     def __call__(
         self,

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.cache_utils import Cache, StaticCache
+from transformers.generation import GenerationMode
 from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from proxytune.errors import InputError, UnsupportedModeError
@@ -22,10 +23,13 @@ from proxytune.models.adapter_names import checked_names
 from proxytune.models.assisted import AssistedMixin, TailMask
 from proxytune.models.foreign_processors import processors_of_call
 from proxytune.models.forward_checks import refuse_arguments, refuse_shapes
+from proxytune.models.kept_cache import KeptCache
 from proxytune.models.members.cache_name import CACHE, cache_of, one_cache, renamed
 from proxytune.models.members.composite_cache import adopt, refuse_short_cache, view
 from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.embedding_table import device_of
+from proxytune.models.members.gated_step import GatedStep
+from proxytune.models.members.joint_step import JointStep
 from proxytune.models.members.long_rope import must_read_again, read_whole, refuse_missing_ids, switches_of
 from proxytune.models.own_prompts import PROMPT_WIDTH, PROMPTS, generate_with_prompts, roles_with_prompts
 from proxytune.models.padding import refuse_ambiguous_padding
@@ -37,6 +41,9 @@ __all__ = [
     "MemberOutput",
     "refuse_continuous_batching",
 ]
+
+
+_MADE_FOR = "_proxytune_made_for"
 
 
 class MemberOutput(dict[str, Any]):
@@ -105,6 +112,9 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
     The name must end in `GenerationMixin`: `can_generate()`, which pipelines call, looks for that among the bases.
     """
 
+    _gated: GatedStep | None
+    _joint: JointStep | None
+    _kept: KeptCache
     _steps: Steps
 
     @functools.wraps(GenerationMixin.generate, assigned=())
@@ -124,7 +134,20 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
                 )
             return trace.over(self, self.generate, args, {**kwargs, "prompts": prompts})
         kwargs.pop("labels", None)  # trainers pass a batch whole, and a plain model makes nothing of them here
-        return generate_with_prompts(super().generate, self, prompts, args, renamed(kwargs))
+        given, loop = renamed(kwargs), super().generate
+        if self._gated is None:
+            return generate_with_prompts(loop, self, prompts, args, given)
+        held, out = cache_of(given), None
+        try:
+            with self._kept.call(given.get("custom_generate")) as result:
+                out = generate_with_prompts(loop, self, prompts, args, given)
+                result.append(out)
+        except BaseException:
+            self._gated.end(self.members, held, failed=True)
+            raise
+        for cache in (held, cache_of(out) if isinstance(out, Mapping) else None):
+            self._gated.end(self.members, cache)
+        return out
 
     def prepare_inputs_for_generation(
         self,
@@ -329,6 +352,23 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             for member in self.members:
                 member.refuse_length(max_cache_length)
             refuse_short_cache(cache, max_cache_length)
+            if self._gated is not None and self.weighing.gate is not None:
+                other = self._why_along(generation_mode, model_kwargs)
+                self._gated.allow(self.members, self.config.spans, cache, other)
+            plain = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+            if plain and (key := vars(cache).pop(_MADE_FOR, None)) is not None:
+                self._kept.lend(key, cache)
+
+    def _why_along(self, generation_mode: Any, model_kwargs: Mapping[str, Any]) -> str | None:
+        """Why companions cannot wait for a gate in this call over a static cache, in words; None if they can."""
+        if generation_mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            return f"{generation_mode.value.replace('_', ' ')}, which moves rows or takes tokens back"
+        if not self.weighing.gated:
+            return "a schedule, a mask or log-probabilities in the formula"
+        if not any(self.weighing.needed[1:]):
+            return "no companion with a weight"
+        asked = {"adapter_names": "adapter_names", BASE_INPUTS: "images"}
+        return next((said for name, said in asked.items() if model_kwargs.get(name) is not None), None)
 
     def _adopt(
         self, cache: Any, *, ahead: bool = False, everyone: bool = False, lazy: bool = False, follows: bool = True
@@ -346,6 +386,25 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
             follows=follows,
         )
         self._steps.forget(cache)
+        if self._gated is not None:
+            self._gated.settle(self.members, cache)
+
+    def _prepare_static_cache(
+        self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
+    ) -> Cache:
+        length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))  # as transformers takes it
+        places = [(member.device, member.model.dtype) for member in self.members]
+        key = (batch_size, length, self.weighing.gate is not None, torch.is_inference_mode_enabled(), *places)
+        usable = self._joint is not None and cache_implementation == "static"
+        cache: Cache | None = self._kept.take(key) if usable else None
+        if cache is not None and self._gated is not None:
+            self._gated.forget(cache)
+        if cache is None:
+            given = (cache_implementation, batch_size, max_cache_len)
+            cache = super()._prepare_static_cache(*given, *args, **kwargs)
+        if usable:
+            setattr(cache, _MADE_FOR, key)
+        return cache
 
     def _get_static_cache_init_shape(self) -> None:
         # Members differ in head counts and sizes: each layer initialises itself at its first update.

@@ -6,8 +6,8 @@ a cache of their own beside it. When a row asks, they compare its text with thei
 (`proxytune.models.members.prefix_cached`). Where no row asks they do not run at all; to know that, the host waits for
 the base's logits in each step.
 
-Drafts of the expert, latent steps, images, static caches and gradients need all members in every pass. There companions
-run along, under the same law.
+Drafts of the expert, latent steps, images and gradients need all members in every pass. There companions run along,
+under the same law; so they do over static caches, unless members are compiled (`proxytune.models.members.gated_step`).
 """
 
 from __future__ import annotations

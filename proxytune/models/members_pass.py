@@ -304,6 +304,8 @@ class MembersPassMixin(PreparedStepsMixin):
         note_prompt_width(cache, past, one.new, one.prompt_width)
         if one.first is not None and one.follows and one.adapter_names is None:
             self._steps.prepare(cache, self.members, self.config.spans, asleep, traceless)
+            if self._gated is not None and one.first:
+                self._gated.read(self.members, self.config.spans, cache, one.text)
 
 
 def _loss(logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor | None:

@@ -29,6 +29,7 @@ from proxytune.models.combined_forward import CombinedForwardMixin
 from proxytune.models.config import ProxyTunedConfig
 from proxytune.models.encoder_decoder import EncoderDecoderMixin
 from proxytune.models.generation_mixin import ComposedGenerationMixin
+from proxytune.models.kept_cache import KeptCache
 from proxytune.models.loading import refuse_composed
 from proxytune.models.members.adapter_state import runs_as
 from proxytune.models.members.cpu_threads import SideThread
@@ -36,6 +37,7 @@ from proxytune.models.members.cuda_streams import CompanionStreams
 from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.encoder_decoder import EncoderDecoderMember
 from proxytune.models.members.fingerprint import Fingerprint
+from proxytune.models.members.gated_step import GatedStep
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.joint_step import JointStep
 from proxytune.models.members.masks import positions_of
@@ -154,6 +156,8 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         self.split_threads = False
         self.members = wrapped
         self._joint: JointStep | None = None
+        self._gated: GatedStep | None = None
+        self._kept = KeptCache()
         self._sides = CompanionStreams()
         self._steps = Steps()
         self._thread = SideThread()
@@ -225,9 +229,9 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         """Compile the decode step for `generate(cache_implementation="static")`: all members in one graph.
 
         The graph ends in the members' sum; with `FusedDecoding` in the draw, unless a logits processor has to run, or
-        scores or logits are returned. With `SpeculativeDecoding` drafts and their verification are graphs. Where a
-        member cannot be in one graph with the others (a recurrent one, say), and with some of the `roles` alone, each
-        has a graph of its own.
+        scores or logits are returned. Under a gate the companions have a graph of their own, which runs where a row
+        asks. With `SpeculativeDecoding` drafts and their verification are graphs. Where a member cannot be in one graph
+        with the others (a recurrent one, say), and with some of the `roles` alone, each has a graph of its own.
 
         This helps where launch overhead, not memory bandwidth, bounds the step: small companions on a fast GPU.
         Prompts and other caches run uncompiled. The first steps after a prompt are slow: they compile, and again for
@@ -253,7 +257,9 @@ class ProxyTunedModel(SavedAsRecipe, CombinedForwardMixin, ComposedGenerationMix
         settings = config or CompileConfig()
         for member in self.members:
             member.compile_step(settings if member.role in chosen else None)
-        self._joint = JointStep(settings) if all(member.step is not None for member in self.members) else None
+        whole = all(member.step is not None for member in self.members)
+        self._joint, self._gated = (JointStep(settings), GatedStep(settings)) if whole else (None, None)
+        self._kept = KeptCache()
 
     @torch.no_grad()
     def member_logits(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from proxytune.models.combined_logits import CombinedLogitsMixin
@@ -17,12 +17,14 @@ from proxytune.models.members.composite_cache import idle_in
 from proxytune.models.members.cpu_threads import SideThread
 from proxytune.models.members.decode_step import Steps
 from proxytune.models.members.forward import Text
+from proxytune.models.members.gated_step import GatedStep
 from proxytune.models.members.joint_step import Joined, JointStep, Sum, Tail
 from proxytune.models.own_prompts import (
     PROMPT_WIDTH,
     prompt_width_of,
     texts_of_pass,
 )
+from proxytune.models.weighing import opens
 
 __all__ = ["PreparedStepsMixin"]
 
@@ -32,6 +34,7 @@ class PreparedStepsMixin(CombinedLogitsMixin):
 
     config: Any
     split_threads: bool
+    _gated: GatedStep | None
     _joint: JointStep | None
     _steps: Steps
     _thread: SideThread
@@ -46,7 +49,9 @@ class PreparedStepsMixin(CombinedLogitsMixin):
         options: Mapping[str, Any],
     ) -> CausalLMOutputWithPast | MemberOutput | None:
         """The next decode step of a `generate()`, where one was prepared; None for a pass that has to be looked at."""
-        if self._joint is not None and cache is not None and input_ids is not None and self.weighing.plain:
+        if self._gated is not None and input_ids is not None and self._gated.waits(cache):
+            return self._gated_step(Text(input_ids, attention_mask, position_ids), cache, logits_to_keep, options)
+        if self._joint is not None and isinstance(cache, StaticCache) and input_ids is not None and self.weighing.plain:
             return self._joint_step(Text(input_ids, attention_mask, position_ids), cache, logits_to_keep, options)
         step = None if torch.compiler.is_compiling() else self._steps.on(cache)
         if step is None or input_ids is None or not step.follows(cache, input_ids, attention_mask):
@@ -82,7 +87,7 @@ class PreparedStepsMixin(CombinedLogitsMixin):
         self, text: Text, cache: Cache, logits_to_keep: int | torch.Tensor, options: Mapping[str, Any]
     ) -> CausalLMOutputWithPast | MemberOutput | None:
         """The next step in one graph, if the last one on this cache was one."""
-        if not _asks_nothing_new(text, logits_to_keep, options, "decision"):
+        if not _asks_nothing_new(text, logits_to_keep, options):
             return None
         assert self._joint is not None
         idle = idle_in(cache)
@@ -96,6 +101,26 @@ class PreparedStepsMixin(CombinedLogitsMixin):
         if combine:
             return CausalLMOutputWithPast(logits=joined.found, **{CACHE: cache})
         return MemberOutput(cache, joined.logits, decided=joined.found)
+
+    def _gated_step(
+        self, text: Text, cache: Cache | None, logits_to_keep: int | torch.Tensor, options: Mapping[str, Any]
+    ) -> CausalLMOutputWithPast | MemberOutput | None:
+        """The next step over a static cache whose companions wait for a gate, in one graph or two."""
+        weighing, gate = self.weighing, self.weighing.gate
+        assert self._gated is not None
+        assert cache is not None
+        if gate is None or not weighing.gated or not _asks_nothing_new(text, logits_to_keep, options):
+            return None
+        if not idle_in(cache) <= {*weighing.idle}:
+            return None
+        combine = not options.get("return_member_logits")
+        tail = Sum(self.usable_ids) if combine else options.get("decision")
+        stepped = self._gated(self.members, text, cache, gate=gate, opens=opens, numbers=weighing.numbers, tail=tail)
+        if stepped is None:
+            return None
+        if combine:
+            return CausalLMOutputWithPast(logits=stepped.found, **{CACHE: cache})
+        return MemberOutput(cache, stepped.logits, opened=stepped.opened, decided=stepped.found)
 
     def _joined(
         self,
@@ -130,8 +155,8 @@ class PreparedStepsMixin(CombinedLogitsMixin):
         return joined
 
 
-def _asks_nothing_new(text: Text, logits_to_keep: int | torch.Tensor, options: Mapping[str, Any], *known: str) -> bool:
+def _asks_nothing_new(text: Text, logits_to_keep: int | torch.Tensor, options: Mapping[str, Any]) -> bool:
     """Whether a pass has only options that prepared steps know, and is told its positions if it has a mask."""
-    unknown = options.keys() - {"return_member_logits", "every_member", PROMPT_WIDTH, *known}
+    unknown = options.keys() - {"return_member_logits", "every_member", PROMPT_WIDTH, "decision"}
     told = text.position_ids is not None or text.attention_mask is None
     return told and not (unknown or options.get("every_member") or isinstance(logits_to_keep, torch.Tensor))

@@ -20,7 +20,7 @@ from proxytune.formulas.schedules import Schedule, Strength, strength_at
 from proxytune.ops.combination import Combination, Weights
 from proxytune.ops.entropy import entropy
 
-__all__ = ["Weighing", "is_open", "picked", "weights_on"]
+__all__ = ["Weighing", "is_open", "opens", "picked", "weights_on"]
 
 
 class Weighing:
@@ -34,6 +34,7 @@ class Weighing:
         needed: For each member, whether it has to run: a term of weight 0 does not, unless a mask looks at it.
         idle: The members that do not.
         plain: Whether the numbers are all there is to it.
+        gated: Whether the numbers and a gate are.
     """
 
     def __init__(self, formula: Any, index: Mapping[str, int]) -> None:
@@ -64,7 +65,8 @@ class Weighing:
         self.idle = tuple(i for i, needed in enumerate(self.needed) if not needed)
         if not self.scheduled and mask is None and not any(self.numbers[1:]) and self.numbers[0] == 1.0:
             self._logs = []  # the base alone: its log-probabilities are its logits up to a constant
-        self.plain = not (self.scheduled or self._logs or self.gate or mask)
+        numbers = not (self.scheduled or self._logs or mask)
+        self.plain, self.gated = numbers and self.gate is None, numbers and self.gate is not None
 
     def __call__(
         self,
@@ -144,14 +146,20 @@ class Weighing:
 
 def is_open(gate: Gate, base: torch.Tensor) -> torch.Tensor:
     """`[N]`, bool: where a gate is open, from the base's raw logits `[N, V]`, or its log-probabilities."""
+    limit = gate.entropy if gate.top1 is None else gate.top1
+    assert limit is not None
+    return opens(gate.top1 is not None, limit, base)
+
+
+def opens(by_top1: bool, limit: float | torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """`is_open` of a gate in numbers: whether it goes by the largest probability, and its limit (nats otherwise)."""
     on_host = base.device.type == "cpu"  # where a few operations cost less than one call of a step
-    if gate.top1 is not None:
+    if by_top1:
         lse = base.float().logsumexp(-1) if on_host else ops.log_normalisers(base)
-        return (base.amax(-1).float() - lse).exp() < gate.top1
+        return (base.amax(-1).float() - lse).exp() < limit
     measured = entropy(base) if on_host else ops.step([base], want=("entropy",)).entropy
     assert measured is not None
-    assert gate.entropy is not None
-    return measured > gate.entropy
+    return measured > limit
 
 
 def _floors(mask: Plausibility, x: torch.Tensor) -> torch.Tensor:

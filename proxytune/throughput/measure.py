@@ -37,11 +37,13 @@ def measure_cell(
     least: int = 2,
     until: float = math.inf,
     report: Callable[[str, float], object] = lambda *_: None,
+    keep: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Count and time all methods in one cell of the protocol; those that cannot run report why.
 
     After `least` rounds, it stops at `rounds` rounds or at the time `until` (of `time.perf_counter`). `report` is
-    called before each measurement with its name and the rounds done, of which the one that counts is the first.
+    called before each measurement with its name and the rounds done, of which the one that counts is the first; `keep`
+    after each round but the last with the results so far.
 
     Returns:
         JSON values: the cell, `members` (times of each one's own passes) and `methods`, with counts and times.
@@ -56,8 +58,36 @@ def measure_cell(
     alone: list[dict[str, Taken]] = []
     taken: dict[str, list[Taken]] = {method.name: [] for method in able}
     done = 0
+
+    def results() -> dict[str, Any]:
+        ran = {method.name: found[method.name] | _times(method.name, taken, alone, cell) for method in able}
+        for method in able:
+            if cell.setting == "greedy" and method.kind != "alone" and COMPOSITE in texts:
+                same = texts[method.name] == texts[COMPOSITE]
+                ran[method.name]["same_tokens"] = round(float(same[:, cell.prompt :].float().mean()), 4)
+        return {
+            "prompt": cell.prompt,
+            "new": cell.new,
+            "rows": cell.rows,
+            "setting": cell.setting,
+            "rounds": done,
+            "members": {
+                role: {
+                    "ms_first": _median([1000 * one[role][0] for one in alone]),
+                    "ms_per_token": _median([_step_ms(one[role], cell) for one in alone]),
+                }
+                for role in alone[0]
+            },
+            "methods": {
+                method.name: ran.get(method.name, {"status": f"not run: {method.missing(subject)}"})
+                for method in methods
+            },
+        }
+
     with _no_collection():
         while done < least or (done < rounds and time.perf_counter() < until):
+            if done:
+                keep(results())
             report(f"{subject.name}, {cell.name}: round {done + 1}", 1 + done)
             # Odd rounds run backwards, and each starts elsewhere: no method always follows the same one.
             order = able[done % len(able) :] + able[: done % len(able)]
@@ -65,28 +95,7 @@ def measure_cell(
                 taken[method.name].append(_timed(subject, cell, method, ids))
             alone.append(members_alone(subject, ids, texts.get(COMPOSITE, texts[able[0].name]), cell))
             done += 1
-    for method in able:
-        found[method.name] |= _times(method.name, taken, alone, cell)
-        if cell.setting == "greedy" and method.kind != "alone" and COMPOSITE in texts:
-            same = texts[method.name] == texts[COMPOSITE]
-            found[method.name]["same_tokens"] = round(float(same[:, cell.prompt :].float().mean()), 4)
-    return {
-        "prompt": cell.prompt,
-        "new": cell.new,
-        "rows": cell.rows,
-        "setting": cell.setting,
-        "rounds": done,
-        "members": {
-            role: {
-                "ms_first": _median([1000 * one[role][0] for one in alone]),
-                "ms_per_token": _median([_step_ms(one[role], cell) for one in alone]),
-            }
-            for role in alone[0]
-        },
-        "methods": {
-            method.name: found.get(method.name, {"status": f"not run: {method.missing(subject)}"}) for method in methods
-        },
-    }
+    return results()
 
 
 def members_alone(subject: Subject, ids: torch.Tensor, text: torch.Tensor, cell: Cell) -> dict[str, Taken]:

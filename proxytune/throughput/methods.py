@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from transformers import GenerationConfig, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, StoppingCriteriaList
 
 from proxytune.formulas.gates import Gate
 from proxytune.generation.fused import FusedDecoding
@@ -91,7 +91,7 @@ class Method:
 def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: bool = False) -> list[Method]:
     """All methods, in the order of the table.
 
-    `rates` are planted in random models; a trained family keeps its own. `graphs` allows compiling companions, which
+    `rates` are planted in random models; a trained family keeps its own. `graphs` allows compiling the members, which
     takes minutes.
     """
     drafts: list[float | None] = [None] if subject.trained else [*rates]
@@ -133,17 +133,19 @@ def methods_for(subject: Subject, rates: Sequence[float] = RATES, *, graphs: boo
 
 
 def generated(
-    model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig, told: FirstToken, **settings: Any
+    model: Any, loop: Any, ids: torch.Tensor, config: GenerationConfig, told: FirstToken, *, returns: bool = True
 ) -> Any:
-    """Call `generate()` as all methods do, on ids `[B, T]` without padding; `told` is called for each token."""
+    """Call `generate()` as all methods do, on ids `[B, T]` without padding; `told` is called for each token.
+
+    `returns` says whether it returns all, the cache included, or ids alone.
+    """
+    config.return_dict_in_generate = returns
     return model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         generation_config=config,
         stopping_criteria=StoppingCriteriaList([told]),
         custom_generate=loop,
-        return_dict_in_generate=True,
-        **settings,
     )
 
 
@@ -217,7 +219,7 @@ def _gate_of(subject: Subject) -> Gate:
         subject.gate = Gate(entropy=0.1)
     elif subject.gate is None:
         text = {"input_ids": subject.text[-8:][None].to(subject.device)}
-        entropies = base_entropies(subject.steered, text, max_new_tokens=80, pad_token_id=0)
+        entropies = base_entropies(subject.steered, text, max_new_tokens=4 if subject.dry else 80, pad_token_id=0)
         subject.gate = Gate(share=SHARE, entropy=max(0.0, share_threshold(entropies, SHARE)[0]))
     return subject.gate
 
@@ -226,14 +228,20 @@ def _compiled(subject: Subject) -> Run:
     # Compiled once; it only affects static caches, which no other method uses.
     model: Any = subject.steered
     if not subject.compiled:
-        model.compile_members(roles=("expert", "antiexpert"))
+        model.compile_members(CompileConfig(backend="eager", mode=None) if subject.dry else None)
         subject.compiled = True
-    return _generate(model, FusedDecoding(seed=0), cache_implementation="static")
 
-
-def _generate(model: Any, loop: Any, **settings: Any) -> Run:
     def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
-        out = generated(model, loop, ids, config, told, **settings)
+        config.cache_implementation = "static"
+        # A cache that is returned is not used again, and graphs are recorded anew over another one.
+        return Ran(generated(model, FusedDecoding(seed=0), ids, config, told, returns=False))
+
+    return run
+
+
+def _generate(model: Any, loop: Any) -> Run:
+    def run(ids: torch.Tensor, config: GenerationConfig, told: FirstToken) -> Ran:
+        out = generated(model, loop, ids, config, told)
         if isinstance(loop, SpeculativeDecoding):
             return Ran(out.sequences, out.rounds, out.acceptance)
         return Ran(out.sequences)
@@ -242,4 +250,4 @@ def _generate(model: Any, loop: Any, **settings: Any) -> Run:
 
 
 def _no_gpu(subject: Subject) -> str | None:
-    return None if subject.device.type == "cuda" else "no CUDA device"
+    return None if subject.dry or subject.device.type == "cuda" else "no CUDA device"

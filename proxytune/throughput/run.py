@@ -7,6 +7,7 @@ elsewhere. Each family has a share of the time, so a busy machine gets fewer rou
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import os
@@ -59,7 +60,8 @@ class Plan:
         drafting: The cell in which the cost model is compared; None to leave it out.
         rate: The acceptance planted there, and in all other cells.
         lengths: The draft lengths compared there.
-        graphs: Whether companions are compiled, in the first cell.
+        graphs: Whether the members are compiled, in the first cell.
+        only: The methods that are measured, by name; None for all.
     """
 
     build: Callable[[], Subject]
@@ -71,6 +73,7 @@ class Plan:
     rate: float = 0.7
     lengths: tuple[int, ...] = LENGTHS
     graphs: bool = False
+    only: tuple[str, ...] | None = None
 
     @property
     def draft_rounds(self) -> int:
@@ -133,7 +136,7 @@ def measure(
     """Measure families, one after the other; after `deadline` seconds no further family is started.
 
     `report` is called before each measurement with its name, the rounds done, and how many there will be if the rest is
-    as fast; `keep` after each family with the results so far.
+    as fast; `keep` after each round with the results so far.
 
     Returns:
         JSON values: `status`, the `machine`, `families`, how many were `left_out` by the deadline, and `seconds`.
@@ -146,7 +149,9 @@ def measure(
             break
         told = _Told(report, began, plan, plans[i + 1 :], done)
         told("building models", 0, 0.0)
-        record["families"].append(measure_family(plan, gpu=gpu, report=told))
+        before = list(record["families"])
+        keep_family = functools.partial(_kept_family, record, before, began, keep)
+        record["families"] = [*before, measure_family(plan, gpu=gpu, report=told, keep=keep_family)]
         done = told.done
         gc.collect()  # models hold reference cycles; the next ones may need the memory
         if gpu:
@@ -154,6 +159,18 @@ def measure(
         record |= {"left_out": record["left_out"] - 1, "seconds": round(time.perf_counter() - began, 1)}
         keep(record)
     return record
+
+
+def _kept_family(
+    record: dict[str, Any],
+    before: list[dict[str, Any]],
+    began: float,
+    keep: Callable[[dict[str, Any]], object],
+    family: dict[str, Any],
+) -> None:
+    """Keep what is known of a family that is being measured, beside those before."""
+    seconds = round(time.perf_counter() - began, 1)
+    keep(record | {"status": "partly run", "families": [*before, family], "seconds": seconds})
 
 
 class _Told:
@@ -191,12 +208,16 @@ class _Told:
 
 
 def measure_family(
-    plan: Plan, *, gpu: bool = False, report: Callable[[str, int, float], object] = lambda *_: None
+    plan: Plan,
+    *,
+    gpu: bool = False,
+    report: Callable[[str, int, float], object] = lambda *_: None,
+    keep: Callable[[dict[str, Any]], object] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure one family.
 
     `report` is called before each measurement with its name, the number of the cell (for the cost model, how many cells
-    there are), and the rounds done in it.
+    there are), and the rounds done in it; `keep` after each round with the results so far.
 
     Returns:
         JSON values: `name`, `parameters`, `mb_per_pass`, `cells` with floors, `aims`, and `drafting`, the cost model
@@ -205,29 +226,36 @@ def measure_family(
     began = time.perf_counter()
     subject = plan.build()
     bytes_of = subject.bytes
-    cells = []
+    cells: list[dict[str, Any]] = []
+
+    def so_far(*more: dict[str, Any]) -> dict[str, Any]:
+        family: dict[str, Any] = {
+            "name": subject.name,
+            "trained": subject.trained,
+            "dtype": str(next(subject.steered.base.parameters()).dtype).removeprefix("torch."),
+            "parameters": {role: model.num_parameters() for role, model in subject.models.items()},
+            "mb_per_pass": {role: round(of.weights / 1e6, 3) for role, of in bytes_of.items()},
+            "cells": [*cells, *(with_floors(one, bytes_of) for one in more)],
+        }
+        return family | {"aims": aims(family, gpu=gpu)}
+
     for i, cell in enumerate(plan.cells):
         # One acceptance in the other cells: more would only repeat the first cell's result.
         rates = plan.rates if i == 0 else (plan.rate,)
+        methods = methods_for(subject, rates, graphs=plan.graphs and i == 0)
         measured = measure_cell(
             subject,
             cell,
-            methods_for(subject, rates, graphs=plan.graphs and i == 0),
+            [method for method in methods if plan.only is None or method.name in plan.only],
             rounds=plan.rounds,
             least=plan.least,
             until=began + plan.seconds * (i + 1) / len(plan.cells),
             report=lambda what, rounds, cell=i: report(what, cell, rounds),  # type: ignore[misc]
+            keep=lambda one: keep(so_far(one)),
         )
         cells.append(with_floors(measured, bytes_of))
-    family: dict[str, Any] = {
-        "name": subject.name,
-        "trained": subject.trained,
-        "dtype": str(next(subject.steered.base.parameters()).dtype).removeprefix("torch."),
-        "parameters": {role: model.num_parameters() for role, model in subject.models.items()},
-        "mb_per_pass": {role: round(of.weights / 1e6, 3) for role, of in bytes_of.items()},
-        "cells": cells,
-    }
-    family["aims"] = aims(family, gpu=gpu)
+        keep(so_far())
+    family = so_far()
     if plan.drafting is not None:
         rate = None if subject.trained else plan.rate
         family["drafting"] = compare_drafts(

@@ -81,7 +81,8 @@ class Subject:
         steered: The composed model.
         text: `[N]`, int64: prompts are cut from it.
         trained: Whether the weights are trained; if not, acceptance is planted.
-        compiled: Whether the companions' steps are compiled.
+        compiled: Whether the members' steps are compiled.
+        dry: Whether a CPU stands in for a GPU: what needs one runs too, and graphs have no compiler.
         gate: The gate of methods that have one; None until it is asked for.
     """
 
@@ -91,6 +92,7 @@ class Subject:
     text: torch.Tensor
     trained: bool
     compiled: bool = False
+    dry: bool = False
     gate: Gate | None = None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
 import json
 import subprocess
@@ -40,12 +41,25 @@ def test_a_dry_run_runs_every_part_and_resumes(
     assert parts["kernels"]["found"]["cells"][0]["times"]["proxytune"] == {"cold": 2.0, "warm": 1.0}
     (family,) = parts["throughput, 13 + 7 + 7, a tenth"]["found"]["families"]
     ran = {name for name, method in family["cells"][0]["methods"].items() if method["status"] == "run"}
-    assert ran >= {"naive loop", "composite door", "fused loop", "fused, gated, 0.2 planted"}
+    assert ran >= {"naive loop", "composite door", "fused loop", "fused, overlap", "fused, gated, 0.2 planted"}
     assert ran >= {"speculation, 0.7 planted", "speculation, 0.9 planted"}
+    (family,) = parts["throughput, 8 + 1 + 1, a tenth, compiled"]["found"]["families"]
+    assert family["cells"][0]["methods"]["fused, graphs"]["same_tokens"] == 1.0
+    assert isinstance(parts["kernels"]["found"]["cells"][0]["times"]["torch.compile"], dict)
+    assert " passed in " in parts["correctness"]["found"]["tests"][-1]
     for name, seen in parts["trace"]["found"].items():
-        assert json.loads((tmp_path / seen["file"]).read_text())["traceEvents"], name
+        assert json.loads(gzip.decompress((tmp_path / seen["file"]).read_bytes()))["traceEvents"], name
     with pytest.raises(SystemExit, match="figures of a GPU; got those of a dry run"):
         gpu_run.main(["--out", str(tmp_path), "--write"])
+    for module in ("bench_kernels", "bench_throughput"):
+        monkeypatch.setattr(f"{module}.RESULTS", tmp_path / f"{module}.json")
+        (tmp_path / f"{module}.json").write_text("{}")
+    gpu_run.write_results({name: part | {"dry run": False} for name, part in parts.items()})
+    written = {
+        name: json.loads((tmp_path / f"bench_{name}.json").read_text())["gpu"] for name in ("kernels", "throughput")
+    }
+    assert written["kernels"]["mix"][0]["rows"] == 2
+    assert len(written["throughput"]["families"]) == 5
     # What is there and of this code is not run again; the rest is.
     monkeypatch.setattr(gpu_run, "run_part", lambda name, *_: again.append(name))
     again: list[str] = []

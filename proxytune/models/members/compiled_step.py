@@ -18,12 +18,24 @@ from transformers import CompileConfig
 from transformers.cache_utils import Cache
 
 from proxytune.models.members.cache_name import CACHE
+from proxytune.models.members.innermost import innermost
 from proxytune.models.members.ragged_static import Rows, ragged_pass
 from proxytune.models.members.rewind import length_of
 
-__all__ = ["CompiledStep", "with_own_code"]
+__all__ = ["CompiledStep", "uncompilable", "with_own_code"]
 
 _numbers = count()
+
+
+def uncompilable(model: Any) -> str | None:
+    """Why a model's pass cannot be one graph, in words: it is offloaded, or quantized in such a way."""
+    places = {str(place) for place in (getattr(model, "hf_device_map", None) or {}).values()}
+    if away := places & {"cpu", "disk"} if len(places) > 1 else places & {"disk"}:
+        return f"layers on the {', '.join(sorted(away))}"
+    if any(getattr(getattr(part, "_hf_hook", None), "offload", False) for part in model.modules()):
+        return "weights that a hook loads for each pass"
+    quantizer = getattr(innermost(model), "hf_quantizer", None)
+    return None if getattr(quantizer, "is_compileable", True) else type(quantizer).__name__
 
 
 def with_own_code(function: Any) -> Any:

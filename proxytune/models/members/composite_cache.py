@@ -12,6 +12,7 @@ import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, cache_utils
 from transformers.cache_utils import (
@@ -37,6 +38,7 @@ from proxytune.models.members.text_layer import TextLayer
 
 __all__ = [
     "adopt",
+    "at_home",
     "cached_layers",
     "decoder_config",
     "empty_cache",
@@ -57,6 +59,7 @@ _IMAGES = "_proxytune_images"
 _IDLE = "_proxytune_idle"
 _LAZY = "_proxytune_lazy"
 _ROOM = "_proxytune_room"
+_HOMES = "_proxytune_homes"
 _APART = "_proxytune_apart"  # the layers that do not see each token of a text
 _WITHOUT: Any = getattr(cache_utils, "DummyLayer", ())  # transformers before it had one left such layers out
 
@@ -349,6 +352,17 @@ def room_of(cache: Cache) -> int | None:
         setattr(cache, _ROOM, max((x.max_cache_len for x in _sized(cache) if not x.is_sliding), default=None))
     room: int | None = getattr(cache, _ROOM)
     return room
+
+
+def at_home(cache: Cache, name: str, x: torch.Tensor) -> torch.Tensor:
+    """A copy of a tensor that graphs write to, at one place in memory for as long as the cache lives."""
+    homes = vars(cache).setdefault(_HOMES, {})
+    key = (name, x.shape, x.dtype, x.device, torch.is_inference_mode_enabled())
+    if key not in homes:
+        homes[key] = x.clone(memory_format=torch.contiguous_format)
+        torch._dynamo.mark_static_address(homes[key])
+    home: torch.Tensor = homes[key]
+    return home.copy_(x)
 
 
 def _filled(cache: Cache) -> bool:

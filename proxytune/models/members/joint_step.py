@@ -26,7 +26,7 @@ from proxytune.models.members.member import Member
 from proxytune.models.members.ragged_static import ragged_pass, rows_of
 from proxytune.ops.combination import Combination
 
-__all__ = ["Joined", "JointStep", "Sum", "Tail"]
+__all__ = ["Joined", "JointStep", "OnDevice", "Sum", "Tail", "hindrance_of_step", "pass_of", "same_in_each_step"]
 
 
 class Tail(Protocol):
@@ -34,6 +34,9 @@ class Tail(Protocol):
 
     def __call__(self, logits: list[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
         """From raw logits `[B, 1, V_i]` and weights `[B, M]`, float32, to one tensor."""
+
+    def back(self) -> None:
+        """Undo what the last call changed: it is followed by another one of the same step."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,9 @@ class Sum:
         combined = ops.combine([z.flatten(0, 1) for z in logits], Combination(weights))
         combined[:, self.usable :] = -torch.inf
         return combined[:, None]
+
+    def back(self) -> None:
+        """Nothing was changed."""
 
 
 class Joined(NamedTuple):
@@ -103,7 +109,7 @@ class JointStep:
         self.config = config
         self.hindrance: str | None = None
         self._calls: dict[type, Callable[..., Any]] = {}  # by kind of tail: torch limits the graphs of each
-        self._weights: tuple[Any, torch.Tensor] | None = None
+        self._weights = OnDevice()
         self._prepared: WeakKeyDictionary[Cache, _Prepared] = WeakKeyDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -141,7 +147,7 @@ class JointStep:
             running = [i for i in range(len(members)) if i not in idle]
             # Rows of different lengths have masks of their own, made of where they are.
             text = text._replace(attention_mask=None) if rows_of(cache) is not None else text
-            self.hindrance = other or _hindrance([members[i] for i in running], text, cache)
+            self.hindrance = other or hindrance_of_step([members[i] for i in running], text, cache)
             if self.hindrance is not None:
                 return None
             assert cache is not None
@@ -149,7 +155,7 @@ class JointStep:
             self._prepared[cache] = prepared
         self.hindrance = None
         rows, device, running = len(text.input_ids), prepared.device, prepared.running
-        shared = _same_in_each_step(text, prepared.room, device)
+        shared = same_in_each_step(text, prepared.room, device)
         untold = {k: x for k, x in shared.items() if k != "position_ids"}
         given = []
         for i, part in zip(running, prepared.views, strict=True):
@@ -157,7 +163,7 @@ class JointStep:
             member.token_forwards += shared["input_ids"].numel()
             member.passes += 1
             given.append({**(shared if member.takes_positions else untold), CACHE: part})
-        weights = self._on_device([numbers[i] for i in running], rows, device)
+        weights = self._weights([numbers[i] for i in running], rows, device)
         torch.compiler.cudagraph_mark_step_begin()
         kind = type(tail)
         if kind not in self._calls:
@@ -181,24 +187,35 @@ class JointStep:
         known = type(cache) is StaticCache and not torch.compiler.is_compiling()
         return self._prepared.get(cache) if known else None
 
-    def _on_device(self, numbers: list[float], rows: int, device: torch.device) -> torch.Tensor:
-        """The weights `[B, M]`, as a tensor: another α is no other graph."""
-        key = (*numbers, rows, device)
-        if self._weights is None or self._weights[0] != key:
-            weights = torch.tensor(numbers, dtype=torch.float32, device=device).repeat(rows, 1)
-            torch._dynamo.mark_static_address(weights)
-            self._weights = key, weights
-        return self._weights[1]
+
+class OnDevice:
+    """Numbers as a tensor at one place in memory: others are no other graph, nor another recording of one."""
+
+    def __init__(self) -> None:
+        self._held: tuple[Any, tuple[float, ...], torch.Tensor] | None = None
+
+    def __call__(self, numbers: Sequence[float], rows: int, device: torch.device) -> torch.Tensor:
+        """`[rows, len(numbers)]`, float32; good until the next call."""
+        key, told = (len(numbers), rows, device), tuple(numbers)
+        if self._held is None or self._held[:2] != (key, told):
+            new = torch.tensor([told], dtype=torch.float32, device=device).repeat(rows, 1)
+            if self._held is not None and self._held[0] == key:
+                new = self._held[2].copy_(new)
+            else:
+                torch._dynamo.mark_static_address(new)
+            self._held = key, told, new
+        return self._held[2]
 
 
 def _step(
     models: list[Any], given: list[dict[str, Any]], tail: Tail | None, weights: torch.Tensor
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    logits = [_pass(model, inputs) for model, inputs in zip(models, given, strict=True)]
+    logits = [pass_of(model, inputs) for model, inputs in zip(models, given, strict=True)]
     return logits, None if tail is None else tail(logits, weights)
 
 
-def _pass(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+def pass_of(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """A model's raw logits inside a graph, from its inputs with a view of a static cache."""
     cache = inputs[CACHE]
     if (rows := rows_of(cache)) is not None:
         return ragged_pass(model, {k: x for k, x in inputs.items() if k in ("input_ids", "position_ids")}, cache, rows)
@@ -206,7 +223,7 @@ def _pass(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return logits
 
 
-def _hindrance(members: Sequence[Member], text: Text, cache: Cache | None) -> str | None:
+def hindrance_of_step(members: Sequence[Member], text: Text, cache: Cache | None) -> str | None:
     """Why these members cannot take one token each in one graph."""
     one = text.input_ids.shape[1] == 1 or rows_of(cache) is not None
     if cache is None or not (one and members and cache.is_compileable and cache.is_initialized):
@@ -224,7 +241,7 @@ def _hindrance(members: Sequence[Member], text: Text, cache: Cache | None) -> st
     return None
 
 
-def _same_in_each_step(text: Text, room: int | None, device: torch.device) -> dict[str, torch.Tensor]:
+def same_in_each_step(text: Text, room: int | None, device: torch.device) -> dict[str, torch.Tensor]:
     """A step's inputs, with the sizes and strides that they have in every step."""
     given = {"input_ids": text.input_ids, "attention_mask": text.attention_mask, "position_ids": text.position_ids}
     same = {

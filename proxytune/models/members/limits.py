@@ -143,15 +143,21 @@ class MemberLimits:
             remedy="Leave out cache_implementation, or pass no StaticCache.",
         )
 
-    def refuse_ragged_cache(self, cache: Cache) -> None:
-        """Raise CacheError if rows of its static cache, that is filled or empty, cannot differ in length."""
+    def ragged_hindrance(self, cache: Cache) -> str | None:
+        """Why rows of its static cache, that is filled or empty, cannot differ in length or go back; None if they can.
+
+        In words.
+        """
         why = hindrance_of(self.model, cache)
         if self.stateful or self.whole_text is not None or self._own_cache is not None or self.cache_name != CACHE:
             why = "what it keeps is not in a static cache"
         elif not self.takes_positions:
             why = "it counts positions by itself"
-        why = why or static_fault(self.model, True, cache.get_max_length(), ragged=True)
-        if why is not None:
+        return why or static_fault(self.model, True, cache.get_max_length(), ragged=True)
+
+    def refuse_ragged_cache(self, cache: Cache) -> None:
+        """Raise CacheError if rows of its static cache, that is filled or empty, cannot differ in length."""
+        if (why := self.ragged_hindrance(cache)) is not None:
             raise CacheError.of(
                 CACHE,
                 expected="a DynamicCache, or a static one in which rows may keep different numbers of drafts",

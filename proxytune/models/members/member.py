@@ -14,7 +14,7 @@ from proxytune.costs.devices import Work
 from proxytune.errors import UnsupportedModelError
 from proxytune.models.members.adapter_state import AdapterState, check_adapter_state, switched
 from proxytune.models.members.cache_name import CACHE, argument_of
-from proxytune.models.members.compiled_step import CompiledStep
+from proxytune.models.members.compiled_step import CompiledStep, uncompilable
 from proxytune.models.members.embedding_table import embedding_rows
 from proxytune.models.members.innermost import innermost
 from proxytune.models.members.layer_kinds import STATES, kinds_of, lacking
@@ -150,14 +150,11 @@ class Member(MemberForward):
         Raises:
             UnsupportedModelError: If the model is offloaded, or quantized in a way that cannot be compiled.
         """
-        places = {str(place) for place in (getattr(self.model, "hf_device_map", None) or {}).values()}
-        away = places & {"cpu", "disk"} if len(places) > 1 else places & {"disk"}
-        quantizer = getattr(self.model, "hf_quantizer", None)
-        if config is not None and (away or not getattr(quantizer, "is_compileable", True)):
+        if config is not None and (why := uncompilable(self.model)) is not None:
             raise UnsupportedModelError.of(
                 f"the {self.role}",
                 expected="a model that can be compiled",
-                got=f"layers on the {', '.join(sorted(away))}" if away else type(quantizer).__name__,
+                got=why,
                 remedy="Leave it out: compile_members(roles=[…]).",
             )
         if config is not None and self.adapter is not None:

@@ -16,8 +16,7 @@ from transformers.cache_utils import StaticCache
 import proxytune
 from proxytune import FusedDecoding, ProxyTunedModel
 from proxytune.errors import CacheError, InputError, UnsupportedModelError
-from proxytune.formulas import ProxyTuning
-from proxytune.formulas.gates import Gate
+from proxytune.formulas import ProxyTuning, Schedule
 from proxytune.models.members.cache_name import CACHE
 
 # torch's compiler calls parts of torch by names that are deprecated.
@@ -186,11 +185,39 @@ def test_the_draw_is_in_the_graph_and_other_settings_are_the_same_graph(
     model.alpha = ALPHA
 
 
+def test_a_second_generation_finds_all_in_its_place(graphs: Graphs) -> None:
+    model = composed(short())
+    model.compile_members(graphs.config)
+    settings = STATIC | {"max_new_tokens": 3, "do_sample": True, "custom_generate": FusedDecoding(seed=3)}
+    first = run(model, **settings)
+    places = copy.deepcopy(graphs.places)
+    model.alpha = ALPHA / 2
+    try:
+        other = run(model, **settings)
+    finally:
+        model.alpha = ALPHA
+    assert torch.equal(run(model, **settings), first)
+    assert graphs.places == places
+    assert all(map(len, *places.values()))
+    # What a caller holds is his.
+    held = run(model, **settings, return_dict_in_generate=True)
+    kept = [layer.keys.clone() for layer in held[CACHE].layers]
+    model.alpha = ALPHA / 2
+    try:
+        assert torch.equal(run(model, **settings), other)
+    finally:
+        model.alpha = ALPHA
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(held[CACHE].layers, kept, strict=True))
+    twin = copy.deepcopy(model)
+    assert (model._kept.take("another batch"), twin._kept.take("another batch"), model._kept._kept) == (None,) * 3
+
+
 def test_what_a_graph_cannot_do_is_done_as_before(graphs: Graphs) -> None:
     models = short()
-    gated = proxytune.wrap(**models, formula=ProxyTuning(alpha=ALPHA, gate=Gate(entropy=3.0)), check_vocabulary=False)
+    falling = ProxyTuning(alpha=Schedule.linear(ALPHA, 0.0, 8))
+    scheduled = proxytune.wrap(**models, formula=falling, check_vocabulary=False)
     recurrent = composed(models | {"base": shared("lfm2", 1)})
-    for model, why, count in ((gated, "", 1), (recurrent, "the base, a Lfm2ForCausalLM (lfm2), which keeps", 3)):
+    for model, why, count in ((scheduled, "", 1), (recurrent, "the base, a Lfm2ForCausalLM (lfm2), which keeps", 3)):
         graphs.runs = 0
         static = STATIC | {"max_new_tokens": 3, "do_sample": False}
         want = run(model, **static)
@@ -318,3 +345,19 @@ def test_members_that_cannot_be_compiled_are_refused() -> None:
     assert all(m.step is None for m in model.members)
     model.compile_members(CompileConfig(backend="eager"), roles=["expert"])
     assert [m.step is None for m in model.members] == [True, False, True]
+
+
+def test_an_offloaded_or_quantized_member_is_named_and_runs_uncompiled_beside_the_others(graphs: Graphs) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    static = STATIC | {"max_new_tokens": 3, "do_sample": False}
+    members = short() | {role: cut(build("llama", seed)) for seed, role in ((1, "base"), (3, "antiexpert"))}
+    model = composed(members)
+    want = run(model, **static)
+    accelerate.cpu_offload(members["base"], execution_device=torch.device("cpu"))
+    members["antiexpert"].hf_quantizer = type("FourBits", (), {"is_compileable": False})()
+    for roles, why in ((None, "weights that a hook"), (["expert", "antiexpert"], "the antiexpert: .*got FourBits")):
+        with pytest.raises(UnsupportedModelError, match=why):
+            model.compile_members(graphs.config, roles=roles)
+    model.compile_members(graphs.config, roles=["expert"])
+    assert torch.equal(run(model, **static), want)
+    assert (graphs.compiled, graphs.runs) == (1, 2)
