@@ -25,6 +25,7 @@ from proxytune.throughput.byte_floors import aims, with_floors
 from proxytune.throughput.draft_costs import LENGTHS, compare_drafts
 from proxytune.throughput.measure import measure_cell
 from proxytune.throughput.methods import RATES, methods_for
+from proxytune.throughput.report import RANKED
 from proxytune.throughput.shapes import PUBLISHED, SCALED
 from proxytune.throughput.subjects import PROTOCOL, Cell, Subject, lab_subject, random_subject
 
@@ -54,7 +55,7 @@ class Plan:
         build: Makes the family.
         cells: The cells of the protocol.
         rounds: Most rounds per cell.
-        seconds: Time for all cells; each cell gets at least two rounds.
+        seconds: Time for all cells; each cell gets at least two rounds, the first at least `RANKED` of four or more.
         rates: The acceptances planted in random members, in the first cell.
         drafting: The cell in which the cost model is compared; None to leave it out.
         rate: The acceptance planted there, and in all other cells.
@@ -81,6 +82,10 @@ class Plan:
     def least(self) -> int:
         """Rounds of each cell, however long they take."""
         return min(2, self.rounds)
+
+    def share(self, cells: int) -> float:
+        """The share of the time that is up after so many cells; the first, whose methods are ranked, has three."""
+        return (cells + 2) / (len(self.cells) + 2)
 
     def rounds_from(self, cell: int, timed: int) -> int:
         """Rounds from a cell on, with `timed` ones each: one more that counts, and then those of the cost model."""
@@ -214,14 +219,15 @@ def measure_family(
             cell,
             methods_for(subject, rates, graphs=plan.graphs and i == 0),
             rounds=plan.rounds,
-            least=plan.least,
-            until=began + plan.seconds * (i + 1) / len(plan.cells),
+            least=RANKED if i == 0 and plan.rounds >= RANKED else plan.least,
+            until=began + plan.seconds * plan.share(i + 1),
             report=lambda what, rounds, cell=i: report(what, cell, rounds),  # type: ignore[misc]
         )
         cells.append(with_floors(measured, bytes_of))
     family: dict[str, Any] = {
         "name": subject.name,
         "trained": subject.trained,
+        "device": subject.device.type,
         "dtype": str(next(subject.steered.base.parameters()).dtype).removeprefix("torch."),
         "parameters": {role: model.num_parameters() for role, model in subject.models.items()},
         "mb_per_pass": {role: round(of.weights / 1e6, 3) for role, of in bytes_of.items()},
