@@ -26,6 +26,7 @@ from proxytune.throughput.byte_floors import aims, with_floors
 from proxytune.throughput.draft_costs import LENGTHS, compare_drafts
 from proxytune.throughput.measure import measure_cell
 from proxytune.throughput.methods import RATES, methods_for
+from proxytune.throughput.report import RANKED
 from proxytune.throughput.shapes import PUBLISHED, SCALED
 from proxytune.throughput.subjects import PROTOCOL, Cell, Subject, lab_subject, random_subject
 
@@ -55,7 +56,7 @@ class Plan:
         build: Makes the family.
         cells: The cells of the protocol.
         rounds: Most rounds per cell.
-        seconds: Time for all cells; each cell gets at least two rounds.
+        seconds: Time for all cells; each cell gets at least two rounds, the first at least `RANKED` of four or more.
         rates: The acceptances planted in random members, in the first cell.
         drafting: The cell in which the cost model is compared; None to leave it out.
         rate: The acceptance planted there, and in all other cells.
@@ -85,20 +86,24 @@ class Plan:
         """Rounds of each cell, however long they take."""
         return min(2, self.rounds)
 
+    def share(self, cells: int) -> float:
+        """The share of the time that is up after so many cells; the first, whose methods are ranked, has three."""
+        return (cells + 2) / (len(self.cells) + 2)
+
     def rounds_from(self, cell: int, timed: int) -> int:
         """Rounds from a cell on, with `timed` ones each: one more that counts, and then those of the cost model."""
         return (len(self.cells) - cell) * (1 + timed) + (0 if self.drafting is None else 1 + self.draft_rounds)
 
 
-def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
-    """The CPU set: the lab's family (from `folder`, else the bundled one), and two trios of random members."""
+def cpu_plans(size: Size = "quick", folder: Path | None = None, alpha: float | None = None) -> list[Plan]:
+    """The CPU set: the lab's family (see `lab_subject`), and two trios of random members."""
     quick = size == "quick"
     seconds = (45.0, 110.0, 95.0) if quick else (600.0, 900.0, 900.0)
     lab_cells = _LAB if quick else tuple(_fitted(cell, 512) for cell in PROTOCOL)
     rounds, cells = (4, _SHORT) if quick else (7, _LONG)
     drafting = cells[0]
     return [
-        Plan(lambda: lab_subject(folder), lab_cells, rounds, seconds[0], drafting=drafting),
+        Plan(lambda: lab_subject(folder, alpha), lab_cells, rounds, seconds[0], drafting=drafting),
         *(
             Plan(lambda trio=trio: random_subject(trio), cells, rounds, some, drafting=drafting)  # type: ignore[misc]
             for trio, some in zip(SCALED, seconds[1:], strict=True)
@@ -232,6 +237,7 @@ def measure_family(
         family: dict[str, Any] = {
             "name": subject.name,
             "trained": subject.trained,
+            "device": subject.device.type,
             "dtype": str(next(subject.steered.base.parameters()).dtype).removeprefix("torch."),
             "parameters": {role: model.num_parameters() for role, model in subject.models.items()},
             "mb_per_pass": {role: round(of.weights / 1e6, 3) for role, of in bytes_of.items()},
@@ -248,8 +254,8 @@ def measure_family(
             cell,
             [method for method in methods if plan.only is None or method.name in plan.only],
             rounds=plan.rounds,
-            least=plan.least,
-            until=began + plan.seconds * (i + 1) / len(plan.cells),
+            least=RANKED if i == 0 and plan.rounds >= RANKED else plan.least,
+            until=began + plan.seconds * plan.share(i + 1),
             report=lambda what, rounds, cell=i: report(what, cell, rounds),  # type: ignore[misc]
             keep=lambda one: keep(so_far(one)),
         )
