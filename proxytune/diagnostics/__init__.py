@@ -1,0 +1,11 @@
+"""What a policy has lost, read from traces alone; one file a diagnosis. NumPy only: no model, no torch.
+
+Each function takes a `proxytune.trace.Trace` (or several), and returns a `Finding` with its figures, their intervals
+over prompts, how much they rest on, and a sentence. What cannot be told from a trace is an `InputError` that says what
+is missing; never a number from nothing.
+"""
+
+from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, on_policy_signature
+from proxytune.diagnostics.prompts import Finding
+
+__all__ = ["Finding", "entropy_profile", "fork_change", "on_policy_signature"]
