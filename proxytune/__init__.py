@@ -84,8 +84,8 @@ _HOME = {
 }
 
 _MODULES = (
-    *("budget", "costs", "demo", "diagnostics", "errors", "formulas", "generation", "methods", "models", "ops", "recipe"),
-    *("search", "stats", "throughput", "trace", "voting"),
+    *("budget", "costs", "demo", "diagnostics", "errors", "formulas", "generation", "methods", "models", "ops"),
+    *("recipe", "search", "stats", "throughput", "trace", "voting"),
 )
 
 __all__ = ["__version__", *_HOME]

@@ -5,7 +5,18 @@ over prompts, how much they rest on, and a sentence. What cannot be told from a 
 is missing; never a number from nothing.
 """
 
+from proxytune.diagnostics.collapse import distinct_answers, formats
+from proxytune.diagnostics.coverage_curves import coverage, crossing
 from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, on_policy_signature
 from proxytune.diagnostics.prompts import Finding
 
-__all__ = ["Finding", "entropy_profile", "fork_change", "on_policy_signature"]
+__all__ = [
+    "Finding",
+    "coverage",
+    "crossing",
+    "distinct_answers",
+    "entropy_profile",
+    "fork_change",
+    "formats",
+    "on_policy_signature",
+]

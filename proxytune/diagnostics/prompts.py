@@ -283,7 +283,9 @@ class Resamples:
                 got=f"{len(self.times) - len(found)} of {len(self.times)} resamples that do not",
                 remedy="Record more prompts.",
             )
-        low, high = np.quantile(found, [self._tail, 1 - self._tail])
+        # Of two neighbours the outer one: one of them may be infinite.
+        low = np.quantile(found, self._tail, method="lower")
+        high = np.quantile(found, 1 - self._tail, method="higher")
         return Interval(float(value), float(low), float(high))
 
     def ratio(self, sums: ArrayLike, counted: ArrayLike) -> Interval:

@@ -86,7 +86,7 @@ def measured(
 
 
 def _normaliser(rows: torch.Tensor) -> torch.Tensor:
-    """log Σ exp of each row, float32 `[N]`."""
+    """Log Σ exp of each row, float32 `[N]`."""
     # On a CPU a few operations cost less than one call of a step.
     return rows.float().logsumexp(-1) if rows.device.type == "cpu" else ops.log_normalisers(rows)
 
