@@ -7,6 +7,7 @@ is missing; never a number from nothing.
 
 from proxytune.diagnostics.collapse import distinct_answers, formats
 from proxytune.diagnostics.coverage_curves import coverage, crossing
+from proxytune.diagnostics.entropy_law import entropy_law
 from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, on_policy_signature
 from proxytune.diagnostics.prompts import Finding
 
@@ -15,6 +16,7 @@ __all__ = [
     "coverage",
     "crossing",
     "distinct_answers",
+    "entropy_law",
     "entropy_profile",
     "fork_change",
     "formats",
