@@ -9,6 +9,7 @@ from proxytune.diagnostics.collapse import distinct_answers, formats
 from proxytune.diagnostics.coverage_curves import coverage, crossing
 from proxytune.diagnostics.entropy_law import entropy_law
 from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, on_policy_signature
+from proxytune.diagnostics.length import length_effect
 from proxytune.diagnostics.prompts import Finding
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "entropy_profile",
     "fork_change",
     "formats",
+    "length_effect",
     "on_policy_signature",
 ]
