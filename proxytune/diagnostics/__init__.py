@@ -5,6 +5,7 @@ over prompts, how much they rest on, and a sentence. What cannot be told from a 
 is missing; never a number from nothing.
 """
 
+from proxytune.diagnostics.calibration import calibration
 from proxytune.diagnostics.collapse import distinct_answers, formats
 from proxytune.diagnostics.coverage_curves import coverage, crossing
 from proxytune.diagnostics.entropy_law import entropy_law
@@ -14,6 +15,7 @@ from proxytune.diagnostics.prompts import Finding
 
 __all__ = [
     "Finding",
+    "calibration",
     "coverage",
     "crossing",
     "distinct_answers",

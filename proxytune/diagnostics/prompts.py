@@ -257,6 +257,7 @@ class Resamples:
 
     Attributes:
         times: `[draws, prompts]`, float64: how often each prompt was drawn.
+        stretch: How much wider than that of a normal distribution an interval has to be.
     """
 
     def __init__(self, units: int, what: str, *, level: float, draws: int, seed: int, of: str = "prompts") -> None:
@@ -267,6 +268,7 @@ class Resamples:
         self.times = rng.multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
         reach = t_quantile((1 + level) / 2, units - 1) * math.sqrt(units / (units - 1))
         self._tail = NormalDist().cdf(-reach)
+        self.stretch = reach / NormalDist().inv_cdf((1 + level) / 2)
 
     def interval(self, value: float, drawn: ArrayLike) -> Interval:
         """A value with its interval, from its values in the resamples; NaN where one has none.
