@@ -10,8 +10,10 @@ from proxytune.diagnostics.collapse import distinct_answers, formats
 from proxytune.diagnostics.coverage_curves import coverage, crossing
 from proxytune.diagnostics.entropy_law import entropy_law
 from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, on_policy_signature
+from proxytune.diagnostics.kl_drift import kl_drift
 from proxytune.diagnostics.length import length_effect
 from proxytune.diagnostics.prompts import Finding
+from proxytune.diagnostics.spread import spread
 
 __all__ = [
     "Finding",
@@ -23,6 +25,8 @@ __all__ = [
     "entropy_profile",
     "fork_change",
     "formats",
+    "kl_drift",
     "length_effect",
     "on_policy_signature",
+    "spread",
 ]

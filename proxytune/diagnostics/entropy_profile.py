@@ -36,7 +36,15 @@ from proxytune.stats.quantile import share_threshold
 from proxytune.trace import UNKNOWN, Trace
 from proxytune.validation import finite
 
-__all__ = ["EntropyProfile", "ForkChange", "Signature", "entropy_profile", "fork_change", "on_policy_signature"]
+__all__ = [
+    "EntropyProfile",
+    "ForkChange",
+    "Signature",
+    "entropy_profile",
+    "fork_change",
+    "on_policy_signature",
+    "totals",
+]
 
 _SHARES = (0.1, 0.25, 0.5, 0.75, 0.8, 0.9, 0.99)
 
@@ -96,14 +104,14 @@ def entropy_profile(
     prompts = prompts_of(trace, what, given=given)
     values, weights = values_of(prompts, "entropy", what), weights_of(prompts, what)
     resamples = Resamples(len(prompts), what, level=level, draws=draws, seed=seed)
-    sums, masses = _totals(values, weights)
+    sums, masses = totals(values, weights)
     mean = resamples.ratio(sums, masses)
     h = None if threshold is None else finite("threshold", threshold, "of nats", least=0.0)
     above = None
     if h is not None:
-        above = resamples.ratio(_totals([[one > h for one in texts] for texts in values], weights)[0], masses)
+        above = resamples.ratio(totals([[one > h for one in texts] for texts in values], weights)[0], masses)
     elif all((text.fork != UNKNOWN).all() for texts in prompts for text in texts):
-        above = resamples.ratio(_totals([[text.fork == 1 for text in texts] for texts in prompts], weights)[0], masses)
+        above = resamples.ratio(totals([[text.fork == 1 for text in texts] for texts in prompts], weights)[0], masses)
     flat = np.concatenate([one for texts in values for one in texts])
     mass = np.concatenate(
         [
@@ -192,9 +200,9 @@ def fork_change(
         h = finite("threshold", threshold, "of nats", least=0.0)
     resamples = Resamples(len(keys), what, level=level, draws=draws, seed=seed)
     runs = list(zip(values, weights, strict=True))
-    whole, masses = zip(*(_totals(v, w) for v, w in runs), strict=True)
-    above = [_totals([[one > h for one in texts] for texts in v], w)[0] for v, w in runs]
-    high = [_totals([[one * (one > h) for one in texts] for texts in v], w)[0] for v, w in runs]
+    whole, masses = zip(*(totals(v, w) for v, w in runs), strict=True)
+    above = [totals([[one > h for one in texts] for texts in v], w)[0] for v, w in runs]
+    high = [totals([[one * (one > h) for one in texts] for texts in v], w)[0] for v, w in runs]
 
     def mean(sums: Floats, held: Floats) -> Interval | None:
         try:
@@ -277,7 +285,7 @@ def on_policy_signature(
     keys = shared_prompts(own, given, what)
     texts = [own[key] for key in keys], [given[key] for key in keys]
     (mine, mine_count), (theirs, theirs_count) = (
-        _totals(values_of(one, "entropy", what), weights_of(one, what)) for one in texts
+        totals(values_of(one, "entropy", what), weights_of(one, what)) for one in texts
     )
     if not mine.any():
         raise InputError.of(
@@ -299,7 +307,7 @@ def on_policy_signature(
     )
 
 
-def _totals(values: Sequence[Sequence[NDArray[Any]]], weights: list[Floats]) -> tuple[Floats, Floats]:
+def totals(values: Sequence[Sequence[NDArray[Any]]], weights: list[Floats]) -> tuple[Floats, Floats]:
     """Weighted sums over the tokens of each prompt, and their weights' sums."""
     sums, masses = np.zeros(len(values)), np.zeros(len(values))
     for i, (texts, row) in enumerate(zip(values, weights, strict=True)):

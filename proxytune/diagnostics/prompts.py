@@ -91,16 +91,17 @@ def keyed(trace: Trace, *, given: bool | None) -> dict[str, list[TracedText]]:
     return {key: groups[key] for key in sorted(groups) if groups[key]}
 
 
-def prompts_of(trace: Trace, what: str, *, given: bool | None = False) -> Prompts:
+def prompts_of(trace: Trace, what: str, *, given: bool | None = False, few: bool = False) -> Prompts:
     """The texts of each prompt, in an order that does not depend on that of the texts.
 
     Args:
         trace: The run.
         what: The diagnosis, for messages.
         given: Which texts: those that came from elsewhere, those that the model wrote, or (None) both.
+        few: Whether fewer than `LEAST` prompts are allowed.
 
     Raises:
-        InputError: If there are none, or of fewer than `LEAST` prompts.
+        InputError: If there are none, or of too few prompts.
     """
     found = list(keyed(trace, given=given).values())
     if not found:
@@ -116,7 +117,8 @@ def prompts_of(trace: Trace, what: str, *, given: bool | None = False) -> Prompt
                 None: "Record a run.",
             }[given],
         )
-    refuse_few(len(found), what)
+    if not few:
+        refuse_few(len(found), what)
     return found
 
 
