@@ -8,6 +8,7 @@ is missing; never a number from nothing.
 from proxytune.diagnostics.calibration import calibration
 from proxytune.diagnostics.collapse import distinct_answers, formats
 from proxytune.diagnostics.coverage_curves import coverage, crossing
+from proxytune.diagnostics.degenerate import degenerate
 from proxytune.diagnostics.entropy_law import entropy_law
 from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, on_policy_signature
 from proxytune.diagnostics.kl_drift import kl_drift
@@ -20,6 +21,7 @@ __all__ = [
     "calibration",
     "coverage",
     "crossing",
+    "degenerate",
     "distinct_answers",
     "entropy_law",
     "entropy_profile",
