@@ -14,6 +14,7 @@ from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, 
 from proxytune.diagnostics.kl_drift import kl_drift
 from proxytune.diagnostics.length import length_effect
 from proxytune.diagnostics.prompts import Finding
+from proxytune.diagnostics.search_scaling import search_scaling
 from proxytune.diagnostics.spread import spread
 
 __all__ = [
@@ -30,5 +31,6 @@ __all__ = [
     "kl_drift",
     "length_effect",
     "on_policy_signature",
+    "search_scaling",
     "spread",
 ]

@@ -75,8 +75,8 @@ def degenerate(
         seed: Seed of the resamples.
 
     Raises:
-        InputError: If a threshold is not in (0, 1), or there are fewer than five prompts; `faults_of` makes no interval,
-            and takes any number.
+        InputError: If a threshold is not in (0, 1), or there are fewer than five prompts; `faults_of` makes no
+            interval, and takes any number.
     """
     what = "degenerate"
     faults = faults_of(trace, repeated=repeated, copied=copied, shortest=shortest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -33,7 +34,16 @@ def text(prompt: int, count: int = 1, *, top: int = 1, **fields: Any) -> TracedT
         if name in FIELDS:
             fields[name] = np.asarray(value, FIELDS[name][0])
             count = len(fields[name])
-    return TracedText(prompt_ids=np.array([prompt], np.int32), **_blank(count, top) | fields)
+    # Thousands are made: one of each form is checked, the others are copies with other contents.
+    form = (count, top, tuple(fields))
+    if form not in _CHECKED:
+        _CHECKED[form] = TracedText(prompt_ids=np.zeros(1, np.int32), **_blank(count, top) | fields)
+    made = copy(_CHECKED[form])
+    vars(made).update(prompt_ids=np.array([prompt], np.int32), **fields)
+    return made
+
+
+_CHECKED: dict[tuple[int, int, tuple[str, ...]], TracedText] = {}
 
 
 def run(texts: Sequence[TracedText], **about: Any) -> Trace:
