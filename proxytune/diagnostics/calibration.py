@@ -270,7 +270,7 @@ def _reliability(
         held, hits = (np.bincount(problem[mine], weights, minlength=units) for weights in (None, right[mine]))
         gaps.append(np.bincount(problem[mine], probability[mine] - right[mine], minlength=units))
         try:
-            accuracy = resamples.ratio(hits, held)
+            accuracy = resamples.bounded(hits, held)
         except InputError:
             accuracy = None
         points.append(ReliabilityPoint(float(probability[mine].mean()), accuracy, int(mine.sum())))

@@ -86,7 +86,7 @@ def distinct_answers(
             hits = has & (answers == answer)
             table[i] += [chance(hits, masses[i] if weighted[i] else None, k) for k in ks]
     resamples = Resamples(len(prompts), what, level=level, draws=draws, seed=seed)
-    curve = {k: resamples.mean(table[:, j]) for j, k in enumerate(ks)}
+    curve = {k: resamples.share(table[:, j], most=k) for j, k in enumerate(ks)}
     missing = [
         float(mass @ [text.answer is None for text in texts]) for texts, mass in zip(prompts, masses, strict=True)
     ]
@@ -94,7 +94,7 @@ def distinct_answers(
         says=f"{ks[-1]} samples of a prompt give {said(curve[ks[-1]])} different answers.",
         **counts(prompts),
         curve=curve,
-        unanswered=resamples.ratio(missing, [mass.sum() for mass in masses]),
+        unanswered=resamples.bounded(missing, [mass.sum() for mass in masses]),
     )
 
 
@@ -137,7 +137,7 @@ def formats(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed: int =
     sizes = np.array([len(row) for row in found], float)
     total = shares.sum(0) / sizes.sum()
     order = sorted(range(len(names)), key=lambda j: (-round(total[j], 12), names[j]))
-    top_share = Resamples(len(prompts), what, level=level, draws=draws, seed=seed).ratio(shares[:, order[0]], sizes)
+    top_share = Resamples(len(prompts), what, level=level, draws=draws, seed=seed).bounded(shares[:, order[0]], sizes)
     return Formats(
         says=f"{said(top_share, percent=True)} of the texts have one format, of {len(names)} that occur.",
         **counts(prompts),

@@ -82,7 +82,7 @@ def coverage(
     ks = checked_ks(ks, prompts)
     resamples = Resamples(len(prompts), what, level=level, draws=draws, seed=seed)
     table = _table(prompts, ks, what, weighted)
-    curve = {k: resamples.mean(table[:, i]) for i, k in enumerate(ks)}
+    curve = {k: resamples.share(table[:, i]) for i, k in enumerate(ks)}
     ends = f"{said(curve[ks[0]], percent=True)} with {ks[0]}"
     if len(ks) > 1:
         ends += f", {said(curve[ks[-1]], percent=True)} with {ks[-1]}"

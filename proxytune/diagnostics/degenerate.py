@@ -95,7 +95,7 @@ def degenerate(
             )
             for texts, row in zip(prompts, weights, strict=True)
         ]
-        return resamples.ratio(has, sizes)
+        return resamples.bounded(has, sizes)
 
     answered = any(text.answer is not None for texts in prompts for text in texts)
     shares = {fault: share(fault) for fault in get_args(Fault) if fault != "skipping" or answered}

@@ -60,9 +60,9 @@ class EntropyLaw(Finding):
 def entropy_law(checkpoints: Sequence[Trace], *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> EntropyLaw:
     """Fit the law to runs of at least four checkpoints on the same prompts, by least squares.
 
-    Intervals add two variances: that of the line given these prompts (Student's t, checkpoints less 2 degrees of
-    freedom), and that of other prompts (resamples, the same for all checkpoints). Both hold the noise of samples, so
-    they are rather too wide than too narrow.
+    Intervals are by Student's t, with checkpoints less 2 degrees of freedom. Their variance is that of the line, and of
+    the prompts (resamples, the same for all checkpoints); both hold the noise of samples, so they are rather too wide
+    than too narrow.
 
     Args:
         checkpoints: A graded run of each, of the texts that it wrote itself.
@@ -124,17 +124,24 @@ def entropy_law(checkpoints: Sequence[Trace], *, level: float = 0.95, draws: int
     freedom = len(traces) - 2
     left = y - start - slope * x
     noise = float((left**2).sum()) / freedom
-    slopes, starts = _line(*points(resamples.times))
+    bases, rewards = points(resamples.times)
+    slopes, _ = _line(bases, rewards)
     reach = t_quantile((1 + level) / 2, freedom)
 
-    def interval(value: float, at: float, drawn: Floats) -> Interval:
-        """An interval of the line's value at `x = at`, or of its slope (`at` is infinite)."""
-        line = noise / spread if math.isinf(at) else noise * (1 / len(x) + (at - x.mean()) ** 2 / spread)
-        half = reach * math.sqrt(line + float(np.nanvar(drawn)))
+    # The distances from the line hold the noise of samples, and what differs between checkpoints; not what the prompts,
+    # which all checkpoints share, do to all of them alike.
+    of_slope = max(noise / spread, float(np.nanvar(slopes)))
+    of_mean = noise / len(x) + float(rewards.mean(1).var())
+
+    def interval(value: float, variance: float) -> Interval:
+        half = reach * math.sqrt(variance)
         return Interval(value, value - half, value + half)
 
-    a = interval(-slope, math.inf, slopes)
-    ceiling = interval(start + slope, 1.0, starts + slopes)
+    def at(place: float) -> Interval:
+        """The line's value at x."""
+        return interval(start + slope * place, of_mean + of_slope * (place - x.mean()) ** 2)
+
+    a, ceiling = interval(-slope, of_slope), at(1.0)
     trade = (
         f"entropy was traded for reward, with a ceiling of {said(ceiling)} when it is spent"
         if a.low > 0
@@ -144,7 +151,7 @@ def entropy_law(checkpoints: Sequence[Trace], *, level: float = 0.95, draws: int
         says=f"R = −a·e^H + b over {len(traces)} checkpoints, with a = {said(a)}: {trade}.",
         **counts([list(itertools.chain(*of_prompt)) for of_prompt in zip(*runs, strict=True)]),
         a=a,
-        b=interval(start, 0.0, starts),
+        b=at(0.0),
         ceiling=ceiling,
         rmse=math.sqrt(float((left**2).mean())),
         points=tuple(zip(np.log(x).tolist(), y.tolist(), strict=True)),

@@ -239,6 +239,6 @@ def _differing(answers: list[str | None], mine: NDArray[np.bool_]) -> float:
 
 def _maybe(resamples: Resamples, sums: Floats, held: Floats) -> Interval | None:
     try:
-        return resamples.ratio(sums, held)
+        return resamples.bounded(sums, held)
     except InputError:
         return None

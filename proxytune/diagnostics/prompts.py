@@ -301,6 +301,21 @@ class Resamples:
         """The mean over prompts of `[prompts]`."""
         return self.ratio(values, np.ones(self.units))
 
+    def bounded(self, sums: ArrayLike, counted: ArrayLike, *, least: float = 0.0, most: float = 1.0) -> Interval:
+        """`ratio` of what lies between two numbers, as a share of texts does: none of twenty is not "never".
+
+        The interval also holds what the value would be if so many prompts were of another kind, at either bound, as may
+        be missed by chance: `1 − ((1 − level)/2)^(1/n)` of n, 12 % of 30.
+        """
+        found = self.ratio(sums, counted)
+        missed = 1 - ((1 - self.level) / 2) ** (1 / self.units)
+        low, high = (found.value + missed * (bound - found.value) for bound in (least, most))
+        return Interval(found.value, min(found.low, low), max(found.high, high))
+
+    def share(self, values: ArrayLike, *, least: float = 0.0, most: float = 1.0) -> Interval:
+        """The mean over prompts of what lies between two numbers, as in `bounded`."""
+        return self.bounded(values, np.ones(self.units), least=least, most=most)
+
     def of(self, statistic: Callable[[Floats], Floats]) -> Interval:
         """A statistic that turns how often each prompt counts, `[N, prompts]`, into N values."""
         return self.interval(float(statistic(np.ones((1, self.units)))[0]), statistic(self.times))

@@ -115,7 +115,7 @@ def search_scaling(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed
             f"{told}."
         ),
         **counts([prompts[i] for i in complete]),
-        measured={float(b): resamples.mean(table[:, j]) for j, b in enumerate(budgets)},
+        measured={float(b): resamples.share(table[:, j]) for j, b in enumerate(budgets)},
         fitted=dict(zip(budgets.tolist(), fitted.tolist(), strict=True)),
         doubling=doubling,
         doubling_at_start=gain(1.0),

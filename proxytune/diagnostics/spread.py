@@ -76,7 +76,7 @@ def spread(
     resamples = Resamples(len(prompts), what, level=level, draws=draws, seed=seed)
     wrong = np.array([1 - chance(row > 0, None, k) for row in rights])
     right = np.array([1 - chance(row == 0, None, k) for row in rights])
-    without = resamples.mean(wrong + right)
+    without = resamples.share(wrong + right)
     answered = any(text.answer is not None for texts in prompts for text in texts)
     pairs = [[text.answer for text in texts] for texts in prompts]
     return Spread(
@@ -86,11 +86,11 @@ def spread(
         ),
         **counts(prompts),
         samples=k,
-        variance=resamples.mean([row.var(ddof=1) for row in rights]),
+        variance=resamples.share([row.var(ddof=1) for row in rights], most=0.25),
         without=without,
-        all_right=resamples.mean(right),
-        all_wrong=resamples.mean(wrong),
-        disagreement=resamples.mean([_apart(row) for row in pairs]) if answered else None,
+        all_right=resamples.share(right),
+        all_wrong=resamples.share(wrong),
+        disagreement=resamples.share([_apart(row) for row in pairs]) if answered else None,
     )
 
 

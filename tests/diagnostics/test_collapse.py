@@ -24,11 +24,11 @@ def policy(seed: int, *, prompts: int = 30, samples: int = 6) -> Trace:
 
 
 def test_the_distinct_answer_curve_covers_the_truth() -> None:
-    found = [distinct_answers(policy(seed), **FAST).curve for seed in range(80)]
+    found = [distinct_answers(policy(seed), **FAST).curve for seed in range(60)]
     for k in (2, 4, 6):
         truth = 0.5 + 0.5 * 4 * (1 - 0.75**k)
-        assert sum(truth in curve[k] for curve in found) >= 70, k
-    assert [curve[1].value for curve in found] == pytest.approx([1.0] * 80)
+        assert sum(truth in curve[k] for curve in found) >= 52, k
+    assert [curve[1].value for curve in found] == pytest.approx([1.0] * 60)
 
 
 def test_distinct_answers_in_closed_form() -> None:
@@ -36,7 +36,7 @@ def test_distinct_answers_in_closed_form() -> None:
     found = distinct_answers(trace)
     assert [one.value for one in found.curve.values()] == pytest.approx([0.75, 4 / 3, 2.0])
     assert found.unanswered.value == 0.25
-    assert found.says == "4 samples of a prompt give 2 [2, 2] different answers."
+    assert found.says == "4 samples of a prompt give 2 [0.956, 3.04] different answers."
     facts = [{"weight": w} for w in (0.5, 0.2, 0.2, 0.1)]
     leaves = run([text(i, answer=a, facts=f) for i in range(5) for a, f in zip("aabc", facts, strict=True)])
     expected = 3 - 0.3**2 - 0.8**2 - 0.9**2
@@ -77,14 +77,14 @@ def test_the_share_of_the_top_format_covers_the_truth() -> None:
             run([write(i, "a." if p else "1=1") for i, row in enumerate(plain) for p in row]), **FAST
         ).top_share
 
-    assert covered(0.7, share, 80) >= 70
+    assert covered(0.7, share, 60) >= 52
 
 
 def test_the_histogram_of_formats() -> None:
     trace = run([write(i, words) for i in range(5) for words in ("So.", "1 + 1 = 2", "Well. Yes!", "1")])
     found = formats(trace)
     assert found.histogram == {"sentence": 0.5, "equation": 0.25, "number": 0.25}
-    assert (found.top, found.top_share) == ("sentence", Interval(0.5, 0.5, 0.5))
+    assert (found.top, found.top_share.value) == ("sentence", 0.5)
     leaves = run([write(i, words, weight=w) for i in range(5) for words, w in (("So.", 0.1), ("1", 0.9))])
     assert formats(leaves).histogram == pytest.approx({"number": 0.9, "sentence": 0.1})
 

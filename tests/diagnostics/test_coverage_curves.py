@@ -27,9 +27,9 @@ def truth(a: float, b: float, k: int) -> float:
 
 
 def test_the_curve_covers_the_truth() -> None:
-    found = [coverage(policy(seed, 0.5, 1.5), **FAST).curve for seed in range(80)]
+    found = [coverage(policy(seed, 0.5, 1.5), **FAST).curve for seed in range(60)]
     for k in (1, 2, 4, 8):
-        assert sum(truth(0.5, 1.5, k) in curve[k] for curve in found) >= 70, k
+        assert sum(truth(0.5, 1.5, k) in curve[k] for curve in found) >= 52, k
 
 
 def test_the_weighted_curve_covers_the_truth() -> None:
@@ -47,7 +47,7 @@ def test_the_weighted_curve_covers_the_truth() -> None:
 
     subsets = [[i >> j & 1 for j in range(4)] for i in range(16)]
     expected = sum(0.4 ** sum(hit) * 0.6 ** (4 - sum(hit)) * (1 - (1 - np.dot(shares, hit)) ** at) for hit in subsets)
-    assert covered(expected, curve, 80) >= 70
+    assert covered(expected, curve, 60) >= 52
 
 
 def test_the_crossing_covers_the_truth() -> None:
@@ -64,7 +64,7 @@ def test_the_crossing_covers_the_truth() -> None:
         return found.at or Interval(math.inf, math.inf, math.inf)
 
     # Behind by 0.15 at 1 sample, ahead by 0.015 at 2.
-    assert covered(2 ** (0.15 / 0.165), at, 80) >= 70
+    assert covered(2 ** (0.15 / 0.165), at, 60) >= 52
 
 
 def rows(*right: float, prompts: int = 20, **facts: Any) -> Trace:
@@ -90,9 +90,10 @@ def test_curves_that_cross_and_curves_that_do_not() -> None:
 
 
 def test_extremes() -> None:
-    assert coverage(rows(0, 0, 0)).curve == {k: Interval(0, 0, 0) for k in (1, 2, 3)}
-    assert coverage(rows(1)).curve == {1: Interval(1, 1, 1)}
-    assert coverage(rows(1, 0), [2]).curve == {2: Interval(1, 1, 1)}
+    missed = pytest.approx(1 - 0.025 ** (1 / 20))
+    assert coverage(rows(0, 0, 0)).curve == {k: Interval(0, 0, missed) for k in (1, 2, 3)}
+    assert coverage(rows(1)).curve == {1: Interval(1, pytest.approx(0.025 ** (1 / 20)), 1)}
+    assert coverage(rows(1, 0), [2]).curve[2].value == 1.0
     assert coverage(rows(0.7)).curve[1].value == 0.0, "a partial grade is not right"
 
 

@@ -96,13 +96,13 @@ def test_the_share_covers_the_truth() -> None:
         texts = [one(i, [1, 2] * 8 if looped else SOUND) for i, row in enumerate(loops) for looped in row]
         return degenerate(run(texts), **FAST).shares["repeating"]
 
-    assert covered(0.2, share, 60) >= 52
+    assert covered(0.2, share, 40) >= 34
 
 
 def test_random_texts_are_sound_and_leaves_count_by_their_weights() -> None:
     rng = np.random.default_rng(0)
     found = degenerate(run([one(i, rng.integers(0, 50, 300), answer="a") for i in range(5) for _ in range(4)]))
-    assert found.share == Interval(0, 0, 0)
+    assert found.share == Interval(0, 0, pytest.approx(1 - 0.025 ** (1 / 5)))
     assert set(found.shares) == {"repeating", "copying", "skipping"}
     leaves = [one(i, tokens, facts={"weight": w}) for i in range(5) for tokens, w in ((SOUND, 0.9), ([1] * 20, 0.1))]
     assert degenerate(run(leaves)).share.value == pytest.approx(0.1)

@@ -37,15 +37,15 @@ def policy(seed: int, *, prompts: int = 20, texts: int = 2) -> Trace:
 def test_the_mean_covers_the_truth_where_texts_are_clusters() -> None:
     lengths = np.arange(10, 30)
     truth = float((0.2 * 5 + 0.1 * (lengths - 5)).sum() / lengths.sum())
-    found = [kl_drift(policy(seed), bins=4, **FAST) for seed in range(60)]
-    assert sum(truth in one.mean for one in found) >= 52
-    assert sum(float((0.2 * 5 + 0.1 * (lengths - 5)).mean()) in one.per_text for one in found) >= 52
-    assert sum(0.1 in one.places[-1].value for one in found) >= 52
+    found = [kl_drift(policy(seed), bins=4, **FAST) for seed in range(40)]
+    assert sum(truth in one.mean for one in found) >= 34
+    assert sum(float((0.2 * 5 + 0.1 * (lengths - 5)).mean()) in one.per_text for one in found) >= 34
+    assert sum(0.1 in one.places[-1].value for one in found) >= 34
 
     def of_texts(seed: int) -> Interval:
         return kl_drift(policy(seed, prompts=30, texts=1), over="texts", **FAST).mean
 
-    assert covered(truth, of_texts, 60) >= 52
+    assert covered(truth, of_texts, 40) >= 34
 
 
 def test_drift_in_closed_form() -> None:

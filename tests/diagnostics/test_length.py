@@ -49,22 +49,22 @@ def found(seed: int, curve: Callable[[Any], Any], **settings: Any) -> LengthEffe
 
 
 def test_the_turning_length_covers_the_truth() -> None:
-    all_found = [found(seed, hump) for seed in range(60)]
+    all_found = [found(seed, hump) for seed in range(40)]
     told = [one.beyond for one in all_found if one.beyond]
-    assert len(told) >= 55
+    assert len(told) >= 36
     assert sum(2.0**7 in one for one in told) >= 0.88 * len(told)
     assert sum(one.falls and one.beyond is not None for one in all_found) == len(told)
 
 
 def test_slopes_cover_the_truth_though_hard_prompts_have_long_texts() -> None:
     """Falling by 10 points with each doubling, or flat: within prompts it is seen, over all texts it is not."""
-    slopes = [found(seed, falling, prompts=20) for seed in range(60)]
-    assert sum(-0.1 in one.at_end for one in slopes) >= 52
-    assert sum(-0.1 in one.overall for one in slopes) >= 52
-    flat = [found(seed, lambda place: 0.5, longer=2.0, ease=0.45, prompts=20) for seed in range(60)]
-    assert sum(0.0 in one.at_end for one in flat) >= 52
-    assert sum(0.0 in one.overall for one in flat) >= 52
-    assert sum(one.falls for one in flat) <= 5
+    slopes = [found(seed, falling, prompts=20) for seed in range(40)]
+    assert sum(-0.1 in one.at_end for one in slopes) >= 34
+    assert sum(-0.1 in one.overall for one in slopes) >= 34
+    flat = [found(seed, lambda place: 0.5, longer=2.0, ease=0.45, prompts=20) for seed in range(40)]
+    assert sum(0.0 in one.at_end for one in flat) >= 34
+    assert sum(0.0 in one.overall for one in flat) >= 34
+    assert sum(one.falls for one in flat) <= 4
     confounded = flat[0].bins
     assert confounded[0].accuracy is not None
     assert confounded[-1].accuracy is not None

@@ -38,6 +38,16 @@ def test_prompts_are_drawn_and_not_texts() -> None:
     assert wide.high - wide.low > 3 * (narrow.high - narrow.low)
 
 
+def test_none_of_a_few_is_not_never() -> None:
+    """Of n prompts that are all right, as many as 1 − 0.025^(1/n) may be wrong without having been met."""
+    resamples = Resamples(20, "x", level=0.95, draws=100, seed=0)
+    missed = 1 - 0.025 ** (1 / 20)
+    assert resamples.share(np.zeros(20)) == Interval(0.0, 0.0, pytest.approx(missed))
+    assert resamples.share(np.full(20, 0.25), most=0.25) == Interval(0.25, pytest.approx(0.25 * (1 - missed)), 0.25)
+    half = np.repeat([0.0, 1.0], 10)
+    assert resamples.share(half) == resamples.mean(half), "where prompts differ, the resamples tell"
+
+
 def test_what_most_resamples_cannot_tell_is_refused() -> None:
     resamples = Resamples(20, "x", level=0.95, draws=100, seed=0)
     with pytest.raises(InputError, match="x: expected prompts that tell in most resamples; got 100 of 100"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import random
 from collections.abc import Callable, Sequence
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -38,8 +37,8 @@ def text(prompt: int, count: int = 1, *, top: int = 1, **fields: Any) -> TracedT
     form = (count, top, tuple(fields))
     if form not in _CHECKED:
         _CHECKED[form] = TracedText(prompt_ids=np.zeros(1, np.int32), **_blank(count, top) | fields)
-    made = copy(_CHECKED[form])
-    vars(made).update(prompt_ids=np.array([prompt], np.int32), **fields)
+    made = object.__new__(TracedText)
+    vars(made).update(vars(_CHECKED[form]), prompt_ids=np.array([prompt], np.int32), **fields)
     return made
 
 
