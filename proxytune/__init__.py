@@ -31,6 +31,7 @@ Everything else has one home:
 - `proxytune.methods.recursion`: `proxytune.methods.recursion.LatentRecursion`, and how a model becomes one
 - `proxytune.voting`: from samples to an answer; `proxytune.search`: spending a budget; `proxytune.budget`: counting it
 - `proxytune.stats`: estimators over samples; `proxytune.demo`: the bundled family; `proxytune.trace`: what was recorded
+- `proxytune.diagnostics`: what a policy has lost, from traces
 - `proxytune.errors`: the exceptions
 """
 
@@ -83,8 +84,8 @@ _HOME = {
 }
 
 _MODULES = (
-    *("budget", "costs", "demo", "errors", "formulas", "generation", "methods", "models", "ops", "recipe", "search"),
-    *("stats", "throughput", "trace", "voting"),
+    *("budget", "costs", "demo", "diagnostics", "errors", "formulas", "generation", "methods", "models", "ops"),
+    *("recipe", "search", "stats", "throughput", "trace", "voting"),
 )
 
 __all__ = ["__version__", *_HOME]
