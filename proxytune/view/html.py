@@ -22,8 +22,8 @@ from proxytune.view.packing import ALPHABET, packed
 
 __all__ = ["page", "write_page"]
 
-PRECISIONS = ((250, 0.0, None), (60, 1e-3, None), (30, 5e-3, None), (30, 5e-3, 3))
-"""What is kept until a page is small enough: grain, least probability, likeliest tokens."""
+PRECISIONS = ((250, 2000, 0.0, None), (60, 200, 1e-3, None), (30, 100, 5e-3, None), (30, 100, 5e-3, 3))
+"""What is kept until a page is small enough: grains of lists and of numbers, least probability, likeliest tokens."""
 LINEAR = re.compile(r"(?:ProxyTuning|EmulatedFineTuning)\(alpha=([-+.0-9e]+)\)")
 """Formulas whose combined scores are a straight line in alpha."""
 
@@ -48,10 +48,18 @@ def page(
             page says so. The last step is taken even if it does not suffice.
 
     Raises:
-        InputError: If the trace has no texts.
+        InputError: If the trace has no texts, or a tree is no mapping.
     """
     if not len(trace):
         raise InputError.of("trace", expected="a trace with texts", got="none", remedy="Record a run first.")
+    for i, tree in enumerate(trees):
+        if not isinstance(tree, Mapping):
+            raise InputError.of(
+                f"trees[{i}]",
+                expected="a node as nested mappings",
+                got=type(tree).__name__,
+                remedy="Pass tree.nested(tokenizer.decode).",
+            )
     whole("top", top, "of tokens", least=1)
     linear = LINEAR.fullmatch(str(trace.about.get("formula", "")))
     name = str(trace.about.get("model", "")).rstrip("/").rpartition("/")[2]
@@ -63,8 +71,9 @@ def page(
         "trees": [dict(tree) for tree in trees],
     }
     made = ""
-    for grain, least, kept in PRECISIONS:
-        made = _page(title, packed(trace, head, top=min(top, kept or top), grain=grain, least=least))
+    for grain, numbers, least, kept in PRECISIONS:
+        data = packed(trace, head, top=min(top, kept or top), grain=grain, numbers=numbers, least=least)
+        made = _page(title, data)
         if len(made.encode()) <= most_bytes:
             break
     return made

@@ -29,15 +29,13 @@ from proxytune.trace import SIGNALS, Trace
 __all__ = ["ALPHABET", "packed"]
 
 NUMBERS = ("logprobs", "entropy", "kl", "shift")
-NUMBERS_GRAIN = 100
-"""The grain of `NUMBERS`: 1 nat to ± 0.01."""
 NOTHING = 0xFFFF
 LEFT_OUT = 255
 ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz!#$%&()*+-;,=>?@^_`{|}~"
 """That of Python's `b85encode`, with a comma for `<`: nothing in it can end a script block, or begin a comment."""
 
 
-def packed(trace: Trace, head: Mapping[str, Any], *, top: int, grain: int, least: float) -> str:
+def packed(trace: Trace, head: Mapping[str, Any], *, top: int, grain: int, numbers: int, least: float) -> str:
     """The string.
 
     Args:
@@ -45,6 +43,7 @@ def packed(trace: Trace, head: Mapping[str, Any], *, top: int, grain: int, least
         head: What the page is told besides, as JSON.
         top: How many likeliest tokens of each source to keep.
         grain: How fine their log-probabilities are: 1 nat to ± 1 / grain.
+        numbers: The same of `NUMBERS`.
         least: Tokens less probable than this are left out.
     """
     most = (LEFT_OUT - 1) // max(1, len(trace.sources))
@@ -52,24 +51,29 @@ def packed(trace: Trace, head: Mapping[str, Any], *, top: int, grain: int, least
     number, places = _numbered(ids)
     columns = [_found(ids, places, column) for column in range(ids.shape[1])]
     columns += [_planes(gaps[kept, i], 2) for i, kept in enumerate((ids[:, 1:] >= 0).T)]
-    columns += [_planes(_rounded(trace, name), 2) for name in NUMBERS]
+    columns += [_planes(_rounded(trace, name, numbers), 2) for name in NUMBERS]
     columns.append(_planes(np.minimum(_joined(trace, "base_rank"), NOTHING - 1), 2))
     columns += [_planes(_joined(trace, name) + 1, 1) for name in SIGNALS]
     names, texts = _words(trace, number)
     told = {
-        **head,
+        **plain(head),
         "sources": trace.sources,
         "top": ids.shape[1] // max(1, len(trace.sources)),
         "grain": grain,
-        "numbersGrain": NUMBERS_GRAIN,
+        "numbersGrain": numbers,
         "least": least,
         "names": names,
         "texts": texts,
     }
-    words = json.dumps(told, ensure_ascii=False, default=str).encode("utf-8", "replace")
+    words = json.dumps(told, ensure_ascii=False).encode("utf-8", "replace")
     raw = len(words).to_bytes(4, "little") + words + b"".join(columns)
     deflate = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, 5, zlib.Z_FILTERED)  # short blocks: a column each
     return base64.b85encode(deflate.compress(raw) + deflate.flush()).decode("ascii").replace("<", ",")
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON that a browser reads: what JSON has no form for, NaN among it, becomes text."""
+    return json.loads(json.dumps(value, default=str), parse_constant=str)
 
 
 def _joined(trace: Trace, name: str) -> NDArray[Any]:
@@ -119,10 +123,10 @@ def _found(ids: NDArray[np.int64], numbers: NDArray[np.int64], column: int) -> b
     return _planes(where, 1) + _planes(numbers[where == 0, column], 3)
 
 
-def _rounded(trace: Trace, name: str) -> NDArray[np.int64]:
+def _rounded(trace: Trace, name: str, grain: int) -> NDArray[np.int64]:
     values = _joined(trace, name).astype(np.float64)
     known = np.isfinite(values)
-    levels = _levels(np.where(known, values, 0.0), NUMBERS_GRAIN)
+    levels = _levels(np.where(known, values, 0.0), grain)
     if name == "shift":
         levels = 2 * levels + (values < 0)
     return np.where(known, np.minimum(levels, NOTHING - 1), NOTHING)
@@ -151,8 +155,8 @@ def _words(trace: Trace, number: Mapping[int, int]) -> tuple[list[str | None], l
             "pieces": {i: piece for i, (piece, name) in enumerate(zip(own, usual, strict=True)) if piece != name},
             "given": text.given,
             "answer": text.answer,
-            "grade": text.grade,
-            "facts": dict(text.facts),
+            "grade": plain(text.grade),
+            "facts": plain(dict(text.facts)),
         }
         texts.append(
             {name: value for name, value in told.items() if not (value is None or value is False or value == {})}

@@ -134,14 +134,15 @@ function decided(i) {
 const marked = (signal, yes) => ({
   known: () => knows(signal), tone: () => "var(--yes)", amount: (i) => value(signal, i) === 1 ? 1 : 0, keys: [["var(--yes)", yes]],
 });
+const root = (value, most) => Math.sqrt(Math.min(value, most) / most);
 const COLOURS = {
   kl: { name: "KL", known: () => run.sources.length > 2, tone: () => "var(--kl)",
-    amount: (i) => Math.sqrt(Math.min(value("kl", i), 2) / 2), scale: ["KL from the base: 0", "2 nats or more"] },
+    amount: (i) => root(value("kl", i), 2), scale: ["KL from the base, nats:", ...[0.1, 0.5, 1, 2].map((x) => [x, root(x, 2)])] },
   entropy: { name: "entropy", known: () => true, tone: () => "var(--entropy)",
-    amount: (i) => Math.min(value("entropy", i), 4) / 4, scale: ["entropy: 0", "4 nats or more"] },
+    amount: (i) => root(value("entropy", i), 4), scale: ["entropy, nats:", ...[0.2, 1, 2, 4].map((x) => [x, root(x, 4)])] },
   probability: { name: "probability", known: () => true, tone: () => "var(--unlikely)",
-    amount: (i) => 1 - Math.exp(value("logprobs", i)), scale: ["probability of the token: 100 %", "0 %"] },
-  decided: { name: "who decided", known: () => run.top > 0 && run.sources.length > 2,
+    amount: (i) => 1 - Math.exp(value("logprobs", i)), scale: ["probability of the token:", ["75 %", 0.25], ["50 %", 0.5], ["25 %", 0.75], ["1 %", 0.99]] },
+  decided: { name: "who decided", known: () => run.top > 0 && run.sources.length > 2 && run.sources.includes("base"),
     tone: (i) => `var(--${decided(i)})`, amount: (i) => decided(i) === "both" ? 0.35 : 1,
     keys: [["var(--base)", "first choice of the base alone"], ["var(--expert)", "of another member, not of the base"],
       ["var(--both)", "of both"], ["var(--neither)", "of neither"]] },
@@ -164,6 +165,7 @@ function show(to) {
     const here = link.dataset.text === String(number);
     here ? link.setAttribute("aria-current", "true") : link.removeAttribute("aria-current");
     link.tabIndex = here ? 0 : -1;
+    if (here) keepInView($("texts"), link);
   }
   hide();
   write();
@@ -171,6 +173,13 @@ function show(to) {
   chart();
   sides();
   strength();
+}
+
+/** Scroll a box, and nothing around it, so that one of its parts is seen. */
+function keepInView(box, part) {
+  const [outer, inner] = [box.getBoundingClientRect(), part.getBoundingClientRect()];
+  if (inner.top < outer.top) box.scrollTop -= outer.top - inner.top;
+  if (inner.bottom > outer.bottom) box.scrollTop += inner.bottom - outer.bottom;
 }
 
 function facts() {
@@ -238,12 +247,13 @@ function paint() {
   });
   const legend = $("legend");
   legend.replaceChildren();
+  const swatch = (tone, amount, words) =>
+    make("span", {}, make("span", { class: "swatch", "--tone": tone, "--v": amount }), words);
   if (how.scale) {
-    const bar = make("span", { class: "scale", "--tone": how.tone(0) });
-    legend.append(make("span", {}, how.scale[0], bar, how.scale[1]));
+    const [words, ...steps] = how.scale;
+    legend.append(words, ...steps.map(([name, amount]) => swatch(how.tone(0), amount, `${name}`)));
   }
-  for (const [tone, words] of how.keys || [])
-    legend.append(make("span", {}, make("span", { class: "swatch", "--tone": tone, "--v": words === "of both" ? 0.35 : 1 }), words));
+  for (const [tone, words] of how.keys || []) legend.append(swatch(tone, words === "of both" ? 0.35 : 1, words));
   if (run.sources.length > 2)
     legend.append(make("span", {}, make("span", { class: "key-changed", text: "underlined" }), ": not the base's first choice"));
   if (knows("fork")) legend.append(make("span", { text: "◆ a fork" }));
@@ -381,6 +391,7 @@ function select(range) {
   const [from, to] = range ? [Math.min(...range), Math.max(...range)] : [0, -1];
   document.querySelectorAll(".brush").forEach((one) => { one.setAttribute("x", from); one.setAttribute("width", to - from + 1); });
   tokens().forEach((one, i) => one.classList.toggle("brushed", i >= from && i <= to));
+  $("range").classList.toggle("screen", !range);
   if (!range) {
     $("range").textContent = "Drag over the lines, or press Shift and the arrow keys on them, to pick a range of tokens.";
     return;
@@ -413,7 +424,7 @@ function brushing() {
     if (to !== from || brush) select([from, to]);
   });
   const end = () => {
-    if (from !== null) tokens()[brush ? Math.min(...brush) : at].scrollIntoView({ block: "nearest" });
+    if (from !== null) keepInView($("text"), tokens()[brush ? Math.min(...brush) : at]);
     from = null;
   };
   window.addEventListener("pointerup", end);
@@ -427,7 +438,7 @@ function brushing() {
     const begin = brush ? brush[0] : at;
     go(to, { focus: false });
     if (event.shiftKey) select([begin, at]);
-    tokens()[at].scrollIntoView({ block: "nearest" });
+    keepInView($("text"), tokens()[at]);
   });
 }
 
@@ -557,12 +568,13 @@ function list() {
   });
 }
 
-/** `#text=3&colour=entropy&theme=dark&token=7`: where a link leads. */
+/** `#text=3&colour=entropy&theme=dark&token=7&alpha=0.2`: where a link leads. */
 function follow() {
   const asked = new URLSearchParams(location.hash.slice(1));
   if (asked.has("theme")) theme(asked.get("theme"));
   if (asked.has("colour")) colour = asked.get("colour");
   show(Number(asked.get("text")) || 0);
+  if (asked.has("alpha") && !$("strength").hidden) { $("alpha").value = asked.get("alpha"); restrength(); }
   if (asked.has("token")) { go((Number(asked.get("token")) || 1) - 1, { focus: false }); pinned = true; tip(at); }
 }
 

@@ -41,6 +41,10 @@ class Branch:
     forks: list[int] = field(default_factory=list)
     finished: bool = False
 
+    def __repr__(self) -> str:
+        left = "" if self.parent is None else f" of {self.parent.number} from token {self.start}"
+        return f"Branch({self.number}{left}, {len(self.tokens)} own tokens{'' if self.finished else ', cut'})"
+
     def __len__(self) -> int:
         """Number of generated tokens on its path, its ancestors' included."""
         return self.start + len(self.tokens)
@@ -74,6 +78,9 @@ class ForkTree:
     branches: list[Branch] = field(default_factory=list)
     planned: int = 1
     no_room: bool = False
+
+    def __repr__(self) -> str:
+        return f"ForkTree(prompt {self.prompt}, {len(self)} of {self.planned} leaves, {self.tokens} tokens)"
 
     def __iter__(self) -> Iterator[Branch]:
         """The branches, which are the leaves."""

@@ -12,7 +12,7 @@ def grown() -> ForkTree:
     early = Branch(1, root, 1, math.log(0.5), tokens=[8], entropies=[2.0], finished=True)
     late = Branch(2, root, 2, math.log(0.25), tokens=[9, 9], entropies=[3.0, 0.0])
     nested = Branch(3, early, 2, math.log(0.25), tokens=[4], entropies=[0.5], finished=True)
-    return ForkTree(0, [root, early, late, nested])
+    return ForkTree(0, [root, early, late, nested], planned=4)
 
 
 def test_a_tree_in_text() -> None:
@@ -27,6 +27,15 @@ def test_a_tree_in_text() -> None:
     assert tree.render(lambda ids: "/".join(map(str, ids))).splitlines()[-1].endswith("weight 0.125  '9/9'")
     assert nested.along("tokens") == [5, 8, 4]
     assert (tree.tokens, len(tree), len(nested)) == (7, 4, 3)
+
+
+def test_trees_and_branches_say_what_they_are() -> None:
+    tree = grown()
+    assert repr(tree) == "ForkTree(prompt 0, 4 of 4 leaves, 7 tokens)"
+    assert [repr(tree.branches[0]), repr(tree.branches[2])] == [
+        "Branch(0, 3 own tokens)",
+        "Branch(2 of 0 from token 2, 2 own tokens, cut)",
+    ]
 
 
 def test_a_tree_as_nested_data() -> None:
