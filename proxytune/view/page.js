@@ -293,6 +293,7 @@ function tip(i) {
     for (const { token, logprob } of likeliest(s, i))
       list.append(make("li", { class: token === mine ? "chosen" : "", "--v": Math.exp(logprob) },
         make("span", { text: label(run.names[token]) }), make("span", { text: share(logprob) })));
+    if (!list.children.length) list.append(make("li", { class: "quiet" }, make("span", { text: "nothing recorded" })));
     sources.append(make("div", {}, make("h3", { text: called(source) }), list));
   });
   box.replaceChildren(
@@ -454,9 +455,9 @@ function sides() {
     const words = make("div", { class: "reading" });
     let different = 0;
     for (let i = 0; i < text.count; i++) {
-      const token = first(s, i), differs = token !== run.ids[0][start + i];
+      const token = first(s, i), differs = token >= 0 && token !== run.ids[0][start + i];
       different += differs;
-      words.append(span(i, differs ? (token < 0 ? "?" : run.names[token]) : piece(i), differs ? "differs" : ""));
+      words.append(span(i, token < 0 ? "·" : differs ? run.names[token] : piece(i), differs ? "differs" : ""));
     }
     const heading = make("h3", { text: `${called(source)} ` }, make("span", { class: "quiet", text: `${different} of ${text.count} differ` }));
     $("columns").append(make("div", {}, heading, words));

@@ -106,10 +106,12 @@ def steered_text(count: int = 40, *, seed: int = 0, vocabulary: int = 30, top: i
 def steered() -> tuple[Trace, Any]:
     text, logits = steered_text()
     other = steered_text(5, seed=1)[0]
+    ids = other.top_ids + np.int32(30)
+    ids[:, 2] = -1  # the expert did not run
     evil = replace(
         other,
         tokens=other.tokens + np.int32(30),
-        top_ids=other.top_ids + np.int32(30),
+        top_ids=ids,
         prompt=EVIL[0],
         pieces=EVIL,
         names=dict.fromkeys(range(30, 60), EVIL[1]),
@@ -214,6 +216,7 @@ links[1].click();
 while (number !== 1) await new Promise((done) => setTimeout(done, 5));
 tokens()[1].focus(); press("Enter");
 told.evil = [$("text"), $("facts"), $("tip"), links[1], $("about")].map((one) => one.textContent);
+told.absent = document.querySelectorAll("#columns > div")[1].textContent;
 told.forks = [$("text").querySelectorAll(".fork").length, document.querySelector("#colours [value=fork]") !== null];
 const inline = document.createElement("script");
 inline.textContent = "window.hacked = 3";
@@ -322,6 +325,8 @@ def test_a_text_that_holds_html_is_inert(told: Any, steered: tuple[Trace, Any]) 
     assert words == EVIL[0] + "".join(EVIL).replace("\x1b", "␛")
     assert facts.endswith(f"answer: {EVIL[1]} · grade: 0 · {EVIL[0]}: {EVIL[1]}")
     assert EVIL[1] in tip
+    assert "expertnothing recorded" in tip
+    assert told["absent"] == "expert 0 of 5 differ·····"
     assert link.startswith("1 </script>")
     assert about == "formula: ProxyTuning(alpha=0.5)"
     assert told["forks"] == [1, True]
