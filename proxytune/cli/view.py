@@ -1,7 +1,8 @@
-"""`proxytune see`: what the shift changes in an answer; `proxytune view`: the same of a recorded run."""
+"""`proxytune see`: what the shift changes in an answer; `proxytune view`: the same of a recorded run, or its page."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -24,6 +25,7 @@ from proxytune.cli.options import (
     Trust,
 )
 from proxytune.errors import InputError
+from proxytune.validation import whole
 
 __all__ = ["check_trace", "see", "view"]
 
@@ -99,17 +101,33 @@ def view(
     file: Annotated[Path, typer.Argument(metavar="RUN.npz", help="A trace.", show_default=False)],
     text: Annotated[int | None, typer.Option(min=0, help="The number of the text (default: all, up to 10).")] = None,
     changed: Changed = 5,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PAGE.html",
+            help="Write all texts (or the one of --text) as one page for a browser instead.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Show a recorded run: each text, coloured by what the shift changed.
 
-    For example: proxytune generate … --trace run.npz, then proxytune view run.npz
+    For example: proxytune generate … --trace run.npz, then proxytune view run.npz --html run.html
     """
     from proxytune.trace import load
+    from proxytune.view.html import write_page
     from proxytune.view.terminal import look
 
     trace = load(file)
     if not len(trace):
         raise InputError.of(str(file), expected="a trace with texts", got="none", remedy="Record a run first.")
+    if html is not None:
+        if text is not None:
+            whole("text", text, "from the trace", most=len(trace) - 1, remedy=f"It has {len(trace)} texts.")
+            trace = replace(trace, texts=(trace[text],))
+        terminal.show_note(f"{write_page(trace, html)}: {len(trace)} {'text' if len(trace) == 1 else 'texts'}.")
+        return
     console = terminal.output()
     most = 10
     numbers = range(min(len(trace), most)) if text is None else [text]

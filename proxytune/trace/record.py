@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxytune.errors import InputError
+from proxytune.validation import shown
 
-__all__ = ["COMBINED", "FIELDS", "SIGNALS", "UNKNOWN", "Trace", "TracedText"]
+__all__ = ["COMBINED", "FIELDS", "SIGNALS", "UNKNOWN", "Trace", "TracedText", "show_in_notebooks"]
 
 COMBINED = "combined"
 """The name of the combined distribution among a trace's sources; the others are roles of members."""
@@ -116,6 +117,12 @@ class TracedText:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def __repr__(self) -> str:
+        words = "" if self.pieces is None else f"{shown(''.join(self.pieces[:20]), 40)}, "
+        steered = int(self.steered.sum())
+        kl = f", KL {float(self.kl.mean()):.2f} nats a token" if len(self) else ""
+        return f"TracedText({words}{len(self)} tokens, {steered} not the base's first choice{kl})"
+
     @property
     def text(self) -> str | None:
         """The text, without its prompt; None without a tokenizer."""
@@ -172,9 +179,20 @@ class Trace:
         tokens = sum(map(len, self.texts))
         return f"Trace({len(self.texts)} texts, {tokens} tokens, sources={', '.join(self.sources)}, top={self.top})"
 
+    def _repr_html_(self) -> str | None:
+        return _in_notebooks[-1](self) if _in_notebooks and self.texts else None
+
     def groups(self) -> dict[str, list[TracedText]]:
         """The texts of each prompt: those that share `facts["group"]`, or else the prompt's ids."""
         found: dict[str, list[TracedText]] = {}
         for text in self.texts:
             found.setdefault(str(text.facts.get("group", text.prompt_ids.tolist())), []).append(text)
         return found
+
+
+_in_notebooks: list[Callable[[Trace], str]] = []
+
+
+def show_in_notebooks(draw: Callable[[Trace], str]) -> None:
+    """Say how notebooks show a trace, as HTML. `proxytune.view` does when it is imported; until then, as its `repr`."""
+    _in_notebooks.append(draw)

@@ -87,7 +87,13 @@ def test_a_run_is_recorded_text_by_text(run, members, tmp_path):
     viewed = run("view", str(file)).out
     assert viewed.count("text 2") == 1
     assert run("view", str(file), "--text", "1").out.startswith("x")
+    page = tmp_path / "run.html"
+    assert run("view", str(file), "--html", str(page)).err.strip().endswith("run.html: 3 texts.")
+    assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert run("view", str(file), "--html", str(page), "--text", "1").err.strip().endswith("run.html: 1 text.")
     for wrong, said in (
+        (("view", str(file), "--html", str(page), "--text", "3"), "It has 3 texts"),
+        (("view", str(file), "--html", str(tmp_path / "run.txt")), "NAME.html"),
         ((*command, "--trace", str(file)), "a new file"),
         ((*command, "--trace", "run.json"), r"NAME.npz"),
         ((*command, "--trace", "new.npz", "--resume", "--out", str(tmp_path / "out.jsonl")), "no --resume"),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from proxytune.stats.importance import normalised
 
@@ -40,6 +41,10 @@ class Branch:
     forks: list[int] = field(default_factory=list)
     finished: bool = False
 
+    def __repr__(self) -> str:
+        left = "" if self.parent is None else f" of {self.parent.number} from token {self.start}"
+        return f"Branch({self.number}{left}, {len(self.tokens)} own tokens{'' if self.finished else ', cut'})"
+
     def __len__(self) -> int:
         """Number of generated tokens on its path, its ancestors' included."""
         return self.start + len(self.tokens)
@@ -74,6 +79,9 @@ class ForkTree:
     planned: int = 1
     no_room: bool = False
 
+    def __repr__(self) -> str:
+        return f"ForkTree(prompt {self.prompt}, {len(self)} of {self.planned} leaves, {self.tokens} tokens)"
+
     def __iter__(self) -> Iterator[Branch]:
         """The branches, which are the leaves."""
         return iter(self.branches)
@@ -105,6 +113,37 @@ class ForkTree:
     def weights(self) -> list[float]:
         """The leaves' self-normalised weights: they sum to 1 (arXiv 1903.06059, eq. 6)."""
         return normalised([branch.log_weight for branch in self.branches])
+
+    def nested(self, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
+        """The tree as plain nested data, as `proxytune.view.page(trace, trees=[…])` takes it.
+
+        A node is a stretch of tokens without a fork: its `text`, number of `tokens`, `weight` (the sum over its leaves)
+        and `entropy` where it begins (nats); then its `children`, or, for a leaf, its number and whether it `finished`.
+
+        Args:
+            decode: A function from token ids to text.
+        """
+        weights = self.weights()
+        below: dict[int, list[Branch]] = {}
+        for branch in self.branches:
+            if branch.parent is not None:
+                below.setdefault(branch.parent.number, []).append(branch)
+
+        def node(branch: Branch, begin: int, leaving: list[Branch]) -> dict[str, Any]:
+            at = begin - branch.start
+            end = min((one.start for one in leaving), default=len(branch))
+            tokens = branch.tokens[at : end - branch.start]
+            made: dict[str, Any] = {"text": decode(tokens), "tokens": len(tokens)}
+            if at < len(branch.entropies):
+                made["entropy"] = branch.entropies[at]
+            if not leaving:
+                return made | {"weight": weights[branch.number], "leaf": branch.number, "finished": branch.finished}
+            children = [node(branch, end, [one for one in leaving if one.start > end])]
+            children += [node(one, end, below.get(one.number, [])) for one in leaving if one.start == end]
+            return made | {"weight": math.fsum(child["weight"] for child in children), "children": children}
+
+        (root,) = (branch for branch in self.branches if branch.parent is None)
+        return node(root, root.start, below.get(root.number, []))
 
     def render(self, decode: object = None) -> str:
         """Draw the tree as text, a line for each branch: where it left, the entropy there, its length and weight.
