@@ -25,7 +25,6 @@ from proxytune.cli.options import (
     Trust,
 )
 from proxytune.errors import InputError
-from proxytune.validation import whole
 
 __all__ = ["check_trace", "see", "view"]
 
@@ -116,6 +115,7 @@ def view(
     For example: proxytune generate … --trace run.npz, then proxytune view run.npz --html run.html
     """
     from proxytune.trace import load
+    from proxytune.validation import whole
     from proxytune.view.html import write_page
     from proxytune.view.terminal import look
 

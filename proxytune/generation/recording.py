@@ -85,6 +85,10 @@ class Recording:
     def __repr__(self) -> str:
         return f"Recording of {self.trace!r}"
 
+    def _repr_html_(self) -> str | None:
+        show = getattr(self.trace, "_repr_html_", None)
+        return None if show is None else show()
+
     def __enter__(self) -> Self:
         return self
 

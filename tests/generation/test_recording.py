@@ -282,3 +282,12 @@ def test_pieces_join_to_the_text() -> None:
     names = names_of(bytes_only, [*ids, -1])
     assert len(names) == len(set(ids))
     assert all(names.values())
+
+
+def test_a_recording_shows_itself_in_a_notebook(model: Any) -> None:
+    import proxytune.view  # noqa: F401  (registers the page)
+
+    recording = Recording(tokenizer=tokenizer())
+    run(model, *padded(), max_new_tokens=2, trace=recording)
+    assert recording._repr_html_() == recording.trace._repr_html_()
+    assert "<iframe" in (recording._repr_html_() or "")
