@@ -60,7 +60,7 @@ def shift(
             "formula",
             expected=f"one weight for each of {len(companions)} companions",
             got=f"{len(each)} weights",
-            remedy="Give as many weights as companions.",
+            remedy="Give as many weights as companions; the base's, which is 1, is left out.",
         )
     width = base.shape[-1]
     # On the CPU, looking at values can save the masks, which cost more there than all the rest. Elsewhere, looking

@@ -29,17 +29,19 @@ _FIRST, _EVERY = 8, 8
 
 @dataclass(frozen=True, eq=False)
 class _Sample:
-    """One call and its result."""
+    """One call and its result, and the dtype of the autocast that it ran under."""
 
     input_ids: torch.Tensor
     scores: torch.Tensor
     result: torch.Tensor
     context: Context
+    cast: torch.dtype | None
 
     def repeats(self, processor: Any, *, flip: bool = False) -> bool:
         """Whether the processor gives the same result now; with `flip` also with its rows in reverse."""
         try:
-            with torch.no_grad():
+            cast = torch.autocast(self.scores.device.type, self.cast, enabled=self.cast is not None)
+            with torch.no_grad(), cast:
                 ids, scores = (x.flip(0) if flip else x for x in (self.input_ids, self.scores))
                 again = self.context.copy().run(processor, ids, scores.clone())
                 again = again.flip(0) if flip else again
@@ -126,8 +128,9 @@ class CheckedProcessor(LogitsProcessor):
         return self._last.result.clone()
 
     def _sample(self, input_ids: torch.Tensor, scores: torch.Tensor) -> _Sample:
-        kept = scores.clone()
-        return _Sample(input_ids, kept, self.inner(input_ids, scores).clone(), copy_context())
+        kept, kind = scores.clone(), scores.device.type
+        cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return _Sample(input_ids, kept, self.inner(input_ids, scores).clone(), copy_context(), cast)
 
     def _repeats(self) -> bool:
         return self._last is not None and self._last.repeats(self.inner, flip=self.flip)

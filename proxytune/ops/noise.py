@@ -105,8 +105,16 @@ class Noise:
             _keys("branch", branch, rows, device, 0, _BRANCHES - 1),
         )
 
-    def at(self, position: torch.Tensor) -> Noise:
-        """The same streams at other positions `[B]`, int64; does not wait for the device."""
+    def at(self, position: int | torch.Tensor) -> Noise:
+        """The same streams at other positions: `[B]`, int64, or one int for all rows.
+
+        A tensor is looked at where the keys are used, and its values nowhere: this does not wait for the device.
+
+        Raises:
+            InputError: If it is no tensor, and no int from 0 to 2³² − 1.
+        """
+        if not isinstance(position, torch.Tensor):
+            position = _keys("position", position, len(self.row), self.row.device, 0, _MASK)
         return Noise(self.seed, self.row, position, self.branch)
 
     def pick(self, index: torch.Tensor) -> Noise:

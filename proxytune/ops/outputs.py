@@ -18,8 +18,8 @@ class StepOutput:
         tokens: `[B, N]`, int64: the draws, largest key first; without `sampling` the argmax. −1 in rows without a
             distribution, and where fewer than N tokens can be drawn.
         logprobs: `[B, N]`, nats: log-probability of the token under the combined distribution (temperature 1, no
-            truncation). −inf for a draw that found no token.
-        draw_logprobs: `[B, N]`, nats: under the distribution drawn from.
+            truncation). −inf for a draw after the last token that can be drawn; NaN in rows without a distribution.
+        draw_logprobs: `[B, N]`, nats: under the distribution drawn from; −inf and NaN likewise.
         keys: `[B, N]`, descending: `draw_logprobs` + Gumbel. The (k+1)-th is the κ of Kool et al. 2019 (arXiv
             1903.06059), from which the weights of k draws without replacement follow.
         lse: `[B]`: log Σ exp(combined logits).

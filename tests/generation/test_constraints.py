@@ -281,3 +281,18 @@ def test_nothing_left_is_an_error() -> None:
 def test_what_makes_no_matcher_is_refused(make: Any, match: str) -> None:
     with pytest.raises(InputError, match=match):
         allowed(ConstraintLogitsProcessor(make), PROMPT)
+
+
+def test_a_processor_that_runs_a_model_may_be_called_under_autocast_and_later_without() -> None:
+    class Guided(LogitsProcessor):
+        calls = 0
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            self.calls += 1  # state, but not of the ids
+            return scores + members("llama")[1](input_ids).logits[:, -1].to(scores.dtype)
+
+    processor = Guided()
+    with torch.autocast("cpu", torch.bfloat16):
+        run("greedy", "composed", processor)
+    run("greedy", "composed", processor)
+    assert processor.calls == 17, "the first call was repeated"

@@ -236,6 +236,20 @@ def test_keys_at_the_ends_of_their_ranges() -> None:
     assert Noise.of(2, seed=torch.tensor([1, 2], dtype=torch.int32)).seed.dtype == torch.int64
 
 
+def test_keys_at_another_position_are_those_made_there_or_refused() -> None:
+    noise = Noise.of(2, seed=3, position=7)
+    moved = noise.at(8)
+    assert (moved.position.tolist(), moved.position.dtype) == ([8, 8], torch.int64)
+    z, sampling = torch.randn(2, 100, generator=torch.Generator().manual_seed(0)), SamplingParams.of(2)
+    got, want = (ops.step([z], sampling=sampling, noise=n).tokens for n in (moved, Noise.of(2, seed=3, position=8)))
+    assert torch.equal(got, want)
+    for position in (-1, [8, 8], True):
+        with pytest.raises(InputError, match=r"noise: position: expected a whole .* got (-1|\[8, 8\]|True)"):
+            noise.at(position)
+    with pytest.raises(InputError, match=r"noise: expected keys and settings for 2 rows .* got shape \[\] on cpu"):
+        ops.step([z], sampling=sampling, noise=noise.at(torch.tensor(8)))
+
+
 # --- which implementation ---------------------------------------------------------------------------------------------
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def static_fault(model: Any, takes_position_ids: bool, length: int, *, ragged: b
         key = kind, room, ragged
         if key not in known:
             known[key] = None
-            with suppress(Exception), torch.no_grad():  # what cannot run here will say so where it is used
+            with _tested(model):
                 try:
                     passes = ModelPasses(model, takes_position_ids)
                     known[key] = passes.ragged(room) if ragged else passes.static(room)
@@ -85,14 +86,14 @@ def generation_fault(model: Any, rows: int) -> str | None:
     key = _kind(model), rows
     if key not in _of_generation:
         _of_generation[key] = None
-        with suppress(Exception), torch.no_grad():
+        with _tested(model):
             _of_generation[key] = ModelPasses(model, False).generated(rows)
     return _of_generation[key]
 
 
 def padding_fault(model: Any) -> str | None:
     """What left padding changes for a model by itself and without a cache, in words; None if nothing, or untested."""
-    with suppress(Exception), torch.no_grad():
+    with _tested(model):
         return ModelPasses(
             model, "position_ids" in inspect.signature(innermost(model).forward).parameters
         ).padded_alone()
@@ -100,7 +101,7 @@ def padding_fault(model: Any) -> str | None:
 
 
 def _attempt(model: Any, takes_position_ids: bool) -> Verdict | None:
-    with suppress(Exception), torch.no_grad():  # what cannot run here will say so where it is used
+    with _tested(model):
         if getattr(model.config, "is_encoder_decoder", False):
             return PairPasses(model, False).verdict()
         found = ModelPasses(model, takes_position_ids).verdict()
@@ -110,6 +111,19 @@ def _attempt(model: Any, takes_position_ids: bool) -> Verdict | None:
         untold = ModelPasses(model, False).verdict()
         return found if untold.cache else Verdict(None, untold.padding, untold.moved, counts=False)
     return None
+
+
+@contextmanager
+def _tested(model: Any) -> Iterator[None]:
+    """The test's passes run as the weights are: a verdict is kept, and autocast, which rounds, is the caller's alone.
+
+    What cannot run here will say so where it is used.
+    """
+    kinds = [kind for kind in {"cpu", device_of(model).type} if torch.amp.is_autocast_available(kind)]
+    with suppress(Exception), torch.no_grad(), ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _kind(model: Any) -> object:

@@ -258,6 +258,20 @@ def test_a_static_cache_is_refused_where_a_member_is_wrong_on_it() -> None:
     assert torch.equal(model.generate(IDS, **GREEDY, cache_implementation="static"), want)
 
 
+def test_a_verdict_does_not_depend_on_the_callers_autocast() -> None:
+    model = copy.deepcopy(composed("qwen3"))
+    told = model.members[0].takes_positions
+    with torch.autocast("cpu", torch.bfloat16):
+        assert verdict("qwen3") == Verdict()
+        assert self_test.padding_fault(model.base) is None
+        assert self_test.static_fault(model.base, told, 36, ragged=True) is None
+        want = model.generate(IDS, **GREEDY)
+        assert torch.equal(model.generate(IDS, **GREEDY, cache_implementation="static"), want)
+        assert self_test.generation_fault(made("gpt2"), 1) is None
+    want = model.generate(IDS, **GREEDY)
+    assert torch.equal(model.generate(IDS, **GREEDY, cache_implementation="static"), want)
+
+
 def test_the_test_runs_once_for_models_that_differ_in_sizes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[Any] = []
     original = self_test_passes.ModelPasses._pass
