@@ -25,7 +25,7 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the tables.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Also draw the bars into this file (.png, .svg, .pdf).")] = None,
     full: Annotated[
-        bool, typer.Option("--full", help="Longer texts and more rounds: most of an hour instead of five minutes.")
+        bool, typer.Option("--full", help="Longer texts and more rounds: most of an hour, not five to ten minutes.")
     ] = False,
     family: Annotated[
         Path | None,
@@ -60,7 +60,7 @@ def bench(
 
 def show(record: Mapping[str, Any]) -> None:
     """Print the tables, bars and verdicts of what `proxytune.throughput.run.measure` returned."""
-    from proxytune.throughput.report import cheapest, drafts, verdicts
+    from proxytune.throughput.report import NAMES, cheapest, drafts, verdicts
 
     wide = terminal.output()
     wide.width = max(wide.width, TABLE_WIDTH)  # a narrow terminal wraps the lines; cut columns would show wrong numbers
@@ -89,6 +89,7 @@ def show(record: Mapping[str, Any]) -> None:
         "same ratio of the bytes read (│ in the bars). Planted: random weights, made so that expert and composition "
         "agree at this rate."
     )
+    console.print(f"{NAMES}.")
     console.print(
         f"{of['processor']}, {of['cores']} cores (load at the start: {of['load']}), threads: {of['threads']}, "
         f"torch {of['torch']}, transformers {of['transformers']}. Took {record['seconds']:.0f} s."

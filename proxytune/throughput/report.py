@@ -9,6 +9,8 @@ __all__ = [
     "COUNTED",
     "DRAFTS",
     "METHODS",
+    "NAMES",
+    "RANKED",
     "bar",
     "cell_name",
     "cheapest",
@@ -19,6 +21,7 @@ __all__ = [
     "markdown",
     "summary",
     "verdicts",
+    "way",
 ]
 
 METHODS = ("method", "tokens/s", "first, ms", "ms/token", "× tuned [95 %]", "bytes alone", "accepted")
@@ -27,15 +30,24 @@ DRAFTS = ("drafted", "tokens per round", "ms per round", "ms per token")
 WAYS = {
     "the tuned model itself": ("tuned alone",),
     "three models, hand-written loop": ("naive loop",),
+    "`ProxyTuningLogitsProcessor`": ("processor door",),
     "`model.generate()`": ("composite door",),
     "`FusedDecoding`": ("fused loop",),
     "`FusedDecoding`, gated": ("fused, gated", "fused, gated, 0.2 planted"),
+    "`FusedDecoding`, two streams": ("fused, overlap",),
+    "`FusedDecoding`, compiled": ("fused, graphs",),
     "`SpeculativeDecoding`, drafts never right": ("speculation, 0 planted",),
     "…, half of the time": ("speculation, 0.5 planted",),
     "…, mostly": ("speculation", "speculation, 0.7 planted"),
     "…, nearly always": ("speculation, 0.9 planted",),
 }
 """Ways to decode, in words, and the methods of the bench that measure them."""
+RANKED = 4
+"""Rounds from which ways are ranked."""
+_OFF = 1.1
+"""Two that are one, or a way and its bound, may differ so much in a run that ranks."""
+_BOUND_BY_BYTES = 50.0
+"""Megabytes of a base's pass from which memory bounds its time on a CPU."""
 _FULL, _MARK, _EMPTY = "█", "│", " "
 
 
@@ -126,12 +138,30 @@ def verdicts(family: Mapping[str, Any]) -> list[str]:
     return out
 
 
+def way(method: str) -> str:
+    """A method of the bench in the words of `WAYS`; its own name if it is not there."""
+    if method == "speculation":
+        return "`SpeculativeDecoding`"
+    words = next((words for words, names in WAYS.items() if method in names), method)
+    return words.replace("…,", "`SpeculativeDecoding`, drafts right")
+
+
+NAMES = "; ".join(f"{name} = {way(name)}" for name in ("naive loop", "processor door", "composite door", "fused loop"))
+"""What the bench's names for the ways without drafts stand for."""
+
+
 def cheapest(family: Mapping[str, Any]) -> str:
     """A sentence: the cheapest way to steer in the first cell, what is as cheap, and what planted members would give.
 
-    Two ways are as cheap as each other where their intervals overlap.
+    Two ways are as cheap as each other where their intervals overlap, or differ by no more than two models of one shape
+    did in that run. Nothing is ranked by fewer than `RANKED` rounds, nor in a run that contradicts itself.
     """
     cell = family["cells"][0]
+    at = f"{family['name']}, {cell_name(cell)}"
+    if found := _disturbed(family, cell):
+        return f"{at}. This run was disturbed, so nothing is ranked: {found}. Run it again with nothing beside it."
+    if cell["rounds"] < RANKED:
+        return f"{at}. Too few rounds to rank anything: {cell['rounds']}, and {RANKED} are needed."
     ran = {
         name: found["over_tuned"]
         for name, found in cell["methods"].items()
@@ -140,18 +170,47 @@ def cheapest(family: Mapping[str, Any]) -> str:
     own = {name: ratio for name, ratio in ran.items() if "planted" not in name}
     planted = {name: ratio for name, ratio in ran.items() if name not in own}
     best = min(own, key=lambda name: own[name]["value"])
-    alike = [name for name, ratio in own.items() if name != best and ratio["low"] <= own[best]["high"]]
+    least = own[best]["high"] * _between_twins(family, cell)
+    alike = [way(name) for name, ratio in own.items() if name != best and ratio["low"] <= least]
     floor = cell["methods"][best]["floor_over_tuned"]
     text = (
-        f"{family['name']}, {cell_name(cell)}: cheapest to steer is the {best}, {interval(own[best])} × a tuned "
-        f"model's time per token (by bytes alone {floor:.2f})"
+        f"{at}. Cheapest to steer: {way(best)}, at {interval(own[best])} × a tuned model's time per token (by bytes "
+        f"alone {floor:.2f})."
     )
     if alike:
-        text += f"; not told apart from it: {', '.join(alike)}"
+        text += f" Not told apart from it: {' · '.join(alike)}."
     if planted:
-        least = min(planted, key=lambda name: planted[name]["value"])
-        text += f"; if your members were as planted, {least}: {interval(planted[least])}"
-    return f"{text}."
+        name = min(planted, key=lambda name: planted[name]["value"])
+        text += f" If your members were as planted: {way(name)}, at {interval(planted[name])}."
+    return text
+
+
+def _between_twins(family: Mapping[str, Any], cell: Mapping[str, Any]) -> float:
+    """How many times as long one of base and tuned model took as the other, if they are of one shape; else 1."""
+    sizes = family.get("parameters", {})
+    base = cell["methods"].get("base alone", {})
+    if sizes.get("base") != sizes.get("tuned") or "over_tuned" not in base:
+        return 1.0
+    value = float(base["over_tuned"]["value"])
+    return max(value, 1 / value)
+
+
+def _disturbed(family: Mapping[str, Any], cell: Mapping[str, Any]) -> str | None:
+    """What cannot be in a cell that was measured, in words; None if nothing."""
+    if _between_twins(family, cell) > _OFF:
+        ratio = cell["methods"]["base alone"]["over_tuned"]
+        return f"the base alone took {interval(ratio)} × the time of the tuned model, which has its shape"
+    if family.get("device", "cpu") != "cpu" or family.get("mb_per_pass", {}).get("base", 0.0) < _BOUND_BY_BYTES:
+        return None  # Python's time and the launches', not bytes, which a method can save
+    for name, found in cell["methods"].items():
+        if found["status"] != "run" or found["kind"] == "alone":
+            continue
+        every = found["kind"] == "steered" and "gated" not in name
+        bounds = {"over_floor": "what its bytes take"} | ({"over_members": "the members' own passes"} if every else {})
+        for key, words in bounds.items():
+            if key in found and found[key]["high"] < 1 and found[key]["value"] * _OFF < 1:
+                return f"{way(name)} took {interval(found[key])} × {words}, less than it can"
+    return None
 
 
 def summary(part: Mapping[str, Any]) -> str:
@@ -187,15 +246,22 @@ def markdown(part: Mapping[str, Any]) -> str:
     heads = [f"{family['name']}, {cell_name(cell)}" for family, cell in zip(families, firsts, strict=True)]
     rows = [[name, *(_beside(cell["methods"].get(name, {})) for cell in firsts)] for name in names]
     blocks = [_table(["time per token, tuned = 1 (by bytes alone)", *heads], [row for row in rows if any(row[1:])])]
+    blocks.append(f"{NAMES}.")
     blocks += [f"- {cheapest(family)}" for family in families]
-    blocks.append("How near that is to what it could be:")
-    blocks += [f"- **{family['name']}**: {'. '.join(verdicts(family))}." for family in families]
     compared = [family for family in families if "drafting" in family]
     if compared:
         lengths = dict.fromkeys(line["draft_length"] for family in compared for line in family["drafting"]["lines"])
         rows = [[str(k), *(_predicted(family, k) for family in compared)] for k in lengths]
         heads = [f"{family['name']}: tokens per round; ms per token" for family in compared]
         blocks.append(_table(["draft length", *heads], rows))
+    aims = [one for family in families for one in family["aims"]]
+    blocks += [
+        f"Of {len(aims)} targets that were set beforehand, {sum(one['met'] for one in aims)} were met. They say where "
+        "the loops can still be made faster, not which one to take.",
+        "<details><summary>The targets, and the worst value for each</summary>",
+        *(f"- **{family['name']}**: {'. '.join(verdicts(family))}." for family in families),
+        "</details>",
+    ]
     of = part["machine"]
     blocks.append(
         f"{of['processor']}, {of['cores']} cores (load at the start: {of['load']}), threads: {of['threads']}, "

@@ -26,6 +26,7 @@ from proxytune.throughput.byte_floors import aims, with_floors
 from proxytune.throughput.draft_costs import LENGTHS, compare_drafts
 from proxytune.throughput.measure import measure_cell
 from proxytune.throughput.methods import RATES, methods_for
+from proxytune.throughput.report import RANKED
 from proxytune.throughput.shapes import PUBLISHED, SCALED
 from proxytune.throughput.subjects import PROTOCOL, Cell, Subject, lab_subject, random_subject
 
@@ -55,7 +56,7 @@ class Plan:
         build: Makes the family.
         cells: The cells of the protocol.
         rounds: Most rounds per cell.
-        seconds: Time for all cells; each cell gets at least two rounds.
+        seconds: Time for all cells; each cell gets at least two rounds, the first at least `RANKED` of four or more.
         rates: The acceptances planted in random members, in the first cell.
         drafting: The cell in which the cost model is compared; None to leave it out.
         rate: The acceptance planted there, and in all other cells.
@@ -84,6 +85,10 @@ class Plan:
     def least(self) -> int:
         """Rounds of each cell, however long they take."""
         return min(2, self.rounds)
+
+    def share(self, cells: int) -> float:
+        """The share of the time that is up after so many cells; the first, whose methods are ranked, has three."""
+        return (cells + 2) / (len(self.cells) + 2)
 
     def rounds_from(self, cell: int, timed: int) -> int:
         """Rounds from a cell on, with `timed` ones each: one more that counts, and then those of the cost model."""
@@ -232,6 +237,7 @@ def measure_family(
         family: dict[str, Any] = {
             "name": subject.name,
             "trained": subject.trained,
+            "device": subject.device.type,
             "dtype": str(next(subject.steered.base.parameters()).dtype).removeprefix("torch."),
             "parameters": {role: model.num_parameters() for role, model in subject.models.items()},
             "mb_per_pass": {role: round(of.weights / 1e6, 3) for role, of in bytes_of.items()},
@@ -248,8 +254,8 @@ def measure_family(
             cell,
             [method for method in methods if plan.only is None or method.name in plan.only],
             rounds=plan.rounds,
-            least=plan.least,
-            until=began + plan.seconds * (i + 1) / len(plan.cells),
+            least=RANKED if i == 0 and plan.rounds >= RANKED else plan.least,
+            until=began + plan.seconds * plan.share(i + 1),
             report=lambda what, rounds, cell=i: report(what, cell, rounds),  # type: ignore[misc]
             keep=lambda one: keep(so_far(one)),
         )

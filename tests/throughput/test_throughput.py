@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -462,20 +463,81 @@ def test_a_small_set_is_measured_and_said() -> None:
     assert (late["families"], late["left_out"]) == ([], 1)
 
 
-def test_the_cheapest_way_to_steer_is_said_with_what_is_as_cheap() -> None:
-    def ran(value: float, kind: str = "steered") -> dict[str, Any]:
-        ratio = {"value": value, "low": value - 0.1, "high": value + 0.1}
-        return {"status": "run", "kind": kind, "over_tuned": ratio, "floor_over_tuned": 1.1}
+def ran_in(rounds: int, methods: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """A family of one cell."""
+    cell = {"prompt": 8, "new": 64, "rows": 1, "setting": "greedy", "rounds": rounds, "methods": methods}
+    return {"name": "f", "cells": [cell], "parameters": {"base": 9, "tuned": 9}, **more}
 
-    methods = {TUNED: ran(1.0, "alone"), "a": ran(2.5), "b": ran(2.0), "c": ran(2.1), "d, 0.7 planted": ran(1.4)}
-    methods |= {"e": {"status": "not run: no CUDA device"}}
-    family = {"name": "f", "cells": [{"prompt": 8, "new": 64, "rows": 1, "setting": "greedy", "methods": methods}]}
+
+def one(value: float, kind: str = "steered", off: float = 0.1, **more: Any) -> dict[str, Any]:
+    """A method of that time per token."""
+    ratio = {"value": value, "low": value - off, "high": value + off}
+    return {"status": "run", "kind": kind, "over_tuned": ratio, "floor_over_tuned": 1.1} | more
+
+
+def test_the_cheapest_way_to_steer_is_said_with_what_is_as_cheap() -> None:
+    methods = {TUNED: one(1.0, "alone"), "naive loop": one(2.5), FUSED: one(2.0), COMPOSITE: one(2.1)}
+    methods |= {"speculation, 0.9 planted": one(1.4, "speculation"), "e": {"status": "not run: no CUDA device"}}
+    family = ran_in(4, methods)
     assert cheapest(family) == (
-        "f, 8→64, batch 1: cheapest to steer is the b, 2.00 [1.90, 2.10] × a tuned model's time per token (by bytes "
-        "alone 1.10); not told apart from it: c; if your members were as planted, d, 0.7 planted: 1.40 [1.30, 1.50]."
+        "f, 8→64, batch 1. Cheapest to steer: `FusedDecoding`, at 2.00 [1.90, 2.10] × a tuned model's time per token "
+        "(by bytes alone 1.10). Not told apart from it: `model.generate()`. If your members were as planted: "
+        "`SpeculativeDecoding`, drafts right nearly always, at 1.40 [1.30, 1.50]."
     )
-    del methods["c"], methods["d, 0.7 planted"]
+    del methods[COMPOSITE], methods["speculation, 0.9 planted"]
     assert cheapest(family).endswith("(by bytes alone 1.10).")
+    # Two models of one shape differ by 1.08 ×, and so might these.
+    methods |= {COMPOSITE: one(2.25), BASE: one(1.08, "alone")}
+    assert cheapest(family).endswith("Not told apart from it: `model.generate()`.")
+    methods |= {"speculation": one(1.5, "speculation")}
+    assert ". Cheapest to steer: `SpeculativeDecoding`, at 1.50" in cheapest(family)
+
+
+def test_a_run_of_few_rounds_or_that_contradicts_itself_ranks_nothing() -> None:
+    methods = {TUNED: one(1.0, "alone"), FUSED: one(2.0, off=0.0), COMPOSITE: one(2.1, off=0.0)}
+    assert cheapest(ran_in(3, methods)).endswith("Too few rounds to rank anything: 3, and 4 are needed.")
+    twins = methods | {BASE: one(2.47, "alone", 1.5)}
+    assert cheapest(ran_in(7, twins)) == (
+        "f, 8→64, batch 1. This run was disturbed, so nothing is ranked: the base alone took 2.47 [0.97, 3.97] × the "
+        "time of the tuned model, which has its shape. Run it again with nothing beside it."
+    )
+    assert "disturbed" not in cheapest(ran_in(7, twins) | {"parameters": {"base": 9, "tuned": 8}})
+    fast = {"value": 0.74, "low": 0.7, "high": 0.8}
+    quick = methods | {FUSED: methods[FUSED] | {"over_members": fast}}
+    large = {"mb_per_pass": {"base": 137.0}}
+    said = "nothing is ranked: `FusedDecoding` took 0.74 [0.70, 0.80] × the members' own passes, less than it can."
+    assert said in cheapest(ran_in(7, quick, **large))
+    for may in (ran_in(7, quick, mb_per_pass={"base": 3.0}), ran_in(7, quick, **large, device="cuda")):
+        assert "Cheapest to steer: `FusedDecoding`" in cheapest(may)
+    gated = methods | {"fused, gated": one(1.5, over_members=fast)}
+    assert "Cheapest to steer: `FusedDecoding`, gated" in cheapest(ran_in(7, gated, **large))
+    gated["fused, gated"]["over_floor"] = fast
+    assert "`FusedDecoding`, gated took 0.74 [0.70, 0.80] × what its bytes take" in cheapest(ran_in(7, gated, **large))
+
+
+def test_intervals_of_few_rounds_are_as_wide_as_they_tell() -> None:
+    """How often an interval of so many rounds has the true ratio: about 95 %, as it says."""
+    draws = np.random.default_rng(0).lognormal(0.0, 0.1, (400, 6))
+    for rounds in (2, 3, 4, 6):
+        found = [ratio(row[:rounds], [1.0] * rounds) for row in draws]
+        assert 0.92 < np.mean([one["low"] <= 1.0 <= one["high"] for one in found]) < 0.98, rounds
+        assert all(one["low"] <= one["value"] <= one["high"] for one in found)
+    assert ratio([2.0], [1.0]) == {"value": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_the_cell_whose_methods_are_ranked_has_rounds_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(throughput, "measure_cell", lambda *_, **keys: asked.append(keys))
+    for name in ("with_floors", "aims"):
+        monkeypatch.setattr(throughput, name, lambda *_, **__: None)
+    monkeypatch.setattr(throughput.time, "perf_counter", lambda: 0.0)
+    for rounds, first in ((4, 4), (3, 2), (1, 1)):
+        asked.clear()
+        throughput.measure_family(
+            throughput.Plan(lambda: random_subject(TINY, dtype=torch.float32), (CELL,) * 3, rounds, 100.0)
+        )
+        assert [keys["least"] for keys in asked] == [first, min(2, rounds), min(2, rounds)]
+        assert [keys["until"] for keys in asked] == [60.0, 80.0, 100.0]
 
 
 def test_bars_are_as_long_as_their_values() -> None:
