@@ -27,6 +27,9 @@ def bench(
     full: Annotated[
         bool, typer.Option("--full", help="Longer texts and more rounds: most of an hour, not five to ten minutes.")
     ] = False,
+    alpha: Annotated[
+        float | None, typer.Option(help="Strength of the shift in the family (default: the recorded one).")
+    ] = None,
     family: Annotated[
         Path | None,
         typer.Option(
@@ -49,7 +52,7 @@ def bench(
 
     torch.set_num_threads(threads)
     with terminal.Bar("rounds", still=True) as bar:  # nothing may run beside what is timed
-        record = measure(cpu_plans("full" if full else "quick", family), report=bar.show)
+        record = measure(cpu_plans("full" if full else "quick", family, alpha), report=bar.show)
     if plot is not None:
         draw(record, plot)
     if as_json:

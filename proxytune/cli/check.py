@@ -197,7 +197,7 @@ def _lines(report: PairReport) -> list[tuple[str, str]]:
         cost = report.cost
         lines.append(("a token", f"{cost.bytes:.2f} × the bytes of the base alone"))
         times = (
-            f"{cost.seconds[kind] * 1e3:.3g} ms on a {name} (the base alone {cost.base_seconds[kind] * 1e3:.3g})"
+            f"{_time(cost.seconds[kind])} on a {name} (the base alone {_time(cost.base_seconds[kind])})"
             for kind, name in (("cpu", "CPU"), ("cuda", "GPU"))
         )
         lines.append(("", f"roughly {', '.join(times)}"))
@@ -217,6 +217,10 @@ def _lines(report: PairReport) -> list[tuple[str, str]]:
 
 def _count(number: float) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.1f} M" if number >= 1e6 else f"{number:,.0f}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
 
 
 def _bytes(size: float) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from proxytune.errors import LabError
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MemberName = Literal["large-base", "tiny-base", "tiny-tuned", "large-tuned"]
 MEMBERS: tuple[MemberName, ...] = get_args(MemberName)
@@ -50,17 +50,19 @@ def bundled_record() -> dict[str, Any]:
 def read_record(folder: Path) -> dict[str, Any]:
     """The content of a family folder's `family.json`; `LabError` if there is none."""
     path = folder / RECORD_NAME
-    if not path.exists():
+    record: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if "alpha" not in record:
         raise LabError.of(
             f"family folder {folder}",
             expected=f"a record {RECORD_NAME} with the chosen alpha",
-            got="none",
-            remedy="Finish the training (see benches/README.md in the repository), which writes it, or pass an alpha.",
+            got=f"only {', '.join(record)}" if record else "none",
+            remedy="Finish the training (see benches/README.md in the repository), which writes it, or pass an alpha "
+            "(--alpha).",
         )
-    return json.loads(path.read_text())
+    return record
 
 
-def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTrainedTokenizerBase]:
+def load_family(folder: Path) -> tuple[dict[MemberName, PreTrainedModel], PreTrainedTokenizerBase]:
     """Load the members (float32, evaluation mode) of a family folder, and their shared tokenizer.
 
     Raises:
@@ -75,9 +77,9 @@ def load_family(folder: Path) -> tuple[dict[MemberName, LlamaForCausalLM], PreTr
             remedy="Finish the training (see benches/README.md in the repository), or take the bundled family.",
         )
     import torch
-    from transformers import AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    models: dict[MemberName, LlamaForCausalLM] = {
-        member: LlamaForCausalLM.from_pretrained(folder / member, dtype=torch.float32).eval() for member in MEMBERS
+    models: dict[MemberName, PreTrainedModel] = {
+        member: AutoModelForCausalLM.from_pretrained(folder / member, dtype=torch.float32).eval() for member in MEMBERS
     }
     return models, AutoTokenizer.from_pretrained(folder / MEMBERS[0])

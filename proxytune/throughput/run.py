@@ -95,15 +95,15 @@ class Plan:
         return (len(self.cells) - cell) * (1 + timed) + (0 if self.drafting is None else 1 + self.draft_rounds)
 
 
-def cpu_plans(size: Size = "quick", folder: Path | None = None) -> list[Plan]:
-    """The CPU set: the lab's family (from `folder`, else the bundled one), and two trios of random members."""
+def cpu_plans(size: Size = "quick", folder: Path | None = None, alpha: float | None = None) -> list[Plan]:
+    """The CPU set: the lab's family (see `lab_subject`), and two trios of random members."""
     quick = size == "quick"
     seconds = (45.0, 110.0, 95.0) if quick else (600.0, 900.0, 900.0)
     lab_cells = _LAB if quick else tuple(_fitted(cell, 512) for cell in PROTOCOL)
     rounds, cells = (4, _SHORT) if quick else (7, _LONG)
     drafting = cells[0]
     return [
-        Plan(lambda: lab_subject(folder), lab_cells, rounds, seconds[0], drafting=drafting),
+        Plan(lambda: lab_subject(folder, alpha), lab_cells, rounds, seconds[0], drafting=drafting),
         *(
             Plan(lambda trio=trio: random_subject(trio), cells, rounds, some, drafting=drafting)  # type: ignore[misc]
             for trio, some in zip(SCALED, seconds[1:], strict=True)

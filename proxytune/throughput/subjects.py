@@ -163,14 +163,17 @@ def random_subject(trio: Trio, *, dtype: torch.dtype = torch.bfloat16, device: s
     return subject
 
 
-def lab_subject(folder: Path | None = None) -> Subject:
+def lab_subject(folder: Path | None = None, alpha: float | None = None) -> Subject:
     """The family of a folder (default: the bundled one), in float32 on the CPU: real weights, text and acceptance.
 
+    `alpha` is the strength of the shift; None for the recorded one.
+
     Raises:
-        LabError: If a model or the record is missing from the folder.
+        LabError: If a model is missing from the folder, or the record without an `alpha`.
     """
     folder = folder or bundled_family()
     found, tokenizer = load_family(folder)
+    strength = float(read_record(folder)["alpha"]) if alpha is None else alpha
     models: dict[str, PreTrainedModel] = {
         "base": found["large-base"],
         "tuned": found["large-tuned"],
@@ -182,7 +185,7 @@ def lab_subject(folder: Path | None = None) -> Subject:
     asked = [problem for both in zip(chains, questions, strict=True) for problem in both]
     shown = "".join(f"{prompt_of(problem.question)} {problem.answer}\n" for problem in asked[:-1])
     ids = tokenizer(shown + prompt_of(asked[-1].question))["input_ids"]
-    return _subject(LAB, models, float(read_record(folder)["alpha"]), torch.tensor(ids), trained=True)
+    return _subject(LAB, models, strength, torch.tensor(ids), trained=True)
 
 
 def _subject(

@@ -75,13 +75,25 @@ def test_json_is_one_object_and_nothing_else(run, measured, record, family) -> N
     ended = run("bench", "--json", "--family", family)
     assert ended.code == 0, ended.err
     assert json.loads(ended.out) == record
-    assert measured == [("quick", family)]
+    assert measured == [("quick", family, None)]
     assert torch.get_num_threads() == 1
 
 
 def test_full_asks_for_the_longer_set(run, measured) -> None:
-    assert run("bench", "--full", "--json").code == 0
-    assert measured == [("full", None)]
+    assert run("bench", "--full", "--json", "--alpha", "0.25").code == 0
+    assert measured == [("full", None, 0.25)]
+
+
+def test_a_family_without_a_record_takes_an_alpha(run, family, tmp_path, monkeypatch) -> None:
+    for member in family.iterdir():
+        if member.is_dir():
+            (tmp_path / member.name).symlink_to(member)
+    ended = run("bench", "--family", tmp_path)
+    assert ended.code == 2
+    assert "family.json with the chosen alpha; got none" in " ".join(ended.err.split())
+    assert "or pass an alpha" in " ".join(ended.err.split())
+    plan = throughput.cpu_plans("quick", tmp_path, 0.25)[0]
+    assert plan.build().alpha == 0.25
 
 
 @pytest.mark.parametrize("columns", ["80", "60"])

@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 import proxytune
+from proxytune.cli import check
 
 
 @pytest.fixture
@@ -35,6 +36,10 @@ def test_files_alone(run, three):
     assert ended.code == 0
     assert ended.out.splitlines()[0] == "nothing wrong was found; weights were not looked at"
     assert "KL(" not in ended.out
+
+
+def test_seconds_are_written_as_seconds():
+    assert [check._time(x) for x in (0.0028449, 0.9, 1.0, 20.31)] == ["2.84 ms", "900 ms", "1 s", "20.3 s"]
 
 
 def test_a_problem_stands_first_and_is_an_exit_code(run, three):
