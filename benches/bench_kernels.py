@@ -3,7 +3,7 @@
 ::
 
     python benches/bench_kernels.py --write          measure the CPU part, and the GPU part if there is a GPU
-    python benches/bench_kernels.py --write --gpu    the GPU part only, under ten minutes; the CPU part is kept
+    python benches/bench_kernels.py --write --gpu    the GPU part only, in minutes; fails without one; the rest is kept
     python benches/bench_kernels.py --write --mix    the mixtures of embeddings only, on the CPU; the rest is kept
     python benches/bench_kernels.py --write --verify the verification of drafts only, on the CPU; the rest is kept
     python benches/bench_kernels.py --markdown       the pages' tables, from the JSON
@@ -400,6 +400,18 @@ def _ratio(cell: dict[str, Any], other: str) -> str:
     return str(cell["times"].get(other, ""))
 
 
+_PARTS = {"mix": "mixtures of embeddings", "verify": "drafts verified"}
+
+
+def _end(record: dict[str, Any], keep: bool, now: str | None) -> None:
+    """Print the tables, and keep the record; `now` says which rows were measured in this run, None for all."""
+    if keep:
+        RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if now is not None:
+        print(f"Measured now: {now}. The other rows are as kept in {RESULTS.name}, of an earlier run.\n")
+    print(kernels_table(record))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="keep the results")
@@ -422,24 +434,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
             record["cpu"]["mix"] = measure_mix()
         if wanted.verify:
             record["cpu"]["verify"] = measure_verify()
-        if wanted.write:
-            RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(kernels_table(record))
+        names = [name for name in ("mix", "verify") if getattr(wanted, name)]
+        _end(record, wanted.write, " and ".join(f"{_PARTS[name]}, on the CPU" for name in names))
     elif not wanted.markdown:
+        if wanted.gpu and not torch.cuda.is_available():
+            raise SystemExit("bench_kernels --gpu: expected a CUDA device; got none. Leave --gpu out for the CPU part.")
         torch.set_num_threads(wanted.threads)
         # The GPU part first: it has a deadline.
         record = {"command": "python benches/bench_kernels.py --write", "gpu": kernels_cuda.run(wanted.deadline)}
+        kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+        now = None
+        if record["gpu"]["status"] != "run" and kept.get("gpu", {}).get("status") == "run":
+            record["gpu"], now = kept["gpu"], "all rows on the CPU"
         if not wanted.gpu:
             record["cpu"] = measure_cpu()
             record["cpu"]["mix"] = measure_mix()
             record["cpu"]["verify"] = measure_verify()
-        elif RESULTS.exists():
-            record["cpu"] = json.loads(RESULTS.read_text(encoding="utf-8"))["cpu"]
         else:
-            record["cpu"] = {"status": "not run", "reason": "only the GPU part was requested"}
-        if wanted.write:
-            RESULTS.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        print(kernels_table(record))
+            record["cpu"] = kept.get("cpu", {"status": "not run", "reason": "only the GPU part was requested"})
+            now = "all rows on the GPU"
+        _end(record, wanted.write, now)
     else:
         print(kernels_table())
 

@@ -174,6 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         report=lambda text, done, total: print(f"{done:.1f} of {total} rounds: {text}", file=sys.stderr, flush=True),
         keep=lambda so_far: write(part, so_far | {"command": command}) if wanted.write else None,
     )
+    print(f"Measured now: the {part.upper()} part. The other is as kept in {RESULTS.name}.", file=sys.stderr)
     print(throughput_table(kept() | {part: found}))
 
 

@@ -21,10 +21,11 @@ import gzip
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "--dry-run" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+if __name__ == "__main__" and "--part" in sys.argv:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the run that started it says what there is to say
 
 import torch
 
@@ -302,13 +305,15 @@ def kept(out: Path) -> dict[str, Any]:
     return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
-def run_all(seconds: float, out: Path, *, dry: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
-    """Run the parts that the folder does not have, and merge."""
+def run_all(seconds: float, out: Path, *, dry: bool = False, clock: Callable[[], float] = time.monotonic) -> list[str]:
+    """Run the parts that the folder does not have, and merge; the names of those that it has."""
     began, now = clock(), code()
+    before: list[str] = []
     share = seconds / (9 * 60)
     for name, part in PARTS.items():
         found = kept(out).get(name, {})
         if found.get("status") == "run" and found.get("code") == now and found.get("dry run", False) == dry:
+            before.append(name)
             continue
         left = seconds - (clock() - began)
         if not dry and not torch.cuda.is_available():
@@ -333,36 +338,46 @@ def run_all(seconds: float, out: Path, *, dry: bool = False, clock: Callable[[],
                 )
         print(line(name, kept(out)[name]), file=sys.stderr, flush=True)
     exchange(out / "run.json", {"code": now, "parts": kept(out)}, "results of a GPU run")
+    return before
 
 
-def line(name: str, found: dict[str, Any]) -> str:
-    """A row of the table."""
+def line(name: str, found: dict[str, Any], before: bool = False) -> str:
+    """A row of the table; `before` for a part that was kept from an earlier run."""
     reason = found.get("reason") or found.get("found", {}).get("reason", "")
-    said = found["status"] + (f": {str(reason).splitlines()[0]}" if reason else "")
+    said = found["status"] + (f": {str(reason).splitlines()[0]}" if reason else "") + ", kept from before" * before
     return f"| {name} | {said} | {found.get('seconds', '')} |"
 
 
-def table(parts: dict[str, Any]) -> str:
-    """What was run, and what was not."""
-    rows = [line(name, parts.get(name, {"status": "not run"})) for name in PARTS]
+def table(parts: dict[str, Any], before: Collection[str] = ()) -> str:
+    """What was run, what was kept from before, and what was not run."""
+    rows = [line(name, parts.get(name, {"status": "not run"}), name in before) for name in PARTS]
     return "\n".join(["| part | | seconds |", "|---|---|--:|", *rows])
 
 
 def write_results(parts: dict[str, Any]) -> None:
     """Move the figures into benches/results: the kernels' and the throughput's parts on a GPU."""
-    import bench_kernels
-    import bench_throughput
-
     if any(found.get("dry run") for found in parts.values()):
         raise SystemExit("--write: expected figures of a GPU; got those of a dry run. Run it without --dry-run first.")
     ran = {name: found["found"] for name, found in parts.items() if found["status"] in ("run", "partly run")}
+    families = {name: found for name, found in ran.items() if name.startswith("throughput")}
+    if "kernels" not in ran and not families:
+        got = "; ".join(f"{name}: {found['status']}" for name, found in parts.items()) or "no results at all"
+        raise SystemExit(
+            f"--write: expected a folder with figures of a GPU, of the kernels or of throughput; got {got}. Run it on "
+            "a machine with a GPU, without --write."
+        )
+    import bench_kernels
+    import bench_throughput
+
     if "kernels" in ran:
         record = json.loads(bench_kernels.RESULTS.read_text(encoding="utf-8"))
         exchange(bench_kernels.RESULTS, record | {"gpu": ran["kernels"]}, "results of a GPU run")
-    families = [found for name, found in ran.items() if name.startswith("throughput")]
     if families:
-        whole = families[0] | {"families": [family for found in families for family in found["families"]]}
+        each = list(families.values())
+        whole = each[0] | {"families": [family for found in each for family in found["families"]]}
         bench_throughput.write("gpu", whole)
+    names = [name for name in ("kernels", *families) if name in ran]
+    print(f"Written into {bench_kernels.RESULTS.parent}: {'; '.join(names)}.")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -373,7 +388,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--write", action="store_true", help="run nothing, keep the folder's figures in benches/results"
     )
-    parser.add_argument("--part", choices=PARTS, help="this part alone, in this process")
+    names = "; ".join(PARTS)
+    parser.add_argument("--part", choices=PARTS, metavar="NAME", help=f"this part alone, in this process: {names}")
     parser.add_argument("--seconds", type=float, default=60.0, help="for --part [60]")
     wanted = parser.parse_args(arguments)
     wanted.out = wanted.out.resolve()  # parts run in the checkout
@@ -383,8 +399,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif wanted.write:
         write_results(kept(wanted.out))
     else:
-        run_all(60 * wanted.minutes, wanted.out, dry=wanted.dry_run)
-        print(table(kept(wanted.out)))
+        try:
+            before = run_all(60 * wanted.minutes, wanted.out, dry=wanted.dry_run)
+        except KeyboardInterrupt:
+            done = sum(found.get("status") == "run" for found in kept(wanted.out).values())
+            print(f"\nInterrupted: {wanted.out} has {done} of {len(PARTS)} parts. The same command runs the others.")
+            raise SystemExit(130) from None
+        print(table(kept(wanted.out), before))
 
 
 if __name__ == "__main__":

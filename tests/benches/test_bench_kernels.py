@@ -67,14 +67,27 @@ def test_the_script_writes_what_it_prints(
     assert capsys.readouterr().out == kernels.kernels_table() + "\n"
     # The mixtures alone replace the mixtures, and the GPU part alone keeps the CPU part.
     kernels.main(["--write", "--mix"])
+    said = "Measured now: mixtures of embeddings, on the CPU. The other rows are as kept in kernels.json, of an earlier"
+    assert capsys.readouterr().out.startswith(said)
     assert json.loads((tmp_path / "kernels.json").read_text()) == record
     assert record["cpu"]["mix"] == mixtures
     kernels.main(["--write", "--verify"])
     assert json.loads((tmp_path / "kernels.json").read_text()) == record
     assert record["cpu"]["verify"] == verified
     monkeypatch.setattr(kernels, "measure_cpu", lambda: pytest.fail("not asked for"))
-    kernels.main(["--write", "--gpu"])
+    with pytest.raises(SystemExit, match="bench_kernels --gpu: expected a CUDA device; got none"):
+        kernels.main(["--write", "--gpu"])
     assert json.loads((tmp_path / "kernels.json").read_text()) == record
+    # What a GPU once gave is not lost where there is none.
+    monkeypatch.setattr(kernels, "measure_cpu", lambda: {"status": "not run", "reason": "another test"})
+    monkeypatch.setattr(kernels, "_gpu_table", lambda part: f"GPU: {part['cells']}")
+    (tmp_path / "kernels.json").write_text(json.dumps(record | {"gpu": {"status": "run", "cells": [7]}}))
+    capsys.readouterr()
+    kernels.main(["--write"])
+    out = capsys.readouterr().out
+    assert out.startswith("Measured now: all rows on the CPU. The other rows are as kept")
+    assert out.endswith("GPU: [7]\n")
+    assert json.loads((tmp_path / "kernels.json").read_text())["gpu"] == {"status": "run", "cells": [7]}
 
 
 def tiny_rounds() -> tuple[Any, ...]:

@@ -63,8 +63,10 @@ def test_a_dry_run_runs_every_part_and_resumes(
     # What is there and of this code is not run again; the rest is.
     monkeypatch.setattr(gpu_run, "run_part", lambda name, *_: again.append(name))
     again: list[str] = []
-    gpu_run.run_all(60.0, tmp_path, dry=True)
+    capsys.readouterr()
+    gpu_run.main(["--out", str(tmp_path), "--dry-run"])
     assert again == []
+    assert capsys.readouterr().out.count(", kept from before |") == len(gpu_run.PARTS)
     monkeypatch.setattr(gpu_run, "code", lambda: "changed")
     gpu_run.run_all(60.0, tmp_path, dry=True)
     assert again == list(gpu_run.PARTS)
@@ -76,6 +78,32 @@ def test_without_a_gpu_nothing_pretends(gpu_run: Any, tmp_path: Path, capsys: py
     gpu_run.main(["--out", str(tmp_path)])
     shown = capsys.readouterr().out
     assert shown.count("| not run: no CUDA device |") == len(gpu_run.PARTS)
+
+
+def test_an_interruption_says_how_to_go_on_and_an_empty_folder_has_nothing_to_write(
+    gpu_run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="--write: expected a folder with figures of a GPU.*; got no results at all"):
+        gpu_run.main(["--out", str(tmp_path), "--write"])
+    gpu_run.exchange(
+        gpu_run.file_of(tmp_path, "races"), {"status": "run", "code": gpu_run.code(), "found": {}}, "a part"
+    )
+    with pytest.raises(SystemExit, match="got races: run. Run it on a machine with a GPU, without --write"):
+        gpu_run.main(["--out", str(tmp_path), "--write"])
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_run.subprocess, "run", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        gpu_run.main(["--out", str(tmp_path)])
+    assert ended.value.code == 130
+    said = f"Interrupted: {tmp_path} has 1 of {len(gpu_run.PARTS)} parts. The same command runs the others.\n"
+    assert capsys.readouterr().out.endswith(said)
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--help"])
+    assert "--part NAME" in capsys.readouterr().out
 
 
 def test_a_part_that_fails_or_is_late_keeps_what_it_has(
