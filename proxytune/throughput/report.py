@@ -165,10 +165,12 @@ def cheapest(family: Mapping[str, Any]) -> str:
     ran = {
         name: found["over_tuned"]
         for name, found in cell["methods"].items()
-        if found["status"] == "run" and found["kind"] != "alone"
+        if found["status"] == "run" and found["kind"] != "alone" and "over_tuned" in found
     }
     own = {name: ratio for name, ratio in ran.items() if "planted" not in name}
     planted = {name: ratio for name, ratio in ran.items() if name not in own}
+    if not own:
+        return f"{at}. No way to steer was timed beside the tuned model, so nothing is ranked."
     best = min(own, key=lambda name: own[name]["value"])
     least = own[best]["high"] * _between_twins(family, cell)
     alike = [way(name) for name, ratio in own.items() if name != best and ratio["low"] <= least]

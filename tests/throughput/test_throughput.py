@@ -502,6 +502,7 @@ def test_a_run_of_few_rounds_or_that_contradicts_itself_ranks_nothing() -> None:
         "time of the tuned model, which has its shape. Run it again with nothing beside it."
     )
     assert "disturbed" not in cheapest(ran_in(7, twins) | {"parameters": {"base": 9, "tuned": 8}})
+    assert cheapest(ran_in(7, {FUSED: {"status": "run", "kind": "steered"}})).endswith("so nothing is ranked.")
     fast = {"value": 0.74, "low": 0.7, "high": 0.8}
     quick = methods | {FUSED: methods[FUSED] | {"over_members": fast}}
     large = {"mb_per_pass": {"base": 137.0}}
