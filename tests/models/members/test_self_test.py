@@ -267,7 +267,7 @@ def test_a_verdict_does_not_depend_on_the_callers_autocast(dtype: torch.dtype) -
         assert self_test.padding_fault(model.base) is None
         assert self_test.static_fault(model.base, True, 36, ragged=True) is None
         assert self_test.generation_fault(made("gpt2"), 1) is None
-        model.generate(IDS, **GREEDY, cache_implementation="static")
+        assert [self_test.static_fault(m.model, True, 36) for m in model.members] == [None] * 3
     assert torch.equal(model.generate(IDS, **GREEDY, cache_implementation="static"), want)
 
 
