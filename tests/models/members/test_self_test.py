@@ -258,17 +258,16 @@ def test_a_static_cache_is_refused_where_a_member_is_wrong_on_it() -> None:
     assert torch.equal(model.generate(IDS, **GREEDY, cache_implementation="static"), want)
 
 
-def test_a_verdict_does_not_depend_on_the_callers_autocast() -> None:
-    model = copy.deepcopy(composed("qwen3"))
-    told = model.members[0].takes_positions
-    with torch.autocast("cpu", torch.bfloat16):
-        assert verdict("qwen3") == Verdict()
-        assert self_test.padding_fault(model.base) is None
-        assert self_test.static_fault(model.base, told, 36, ragged=True) is None
-        want = model.generate(IDS, **GREEDY)
-        assert torch.equal(model.generate(IDS, **GREEDY, cache_implementation="static"), want)
-        assert self_test.generation_fault(made("gpt2"), 1) is None
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_verdict_does_not_depend_on_the_callers_autocast(dtype: torch.dtype) -> None:
+    model = copy.deepcopy(composed("llama"))
     want = model.generate(IDS, **GREEDY)
+    with torch.autocast("cpu", dtype):
+        assert verdict("llama") == Verdict()
+        assert self_test.padding_fault(model.base) is None
+        assert self_test.static_fault(model.base, True, 36, ragged=True) is None
+        assert self_test.generation_fault(made("gpt2"), 1) is None
+        assert [self_test.static_fault(m.model, True, 36) for m in model.members] == [None] * 3
     assert torch.equal(model.generate(IDS, **GREEDY, cache_implementation="static"), want)
 
 
