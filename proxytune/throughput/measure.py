@@ -138,7 +138,8 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
         t = _T[free - 1] if free <= len(_T) else 1.96 + 2.37 / free + 2.82 / free**2
         half = t * logs.std(ddof=1) / math.sqrt(len(each))
         low, high = (min(value, math.exp(logs.mean() - half)), max(value, math.exp(logs.mean() + half)))
-    return {"value": round(value, 4), "low": round(low, 4), "high": round(high, 4)}
+    # To five digits, not places: a low end of two noisy pairs is small, but not 0.
+    return {name: float(f"{x:.5g}") for name, x in (("value", value), ("low", low), ("high", high))}
 
 
 def _timed(subject: Subject, cell: Cell, method: Method, ids: torch.Tensor) -> Taken:

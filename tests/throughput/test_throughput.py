@@ -596,3 +596,9 @@ def test_the_summary_names_what_loses_and_what_its_methods_met() -> None:
         "| `FusedDecoding`, gated | 1.50 (1.10), 41 % of steps |",
         "| `SpeculativeDecoding`, drafts never right | 2.50 (1.10), 0 % right, **loses** |",
     ]
+
+
+def test_the_interval_of_two_noisy_pairs_is_wide_and_above_zero() -> None:
+    found = ratio([1.0, 8.0], [1.0, 0.5])
+    assert 0 < found["low"] < 1e-4
+    assert found["high"] > 1e5
