@@ -88,12 +88,16 @@ def test_weights_are_those_of_a_tree_s_leaves() -> None:
         (lambda: prompts_of(run([text(i, 0) for i in range(9)]), "x"), "got 9 texts, 0 of them with tokens"),
         (lambda: prompts_of(run([text(i % 4) for i in range(99)]), "x"), "texts of at least 5 prompts.*; got 4. Rec"),
         (lambda: graded([[text(0, grade=1.0), text(0)]], "x"), "a grade for each text, 1 for right; got 1 of 2"),
+        (
+            lambda: graded([[text(0, grade=87.0), text(0, grade=1)]], "x"),
+            r"grades in \[0, 1\], 1 for right; got 87 in 1",
+        ),
         (lambda: weights_of(weighted(0.5, None), "x"), "in all texts of a prompt, or in none; got 1 of 2"),
         (lambda: weights_of(weighted(0.5, -1), "x"), r"of at least 0, not all of them 0; got \[0.5, -1.0\]"),
         (lambda: weights_of(weighted(0, 0), "x"), "not all of them 0"),
         (lambda: weights_of(weighted(1, "a"), "x"), "of at least 0"),
         (lambda: Resamples(4, "x", level=0.95, draws=9, seed=0), "at least 5 prompts"),
-        (lambda: Resamples(9, "x", level=1.5, draws=9, seed=0), r"share: expected a number in \(0, 1\)"),
+        (lambda: Resamples(9, "x", level=1.5, draws=9, seed=0), r"level: expected a number in \(0, 1\)"),
         (lambda: Resamples(9, "x", level=0.9, draws=0, seed=0), "draws: expected a whole number of resamples"),
     ],
 )
