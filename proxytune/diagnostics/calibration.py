@@ -254,7 +254,7 @@ class _Pairs:
     def within(self) -> Interval:
         """AUROC over pairs of one prompt; a prompt that is drawn twice counts as two."""
         auroc(*self._given)
-        return self._resamples.ratio(self._wins.diagonal(), self._all.diagonal())
+        return self._resamples.bounded(self._wins.diagonal(), self._all.diagonal())
 
 
 def _reliability(

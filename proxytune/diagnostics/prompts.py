@@ -314,10 +314,10 @@ class Resamples:
         """`ratio` of what lies between two numbers, as a share of texts does: none of twenty is not "never".
 
         The interval also holds what the value would be if so many prompts were of another kind, at either bound, as may
-        be missed by chance: `1 − ((1 − level)/2)^(1/n)` of n, 12 % of 30.
+        be missed by chance: `1 − ((1 − level)/2)^(1/n)` of n that have any, 12 % of 30.
         """
         found = self.ratio(sums, counted)
-        missed = 1 - ((1 - self.level) / 2) ** (1 / self.units)
+        missed = 1 - ((1 - self.level) / 2) ** (1 / int(np.count_nonzero(counted)))
         low, high = (found.value + missed * (bound - found.value) for bound in (least, most))
         return Interval(found.value, min(found.low, low), max(found.high, high))
 

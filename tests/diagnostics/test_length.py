@@ -65,7 +65,7 @@ def test_slopes_cover_the_truth_though_hard_prompts_have_long_texts() -> None:
     assert sum(0.0 in one.at_end for one in flat) >= 34
     assert sum(0.0 in one.overall for one in flat) >= 34
     assert sum(one.falls for one in flat) <= 4
-    confounded = flat[0].bins
+    confounded = found(0, lambda place: 0.5, longer=2.0, ease=0.45, prompts=80).bins
     assert confounded[0].accuracy is not None
     assert confounded[-1].accuracy is not None
     assert confounded[0].accuracy.low > confounded[-1].accuracy.high

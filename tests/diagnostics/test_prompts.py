@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
@@ -44,6 +46,8 @@ def test_none_of_a_few_is_not_never() -> None:
     missed = 1 - 0.025 ** (1 / 20)
     assert resamples.share(np.zeros(20)) == Interval(0.0, 0.0, pytest.approx(missed))
     assert resamples.share(np.full(20, 0.25), most=0.25) == Interval(0.25, pytest.approx(0.25 * (1 - missed)), 0.25)
+    four = resamples.bounded(np.repeat([1.0, 0.0], [4, 16]), np.repeat([1, 0], [4, 16]))
+    assert four == Interval(1.0, pytest.approx(0.025**0.25), 1.0), "prompts without a count are none"
     half = np.repeat([0.0, 1.0], 10)
     assert resamples.share(half) == resamples.mean(half), "where prompts differ, the resamples tell"
 
@@ -77,6 +81,12 @@ def test_weights_are_those_of_a_tree_s_leaves() -> None:
     refuse_weighted(run(prompts[0], loop="FusedDecoding"), prompts, "x", "Do.")
     with pytest.raises(InputError, match="got texts of ForkDecoding"):
         refuse_weighted(run(prompts[0], loop="ForkDecoding"), prompts, "x", "Do.")
+
+
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    program = "import sys, proxytune.diagnostics; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize(
