@@ -299,7 +299,7 @@ class Resamples:
         # Of two neighbours the outer one: one of them may be infinite.
         low = np.quantile(found, self._tail, method="lower")
         high = np.quantile(found, 1 - self._tail, method="higher")
-        return Interval(float(value), float(low), float(high))
+        return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))
 
     def ratio(self, sums: ArrayLike, counted: ArrayLike) -> Interval:
         """`Σ sums / Σ counted` over prompts, `[prompts]` each."""
@@ -339,5 +339,13 @@ def over(top: Any, bottom: Any) -> Any:
 def said(found: Interval, *, percent: bool = False) -> str:
     """A value and its interval, for a sentence."""
     scale, unit = (100, " %") if percent else (1, "")
-    value, low, high = (f"{scale * number:.3g}" for number in (found.value, found.low, found.high))
+    value, low, high = (figure(scale * number) for number in (found.value, found.low, found.high))
     return f"{value}{unit} [{low}, {high}]"
+
+
+def figure(number: float) -> str:
+    """A number with three digits, or all digits before the point."""
+    if math.isinf(number):
+        return "−∞" if number < 0 else "∞"
+    text = f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    return "0" if abs(number) < 1e-9 else f"−{text[1:]}" if number < 0 else text

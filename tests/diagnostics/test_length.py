@@ -75,7 +75,7 @@ def test_sentences_say_what_is_told() -> None:
     assert "Accuracy falls beyond 1" in found(1, hump, prompts=80).says
     steps = run([text(i, 2**j, grade=float(k >= j)) for i in range(6) for j in range(5) for k in range(4)])
     all_along = length_effect(steps)
-    assert "Accuracy falls with length all along: doubling long texts adds -25 %" in all_along.says
+    assert "Accuracy falls with length all along: doubling long texts adds −25 %" in all_along.says
     assert all_along.beyond is not None
     assert all_along.beyond.value == pytest.approx(1)
     assert "from what length on is not told" in found(0, falling, prompts=80).says

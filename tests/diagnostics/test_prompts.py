@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from support.simulated import covered, run, text
 
-from proxytune.diagnostics.prompts import LEAST, Resamples, graded, prompts_of, refuse_weighted, weights_of
+from proxytune.diagnostics.prompts import LEAST, Resamples, figure, graded, prompts_of, refuse_weighted, weights_of
 from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval
 from proxytune.trace import Trace
@@ -50,6 +51,23 @@ def test_none_of_a_few_is_not_never() -> None:
     assert four == Interval(1.0, pytest.approx(0.025**0.25), 1.0), "prompts without a count are none"
     half = np.repeat([0.0, 1.0], 10)
     assert resamples.share(half) == resamples.mean(half), "where prompts differ, the resamples tell"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (1434.2, "1434"),
+        (0.12345, "0.123"),
+        (-0.5, "−0.5"),
+        (3e-12, "0"),
+        (math.inf, "∞"),
+        (-math.inf, "−∞"),
+        (-12345.6, "−12346"),
+        (0.00001234, "1.23e-05"),
+    ],
+)
+def test_figures_of_sentences(number: float, text: str) -> None:
+    assert figure(number) == text
 
 
 def test_what_most_resamples_cannot_tell_is_refused() -> None:
