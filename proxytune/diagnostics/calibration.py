@@ -6,7 +6,8 @@ Confidences that a trace has; larger is more confident:
 - `"agreement"`: the share of the prompt's other texts that have the same answer, in [0, 1]
 - `"stated"`: `facts["confidence"]`, in [0, 1]
 - `"entropy"`: the mean token entropy in nats, negative
-- `"deepconf"`: the lowest group confidence of DeepConf (arXiv 2508.15260), in nats, from the trace's likeliest tokens
+- `"deepconf"`: the lowest group confidence of DeepConf (arXiv 2508.15260), in nats, of as many likeliest tokens as the
+  trace has (the paper has 20)
 
 The first three are probabilities, and have a Brier score and a calibration error. Whether a confidence tells right from
 wrong, its AUROC says, for all five.
