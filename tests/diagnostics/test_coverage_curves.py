@@ -13,6 +13,7 @@ from support.simulated import FAST, assert_same, covered, run, shuffled, text
 from proxytune.diagnostics import coverage, crossing
 from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval
+from proxytune.stats.importance import kool_log_weights
 from proxytune.trace import Trace
 
 
@@ -48,6 +49,25 @@ def test_the_weighted_curve_covers_the_truth() -> None:
     subsets = [[i >> j & 1 for j in range(4)] for i in range(16)]
     expected = sum(0.4 ** sum(hit) * 0.6 ** (4 - sum(hit)) * (1 - (1 - np.dot(shares, hit)) ** at) for hit in subsets)
     assert covered(expected, curve, 60) >= 52
+
+
+def test_leaves_of_trees_need_their_weights() -> None:
+    """Three of five leaves drawn without replacement: half of the mass is right, on one leaf."""
+    rng, log_p, kept = np.random.default_rng(0), np.log([0.5, 0.2, 0.15, 0.1, 0.05]), 3
+    weighted, equal = [], []
+    for i in range(400):
+        perturbed = log_p + rng.gumbel(size=5)
+        order = np.argsort(-perturbed)
+        weights = np.exp(kool_log_weights(log_p[order[:kept]], perturbed[order[kept]]))
+        for leaf, weight in zip(order, weights / weights.sum(), strict=False):
+            weighted.append(text(i, grade=float(leaf == 0), facts={"weight": float(weight)}))
+            equal.append(text(i, grade=float(leaf == 0)))
+    found = coverage(run(weighted, loop="ForkDecoding"), weighted=True, **FAST).curve
+    as_if_independent = coverage(run(equal), **FAST).curve
+    assert abs(found[1].value - 0.5) < 0.05
+    assert abs(found[2].value - 0.75) < 0.06, "rather low: so few leaves"
+    assert as_if_independent[1].value < 0.36
+    assert as_if_independent[3].value > 0.9 > 1 - 0.5**3
 
 
 def test_the_crossing_covers_the_truth() -> None:
