@@ -129,12 +129,7 @@ def calibration(
     right = np.concatenate(graded(prompts, what))
     found, missing = confidences_of(trace, prompts, window=window)
     if by not in found:
-        raise InputError.of(
-            what,
-            expected=f"a trace with the confidence {by!r}",
-            got=missing[by],
-            remedy=f"Use one that it has: {', '.join(name for name in get_args(Probability) if name in found)}.",
-        )
+        raise InputError(f"{what}: {missing[by]}")
     problem = np.repeat(np.arange(len(prompts)), list(map(len, prompts)))
     resamples = Resamples(len(prompts), what, level=level, draws=draws, seed=seed)
     within: dict[Confidence, Interval] = {}
