@@ -120,6 +120,10 @@ def test_the_order_of_texts_does_not_matter() -> None:
             lambda: length_effect(run([text(i, 1 + j, grade=1.0) for i in range(9) for j in range(2)])),
             "three lengths or more in all; got 9 of 9 prompts with different ones, 2 lengths",
         ),
+        (
+            lambda: length_effect(run([text(i, 20 + j, grade=1.0) for i in range(9) for j in range(9)])),
+            "at least 1.5 times as long as short ones .*; got 20 and 28. Texts of about one length",
+        ),
         (lambda: length_effect(run([text(i) for i in range(9)])), "a grade for each text"),
         (
             lambda: length_effect(run([text(i, grade=1.0, facts={"budget": 0}) for i in range(9)]), by="budget"),
