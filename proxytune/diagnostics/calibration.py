@@ -6,7 +6,8 @@ Confidences that a trace has; larger is more confident:
 - `"agreement"`: the share of the prompt's other texts that have the same answer, in [0, 1]
 - `"stated"`: `facts["confidence"]`, in [0, 1]
 - `"entropy"`: the mean token entropy in nats, negative
-- `"deepconf"`: the lowest group confidence of DeepConf (arXiv 2508.15260), in nats, from the trace's likeliest tokens
+- `"deepconf"`: the lowest group confidence of DeepConf (arXiv 2508.15260), in nats, of as many likeliest tokens as the
+  trace has (the paper has 20)
 
 The first three are probabilities, and have a Brier score and a calibration error. Whether a confidence tells right from
 wrong, its AUROC says, for all five.
@@ -128,12 +129,7 @@ def calibration(
     right = np.concatenate(graded(prompts, what))
     found, missing = confidences_of(trace, prompts, window=window)
     if by not in found:
-        raise InputError.of(
-            what,
-            expected=f"a trace with the confidence {by!r}",
-            got=missing[by],
-            remedy=f"Use one that it has: {', '.join(name for name in get_args(Probability) if name in found)}.",
-        )
+        raise InputError(f"{what}: {missing[by]}")
     problem = np.repeat(np.arange(len(prompts)), list(map(len, prompts)))
     resamples = Resamples(len(prompts), what, level=level, draws=draws, seed=seed)
     within: dict[Confidence, Interval] = {}
@@ -254,7 +250,7 @@ class _Pairs:
     def within(self) -> Interval:
         """AUROC over pairs of one prompt; a prompt that is drawn twice counts as two."""
         auroc(*self._given)
-        return self._resamples.ratio(self._wins.diagonal(), self._all.diagonal())
+        return self._resamples.bounded(self._wins.diagonal(), self._all.diagonal())
 
 
 def _reliability(

@@ -155,17 +155,18 @@ _MARKERS = (
     ("tag", re.compile(r"</?[a-zA-Z][\w-]*>")),
 )
 _EQUATION = re.compile(r"\d\s*=|=\s*[-−+$(]*\s*\d")
+_AFTER = re.compile(r"(?:<\|[^|<>]*\|>|</?s>|<(?:eos|pad|end_of_turn)>|\s)+\Z")
 _ENDS = re.compile(r"(?<=[.!?])\s+")
 
 
 def format_of(text: str) -> str:
     """The format of a text: its kinds of lines and sentences in the order of their first occurrence.
 
-    Kinds are joined by " > "; a blank text is "empty".
+    Kinds are joined by " > "; a blank text is "empty". End and padding tokens at its end are not read.
     """
     kinds: dict[str, None] = {}
     fenced = False
-    for line in map(str.strip, text.splitlines()):
+    for line in map(str.strip, _AFTER.sub("", text).splitlines()):
         if line.startswith("```"):
             fenced = not fenced
             kinds["code"] = None

@@ -160,7 +160,7 @@ def crossing(
         says = f"The {lead[0]} leads below {said(at)} samples, the {lead[1]} above"
     else:
         says = f"The curves seem to cross at {said(at)} samples, but that either leads at both ends is not told"
-    says += f"; the first is ahead by {said(start, percent=True)} at {ks[0]} and {said(end, percent=True)} at {ks[-1]}."
+    says += f"; first less second is {said(start, percent=True)} at {ks[0]}, {said(end, percent=True)} at {ks[-1]}."
     return Crossing(
         says=says,
         **counts([a + b for a, b in zip(first, second, strict=True)]),

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from proxytune.diagnostics.prompts import Finding, Resamples, as_trace, counts, prompts_of, said, weights_of
+from proxytune.diagnostics.prompts import Finding, Resamples, as_trace, counts, figure, prompts_of, said, weights_of
 from proxytune.stats.bootstrap import Interval
 from proxytune.trace import Trace, TracedText
 from proxytune.validation import proper_share
@@ -100,9 +100,10 @@ def degenerate(
     answered = any(text.answer is not None for texts in prompts for text in texts)
     shares = {fault: share(fault) for fault in get_args(Fault) if fault != "skipping" or answered}
     total = share(None)
-    parts = ", ".join(f"{100 * one.value:.3g} % {fault}" for fault, one in shares.items())
+    parts = ", ".join(f"{figure(100 * one.value)} % {fault}" for fault, one in shares.items())
+    advice = "; leave them out of a vote" if total.value > 0 else ""
     return Degenerate(
-        says=f"{said(total, percent=True)} of the texts are degenerate ({parts}); leave them out of a vote.",
+        says=f"{said(total, percent=True)} of the texts are degenerate ({parts}){advice}.",
         **counts(prompts),
         share=total,
         shares=shares,

@@ -32,6 +32,9 @@ from proxytune.validation import whole
 
 __all__ = ["LengthBin", "LengthEffect", "length_effect"]
 
+LEAST_RATIO = 1.5
+"""How much longer long texts have to be than short ones."""
+
 
 @dataclass(frozen=True)
 class LengthBin:
@@ -101,7 +104,7 @@ def length_effect(
 
     Raises:
         InputError: If texts have no grade or no such fact, samples depend on each other, there are fewer than five
-            prompts, or too few prompts have texts of different lengths.
+            prompts, or lengths hardly differ.
     """
     what = "length_effect"
     prompts = prompts_of(trace, what)
@@ -124,6 +127,13 @@ def length_effect(
         )
     middle = float(np.log(flat).mean())
     short, long = (float(q) for q in np.quantile(np.log(flat), [0.05, 0.95]))
+    if long - short < math.log(LEAST_RATIO):
+        raise InputError.of(
+            what,
+            expected=f"long texts at least {LEAST_RATIO:g} times as long as short ones (95th and 5th percentile)",
+            got=f"{math.exp(short):.0f} and {math.exp(long):.0f}",
+            remedy="Texts of about one length say nothing about others: set several thinking budgets.",
+        )
     squares, products = _sums(lengths, rights, middle)
 
     def slopes(times: Floats) -> Floats:

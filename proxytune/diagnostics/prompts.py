@@ -19,7 +19,7 @@ from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval
 from proxytune.stats.student import t_quantile
 from proxytune.trace import Trace, TracedText
-from proxytune.validation import as_float, proper_share, shown, whole
+from proxytune.validation import as_float, finite, shown, whole
 
 __all__ = [
     "LEAST",
@@ -147,10 +147,10 @@ def refuse_few(count: int, what: str, units: str = "prompts") -> None:
 
 
 def graded(prompts: Prompts, what: str) -> list[Floats]:
-    """Whether each text of each prompt is right, as 0 and 1: a grade of at least 1 is right.
+    """Whether each text of each prompt is right, as 0 and 1: of grades in [0, 1] only 1 is right.
 
     Raises:
-        InputError: If a text has no grade.
+        InputError: If a text has no grade, or one out of range.
     """
     missing = sum(text.grade is None for texts in prompts for text in texts)
     if missing:
@@ -160,7 +160,16 @@ def graded(prompts: Prompts, what: str) -> list[Floats]:
             got=f"{missing} of {sum(map(len, prompts))} texts without one",
             remedy="Grade them: dataclasses.replace(text, grade=1.0).",
         )
-    return [np.array([float(text.grade or 0) >= 1 for text in texts], float) for texts in prompts]
+    grades = [np.array([float(text.grade or 0) for text in texts]) for texts in prompts]
+    strange = [one for row in grades for one in row.tolist() if not 0 <= one <= 1]
+    if strange:
+        raise InputError.of(
+            what,
+            expected="grades in [0, 1], 1 for right",
+            got=f"{strange[0]:g} in {len(strange)} texts",
+            remedy="Grade right texts 1.0, all others less.",
+        )
+    return [(row == 1).astype(np.float64) for row in grades]
 
 
 def values_of(prompts: Prompts, name: str, what: str) -> list[list[Floats]]:
@@ -264,7 +273,7 @@ class Resamples:
 
     def __init__(self, units: int, what: str, *, level: float, draws: int, seed: int, of: str = "prompts") -> None:
         refuse_few(units, what, of)
-        self.units, self.what, self.level = units, what, proper_share(level)
+        self.units, self.what, self.level = units, what, finite("level", level, above=0.0, below=1.0)
         draws = whole("draws", draws, "of resamples", least=1)
         rng = np.random.default_rng(seed)
         self.times = rng.multinomial(units, np.full(units, 1 / units), size=draws).astype(np.float64)
@@ -290,7 +299,7 @@ class Resamples:
         # Of two neighbours the outer one: one of them may be infinite.
         low = np.quantile(found, self._tail, method="lower")
         high = np.quantile(found, 1 - self._tail, method="higher")
-        return Interval(float(value), float(low), float(high))
+        return Interval(float(value), min(float(low), float(value)), max(float(high), float(value)))
 
     def ratio(self, sums: ArrayLike, counted: ArrayLike) -> Interval:
         """`Σ sums / Σ counted` over prompts, `[prompts]` each."""
@@ -305,10 +314,10 @@ class Resamples:
         """`ratio` of what lies between two numbers, as a share of texts does: none of twenty is not "never".
 
         The interval also holds what the value would be if so many prompts were of another kind, at either bound, as may
-        be missed by chance: `1 − ((1 − level)/2)^(1/n)` of n, 12 % of 30.
+        be missed by chance: `1 − ((1 − level)/2)^(1/n)` of n that have any, 12 % of 30.
         """
         found = self.ratio(sums, counted)
-        missed = 1 - ((1 - self.level) / 2) ** (1 / self.units)
+        missed = 1 - ((1 - self.level) / 2) ** (1 / int(np.count_nonzero(counted)))
         low, high = (found.value + missed * (bound - found.value) for bound in (least, most))
         return Interval(found.value, min(found.low, low), max(found.high, high))
 
@@ -330,5 +339,13 @@ def over(top: Any, bottom: Any) -> Any:
 def said(found: Interval, *, percent: bool = False) -> str:
     """A value and its interval, for a sentence."""
     scale, unit = (100, " %") if percent else (1, "")
-    value, low, high = (f"{scale * number:.3g}" for number in (found.value, found.low, found.high))
+    value, low, high = (figure(scale * number) for number in (found.value, found.low, found.high))
     return f"{value}{unit} [{low}, {high}]"
+
+
+def figure(number: float) -> str:
+    """A number with three digits, or all digits before the point."""
+    if math.isinf(number):
+        return "−∞" if number < 0 else "∞"
+    text = f"{number:.0f}" if abs(number) >= 1000 else f"{number:.3g}"
+    return "0" if abs(number) < 1e-9 else f"−{text[1:]}" if number < 0 else text

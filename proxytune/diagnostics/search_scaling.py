@@ -15,6 +15,7 @@ from proxytune.diagnostics.prompts import (
     Floats,
     Resamples,
     counts,
+    figure,
     graded,
     numbers_of,
     prompts_of,
@@ -111,7 +112,7 @@ def search_scaling(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed
     told = "returns diminish" if slowing.high < 0 else "that returns diminish is not told"
     return SearchScaling(
         says=(
-            f"Doubling the largest budget, {budgets[-1]:g}, would add {said(doubling, percent=True)} of success; "
+            f"Doubling the largest budget, {figure(budgets[-1])}, would add {said(doubling, percent=True)} of success; "
             f"{told}."
         ),
         **counts([prompts[i] for i in complete]),

@@ -64,7 +64,8 @@ class TracedText:
         given: Whether the text came from elsewhere and was scored; otherwise the model wrote it.
         answer: The answer found in the text, if any.
         grade: A verifier's grade, 1 for right; None if not graded.
-        facts: More about the text, as JSON: votes, confidence, budget, group (samples of one prompt share it).
+        facts: More about the text, as JSON: votes, confidence, budget, weight (of a tree's leaf), group (samples of one
+            prompt share it).
     """
 
     prompt_ids: NDArray[np.int32]

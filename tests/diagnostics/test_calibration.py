@@ -118,7 +118,10 @@ def test_all_right_has_no_auroc() -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda: calibration(policy(0), "agreement"), "a trace with the confidence 'agreement'; got .*Use one that it"),
+        (
+            lambda: calibration(policy(0), "agreement"),
+            "calibration: the confidence 'agreement': expected answers, and at",
+        ),
         (
             lambda: calibration(policy(0), "entropy"),
             "by: expected 'likelihood', 'agreement' or 'stated'; got 'entropy'",

@@ -51,6 +51,8 @@ def test_distinct_answers_in_closed_form() -> None:
         ("The answer is 37.", "sentence"),
         ("37", "number"),
         ("...", "marks"),
+        ("37<|end|>", "number"),
+        ("So.\n</s><pad><pad>", "sentence"),
         ("22 + 4 = 26. 26 + 24 = 50. The answer is 37.", "equation > sentence"),
         ("22 + 4 = 26.\n26 + 24 = 50.\n50 − 13 = 37.\n\nSo it is 37!", "equation > sentence"),
         ("First, we add. Then 1.5 is left. x = 3.", "sentence > equation"),

@@ -13,6 +13,7 @@ from support.simulated import FAST, assert_same, covered, run, shuffled, text
 from proxytune.diagnostics import coverage, crossing
 from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval
+from proxytune.stats.importance import kool_log_weights
 from proxytune.trace import Trace
 
 
@@ -50,6 +51,25 @@ def test_the_weighted_curve_covers_the_truth() -> None:
     assert covered(expected, curve, 60) >= 52
 
 
+def test_leaves_of_trees_need_their_weights() -> None:
+    """Three of five leaves drawn without replacement: half of the mass is right, on one leaf."""
+    rng, log_p, kept = np.random.default_rng(0), np.log([0.5, 0.2, 0.15, 0.1, 0.05]), 3
+    weighted, equal = [], []
+    for i in range(400):
+        perturbed = log_p + rng.gumbel(size=5)
+        order = np.argsort(-perturbed)
+        weights = np.exp(kool_log_weights(log_p[order[:kept]], perturbed[order[kept]]))
+        for leaf, weight in zip(order, weights / weights.sum(), strict=False):
+            weighted.append(text(i, grade=float(leaf == 0), facts={"weight": float(weight)}))
+            equal.append(text(i, grade=float(leaf == 0)))
+    found = coverage(run(weighted, loop="ForkDecoding"), weighted=True, **FAST).curve
+    as_if_independent = coverage(run(equal), **FAST).curve
+    assert abs(found[1].value - 0.5) < 0.05
+    assert abs(found[2].value - 0.75) < 0.06, "rather low: so few leaves"
+    assert as_if_independent[1].value < 0.36
+    assert as_if_independent[3].value > 0.9 > 1 - 0.5**3
+
+
 def test_the_crossing_covers_the_truth() -> None:
     """One policy always has 30 %; the other 90 % on half of the prompts, and nothing on the others."""
 
@@ -82,7 +102,7 @@ def test_curves_that_cross_and_curves_that_do_not() -> None:
     assert "The first leads below 2 [" in found.says
     apart = crossing(rows(1, 1, 0, 0), rows(1, 0, 0, 0))
     assert (apart.at, apart.told) == (None, False)
-    assert "do not cross up to 4 samples; the first is ahead by 25 % [25, 25] at 1" in apart.says
+    assert "do not cross up to 4 samples; first less second is 25 % [25, 25] at 1" in apart.says
     same = crossing(wide, wide)
     assert same.at is None
     unsure = crossing(policy(0, 0.5, 1.5, prompts=6), policy(1, 0.5, 1.5, prompts=6), **FAST)

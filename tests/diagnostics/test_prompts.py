@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 from support.simulated import covered, run, text
 
-from proxytune.diagnostics.prompts import LEAST, Resamples, graded, prompts_of, refuse_weighted, weights_of
+from proxytune.diagnostics.prompts import LEAST, Resamples, figure, graded, prompts_of, refuse_weighted, weights_of
 from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval
 from proxytune.trace import Trace
@@ -44,8 +47,27 @@ def test_none_of_a_few_is_not_never() -> None:
     missed = 1 - 0.025 ** (1 / 20)
     assert resamples.share(np.zeros(20)) == Interval(0.0, 0.0, pytest.approx(missed))
     assert resamples.share(np.full(20, 0.25), most=0.25) == Interval(0.25, pytest.approx(0.25 * (1 - missed)), 0.25)
+    four = resamples.bounded(np.repeat([1.0, 0.0], [4, 16]), np.repeat([1, 0], [4, 16]))
+    assert four == Interval(1.0, pytest.approx(0.025**0.25), 1.0), "prompts without a count are none"
     half = np.repeat([0.0, 1.0], 10)
     assert resamples.share(half) == resamples.mean(half), "where prompts differ, the resamples tell"
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (1434.2, "1434"),
+        (0.12345, "0.123"),
+        (-0.5, "−0.5"),
+        (3e-12, "0"),
+        (math.inf, "∞"),
+        (-math.inf, "−∞"),
+        (-12345.6, "−12346"),
+        (0.00001234, "1.23e-05"),
+    ],
+)
+def test_figures_of_sentences(number: float, text: str) -> None:
+    assert figure(number) == text
 
 
 def test_what_most_resamples_cannot_tell_is_refused() -> None:
@@ -79,6 +101,12 @@ def test_weights_are_those_of_a_tree_s_leaves() -> None:
         refuse_weighted(run(prompts[0], loop="ForkDecoding"), prompts, "x", "Do.")
 
 
+def test_neither_torch_nor_transformers_is_imported() -> None:
+    program = "import sys, proxytune.diagnostics; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -88,12 +116,16 @@ def test_weights_are_those_of_a_tree_s_leaves() -> None:
         (lambda: prompts_of(run([text(i, 0) for i in range(9)]), "x"), "got 9 texts, 0 of them with tokens"),
         (lambda: prompts_of(run([text(i % 4) for i in range(99)]), "x"), "texts of at least 5 prompts.*; got 4. Rec"),
         (lambda: graded([[text(0, grade=1.0), text(0)]], "x"), "a grade for each text, 1 for right; got 1 of 2"),
+        (
+            lambda: graded([[text(0, grade=87.0), text(0, grade=1)]], "x"),
+            r"grades in \[0, 1\], 1 for right; got 87 in 1",
+        ),
         (lambda: weights_of(weighted(0.5, None), "x"), "in all texts of a prompt, or in none; got 1 of 2"),
         (lambda: weights_of(weighted(0.5, -1), "x"), r"of at least 0, not all of them 0; got \[0.5, -1.0\]"),
         (lambda: weights_of(weighted(0, 0), "x"), "not all of them 0"),
         (lambda: weights_of(weighted(1, "a"), "x"), "of at least 0"),
         (lambda: Resamples(4, "x", level=0.95, draws=9, seed=0), "at least 5 prompts"),
-        (lambda: Resamples(9, "x", level=1.5, draws=9, seed=0), r"share: expected a number in \(0, 1\)"),
+        (lambda: Resamples(9, "x", level=1.5, draws=9, seed=0), r"level: expected a number in \(0, 1\)"),
         (lambda: Resamples(9, "x", level=0.9, draws=0, seed=0), "draws: expected a whole number of resamples"),
     ],
 )
