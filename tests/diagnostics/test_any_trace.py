@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -66,17 +67,20 @@ def intervals(value: Any) -> Iterator[Interval]:
             yield from intervals(one)
 
 
-def findings(seed: int) -> Iterator[diagnostics.Finding]:
+@functools.cache
+def findings(seed: int) -> list[diagnostics.Finding]:
     trace, other = anything(seed), anything(seed + 1000)
     calls = [(name, (trace,)) for name in ONE] + [(name, (trace, other)) for name in TWO]
     calls += [(name, ([trace, other, anything(seed + 2000), anything(seed + 3000)],)) for name in LAW]
+    made: list[diagnostics.Finding] = []
     for name, args in calls:
         refusal = ""
         try:
-            yield getattr(diagnostics, name)(*args, draws=60)
+            made.append(getattr(diagnostics, name)(*args, draws=60))
         except InputError as failure:
             refusal = str(failure)
         assert not refusal or ("expected" in refusal and "nan" not in refusal), (name, refusal)
+    return made
 
 
 @pytest.mark.parametrize("seed", range(30))

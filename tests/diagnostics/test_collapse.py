@@ -24,11 +24,11 @@ def policy(seed: int, *, prompts: int = 30, samples: int = 6) -> Trace:
 
 
 def test_the_distinct_answer_curve_covers_the_truth() -> None:
-    found = [distinct_answers(policy(seed), **FAST).curve for seed in range(60)]
+    found = [distinct_answers(policy(seed), **FAST).curve for seed in range(40)]
     for k in (2, 4, 6):
         truth = 0.5 + 0.5 * 4 * (1 - 0.75**k)
-        assert sum(truth in curve[k] for curve in found) >= 52, k
-    assert [curve[1].value for curve in found] == pytest.approx([1.0] * 60)
+        assert sum(truth in curve[k] for curve in found) >= 34, k
+    assert [curve[1].value for curve in found] == pytest.approx([1.0] * 40)
 
 
 def test_distinct_answers_in_closed_form() -> None:
@@ -79,7 +79,7 @@ def test_the_share_of_the_top_format_covers_the_truth() -> None:
             run([write(i, "a." if p else "1=1") for i, row in enumerate(plain) for p in row]), **FAST
         ).top_share
 
-    assert covered(0.7, share, 60) >= 52
+    assert covered(0.7, share, 100) >= 88
 
 
 def test_the_histogram_of_formats() -> None:

@@ -28,11 +28,11 @@ def policy(seed: int, mean: float = 1.0, *, prompts: int = 25, given: bool = Fal
 
 
 def test_means_and_shares_cover_the_truth() -> None:
-    found = [entropy_profile(policy(seed), threshold=1.0, **FAST) for seed in range(60)]
+    found = [entropy_profile(policy(seed), threshold=1.0, **FAST) for seed in range(40)]
     share = 0.3319  # E[exp(−1/level)] of a gamma level of shape 4 and mean 1
-    assert sum(1.0 in one.mean for one in found) >= 52
-    assert sum(share in one.above for one in found if one.above) >= 52
-    assert sum(1.0 in one.places[3].value for one in found) >= 52
+    assert sum(1.0 in one.mean for one in found) >= 34
+    assert sum(share in one.above for one in found if one.above) >= 34
+    assert sum(1.0 in one.places[3].value for one in found) >= 34
 
 
 def test_the_profile_in_closed_form() -> None:
@@ -67,7 +67,7 @@ def test_a_changed_share_of_forks_is_covered() -> None:
         return fork_change(policy(seed), policy(seed + 500, 0.5), threshold=1.0, **FAST).change
 
     after = 0.1375  # E[exp(−2/level)]
-    assert covered(after - 0.3319, change, 60) >= 52
+    assert covered(after - 0.3319, change, 40) >= 34
 
 
 def test_planning_execution_and_kept_forks_in_closed_form() -> None:
@@ -93,7 +93,7 @@ def test_the_signature_covers_the_truth() -> None:
     def ratio(seed: int) -> Interval:
         return on_policy_signature(policy(seed, 0.5), policy(seed + 500, 1.75, given=True), **FAST).ratio
 
-    assert covered(3.5, ratio, 60) >= 52
+    assert covered(3.5, ratio, 40) >= 34
     both = run([*policy(0, 0.5), *policy(500, 1.75, given=True)])
     one = on_policy_signature(both, **FAST)
     assert_same(one, on_policy_signature(policy(0, 0.5), policy(500, 1.75, given=True), **FAST))

@@ -26,12 +26,12 @@ def rows(*right: float, prompts: int = 6, **fields: Any) -> Trace:
 
 
 def test_variance_and_shares_cover_the_truth() -> None:
-    found = [spread(policy(seed), 4, **FAST) for seed in range(100)]
-    assert sum(1 / 6 in one.variance for one in found) >= 88  # E[p(1 − p)]
-    assert sum(0.2 in one.all_right for one in found) >= 88  # E[p⁴]
-    assert sum(0.2 in one.all_wrong for one in found) >= 88
-    assert sum(0.4 in one.without for one in found) >= 88
-    assert sum(one.disagreement is not None and 1 / 3 in one.disagreement for one in found) >= 88  # E[2p(1 − p)]
+    found = [spread(policy(seed), 4, **FAST) for seed in range(50)]
+    assert sum(1 / 6 in one.variance for one in found) >= 42  # E[p(1 − p)]
+    assert sum(0.2 in one.all_right for one in found) >= 42  # E[p⁴]
+    assert sum(0.2 in one.all_wrong for one in found) >= 42
+    assert sum(0.4 in one.without for one in found) >= 42
+    assert sum(one.disagreement is not None and 1 / 3 in one.disagreement for one in found) >= 42  # E[2p(1 − p)]
 
 
 def test_spread_in_closed_form() -> None:
