@@ -69,6 +69,8 @@ class CallLog:
         roles: The members' roles, the base's first.
         by_loop: Whether a loop adds its decisions itself.
         unreadable: Why the text's ids cannot be read again; None if they can.
+        origins: The row of the prompts that each returned text goes on from; None for as many texts of each, in order.
+        facts: What each returned text has to say of itself (`TracedText.facts`); None for nothing.
         prefilling: Whether the prompt is being read: then the last rows shown count, not the first.
     """
 
@@ -76,6 +78,8 @@ class CallLog:
         self.model, self.top, self.roles = model, top, tuple(roles)
         self.by_loop = self.prefilling = False
         self.unreadable: str | None = None
+        self.origins: list[int] | None = None
+        self.facts: list[dict[str, Any]] | None = None
         self._entries: list[_Entry] = []
         self._shown: tuple[MembersAndWeights, list[torch.Tensor | None], int, torch.Tensor | None] | None = None
         self._step = 0
@@ -92,7 +96,7 @@ class CallLog:
         return self._said.pop(name, None)
 
     def mark(self, **signals: torch.Tensor) -> None:
-        """Take signals `[B, N]`, bool, of all N new tokens of each row."""
+        """Take signals `[B, N]`, bool, of all N new tokens of each returned row."""
         self._marks |= signals
 
     def watch(
@@ -205,11 +209,15 @@ class CallLog:
             mine = mine[np.argsort(at[mine], kind="stable")]
             whole = mine[at[mine] == np.arange(len(mine))]
             out.append({name: np.ascontiguousarray(flat[name][whole].astype(FIELDS[name][0])) for name in FIELDS})
+        return out
+
+    def marked(self, rows: list[Arrays]) -> list[Arrays]:
+        """The arrays of all returned texts, with the signals that were marked for all of their tokens."""
         for name, values in self._marks.items():
-            for arrays, of_row in zip(out, values.cpu().numpy().astype(np.int8), strict=False):
+            for arrays, of_row in zip(rows, values.cpu().numpy().astype(np.int8), strict=False):
                 count = min(len(arrays[name]), len(of_row))
                 arrays[name][:count] = of_row[:count]
-        return out
+        return rows
 
 
 class ShownTokens(StoppingCriteriaList):

@@ -19,7 +19,7 @@ from proxytune.models.scoring import parts_of
 from proxytune.trace import SIGNALS, UNKNOWN
 from proxytune.validation import Ids
 
-__all__ = ["about", "cut", "fits", "ids_of", "nothing", "read_into", "reread"]
+__all__ = ["about", "cut", "fits", "ids_of", "nothing", "origins_of", "read_into", "reread"]
 
 
 def ids_of(named: Mapping[str, Any]) -> Any:
@@ -27,19 +27,27 @@ def ids_of(named: Mapping[str, Any]) -> Any:
     return named.get("input_ids") if named.get("inputs") is None else named["inputs"]
 
 
-def cut(sequences: torch.Tensor, named: Mapping[str, Any], seen: Seen) -> tuple[list[list[int]], list[list[int]]]:
+def origins_of(sequences: torch.Tensor, named: Mapping[str, Any], log: CallLog) -> list[int]:
+    """The row of the prompts that each returned text goes on from."""
+    if log.origins is not None:
+        return log.origins
+    each = max(1, len(sequences) // len(ids_of(named)))
+    return [row // each for row in range(len(sequences))]
+
+
+def cut(
+    sequences: torch.Tensor, named: Mapping[str, Any], seen: Seen, origins: Sequence[int]
+) -> tuple[list[list[int]], list[list[int]]]:
     """The new tokens and the prompt of each row that `generate()` returned, padding left out."""
     ids = ids_of(named)
     mask = named.get("attention_mask") if seen.mask is None else seen.mask
-    width, each = ids.shape[1], max(1, len(sequences) // len(ids))
-    rows = sequences.tolist()
+    width, rows = ids.shape[1], sequences.tolist()
     prompts = [row[:width] for row in rows]
     if isinstance(mask, torch.Tensor) and mask.ndim == 2 and mask.shape[1] >= width:
         # Wider where another member's prompt is longer, and the base's was padded for the call.
-        kept = mask[:, -width:].bool().repeat_interleave(each * len(ids) // len(mask), 0).tolist()
-        prompts = [
-            [t for t, on in zip(row, flags, strict=True) if on] for row, flags in zip(prompts, kept, strict=True)
-        ]
+        flags = mask[:, -width:].bool().tolist()
+        kept = [flags[origin * len(flags) // len(ids)] for origin in origins]
+        prompts = [[t for t, on in zip(row, of, strict=True) if on] for row, of in zip(prompts, kept, strict=True)]
     ends, pad = (getattr(seen.config, name, None) for name in ("_eos_token_tensor", "_pad_token_tensor"))
     stops = set() if ends is None else set(ends.flatten().tolist())
     return [_upto(row[width:], stops, None if pad is None else int(pad)) for row in rows], prompts
@@ -66,9 +74,9 @@ def fits(rows: list[Arrays], new: list[list[int]]) -> bool:
 
 
 def reread(
-    model: Any, before: CallLog, new: list[list[int]], prompts: list[list[int]], named: Mapping[str, Any]
-) -> CallLog:
-    """Read the texts again, all members, in as few passes as memory allows."""
+    log: CallLog, new: list[list[int]], prompts: list[list[int]], named: Mapping[str, Any], origins: Sequence[int]
+) -> list[Arrays]:
+    """Read the texts again, all members, in as few passes as memory allows; the arrays of each."""
     if named.get("pixel_values") is not None:
         raise UnsupportedModeError.of(
             "a recording",
@@ -76,21 +84,22 @@ def reread(
             got="a prompt with images, which is not read again",
             remedy="Generate greedily or by sampling.",
         )
-    ensemble = Ensemble.of(model)
-    log = CallLog(model, before.top, before.roles)
+    ensemble = Ensemble.of(log.model)
+    again = CallLog(log.model, log.top, log.roles)
     whole_texts = [i for i, text in enumerate(new) if text]
     if not whole_texts:
-        return log
+        return [nothing(log)] * len(new)
     roles = roles_with_prompts(ensemble.members) if ensemble.composed else []
     given: Any = [prompts[i] for i in whole_texts]
     if roles:
         given = {"base": given}
         for role in roles:
-            ids, mask = ids_and_mask(named["prompts"][role], f"prompts[{role!r}]", model)
-            each = -(-len(new) // len(ids))
-            given[role] = [ids[i // each][mask[i // each].bool()].tolist() for i in whole_texts]
-    read_into(log, model, [new[i] for i in whole_texts], given)
-    return log
+            ids, mask = ids_and_mask(named["prompts"][role], f"prompts[{role!r}]", log.model)
+            rows = [origins[i] if len(ids) > 1 else 0 for i in whole_texts]  # one prompt serves all
+            given[role] = [ids[row][mask[row].bool()].tolist() for row in rows]
+    read_into(again, log.model, [new[i] for i in whole_texts], given)
+    found = iter(again.rows())
+    return [next(found) if text else nothing(log) for text in new]
 
 
 def read_into(log: CallLog, model: Any, texts: Sequence[Ids | torch.Tensor], prompts: Prompts | None) -> None:
@@ -119,17 +128,19 @@ def nothing(log: CallLog) -> Arrays:
     return empty | {"top_ids": np.zeros(shape, np.int32), "top_logprobs": np.zeros(shape, np.float32)}
 
 
-def about(ensemble: Ensemble, named: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trace says of its run."""
+def about(ensemble: Ensemble, named: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What a trace says of its run; `config` is that of a `generate()`, None for texts that were read."""
     loop = named.get("custom_generate")
-    about: dict[str, Any] = {
+    found: dict[str, Any] = {
         "model": getattr(ensemble.model.config, "_name_or_path", "") or type(ensemble.model).__name__
     }
     if loop is not None:
-        about["loop"] = type(loop).__name__
+        found["loop"] = type(loop).__name__
+    if config is not None:  # greedy decoding is that of temperature 0
+        found["temperature"] = float(config.temperature or 1.0) if config.do_sample else 0.0
     if ensemble.composed:
-        about["members"] = {
+        found["members"] = {
             role: getattr(m.config, "_name_or_path", "") or type(m).__name__ for role, m in ensemble.models
         }
-        about["formula"] = str(ensemble.model.formula)
-    return about
+        found["formula"] = str(ensemble.model.formula)
+    return found

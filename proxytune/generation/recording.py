@@ -22,7 +22,7 @@ from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.call_log import Arrays, CallLog, log_on, logged
 from proxytune.generation.call_watch import Watch
 from proxytune.generation.method_hooks import MethodHook, target_of
-from proxytune.generation.recorded_texts import about, cut, fits, ids_of, nothing, read_into, reread
+from proxytune.generation.recorded_texts import about, cut, fits, ids_of, origins_of, read_into, reread
 from proxytune.generation.token_texts import names_of, pieces_of
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.scored_texts import Prompts
@@ -126,7 +126,7 @@ class Recording:
         of_base = prompts["base"] if isinstance(prompts, Mapping) else prompts
         before = [list(map(int, of_base[i])) if of_base is not None else [] for i in range(len(texts))]
         before = [ids or [int(text[0])] for ids, text in zip(before, texts, strict=True)]
-        return self._keep(ensemble, log, before, log.rows(), {}, given=True)
+        return self._keep(ensemble, log, before, log.rows(), about(ensemble, {}, None), given=True)
 
     # --- one call ------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,8 @@ class Recording:
         with Watch(log, named.get("custom_generate")) as seen, logged(log):
             out = generate(**named)
         sequences: torch.Tensor = out if isinstance(out, torch.Tensor) else out.sequences
-        new, prompts = cut(sequences, named, seen)
+        origins = origins_of(sequences, named, log)
+        new, prompts = cut(sequences, named, seen, origins)
         arrays = log.rows()
         if not fits(arrays, new):
             if log.roles != tuple(role for role, _ in ensemble.models):
@@ -156,10 +157,9 @@ class Recording:
                     got=log.unreadable,
                     remedy="Leave out beams, trees, assistants and compiled steps, or the recording.",
                 )
-            log = reread(model, log, new, prompts, named)
-            again = iter(log.rows())
-            arrays = [next(again) if len(one) else nothing(log) for one in new]
-        self._keep(ensemble, log, prompts, arrays, named)
+            arrays = reread(log, new, prompts, named, origins)
+        arrays = log.marked(arrays)
+        self._keep(ensemble, log, prompts, arrays, about(ensemble, named, seen.config))
         return out
 
     def _keep(
@@ -168,7 +168,7 @@ class Recording:
         log: CallLog,
         prompts: list[list[int]],
         rows: list[Arrays],
-        named: Mapping[str, Any],
+        told: dict[str, Any],
         given: bool = False,
     ) -> tuple[TracedText, ...]:
         sources = (COMBINED, *log.roles)
@@ -180,15 +180,16 @@ class Recording:
                 remedy="Use a recording for each model.",
             )
         self._sources = sources
-        self._about |= about(ensemble, named)
-        texts = tuple(self._text(ids, arrays, given) for ids, arrays in zip(prompts, rows, strict=True))
+        self._about |= told
+        facts: list[dict[str, Any]] = [{}] * len(rows) if log.facts is None else log.facts
+        texts = tuple(self._text(*one, given) for one in zip(prompts, rows, facts, strict=True))
         self._texts += texts
         if self.file is not None:
             TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
         return texts
 
-    def _text(self, prompt: list[int], arrays: Arrays, given: bool) -> TracedText:
-        words: dict[str, Any] = {**arrays, "given": given}
+    def _text(self, prompt: list[int], arrays: Arrays, facts: dict[str, Any], given: bool) -> TracedText:
+        words: dict[str, Any] = {**arrays, "facts": facts, "given": given}
         if (tokenizer := self.tokenizer) is not None:
             words["prompt"] = tokenizer.decode(prompt, skip_special_tokens=False, clean_up_tokenization_spaces=False)
             words["pieces"] = pieces_of(tokenizer, arrays["tokens"].tolist(), prompt)

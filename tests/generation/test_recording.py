@@ -194,6 +194,25 @@ def test_forks_are_said(model: Any, loop: Any) -> None:
         np.testing.assert_array_equal(text.said("fork"), text.entropy > 4.0)
 
 
+def test_leaves_of_trees_have_their_weights_forks_and_prompts(model: Any) -> None:
+    ids, mask = padded()
+    decoding = ForkDecoding(seed=0, threshold=4.0, branches=3, min_gap=3)
+    with proxytune.record(model) as recording:
+        out = run(model, ids, mask, do_sample=True, custom_generate=decoding, return_dict_in_generate=True)
+    counts = [len(tree) for tree in out.trees]
+    assert len({*counts}) > 1  # leaves are not as many for each prompt
+    assert [text.facts["weight"] for text in recording] == out.weights.tolist()
+    for text, origin, branch in zip(recording, out.prompts, [b for tree in out.trees for b in tree], strict=True):
+        assert text.prompt_ids.tolist() == ids[origin][mask[origin].bool()].tolist()
+        assert text.tokens.tolist() == branch.along("tokens")
+        np.testing.assert_allclose(text.entropy, branch.along("entropies"), atol=1e-5)
+        forks = {at for one in branch.path() for at in one.forks if at < len(text)}
+        assert {*np.flatnonzero(text.said("fork"))} <= forks
+        starts = {one.start for one in branch.path()[1:]}
+        assert starts <= {*np.flatnonzero(text.said("fork"))}
+    assert_right({m.role: m.model for m in model.members}, recording[0], model.usable_ids)
+
+
 @pytest.mark.parametrize("loop", [None, FusedDecoding(seed=4)])
 def test_latent_steps_are_said_and_never_read_again(model: Any, loop: Any) -> None:
     ids, mask = padded()
@@ -216,6 +235,7 @@ def test_one_call_is_recorded_and_a_file_takes_it(model: Any, tmp_path: Path) ->
     kept = load(tmp_path / "run.npz")
     assert kept.about == recording.trace.about
     assert kept.about["formula"] == str(model.formula)
+    assert kept.about["temperature"] == 0.0
     assert len(kept) == len(recording) == 2 * len(ids)
     for text, read in zip(recording, kept, strict=True):
         np.testing.assert_array_equal(text.top_logprobs, read.top_logprobs)

@@ -21,6 +21,7 @@ from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetError, NumericalError, UnsupportedModeError
 from proxytune.generation.batch import selected_rows
 from proxytune.generation.call import Call
+from proxytune.generation.call_log import log_on
 from proxytune.generation.modes import refuse_adapter_names
 from proxytune.generation.processor_rules import bind_to_prompts
 from proxytune.generation.prompt_rows import rows_of_prompts
@@ -28,7 +29,7 @@ from proxytune.generation.sampler import MembersAndWeights, Sampler
 from proxytune.methods.forks.threshold import ForkThreshold
 from proxytune.methods.trees.checks import Where, refuse_extras, refuse_hidden_state, refuse_leaving, refuse_threshold
 from proxytune.methods.trees.frontier import Frontier, RowDraws
-from proxytune.methods.trees.output import TreeOutput, leaves_of, warn_of_shortage
+from proxytune.methods.trees.output import TreeOutput, leaves_of, note_leaves, warn_of_shortage
 from proxytune.methods.trees.tree import Branch
 from proxytune.models.weighing import picked
 from proxytune.ops.combination import Weights
@@ -176,6 +177,8 @@ class TreeLoop(ABC):
         rounds = ", or spend what is left with proxytune.methods.trees.rounds.grow_in_rounds"
         warn_of_shortage(name, self.max_total_tokens, frontier.trees, rounds)
         out = leaves_of(frontier.trees, texts, generation_config._pad_token_tensor, ledgers)
+        if (log := log_on(model)) is not None:
+            note_leaves(log, out)
         assert out.sequences is not None
         return out if generation_config.return_dict_in_generate else out.sequences
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from transformers.utils import ModelOutput
 
 from proxytune.budget.ledger import TokenLedger
 from proxytune.errors import BudgetWarning
+from proxytune.generation.call_log import CallLog
 from proxytune.methods.trees.tree import ForkTree
 
-__all__ = ["TreeOutput", "leaves_of", "warn_of_shortage"]
+__all__ = ["TreeOutput", "leaves_of", "note_leaves", "warn_of_shortage"]
 
 
 @dataclass
@@ -56,6 +58,23 @@ def leaves_of(
         trees=trees,
         ledgers=ledgers,
     )
+
+
+def note_leaves(log: CallLog, out: TreeOutput) -> None:
+    """Tell a recorded call whose text each leaf is, what it weighs, and where it was at a fork."""
+    assert out.prompts is not None
+    assert out.weights is not None
+    assert out.trees is not None
+    log.origins = out.prompts.tolist()
+    log.facts = [{"weight": weight} for weight in out.weights.tolist()]
+    leaves = [branch for tree in out.trees for branch in tree]
+    forks = torch.zeros(len(leaves), max(map(len, leaves)), dtype=torch.bool)
+    for row, branch in enumerate(leaves):
+        path = branch.path()
+        for one, then in itertools.zip_longest(path, path[1:]):
+            # Where a child leaves, both have drawn at the fork.
+            forks[row, [at for at in one.forks if then is None or at <= then.start]] = True
+    log.mark(fork=forks)
 
 
 def warn_of_shortage(loop: str, budget: int | None, trees: Sequence[ForkTree], further: str = "") -> None:
