@@ -6,20 +6,19 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from support import own_process
 from transformers import AutoConfig
 
 from proxytune.demo.bundle import MEMBERS, bundled
 
 BATCH = 8
-COMMAND = "from proxytune.cli import main; main()"
 # The mutation: each batch's cache is never let go.
 LEAK = """
 from proxytune.models.model import ProxyTunedModel
@@ -49,25 +48,20 @@ def command(folder: Path, prompts: int, *words: str) -> list[str]:
     ]
 
 
-def start(folder: Path, prompts: int, *words: str, before: str = "") -> subprocess.Popen[str]:
+def start(folder: Path, prompts: int, *words: str, before: str = "") -> BaseProcess:
     """The same in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-c", before + COMMAND, *command(folder, prompts, *words)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    return own_process.start(command(folder, prompts, *words), folder / "errors", before)
 
 
-def finish(run: subprocess.Popen[str]) -> None:
-    _, errors = run.communicate()
-    assert run.returncode == 0, errors
+def finish(run: BaseProcess, folder: Path) -> None:
+    run.join()
+    assert run.exitcode == 0, (folder / "errors").read_text()
 
 
-def kill(run: subprocess.Popen[str]) -> None:
-    run.send_signal(signal.SIGKILL)
-    run.communicate()
-    assert run.returncode == -signal.SIGKILL, "it had ended before it was killed"
+def kill(run: BaseProcess) -> None:
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL, "it had ended before it was killed"
 
 
 def lines_of(folder: Path) -> int:
@@ -75,11 +69,11 @@ def lines_of(folder: Path) -> int:
     return file.read_bytes().count(b"\n") if file.exists() else 0
 
 
-def memory_of(run: subprocess.Popen[str], folder: Path, prompts: int) -> float:
+def memory_of(run: BaseProcess, folder: Path, prompts: int) -> float:
     """By how many resident bytes a process grows per batch, in the second half of its lines, by least squares."""
     found: list[tuple[int, int]] = []
     size = lines = 0
-    while run.poll() is None:
+    while run.is_alive():
         file = folder / "out.jsonl"
         if file.exists() and (now := file.stat().st_size) > size:
             with open(file, "rb") as new:
@@ -90,7 +84,7 @@ def memory_of(run: subprocess.Popen[str], folder: Path, prompts: int) -> float:
             if len(resident) > 1 and int(resident[1]):  # a process that is ending has none
                 found.append((lines, int(resident[1]) * os.sysconf("SC_PAGE_SIZE")))
         time.sleep(0.02)
-    finish(run)
+    finish(run, folder)
     batches, resident_bytes = np.array([(n / BATCH, x) for n, x in found if n >= prompts / 2]).T
     assert len(batches) >= 20, "too few looks at it"
     return float(np.polyfit(batches, resident_bytes, 1)[0])
@@ -137,15 +131,15 @@ def one_thread():
 )
 @pytest.mark.usefixtures("one_thread")
 def test_a_kill_loses_no_line(run, tmp_path, words):
-    count, out, draw = 320, tmp_path / "out.jsonl", random.Random(1)
+    count, out, draw = 160, tmp_path / "out.jsonl", random.Random(1)
     assert run(*command(tmp_path, count, *words)).code == 0
     whole = out.read_bytes()
     out.unlink()
     before = 0
-    for reach in (1, 150):  # at the very beginning, and in the middle
+    for reach in (1, 75):  # at the very beginning, and in the middle
         process = start(tmp_path, count, *words, "--resume")
         while lines_of(tmp_path) < reach:
-            assert process.poll() is None, process.communicate()
+            assert process.is_alive(), (tmp_path / "errors").read_text()
             time.sleep(0.002)
         time.sleep(draw.uniform(0, 0.05))  # anywhere in a batch
         kill(process)

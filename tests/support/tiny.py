@@ -39,15 +39,20 @@ CONTEXT = 512
 WINDOW = 8
 
 
-def build(kind: str, seed: int, vocab: int = 256, *, context: int = CONTEXT, hidden: int = 32) -> PreTrainedModel:
-    """A random float32 model; weights are drawn wide enough for rows to be far from uniform."""
+def build(
+    kind: str, seed: int, vocab: int = 256, *, context: int = CONTEXT, hidden: int = 32, layers: int = 2
+) -> PreTrainedModel:
+    """A random float32 model; weights are drawn wide enough for rows to be far from uniform.
+
+    `layers` counts for "llama", "qwen3", "mistral" and "gpt2"; the others have two.
+    """
     torch.manual_seed(seed)
     ids = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     common = {
         "vocab_size": vocab,
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": context,
@@ -62,14 +67,20 @@ def build(kind: str, seed: int, vocab: int = 256, *, context: int = CONTEXT, hid
             model = Qwen3ForCausalLM(Qwen3Config(**common, head_dim=8))
         case "gpt2":
             config = GPT2Config(
-                vocab_size=vocab, n_embd=hidden, n_layer=2, n_head=4, n_positions=context, initializer_range=0.3, **ids
+                vocab_size=vocab,
+                n_embd=hidden,
+                n_layer=layers,
+                n_head=4,
+                n_positions=context,
+                initializer_range=0.3,
+                **ids,
             )
             model = GPT2LMHeadModel(config)
         case "mistral":
             model = MistralForCausalLM(MistralConfig(**common, **windows))
         case "gemma3":
-            layers = ["sliding_attention", "full_attention"]
-            model = Gemma3ForCausalLM(Gemma3TextConfig(**common, **windows, head_dim=8, layer_types=layers))
+            types = {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+            model = Gemma3ForCausalLM(Gemma3TextConfig(**common | types, **windows, head_dim=8))
         case "mamba":
             model = MambaForCausalLM(
                 MambaConfig(vocab_size=vocab, hidden_size=hidden, state_size=8, num_hidden_layers=2, **ids)
@@ -141,9 +152,9 @@ def build(kind: str, seed: int, vocab: int = 256, *, context: int = CONTEXT, hid
 
 
 @functools.cache
-def shared(kind: str, seed: int, vocab: int = 256) -> PreTrainedModel:
+def shared(kind: str, seed: int, vocab: int = 256, *, layers: int = 2) -> PreTrainedModel:
     """A model that several tests share; they must not change it."""
-    return build(kind, seed, vocab)
+    return build(kind, seed, vocab, layers=layers)
 
 
 VOCABULARY = 3 + 256

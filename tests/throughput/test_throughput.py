@@ -426,7 +426,7 @@ def test_tokens_per_round_are_those_of_the_cost_model(subject: Subject) -> None:
 def test_rounds_take_what_the_cost_model_says() -> None:
     """Ratios between draft lengths, in which the speed of the machine cancels out; wide, since others use it too."""
     subject = random_subject(SCALED[0])
-    found = compare_drafts(subject, Cell(8, 40), rate=0.7, lengths=(0, 2, 6), rounds=5)
+    found = compare_drafts(subject, Cell(8, 24), rate=0.7, lengths=(0, 2, 6), rounds=5)
     took = {line["draft_length"]: line["ms_per_round"] for line in found["lines"]}
     for k in (2, 6):
         predicted = took[k]["predicted"] / took[0]["predicted"]

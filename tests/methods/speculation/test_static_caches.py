@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.graphs import Graphs
 from support.speculation import composed, draft, prompts
-from support.tiny import PAD, build
+from support.tiny import PAD, build, shared
 from transformers import StaticCache, StoppingCriteria
 
 import proxytune
@@ -114,7 +114,8 @@ def graphs() -> Iterator[Graphs]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
 def test_drafts_and_their_verification_are_graphs(graphs: Graphs) -> None:
     model = proxytune.wrap(
-        **{role: one_layer(seed) for seed, role in enumerate(("base", "expert", "antiexpert"))}, check_vocabulary=False
+        **{role: shared("llama", seed, layers=1) for seed, role in enumerate(("base", "expert", "antiexpert"))},
+        check_vocabulary=False,
     )
     ids, mask = prompts(2)
     loop = SpeculativeDecoding(draft_tokens=2, seed=5)
@@ -128,10 +129,3 @@ def test_drafts_and_their_verification_are_graphs(graphs: Graphs) -> None:
     assert graphs.compiled <= 4
     with torch.compiler.set_stance("fail_on_recompile"):
         assert torch.equal(run(model, ids, mask, loop, do_sample=True, **STATIC), want)
-
-
-def one_layer(seed: int) -> Any:
-    model: Any = build("llama", seed)
-    model.model.layers = model.model.layers[:1]
-    model.config.num_hidden_layers = 1
-    return model

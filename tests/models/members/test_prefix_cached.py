@@ -4,6 +4,7 @@ The truth is a cache-free forward of every row alone, with its padding stripped;
 `generate()` asks in its modes (and some that it never would), in orders that hypothesis draws.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,15 +26,21 @@ SLIDING = ["mistral", "gemma3"]
 VOCABULARY = 40  # few tokens, so that unrelated rows do share prefixes by chance
 
 
+@functools.lru_cache(4096)
 @torch.no_grad()
+def alone(model: PreTrainedModel, text: tuple[int, ...]) -> torch.Tensor:
+    """The logits at every position of one row, without padding and without a cache; many questions have equal rows."""
+    logits = model(torch.tensor([text]), use_cache=False).logits[0].float()
+    assert torch.isfinite(logits).all()
+    return logits
+
+
 def truth(model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None, last: int) -> torch.Tensor:
     """Every row alone and without padding; NaN where a question reaches back into the padding."""
     rows = []
     for row in range(ids.shape[0]):
         padding = 0 if mask is None else int((mask[row] == 0).sum())  # all of it at the left
-        kept = ids[row, padding:]
-        logits = model(kept[None], use_cache=False).logits[0].float()[-last:]
-        assert torch.isfinite(logits).all()
+        logits = alone(model, tuple(ids[row, padding:].tolist()))[-last:]
         rows.append(torch.nn.functional.pad(logits, (0, 0, last - logits.shape[0], 0), value=float("nan")))
     return torch.stack(rows)
 
