@@ -8,6 +8,7 @@ does not fit (beams, trees, assisted decoding, a compiled step), the texts are r
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +22,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.call_log import Arrays, CallLog, log_on, logged
 from proxytune.generation.call_watch import Watch
-from proxytune.generation.method_hooks import MethodHook, target_of
+from proxytune.generation.method_hooks import MethodHook, hooks_on, target_of
 from proxytune.generation.recorded_texts import about, cut, fits, ids_of, nothing, read_into, reread
 from proxytune.generation.token_texts import names_of, pieces_of
 from proxytune.models.ensemble import Ensemble
@@ -31,6 +32,8 @@ from proxytune.trace.record import COMBINED
 from proxytune.validation import Ids, shown, whole
 
 __all__ = ["Recording", "record"]
+
+_KEEPING = threading.Lock()  # two threads may have one recording, or one file
 
 
 class Recording:
@@ -142,7 +145,7 @@ class Recording:
         sequences: torch.Tensor = out if isinstance(out, torch.Tensor) else out.sequences
         new, prompts = cut(sequences, named, seen)
         arrays = log.rows()
-        if not fits(arrays, new):
+        if not fits(log, arrays, sequences[:, ids_of(named).shape[1] :], seen, named.get("assistant_model")):
             if log.roles != tuple(role for role, _ in ensemble.models):
                 log.unreadable = "a processor that steers, without which the model would read it"
             if log.unreadable is not None:
@@ -168,6 +171,13 @@ class Recording:
         given: bool = False,
     ) -> tuple[TracedText, ...]:
         sources = (COMBINED, *log.roles)
+        texts = tuple(self._text(ids, arrays, given) for ids, arrays in zip(prompts, rows, strict=True))
+        with _KEEPING:
+            return self._added(texts, sources, about(ensemble, named))
+
+    def _added(
+        self, texts: tuple[TracedText, ...], sources: tuple[str, ...], facts: dict[str, Any]
+    ) -> tuple[TracedText, ...]:
         if self._texts and sources != self._sources:
             raise InputError.of(
                 "a recording",
@@ -176,8 +186,7 @@ class Recording:
                 remedy="Use a recording for each model.",
             )
         self._sources = sources
-        self._about |= about(ensemble, named)
-        texts = tuple(self._text(ids, arrays, given) for ids, arrays in zip(prompts, rows, strict=True))
+        self._about |= facts
         self._texts += texts
         if self.file is not None:
             TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
@@ -224,7 +233,7 @@ def record(
     """
     recording = Recording(top=top, tokenizer=tokenizer, file=file)
     target = target_of(model)
-    if isinstance(getattr(vars(target).get("generate"), "replacement", None), _Recorded):
+    if any(getattr(hook.replacement, "_recording", None) is not None for hook in hooks_on(target, "generate")):
         raise InputError.of(
             "record",
             expected="a model that is not being recorded",
@@ -238,10 +247,18 @@ def record(
 class _Recorded:
     """`generate()` of a recorded model."""
 
-    def __init__(self, recording: Recording, model: Any) -> None:
+    def __init__(self, recording: Recording | None, model: Any) -> None:
         self._recording, self._model = recording, model
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Recorded, (None, None)  # nobody could read what the model of a pickle records
+
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._recording is None:
+            return original(*args, **kwargs)
+        if log_on(self._model) is not None and kwargs.get("trace") is None:
+            with logged(None):  # a processor's own call, inside one that is recorded
+                return original(*args, **kwargs)
         if kwargs.get("trace") is not None:
             raise InputError.of(
                 "trace",
