@@ -29,6 +29,7 @@ from proxytune.models.ensemble import Ensemble
 from proxytune.models.scored_texts import Prompts
 from proxytune.trace import Trace, TracedText, TraceWriter
 from proxytune.trace.record import COMBINED
+from proxytune.trace.store import refuse_other
 from proxytune.validation import Ids, shown, whole
 
 __all__ = ["Recording", "record"]
@@ -53,7 +54,8 @@ class Recording:
         """Begin without texts.
 
         Raises:
-            InputError: If `top` is less than 1, the tokenizer cannot decode, or the file's name does not end in .npz.
+            InputError: If `top` is less than 1, the tokenizer cannot decode, the file's name does not end in .npz, or
+                it is a trace with another top or in a folder that is not there.
         """
         self.top = whole("top", top, "of tokens", least=1)
         if tokenizer is not None and not hasattr(tokenizer, "decode"):
@@ -66,6 +68,8 @@ class Recording:
         self.tokenizer, self.file = tokenizer, None if file is None else Path(file)
         if self.file is not None and self.file.suffix != ".npz":
             raise InputError.of("file", expected="NAME.npz", got=str(file), remedy=f"Write {self.file.stem}.npz.")
+        if self.file is not None:
+            refuse_other(self.file, None, self.top)
         self._texts: list[TracedText] = []
         self._sources: tuple[str, ...] = ()
         self._about: dict[str, Any] = {}
@@ -140,6 +144,8 @@ class Recording:
         _refuse(model, named)
         ensemble = Ensemble.of(model)
         log = CallLog(model, self.top, [role for role, _ in ensemble.models])
+        if ensemble.composed:  # before the work; a processor may steer a plain model
+            self._refuse_other((COMBINED, *log.roles))
         with Watch(log, named.get("custom_generate")) as seen, logged(log):
             out = generate(**named)
         sequences: torch.Tensor = out if isinstance(out, torch.Tensor) else out.sequences
@@ -178,6 +184,15 @@ class Recording:
     def _added(
         self, texts: tuple[TracedText, ...], sources: tuple[str, ...], facts: dict[str, Any]
     ) -> tuple[TracedText, ...]:
+        self._refuse_other(sources)
+        self._sources = sources
+        self._about |= facts
+        self._texts += texts
+        if self.file is not None:
+            TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
+        return texts
+
+    def _refuse_other(self, sources: tuple[str, ...]) -> None:
         if self._texts and sources != self._sources:
             raise InputError.of(
                 "a recording",
@@ -185,12 +200,8 @@ class Recording:
                 got=", ".join(sources[1:]),
                 remedy="Use a recording for each model.",
             )
-        self._sources = sources
-        self._about |= facts
-        self._texts += texts
         if self.file is not None:
-            TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
-        return texts
+            refuse_other(self.file, sources, self.top)
 
     def _text(self, prompt: list[int], arrays: Arrays, given: bool) -> TracedText:
         words: dict[str, Any] = {**arrays, "given": given}

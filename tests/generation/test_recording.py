@@ -227,6 +227,21 @@ def test_one_call_is_recorded_and_a_file_takes_it(model: Any, tmp_path: Path) ->
         assert set(np.unique(text.top_ids).tolist()) <= read.names.keys()
 
 
+def test_a_file_that_cannot_take_the_texts_is_refused_before_the_work(model: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    with pytest.raises(InputError, match="no folder"):
+        Recording(file=tmp_path / "missing" / "run.npz")
+    base = build("llama", 0)
+    with proxytune.record(base, file=file):
+        run(base, prompts(1), torch.ones(1, 12), max_new_tokens=1)
+    with pytest.raises(InputError, match="top 3"):
+        Recording(file=file, top=3)
+    steps = Collector()
+    with pytest.raises(InputError, match="expected a trace of combined, base, expert"):
+        run(model, prompts(1), torch.ones(1, 12), streamer=steps, do_sample=False, trace=Recording(file=file))
+    assert steps.got == []
+
+
 def test_own_prompts_are_read_again() -> None:
     model = proxytune.wrap(shared("llama", 0), formula=ContextAware(), check_vocabulary=False)
     ids, mask = padded()
