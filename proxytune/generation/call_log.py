@@ -40,8 +40,8 @@ def log_on(model: Any) -> CallLog | None:
 
 
 @contextmanager
-def logged(log: CallLog) -> Iterator[CallLog]:
-    """Make a log the one of this thread."""
+def logged(log: CallLog | None) -> Iterator[CallLog | None]:
+    """Make a log the one of this thread; None for none."""
     before = _NOW.set(log)
     try:
         yield log
@@ -72,11 +72,12 @@ class CallLog:
         origins: The row of the prompts that each returned text goes on from; None for as many texts of each, in order.
         facts: What each returned text has to say of itself (`TracedText.facts`); None for nothing.
         prefilling: Whether the prompt is being read: then the last rows shown count, not the first.
+        missed: Whether a token was taken whose rows were not shown, as after a compiled step.
     """
 
     def __init__(self, model: Any, top: int, roles: Sequence[str]) -> None:
         self.model, self.top, self.roles = model, top, tuple(roles)
-        self.by_loop = self.prefilling = False
+        self.by_loop = self.prefilling = self.missed = False
         self.unreadable: str | None = None
         self.origins: list[int] | None = None
         self.facts: list[dict[str, Any]] | None = None
@@ -128,12 +129,16 @@ class CallLog:
 
     def chosen(self, input_ids: torch.Tensor, done: torch.Tensor) -> None:
         """Measure the rows shown by the token that was taken, the last of ids `[B, T]`; `done` is `[B]`, bool."""
-        if self.by_loop or self._shown is None:
+        if self.by_loop:
+            return
+        if self._shown is None:
+            self.missed = True
             return
         drawn_from, rows, usable, opened = self._shown
         self._shown, ended = None, self._ended
         self._ended = done if ended is None else ended | done
         if rows[0] is None or len(rows[0]) != len(input_ids):  # candidates, or rows of another kind
+            self.missed = True
             return
         fork = self.said("fork")
         if fork is not None and len(fork) != len(input_ids):
@@ -174,6 +179,10 @@ class CallLog:
         at = torch.full_like(row, at) if isinstance(at, int) else at.to(place)
         told = {name: value.to(place) for name, value in signals.items() if value is not None}
         self._entries.append(_Entry(found, tokens.to(place), row, at, told))
+
+    def covers(self, steps: int) -> bool:
+        """Whether all tokens of a call were logged, in which each row got `steps`."""
+        return self._step == steps and not self.missed
 
     def rows(self) -> list[Arrays]:
         """The arrays of each row, as `TracedText` has them, without gaps; waits for the device.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 
-from proxytune.generation.call_log import CallLog, ShownTokens
+from proxytune.generation.call_log import CallLog, ShownTokens, log_now
 from proxytune.generation.method_hooks import MethodHook
+from proxytune.models.combined_logits import showing
 from proxytune.models.ensemble import Ensemble
 
 __all__ = ["Seen", "Watch"]
@@ -27,7 +29,10 @@ class Seen:
 
 
 class Watch:
-    """Hooks into one call of `generate()`, for as long as it runs: what it prepares, its tokens, and its rows."""
+    """Hooks into one call of `generate()`, for as long as it runs: what it prepares, its tokens, and its rows.
+
+    Another thread may run the same model meanwhile: it is let through.
+    """
 
     def __init__(self, log: CallLog, loop: Any) -> None:
         self._log, self._seen = log, Seen()
@@ -36,20 +41,27 @@ class Watch:
         self._quiet = self._composed and getattr(loop, "logs", False)
         self._hooks: list[MethodHook] = []
         self._handle: Any = None
+        self._showing = ExitStack()
 
     def __enter__(self) -> Seen:
         model, log, seen = self._log.model, self._log, self._seen
 
         def criteria(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             found = original(*args, **kwargs)
+            if log_now() is not log:
+                return found
             seen.config = args[0] if args else kwargs["generation_config"]
             return found if self._quiet else ShownTokens(found, log)
 
         def mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            seen.mask = original(*args, **kwargs)
-            return seen.mask
+            found = original(*args, **kwargs)
+            if log_now() is log:
+                seen.mask = found
+            return found
 
         def prefill(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if log_now() is not log:
+                return original(*args, **kwargs)
             log.prefilling = True
             try:
                 return original(*args, **kwargs)
@@ -63,14 +75,16 @@ class Watch:
         }
         self._hooks = [MethodHook(model, name, stand_in) for name, stand_in in stand_ins.items()]
         if self._composed:
-            model._watch = log.watch
+            self._showing.enter_context(showing(model, log.watch))
         else:
             self._handle = model.register_forward_hook(self._shown)
         return seen
 
     def _shown(self, model: Any, args: Any, outputs: Any) -> None:
         logits = getattr(outputs, "logits", None)
-        if torch.compiler.is_compiling() or not isinstance(logits, torch.Tensor) or logits.ndim != 3:
+        if torch.compiler.is_compiling() or log_now() is not self._log:
+            return
+        if not isinstance(logits, torch.Tensor) or logits.ndim != 3:
             return
         row = logits[:, -1]
         self._log.watch([row], lambda: ([row], (1.0,)), usable=row.shape[1])
@@ -80,5 +94,4 @@ class Watch:
             hook.take()
         if self._handle is not None:
             self._handle.remove()
-        if self._composed:
-            self._log.model._watch = None
+        self._showing.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -13,6 +14,9 @@ from proxytune.models.members.innermost import innermost
 from proxytune.validation import shown
 
 __all__ = ["Attachable", "MethodHook", "batching_refused", "hooks_on", "target_of"]
+
+
+_CHANGING = threading.Lock()  # two threads may call the same model
 
 
 class MethodHook:
@@ -31,11 +35,12 @@ class MethodHook:
         self.model, self.name, self.replacement = model, name, replacement
         # What stood on the instance; None where the class's method did. That one is looked up anew, since a bound
         # method would be unpickled by its name, under which the hook stands.
-        self._below: Callable[..., Any] | None = vars(model).get(name)
-        if self._below is None:
-            getattr(type(model), name)  # AttributeError before anything is hooked
-        self._taken = False
-        setattr(model, name, self)
+        with _CHANGING:
+            self._below: Callable[..., Any] | None = vars(model).get(name)
+            if self._below is None:
+                getattr(type(model), name)  # AttributeError before anything is hooked
+            self._taken = False
+            setattr(model, name, self)
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -58,10 +63,11 @@ class MethodHook:
     def take(self) -> None:
         """Restore the original. Below a later hook, this one stays in place and only calls through."""
         self._taken = True
-        while isinstance(top := vars(self.model).get(self.name), MethodHook) and top._taken:
-            delattr(self.model, self.name)
-            if top._below is not None:
-                setattr(self.model, self.name, top._below)
+        with _CHANGING:
+            while isinstance(top := vars(self.model).get(self.name), MethodHook) and top._taken:
+                delattr(self.model, self.name)
+                if top._below is not None:
+                    setattr(self.model, self.name, top._below)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the replacement; after `take`, the original."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers.generation import GenerationMode
 
 from proxytune.errors import UnsupportedModeError
 from proxytune.generation.call_log import Arrays, CallLog
@@ -20,6 +21,8 @@ from proxytune.trace import SIGNALS, UNKNOWN
 from proxytune.validation import Ids
 
 __all__ = ["about", "cut", "fits", "ids_of", "nothing", "origins_of", "read_into", "reread"]
+
+_ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
 
 def ids_of(named: Mapping[str, Any]) -> Any:
@@ -63,13 +66,15 @@ def _upto(new: list[int], stops: set[int], pad: int | None) -> list[int]:
     return new
 
 
-def fits(rows: list[Arrays], new: list[list[int]]) -> bool:
-    """Whether the rows recorded are the texts returned; after another end than an end token they may be shorter."""
-    if len(rows) != len(new):
+def fits(log: CallLog, rows: list[Arrays], new: torch.Tensor, seen: Seen, assistant: Any) -> bool:
+    """Whether the rows recorded are the new tokens returned, `[B, N]`; a row that has ended may be shorter."""
+    # Elsewhere the tokens may agree by chance: beams go on with another row's text, and drafts are thrown away.
+    one_by_one = seen.config is not None and seen.config.get_generation_mode(assistant) in _ONE_BY_ONE
+    if len(rows) != len(new) or not (log.by_loop or (one_by_one and log.covers(new.shape[1]))):
         return False
     return all(
         0 < len(one["tokens"]) <= len(text) and one["tokens"].tolist() == text[: len(one["tokens"])]
-        for one, text in zip(rows, new, strict=True)
+        for one, text in zip(rows, new.tolist(), strict=True)
     )
 
 

@@ -8,6 +8,7 @@ does not fit (beams, trees, assisted decoding, a compiled step), the texts are r
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,16 +22,19 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from proxytune.errors import InputError, UnsupportedModeError
 from proxytune.generation.call_log import Arrays, CallLog, log_on, logged
 from proxytune.generation.call_watch import Watch
-from proxytune.generation.method_hooks import MethodHook, target_of
+from proxytune.generation.method_hooks import MethodHook, hooks_on, target_of
 from proxytune.generation.recorded_texts import about, cut, fits, ids_of, origins_of, read_into, reread
 from proxytune.generation.token_texts import names_of, pieces_of
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.scored_texts import Prompts
 from proxytune.trace import Trace, TracedText, TraceWriter
 from proxytune.trace.record import COMBINED
+from proxytune.trace.store import refuse_other
 from proxytune.validation import Ids, shown, whole
 
 __all__ = ["Recording", "record"]
+
+_KEEPING = threading.Lock()  # two threads may have one recording, or one file
 
 
 class Recording:
@@ -50,7 +54,8 @@ class Recording:
         """Begin without texts.
 
         Raises:
-            InputError: If `top` is less than 1, the tokenizer cannot decode, or the file's name does not end in .npz.
+            InputError: If `top` is less than 1, the tokenizer cannot decode, the file's name does not end in .npz, or
+                it is a trace with another top or in a folder that is not there.
         """
         self.top = whole("top", top, "of tokens", least=1)
         if tokenizer is not None and not hasattr(tokenizer, "decode"):
@@ -63,6 +68,8 @@ class Recording:
         self.tokenizer, self.file = tokenizer, None if file is None else Path(file)
         if self.file is not None and self.file.suffix != ".npz":
             raise InputError.of("file", expected="NAME.npz", got=str(file), remedy=f"Write {self.file.stem}.npz.")
+        if self.file is not None:
+            refuse_other(self.file, None, self.top)
         self._texts: list[TracedText] = []
         self._sources: tuple[str, ...] = ()
         self._about: dict[str, Any] = {}
@@ -126,7 +133,7 @@ class Recording:
         of_base = prompts["base"] if isinstance(prompts, Mapping) else prompts
         before = [list(map(int, of_base[i])) if of_base is not None else [] for i in range(len(texts))]
         before = [ids or [int(text[0])] for ids, text in zip(before, texts, strict=True)]
-        return self._keep(ensemble, log, before, log.rows(), about(ensemble, {}, None), given=True)
+        return self._keep(log, before, log.rows(), about(ensemble, {}, None), given=True)
 
     # --- one call ------------------------------------------------------------------------------------------------
 
@@ -141,13 +148,15 @@ class Recording:
         _refuse(model, named)
         ensemble = Ensemble.of(model)
         log = CallLog(model, self.top, [role for role, _ in ensemble.models])
+        if ensemble.composed:  # before the work; a processor may steer a plain model
+            self._refuse_other((COMBINED, *log.roles))
         with Watch(log, named.get("custom_generate")) as seen, logged(log):
             out = generate(**named)
         sequences: torch.Tensor = out if isinstance(out, torch.Tensor) else out.sequences
         origins = origins_of(sequences, named, log)
         new, prompts = cut(sequences, named, seen, origins)
         arrays = log.rows()
-        if not fits(arrays, new):
+        if not fits(log, arrays, sequences[:, ids_of(named).shape[1] :], seen, named.get("assistant_model")):
             if log.roles != tuple(role for role, _ in ensemble.models):
                 log.unreadable = "a processor that steers, without which the model would read it"
             if log.unreadable is not None:
@@ -159,12 +168,11 @@ class Recording:
                 )
             arrays = reread(log, new, prompts, named, origins)
         arrays = log.marked(arrays)
-        self._keep(ensemble, log, prompts, arrays, about(ensemble, named, seen.config))
+        self._keep(log, prompts, arrays, about(ensemble, named, seen.config))
         return out
 
     def _keep(
         self,
-        ensemble: Ensemble,
         log: CallLog,
         prompts: list[list[int]],
         rows: list[Arrays],
@@ -172,6 +180,23 @@ class Recording:
         given: bool = False,
     ) -> tuple[TracedText, ...]:
         sources = (COMBINED, *log.roles)
+        facts: list[dict[str, Any]] = [{}] * len(rows) if log.facts is None else log.facts
+        texts = tuple(self._text(*one, given) for one in zip(prompts, rows, facts, strict=True))
+        with _KEEPING:
+            return self._added(texts, sources, told)
+
+    def _added(
+        self, texts: tuple[TracedText, ...], sources: tuple[str, ...], told: dict[str, Any]
+    ) -> tuple[TracedText, ...]:
+        self._refuse_other(sources)
+        self._sources = sources
+        self._about |= told
+        self._texts += texts
+        if self.file is not None:
+            TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
+        return texts
+
+    def _refuse_other(self, sources: tuple[str, ...]) -> None:
         if self._texts and sources != self._sources:
             raise InputError.of(
                 "a recording",
@@ -179,14 +204,8 @@ class Recording:
                 got=", ".join(sources[1:]),
                 remedy="Use a recording for each model.",
             )
-        self._sources = sources
-        self._about |= told
-        facts: list[dict[str, Any]] = [{}] * len(rows) if log.facts is None else log.facts
-        texts = tuple(self._text(*one, given) for one in zip(prompts, rows, facts, strict=True))
-        self._texts += texts
         if self.file is not None:
-            TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
-        return texts
+            refuse_other(self.file, sources, self.top)
 
     def _text(self, prompt: list[int], arrays: Arrays, facts: dict[str, Any], given: bool) -> TracedText:
         words: dict[str, Any] = {**arrays, "facts": facts, "given": given}
@@ -229,7 +248,7 @@ def record(
     """
     recording = Recording(top=top, tokenizer=tokenizer, file=file)
     target = target_of(model)
-    if isinstance(getattr(vars(target).get("generate"), "replacement", None), _Recorded):
+    if any(getattr(hook.replacement, "_recording", None) is not None for hook in hooks_on(target, "generate")):
         raise InputError.of(
             "record",
             expected="a model that is not being recorded",
@@ -243,10 +262,18 @@ def record(
 class _Recorded:
     """`generate()` of a recorded model."""
 
-    def __init__(self, recording: Recording, model: Any) -> None:
+    def __init__(self, recording: Recording | None, model: Any) -> None:
         self._recording, self._model = recording, model
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Recorded, (None, None)  # nobody could read what the model of a pickle records
+
     def __call__(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._recording is None:
+            return original(*args, **kwargs)
+        if log_on(self._model) is not None and kwargs.get("trace") is None:
+            with logged(None):  # a processor's own call, inside one that is recorded
+                return original(*args, **kwargs)
         if kwargs.get("trace") is not None:
             raise InputError.of(
                 "trace",

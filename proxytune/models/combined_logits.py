@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -16,7 +18,19 @@ from proxytune.models.members.member import Member
 from proxytune.models.members.stateful_pass import kept_logits
 from proxytune.models.weighing import Weighing
 
-__all__ = ["CombinedLogitsMixin"]
+__all__ = ["CombinedLogitsMixin", "showing"]
+
+_SHOWN: ContextVar[tuple[Any, Callable[..., None]] | None] = ContextVar("proxytune_shown", default=None)
+
+
+@contextmanager
+def showing(model: Any, watch: Callable[..., None]) -> Iterator[None]:
+    """Show `watch` (`proxytune.generation.call_log`) the rows of each pass of a model in this thread."""
+    before = _SHOWN.set((model, watch))
+    try:
+        yield
+    finally:
+        _SHOWN.reset(before)
 
 
 class CombinedLogitsMixin:
@@ -28,8 +42,6 @@ class CombinedLogitsMixin:
     overlap: bool
     _fingerprints: dict[str, Fingerprint]
     _sides: CompanionStreams
-    _watch: Callable[..., None] | None = None
-    """Is shown the rows of a pass that is recorded (`proxytune.generation.call_log`)."""
 
     @property
     def usable_ids(self) -> int:
@@ -76,8 +88,8 @@ class CombinedLogitsMixin:
         """The combined logits `[B, K, V]`, float32; −inf for ids that some member cannot embed."""
         if generated is not None and members[0] is not None:
             generated = generated.expand(len(members[0]), -1)
-        if self._watch is not None and not torch.compiler.is_compiling():
-            self._show(self._watch, members, generated, opened)
+        if not torch.compiler.is_compiling() and (shown := _SHOWN.get()) is not None and shown[0] is self:
+            self._show(shown[1], members, generated, opened)
         logits = self.weighing.combined(members, generated, opened)
         if logits.shape[-1] > (usable := self.usable_ids):
             logits[..., usable:] = -torch.inf

@@ -92,6 +92,11 @@ def refuse_continuous_batching(*args: Any, **kwargs: Any) -> NoReturn:
     )
 
 
+def _autocast_on(device: torch.device) -> torch.dtype | None:
+    """The dtype of autocast, which layers of a static cache take at their first update; None if it is off."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+
+
 def _refuse_no_loop(custom_generate: Any) -> None:
     """Refuse what transformers would ignore (a setting of a loop) or fail at (its class)."""
     made = not isinstance(custom_generate, type)
@@ -393,7 +398,7 @@ class ComposedGenerationMixin(AssistedMixin, GenerationMixin):
         self, cache_implementation: str, batch_size: int, max_cache_len: int, *args: Any, **kwargs: Any
     ) -> Cache:
         length = max(max_cache_len, getattr(self, "_previous_max_cache_length", -1))  # as transformers takes it
-        places = [(member.device, member.model.dtype) for member in self.members]
+        places = [(member.device, member.model.dtype, _autocast_on(member.device)) for member in self.members]
         key = (batch_size, length, self.weighing.gate is not None, torch.is_inference_mode_enabled(), *places)
         usable = self._joint is not None and cache_implementation == "static"
         cache: Cache | None = self._kept.take(key) if usable else None

@@ -23,7 +23,7 @@ from proxytune.errors import InputError
 from proxytune.json_files import check_form, refuse_unknown
 from proxytune.trace.record import FIELDS, Trace, TracedText
 
-__all__ = ["TraceWriter", "load", "save"]
+__all__ = ["TraceWriter", "load", "refuse_other", "save"]
 
 VERSION = 1
 _OF_TEXT = ("prompt", "pieces", "names", "given", "answer", "grade", "facts")
@@ -46,29 +46,12 @@ class TraceWriter:
         """
         self.file = _named(file)
         self._empty = Trace(sources=tuple(sources), top=top, about=dict(about or {}))
-        self.count = 0
-        mine = self._empty
-        lines = _lines_of(self.file)
-        if lines.exists() and lines.stat().st_size:
-            head, texts, whole = _read(lines)
-            if (tuple(head["sources"]), head["top"]) != (mine.sources, mine.top):
-                raise InputError.of(
-                    str(self.file),
-                    expected=f"a trace of {', '.join(mine.sources)}, top {top}",
-                    got=f"one of {', '.join(head['sources'])}, top {head['top']}",
-                    remedy="Give another file, or remove this one.",
-                )
-            self.count = len(texts)
+        mine, lines = self._empty, _lines_of(self.file)
+        self.count, whole = _texts_in(self.file, mine.sources, top)
+        if whole:
             if whole < lines.stat().st_size:  # a line that was cut off
                 os.truncate(lines, whole)
         else:
-            if self.file.exists():
-                raise InputError.of(
-                    str(self.file),
-                    expected=f"a trace, with {lines.name} beside it",
-                    got="a file without one",
-                    remedy="Give another name: this would be overwritten.",
-                )
             of_run = {"sources": mine.sources, "top": mine.top, "about": mine.about}
             lines.write_bytes(_line({"format_version": VERSION, **of_run}))
 
@@ -154,6 +137,47 @@ def load(file: str | Path) -> Trace:
                 remedy="Keep the two files of a trace together, or record the run again.",
             ) from None
     return Trace(sources=tuple(head["sources"]), top=head["top"], texts=tuple(found), about=head["about"])
+
+
+def refuse_other(file: str | Path, sources: Iterable[str] | None, top: int) -> None:
+    """Refuse a place where a trace of these sources (None: not known yet) could not be written, before it is made.
+
+    Raises:
+        InputError: As `TraceWriter`, and if there is no such folder.
+    """
+    path = _named(file)
+    if not path.parent.is_dir():
+        raise InputError.of(
+            str(path),
+            expected="a file in a folder that is there",
+            got=f"no folder {path.parent}",
+            remedy="Make the folder first.",
+        )
+    _texts_in(path, None if sources is None else tuple(sources), top)
+
+
+def _texts_in(path: Path, sources: tuple[str, ...] | None, top: int) -> tuple[int, int]:
+    """How many texts a trace on disk holds, and the bytes of its whole lines; 0 and 0 where there is none yet."""
+    lines = _lines_of(path)
+    if lines.exists() and lines.stat().st_size:
+        head, texts, whole = _read(lines)
+        wanted = tuple(head["sources"]) if sources is None else sources
+        if (tuple(head["sources"]), head["top"]) != (wanted, top):
+            raise InputError.of(
+                str(path),
+                expected=f"a trace of {', '.join(wanted)}, top {top}",
+                got=f"one of {', '.join(head['sources'])}, top {head['top']}",
+                remedy="Give another file, or remove this one.",
+            )
+        return len(texts), whole
+    if path.exists():
+        raise InputError.of(
+            str(path),
+            expected=f"a trace, with {lines.name} beside it",
+            got="a file without one",
+            remedy="Give another name: this would be overwritten.",
+        )
+    return 0, 0
 
 
 def _named(file: str | Path) -> Path:

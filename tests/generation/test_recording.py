@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
+import pickle
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.fused import ALPHA, composed, padded, run
+from support.fused import ALPHA, NEW, Collector, composed, padded, prompts, run
 from support.tiny import EOS, PAD, build, shared, tokenizer
+from transformers import CompileConfig
 
 import proxytune
 from proxytune import (
@@ -243,6 +247,21 @@ def test_one_call_is_recorded_and_a_file_takes_it(model: Any, tmp_path: Path) ->
         assert set(np.unique(text.top_ids).tolist()) <= read.names.keys()
 
 
+def test_a_file_that_cannot_take_the_texts_is_refused_before_the_work(model: Any, tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    with pytest.raises(InputError, match="no folder"):
+        Recording(file=tmp_path / "missing" / "run.npz")
+    base = build("llama", 0)
+    with proxytune.record(base, file=file):
+        run(base, prompts(1), torch.ones(1, 12), max_new_tokens=1)
+    with pytest.raises(InputError, match="top 3"):
+        Recording(file=file, top=3)
+    steps = Collector()
+    with pytest.raises(InputError, match="expected a trace of combined, base, expert"):
+        run(model, prompts(1), torch.ones(1, 12), streamer=steps, do_sample=False, trace=Recording(file=file))
+    assert steps.got == []
+
+
 def test_own_prompts_are_read_again() -> None:
     model = proxytune.wrap(shared("llama", 0), formula=ContextAware(), check_vocabulary=False)
     ids, mask = padded()
@@ -311,3 +330,68 @@ def test_a_recording_shows_itself_in_a_notebook(model: Any) -> None:
     run(model, *padded(), max_new_tokens=2, trace=recording)
     assert recording._repr_html_() == recording.trace._repr_html_()
     assert "<iframe" in (recording._repr_html_() or "")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_compiled_steps_and_drafts_are_read_again() -> None:
+    model = composed(dtype=torch.float32)
+    members = {m.role: m.model for m in model.members}
+    model.compile_members(CompileConfig(backend="eager", mode=None))
+    one, ids = prompts(1), prompts(2)
+    for settings in ({"cache_implementation": "static"}, {"prompt_lookup_num_tokens": 3}):
+        given = ids if "cache_implementation" in settings else one
+        recording = Recording()
+        out = run(model, given, torch.ones_like(given), do_sample=False, trace=recording, eos_token_id=None, **settings)
+        assert [text.tokens.tolist() for text in recording] == out[:, given.shape[1] :].tolist()
+        for text in recording:
+            assert_right(members, text, model.usable_ids)
+
+
+def test_a_padding_token_that_was_drawn_is_recorded(model: Any) -> None:
+    ids, mask = padded()
+    last = int(run(model, ids, mask, do_sample=False, eos_token_id=None)[0, -1])
+    recording = Recording()
+    run(model, ids, mask, do_sample=False, eos_token_id=None, pad_token_id=last, trace=recording)
+    assert recording[0].tokens[-1] == last
+    assert len(recording[0]) == NEW
+
+
+@pytest.mark.parametrize("composes", [True, False])
+def test_calls_of_another_thread_and_inside_do_not_mix(model: Any, composes: bool) -> None:
+    model = model if composes else build("llama", 0)
+    members = {m.role: m.model for m in model.members} if composes else {"base": model}
+    usable = model.usable_ids if composes else 256
+    other = prompts(3, 12, seed=5)
+
+    class Beside(Collector):
+        """Calls the model after each token, in another thread and in this one."""
+
+        def put(self, value: torch.Tensor) -> None:
+            short = functools.partial(run, model, other, torch.ones_like(other), max_new_tokens=2, do_sample=False)
+            thread = Thread(target=short)
+            thread.start()
+            thread.join()
+            short()
+
+    ids = prompts(1)
+    with proxytune.record(model) as recording:
+        # The other thread's calls are recorded too, as calls of their own.
+        out = run(model, ids, torch.ones_like(ids), do_sample=False, eos_token_id=None, streamer=Beside())
+    text = recording[-1]
+    assert text.tokens.tolist() == out[0, 12:].tolist()
+    assert len(recording) == 3 * (NEW + 1) + 1
+    for text in (recording[0], recording[-1]):
+        assert_right(members, text, usable)
+
+
+def test_the_model_of_a_pickle_is_not_recorded() -> None:
+    base = build("llama", 0)
+    ids, mask = padded()
+    with proxytune.record(base) as recording:
+        run(base, ids, mask, max_new_tokens=2)
+        copied = pickle.loads(pickle.dumps(base))
+        run(copied, ids, mask, max_new_tokens=2)
+    assert len(recording) == 3
+    with proxytune.record(copied) as recording:
+        run(copied, ids, mask, max_new_tokens=2)
+    assert len(recording) == 3

@@ -204,6 +204,19 @@ def test_a_second_generation_finds_all_in_its_place(graphs: Graphs) -> None:
     assert (model._kept.take("another batch"), twin._kept.take("another batch"), model._kept._kept) == (None,) * 3
 
 
+def test_a_cache_kept_outside_autocast_is_not_taken_inside(graphs: Graphs) -> None:
+    model = composed(short())
+    settings = STATIC | {"max_new_tokens": 3, "do_sample": False}
+    outside = run(model, **settings)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = run(model, **settings)
+    model.compile_members(CompileConfig(backend="eager", mode=None))
+    assert torch.equal(run(model, **settings), outside)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(run(model, **settings), inside)
+    assert torch.equal(run(model, **settings), outside)
+
+
 def test_what_a_graph_cannot_do_is_done_as_before(graphs: Graphs) -> None:
     models = short()
     falling = ProxyTuning(alpha=Schedule.linear(ALPHA, 0.0, 8))
