@@ -10,12 +10,13 @@ from transformers import LogitsProcessor, LogitsProcessorList, PrefixConstrained
 from transformers.generation.logits_process import (
     EncoderNoRepeatNGramLogitsProcessor,
     EncoderRepetitionPenaltyLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkLogitsProcessor,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 
 from proxytune.errors import UnsupportedModeError
-from proxytune.generation.prompt_rows import owner_of
+from proxytune.generation.prompt_rows import expand_to_rows, owner_of
 from proxytune.models.foreign_processors import checked, given
 
 __all__ = ["bind_to_prompts", "refuse_processors", "refuse_stateful"]
@@ -67,8 +68,32 @@ def bind_to_prompts(loop: str, processors: Sequence[LogitsProcessor], *, rows_mo
             got=f"a {type(processor).__name__}",
             remedy="Leave it out, or custom_generate.",
         )
-    bound = (_OfPrompts(p) if type(p) is PrefixConstrainedLogitsProcessor else p for p in processors)
-    return checked(bound, f"{loop} moves rows" if rows_move else None, flip=True)
+    return checked(map(_bound, processors), f"{loop} moves rows" if rows_move else None, flip=True)
+
+
+def _bound(processor: LogitsProcessor) -> LogitsProcessor:
+    if type(processor) is PrefixConstrainedLogitsProcessor:
+        return _OfPrompts(processor)
+    if type(processor) is RepetitionPenaltyLogitsProcessor and isinstance(
+        getattr(processor, "prompt_ignore_length", None), torch.Tensor
+    ):
+        return _PenaltyOfPrompts(processor)
+    return processor
+
+
+class _PenaltyOfPrompts(RepetitionPenaltyLogitsProcessor):
+    """A penalty that leaves out the padding of each row's prompt; transformers 5.24 makes one for rows of a batch."""
+
+    def __init__(self, processor: RepetitionPenaltyLogitsProcessor) -> None:
+        super().__init__(processor.penalty, processor.prompt_ignore_length)
+        self._padding = processor.prompt_ignore_length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        of_rows = expand_to_rows(self._padding, len(input_ids))
+        assert of_rows is not None, "called outside of rows_of_prompts"
+        self.prompt_ignore_length = of_rows
+        found: torch.Tensor = super().__call__(input_ids, scores)
+        return found
 
 
 class _OfPrompts(PrefixConstrainedLogitsProcessor):
