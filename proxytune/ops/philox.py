@@ -51,6 +51,10 @@ _BUMPS = np.arange(_ROUNDS, dtype=np.uint32)[:, None, None] * np.array(_WEYL, np
 _LOW = 0 if sys.byteorder == "little" else 1
 
 
+_BLOCK = 1 << 14
+"""Counters whose words are computed at once: what more of them need would not stay in the cache."""
+
+
 def philox_in_numpy(seed: _Array, c0: _Array, c1: _Array, c2: _Array, c3: _Array) -> tuple[_Array, ...]:
     """`philox` of int64 arrays: four words, uint32.
 
@@ -62,20 +66,28 @@ def philox_in_numpy(seed: _Array, c0: _Array, c1: _Array, c2: _Array, c3: _Array
     given = np.empty((6, *shape), np.uint32)
     given[0], given[1], given[2], given[3], given[4], given[5] = c0, c2, c1, c3, seed, seed >> 32  # 32 bits of each
     flat = given.reshape(6, count)
-    x, y = flat[:2], flat[2:4]
-    bumped = flat[4:] + _BUMPS  # [rounds, 2, count], modulo 2³²
-    factors = np.empty((2, count), np.uint64)
+    each = min(count, _BLOCK)
+    keys = np.empty((_ROUNDS, 2, each), np.uint32)
+    factors = np.empty((2, each), np.uint64)
     factors[:] = _FACTORS
     # Two products in turns, since the last one's halves are still read.
-    both = np.empty((2, 2, count), np.uint64)
-    halves = both.view(np.uint32).reshape(2, 2, count, 2)[:, ::-1]
+    both = np.empty((2, 2, each), np.uint64)
+    halves = both.view(np.uint32).reshape(2, 2, each, 2)[:, ::-1]
     products = tuple(zip(both, halves[..., 1 - _LOW], halves[..., _LOW], strict=True)) * (_ROUNDS // 2)
-    for (p, high, low), key in zip(products, bumped, strict=True):
-        np.multiply(x, factors, out=p)
-        np.bitwise_xor(high, y, out=x)
-        np.bitwise_xor(x, key, out=x)
-        y = low
-    return tuple(w.reshape(shape) for w in (x[0], y[0], x[1], y[1]))
+    for start in range(0, count, each or 1):
+        block = flat[:, start : start + each]
+        if (left := block.shape[1]) < each:
+            keys, factors = keys[..., :left], factors[:, :left]
+            products = tuple((p[:, :left], high[:, :left], low[:, :left]) for p, high, low in products)
+        x, y = block[:2], block[2:4]
+        np.add(block[4:], _BUMPS, out=keys)  # modulo 2³²
+        for (p, high, low), key in zip(products, keys, strict=True):
+            np.multiply(x, factors, out=p)
+            np.bitwise_xor(high, y, out=x)
+            np.bitwise_xor(x, key, out=x)
+            y = low
+        block[2:4] = y
+    return given[0, ...], given[2, ...], given[1, ...], given[3, ...]  # arrays for a single counter, too
 
 
 def gumbel(words: _Words) -> _Words:

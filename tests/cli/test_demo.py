@@ -88,7 +88,7 @@ def test_changed_tokens_are_those_the_base_would_not_have_chosen(family, alpha):
 
 
 def test_json_is_one_object_and_nothing_else(run, family):
-    ended = run("demo", "--family", family, "--problems", "2", "--alpha", "1.5", "--json")
+    ended = run("demo", "--family", family, "--problems", "1", "--alpha", "1.5", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["alpha"] == 1.5
     assert json.loads(ended.out)["rows"][3]["name"] == "proxy, α = 1.5"

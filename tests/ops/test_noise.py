@@ -50,6 +50,19 @@ def test_every_word_is_the_oracle_s(seed: int, c0: int, c1: int, c2: int, c3: in
     assert [int(x) for x in ours] == [int(x) for x in oracle.philox(seed, c0, c1, c2, c3)]
 
 
+@pytest.mark.parametrize("count", [0, 1 << 14, (1 << 15) + 7])
+def test_many_words_are_those_of_fewer(count: int) -> None:
+    """NumPy computes them in blocks."""
+    seed, c1 = torch.tensor([[-5], [1 << 40]]), torch.tensor([[3], [(1 << 32) - 1]])
+    index = torch.arange(count)[None]
+    words = philox(seed, index, c1, c1 - 3, c1 - 2)
+    for piece in (*range(0, count, 5000), max(0, count - 9)):
+        some = slice(piece, min(piece + 9, count))
+        for all_of, own in zip(words, philox(seed, index[:, some], c1, c1 - 3, c1 - 2), strict=True):
+            assert torch.equal(all_of[:, some], own)
+    assert [word.shape for word in words] == [(2, count)] * 4
+
+
 def test_a_key_s_variates_are_those_of_its_counter(device: str) -> None:
     keys = random_keys(np.random.default_rng(0), 64)
     noise = Noise.of(64, device=device, **keys)
