@@ -209,7 +209,8 @@ def report(
         runs[name] = graded(trace, extract, grade)
     made = reports.report(runs, checkpoints=checkpoints, by=by)
     if out is None and md is None:
-        terminal.output().print(report_text.summary(made), soft_wrap=False)
+        console = terminal.output()
+        console.print(report_text.summary(made, width=console.width), soft_wrap=True)
         terminal.show_note("every diagnosis, with plots: --out report.html")
     for file in filter(None, (out, md)):
         terminal.show_note(f"{report_text.write(made, file)}: {len(runs)} run{'s' * (len(runs) > 1)}.")

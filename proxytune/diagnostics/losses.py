@@ -49,7 +49,7 @@ LOSSES: tuple[LossName, ...] = get_args(LossName)
 MARKS: Mapping[LossName, float] = {
     "diversity": 0.25,
     "calibration": 0.1,
-    "over-thinking": 0.0,
+    "over-thinking": 0.05,
     "drift": 0.5,
     "degenerate texts": 0.02,
 }

@@ -58,10 +58,10 @@ CURES: Mapping[LossName, Cure] = {
         (
             ("sample hotter at forks alone", "proxytune/methods/forks/README.md"),
             ("branch at forks, or let samples of a prompt repel each other", "proxytune/methods/trees/README.md"),
-            ("steer less: a smaller α, or a gate", "proxytune/formulas/README.md"),
+            ("if it is steered, steer less: a smaller α, or a gate", "proxytune/formulas/README.md"),
         ),
-        "answers that the policy no longer holds come back by training alone: an entropy bonus, Clip-Cov, KL-Cov or "
-        "GPPO while it is trained by reinforcement, or SFT on diverse text",
+        "answers that the policy no longer holds: an entropy bonus, Clip-Cov, KL-Cov or GPPO while it is trained by "
+        "reinforcement, or SFT on diverse text",
     ),
     "calibration": Cure(
         (
@@ -69,7 +69,7 @@ CURES: Mapping[LossName, Cure] = {
              "½ here", "proxytune/voting/README.md"),
             ("sample hotter at forks alone", "proxytune/methods/forks/README.md"),
         ),
-        "a policy that says how sure it is, and is right about it, needs training with a Brier reward",
+        "a policy that says how sure it is, and is right about it: a Brier reward",
     ),
     "over-thinking": Cure(
         (
@@ -77,21 +77,20 @@ CURES: Mapping[LossName, Cure] = {
             ("spend the budget on more samples instead of longer ones", "proxytune/search/README.md"),
             ("vote over them, with confidence", "proxytune/voting/README.md"),
         ),
-        "thoughts that get worse as they go on are mended by training alone: rewards on short right answers, or SFT on "
-        "them",
+        "thoughts that get worse as they go on: rewards for right answers that are short, or SFT on them",
     ),
     "drift": Cure(
         (("steer less: a smaller α, or a gate that shifts only where the base is unsure",
           "proxytune/formulas/README.md"),),
-        "nothing here needs training: the base's weights are as they were",
+        "nothing: the base's weights are as they were",
     ),
     "degenerate texts": Cure(
         (
             ("leave them out of votes: `degenerate(trace).sound`", "proxytune/diagnostics/README.md"),
-            ("steer less: a smaller α, or a gate", "proxytune/formulas/README.md"),
+            ("if it is steered, steer less: a smaller α, or a gate", "proxytune/formulas/README.md"),
             ("give confident texts the votes", "proxytune/voting/README.md"),
         ),
-        "a policy that loops at temperature 1 needs SFT on diverse text",
+        "a policy that loops at temperature 1: SFT on diverse text",
     ),
 }  # fmt: skip
 """What helps against each loss."""

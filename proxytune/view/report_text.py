@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import textwrap
 from html import escape
 from pathlib import Path
 
@@ -187,16 +188,27 @@ def _lines(report: Report) -> list[str]:
     return out
 
 
-def summary(report: Report) -> str:
-    """The report in a few lines, for a terminal."""
-    out = [visible(text) for text in report.lost]
+def summary(report: Report, *, width: int = 80) -> str:
+    """The report in a few lines of at most `width` columns, for a terminal."""
+
+    def wrapped(text: str, first: str = "", then: str = "") -> str:
+        return textwrap.fill(
+            visible(text),
+            max(width, 20),
+            initial_indent=first,
+            subsequent_indent=then,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+
+    out = ["\n\n".join(map(wrapped, report.lost))]
     for name, decoding, training in report.todo:
-        out += ["", f"{name}:"]
-        out += [f"  at decoding time: {what} ({page})" for what, page in decoding]
-        out.append(f"  by training only: {training}")
+        out += ["", f"{name}, at decoding time:"]
+        out += [wrapped(f"{what} ({page})", "- ", "  ") for what, page in decoding]
+        out += [f"{name}, by training only:", wrapped(training, "- ", "  ")]
     if report.orders:
-        out += ["", _ORDER]
-        out += [f"  {order.name}: {visible(order.says)}" for order in report.orders if order.runs]
+        out += ["", wrapped(_ORDER)]
+        out += [wrapped(f"{order.name}: {order.says}", "- ", "  ") for order in report.orders if order.runs]
     return "\n".join(out)
 
 
