@@ -87,7 +87,7 @@ def svg(plot: Plot) -> str:
     out += [_label(place(i), name) for i, name in enumerate(plot.ticks)]
     if not plot.ticks:
         for x in _thinned(sorted({x for x, _ in points}), place):
-            out.append(_label(place(x), f"{x:.4g}"))
+            out.append(_label(place(x), f"{x:.3g}"))
     if plot.diagonal:
         out.append(
             f'<line class="diagonal" x1="{place(0):.1f}" y1="{level(0):.1f}" x2="{place(1):.1f}" y2="{level(1):.1f}"/>'

@@ -227,7 +227,8 @@ def _lost(name: str, found: Mapping[LossName, Loss], level: float, several: bool
         rests = _and(sorted({str(one.prompts) for one in told}))
         out += f" Brackets are {100 * level:g} % intervals over {rests} prompts."
     else:
-        out = f"{who}: nothing is told to be lost."
+        rests = max(one.prompts for one in found.values())
+        out = f"{who}: nothing is told to be lost{f', by {rests} prompts' if rests else ''}."
     if quiet:
         out += f" Not told: {_and(quiet)}."
     if silent:

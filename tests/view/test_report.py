@@ -143,7 +143,7 @@ def test_what_to_do_names_tools_that_are_there(runs: dict[str, Trace]) -> None:
     assert {"diversity", "over-thinking"} <= {name for name, _, _ in made.todo}
     shown = summary(made)
     assert "b has lost diversity" in shown
-    assert "a: nothing is told to be lost" in shown
+    assert "a: nothing is told to be lost, by 24 prompts" in shown
     assert "proxytune/methods/thinking/README.md" in shown
 
 
