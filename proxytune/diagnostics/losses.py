@@ -41,7 +41,7 @@ from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval
 from proxytune.trace import Trace, TracedText
 
-__all__ = ["LOSSES", "MARKS", "Loss", "LossName", "Order", "losses", "ordered"]
+__all__ = ["LOSSES", "MARKS", "Loss", "LossName", "Order", "compared", "losses", "ordered"]
 
 LossName = Literal["diversity", "calibration", "over-thinking", "drift", "degenerate texts"]
 LOSSES: tuple[LossName, ...] = get_args(LossName)
@@ -98,38 +98,67 @@ class Order:
 
 def losses(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[LossName, Loss]:
     """Each loss of a run, or why the trace cannot say; never raises for what a trace lacks."""
-    return {name: _loss(trace, name, level=level, draws=draws, seed=seed) for name in LOSSES}
+    return compared({"": trace}, level=level, draws=draws, seed=seed)[0][""]
 
 
 def ordered(
     runs: Mapping[str, Trace], name: LossName, *, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> Order:
     """Runs ordered by a loss, with the ties said; the order of `runs` makes no difference."""
-    found = {run: _loss(trace, name, level=level, draws=draws, seed=seed) for run, trace in runs.items()}
-    known = {run: loss.value.value for run, loss in found.items() if loss.value is not None}
-    order = sorted(known, key=lambda run: (-round(known[run], 9), run))
-    without = tuple(sorted(set(runs) - set(order)))
+    return compared(runs, (name,), level=level, draws=draws, seed=seed)[1][name]
+
+
+def compared(
+    runs: Mapping[str, Trace],
+    names: Sequence[LossName] = LOSSES,
+    *,
+    level: float = 0.95,
+    draws: int = 1000,
+    seed: int = 0,
+) -> tuple[dict[str, dict[LossName, Loss]], dict[LossName, Order]]:
+    """Run → each loss, as `losses`; and each loss → the order of the runs, as `ordered`."""
+    found: dict[str, dict[LossName, Loss]] = {run: {} for run in runs}
+    orders: dict[LossName, Order] = {}
+    for name in names:
+        sums: dict[str, Sums] = {}
+        for run, trace in runs.items():
+            try:
+                sums[run] = _sums(trace, name)
+                found[run][name] = _loss(sums[run], name, level=level, draws=draws, seed=seed)
+            except InputError as refusal:
+                found[run][name] = Loss(name=name, value=None, told=False, prompts=0, says=str(refusal))
+        values = {run: each[name].value for run, each in found.items()}
+        orders[name] = _order(name, values, sums, level=level, draws=draws, seed=seed)
+    return found, orders
+
+
+def _order(
+    name: LossName,
+    values: Mapping[str, Interval | None],
+    sums: Mapping[str, Sums],
+    *,
+    level: float,
+    draws: int,
+    seed: int,
+) -> Order:
+    known = {run: value for run, value in values.items() if value is not None}
+    order = sorted(known, key=lambda run: (-round(known[run].value, 9), run))
     pairs = max(1, len(order) * (len(order) - 1) // 2)
-    settings = {"level": 1 - (1 - level) / pairs, "draws": draws, "seed": seed}
-    sums = {run: _sums(runs[run], name) for run in order}
+    strict = 1 - (1 - level) / pairs
 
     def apart(worse: str, better: str) -> bool:
-        return _difference(sums[worse], sums[better], name, **settings)  # type: ignore[arg-type]
+        return _difference(sums[worse], sums[better], name, level=strict, draws=draws, seed=seed)
 
     neighbours = tuple(apart(*pair) for pair in pairwise(order))
-    parts = [
-        f"{run} ({said(found[run].value, percent=name != 'drift')})"  # type: ignore[arg-type]
-        for run in order
-    ]
+    parts = [f"{run} ({said(known[run], percent=name != 'drift')})" for run in order]
     words = "".join(f"{' > ' if told else ' ~ '}{part}" for part, told in zip(parts[1:], neighbours, strict=True))
-    says = f"{parts[0]}{words}" if parts else "no run can say"
     return Order(
         name=name,
         runs=tuple(order),
         apart=neighbours,
         first=len(order) > 1 and all(apart(order[0], other) for other in order[1:]),
-        without=without,
-        says=says,
+        without=tuple(sorted(set(values) - set(order))),
+        says=f"{parts[0]}{words}" if parts else "no run can say",
     )
 
 
@@ -137,18 +166,11 @@ Sums = Mapping[str, tuple[float, float]]
 """Prompt → what is summed over prompts: the loss is the quotient of the two sums."""
 
 
-def _loss(trace: Trace, name: LossName, *, level: float, draws: int, seed: int) -> Loss:
-    try:
-        sums = _sums(trace, name)
-        resamples = Resamples(len(sums), name, level=level, draws=draws, seed=seed)
-        top, bottom = np.array([sums[key] for key in sorted(sums)]).T
-        value = (
-            resamples.bounded(top, bottom)
-            if name in ("diversity", "degenerate texts")
-            else (resamples.ratio(top, bottom))
-        )
-    except InputError as refusal:
-        return Loss(name=name, value=None, told=False, prompts=0, says=str(refusal))
+def _loss(sums: Sums, name: LossName, *, level: float, draws: int, seed: int) -> Loss:
+    resamples = Resamples(len(sums), name, level=level, draws=draws, seed=seed)
+    top, bottom = np.array([sums[key] for key in sorted(sums)]).T
+    share = name in ("diversity", "degenerate texts")
+    value = resamples.bounded(top, bottom) if share else resamples.ratio(top, bottom)
     told = value.low > MARKS[name]
     return Loss(name=name, value=value, told=told, prompts=len(sums), says=_SAYS[name](value, told))
 

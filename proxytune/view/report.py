@@ -24,13 +24,11 @@ from proxytune.diagnostics import (
     formats,
     kl_drift,
     length_effect,
-    losses,
     on_policy_signature,
-    ordered,
     search_scaling,
     spread,
 )
-from proxytune.diagnostics.losses import LOSSES, Loss, LossName, Order
+from proxytune.diagnostics.losses import LOSSES, Loss, LossName, Order, compared
 from proxytune.diagnostics.prompts import as_trace, said
 from proxytune.errors import InputError
 from proxytune.stats.bootstrap import Interval
@@ -186,7 +184,7 @@ def report(
         if not len(as_trace(trace, name)):
             raise InputError.of(name, expected="a trace with texts", got="none", remedy="Record a run first.")
     settings: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
-    found = {name: losses(trace, **settings) for name, trace in runs.items()}
+    found, orders = compared(runs, **settings)
     by_evidence = sorted(runs, key=lambda name: (-sum(one.told for one in found[name].values()), name))
     named = runs if checkpoints else {name: runs[name] for name in sorted(runs)}
     several = len(runs) > 1
@@ -194,7 +192,7 @@ def report(
     return Report(
         runs={name: _size(runs[name]) for name in by_evidence},
         losses={name: found[name] for name in by_evidence},
-        orders=tuple(ordered(runs, name, **settings) for name in LOSSES) if several else (),
+        orders=tuple(orders.values()) if several else (),
         lost=tuple(_lost(name, found[name], level, several) for name in by_evidence),
         todo=tuple((name, CURES[name].decoding, CURES[name].training) for name in told),
         parts=_parts(named, checkpoints, by, threshold, settings),
@@ -227,8 +225,8 @@ def _lost(name: str, found: Mapping[LossName, Loss], level: float, several: bool
         rests = _and(sorted({str(one.prompts) for one in told}))
         out += f" Brackets are {100 * level:g} % intervals over {rests} prompts."
     else:
-        rests = max(one.prompts for one in found.values())
-        out = f"{who}: nothing is told to be lost{f', by {rests} prompts' if rests else ''}."
+        most = max(one.prompts for one in found.values())
+        out = f"{who}: nothing is told to be lost{f', by {most} prompts' if most else ''}."
     if quiet:
         out += f" Not told: {_and(quiet)}."
     if silent:
