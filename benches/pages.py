@@ -58,6 +58,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "layers": lambda: wrapped(layers.layers_block()),
     "formulas": of("formulas.json", formulas.formulas_block),
     "hybrids": of("hybrids.json", "bench_hybrids:hybrids_table"),
+    "report": of("report.json", "bench_report:report_table"),
     "trace": of("trace.json", "bench_trace:trace_table"),
     "overlap": of("overlap.json", "bench_overlap:overlap_table"),
     "lora": of("lora.json", "bench_lora_pair:lora_table"),

@@ -61,6 +61,7 @@ _add(
 )
 _add("see", view.see)
 _add("view", view.view)
+_add("report", view.report)
 _add("calibrate", calibrate.calibrate, prompts=True)
 _add("score", score.score, prompts=True)
 _add("tune", tune.tune)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from proxytune.cli.answered import encode_answered, split_answers
 from proxytune.cli.encoding import encode
+from proxytune.cli.gold import plain
 from proxytune.cli.prompts import COMPLETION, Prompt, read_prompts
 from proxytune.errors import InputError
 
@@ -202,7 +203,7 @@ class Judge:
             numbers = order[first : first + self.batch_size]
             for number, text, cut in zip(numbers, *self._write(model, numbers), strict=True):
                 found, wanted = self.extract(text, cut=cut), _wanted(self.prompts[number])
-                right[number] = found is not None and _plain(found) == _plain(wanted)
+                right[number] = found is not None and plain(found) == plain(wanted)
         return [right[i] for i in items]
 
     def _write(self, model: Any, numbers: Sequence[int]) -> tuple[list[str], list[bool]]:
@@ -214,7 +215,3 @@ class Judge:
         ends = {ends} if isinstance(ends, int) else set(ends or ())
         texts = [str(self.tokenizer.decode(row, skip_special_tokens=True)) for row in new]
         return texts, [ends.isdisjoint(row) for row in new]
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.split()).lower()

@@ -1,7 +1,8 @@
-"""`proxytune see`: what the shift changes in an answer; `proxytune view`: the same of a recorded run, or its page."""
+"""`proxytune see`: what the shift changes in an answer; `view`: the same of a run; `report`: what a policy has lost."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +27,9 @@ from proxytune.cli.options import (
 )
 from proxytune.errors import InputError
 
-__all__ = ["check_trace", "see", "view"]
+__all__ = ["check_trace", "report", "see", "view"]
+
+ANSWERS = "Answers"
 
 Changed = Annotated[
     int, typer.Option(min=0, help="How many of the most changed positions to list.", rich_help_panel=OUTPUT)
@@ -137,6 +140,95 @@ def view(
         look(trace, text=number, changed=changed, console=console)
     if text is None and len(trace) > most:
         terminal.show_note(f"{len(trace) - most} more texts: show one with --text NUMBER.")
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="RUN.npz…", help="Traces.", show_default=False)],
+    answer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REGEX",
+            help="How to find the answer in a text: the last match, and of it group 1 (default: the answers in the "
+            'traces; with --gold, what follows "The answer is", else the last number).',
+            rich_help_panel=ANSWERS,
+            show_default=False,
+        ),
+    ] = None,
+    gold: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.jsonl",
+            help='JSON lines with a "prompt" and its right "answer"; spaces and capitals make no difference '
+            "(default: the grades in the traces).",
+            rich_help_panel=ANSWERS,
+            show_default=False,
+        ),
+    ] = None,
+    by: Annotated[
+        str,
+        typer.Option(help='What accuracy is held against: "tokens", or the name of a fact.', rich_help_panel=ANSWERS),
+    ] = "tokens",
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="The runs are checkpoints of one training, the earliest first.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="REPORT.html",
+            help="Write the whole report as one page (default: its first lines, here).",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    md: Annotated[
+        Path | None,
+        typer.Option(metavar="REPORT.md", help="Write it as Markdown.", rich_help_panel=OUTPUT, show_default=False),
+    ] = None,
+) -> None:
+    """Say what recorded policies have lost (diversity, calibration, the use of thinking), how sure that is, what to do.
+
+    For example: proxytune report run.npz --gold answers.jsonl --out report.html
+
+    A diagnosis that the runs cannot give says what is missing. Several runs stand side by side.
+    """
+    for option, file, ends in (("--out", out, (".html", ".htm")), ("--md", md, (".md",))):
+        if file is not None and file.suffix not in ends:
+            raise InputError.of(option, expected=f"NAME{ends[0]}", got=str(file), remedy=f"Write {file.stem}{ends[0]}.")
+
+    from proxytune.cli.gold import Grader, read_gold
+    from proxytune.cli.sample_run import extractor
+    from proxytune.trace import graded, load
+    from proxytune.view import report as reports
+    from proxytune.view import report_text
+
+    extract = extractor(answer) if answer is not None or gold is not None else None
+    right = None if gold is None else read_gold(gold)
+    runs = {name: load(file) for name, file in zip(_names_of(files), files, strict=True)}
+    for name, trace in runs.items():
+        grade = None if right is None else Grader(right, name)
+        runs[name] = graded(trace, extract, grade)
+    made = reports.report(runs, checkpoints=checkpoints, by=by)
+    if out is None and md is None:
+        console = terminal.output()
+        console.print(report_text.summary(made, width=console.width), soft_wrap=True)
+        terminal.show_note("every diagnosis, with plots: --out report.html")
+    for file in filter(None, (out, md)):
+        terminal.show_note(f"{report_text.write(made, file)}: {len(runs)} run{'s' * (len(runs) > 1)}.")
+
+
+def _names_of(files: Sequence[Path]) -> list[str]:
+    """A name for each run: its file's, or its path where two files have one name.
+
+    Raises:
+        InputError: If a file is given twice.
+    """
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise InputError.of("runs", expected="each once", got=f"{twice} twice", remedy="Give each trace once.")
+    stems = [file.stem for file in files]
+    return [
+        stem if stems.count(stem) == 1 else str(file.with_suffix("")) for stem, file in zip(stems, files, strict=True)
+    ]
 
 
 def _bundled(alpha: float | None) -> tuple[str, str, str, float]:

@@ -13,6 +13,7 @@ from proxytune.diagnostics.entropy_law import entropy_law
 from proxytune.diagnostics.entropy_profile import entropy_profile, fork_change, on_policy_signature
 from proxytune.diagnostics.kl_drift import kl_drift
 from proxytune.diagnostics.length import length_effect
+from proxytune.diagnostics.losses import losses, ordered
 from proxytune.diagnostics.prompts import Finding
 from proxytune.diagnostics.search_scaling import search_scaling
 from proxytune.diagnostics.spread import spread
@@ -30,7 +31,9 @@ __all__ = [
     "formats",
     "kl_drift",
     "length_effect",
+    "losses",
     "on_policy_signature",
+    "ordered",
     "search_scaling",
     "spread",
 ]

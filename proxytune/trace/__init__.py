@@ -6,7 +6,8 @@ are, and read anywhere.
 
 from __future__ import annotations
 
+from proxytune.trace.grading import graded, words_of
 from proxytune.trace.record import FIELDS, SIGNALS, UNKNOWN, Trace, TracedText
 from proxytune.trace.store import TraceWriter, load, save
 
-__all__ = ["FIELDS", "SIGNALS", "UNKNOWN", "Trace", "TraceWriter", "TracedText", "load", "save"]
+__all__ = ["FIELDS", "SIGNALS", "UNKNOWN", "Trace", "TraceWriter", "TracedText", "graded", "load", "save", "words_of"]
