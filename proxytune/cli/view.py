@@ -203,11 +203,11 @@ def report(
 
     extract = extractor(answer) if answer is not None or gold is not None else None
     right = None if gold is None else read_gold(gold)
-    runs = {name: load(file) for name, file in zip(_names_of(files), files, strict=True)}
-    for name, trace in runs.items():
-        grade = None if right is None else Grader(right, name)
-        runs[name] = graded(trace, extract, grade)
-    made = reports.report(runs, checkpoints=checkpoints, by=by)
+    runs = {}
+    with terminal.Bar("diagnoses") as bar:
+        for name, file in zip(_names_of(files), files, strict=True):
+            runs[name] = graded(load(file), extract, None if right is None else Grader(right, name))
+        made = reports.report(runs, checkpoints=checkpoints, by=by, progress=bar.show)
     if out is None and md is None:
         console = terminal.output()
         console.print(report_text.summary(made, width=console.width), soft_wrap=True)

@@ -163,6 +163,7 @@ def report(
     level: float = 0.95,
     draws: int = 1000,
     seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """What runs show of their policies. The order of `runs` makes no difference, unless they are checkpoints.
 
@@ -174,6 +175,7 @@ def report(
         level: Confidence level of the intervals.
         draws: Number of resamples, of whole prompts.
         seed: Seed of the resamples.
+        progress: Told before each diagnosis: what comes, how many are done, and of how many.
 
     Raises:
         InputError: If there is no run, or one has no texts.
@@ -184,9 +186,16 @@ def report(
         if not len(as_trace(trace, name)):
             raise InputError.of(name, expected="a trace with texts", got="none", remedy="Record a run first.")
     settings: dict[str, Any] = {"level": level, "draws": draws, "seed": seed}
-    found, orders = compared(runs, **settings)
-    by_evidence = sorted(runs, key=lambda name: (-sum(one.told for one in found[name].values()), name))
     named = runs if checkpoints else {name: runs[name] for name in sorted(runs)}
+    diagnoses = _parts(named, checkpoints, by, threshold, settings)
+    told_of = progress or (lambda what, done, total: None)
+    told_of("losses", 0, 1 + len(diagnoses))
+    found, orders = compared(runs, **settings)
+    parts = []
+    for done, diagnose in enumerate(diagnoses, 1):
+        told_of("diagnoses", done, 1 + len(diagnoses))
+        parts.append(diagnose())
+    by_evidence = sorted(runs, key=lambda name: (-sum(one.told for one in found[name].values()), name))
     several = len(runs) > 1
     told = [name for name in LOSSES if any(each[name].told for each in found.values())]
     return Report(
@@ -195,7 +204,7 @@ def report(
         orders=tuple(orders.values()) if several else (),
         lost=tuple(_lost(name, found[name], level, several) for name in by_evidence),
         todo=tuple((name, CURES[name].decoding, CURES[name].training) for name in told),
-        parts=_parts(named, checkpoints, by, threshold, settings),
+        parts=tuple(parts),
         examples={name: shown for name in by_evidence if (shown := _examples(runs[name]))},
     )
 
@@ -256,7 +265,7 @@ Found = tuple[Finding, tuple[Figure, ...]]
 
 def _parts(
     runs: Mapping[str, Trace], checkpoints: bool, by: str, threshold: float | None, settings: Mapping[str, Any]
-) -> tuple[Part, ...]:
+) -> list[Callable[[], Part]]:
     def part(
         title: str,
         means: str,
@@ -265,8 +274,9 @@ def _parts(
         figures: Callable[[Any], Sequence[Figure]],
         points: Callable[[Any], Sequence[tuple[float, Interval]]],
         **plot: Any,
-    ) -> Part:
-        return _part(title, means, means_not, {n: partial(diagnose, t) for n, t in runs.items()}, figures, points, plot)
+    ) -> Callable[[], Part]:
+        diagnoses = {name: partial(diagnose, trace) for name, trace in runs.items()}
+        return partial(_part, title, means, means_not, diagnoses, figures, points, plot)
 
     def entropy(found: Any) -> list[Figure]:
         forks = [] if found.above is None else [Figure("share of forks", found.above, percent=True)]
@@ -462,7 +472,7 @@ def _parts(
         parts += _pairs(runs, settings)
     if checkpoints:
         parts += _over_training(runs, threshold, settings)
-    return tuple(parts)
+    return parts
 
 
 def _part(
@@ -497,7 +507,7 @@ def _weighted(trace: Trace) -> bool:
     return any("weight" in text.facts for text in trace)
 
 
-def _pairs(runs: Mapping[str, Trace], settings: Mapping[str, Any]) -> list[Part]:
+def _pairs(runs: Mapping[str, Trace], settings: Mapping[str, Any]) -> list[Callable[[], Part]]:
     names = list(runs)
     pairs = {
         f"{one} − {other}": partial(
@@ -507,7 +517,8 @@ def _pairs(runs: Mapping[str, Trace], settings: Mapping[str, Any]) -> list[Part]
         for other in names[i + 1 :]
     }
     return [
-        _part(
+        partial(
+            _part,
             "Which run for how many samples",
             "The first run's chance of a right answer less the second's, on the prompts that both have. A collapsed "
             "policy leads with one sample, and falls behind with many.",
@@ -523,7 +534,9 @@ def _pairs(runs: Mapping[str, Trace], settings: Mapping[str, Any]) -> list[Part]
     ]
 
 
-def _over_training(runs: Mapping[str, Trace], threshold: float | None, settings: Mapping[str, Any]) -> list[Part]:
+def _over_training(
+    runs: Mapping[str, Trace], threshold: float | None, settings: Mapping[str, Any]
+) -> list[Callable[[], Part]]:
     names = list(runs)
 
     def law() -> Any:
@@ -533,7 +546,8 @@ def _over_training(runs: Mapping[str, Trace], threshold: float | None, settings:
         return fork_change(runs[names[0]], runs[names[-1]], threshold=threshold, **settings)
 
     return [
-        _part(
+        partial(
+            _part,
             "Entropy traded for reward",
             "The law R = −a·e^H + b over checkpoints: what training bought with entropy, and the ceiling.",
             "It holds over checkpoints of one training, never over temperatures.",
@@ -542,7 +556,8 @@ def _over_training(runs: Mapping[str, Trace], threshold: float | None, settings:
             lambda found: [(h, Interval(r, r, r)) for h, r in found.points],
             {"x": "entropy, nats", "y": "share of right texts", "percent": True},
         ),
-        _part(
+        partial(
+            _part,
             "Forks before and after",
             "Planning tokens (forks) and execution tokens of the first and the last checkpoint.",
             "A fork is a token above one threshold for both, which the first checkpoint sets.",

@@ -112,7 +112,10 @@ def test_runs_are_ranked_the_same_in_any_order_and_ties_are_said(runs: dict[str,
     assert " ~ " in orders["diversity"].says
     assert orders["drift"].runs == ()
     assert orders["drift"].without == ("a", "b", "c")
-    one = report(runs, **FAST)
+    steps: list[tuple[str, int, int]] = []
+    one = report(runs, **FAST, progress=lambda *step: steps.append(step))
+    assert steps == [("losses", 0, 13), *(("diagnoses", done, 13) for done in range(1, 13))]
+    assert len(one.parts) == 12
     other = report(dict(random.Random(1).sample(list(runs.items()), 3)), **FAST)
     assert html(one) == html(other)
     assert markdown(one) == markdown(other)
@@ -145,6 +148,15 @@ def test_what_to_do_names_tools_that_are_there(runs: dict[str, Trace]) -> None:
     assert "b has lost diversity" in shown
     assert "a: nothing is told to be lost, by 24 prompts" in shown
     assert "proxytune/methods/thinking/README.md" in shown
+
+
+def test_a_loss_at_its_mark_is_seldom_told() -> None:
+    told = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)  # four wrong answers, equally likely: 1/4
+        trace = run([text(p, answer=str(rng.integers(4)), grade=0.0) for p in range(12) for _ in range(4)])
+        told += losses(trace, draws=200)["diversity"].told
+    assert told <= 3
 
 
 class Page(HTMLParser):

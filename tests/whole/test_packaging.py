@@ -295,7 +295,11 @@ def test_the_wheel_holds_every_module_and_neither_tests_nor_pages(wheel):
     names = set(wheel.namelist())
     for source in (ROOT / "proxytune").rglob("*.py"):
         assert source.relative_to(ROOT).as_posix() in names
-    assert {"proxytune/py.typed", *(f"proxytune/view/page.{kind}" for kind in ("html", "css", "js"))} <= names
+    assert {
+        "proxytune/py.typed",
+        "proxytune/view/report.css",
+        *(f"proxytune/view/page.{kind}" for kind in ("html", "css", "js")),
+    } <= names
     assert "proxytune_kernels/__init__.py" in names
     assert not [name for name in names if name.startswith(("tests/", "kernels/", "benches/", "findings/"))]
     assert not [name for name in names if name.endswith(("README.md", ".sh", ".png"))]
