@@ -19,6 +19,7 @@ CalibrationWarning (a UserWarning)       an entropy threshold may not give the w
 BudgetWarning (a UserWarning)            the budget had no room for all texts that were planned
 DriftWarning (a UserWarning)             the share of forks left its band: the threshold no longer fits
 SteeringWarning (a UserWarning)          a steered model that probably does not do what was meant
+RecordingWarning (a UserWarning)         a recording that ended without a text
 ```
 """
 
@@ -37,6 +38,7 @@ __all__ = [
     "NumericalError",
     "ProxytuneError",
     "RecipeError",
+    "RecordingWarning",
     "SteeringWarning",
     "UnsupportedModeError",
     "UnsupportedModelError",
@@ -123,3 +125,7 @@ class DriftWarning(UserWarning):
 
 class SteeringWarning(UserWarning):
     """A steered model that probably does not do what was meant: its roles, α, end tokens, or how it is asked."""
+
+
+class RecordingWarning(UserWarning):
+    """A recording ended without a text: `generate()` of the recorded model was not called."""

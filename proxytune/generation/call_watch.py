@@ -34,8 +34,9 @@ class Watch:
     Another thread may run the same model meanwhile: it is let through.
     """
 
-    def __init__(self, log: CallLog, loop: Any) -> None:
-        self._log, self._seen = log, Seen()
+    def __init__(self, log: CallLog, loop: Any, look: Callable[[Any], None]) -> None:
+        """Watch a call with this loop; `look` is shown the generation config before the first pass, and may refuse."""
+        self._log, self._seen, self._look = log, Seen(), look
         self._composed = Ensemble.of(log.model).composed
         # A loop that logs needs no help, but where a processor steers a plain model.
         self._quiet = self._composed and getattr(loop, "logs", False)
@@ -51,6 +52,7 @@ class Watch:
             if log_now() is not log:
                 return found
             seen.config = args[0] if args else kwargs["generation_config"]
+            self._look(seen.config)
             return found if self._quiet else ShownTokens(found, log)
 
         def mask(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -139,9 +139,8 @@ def about(ensemble: Ensemble, named: Mapping[str, Any], config: Any) -> dict[str
     found: dict[str, Any] = {
         "model": getattr(ensemble.model.config, "_name_or_path", "") or type(ensemble.model).__name__
     }
-    if loop is not None:
-        found["loop"] = type(loop).__name__
     if config is not None:  # greedy decoding is that of temperature 0
+        found["loop"] = "generate" if loop is None else type(loop).__name__
         found["temperature"] = float(config.temperature or 1.0) if config.do_sample else 0.0
     if ensemble.composed:
         found["members"] = {

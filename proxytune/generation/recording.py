@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +20,7 @@ import torch
 from transformers import GenerationMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError, RecordingWarning, UnsupportedModeError
 from proxytune.generation.call_log import Arrays, CallLog, log_on, logged
 from proxytune.generation.call_watch import Watch
 from proxytune.generation.method_hooks import MethodHook, hooks_on, target_of
@@ -28,7 +29,7 @@ from proxytune.generation.token_texts import names_of, pieces_of
 from proxytune.models.ensemble import Ensemble
 from proxytune.models.scored_texts import Prompts
 from proxytune.trace import Trace, TracedText, TraceWriter
-from proxytune.trace.record import COMBINED
+from proxytune.trace.record import COMBINED, refuse_mixed
 from proxytune.trace.store import refuse_other
 from proxytune.validation import Ids, shown, whole
 
@@ -74,6 +75,7 @@ class Recording:
         self._sources: tuple[str, ...] = ()
         self._about: dict[str, Any] = {}
         self._hook: MethodHook | None = None
+        self._stopped = self._called = False
 
     @property
     def trace(self) -> Trace:
@@ -97,15 +99,31 @@ class Recording:
         return None if show is None else show()
 
     def __enter__(self) -> Self:
+        if self._stopped:
+            raise InputError.of(
+                "a recording",
+                expected="a new one of the model",
+                got="one that was stopped",
+                remedy="Write `with proxytune.record(model) as recording:` again.",
+            )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        idle = kind is None and self._hook is not None and not self._called
         self.stop()
+        if idle:
+            warnings.warn(
+                "nothing was recorded: generate() of this very model was not called. A loop of your own that calls "
+                "model(…) is not recorded; read its texts with Recording.read.",
+                RecordingWarning,
+                stacklevel=2,
+            )
 
     def stop(self) -> None:
         """Record no further call of the model that `record` was given."""
         if self._hook is not None:
             self._hook.take()
+            self._stopped = True
         self._hook = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -129,6 +147,7 @@ class Recording:
         """
         ensemble = Ensemble.of(model)
         log = CallLog(model, self.top, [role for role, _ in ensemble.models])
+        self._refuse_other((COMBINED, *log.roles), about(ensemble, {}, None))
         read_into(log, model, texts, prompts)
         of_base = prompts["base"] if isinstance(prompts, Mapping) else prompts
         before = [list(map(int, of_base[i])) if of_base is not None else [] for i in range(len(texts))]
@@ -144,13 +163,19 @@ class Recording:
             UnsupportedModeError: For an encoder-decoder, and for prompts that are not token ids.
             InputError: If the call is being recorded already, or by a model with other members than before.
         """
+        self._called = True
         named = _named(args, kwargs)
         _refuse(model, named)
         ensemble = Ensemble.of(model)
         log = CallLog(model, self.top, [role for role, _ in ensemble.models])
-        if ensemble.composed:  # before the work; a processor may steer a plain model
-            self._refuse_other((COMBINED, *log.roles))
-        with Watch(log, named.get("custom_generate")) as seen, logged(log):
+        sources = (COMBINED, *log.roles) if ensemble.composed else None  # a processor may steer a plain model
+        if ensemble.composed:
+            self._refuse_other(sources, about(ensemble, named, None))
+
+        def look(config: Any) -> None:  # known later, but before the work
+            self._refuse_other(sources, about(ensemble, named, config))
+
+        with Watch(log, named.get("custom_generate"), look) as seen, logged(log):
             out = generate(**named)
         sequences: torch.Tensor = out if isinstance(out, torch.Tensor) else out.sequences
         origins = origins_of(sequences, named, log)
@@ -188,7 +213,7 @@ class Recording:
     def _added(
         self, texts: tuple[TracedText, ...], sources: tuple[str, ...], told: dict[str, Any]
     ) -> tuple[TracedText, ...]:
-        self._refuse_other(sources)
+        self._refuse_other(sources, told)
         self._sources = sources
         self._about |= told
         self._texts += texts
@@ -196,16 +221,17 @@ class Recording:
             TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
         return texts
 
-    def _refuse_other(self, sources: tuple[str, ...]) -> None:
-        if self._texts and sources != self._sources:
+    def _refuse_other(self, sources: tuple[str, ...] | None, told: dict[str, Any]) -> None:
+        if self._texts and sources is not None and sources != self._sources:
             raise InputError.of(
                 "a recording",
                 expected=f"calls of models with the same members: {', '.join(self._sources[1:])}",
                 got=", ".join(sources[1:]),
                 remedy="Use a recording for each model.",
             )
+        refuse_mixed("a recording", self._about, told)
         if self.file is not None:
-            refuse_other(self.file, sources, self.top)
+            refuse_other(self.file, sources, self.top, told)
 
     def _text(self, prompt: list[int], arrays: Arrays, facts: dict[str, Any], given: bool) -> TracedText:
         words: dict[str, Any] = {**arrays, "facts": facts, "given": given}
@@ -245,6 +271,9 @@ def record(
 
     Raises:
         InputError: If the model cannot generate, or is being recorded.
+
+    Warns:
+        RecordingWarning: At the end of the `with` block, if nothing was recorded.
     """
     recording = Recording(top=top, tokenizer=tokenizer, file=file)
     target = target_of(model)
@@ -253,7 +282,8 @@ def record(
             "record",
             expected="a model that is not being recorded",
             got=f"a {type(target).__name__} with a recording",
-            remedy="End that one first: leave its `with` block, or call its stop().",
+            remedy="End that one first: leave its `with` block, or call its stop(), which is also that of "
+            "model.generate.replacement.recording.",
         )
     recording._hook = MethodHook(target, "generate", _Recorded(recording, target))
     return recording
@@ -264,6 +294,11 @@ class _Recorded:
 
     def __init__(self, recording: Recording | None, model: Any) -> None:
         self._recording, self._model = recording, model
+
+    @property
+    def recording(self) -> Recording | None:
+        """The recording, for those who kept no other name of it."""
+        return self._recording
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Recorded, (None, None)  # nobody could read what the model of a pickle records

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from proxytune.errors import InputError
 from proxytune.validation import shown
 
-__all__ = ["COMBINED", "FIELDS", "SIGNALS", "UNKNOWN", "Trace", "TracedText", "show_in_notebooks"]
+__all__ = ["COMBINED", "FIELDS", "SIGNALS", "UNKNOWN", "Trace", "TracedText", "refuse_mixed", "show_in_notebooks"]
 
 COMBINED = "combined"
 """The name of the combined distribution among a trace's sources; the others are roles of members."""
@@ -192,6 +192,30 @@ class Trace:
 
 
 _in_notebooks: list[Callable[[Trace], str]] = []
+
+
+_ONE = ("model", "members", "formula", "loop", "temperature")
+
+
+def refuse_mixed(of: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuse to put runs with other settings into one trace: what reads it knows one model, formula, loop, temperature.
+
+    Args:
+        of: The trace, for the message.
+        before: What it says of its run (`Trace.about`).
+        now: The same of the run to be added; settings that one of both does not know are not compared.
+
+    Raises:
+        InputError: If they differ.
+    """
+    for name in _ONE:
+        if name in before and name in now and before[name] != now[name]:
+            raise InputError.of(
+                of,
+                expected=f"runs of one {name}: {before[name]}",
+                got=str(now[name]),
+                remedy="Use a recording, and a file, for each.",
+            )
 
 
 def show_in_notebooks(draw: Callable[[Trace], str]) -> None:

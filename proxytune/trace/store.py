@@ -1,33 +1,38 @@
 """Traces on disk: `NAME.npz` holds the arrays, `NAME.jsonl` beside it a line for the run and one for each text.
 
-Format 1. The first line of `NAME.jsonl` is `{"format_version": 1, "sources": […], "top": k, "about": {…}}`; each other
-line is a text, without its arrays, which `NAME.npz` holds as `<number>/<field>`. A text counts once its line is whole,
-and its line is written after its arrays: a run that is killed loses the texts that were being written, and no other.
+Format 1. The first line of `NAME.jsonl` is `{"format_version": 1, "run": id, "sources": […], "top": k, "about": {…}}`;
+each other line is a text, without its arrays, which `NAME.npz` holds as `<number>/<field>`, beside the id as `run`. A
+text counts once its line is whole, and its line is written after its arrays: a run that is killed loses the texts that
+were being written, and no other.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import secrets
 import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from proxytune.errors import InputError
 from proxytune.json_files import check_form, refuse_unknown
-from proxytune.trace.record import FIELDS, Trace, TracedText
+from proxytune.trace.record import FIELDS, Trace, TracedText, refuse_mixed
 
 __all__ = ["TraceWriter", "load", "refuse_other", "save"]
 
 VERSION = 1
 _OF_TEXT = ("prompt", "pieces", "names", "given", "answer", "grade", "facts")
 _ARRAYS = ("prompt_ids", *FIELDS)
+_RUN = "run"
 
 
 class TraceWriter:
@@ -46,37 +51,52 @@ class TraceWriter:
         """
         self.file = _named(file)
         self._empty = Trace(sources=tuple(sources), top=top, about=dict(about or {}))
+        _texts_in(self.file, self._empty.sources, top, self._empty.about)  # before a file is made
+        with _locked(_lines_of(self.file)):
+            self.count, self._run = self._begun()
+
+    def _begun(self) -> tuple[int, str]:
+        """How many texts the file holds, and the name of its run; writes the first line where there is none."""
         mine, lines = self._empty, _lines_of(self.file)
-        self.count, whole = _texts_in(self.file, mine.sources, top)
+        count, whole = _texts_in(self.file, mine.sources, mine.top, mine.about)
         if whole:
             if whole < lines.stat().st_size:  # a line that was cut off
                 os.truncate(lines, whole)
-        else:
-            of_run = {"sources": mine.sources, "top": mine.top, "about": mine.about}
-            lines.write_bytes(_line({"format_version": VERSION, **of_run}))
+            return count, str(_read(lines)[0]["run"])
+        run = secrets.token_hex(8)
+        of_run = {"run": run, "sources": mine.sources, "top": mine.top, "about": mine.about}
+        lines.write_bytes(_line({"format_version": VERSION, **of_run}))
+        return 0, run
 
     def add(self, texts: Iterable[TracedText]) -> None:
-        """Append texts: all of these arrays first, in a copy that takes the file's place, then their lines."""
+        """Append texts: all of these arrays first, in a copy that takes the file's place, then their lines.
+
+        Several processes may append to one trace; each waits until the other one is done.
+        """
         texts = list(texts)
         if not texts:
             return
         replace(self._empty, texts=tuple(texts))  # its check
         written = [_line({name: getattr(text, name) for name in _OF_TEXT}) for text in texts]
+        with _locked(_lines_of(self.file)):
+            self.count, self._run = self._begun()
+            self._append(texts, written)
+
+    def _append(self, texts: list[TracedText], written: list[bytes]) -> None:
         staged = self.file.with_name(f".{self.file.name}.{secrets.token_hex(8)}")
         try:
             if self.file.exists():
                 shutil.copyfile(self.file, staged)
             with zipfile.ZipFile(staged, "a", zipfile.ZIP_DEFLATED) as archive:
                 held = set(archive.namelist())
+                if not held:
+                    archive.writestr(f"{_RUN}.npy", _array_bytes(np.array([self._run])))
                 for number, text in enumerate(texts, self.count):
                     for name in _ARRAYS:
                         entry = f"{number}/{name}.npy"
                         if entry in held:  # of a run that was killed before the text's line
                             entry = f"{number}/{name}.{secrets.token_hex(4)}.npy"
-                        with archive.open(entry, "w") as out:
-                            np.lib.format.write_array(
-                                out, np.ascontiguousarray(getattr(text, name)), allow_pickle=False
-                            )
+                        archive.writestr(entry, _array_bytes(getattr(text, name)))
             with open(staged, "rb") as done:
                 os.fsync(done.fileno())
             os.replace(staged, self.file)
@@ -126,6 +146,8 @@ def load(file: str | Path) -> Trace:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 entries = _entries(arrays.files)
+                if _RUN not in arrays.files or str(arrays[_RUN][0]) != head["run"]:
+                    raise ValueError("they are of another run")
                 for number, text in enumerate(texts):
                     of_text = {name: arrays[entries[f"{number}/{name}"]] for name in _ARRAYS}
                     found.append(TracedText(**of_text, **_of_json(text)))
@@ -139,7 +161,9 @@ def load(file: str | Path) -> Trace:
     return Trace(sources=tuple(head["sources"]), top=head["top"], texts=tuple(found), about=head["about"])
 
 
-def refuse_other(file: str | Path, sources: Iterable[str] | None, top: int) -> None:
+def refuse_other(
+    file: str | Path, sources: Iterable[str] | None, top: int, about: Mapping[str, Any] | None = None
+) -> None:
     """Refuse a place where a trace of these sources (None: not known yet) could not be written, before it is made.
 
     Raises:
@@ -153,10 +177,29 @@ def refuse_other(file: str | Path, sources: Iterable[str] | None, top: int) -> N
             got=f"no folder {path.parent}",
             remedy="Make the folder first.",
         )
-    _texts_in(path, None if sources is None else tuple(sources), top)
+    _texts_in(path, None if sources is None else tuple(sources), top, about or {})
 
 
-def _texts_in(path: Path, sources: tuple[str, ...] | None, top: int) -> tuple[int, int]:
+@contextmanager
+def _locked(lines: Path) -> Iterator[None]:
+    """Keep other processes from writing the same trace meanwhile, where the system has such locks."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(lines, "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+
+
+def _array_bytes(array: NDArray[Any]) -> bytes:
+    out = io.BytesIO()
+    np.lib.format.write_array(out, np.ascontiguousarray(array), allow_pickle=False)
+    return out.getvalue()
+
+
+def _texts_in(path: Path, sources: tuple[str, ...] | None, top: int, about: Mapping[str, Any]) -> tuple[int, int]:
     """How many texts a trace on disk holds, and the bytes of its whole lines; 0 and 0 where there is none yet."""
     lines = _lines_of(path)
     if lines.exists() and lines.stat().st_size:
@@ -169,6 +212,7 @@ def _texts_in(path: Path, sources: tuple[str, ...] | None, top: int) -> tuple[in
                 got=f"one of {', '.join(head['sources'])}, top {head['top']}",
                 remedy="Give another file, or remove this one.",
             )
+        refuse_mixed(str(path), head["about"], about)
         return len(texts), whole
     if path.exists():
         raise InputError.of(
@@ -214,7 +258,7 @@ def _read(lines: Path) -> tuple[Mapping[str, Any], list[Mapping[str, Any]], int]
         parsed[0] if parsed else None,
         str(lines),
         version=VERSION,
-        keys=("format_version", "sources", "top", "about"),
+        keys=("format_version", "run", "sources", "top", "about"),
         see="proxytune.trace.store",
     )
     for text in parsed[1:]:

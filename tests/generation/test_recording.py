@@ -27,7 +27,7 @@ from proxytune import (
     Recording,
     SpeculativeDecoding,
 )
-from proxytune.errors import InputError, UnsupportedModeError
+from proxytune.errors import InputError, RecordingWarning, UnsupportedModeError
 from proxytune.formulas import ContextAware, Gate
 from proxytune.generation.token_texts import names_of, pieces_of
 from proxytune.trace import UNKNOWN, TracedText, load
@@ -157,8 +157,8 @@ def test_a_model_with_an_attached_processor_is_recorded_as_steered(loop: Any) ->
     processor = ProxyTuningLogitsProcessor(expert, antiexpert, ALPHA, check_vocabulary=False)
     with processor.attach(base), proxytune.record(base) as recording:
         out = run(base, ids, mask, do_sample=True, custom_generate=loop)
-        with pytest.raises(UnsupportedModeError, match="a processor that steers"):
-            run(base, ids, mask, num_beams=2)
+    with processor.attach(base), proxytune.record(base), pytest.raises(UnsupportedModeError, match="that steers"):
+        run(base, ids, mask, num_beams=2)
     assert_recorded(recording, out, ids, mask)
     assert recording.trace.sources == ("combined", *ROLES)
     for text in recording:
@@ -226,9 +226,9 @@ def test_latent_steps_are_said_and_never_read_again(model: Any, loop: Any) -> No
         assert_recorded(recording, out, ids, mask)
         for text, soft in zip(recording, out.soft, strict=True):
             np.testing.assert_array_equal(text.said("latent"), soft[: len(text)].numpy())
-        if loop is None:
-            with pytest.raises(UnsupportedModeError, match="no ids can say"):
-                run(model, ids, mask, num_beams=2, custom_generate=LatentDecoding("gumbel", seed=0))
+    if loop is None:
+        with proxytune.record(model), pytest.raises(UnsupportedModeError, match="no ids can say"):
+            run(model, ids, mask, num_beams=2, custom_generate=LatentDecoding("gumbel", seed=0))
 
 
 def test_one_call_is_recorded_and_a_file_takes_it(model: Any, tmp_path: Path) -> None:
@@ -262,6 +262,23 @@ def test_a_file_that_cannot_take_the_texts_is_refused_before_the_work(model: Any
     assert steps.got == []
 
 
+def test_one_recording_has_one_setting(tmp_path: Path) -> None:
+    model = composed(dtype=torch.float32)
+    ids, mask = padded()
+    for recording in (Recording(), Recording(file=tmp_path / "run.npz")):
+        run(model, ids, mask, do_sample=False, max_new_tokens=2, trace=recording)
+        for settings, name in (({"do_sample": True}, "temperature"), ({"custom_generate": FusedDecoding()}, "loop")):
+            with pytest.raises(InputError, match=f"expected runs of one {name}"):
+                run(model, ids, mask, **{"do_sample": False} | settings, trace=recording)
+        recording.read(model, [[5, 6]], prompts=[[7]])  # says nothing of a loop
+        model.alpha = 0.0
+        for again in (recording, *([Recording(file=recording.file)] if recording.file else [])):
+            with pytest.raises(InputError, match="expected runs of one formula"):
+                run(model, ids, mask, do_sample=False, trace=again)
+        model.alpha = ALPHA
+        assert len(recording) == 4
+
+
 def test_own_prompts_are_read_again() -> None:
     model = proxytune.wrap(shared("llama", 0), formula=ContextAware(), check_vocabulary=False)
     ids, mask = padded()
@@ -281,11 +298,17 @@ def test_own_prompts_are_read_again() -> None:
 
 def test_what_cannot_be_recorded_is_refused_by_name(model: Any) -> None:
     ids, mask = padded()
-    with proxytune.record(model) as recording:
-        with pytest.raises(InputError, match="that is not being recorded"):
-            proxytune.record(model)
-        with pytest.raises(InputError, match="Leave out one of both"):
-            run(model, ids, mask, trace=Recording())
+    recording = proxytune.record(model)
+    with pytest.raises(InputError, match="that is not being recorded"):
+        proxytune.record(model)
+    with pytest.raises(InputError, match="Leave out one of both"):
+        run(model, ids, mask, trace=Recording())
+    with pytest.warns(RecordingWarning, match="nothing was recorded"), recording:
+        model(ids)  # a loop of one's own
+    with pytest.raises(InputError, match="got one that was stopped"), recording:
+        pass
+    proxytune.record(model)  # and no name for it
+    model.generate.replacement.recording.stop()
     with pytest.raises(InputError, match=r"trace=proxytune\.Recording\(\)"):
         run(model, ids, mask, trace="run.npz")
     with pytest.raises(InputError, match=r"expected NAME\.npz"):

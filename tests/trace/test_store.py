@@ -107,6 +107,32 @@ def test_what_is_no_trace_is_refused_by_name(trace: Trace, tmp_path: Path) -> No
         TraceWriter(file, sources=SOURCES, top=3)
 
 
+def test_files_of_two_runs_are_not_taken_for_one(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        save(trace_of(text_of(seed=seed)), tmp_path / f"{name}.npz")
+    (tmp_path / "a.jsonl").write_bytes((tmp_path / "b.jsonl").read_bytes())
+    with pytest.raises(InputError, match="they are of another run"):
+        load(tmp_path / "a.npz")
+
+
+def test_two_writers_take_turns(tmp_path: Path) -> None:
+    file = tmp_path / "run.npz"
+    one, other = (TraceWriter(file, sources=SOURCES, top=3) for _ in range(2))
+    for seed, writer in enumerate((one, other, one, one, other)):
+        writer.add([text_of(seed=seed)])
+    assert_same(load(file), trace_of(*(text_of(seed=seed) for seed in range(5))))
+    code = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from support.traces import SOURCES, text_of\n"
+        "from proxytune.trace import TraceWriter\n"
+        f"for seed in range(8): TraceWriter({str(file)!r}, sources=SOURCES, top=3).add([text_of(seed=seed)])\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    for done in [subprocess.Popen([sys.executable, "-c", code], cwd=root) for _ in range(2)]:
+        assert done.wait() == 0
+    assert len(load(file)) == 5 + 2 * 8
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_an_array_of_another_kind_is_refused_by_name(name: str) -> None:
     whole = getattr(text_of(), name)
