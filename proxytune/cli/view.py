@@ -184,6 +184,15 @@ def report(
         Path | None,
         typer.Option(metavar="REPORT.md", help="Write it as Markdown.", rich_help_panel=OUTPUT, show_default=False),
     ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Draw every plot to a PNG there (extra plot).",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Say what recorded policies have lost (diversity, calibration, the use of thinking), how sure that is, what to do.
 
@@ -208,6 +217,10 @@ def report(
         for name, file in zip(_names_of(files), files, strict=True):
             runs[name] = graded(load(file), extract, None if right is None else Grader(right, name))
         made = reports.report(runs, checkpoints=checkpoints, by=by, progress=bar.show)
+    if plots is not None:
+        from proxytune.view.figures import write_figures
+
+        terminal.show_note(f"{plots}: {len(write_figures(made, plots))} plots.")
     if out is None and md is None:
         console = terminal.output()
         console.print(report_text.summary(made, width=console.width), soft_wrap=True)

@@ -44,6 +44,11 @@ def test_runs_are_graded_and_reported(run, traces, gold, tmp_path):
     assert "y: nothing is told to be lost" in " ".join(done.out.split())
     assert "--out report.html" in done.err
     assert run("report", *reversed(traces), "--gold", gold).out == done.out
+    drawn = run("report", *traces, "--gold", gold, "--plots", tmp_path / "plots")
+    assert drawn.code == 0, drawn.err
+    plots = sorted(file.name for file in (tmp_path / "plots").iterdir())
+    assert f"{len(plots)} plots" in drawn.err
+    assert len(plots) > 3
     page, md = tmp_path / "r.html", tmp_path / "r.md"
     done = run("report", *traces, "--gold", gold, "--answer", r"is (\d+)", "--out", page, "--md", md)
     assert done.code == 0, done.err
