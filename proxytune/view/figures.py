@@ -54,6 +54,9 @@ def figure(plot: Plot, title: str = "") -> Figure:
         axes.set_xticks(range(len(plot.ticks)), plot.ticks, rotation=30, ha="right")
     if plot.log_x:
         axes.set_xscale("log")
+        places = sorted({x for one in plot.series for x, _ in one.points})
+        axes.set_xticks(places, [f"{x:g}" for x in places])  # not powers of ten
+        axes.set_xticks([], minor=True)
     if plot.diagonal:
         axes.plot([0, 1], [0, scale], color="#999999", linewidth=1, linestyle=":")
     axes.set(xlabel=plot.x, ylabel=f"{plot.y}, %" if plot.percent else plot.y, title=title)

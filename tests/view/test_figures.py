@@ -32,6 +32,7 @@ def test_points_and_intervals_are_those_given() -> None:
     (axes,) = figure(CURVE, "Coverage").axes
     assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("samples", "right, %", "Coverage")
     assert axes.get_xscale() == "log"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "8"]
     first, second = axes.containers
     assert first[0].get_xydata().tolist() == [[1.0, 20.0], [8.0, 50.0]]
     assert second[0].get_xydata().tolist() == [[8.0, 30.0]]
