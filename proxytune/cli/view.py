@@ -121,10 +121,10 @@ def view(
     from proxytune.validation import whole
     from proxytune.view.html import write_page
     from proxytune.view.terminal import look
+    from proxytune.view.words import check_texts
 
     trace = load(file)
-    if not len(trace):
-        raise InputError.of(str(file), expected="a trace with texts", got="none", remedy="Record a run first.")
+    check_texts(trace)
     if html is not None:
         if text is not None:
             whole("text", text, "from the trace", most=len(trace) - 1, remedy=f"It has {len(trace)} texts.")

@@ -19,6 +19,7 @@ from proxytune.errors import InputError
 from proxytune.trace import Trace
 from proxytune.validation import whole
 from proxytune.view.packing import ALPHABET, packed
+from proxytune.view.words import check_texts
 
 __all__ = ["page", "write_page"]
 
@@ -50,8 +51,7 @@ def page(
     Raises:
         InputError: If the trace has no texts, or a tree is no mapping.
     """
-    if not len(trace):
-        raise InputError.of("trace", expected="a trace with texts", got="none", remedy="Record a run first.")
+    check_texts(trace)
     for i, tree in enumerate(trees):
         if not isinstance(tree, Mapping):
             raise InputError.of(

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from proxytune.trace import SIGNALS, Trace
+from proxytune.view.words import pieces
 
 __all__ = ["ALPHABET", "packed"]
 
@@ -144,10 +145,10 @@ def _words(trace: Trace, number: Mapping[int, int]) -> tuple[list[str | None], l
                 names[number[token]] = piece
     for token, i in number.items():
         if names[i] is None:
-            names[i] = f"#{token}"
+            names[i] = f" #{token}"
     texts = []
     for text in trace:
-        own = text.pieces or tuple(f" {token}" for token in text.tokens)
+        own = pieces(text)
         usual = (names[number[token]] for token in text.tokens.tolist())
         told = {
             "count": len(text),

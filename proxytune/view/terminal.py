@@ -10,7 +10,7 @@ import numpy as np
 from proxytune.trace import Trace, TracedText
 from proxytune.trace.record import COMBINED
 from proxytune.validation import whole
-from proxytune.view.words import name_of, nats, pieces, share, visible
+from proxytune.view.words import check_texts, name_of, nats, pieces, share, visible
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -41,10 +41,11 @@ def look(trace: Trace, *, text: int = 0, changed: int = 5, console: Console | No
         console: Where to print [the terminal].
 
     Raises:
-        InputError: If the trace has no such text.
+        InputError: If nothing was recorded, or the trace has no such text.
     """
     from rich.console import Console
 
+    check_texts(trace)
     here = Console(markup=False, highlight=False, emoji=False) if console is None else console
     one = trace[whole("text", text, "from the trace", most=len(trace) - 1, remedy=f"It has {len(trace)} texts.")]
     for part in _parts(trace, one, changed, here):

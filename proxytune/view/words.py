@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 
-from proxytune.trace import TracedText
+from proxytune.errors import InputError
+from proxytune.trace import Trace, TracedText
 
-__all__ = ["name_of", "nats", "pieces", "share", "visible"]
+__all__ = ["check_texts", "name_of", "nats", "pieces", "share", "visible"]
 
 # Control characters (except tab and line feed) become Unicode's control pictures; C1 controls become U+FFFD.
 _PICTURES = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
@@ -20,10 +21,13 @@ def visible(text: str) -> str:
 
 
 def name_of(text: TracedText, token: int) -> str:
-    """A token on one line: its text, with signs for line feeds, tabs and spaces alone; its id without a tokenizer."""
+    """A token on one line: its text, with signs for line feeds, tabs and spaces alone; its id if that is not known."""
     if token < 0:
         return "–"
     name = text.names.get(token)
+    if name is None and text.pieces is not None:
+        own = (piece for i, piece in zip(text.tokens.tolist(), text.pieces, strict=True) if i == token and piece)
+        name = next(own, None)
     if name is None:
         return f"#{token}"
     if not name.strip():
@@ -33,7 +37,19 @@ def name_of(text: TracedText, token: int) -> str:
 
 def pieces(text: TracedText) -> tuple[str, ...]:
     """What each token adds to the text; ids without a tokenizer."""
-    return tuple(f" {token}" for token in text.tokens) if text.pieces is None else text.pieces
+    return tuple(f" #{token}" for token in text.tokens) if text.pieces is None else text.pieces
+
+
+def check_texts(trace: Trace) -> None:
+    """Refuse a trace to which nothing was recorded."""
+    if not len(trace):
+        raise InputError.of(
+            "trace",
+            expected="a trace with texts",
+            got="none: nothing was recorded",
+            remedy="Call generate() of the model that is recorded, inside the `with` block; what a loop of your own "
+            "computes with model(…) is not recorded.",
+        )
 
 
 def share(logprob: float) -> str:

@@ -349,7 +349,7 @@ def test_a_plain_trace_in_a_dark_system_at_a_link(tmp_path: Path) -> None:
       $("trees").hidden, $("text").textContent, $("facts").textContent.endsWith("x: NaN")];"""
     dark = "--blink-settings=preferredColorScheme=0"
     told, _ = seen_in(page(trace), script, tmp_path, dark, hash_="#text=1&token=3&colour=probability")
-    words = "".join(f" {token}" for token in trace[1].tokens)
+    words = "".join(f" #{token}" for token in trace[1].tokens)
     colours = ["entropy", "probability"]
     assert told == ["rgb(21, 23, 27)", 1, 2, True, "probability", colours, True, True, True, words, True]
 
@@ -417,7 +417,7 @@ def test_a_page_needs_nothing_else(steered: tuple[Trace, Any], tmp_path: Path) -
 
 
 def test_a_page_is_refused_before_it_is_drawn(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="a trace with texts"):
+    with pytest.raises(InputError, match="a trace with texts.*nothing was recorded.*a loop of your own"):
         page(trace_of())
     with pytest.raises(InputError, match=r"trees\[0\].*got list"):
         page(trace_of(text_of()), trees=[["no", "mapping"]])  # type: ignore[list-item]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from io import StringIO
 from typing import Any
 
@@ -84,12 +86,25 @@ def test_the_most_changed_positions_say_what_was_wanted(trace: Trace) -> None:
 
 def test_texts_without_a_tokenizer_or_tokens_are_shown() -> None:
     bare = trace_of(text_of(), text_of(0))
-    assert str(bare[0].tokens[0]) in shown(bare)
+    assert re.findall(r"#?\d+", shown(bare).split("\n\n")[0]) == [f"#{token}" for token in bare[0].tokens]
     assert shown(bare, text=1).strip() == ""
     assert name_of(bare[0], 5) == "#5"
     assert name_of(bare[0], -1) == "–"
     with pytest.raises(InputError, match="It has 2 texts"):
         shown(bare, text=2)
+
+
+def test_an_empty_trace_says_what_is_recorded() -> None:
+    with pytest.raises(InputError, match="nothing was recorded.*a loop of your own"):
+        shown(trace_of())
+
+
+def test_a_token_in_no_list_is_named_by_its_piece(trace: Trace) -> None:
+    text = replace(trace[0], names={}, top_ids=np.full((5, 4, 3), 100, np.int32))
+    drawn = shown(trace_of(text))
+    assert [name_of(text, int(token)) for token in text.tokens] == ["Wo", "wohnt", "中文", "?", "␛[2J"]
+    assert re.findall(r"#\d+", drawn) == ["#100"] * drawn.count("#100")
+    assert name_of(replace(text, pieces=("",) * 5), int(text.tokens[0])) == f"#{text.tokens[0]}"
 
 
 def test_shares_are_whole_percents_but_for_the_small() -> None:
