@@ -224,7 +224,9 @@ def generate(
         stream = on_terminal and size == 1 and not several
         done = 0 if answers is None else answers.done
         encoded = partial(encode, tokenizer, chat=chat, system=system, views=views)
-        recording = None if trace is None else _recording(tokenizer, trace)
+        from proxytune.generation.recording import Recording
+
+        recording = None if trace is None else Recording(tokenizer=tokenizer, file=trace)
         complete = partial(_complete, model, tokenizer, config, loop, seed, encoded, recording, stream=stream)
         # Streamed text shows by itself how far it is.
         with nullcontext() if stream else terminal.Bar("prompts") as bar:
@@ -248,17 +250,6 @@ def generate(
                         sys.stdout.write(_line(completion) + "\n")
                         sys.stdout.flush()
                 bar.go_on()
-
-
-def _recording(tokenizer: PreTrainedTokenizerBase, trace: Path) -> Any:
-    """A recording to a new file."""
-    from proxytune.generation.recording import Recording
-
-    if trace.exists() or trace.with_suffix(".jsonl").exists():
-        raise InputError.of(
-            "--trace", expected="a new file", got=f"{trace}, or its .jsonl", remedy="Choose another name."
-        )
-    return Recording(tokenizer=tokenizer, file=trace)
 
 
 def _check_folder(save_recipe: Path | None) -> None:

@@ -253,6 +253,19 @@ def _bundled(alpha: float | None) -> tuple[str, str, str, float]:
 
 
 def check_trace(trace: Path | None) -> None:
-    """Refuse a trace's file that is not NAME.npz."""
-    if trace is not None and trace.suffix != ".npz":
+    """Refuse a trace's file that is not NAME.npz, that exists, or whose folder does not."""
+    if trace is None:
+        return
+    if trace.suffix != ".npz":
         raise InputError.of("--trace", expected="NAME.npz", got=str(trace), remedy=f"Write {trace.stem}.npz.")
+    if not trace.parent.is_dir():
+        raise InputError.of(
+            "--trace",
+            expected="a file in a folder that exists",
+            got=str(trace),
+            remedy=f"Make the folder {trace.parent} first.",
+        )
+    if trace.exists() or trace.with_suffix(".jsonl").exists():
+        raise InputError.of(
+            "--trace", expected="a new file", got=f"{trace}, or its .jsonl", remedy="Choose another name."
+        )

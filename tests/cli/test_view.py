@@ -88,6 +88,7 @@ def test_a_run_is_recorded_text_by_text(run, members, tmp_path):
     assert viewed.count("text 2") == 1
     assert run("view", str(file), "--text", "1").out.startswith("x")
     page = tmp_path / "run.html"
+    none = [str(tmp_path / "none") if "/" in word else word for word in members]  # refused before the models are loaded
     assert run("view", str(file), "--html", str(page)).err.strip().endswith("run.html: 3 texts.")
     assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
     assert run("view", str(file), "--html", str(page), "--text", "1").err.strip().endswith("run.html: 1 text.")
@@ -95,6 +96,9 @@ def test_a_run_is_recorded_text_by_text(run, members, tmp_path):
         (("view", str(file), "--html", str(page), "--text", "3"), "It has 3 texts"),
         (("view", str(file), "--html", str(tmp_path / "run.txt")), "NAME.html"),
         ((*command, "--trace", str(file)), "a new file"),
+        (("see", "x", *none, "--trace", str(file)), "a new file"),
+        ((*command[:2], *none, "--trace", str(tmp_path / "none" / "x.npz")), "Make the folder"),
+        (("see", "x", *none, "--trace", str(tmp_path / "none" / "x.npz")), "Make the folder"),
         ((*command, "--trace", "run.json"), r"NAME.npz"),
         ((*command, "--trace", "new.npz", "--resume", "--out", str(tmp_path / "out.jsonl")), "no --resume"),
         (("view", str(tmp_path / "none.npz")), "no none.jsonl"),
