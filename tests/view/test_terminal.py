@@ -48,13 +48,9 @@ def test_changed_tokens_and_forks_are_marked_without_colours(trace: Trace) -> No
     assert "\x1b" not in "".join(rest)
     assert "2 of 5 tokens changed, 0.94 nats a token" in rest[0]
     rows = [line.split() for line in rest[1].splitlines() if line.strip()[:1].isdigit()]
-    assert [(row[0], row[2]) for row in rows] == [
-        ("2", "3.00"),
-        ("5", "1.50"),
-        ("3", "0.20"),
-        ("1", "0.00"),
-        ("4", "0.00"),
-    ]
+    assert [(row[0], row[2]) for row in rows] == [("2", "3.00"), ("5", "1.50"), ("3", "0.20")]  # the others did not
+    still = trace_of(replace(trace[0], kl=np.full(5, 0.004, np.float32)))
+    assert shown(still).strip().endswith("no position changed: every KL is below 0.005 nats")
 
 
 def test_colours_say_how_much(trace: Trace) -> None:
@@ -70,14 +66,24 @@ def test_no_line_is_wider_than_the_terminal(trace: Trace, width: int) -> None:
 
     lines = shown(trace, width).splitlines()
     assert max(map(cell_len, lines)) <= width
-    assert ("1. n" in "\n".join(lines)) == (width < 60) or width >= 60
+    assert ("2. n" in "\n".join(lines)) == (width < 60) or width >= 60
     assert "wohnt" in "\n".join(lines)
+    assert all(re.search(r"\w \S*\d %", line) for line in lines if "%" in line)  # none is broken after its token
+
+
+def test_a_table_that_does_not_fit_becomes_lines(trace: Trace) -> None:
+    wide = trace_of(replace(trace[0], names={i: f"n{i}" + 25 * "n" for i in range(99)}))
+    assert "2. n" in shown(wide, 80)
+    assert "2. n" not in shown(wide, 160)
 
 
 def test_the_most_changed_positions_say_what_was_wanted(trace: Trace) -> None:
     text = trace[0]
     told = shown(trace, changed=1)
-    assert told.count("%") == 6
+    assert told.count("%") == 8
+    name, base = name_of(text, int(text.tokens[1])), float(text.logprobs[1] - text.shift[1])
+    assert f"… {name} {share(base)}  " in told
+    assert f"… {name} {share(float(text.logprobs[1]))} \n" in told
     for source in (0, 1):
         for token, logprob in zip(text.top_ids[1, source], text.top_logprobs[1, source], strict=True):
             assert f"{name_of(text, int(token))} {share(float(logprob))}" in told
@@ -105,6 +111,14 @@ def test_a_token_in_no_list_is_named_by_its_piece(trace: Trace) -> None:
     assert [name_of(text, int(token)) for token in text.tokens] == ["Wo", "wohnt", "中文", "?", "␛[2J"]
     assert re.findall(r"#\d+", drawn) == ["#100"] * drawn.count("#100")
     assert name_of(replace(text, pieces=("",) * 5), int(text.tokens[0])) == f"#{text.tokens[0]}"
+
+
+@pytest.mark.parametrize("colours", [False, True])
+def test_of_a_plain_model_nothing_changed(colours: bool) -> None:
+    text = text_of(4, sources=2, base_rank=np.array([0, 2, 0, 1], np.int32), kl=np.zeros(4, np.float32))
+    plain = Trace(sources=("combined", "base"), top=3, texts=(text,))
+    told = re.sub(r"\x1b\[[\d;]*m", "", shown(plain, colours=colours)).split("\n\n")[1].strip()
+    assert told == f"{'underlined' if colours else '[in brackets]'}: not its first choice · 2 of 4 tokens"
 
 
 def test_shares_are_whole_percents_but_for_the_small() -> None:
