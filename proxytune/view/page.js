@@ -546,14 +546,34 @@ function node(one) {
 
 // --- the page --------------------------------------------------------------------------------------------------------
 
+/** The first and the last letters of a text, on one line. */
+function cut(words, head, tail) {
+  const letters = [...label(words)];
+  if (letters.length <= head + tail) return letters.join("");
+  return `${letters.slice(0, head).join("").trimEnd()}…${letters.slice(-tail).join("").trimStart()}`;
+}
+
+/** How many letters all prompts end in, from a space on: those of a template, by which no prompt is told. */
+function alike(prompts) {
+  const [one] = prompts, last = (words, n) => words[words.length - 1 - n];
+  let n = 0;
+  while (n < one.length && prompts.every((words) => last(words, n) === last(one, n))) n++;
+  const space = one.slice(one.length - n).search(/\s/);
+  return space < 0 ? 0 : n - space;
+}
+
 function list() {
+  const prompts = [...new Set(run.texts.map((one) => one.prompt).filter(Boolean))], template = prompts.length > 1 ? alike(prompts) : 0;
   let from = 0;
   run.texts.forEach((one, i) => {
-    const words = [...Array(Math.min(one.count, 12)).keys()].map((j) => one.pieces?.[j] ?? run.names[run.ids[0][from + j]]).join("");
+    const words = [...Array(one.count).keys()].map((j) => one.pieces?.[j] ?? run.names[run.ids[0][from + j]]).join("");
     const told = [many(one.count, "token")];
+    if (one.answer !== undefined) told.push(`answer ${cut(String(one.answer), 20, 10)}`);
     if (one.grade !== undefined) told.push(`grade ${one.grade}`);
     if (run.sources.length > 2 && one.count) told.push(`KL ${nats(mean(run.kl.slice(from, from + one.count)))}`);
-    const link = make("a", { href: `#text=${i}`, tabindex: -1 }, make("b", { text: `${i} ${label(words)}` }), make("span", { class: "quiet", text: told.join(" · ") }));
+    const link = make("a", { href: `#text=${i}`, tabindex: -1 }, make("b", { text: `${i} ${cut(words, 24, 24)}` }));
+    if (prompts.length > 1 && one.prompt) link.append(make("div", { class: "quiet", text: cut(one.prompt.slice(0, one.prompt.length - template), 0, 36) }));
+    link.append(make("span", { class: "quiet", text: told.join(" · ") }));
     link.dataset.text = i;
     $("texts").append(link);
     from += one.count;

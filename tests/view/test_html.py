@@ -342,15 +342,36 @@ def test_a_text_that_holds_html_is_inert(told: Any, steered: tuple[Trace, Any]) 
 @browser
 def test_a_plain_trace_in_a_dark_system_at_a_link(tmp_path: Path) -> None:
     trace = Trace(
-        sources=("combined", "base"), top=3, texts=(text_of(0, sources=2), text_of(4, sources=2, facts={"x": np.nan}))
+        sources=("combined", "base"),
+        top=3,
+        texts=(
+            text_of(0, sources=2),
+            text_of(4, sources=2, facts={"x": np.nan}),
+            *(
+                text_of(
+                    30, sources=2, prompt=f"<user>{40 * 'w'} make {ends}2.\n<assistant>\n", pieces=pieces, answer="7"
+                )
+                for ends in "12"
+                for pieces in (("same",) * 29 + ("!",), ("same",) * 29 + ("?",))
+            ),
+        ),
     )
     script = """return [getComputedStyle(document.body).backgroundColor, number, at, !$("tip").hidden, colour,
       [...document.querySelectorAll("#colours input")].map((one) => one.value), $("sides").hidden, $("strength").hidden,
-      $("trees").hidden, $("text").textContent, $("facts").textContent.endsWith("x: NaN")];"""
+      $("trees").hidden, $("text").textContent, $("facts").textContent.endsWith("x: NaN"),
+      [...$("texts").children].map((one) => [...one.children].map((part) => part.textContent))];"""
     dark = "--blink-settings=preferredColorScheme=0"
     told, _ = seen_in(page(trace), script, tmp_path, dark, hash_="#text=1&token=3&colour=probability")
     words = "".join(f" #{token}" for token in trace[1].tokens)
     colours = ["entropy", "probability"]
+    *told, links = told
+    assert [len(link) for link in links] == [2, 2, 3, 3, 3, 3]
+    same = 6 * "same"
+    assert [link[0] for link in links[2:]] == [
+        f"{i} {same}…{'ame' + 5 * 'same' + end}" for i, end in enumerate("!?!?", 2)
+    ]
+    assert [link[1] for link in links[2:]] == [f"…{27 * 'w'} make {ends}2." for ends in "1122"]
+    assert links[2][2] == "30 tokens · answer 7"
     assert told == ["rgb(21, 23, 27)", 1, 2, True, "probability", colours, True, True, True, words, True]
 
 
