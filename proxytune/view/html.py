@@ -6,8 +6,6 @@ in the packed string alone (`proxytune.view.packing`), and the script shows it a
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,6 +16,7 @@ from typing import Any
 from proxytune.errors import InputError
 from proxytune.trace import Trace
 from proxytune.validation import whole
+from proxytune.view.inert import inert
 from proxytune.view.packing import ALPHABET, packed
 from proxytune.view.words import check_texts
 
@@ -109,28 +108,5 @@ def _page(title: str, data: str) -> str:
     folder = Path(__file__).parent
     sheet, script, body = ((folder / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js", "html"))
     script = script.replace('"ALPHABET"', f'"{ALPHABET}"')
-    policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(sheet)}'; base-uri 'none'; "
-        "form-action 'none'"
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>{escape(title)}</title>
-<style>{sheet}</style>
-</head>
-<body>
-{body}
-<script type="application/octet-stream" id="packed">{data}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    packed = f'<script type="application/octet-stream" id="packed">{data}</script>'
+    return inert(title, f"{body}\n{packed}", sheet, script)

@@ -6,8 +6,6 @@ alone. Whatever a model, a prompt or a file's name says is shown as text.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 import textwrap
 from html import escape
@@ -16,6 +14,7 @@ from pathlib import Path
 from proxytune.diagnostics.losses import LOSSES, MARKS, Loss
 from proxytune.diagnostics.prompts import said
 from proxytune.errors import InputError
+from proxytune.view.inert import inert
 from proxytune.view.plots import COLOURS, svg
 from proxytune.view.report import Part, Report
 from proxytune.view.words import visible
@@ -30,8 +29,6 @@ def html(report: Report, *, title: str | None = None) -> str:
     """The report as one HTML page that needs nothing else."""
     title = title or f"What {'this policy has' if len(report.runs) == 1 else 'these policies have'} lost"
     sheet = (Path(__file__).parent / "report.css").read_text(encoding="utf-8")
-    hashed = base64.b64encode(hashlib.sha256(sheet.encode()).digest()).decode()
-    policy = f"default-src 'none'; style-src 'sha256-{hashed}'; base-uri 'none'; form-action 'none'"
     links = "".join(f'<a href="#part{i}">{_safe(part.title)}</a> ' for i, part in enumerate(report.parts))
     sizes = " · ".join(f"{name}: {size}" for name, size in report.runs.items())
     body = [
@@ -46,28 +43,19 @@ def html(report: Report, *, title: str | None = None) -> str:
             for name, texts in report.examples.items()
         )
         body.append(f"<section><h2>Degenerate texts, as they were written</h2>{shown}</section>")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="referrer" content="no-referrer">
-<title>{_safe(title)}</title>
-<style>{sheet}</style>
-</head>
-<body>
-<header><h1>{_safe(title)}</h1><p class="quiet">{_safe(sizes)}</p><nav aria-label="Diagnoses">{links}</nav></header>
-<main>
-{"".join(body)}
-</main>
-</body>
-</html>
-"""
+    head = (
+        f'<header><h1>{_safe(title)}</h1><p class="quiet">{_safe(sizes)}</p>'
+        f'<nav aria-label="Diagnoses">{links}</nav></header>'
+    )
+    return inert(_shown(title), f"{head}\n<main>\n{''.join(body)}\n</main>", sheet)
+
+
+def _shown(text: str) -> str:
+    return _BIDI.sub("\ufffd", visible(text))
 
 
 def _safe(text: str) -> str:
-    return escape(_BIDI.sub("\ufffd", visible(text)))
+    return escape(_shown(text))
 
 
 def _todo_html(report: Report) -> str:
