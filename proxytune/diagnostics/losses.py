@@ -87,8 +87,8 @@ class Order:
 def losses(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[LossName, Loss]:
     """Each loss of a run, a number that is larger the worse it is, or why the trace cannot say.
 
-    - `"diversity"`: the chance that two wrong samples of a prompt, both with an answer, give the same one: mistakes that
-      repeat are mistakes that more samples do not get around. Told above 0.25
+    - `"diversity"`: the chance that two wrong samples of a prompt, both with an answer, give the same one: mistakes
+      that repeat are mistakes that more samples do not get around. Told above 0.25
     - `"calibration"`: how much more often the samples of a prompt agree with each other than they are right. Told above
       0.1
     - `"over-thinking"`: of two texts of a prompt, how much more often the shorter alone is right than the longer alone.

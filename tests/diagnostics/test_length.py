@@ -82,7 +82,7 @@ def test_sentences_say_what_is_told() -> None:
     rising = found(0, lambda place: 0.3 + 0.08 * (place - 5), prompts=80)
     assert "still rises" in rising.says
     assert rising.beyond is None
-    assert "is not told: doubling long texts adds" in found(0, lambda place: 0.5, prompts=40).says
+    assert "is not told: doubling long texts adds" in found(0, lambda place: 0.5, prompts=10).says
 
 
 def test_no_doubling_adds_more_than_all() -> None:
