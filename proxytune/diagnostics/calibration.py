@@ -1,17 +1,4 @@
-"""Calibration: does a policy know when it is right?
-
-Confidences that a trace has; larger is more confident:
-
-- `"likelihood"`: `exp` of the mean token log-probability, in (0, 1]
-- `"agreement"`: the share of the prompt's other texts that have the same answer, in [0, 1]
-- `"stated"`: `facts["confidence"]`, in [0, 1]
-- `"entropy"`: the mean token entropy in nats, negative
-- `"deepconf"`: the lowest group confidence of DeepConf (arXiv 2508.15260), in nats, of as many likeliest tokens as the
-  trace has (the paper has 20)
-
-The first three are probabilities, and have a Brier score and a calibration error. Whether a confidence tells right from
-wrong, its AUROC says, for all five.
-"""
+"""Calibration: does a policy know when it is right?"""
 
 from __future__ import annotations
 
@@ -50,6 +37,12 @@ Probability = Literal["likelihood", "agreement", "stated"]
 
 Confidence = Probability | Literal["entropy", "deepconf"]
 """Confidences that a trace may have."""
+
+_MEANING: Mapping[Probability, str] = {
+    "likelihood": "exp of the mean token log-probability, not the probability of the answer",
+    "agreement": "the share of the prompt's other texts with the same answer",
+    "stated": "the text's own facts['confidence']",
+}
 
 _ALL: tuple[Confidence, ...] = ("likelihood", "agreement", "stated", "entropy", "deepconf")
 
@@ -106,11 +99,24 @@ def calibration(
     draws: int = 1000,
     seed: int = 0,
 ) -> Calibration:
-    """Brier score, calibration error, reliability diagram, and the AUROC of each confidence.
+    """Does a policy know when it is right? Brier score, calibration error, and the AUROC of each confidence.
+
+    Confidences that a trace has; larger is more confident:
+
+    - `"likelihood"`: `exp` of the mean token log-probability, in (0, 1]. It is a mean token's probability: not that of
+      the text, and not that the answer is right. Long texts of sure tokens have a high one.
+    - `"agreement"`: the share of the prompt's other texts that have the same answer, in [0, 1]; 0 without an answer
+    - `"stated"`: `facts["confidence"]`, in [0, 1]
+    - `"entropy"`: the mean token entropy in nats, negative
+    - `"deepconf"`: the lowest group confidence of DeepConf (arXiv 2508.15260), in nats, of as many likeliest tokens as
+      the trace has (the paper has 20)
+
+    `by` is one of the first three: these lie in [0, 1], and have a Brier score and a calibration error. They may differ
+    in whether the policy is too sure. Whether a confidence tells right from wrong, its AUROC says, for all five.
 
     Args:
         trace: The run, graded; independent samples.
-        by: The probability whose calibration is asked for.
+        by: "likelihood", "agreement" or "stated": what is compared with the share of right texts.
         bins: Bins of about equally many texts; equal probabilities share one.
         window: Tokens per group of `"deepconf"`, or a share of the text in (0, 1).
         level: Confidence level of the intervals.
@@ -148,10 +154,13 @@ def calibration(
     verdict = "surer than it is right" if gap.low > 1e-6 else "less sure than it is right"
     if gap.low <= 1e-6 and gap.high >= -1e-6:
         verdict = "on the whole as sure as it is right"
+    knows = "Too few prompts have right and wrong texts for an AUROC."
+    if by in within:
+        knows = f"Within prompts the AUROC of {by} is {said(within[by])}; ½ is no signal."
     return Calibration(
         says=(
-            f"By {by} the policy is {verdict}: {said(gap, percent=True)} is its mean probability above the share of "
-            f"right texts; the calibration error is {said(error, percent=True)}."
+            f"By {by} ({_MEANING[by]}) the policy is {verdict}: the mean {by} less the share of right texts is "
+            f"{said(gap, points=True)}; the calibration error is {said(error, points=True)}. {knows}"
         ),
         **counts(prompts),
         by=by,

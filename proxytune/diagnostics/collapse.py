@@ -1,10 +1,4 @@
-"""Collapse: how many different answers and formats a policy still gives.
-
-A text's *format* is its layout, not its wording. Its lines are cut into sentences, and each is one of a few kinds:
-heading, bullet, numbered, table, tag (`<think>`), code (between fences), equation (`=` with a digit on a side), number
-(digits without letters), sentence, marks. The format names the kinds that occur, in the order in which they first do:
-neither words nor the number of steps change it.
-"""
+"""Collapse: how many different answers and formats a policy still gives."""
 
 from __future__ import annotations
 
@@ -21,6 +15,7 @@ from proxytune.diagnostics.prompts import (
     counts,
     is_weighted,
     prompts_of,
+    refuse_single,
     refuse_weighted,
     said,
     weights_of,
@@ -54,15 +49,15 @@ def distinct_answers(
     `facts["weight"]`: that of k independent samples whose answers have the weights as probabilities.
 
     Args:
-        trace: The run, with answers.
+        trace: The run, with answers (`proxytune.trace.graded` writes them): several samples of each prompt.
         ks: Numbers of samples, from 1 to the fewest that a prompt has. None: powers of two, and the largest.
         level: Confidence level of the intervals.
         draws: Number of resamples, of whole prompts.
         seed: Seed of the resamples.
 
     Raises:
-        InputError: If no text has an answer, there are fewer than five prompts, a k is out of range, or the texts are a
-            tree's without weights.
+        InputError: If no text has an answer, a prompt has one text only, there are fewer than five prompts, a k is out
+            of range, or the texts are a tree's without weights.
     """
     what = "distinct_answers"
     prompts = prompts_of(trace, what)
@@ -76,6 +71,7 @@ def distinct_answers(
     weighted = [is_weighted(texts, what) for texts in prompts]
     if not any(weighted):
         refuse_weighted(trace, prompts, what, "Write the tree's weights() to facts['weight'].")
+    refuse_single(prompts, what)
     ks = checked_ks(ks, prompts)
     masses = weights_of(prompts, what)
     table = np.zeros((len(prompts), len(ks)))
@@ -90,17 +86,19 @@ def distinct_answers(
     missing = [
         float(mass @ [text.answer is None for text in texts]) for texts, mass in zip(prompts, masses, strict=True)
     ]
+    unanswered = resamples.bounded(missing, [mass.sum() for mass in masses])
+    without = f"; {said(unanswered, percent=True)} of the texts have none" if unanswered.value > 0 else ""
     return DistinctAnswers(
-        says=f"{ks[-1]} samples of a prompt give {said(curve[ks[-1]])} different answers.",
+        says=f"{ks[-1]} samples of a prompt give {said(curve[ks[-1]])} different answers{without}.",
         **counts(prompts),
         curve=curve,
-        unanswered=resamples.bounded(missing, [mass.sum() for mass in masses]),
+        unanswered=unanswered,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Formats(Finding):
-    """The formats of a policy's texts (see the module).
+    """The formats of a policy's texts, as `formats` finds them.
 
     Attributes:
         histogram: Format → its share of the texts, the largest first.
@@ -115,6 +113,17 @@ class Formats(Finding):
 
 def formats(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> Formats:
     """The histogram of formats of the texts that the model wrote; leaves of a tree count by their weights.
+
+    A text's *format* is its layout, not its wording. Its lines are cut into sentences, and each is one of a few kinds:
+    heading, bullet, numbered, table, tag (`<think>`), code (between fences), equation (`=` with a digit on a side),
+    number (digits without letters), sentence, marks. The format names the kinds that occur, in the order in which they
+    first do: neither words nor the number of steps change it.
+
+    Args:
+        trace: The run, recorded with a tokenizer.
+        level: Confidence level of the interval.
+        draws: Number of resamples, of whole prompts.
+        seed: Seed of the resamples.
 
     Raises:
         InputError: If a text was recorded without a tokenizer, or there are fewer than five prompts.

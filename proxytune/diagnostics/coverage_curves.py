@@ -1,7 +1,4 @@
-"""Coverage: how likely k samples of a prompt hold a right one, and where the curves of two policies cross.
-
-A collapsed policy is ahead at k = 1 and behind at large k: what it gave up, it no longer finds.
-"""
+"""Coverage: how likely k samples of a prompt hold a right one, and where the curves of two policies cross."""
 
 from __future__ import annotations
 
@@ -122,6 +119,8 @@ def crossing(
 ) -> Crossing:
     """Where the coverage curves of two policies cross, on the prompts that both have.
 
+    A collapsed policy is ahead at k = 1 and behind at large k: what it gave up, it no longer finds.
+
     Args:
         one: A run, graded.
         other: A run of another policy.
@@ -160,7 +159,7 @@ def crossing(
         says = f"The {lead[0]} leads below {said(at)} samples, the {lead[1]} above"
     else:
         says = f"The curves seem to cross at {said(at)} samples, but that either leads at both ends is not told"
-    says += f"; first less second is {said(start, percent=True)} at {ks[0]}, {said(end, percent=True)} at {ks[-1]}."
+    says += f"; first less second is {said(start, points=True)} at {ks[0]}, {said(end, points=True)} at {ks[-1]}."
     return Crossing(
         says=says,
         **counts([a + b for a, b in zip(first, second, strict=True)]),

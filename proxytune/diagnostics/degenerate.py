@@ -1,14 +1,4 @@
-"""Degenerate texts, found before they vote.
-
-By token ids alone, so that a trace without a tokenizer will do. A text is
-
-- **repeating** if a block of at most 64 tokens comes at least three times in a row, and such a run holds 12 tokens or
-  more and at least 30 % of the text
-- **copying** if at least half of its tokens lie in runs of eight or more that its prompt has as well
-- **skipping** the computation if it has an answer after less than a quarter of the median length of the prompt's other
-  texts with an answer, of which there have to be three: it says less than its siblings needed. Where all texts of a
-  prompt skip it, none is told apart
-"""
+"""Degenerate texts, found before they vote."""
 
 from __future__ import annotations
 
@@ -63,7 +53,16 @@ def degenerate(
     draws: int = 1000,
     seed: int = 0,
 ) -> Degenerate:
-    """Find degenerate texts (see the module), and how many there are; leaves of a tree count by their weights.
+    """Find degenerate texts, and how many there are; leaves of a tree count by their weights.
+
+    By token ids alone, so that a trace without a tokenizer will do. A text is
+
+    - **repeating** if a block of at most 64 tokens comes at least three times in a row, and such a run holds 12 tokens
+      or more and at least 30 % of the text (`repeated`)
+    - **copying** if at least half of its tokens (`copied`) lie in runs of eight or more that its prompt has as well
+    - **skipping** the computation if it has an answer after less than a quarter (`shortest`) of the median length of
+      the prompt's other texts with an answer, of which there have to be three: it says less than its siblings needed.
+      Where all texts of a prompt skip it, none is told apart
 
     Args:
         trace: The run.

@@ -1,9 +1,4 @@
-"""The law of reward and entropy over checkpoints, `R = −a·e^H + b` (Cui et al. 2025, arXiv 2505.22617).
-
-R is the share of right texts and H the mean entropy of a checkpoint's own tokens, in nats. The law says what training
-buys with entropy, and where it ends: at H = 0, the ceiling is `b − a`. It is one over checkpoints of a training, never
-over temperatures of a model.
-"""
+"""The law of reward and entropy over checkpoints of a training."""
 
 from __future__ import annotations
 
@@ -58,7 +53,11 @@ class EntropyLaw(Finding):
 
 
 def entropy_law(checkpoints: Sequence[Trace], *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> EntropyLaw:
-    """Fit the law to runs of at least four checkpoints on the same prompts, by least squares.
+    """Fit `R = −a·e^H + b` (Cui et al. 2025, arXiv 2505.22617) to runs of at least four checkpoints, by least squares.
+
+    R is the share of right texts and H the mean entropy of a checkpoint's own tokens, in nats. The law says what
+    training buys with entropy, and where it ends: at H = 0, the ceiling is `b − a`. It is one over checkpoints of a
+    training on the same prompts, never over temperatures of a model.
 
     Intervals are by Student's t, with checkpoints less 2 degrees of freedom. Their variance is that of the line, and of
     the prompts (resamples, the same for all checkpoints); both hold the noise of samples, so they are rather too wide

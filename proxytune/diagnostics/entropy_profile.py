@@ -1,9 +1,4 @@
-"""How unsure a policy is, token by token: its entropies, its forks, and what it makes of text from elsewhere.
-
-Entropies are those of the trace: of the raw combined distribution at temperature 1, full vocabulary, in nats. A fork is
-a token whose entropy is above a threshold h (arXiv 2506.01939); the tokens at forks are *planning* tokens, all others
-*execution* tokens.
-"""
+"""How unsure a policy is, token by token: its entropies, its forks, and what it makes of text from elsewhere."""
 
 from __future__ import annotations
 
@@ -86,7 +81,8 @@ def entropy_profile(
 ) -> EntropyProfile:
     """The distribution of token entropies, the share of forks, and the entropy by position.
 
-    Leaves of a tree count by their weights.
+    Entropies are those of the trace: of the raw combined distribution at temperature 1, full vocabulary, in nats. A
+    fork is a token whose entropy is above a threshold h (arXiv 2506.01939). Leaves of a tree count by their weights.
 
     Args:
         trace: The run.
@@ -174,6 +170,9 @@ def fork_change(
     seed: int = 0,
 ) -> ForkChange:
     """How planning and execution tokens changed between two checkpoints, on the prompts that both have.
+
+    Tokens whose entropy is above a threshold h, the forks, are *planning* tokens; all others are *execution* tokens
+    (arXiv 2506.01939).
 
     Args:
         before: A run of the first checkpoint.

@@ -1,7 +1,4 @@
-"""Drift: how far steering moves a policy from its base, as KL(combined ‖ base) of each token, in nats.
-
-It is exact: both rows were at hand when the token was drawn, and the sum over the vocabulary is part of the trace.
-"""
+"""Drift: how far steering moves a policy from its base."""
 
 from __future__ import annotations
 
@@ -49,7 +46,10 @@ def kl_drift(
     draws: int = 1000,
     seed: int = 0,
 ) -> KLDrift:
-    """How far the policy is from its base, per token and by position; leaves of a tree count by their weights.
+    """How far the policy is from its base, as KL(combined ‖ base) of each token, in nats, and by position.
+
+    It is exact: both rows were at hand when the token was drawn, and the sum over the vocabulary is part of the trace.
+    Leaves of a tree count by their weights.
 
     Args:
         trace: The run of a composed model.

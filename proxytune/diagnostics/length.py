@@ -1,9 +1,4 @@
-"""Variance inflation: what longer thinking does to accuracy, and to how far the answers to a prompt scatter.
-
-Longer thinking widens the distribution of answers (Ghosal et al. 2025, arXiv 2506.04210): at first it covers the right
-one more often, later less. Hard prompts make for long texts as well, so texts are compared *within* a prompt: every
-prompt has a level of its own.
-"""
+"""Variance inflation: what longer thinking does to accuracy, and to how far the answers to a prompt scatter."""
 
 from __future__ import annotations
 
@@ -60,6 +55,8 @@ class LengthBin:
 class LengthEffect(Finding):
     """Accuracy and answer variance against length.
 
+    What doubling adds is a difference of two shares, cut to [−1, 1]: 0.1 is 10 points.
+
     Attributes:
         bins: Of about equally many texts, the short ones first. Not compared within prompts.
         overall: What doubling the length adds to accuracy, within prompts, by a straight line in its logarithm.
@@ -88,6 +85,10 @@ def length_effect(
     seed: int = 0,
 ) -> LengthEffect:
     """Accuracy and answer variance against length, and the length beyond which accuracy falls.
+
+    Longer thinking widens the distribution of answers (Ghosal et al. 2025, arXiv 2506.04210): at first it covers the
+    right one more often, later less. Hard prompts make for long texts as well, so texts are compared *within* a prompt:
+    every prompt has a level of its own.
 
     Accuracy is fitted as a parabola in the logarithm of the length plus a level for each prompt, by least squares. It
     falls at the long end if the parabola's slope there is told below 0 (one half of the test of Lind and Mehlum 2010
@@ -152,25 +153,32 @@ def length_effect(
 
     overall = resamples.of(lambda times: math.log(2) * over(times @ products[:, 0], times @ squares[:, 0, 0]))
     start, end = at(short), at(long)
+    too_wide = end.high - end.low > 2  # the fit's slope is free: accuracy moves by 100 points at most
+    overall, start, end = map(_cut, (overall, start, end))
     beyond = None
     if end.high < 0:
         beyond = resamples.of(lambda times: _turn(slopes(times), middle, short, long))
     elif end.low > 0:
-        says = f"Accuracy still rises at the longest texts: doubling them adds {said(end, percent=True)}."
+        says = f"Accuracy still rises at the longest texts: doubling them adds {said(end, points=True)}."
     elif overall.high < 0:
         says = (
-            f"Longer texts are less accurate: doubling the length adds {said(overall, percent=True)}; from what length "
+            f"Longer texts are less accurate: doubling the length adds {said(overall, points=True)}; from what length "
             "on is not told."
         )
+    elif too_wide:
+        says = (
+            "There are too few lengths to tell whether accuracy falls with length: draw more samples, or set several "
+            "thinking budgets."
+        )
     else:
-        says = f"Whether accuracy falls with length is not told: doubling long texts adds {said(end, percent=True)}."
+        says = f"Whether accuracy falls with length is not told: doubling long texts adds {said(end, points=True)}."
     if beyond is not None:
         unit = "tokens" if by == "tokens" else by
         falling = beyond.value <= math.exp(short) * (1 + 1e-9)
         says = (
-            f"Accuracy falls with length all along: doubling long texts adds {said(end, percent=True)}."
+            f"Accuracy falls with length all along: doubling long texts adds {said(end, points=True)}."
             if falling
-            else f"Accuracy falls beyond {said(beyond)} {unit}: doubling long texts adds {said(end, percent=True)}."
+            else f"Accuracy falls beyond {said(beyond)} {unit}: doubling long texts adds {said(end, points=True)}."
         )
     return LengthEffect(
         says=says,
@@ -182,6 +190,11 @@ def length_effect(
         falls=beyond is not None,
         beyond=beyond,
     )
+
+
+def _cut(added: Interval) -> Interval:
+    """What is added to a share: at most all of it."""
+    return Interval(*(min(1.0, max(-1.0, one)) for one in (added.value, added.low, added.high)))
 
 
 def _sums(lengths: list[Floats], rights: list[Floats], middle: float) -> tuple[Floats, Floats]:

@@ -1,16 +1,4 @@
-"""Losses: what a policy has lost, each as one number that is larger the worse it is, so that runs can be compared.
-
-- `"diversity"`: the chance that two wrong samples of a prompt give the same answer: mistakes that repeat are mistakes
-  that more samples do not get around
-- `"calibration"`: how much more often the samples of a prompt agree with each other than they are right
-- `"over-thinking"`: of two texts of a prompt, how much more often the shorter alone is right than the longer alone
-- `"drift"`: KL(combined ‖ base) per token, in nats
-- `"degenerate texts"`: the share of texts that loop, copy their prompt or skip the computation
-
-A loss is *told* if its interval lies above a mark (`MARKS`): a convention, not a law. Runs are compared on the prompts
-that they share; two are told apart if the interval of their difference leaves out 0, at a level that allows for the
-number of pairs (Bonferroni).
-"""
+"""Losses: what a policy has lost, each as one number that is larger the worse it is, so that runs can be compared."""
 
 from __future__ import annotations
 
@@ -97,14 +85,44 @@ class Order:
 
 
 def losses(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[LossName, Loss]:
-    """Each loss of a run, or why the trace cannot say; never raises for what a trace lacks."""
+    """Each loss of a run, a number that is larger the worse it is, or why the trace cannot say.
+
+    - `"diversity"`: the chance that two wrong samples of a prompt, both with an answer, give the same one: mistakes
+      that repeat are mistakes that more samples do not get around. Told above 0.25
+    - `"calibration"`: how much more often the samples of a prompt agree with each other than they are right. Told above
+      0.1
+    - `"over-thinking"`: of two texts of a prompt, how much more often the shorter alone is right than the longer alone.
+      Told above 0.05
+    - `"drift"`: KL(combined ‖ base) per token, in nats. Told above 0.5
+    - `"degenerate texts"`: the share of texts that loop, copy their prompt or skip the computation. Told above 0.02
+
+    A loss is *told* if its whole interval lies above that mark: a convention, not a law.
+
+    Args:
+        trace: The run, graded, with answers: several samples of each prompt. What it lacks is said, never raised.
+        level: Confidence level of the intervals.
+        draws: Number of resamples, of whole prompts.
+        seed: Seed of the resamples.
+    """
     return compared({"": trace}, level=level, draws=draws, seed=seed)[0][""]
 
 
 def ordered(
     runs: Mapping[str, Trace], name: LossName, *, level: float = 0.95, draws: int = 1000, seed: int = 0
 ) -> Order:
-    """Runs ordered by a loss, with the ties said; the order of `runs` makes no difference."""
+    """Runs ordered by a loss, the worst first, with the ties said; the order of `runs` makes no difference.
+
+    Runs are compared on the prompts that they share, prompt by prompt; as two sets of prompts if these are fewer than
+    five. Two are told apart if the interval of their difference leaves out 0, at a level that allows for the number of
+    pairs (Bonferroni).
+
+    Args:
+        runs: Name → run, graded, with answers.
+        name: The loss, as in `losses`.
+        level: Confidence level of the intervals.
+        draws: Number of resamples, of whole prompts.
+        seed: Seed of the resamples.
+    """
     return compared(runs, (name,), level=level, draws=draws, seed=seed)[1][name]
 
 

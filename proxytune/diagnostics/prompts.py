@@ -28,6 +28,7 @@ __all__ = [
     "as_trace",
     "graded",
     "prompts_of",
+    "refuse_single",
     "refuse_weighted",
     "said",
     "shared_prompts",
@@ -143,6 +144,18 @@ def refuse_few(count: int, what: str, units: str = "prompts") -> None:
             expected=f"texts of at least {LEAST} {units}, which intervals are over",
             got=str(count),
             remedy=f"Record more {units}; more samples of the same say nothing about others.",
+        )
+
+
+def refuse_single(prompts: Prompts, what: str) -> None:
+    """Raise InputError if a prompt has one sample only."""
+    single = sum(len(texts) == 1 for texts in prompts)
+    if single:
+        raise InputError.of(
+            what,
+            expected="at least two samples of each prompt",
+            got=f"{single} of {len(prompts)} prompts with one",
+            remedy="Draw several samples: num_return_sequences=8.",
         )
 
 
@@ -336,9 +349,9 @@ def over(top: Any, bottom: Any) -> Any:
         return np.where(bottom == 0, np.nan, np.divide(top, bottom))
 
 
-def said(found: Interval, *, percent: bool = False) -> str:
-    """A value and its interval, for a sentence."""
-    scale, unit = (100, " %") if percent else (1, "")
+def said(found: Interval, *, percent: bool = False, points: bool = False) -> str:
+    """A value and its interval, for a sentence; `points` for what is added to a share, or lies between two shares."""
+    scale, unit = (100, " %") if percent else (100, " points") if points else (1, "")
     value, low, high = (figure(scale * number) for number in (found.value, found.low, found.high))
     return f"{value}{unit} [{low}, {high}]"
 

@@ -1,7 +1,4 @@
-"""Search scaling: success against the budget that was spent, and what more of it would buy.
-
-Each text of the trace is what a search came back with, `facts["budget"]` the tokens that it was allowed.
-"""
+"""Search scaling: success against the budget that was spent, and what more of it would buy."""
 
 from __future__ import annotations
 
@@ -66,6 +63,8 @@ class SearchScaling(Finding):
 def search_scaling(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed: int = 0) -> SearchScaling:
     """Fit success against budget over at least four budgets, by least squares.
 
+    Each text of the trace is what a search came back with, `facts["budget"]` the tokens that it was allowed.
+
     Args:
         trace: A graded text for each prompt and budget (or several, whose mean counts).
         level: Confidence level of the intervals.
@@ -112,7 +111,7 @@ def search_scaling(trace: Trace, *, level: float = 0.95, draws: int = 1000, seed
     told = "returns diminish" if slowing.high < 0 else "that returns diminish is not told"
     return SearchScaling(
         says=(
-            f"Doubling the largest budget, {figure(budgets[-1])}, would add {said(doubling, percent=True)} of success; "
+            f"Doubling the largest budget, {figure(budgets[-1])}, would add {said(doubling, points=True)} of success; "
             f"{told}."
         ),
         **counts([prompts[i] for i in complete]),

@@ -1,8 +1,4 @@
-"""Spread: how much the samples of a prompt differ in their grades and answers.
-
-A prompt whose samples are all right, or all wrong, teaches nothing to training that compares samples of a prompt (GRPO:
-the advantage of each is 0), and a vote over it changes nothing.
-"""
+"""Spread: how much the samples of a prompt differ in their grades and answers."""
 
 from __future__ import annotations
 
@@ -11,8 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from proxytune.diagnostics.coverage_curves import chance
-from proxytune.diagnostics.prompts import Finding, Resamples, counts, graded, prompts_of, refuse_weighted, said
-from proxytune.errors import InputError
+from proxytune.diagnostics.prompts import (
+    Finding,
+    Resamples,
+    counts,
+    graded,
+    prompts_of,
+    refuse_single,
+    refuse_weighted,
+    said,
+)
 from proxytune.stats.bootstrap import Interval
 from proxytune.trace import Trace
 from proxytune.validation import whole
@@ -46,6 +50,9 @@ def spread(
 ) -> Spread:
     """Cross-sample variance per prompt, and the share of prompts without any.
 
+    A prompt whose samples are all right, or all wrong, teaches nothing to training that compares samples of a prompt
+    (GRPO: the advantage of each is 0), and a vote over it changes nothing.
+
     Args:
         trace: The run, graded; independent samples of each prompt.
         samples: k, e.g. the group size of a training. None: the fewest that a prompt has.
@@ -60,15 +67,8 @@ def spread(
     what = "spread"
     prompts = prompts_of(trace, what)
     refuse_weighted(trace, prompts, what, "Draw independent samples.")
-    fewest = min(map(len, prompts))
-    if fewest < 2:
-        raise InputError.of(
-            what,
-            expected="at least two samples of each prompt",
-            got=f"{sum(len(texts) == 1 for texts in prompts)} of {len(prompts)} prompts with one",
-            remedy="Draw several samples: num_return_sequences=8.",
-        )
-    k = fewest
+    refuse_single(prompts, what)
+    k = fewest = min(map(len, prompts))
     if samples is not None:
         remedy = f"Draw more samples: a prompt has {fewest}."
         k = whole("samples", samples, "of samples", least=2, most=fewest, remedy=remedy)

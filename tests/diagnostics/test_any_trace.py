@@ -51,7 +51,28 @@ def anything(seed: int) -> Trace:
 
 
 def test_all_diagnoses_are_here() -> None:
-    assert sorted([*ONE, *TWO, *LAW, "Finding"]) == sorted(diagnostics.__all__)
+    assert sorted([*ONE, *TWO, *LAW, "Finding", "losses", "ordered"]) == sorted(diagnostics.__all__)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("calibration", '"stated"'),
+        ("degenerate", "at least 30 %"),
+        ("entropy_law", "R = −a·e^H"),
+        ("formats", "number (digits without letters)"),
+        ("length_effect", "within"),
+        ("losses", "over-thinking"),
+        ("search_scaling", 'facts["budget"]'),
+        ("spread", "advantage"),
+    ],
+)
+def test_help_of_a_function_says_what_it_finds(name: str, words: str) -> None:
+    """`help()` cannot reach a module that a function of the same name hides."""
+    said = " ".join((getattr(diagnostics, name).__doc__ or "").split())
+    assert words in said.replace("*within*", "within")
+    assert "see the module" not in said
+    assert "Args:" in said
 
 
 def intervals(value: Any) -> Iterator[Interval]:

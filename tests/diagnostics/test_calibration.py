@@ -55,7 +55,11 @@ def test_the_reliability_diagram_in_closed_form() -> None:
     assert found.brier.value == pytest.approx(0.0625)
     assert found.ece.value == pytest.approx(0.25)
     assert found.auroc["likelihood"].value == 1.0
-    assert "on the whole as sure as it is right" in found.says
+    assert found.says.startswith(
+        "By likelihood (exp of the mean token log-probability, not the probability of the answer) the policy is on the "
+        "whole as sure as it is right: the mean likelihood less the share of right texts is "
+    )
+    assert "Within prompts the AUROC of likelihood is 1 [" in found.says
 
 
 def test_each_confidence_is_what_it_says() -> None:
@@ -113,6 +117,7 @@ def test_all_right_has_no_auroc() -> None:
     found = calibration(run([text(i, grade=1.0) for i in range(6)]), draws=50)
     assert (found.brier.value, found.ece.value, found.auroc) == (0.0, 0.0, {})
     assert "6 right of 6" in found.missing["likelihood"]
+    assert found.says.endswith("Too few prompts have right and wrong texts for an AUROC.")
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,10 @@ def test_distinct_answers_in_closed_form() -> None:
     found = distinct_answers(trace)
     assert [one.value for one in found.curve.values()] == pytest.approx([0.75, 4 / 3, 2.0])
     assert found.unanswered.value == 0.25
-    assert found.says == "4 samples of a prompt give 2 [0.956, 3.04] different answers."
+    assert found.says == (
+        "4 samples of a prompt give 2 [0.956, 3.04] different answers; 25 % [12, 64.1] of the texts have none."
+    )
+    assert distinct_answers(policy(0), **FAST).says.endswith("] different answers.")
     facts = [{"weight": w} for w in (0.5, 0.2, 0.2, 0.1)]
     leaves = run([text(i, answer=a, facts=f) for i in range(5) for a, f in zip("aabc", facts, strict=True)])
     expected = 3 - 0.3**2 - 0.8**2 - 0.9**2
@@ -103,6 +106,10 @@ def test_the_order_of_texts_does_not_matter() -> None:
     [
         (lambda: distinct_answers(run([text(i) for i in range(5)])), "answers; got 5 texts without one"),
         (lambda: distinct_answers(policy(0), [7]), "a prompt has 6"),
+        (
+            lambda: distinct_answers(policy(0, samples=1)),
+            "at least two samples of each prompt; got 30 of 30 prompts with one. Draw several samples",
+        ),
         (lambda: distinct_answers(run(policy(0).texts, loop="ForkDecoding")), r"Write the tree's weights\(\) to facts"),
         (lambda: formats(policy(0)), "got 180 of 180 with token ids alone. Record with tokenizer="),
         (lambda: formats(run([write(0, "a")])), "at least 5 prompts"),

@@ -102,7 +102,7 @@ def test_curves_that_cross_and_curves_that_do_not() -> None:
     assert "The first leads below 2 [" in found.says
     apart = crossing(rows(1, 1, 0, 0), rows(1, 0, 0, 0))
     assert (apart.at, apart.told) == (None, False)
-    assert "do not cross up to 4 samples; first less second is 25 % [25, 25] at 1" in apart.says
+    assert "do not cross up to 4 samples; first less second is 25 points [25, 25] at 1" in apart.says
     same = crossing(wide, wide)
     assert same.at is None
     unsure = crossing(policy(0, 0.5, 1.5, prompts=6), policy(1, 0.5, 1.5, prompts=6), **FAST)

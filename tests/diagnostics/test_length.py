@@ -75,14 +75,26 @@ def test_sentences_say_what_is_told() -> None:
     assert "Accuracy falls beyond 1" in found(1, hump, prompts=80).says
     steps = run([text(i, 2**j, grade=float(k >= j)) for i in range(6) for j in range(5) for k in range(4)])
     all_along = length_effect(steps)
-    assert "Accuracy falls with length all along: doubling long texts adds −25 %" in all_along.says
+    assert "Accuracy falls with length all along: doubling long texts adds −25 points [" in all_along.says
     assert all_along.beyond is not None
     assert all_along.beyond.value == pytest.approx(1)
     assert "from what length on is not told" in found(0, falling, prompts=80).says
     rising = found(0, lambda place: 0.3 + 0.08 * (place - 5), prompts=80)
     assert "still rises" in rising.says
     assert rising.beyond is None
-    assert "is not told" in found(0, lambda place: 0.5, prompts=10).says
+    assert "is not told: doubling long texts adds" in found(0, lambda place: 0.5, prompts=10).says
+
+
+def test_no_doubling_adds_more_than_all() -> None:
+    """Lengths of 4 to 6 tokens: a line through them says anything of twice as many."""
+    rng = np.random.default_rng(0)
+    few = length_effect(
+        run([text(i, 4 + j % 3, grade=float(rng.random() < 0.5)) for i in range(6) for j in range(4)]), **FAST
+    )
+    assert few.says.startswith("There are too few lengths to tell whether accuracy falls with length")
+    for one in (few.overall, few.at_start, few.at_end):
+        assert -1 <= one.low <= one.value <= one.high <= 1
+    assert (few.at_end.low, few.at_end.high) == (-1, 1)
 
 
 def test_bins_in_closed_form() -> None:
