@@ -227,7 +227,7 @@ def generate(
         from proxytune.generation.recording import Recording
 
         recording = None if trace is None else Recording(tokenizer=tokenizer, file=trace)
-        complete = partial(_complete, model, tokenizer, config, loop, seed, encoded, recording, stream=stream)
+        complete = partial(_complete, model, tokenizer, config, loop, seed, encoded, recording=recording, stream=stream)
         # Streamed text shows by itself how far it is.
         with nullcontext() if stream else terminal.Bar("prompts") as bar:
             # A resumed run keeps the batches of an uninterrupted one: in low precision, padding affects rounding.
@@ -277,10 +277,10 @@ def _complete(
     loop: Callable[[Sequence[int]], Any],
     seed: int,
     encoded: Callable[[Sequence[Prompt]], Any],
-    recording: Any,
     first: int,
     prompts: Sequence[Prompt],
     *,
+    recording: Any,
     stream: bool,
 ) -> list[Completion]:
     """Complete one batch, which starts at prompt number `first`."""
