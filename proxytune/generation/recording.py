@@ -251,11 +251,11 @@ def record(
 ) -> Recording:
     """Record every `generate()` of a model, composed or plain, until the end of a `with` block, or `stop`.
 
-    ::
-
-        with proxytune.record(pipe.model, tokenizer=pipe.tokenizer) as recording:
-            pipe("Question: Where was Ann born?")
-        print(recording[0].kl)
+    ```python
+    with proxytune.record(pipe.model, tokenizer=pipe.tokenizer) as recording:
+        pipe("Question: Where was Ann born?")
+    print(recording[0].kl)
+    ```
 
     Every loop and door is recorded: `generate()`, each `custom_generate` of this package, a model with an attached
     `ProxyTuningLogitsProcessor`. Beams, trees, assisted decoding and compiled steps cost one more pass over the text.
