@@ -20,7 +20,7 @@ from proxytune.models.scoring import parts_of
 from proxytune.trace import SIGNALS, UNKNOWN
 from proxytune.validation import Ids
 
-__all__ = ["about", "cut", "fits", "ids_of", "nothing", "origins_of", "read_into", "reread"]
+__all__ = ["about", "cut", "fits", "ids_of", "origins_of", "read_into", "reread"]
 
 _ONE_BY_ONE = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
 
@@ -93,7 +93,7 @@ def reread(
     again = CallLog(log.model, log.top, log.roles)
     whole_texts = [i for i, text in enumerate(new) if text]
     if not whole_texts:
-        return [nothing(log)] * len(new)
+        return [_nothing(log)] * len(new)
     roles = roles_with_prompts(ensemble.members) if ensemble.composed else []
     given: Any = [prompts[i] for i in whole_texts]
     if roles:
@@ -104,7 +104,7 @@ def reread(
             given[role] = [ids[row][mask[row].bool()].tolist() for row in rows]
     read_into(again, log.model, [new[i] for i in whole_texts], given)
     found = iter(again.rows())
-    return [next(found) if text else nothing(log) for text in new]
+    return [next(found) if text else _nothing(log) for text in new]
 
 
 def read_into(log: CallLog, model: Any, texts: Sequence[Ids | torch.Tensor], prompts: Prompts | None) -> None:
@@ -124,7 +124,7 @@ def read_into(log: CallLog, model: Any, texts: Sequence[Ids | torch.Tensor], pro
         )  # fmt: skip
 
 
-def nothing(log: CallLog) -> Arrays:
+def _nothing(log: CallLog) -> Arrays:
     """The arrays of an empty text."""
     shape = (0, len(log.roles) + 1, log.top)
     empty: Arrays = {name: np.zeros(0, np.float32) for name in ("logprobs", "entropy", "kl", "shift")}

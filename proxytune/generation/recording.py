@@ -208,17 +208,12 @@ class Recording:
         facts: list[dict[str, Any]] = [{}] * len(rows) if log.facts is None else log.facts
         texts = tuple(self._text(*one, given) for one in zip(prompts, rows, facts, strict=True))
         with _KEEPING:
-            return self._added(texts, sources, told)
-
-    def _added(
-        self, texts: tuple[TracedText, ...], sources: tuple[str, ...], told: dict[str, Any]
-    ) -> tuple[TracedText, ...]:
-        self._refuse_other(sources, told)
-        self._sources = sources
-        self._about |= told
-        self._texts += texts
-        if self.file is not None:
-            TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
+            self._refuse_other(sources, told)
+            self._sources = sources
+            self._about |= told
+            self._texts += texts
+            if self.file is not None:
+                TraceWriter(self.file, sources=sources, top=self.top, about=self._about).add(texts)
         return texts
 
     def _refuse_other(self, sources: tuple[str, ...] | None, told: dict[str, Any]) -> None:

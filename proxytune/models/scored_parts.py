@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from transformers.cache_utils import DynamicCache
@@ -18,13 +17,10 @@ from proxytune.models.members.long_rope import is_beyond
 from proxytune.models.members.masks import positions_of
 from proxytune.models.members.member import Member
 from proxytune.models.own_prompts import PROMPTS, OwnPrompts
+from proxytune.models.scored_texts import Texts
 from proxytune.models.weighing import Weighing
 from proxytune.ops.checks import DTYPES
 from proxytune.ops.combination import Combination, Weights
-
-if TYPE_CHECKING:
-    pass
-from proxytune.models.scored_texts import Texts
 
 __all__ = ["PART", "PART_BYTES", "Part", "parts_of_batch"]
 

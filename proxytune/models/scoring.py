@@ -12,17 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from proxytune.models.ensemble import Ensemble
-from proxytune.validation import Ids, whole
-
-if TYPE_CHECKING:
-    pass
 from proxytune.models.scored_parts import Part, parts_of_batch
 from proxytune.models.scored_texts import Prompts, Texts, batches
+from proxytune.validation import Ids, whole
 
 __all__ = ["Scores", "parts_of", "score"]
 
